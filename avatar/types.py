@@ -1,0 +1,89 @@
+"""What travels between stages, and what a session is made of.
+
+    AudioPiece --audio--> Block (features) --denoiser 0..N-1--> Block (latent) --vae--> FrameChunk
+
+Axes: c latent channels, t latent frames, f pixel frames, h w height and width (of latents or pixels, as said),
+l encoder layers, d feature width, n text tokens, a audio channels, s samples.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """The constants of one conversation.
+
+    id: unguessable name.
+    seed: 0 <= seed < 2**63; all of the session's randomness comes from it and from block indexes.
+    motion: (c, t, h, w) float32 motion latents, the reference picture held still; latent 0 is the reference latent.
+    """
+
+    id: str
+    seed: int
+    motion: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """What prefill turns into condition keys and values, numbered from 0.
+
+    sink: (c, 1, h, w) float32, the identity's latent.
+    text: (n, d) float32 text embedding without padding; n = 0 where the network knows no text.
+    """
+
+    version: int
+    sink: Tensor
+    text: Tensor
+
+    def with_sink(self, latent: Tensor) -> "Conditions":
+        """The next version, whose sink is the first frame of a finished block's latent (c, t, h, w)."""
+        return Conditions(self.version + 1, latent[:, :1].float(), self.text)
+
+
+@dataclass(frozen=True, eq=False)
+class AudioPiece:
+    """Sound of any length.
+
+    samples: (a, s) float32 in [-1, 1].
+    rate_hz: samples per second.
+    is_last: the sound ends here; what is left of a block is filled with silence.
+    """
+
+    samples: Tensor
+    rate_hz: int
+    is_last: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The latent frames that are denoised together, with what they are made from.
+
+    index: position in the session, from 0.
+    features: (l, d, f) float32 audio features of each pixel frame.
+    latent: (c, t, h, w); None before level 0.
+    conditions: what the block is made under; None until it is admitted.
+    traceparent: W3C trace context of this block; empty if it is not traced.
+    """
+
+    index: int
+    features: Tensor
+    latent: Tensor | None = None
+    conditions: Conditions | None = None
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class FrameChunk:
+    """The pixel frames of one block.
+
+    index: the block's.
+    first_frame: number of frames[0] in the session; a frame's time is its number / frame rate.
+    frames: (f, h, w, 3) uint8 RGB.
+    """
+
+    index: int
+    first_frame: int
+    frames: Tensor
+    traceparent: str = ""
