@@ -1,0 +1,122 @@
+"""What every service reads from its environment: one frozen dataclass a service, its fields from `AVATAR_<FIELD>`."""
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+Loaded = TypeVar("Loaded", bound="Settings")
+PREFIX = "AVATAR_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all services have in common.
+
+    listen: HOST:PORT to serve at; port 0 takes a free one.
+    redis_url: where sessions are kept.
+    log_level: DEBUG, INFO, WARNING or ERROR.
+    drain_s: seconds that open streams are given when the process is asked to stop.
+    """
+
+    listen: str
+    redis_url: str = "redis://127.0.0.1:6379"
+    log_level: str = "INFO"
+    drain_s: float = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings(Settings):
+    """What all workers have in common.
+
+    checkpoint: folder with a folder for each part.
+    capacity: streams at a time; one more is refused.
+    threads: CPU threads of one computation.
+    """
+
+    checkpoint: Path = Path("models/tiny")
+    capacity: int = 8
+    threads: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioSettings(WorkerSettings):
+    """The audio worker's settings."""
+
+    listen: str = "127.0.0.1:7001"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserSettings(WorkerSettings):
+    """A denoiser's settings.
+
+    levels: the levels that this process serves, noisiest is 0: a list such as `0` or `0,1`, or `all`.
+    """
+
+    listen: str = "127.0.0.1:7010"
+    levels: str = "all"
+
+    def served(self, num_levels: int) -> list[int]:
+        """The levels as numbers. ValueError if the checkpoint has no such level."""
+        if self.levels == "all":
+            return list(range(num_levels))
+        try:
+            levels = [int(part) for part in self.levels.split(",")]
+        except ValueError as error:
+            raise ValueError(f"{PREFIX}LEVELS is {self.levels!r}, expected `all` or a list such as `0,1`") from error
+        if unknown := [level for level in levels if not 0 <= level < num_levels]:
+            raise ValueError(f"{PREFIX}LEVELS names level {unknown[0]}, the checkpoint has 0 to {num_levels - 1}")
+        return levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeSettings(WorkerSettings):
+    """The VAE worker's settings."""
+
+    listen: str = "127.0.0.1:7002"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings(Settings):
+    """The gateway's settings.
+
+    audio, vae: HOST:PORT of the stage's worker.
+    denoisers: HOST:PORT of the worker of each level, from level 0.
+    session_ttl_s, reference_ttl_s: seconds that a session or reference is kept when nothing happens.
+    audio_ahead_s: seconds of sound that are taken ahead of the blocks that have been started.
+    max_picture_bytes, max_audio_bytes: largest picture and piece of sound.
+    """
+
+    listen: str = "127.0.0.1:7000"
+    audio: str = "127.0.0.1:7001"
+    denoisers: tuple[str, ...] = field(default=("127.0.0.1:7010", "127.0.0.1:7011", "127.0.0.1:7012", "127.0.0.1:7013"))
+    vae: str = "127.0.0.1:7002"
+    session_ttl_s: float = 300.0
+    reference_ttl_s: float = 86400.0
+    audio_ahead_s: float = 4.0
+    max_picture_bytes: int = 8 << 20
+    max_audio_bytes: int = 1 << 20
+
+
+def load(cls: type[Loaded], environ: Mapping[str, str]) -> Loaded:
+    """The settings that the environment gives, the defaults elsewhere. ValueError names a value that cannot be used."""
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for each in fields(cls):
+        name = PREFIX + each.name.upper()
+        if name in environ:
+            values[each.name] = _parse(name, environ[name], hints[each.name])
+        elif each.default is MISSING:
+            raise ValueError(f"{name} is not set")
+    return cls(**values)
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    if isinstance(kind, types.GenericAlias) and kind.__origin__ is tuple:
+        return tuple(_parse(name, part.strip(), kind.__args__[0]) for part in text.split(","))
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r}, expected {kind.__name__}") from error

@@ -1,0 +1,115 @@
+"""Logs, traces, and the list of every metric.
+
+Logs are one JSON object a line. Traces and metrics are exported by OTLP when OTEL_EXPORTER_OTLP_ENDPOINT is set, and
+cost next to nothing when it is not. A block is a trace: its audio stage is the root span, every other stage is a child,
+and `traceparent` rides on the block; each span links to the session's.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from opentelemetry import metrics, trace
+from opentelemetry.trace import Link, SpanContext
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+_tracer = trace.get_tracer("avatar")
+_meter = metrics.get_meter("avatar")
+_propagator = TraceContextTextMapPropagator()
+
+# Every metric of the suite. Labels: `stage` (audio, denoiser, vae), `level`, `reason`; never a session's id.
+BLOCK_DURATION = _meter.create_histogram("avatar.block.duration", "s", "Computing one block at one stage")
+SESSIONS_ACTIVE = _meter.create_up_down_counter("avatar.session.active", "{session}", "Streams open at a service")
+SESSIONS_CLOSED = _meter.create_counter("avatar.session.closed", "{session}", "Streams that ended, by reason")
+TIME_TO_FIRST_FRAME = _meter.create_histogram(
+    "avatar.time_to_first_frame", "s", "From the first sound to the first frame"
+)
+RPC_DURATION = _meter.create_histogram("rpc.server.call.duration", "s", "Duration of inbound calls")
+
+# Attributes that every LogRecord has; what else it has came as `extra`.
+_PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one JSON object: time, level, logger, message, extra fields, and the traceback if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line.update((key, value) for key, value in vars(record).items() if key not in _PLAIN)
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def set_up(service: str, log_level: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Configure the process: logs to standard error, and OTLP export if the usual variables ask for it.
+
+    service: its name in traces and metrics, unless OTEL_SERVICE_NAME says otherwise.
+    ValueError if there is no such log level.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
+    if not any(name.startswith("OTEL_EXPORTER_OTLP") and name.endswith("ENDPOINT") for name in environ):
+        return
+    from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    resource = Resource.create({"service.name": environ.get("OTEL_SERVICE_NAME", service)})
+    tracing = TracerProvider(resource=resource)
+    tracing.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(tracing)
+    reader = PeriodicExportingMetricReader(OTLPMetricExporter())
+    metrics.set_meter_provider(MeterProvider(resource=resource, metric_readers=[reader]))
+
+
+def session_span(session_id: str) -> str:
+    """Mark a session's start with a span of its own; its traceparent, empty if traces are off."""
+    span = _tracer.start_span("avatar.session", attributes={"avatar.session.id": session_id})
+    span.end()
+    return _traceparent(span)
+
+
+def block_span(
+    stage: str, index: int, start_ns: int, end_ns: int, *, level: int | None = None, parent: str = "", link: str = ""
+) -> str:
+    """Record what one stage did with one block; its traceparent, empty if traces are off.
+
+    start_ns, end_ns: wall clock, nanoseconds. parent, link: traceparents of the block and of the session.
+    """
+    labels: dict[str, str | int] = {"stage": stage} if level is None else {"stage": stage, "level": level}
+    BLOCK_DURATION.record((end_ns - start_ns) / 1e9, labels)
+    links = [Link(context)] if (context := _span_context(link)).is_valid else []
+    span = _tracer.start_span(
+        f"avatar.{stage}",
+        context=_propagator.extract({"traceparent": parent}) if parent else None,
+        links=links,
+        start_time=start_ns,
+        attributes={**{f"avatar.{key}": value for key, value in labels.items()}, "avatar.block.index": index},
+    )
+    span.end(end_ns)
+    return parent or _traceparent(span)
+
+
+def _traceparent(span: trace.Span) -> str:
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier, trace.set_span_in_context(span))
+    return carrier.get("traceparent", "")
+
+
+def _span_context(traceparent: str) -> SpanContext:
+    return trace.get_current_span(_propagator.extract({"traceparent": traceparent})).get_span_context()
