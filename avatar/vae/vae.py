@@ -1,0 +1,169 @@
+"""The last stage: clean latents in, frames out; and the first thing a session needs: a picture as latents.
+
+    picture --read_picture--> rgb --encode_picture--> motion latents
+    Block (latent) --step--> FrameChunk
+
+A session opens with the decoder warmed up on motion latents, so that its first block continues a still picture instead
+of starting from nothing. One decoder runs from the first block to the last.
+
+Axes: c channels, t latent frames, f pixel frames, h w height and width of latents, H W of frames.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from avatar.checkpoint import load_weights, read_config
+from avatar.types import Block, FrameChunk, Session
+from avatar.vae import light
+from avatar.vae.codec import TIME_STRIDE, Codec, State
+from avatar.vae.picture import Fit, PictureRule, Size, read_picture, to_pixels
+
+BLOCK_LATENTS = 3
+BLOCK_FRAMES = BLOCK_LATENTS * TIME_STRIDE
+# Pixel frames of the still picture that motion latents are made from, and how many there are.
+MOTION_FRAMES = 73
+MOTION_LATENTS = 1 + (MOTION_FRAMES - 1) // TIME_STRIDE
+# Motion latents that warm the decoder up, and frames of the session's first block that are not shown.
+# Source: the reference implementation of arXiv 2512.04677.
+WARMUP_LATENTS = 7
+HIDDEN_FRAMES = 3
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """What config.json of a VAE's checkpoint says.
+
+    codec: `light` or `wan`.
+    network: the codec's own fields.
+    """
+
+    codec: str
+    picture: PictureRule
+    frame_rate_hz: int
+    network: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODECS:
+            raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
+
+
+def tiny() -> VaeConfig:
+    """The embedded default: the light codec at 128x128."""
+    return VaeConfig("light", PictureRule("cover", width=128, height=128), 25, asdict(light.tiny()))
+
+
+@dataclass(eq=False)
+class VaeState(Generic[State]):
+    """What a session's decoder carries between blocks.
+
+    next_index: index of the block that comes next; None before the first, which may be any.
+    latent_shape: of every block, (c, t, h, w).
+    """
+
+    decoder: State
+    latent_shape: tuple[int, ...]
+    next_index: int | None = None
+
+
+class Vae(Generic[State]):
+    """A `StreamingModel` from blocks to frames."""
+
+    def __init__(self, codec: Codec[State], config: VaeConfig) -> None:
+        self.codec = codec
+        self.config = config
+
+    @property
+    def history_blocks(self) -> int:
+        """How many past blocks rebuild a stream's state exactly: open the session again and step through them."""
+        return -(-self.codec.history // BLOCK_LATENTS)
+
+    def read_picture(self, data: bytes, size: Size | None = None, fit: Fit | None = None) -> Tensor:
+        """`picture.read_picture` under this checkpoint's rule: (H, W, 3) uint8."""
+        return read_picture(data, self.config.picture, size, fit)
+
+    def encode_picture(self, rgb: Tensor) -> Tensor:
+        """Motion latents (c, 19, h, w) float32: the picture held still. Latent 0 is the reference latent.
+
+        rgb: (H, W, 3) uint8. ValueError if it has another shape, or the codec's stride does not divide its sides.
+        """
+        stride = self.codec.space_stride
+        if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != torch.uint8:
+            raise ValueError(f"picture must be (h, w, 3) uint8, got {tuple(rgb.shape)} {rgb.dtype}")
+        if rgb.shape[0] % stride or rgb.shape[1] % stride:
+            raise ValueError(f"picture's sides must be multiples of {stride}, got {rgb.shape[1]}x{rgb.shape[0]}")
+        still = repeat(to_pixels(rgb), "c h w -> 1 c f h w", f=MOTION_FRAMES)
+        with torch.inference_mode():
+            latents = self.codec.encode(still)
+        return latents[0].float().cpu()
+
+    def open(self, session: Session) -> VaeState[State]:
+        """A decoder that has seen the still picture. ValueError if the motion latents are not this codec's."""
+        shape = tuple(session.motion.shape)
+        if len(shape) != 4 or shape[:2] != (self.codec.channels, MOTION_LATENTS):
+            raise ValueError(
+                f"motion latents must have the shape ({self.codec.channels}, {MOTION_LATENTS}, h, w), got {shape}"
+            )
+        state = VaeState(self.codec.fresh(), (shape[0], BLOCK_LATENTS, *shape[2:]))
+        with torch.inference_mode():
+            self.codec.decode(session.motion[None, :, :WARMUP_LATENTS], state.decoder)
+        return state
+
+    def step(self, block: Block, state: VaeState[State]) -> FrameChunk:
+        """The block's frames as bytes, truncated as the reference saves them. ValueError as in `frames`."""
+        values = self.frames(block, state)
+        rgb = rearrange((255 * (values + 1) / 2).to(torch.uint8), "c f h w -> f h w c").cpu().contiguous()
+        first_frame = block.index * BLOCK_FRAMES + (HIDDEN_FRAMES if block.index == 0 else 0)
+        return FrameChunk(block.index, first_frame, rgb, block.traceparent)
+
+    def frames(self, block: Block, state: VaeState[State]) -> Tensor:
+        """The block's frames as numbers: (3, f, H, W) float32 in [-1, 1]; f = 9 in block 0, 12 in every other.
+
+        ValueError if the block is not the next one, or its latent is missing or has not the shape of the session's.
+        """
+        if state.next_index not in (None, block.index):
+            raise ValueError(f"block {block.index} is out of order, expected block {state.next_index}")
+        if block.latent is None or tuple(block.latent.shape) != state.latent_shape:
+            got = "none" if block.latent is None else tuple(block.latent.shape)
+            raise ValueError(f"block {block.index} must have a latent of shape {state.latent_shape}, got {got}")
+        with torch.inference_mode():
+            frames = self.codec.decode(block.latent[None], state.decoder)[0].float().clamp(-1, 1)
+        state.next_index = block.index + 1
+        return frames[:, HIDDEN_FRAMES if block.index == 0 else 0 :]
+
+
+def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae[Any]:
+    """The VAE of a checkpoint folder. ValueError if its config or its weights are not what they should be."""
+    fields = read_config(folder)
+    try:
+        config = VaeConfig(**{**fields, "picture": PictureRule(**fields.get("picture", {}))})
+        codec, network = CODECS[config.codec](config.network, torch.device(device), dtype)
+    except TypeError as error:
+        raise ValueError(f"config of {folder}: {error}") from error
+    load_weights(network, folder)
+    return Vae(codec, config)
+
+
+def _light(fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Codec[Any], nn.Module]:
+    codec = light.LightCodec(light.LightConfig(**fields)).to(device, dtype).requires_grad_(False)
+    return codec, codec
+
+
+def _wan(fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Codec[Any], nn.Module]:
+    # Imported here, because it brings diffusers, which whoever serves the light codec does without.
+    from avatar.vae.wan import WanCodec, WanConfig
+
+    codec = WanCodec(WanConfig(**fields), device, dtype)
+    return codec, codec.network
+
+
+# From a config's network fields to a codec, and the module that the checkpoint's weights fill.
+CODECS: dict[str, Callable[[Mapping[str, Any], torch.device, torch.dtype], tuple[Codec[Any], nn.Module]]] = {
+    "light": _light,
+    "wan": _wan,
+}

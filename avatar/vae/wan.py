@@ -1,0 +1,177 @@
+"""The video codec of Wan 2.1, as diffusers' AutoencoderKLWan, driven so that a stream's state is an argument.
+
+    frames (b, 3, f, H, W) --encode--> latents (b, 16, t, H/8, W/8) --decode--> frames
+
+diffusers' own encode and decode keep their caches on the module and clear them in every call. Here its parts are called
+instead: encoder and decoder take a list of slots, one per causal convolution, each the last two frames of its input.
+Latents pass one at a time, because a fresh decoder treats the first one differently and would answer several with the
+wrong number of frames; so streamed decoding equals decoding of the whole, bit for bit.
+
+This is the only module that imports diffusers, which is slow to import.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from einops import rearrange
+from torch import Tensor, nn
+
+from avatar.vae.codec import TIME_STRIDE
+
+# Mean and standard deviation of Wan 2.1's raw latents, channel by channel. Source: published with its weights.
+# fmt: off
+WAN_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+WAN_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+# fmt: on
+# A slot is empty, or holds frames, or a marker that the temporal upsampler leaves there after a stream's first latent.
+Slots = list[Tensor | str | None]
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Fields of AutoencoderKLWan, under its names and with Wan 2.1's values.
+
+    base_dim: channels at full resolution; dim_mult times it on each level down.
+    num_res_blocks: residual blocks a level, one more on the way up.
+    temperal_downsample: whether time halves between a level and the next.
+    latents_mean, latents_std: (z_dim), of raw latents; normalised ones are (raw - mean) / std.
+    """
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = WAN_MEAN
+    latents_std: tuple[float, ...] = WAN_STD
+
+    def __post_init__(self) -> None:
+        if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
+            raise ValueError(
+                f"latents_mean and latents_std must have {self.z_dim} numbers, as z_dim says, "
+                f"got {len(self.latents_mean)} and {len(self.latents_std)}"
+            )
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1 or 2 ** sum(self.temperal_downsample) != TIME_STRIDE:
+            raise ValueError(
+                f"temperal_downsample must have {len(self.dim_mult) - 1} entries, two of them true, "
+                f"got {self.temperal_downsample}"
+            )
+
+
+class WanCodec:
+    """A `Codec` around one AutoencoderKLWan."""
+
+    def __init__(
+        self, config: WanConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Weights are undefined until they are loaded into `network`."""
+        self.config = config
+        with torch.device("meta"):
+            # Lists, because it adds them to lists.
+            fields = {name: [*value] if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+            network: Any = AutoencoderKLWan(**fields)  # type: ignore[no-untyped-call]
+        # Through nn.Module, because diffusers' own `to` warns of modules to be kept in float32, of which it has none.
+        nn.Module.to(network, dtype)
+        self.network = network.to_empty(device=device).eval().requires_grad_(False)
+        self._mean, self._std = (
+            rearrange(torch.tensor(table, device=device), "c -> c 1 1 1")
+            for table in (config.latents_mean, config.latents_std)
+        )
+
+    @property
+    def channels(self) -> int:
+        return self.config.z_dim
+
+    @property
+    def space_stride(self) -> int:
+        levels = len(self.config.dim_mult) - 1
+        return 1 << levels
+
+    @property
+    def history(self) -> int:
+        """Each convolution in time sees two of its frames back, and frames come at one, two or four a latent."""
+        config = self.config
+        rate, past = 1, 2.0 * (1 + 4)  # on the way in, and two residual blocks in the middle
+        for doubles in (*reversed(config.temperal_downsample), False):
+            past += 2 * 2 * (config.num_res_blocks + 1) / rate
+            if doubles:
+                past += 2 / rate
+                rate *= 2
+        past += 2 / rate  # on the way out
+        return math.ceil(past)
+
+    def load_reference(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill the network from tensors under the names of Wan's own checkpoint. ValueError if they do not fit."""
+        named = {diffusers_name(name, self.config.num_res_blocks): tensor for name, tensor in tensors.items()}
+        try:
+            self.network.load_state_dict(named)
+        except RuntimeError as error:
+            raise ValueError(f"tensors do not fit this Wan codec: {' '.join(str(error).split())}") from error
+
+    def encode(self, frames: Tensor) -> Tensor:
+        frames = frames.to(self.network.device, self.network.dtype)
+        slots: Slots = [None] * self.network._cached_conv_counts["encoder"]
+        later = (frames[:, :, i : i + TIME_STRIDE] for i in range(1, frames.shape[2] - TIME_STRIDE + 1, TIME_STRIDE))
+        parts = [self.network.encoder(part, feat_cache=slots, feat_idx=[0]) for part in (frames[:, :, :1], *later)]
+        # Mean and log variance of a distribution; the reference takes the mean.
+        raw = self.network.quant_conv(torch.cat(parts, dim=2))[:, : self.channels]
+        latents: Tensor = (raw - self._mean) / self._std
+        return latents
+
+    def fresh(self) -> Slots:
+        return [None] * self.network._cached_conv_counts["decoder"]
+
+    def decode(self, latents: Tensor, state: Slots) -> Tensor:
+        raw = (latents.to(self._std) * self._std + self._mean).to(self.network.dtype)
+        return torch.cat(
+            [
+                self.network.decoder(self.network.post_quant_conv(latent), feat_cache=state, feat_idx=[0])
+                for latent in torch.split(raw, 1, dim=2)
+            ],
+            dim=2,
+        )
+
+
+def diffusers_name(name: str, num_res_blocks: int) -> str:
+    """The name under which AutoencoderKLWan knows a tensor of Wan's own checkpoint.
+
+    diffusers' own conversion is private and knows two residual blocks a level only.
+    """
+    for pattern, part in _PARTS:
+        name = re.sub(pattern, part, name)
+    found = re.match(r"decoder\.upsamples\.(\d+)\.(.*)", name)
+    if not found:
+        return name
+    # In a row there, per level here: the residual blocks and then the upsampler.
+    level, place = divmod(int(found[1]), num_res_blocks + 2)
+    layer = "upsamplers.0" if place > num_res_blocks else f"resnets.{place}"
+    return f"decoder.up_blocks.{level}.{layer}.{found[2]}"
+
+
+_PARTS = (
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.head\.0\.", ".norm_out."),
+    (r"\.head\.2\.", ".conv_out."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+    (r"^encoder\.downsamples\.", "encoder.down_blocks."),
+)

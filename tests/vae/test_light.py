@@ -1,0 +1,138 @@
+"""The light codec."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from avatar.vae.conv import Tails
+from avatar.vae.light import LightCodec, LightConfig, cosine_basis, initialise, tiny
+from tests.vae.conftest import LIGHT, light_codec
+
+
+def clip(frames: int, batch: int = 1, height: int = 32, width: int = 48) -> Tensor:
+    """A soft spot of light that moves over a slope of colour: (batch, 3, frames, height, width) in [-1, 1]."""
+    time = torch.arange(frames)[:, None, None] / 25
+    y, x = torch.linspace(0, 1, height)[:, None], torch.linspace(0, 1, width)
+    spot = torch.exp(-((x - 0.3 - 0.2 * time) ** 2 + (y - 0.5) ** 2) / 0.05)
+    colour = torch.tensor([0.9, 0.5, 0.2]).view(3, 1, 1, 1)
+    picture = colour * spot + 0.3 * x * torch.tensor([0.1, 0.4, 0.9]).view(3, 1, 1, 1)
+    return (2 * picture - 1).clamp(-1, 1).expand(batch, -1, -1, -1, -1)
+
+
+def noise(latents: int, batch: int = 1) -> Tensor:
+    return torch.randn(batch, 16, latents, 2, 3, generator=torch.Generator().manual_seed(latents))
+
+
+def psnr(actual: Tensor, expected: Tensor) -> float:
+    return float(-10 * ((actual.detach() - expected) / 2).square().mean().log10())
+
+
+def test_time_is_counted_as_by_the_wan_codec() -> None:
+    codec = light_codec()
+    # Frames that do not fill a latent are left out.
+    for frames, latents in ((1, 1), (4, 1), (5, 2), (8, 2), (73, 19)):
+        assert codec.encode(clip(frames)).shape == (1, 16, latents, 4, 6)
+    state = codec.fresh()
+    assert [codec.decode(noise(count), state).shape[2] for count in (1, 1, 3)] == [1, 4, 12]
+    assert codec.decode(noise(7), codec.fresh()).shape == (1, 3, 25, 16, 24)
+
+
+def test_a_whole_clip_equals_its_pieces() -> None:
+    codec, latents = light_codec(), noise(12)
+    whole = codec.decode(latents, codec.fresh())
+    for sizes in ([1] * 12, [7, 3, 2], [2, 10]):
+        state = codec.fresh()
+        pieces = [codec.decode(part, state) for part in torch.split(latents, sizes, dim=2)]
+        torch.testing.assert_close(torch.cat(pieces, dim=2), whole, rtol=0, atol=1e-6)
+
+
+def test_encoding_is_causal() -> None:
+    codec, frames = light_codec(), clip(13)
+    changed = frames.clone()
+    changed[:, :, 9:] *= -1
+    before, after = codec.encode(frames), codec.encode(changed)
+    assert torch.equal(before[:, :, :3], after[:, :, :3])
+    assert not torch.equal(before[:, :, 3], after[:, :, 3])
+
+
+def test_clips_of_a_batch_do_not_touch() -> None:
+    codec = light_codec()
+    frames = torch.cat([clip(9), -clip(9)])
+    together = codec(frames)
+    for i in range(2):
+        torch.testing.assert_close(together[i : i + 1], codec(frames[i : i + 1]), rtol=0, atol=1e-6)
+
+
+def test_an_untrained_codec_already_shows_smooth_pictures() -> None:
+    frames = clip(25, height=128, width=128)
+    codec = initialise(tiny(), seed=0).requires_grad_(False)
+    assert psnr(codec(frames), frames) > 40
+    # The scale puts latents of pictures near unit variance.
+    assert 0.3 < codec.encode(frames).std() < 3
+
+
+def test_an_untrained_codec_keeps_a_still_picture_still() -> None:
+    codec = initialise(LIGHT, seed=0).requires_grad_(False)
+    shown = codec(clip(1).expand(-1, -1, 29, -1, -1))
+    torch.testing.assert_close(shown, shown[:, :, :1].expand_as(shown), rtol=0, atol=1e-6)
+
+
+def test_the_untrained_basis_is_orthonormal() -> None:
+    basis = cosine_basis().double()
+    torch.testing.assert_close(basis @ basis.T, torch.eye(16).double(), rtol=0, atol=1e-6)
+
+
+def test_the_seed_decides_the_weights() -> None:
+    # Whatever the process has drawn before.
+    first = initialise(LIGHT, seed=3).state_dict()
+    torch.manual_seed(0)
+    again, other = initialise(LIGHT, seed=3).state_dict(), initialise(LIGHT, seed=4).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["decoder.mid.enter.weight"], other["decoder.mid.enter.weight"])
+
+
+def test_means_and_scale_cancel_out() -> None:
+    codec, frames = light_codec(), clip(9)
+    plain = LightCodec(LightConfig(LIGHT.wide, LIGHT.mid, LIGHT.thin, latent_scale=1.0)).requires_grad_(False)
+    plain.load_state_dict(codec.state_dict() | {"mean": torch.zeros_like(codec.mean)})
+    torch.testing.assert_close(codec.encode(frames) * 2 + codec.mean, plain.encode(frames), rtol=0, atol=1e-5)
+    torch.testing.assert_close(codec(frames), plain(frames), rtol=0, atol=1e-5)
+
+
+def test_gradients_reach_every_weight() -> None:
+    codec = light_codec().requires_grad_(True)
+    frames = clip(9, batch=2)
+    (codec(frames) - frames).square().mean().backward()
+    dead = [name for name, weight in codec.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert not dead
+
+
+def test_training_improves_on_the_start() -> None:
+    codec, frames = initialise(LIGHT, seed=0), clip(9)
+    optimizer = torch.optim.Adam(codec.parameters(), 3e-4)
+    start = psnr(codec(frames), frames)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (codec(frames) - frames).square().mean().backward()
+        optimizer.step()
+    assert psnr(codec(frames), frames) > start + 1
+
+
+def test_computes_in_the_weights_dtype() -> None:
+    codec = light_codec().to(torch.bfloat16)
+    latents = codec.encode(clip(5))
+    assert latents.dtype == torch.bfloat16
+    shown = codec.decode(latents.float(), Tails())
+    assert shown.dtype == torch.bfloat16
+    assert psnr(shown.float(), light_codec()(clip(5))) > 25
+
+
+def test_the_embedded_default_has_one_and_a_half_million_parameters() -> None:
+    assert 1.4e6 < sum(parameter.numel() for parameter in LightCodec(tiny()).parameters()) < 1.6e6
+
+
+def test_sizes_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        LightConfig(wide=16, mid=0, thin=8, latent_scale=2.0)
+    with pytest.raises(ValueError, match="must be positive"):
+        LightConfig(wide=16, mid=8, thin=8, latent_scale=0.0)

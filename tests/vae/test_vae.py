@@ -1,0 +1,207 @@
+"""The VAE stage, with either codec."""
+
+import dataclasses
+import gc
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from avatar.checkpoint import save
+from avatar.pipeline import StreamingModel
+from avatar.types import Block, FrameChunk, Session
+from avatar.vae.light import initialise
+from avatar.vae.picture import PictureRule
+from avatar.vae.vae import MOTION_FRAMES, MOTION_LATENTS, WARMUP_LATENTS, Vae, VaeConfig, load, tiny
+from tests.vae.conftest import LIGHT, SIZE, WAN, blocks, light_codec, session, wan_codec
+
+
+def play(vae: StreamingModel[Block, FrameChunk, Any], opened: Session, items: list[Block]) -> Tensor:
+    """The bytes of a whole stream."""
+    state = vae.open(opened)
+    return torch.cat([vae.step(block, state).frames for block in items])
+
+
+def test_streamed_equals_whole(vae: Vae[Any]) -> None:
+    state = vae.open(session())
+    streamed = torch.cat([vae.frames(block, state) for block in blocks(4)], dim=1)
+    parts = [session().motion[:, :WARMUP_LATENTS], *(block.latent for block in blocks(4) if block.latent is not None)]
+    with torch.inference_mode():
+        whole = vae.codec.decode(torch.cat(parts, dim=1)[None], vae.codec.fresh())[0].clamp(-1, 1)
+    assert 0.1 < whole.std() < 0.9
+    torch.testing.assert_close(streamed, whole[:, -streamed.shape[1] :], rtol=0, atol=1e-6)
+
+
+def test_interleaved_equals_alone(vae: Vae[Any]) -> None:
+    states = [vae.open(session(seed)) for seed in (0, 1)]
+    chunks: list[list[Tensor]] = [[], []]
+    for items in zip(blocks(3, seed=0), blocks(3, seed=1), strict=True):
+        for block, state, shown in zip(items, states, chunks, strict=True):
+            shown.append(vae.step(block, state).frames)
+            vae.encode_picture(torch.zeros(SIZE[1], SIZE[0], 3, dtype=torch.uint8))
+    for seed, shown in enumerate(chunks):
+        assert torch.equal(torch.cat(shown), play(vae, session(seed), blocks(3, seed=seed)))
+
+
+def test_closing_a_stream_frees_state(vae: Vae[Any]) -> None:
+    def living() -> int:
+        gc.collect()
+        return sum(type(each) is Tensor for each in gc.get_objects())
+
+    opened, block = session(), blocks(1)[0]
+    before = living()
+    state = vae.open(opened)
+    vae.step(block, state)
+    assert living() > before
+    del state
+    assert living() == before
+
+
+def test_past_blocks_rebuild_the_state_to_the_byte(vae: Vae[Any]) -> None:
+    items = blocks(vae.history_blocks + 2)
+    known = play(vae, session(), items)[-12:]
+    # Another session's picture: what came before the replayed blocks must not matter.
+    state = vae.open(session(seed=5))
+    for block in items[-1 - vae.history_blocks : -1]:
+        vae.step(block, state)
+    assert torch.equal(vae.step(items[-1], state).frames, known)
+
+
+def test_history_is_not_longer_than_needed(vae: Vae[Any]) -> None:
+    codec = vae.codec
+    latents = torch.randn(1, 16, codec.history + 8, 2, 3, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        state = codec.fresh()
+        codec.decode(latents[:, :, :-1], state)
+        known = codec.decode(latents[:, :, -1:], state)
+        for past, is_exact in ((codec.history, True), (codec.history - 1, False)):
+            state = codec.fresh()
+            codec.decode(torch.ones(1, 16, 7, 2, 3), state)
+            codec.decode(latents[:, :, -1 - past : -1], state)
+            assert torch.equal(codec.decode(latents[:, :, -1:], state), known) == is_exact
+
+
+def test_first_block_gives_nine_frames_from_frame_three(vae: Vae[Any]) -> None:
+    state = vae.open(session())
+    chunks = [vae.step(dataclasses.replace(block, traceparent="trace"), state) for block in blocks(3)]
+    assert [(chunk.index, chunk.first_frame, len(chunk.frames)) for chunk in chunks] == [
+        (0, 3, 9),
+        (1, 12, 12),
+        (2, 24, 12),
+    ]
+    assert chunks[0].frames.shape[1:] == (SIZE[1], SIZE[0], 3)
+    assert chunks[0].frames.dtype == torch.uint8
+    assert chunks[0].traceparent == "trace"
+
+
+def test_a_rebuilt_stream_counts_frames_from_its_first_block(vae: Vae[Any]) -> None:
+    block = dataclasses.replace(blocks(1)[0], index=7)
+    chunk = vae.step(block, vae.open(session()))
+    assert (chunk.first_frame, len(chunk.frames)) == (84, 12)
+
+
+def test_first_block_continues_the_picture_it_was_warmed_up_with(vae: Vae[Any]) -> None:
+    first = blocks(1)
+    changed = session().motion.clone()
+    changed[:, 6] += 1
+    assert not torch.equal(play(vae, session(), first), play(vae, Session("changed", 0, changed), first))
+    # Later motion latents are for the network only.
+    changed = session().motion.clone()
+    changed[:, 7:] += 1
+    assert torch.equal(play(vae, session(), first), play(vae, Session("changed", 0, changed), first))
+
+
+def test_bytes_are_truncated_not_rounded(vae: Vae[Any]) -> None:
+    block = blocks(1)[0]
+    values = vae.frames(block, vae.open(session()))
+    shown = vae.step(block, vae.open(session())).frames
+    assert torch.equal(shown.permute(3, 0, 1, 2), ((values + 1) * 127.5).floor().to(torch.uint8))
+
+
+def test_blocks_out_of_order_are_refused(vae: Vae[Any]) -> None:
+    state = vae.open(session())
+    items = blocks(3)
+    vae.step(items[0], state)
+    for block in (items[0], items[2]):
+        with pytest.raises(ValueError, match=f"block {block.index} is out of order, expected block 1"):
+            vae.step(block, state)
+    # A refused block leaves the stream as it was.
+    assert torch.equal(vae.step(items[1], state).frames, play(vae, session(), items[:2])[-12:])
+
+
+@pytest.mark.parametrize("shape", [None, (16, 3, 3, 2), (16, 2, 2, 3), (8, 3, 2, 3), (1, 16, 3, 2, 3)])
+def test_latents_of_another_shape_are_refused(vae: Vae[Any], shape: tuple[int, ...] | None) -> None:
+    block = Block(0, torch.empty(0), None if shape is None else torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"must have a latent of shape \(16, 3, 2, 3\), got"):
+        vae.step(block, vae.open(session()))
+
+
+@pytest.mark.parametrize("shape", [(16, 18, 2, 3), (8, 19, 2, 3), (1, 16, 19, 2, 3)])
+def test_motion_latents_of_another_shape_are_refused(vae: Vae[Any], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must have the shape \(16, 19, h, w\)"):
+        vae.open(Session("session", 0, torch.zeros(shape)))
+
+
+def test_a_picture_becomes_the_latents_of_a_still_video(vae: Vae[Any]) -> None:
+    rgb = torch.randint(256, (SIZE[1], SIZE[0], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    motion = vae.encode_picture(rgb)
+    assert motion.shape == (16, MOTION_LATENTS, 2, 3)
+    assert motion.dtype == torch.float32
+    pixels = rgb.permute(2, 0, 1)[None, :, None] / 255 * 2 - 1
+    with torch.inference_mode():
+        reference = vae.codec.encode(pixels)
+        still = vae.codec.encode(pixels.expand(-1, -1, MOTION_FRAMES, -1, -1))
+    torch.testing.assert_close(motion[None, :, :1], reference, rtol=0, atol=1e-6)
+    assert torch.equal(motion[None], still)
+
+
+def test_pictures_that_do_not_fit_the_codec_are_refused(vae: Vae[Any]) -> None:
+    with pytest.raises(ValueError, match="multiples of 8, got 24x20"):
+        vae.encode_picture(torch.zeros(20, 24, 3, dtype=torch.uint8))
+    for wrong in (torch.zeros(16, 24, 3), torch.zeros(3, 16, 24, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"must be \(h, w, 3\) uint8"):
+            vae.encode_picture(wrong)
+
+
+def test_a_saved_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
+    light, wan = light_codec(), wan_codec()
+    rule = PictureRule("reference", area=720 * 400)
+    for codec, config, module in (
+        (light, VaeConfig("light", rule, 25, dataclasses.asdict(LIGHT)), light),
+        (wan, VaeConfig("wan", rule, 25, dataclasses.asdict(WAN)), wan.network),
+    ):
+        save(tmp_path / config.codec, dataclasses.asdict(config), module)
+        loaded = load(tmp_path / config.codec)
+        assert loaded.config.picture == rule
+        own: Vae[Any] = Vae(codec, config)
+        assert torch.equal(play(loaded, session(), blocks(2)), play(own, session(), blocks(2)))
+
+
+def test_configs_that_are_wrong_are_refused(tmp_path: Path) -> None:
+    good = dataclasses.asdict(tiny())
+    network = good["network"]
+    for change, words in (
+        ({"codec": "jpeg"}, "codec must be one of light, wan, got 'jpeg'"),
+        ({"colour": "red"}, "unexpected keyword argument 'colour'"),
+        ({"network": {**network, "depth": 3}}, "unexpected keyword argument 'depth'"),
+        ({"network": {**network, "wide": 0}}, "must be positive"),
+        ({"network": {**network, "wide": 64}}, "do not fit LightCodec"),
+        ({"picture": {"fit": "cover"}}, "either width and height or an area"),
+        ({"picture": None}, "must be a mapping"),
+    ):
+        save(tmp_path, {**good, **change}, initialise(LIGHT, seed=0))
+        with pytest.raises(ValueError, match=words):
+            load(tmp_path)
+
+
+def test_serving_the_light_codec_does_not_import_diffusers(tmp_path: Path) -> None:
+    save(tmp_path, {**dataclasses.asdict(tiny()), "network": dataclasses.asdict(LIGHT)}, initialise(LIGHT, seed=0))
+    program = (
+        "import sys, pathlib; from avatar.vae.vae import load; "
+        "load(pathlib.Path(sys.argv[1])); assert 'diffusers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)

@@ -1,0 +1,118 @@
+"""The Wan codec."""
+
+from itertools import product
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from torch import Tensor
+
+from avatar.vae.wan import WAN_MEAN, WAN_STD, WanCodec, WanConfig, diffusers_name
+from tests.vae.conftest import WAN, wan_codec
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def possible_names() -> list[str]:
+    """Every name that Wan's own checkpoint could have, for networks of any depth up to 30 parts in a row."""
+    rows = [*(f"middle.{i}" for i in range(3)), *(f"{way}samples.{i}" for way in ("down", "up") for i in range(30))]
+    layers = [*(f"residual.{i}" for i in (0, 2, 3, 6)), "shortcut", "resample.1", "time_conv", "norm", "to_qkv", "proj"]
+    stems = ["conv1", "conv2"]
+    for side in ("encoder", "decoder"):
+        stems += [f"{side}.conv1", f"{side}.head.0", f"{side}.head.2"]
+        stems += [f"{side}.{row}.{layer}" for row, layer in product(rows, layers)]
+    return [f"{stem}.{kind}" for stem, kind in product(stems, ("weight", "bias", "gamma"))]
+
+
+def renamed(tensors: dict[str, Tensor], num_res_blocks: int) -> dict[str, Tensor]:
+    """diffusers' tensors under the names of Wan's own checkpoint."""
+    names = {diffusers_name(name, num_res_blocks): name for name in possible_names()}
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def test_equals_the_public_methods_of_diffusers() -> None:
+    codec, frames, latents = wan_codec(), noise(1, 3, 13, 16, 24).clamp(-1, 1), noise(1, 16, 6, 2, 3)
+    mean, std = (torch.tensor(table).view(1, 16, 1, 1, 1) for table in (WAN_MEAN, WAN_STD))
+    with torch.inference_mode():
+        encoded = (codec.network.encode(frames).latent_dist.mode() - mean) / std
+        decoded = codec.network.decode(latents * std + mean).sample
+        torch.testing.assert_close(codec.encode(frames), encoded, rtol=0, atol=1e-6)
+        torch.testing.assert_close(codec.decode(latents, codec.fresh()).clamp(-1, 1), decoded, rtol=0, atol=1e-6)
+
+
+def test_a_whole_clip_equals_its_pieces_to_the_bit() -> None:
+    codec, latents = wan_codec(), noise(1, 16, 12, 2, 3)
+    with torch.inference_mode():
+        whole = codec.decode(latents, codec.fresh())
+        for sizes in ([1] * 12, [7, 3, 2], [2, 10]):
+            state = codec.fresh()
+            pieces = [codec.decode(part, state) for part in torch.split(latents, sizes, dim=2)]
+            assert torch.equal(torch.cat(pieces, dim=2), whole)
+
+
+def test_frames_that_do_not_fill_a_latent_are_left_out() -> None:
+    codec, frames = wan_codec(), noise(1, 3, 12, 16, 24)
+    with torch.inference_mode():
+        assert torch.equal(codec.encode(frames), codec.encode(frames[:, :, :9]))
+
+
+def test_encoding_leaves_streams_alone() -> None:
+    codec, latents = wan_codec(), noise(1, 16, 4, 2, 3)
+    with torch.inference_mode():
+        state = codec.fresh()
+        codec.decode(latents[:, :, :2], state)
+        known = codec.decode(latents[:, :, 2:], state)
+        state = codec.fresh()
+        codec.decode(latents[:, :, :2], state)
+        codec.encode(noise(1, 3, 5, 16, 24))
+        assert torch.equal(codec.decode(latents[:, :, 2:], state), known)
+
+
+def test_computes_in_the_weights_dtype() -> None:
+    codec, half = wan_codec(), WanCodec(WAN, dtype=torch.bfloat16)
+    half.network.load_state_dict(codec.network.state_dict())
+    frames = noise(1, 3, 5, 16, 24).clamp(-1, 1)
+    with torch.inference_mode():
+        latents = codec.encode(frames)
+        torch.testing.assert_close(half.encode(frames), latents, rtol=0, atol=0.05)
+        shown = half.decode(latents, half.fresh())
+        assert shown.dtype == torch.bfloat16
+        torch.testing.assert_close(shown.float(), codec.decode(latents, codec.fresh()), rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("num_res_blocks", [1, 2, 3])
+def test_loads_tensors_under_the_names_of_wans_checkpoint(num_res_blocks: int) -> None:
+    config = WanConfig(base_dim=4, num_res_blocks=num_res_blocks)
+    tensors = dict(wan_codec(config).network.state_dict())
+    codec = WanCodec(config)
+    codec.load_reference(renamed(tensors, num_res_blocks))
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in codec.network.state_dict().items())
+
+
+def test_names_are_those_of_diffusers_own_conversion() -> None:
+    tensors = dict(wan_codec().network.state_dict())
+    converted = convert_wan_vae_to_diffusers(renamed(tensors, WAN.num_res_blocks))  # type: ignore[no-untyped-call]
+    assert converted.keys() == tensors.keys()
+    assert all(converted[name] is tensor for name, tensor in tensors.items())
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    tensors = renamed(dict(wan_codec().network.state_dict()), WAN.num_res_blocks)
+    del tensors["decoder.head.2.weight"]
+    with pytest.raises(ValueError, match=r"do not fit this Wan codec.*decoder\.conv_out\.weight"):
+        WanCodec(WAN).load_reference(tensors)
+
+
+def test_configs_of_other_codecs_are_refused() -> None:
+    with pytest.raises(ValueError, match="must have 48 numbers"):
+        WanConfig(z_dim=48)
+    with pytest.raises(ValueError, match="two of them true"):
+        WanConfig(temperal_downsample=(True, True, True))
+
+
+def test_the_default_is_the_published_network() -> None:
+    with torch.device("meta"):
+        network = WanCodec(WanConfig(), device="meta").network
+    assert sum(parameter.numel() for parameter in network.parameters()) == 126_892_531
