@@ -1,0 +1,136 @@
+"""wav2vec2: the encoder of the public Live Avatar weights, over a window around each block.
+
+Axes: s samples, t encoder frames, l encoder layers and the input, d width.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from avatar import checkpoint
+from avatar.audio.clock import BLOCK_FRAMES, FRAME_SAMPLES
+from avatar.audio.encoder import read
+from avatar.audio.statistics import Statistics
+
+WEIGHT_NORM = re.compile(r"conv\.weight_([gv])$")
+"""Length and direction of the positional convolution's weights, as transformers named them before torch 2's names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wav2Vec2Config:
+    """What a checkpoint's config.json says of a wav2vec2 encoder.
+
+    network: the sizes, as transformers.Wav2Vec2Config names them.
+    left_frames: encoder frames in front of the block.
+    right_frames: encoder frames behind it: 20 ms of latency each. 64 complete the positional convolution.
+    """
+
+    encoder: str = "wav2vec2"
+    network: dict[str, Any]
+    left_frames: int = 400
+    right_frames: int = 24
+
+    def __post_init__(self) -> None:
+        if min(self.left_frames, self.right_frames) < 0:
+            raise ValueError(f"contexts must not be negative, got {self.left_frames} and {self.right_frames} frames")
+
+
+def large() -> Wav2Vec2Config:
+    """wav2vec2-large-xlsr-53: 25 states of width 1024."""
+    network = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "conv_bias": True,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+    }
+    return Wav2Vec2Config(network=network)
+
+
+class Wav2Vec2(nn.Module):
+    """transformers' wav2vec2, whose last hidden state is the normalised one."""
+
+    def __init__(self, config: Wav2Vec2Config) -> None:
+        super().__init__()
+        # Slow to import, and only needed where an encoder runs.
+        import transformers
+
+        # The reference's transformers (4.51) normalised the last hidden state; today's has to be asked to. Masking is
+        # for training, and brings a parameter of its own.
+        ours = {"tie_last_hidden_states": True, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+        network = transformers.Wav2Vec2Config(**{**config.network, **ours})
+        self.config = config
+        self.network = transformers.Wav2Vec2Model(network)
+        self.num_states = network.num_hidden_layers + 1
+        self.width = network.hidden_size
+        self.right_frames = config.right_frames
+        self.left_samples = (config.left_frames + 1) * FRAME_SAMPLES  # a block's first pixel frame looks one back
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Wav2Vec2":
+        encoder = cls(read(Wav2Vec2Config, folder))
+        load_weights(encoder.network, folder)
+        return encoder
+
+    @classmethod
+    def tiny(cls) -> "Wav2Vec2":
+        network = {
+            **large().network,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "conv_dim": (16,) * 7,
+        }
+        return cls(Wav2Vec2Config(network=network, left_frames=40, right_frames=4))
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        checkpoint.save(folder, asdict(self.config), self.network, dtype)
+
+    def encode(self, window: Tensor, statistics: Statistics) -> tuple[Tensor, Statistics]:
+        states = self.hidden_states(statistics.normalise(window))
+        end = states.shape[1] - self.right_frames
+        return states[:, max(0, end - BLOCK_FRAMES - 1) : end], statistics
+
+    def hidden_states(self, samples: Tensor) -> Tensor:
+        """The layers' input and the output of each layer, the last one normalised, (l, t, d) float32.
+
+        samples: (s,) sound at 16 kHz, normalised. Frame t hears samples 320 t .. 320 t + 399 before the layers.
+        """
+        parameter = next(self.network.parameters())
+        states = self.network(samples.to(parameter)[None], output_hidden_states=True).hidden_states
+        stacked: Tensor = rearrange(list(states), "l 1 t d -> l t d")
+        return stacked.float()
+
+
+def load_weights(network: nn.Module, folder: Path) -> None:
+    """Fill a Wav2Vec2Model from a checkpoint of it, or of a model for speech recognition around it.
+
+    ValueError says which tensors are missing, surplus or of another shape.
+    """
+    tensors = {
+        ours: tensor
+        for path in checkpoint.weight_files(folder)
+        for name, tensor in checkpoint.read_tensors(path)
+        if (ours := module_name(name)) is not None
+    }
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"weights in {folder} do not fit: {' '.join(str(error).split())}") from error
+
+
+def module_name(name: str) -> str | None:
+    """A checkpoint's name in today's Wav2Vec2Model, None for what belongs to training or to the model around it."""
+    name = name.removeprefix("wav2vec2.")
+    if name.split(".")[0] not in ("feature_extractor", "feature_projection", "encoder"):
+        return None
+    return WEIGHT_NORM.sub(lambda old: f"conv.parametrizations.weight.original{'gv'.index(old[1])}", name)

@@ -1,0 +1,153 @@
+"""Whisper's encoder over a short window that always has the same length and the same positions.
+
+The window slides with the blocks, silence in front of the stream's first sample, so every block is seen with the same
+positional embedding and a stream has no seams. Whisper was trained on windows of 30 s; a network that uses these
+features has to be trained with this window, which is therefore part of the encoder's configuration.
+
+Axes: s samples, m mel bins, t encoder frames (two mel frames each), l encoder layers and the input, d width.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from avatar import checkpoint
+from avatar.audio.clock import BLOCK_FRAMES, FRAME_SAMPLES, SAMPLE_RATE_HZ, window_end
+from avatar.audio.encoder import read
+from avatar.audio.statistics import Statistics
+
+FFT_SAMPLES = 400
+HOP_SAMPLES = 160
+DYNAMIC_RANGE = 8.0
+"""Decades of mel power below the peak that the encoder sees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhisperConfig:
+    """What a checkpoint's config.json says of a Whisper encoder.
+
+    network: the sizes, as transformers.WhisperConfig names them.
+    window_frames: encoder frames of a window.
+    right_frames: how many of them lie behind the block: 20 ms of latency each.
+    """
+
+    encoder: str = "whisper"
+    network: dict[str, Any]
+    window_frames: int = 150
+    right_frames: int = 10
+
+    def __post_init__(self) -> None:
+        shortest, longest = BLOCK_FRAMES + 1 + self.right_frames, self.network["max_source_positions"]
+        if self.right_frames < 0 or not shortest <= self.window_frames <= longest:
+            raise ValueError(
+                f"window_frames must be {shortest} to {longest} with right_frames {self.right_frames}, "
+                f"which must not be negative; got {self.window_frames}"
+            )
+
+
+def tiny_en() -> WhisperConfig:
+    """OpenAI's tiny.en with a window of 3 s, 0.2 s of it behind the block."""
+    sizes = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}
+    return WhisperConfig(network={**sizes, "num_mel_bins": 80, "max_source_positions": 1500})
+
+
+class Whisper(nn.Module):
+    """transformers' Whisper encoder, driven window by window."""
+
+    def __init__(self, config: WhisperConfig) -> None:
+        super().__init__()
+        # Slow to import, and only needed where an encoder runs.
+        import transformers
+        from transformers.audio_utils import mel_filter_bank
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        self.config = config
+        self.network = WhisperEncoder(transformers.WhisperConfig(**config.network))
+        self.num_states = len(self.network.layers) + 1
+        self.width = self.network.config.d_model
+        self.right_frames = config.right_frames
+        # The first mel frame of the window is centred on its encoder frame's first sample.
+        self.left_samples = (
+            config.window_frames - BLOCK_FRAMES - config.right_frames
+        ) * FRAME_SAMPLES + FFT_SAMPLES // 2
+        filters = mel_filter_bank(
+            num_frequency_bins=FFT_SAMPLES // 2 + 1,
+            num_mel_filters=self.network.config.num_mel_bins,
+            min_frequency=0.0,
+            max_frequency=8000.0,
+            sampling_rate=SAMPLE_RATE_HZ,
+            norm="slaney",
+            mel_scale="slaney",
+        )
+        self.filters: Tensor
+        self.hann: Tensor
+        self.register_buffer("filters", torch.from_numpy(filters.T).float(), persistent=False)
+        self.register_buffer("hann", torch.hann_window(FFT_SAMPLES), persistent=False)
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Whisper":
+        encoder = cls(read(WhisperConfig, folder))
+        checkpoint.load_weights(encoder.network, folder)
+        return encoder
+
+    @classmethod
+    def tiny(cls) -> "Whisper":
+        sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
+        network = {**sizes, "num_mel_bins": 16, "max_source_positions": 64}
+        return cls(WhisperConfig(network=network, window_frames=64, right_frames=4))
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        checkpoint.save(folder, asdict(self.config), self.network, dtype)
+
+    def encode(self, window: Tensor, statistics: Statistics) -> tuple[Tensor, Statistics]:
+        silence = self.left_samples + window_end(0, self.right_frames) - len(window)
+        mel = self.log_mel(F.pad(window, (silence, 0)))
+        statistics = statistics.with_peak(float(mel.max()))
+        behind = self.config.window_frames - self.right_frames
+        return self.hidden_states(compress(mel, statistics.peak), slice(behind - BLOCK_FRAMES - 1, behind)), statistics
+
+    def log_mel(self, samples: Tensor) -> Tensor:
+        """log10 of mel power, (m, t), at least -10. Frame t hears samples (s,) 160 t .. 160 t + 399."""
+        spectrum = torch.stft(
+            samples.to(self.hann), FFT_SAMPLES, HOP_SAMPLES, window=self.hann, center=False, return_complex=True
+        )
+        return (self.filters @ spectrum.abs().square()).clamp(min=1e-10).log10()
+
+    def hidden_states(self, mel: Tensor, frames: slice = slice(None)) -> Tensor:
+        """The layers' input and the output of each layer, the last one normalised, (l, t, d) float32 at those frames.
+
+        mel: (m, 2 t) compressed log-mel at positions from 0.
+        Source: openai/whisper, AudioEncoder; transformers' module is the same but takes windows of 30 s only.
+        """
+        network = self.network
+        x = mel.to(network.conv1.weight.dtype)[None]
+        x = F.gelu(network.conv2(F.gelu(network.conv1(x))))
+        x = rearrange(x, "1 d t -> 1 t d")
+        x = x + network.embed_positions.weight[: x.shape[1]]
+        states = [x[:, frames]]
+        for layer in network.layers[:-1]:
+            x = layer(x, None)
+            states.append(x[:, frames])
+        states.append(network.layer_norm(last_layer(network.layers[-1], x, frames)))
+        stacked: Tensor = rearrange(states, "l 1 t d -> l t d")
+        return stacked.float()
+
+
+def last_layer(layer: Any, x: Tensor, frames: slice) -> Tensor:
+    """A transformers layer's output, (1, t, d), at the frames that are asked for; all frames of x are attended to."""
+    normed = layer.self_attn_layer_norm(x)
+    attended: Tensor = layer.self_attn(normed[:, frames], key_value_states=normed)[0]
+    x = x[:, frames] + attended
+    transformed: Tensor = layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(x))))
+    return x + transformed
+
+
+def compress(mel: Tensor, peak: float) -> Tensor:
+    """Log-mel (m, t) as Whisper was trained on: 8 decades below the peak, about [-1, 1.5]."""
+    return (mel.clamp(min=peak - DYNAMIC_RANGE) + 4) / 4

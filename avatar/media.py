@@ -1,0 +1,127 @@
+"""Sound files in, films out. No model's code and no torch: clients use it too.
+
+Axes: a audio channels, s samples, f pixel frames, h w height and width.
+"""
+
+from collections.abc import Iterable
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import av
+import numpy as np
+from av.audio.stream import AudioStream
+from av.container import OutputContainer
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from avatar.audio.clock import MAX_RATE_HZ, MIN_RATE_HZ
+
+FILM_RATE_HZ = 48000
+"""Every player takes AAC of this rate; the encoder does not take every rate that a voice may have."""
+
+LAYOUTS = {1: "mono", 2: "stereo"}
+
+
+def read_sound(path: Path) -> tuple[NDArray[np.float32], int]:
+    """Samples (a, s) float32 and their rate in Hz, of the first sound in any file that FFmpeg reads.
+
+    Integers come scaled by their full range (16 bits: by 1/32768), floats as they are. ValueError if it is no sound
+    file, is empty or damaged, or has other than 1 or 2 channels or a rate outside 8 to 48 kHz.
+    """
+    if not path.is_file():
+        raise ValueError(f"no sound file at {path}")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise ValueError(f"{path} is not a sound file: it holds no sound")
+            stream = container.streams.audio[0]
+            rate_hz, num_channels = stream.rate, stream.channels
+            if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+                raise ValueError(f"{path} has {rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
+            if num_channels not in (1, 2):
+                raise ValueError(f"{path} has {num_channels} channels, expected 1 or 2")
+            to_float = av.AudioResampler(format="fltp")
+            pieces = [piece.to_ndarray() for frame in container.decode(stream) for piece in to_float.resample(frame)]
+    except av.FFmpegError as error:
+        raise ValueError(f"{path} is not a sound file, or is damaged: {error}") from error
+    if not sum(piece.shape[1] for piece in pieces):
+        raise ValueError(f"{path} is empty: no samples")
+    return np.concatenate(pieces, axis=1), rate_hz
+
+
+def write_mp4(
+    path: Path,
+    frames: Iterable[NDArray[np.uint8]],
+    frame_rate: int,
+    first_frame: int,
+    samples: NDArray[np.float32],
+    rate_hz: int,
+) -> None:
+    """Write a film of H.264 and AAC, whose picture begins at first_frame / frame_rate s and whose sound at 0.
+
+    frames: chunks (f, h, w, 3) uint8 RGB of one size, h and w even; they are taken one at a time.
+    samples: (a, s) float32 in [-1, 1], 1 or 2 channels.
+    The file appears when it is complete; what was at the path stays until then. The late beginning of the picture is
+    stored as MP4 does it, as an empty edit in the edit list. ValueError if there are no frames or no samples, or the
+    frames' size is odd.
+    """
+    chunks = iter(frames)
+    first = next(chunks, None)
+    if first is None or not samples.size:
+        raise ValueError(f"a film needs frames and sound, got {'none' if first is None else 'no samples'}")
+    height, width = first.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"frames must have even sides, got {height} x {width}")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as film:
+            picture = add_picture(film, height, width, frame_rate)
+            sound = film.add_stream("aac", rate=FILM_RATE_HZ, layout=LAYOUTS[len(samples)])
+            shown, heard = first_frame, 0
+            for chunk in chain([first], chunks):
+                for image in chunk:
+                    film.mux(picture.encode(picture_frame(image, shown, frame_rate)))
+                    shown += 1
+                # Sound keeps pace with the picture, so that a reader finds both without seeking.
+                until = shown * rate_hz // frame_rate
+                mux_sound(film, sound, samples, heard, until, rate_hz)
+                heard = until
+            mux_sound(film, sound, samples, heard, samples.shape[1], rate_hz)
+            film.mux(picture.encode(None))
+            film.mux(sound.encode(None))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def add_picture(film: OutputContainer, height: int, width: int, frame_rate: int) -> VideoStream:
+    """A stream of H.264, 4:2:0, in BT.709 of limited range, and labelled so."""
+    stream = film.add_stream("libx264", rate=frame_rate, options={"crf": "18"})
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    context = stream.codec_context
+    context.time_base = Fraction(1, frame_rate)
+    context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+    return stream
+
+
+def picture_frame(image: NDArray[np.uint8], number: int, frame_rate: int) -> av.VideoFrame:
+    """An image (h, w, 3) at its time in the film."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(
+        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    )
+    frame.pts, frame.time_base = number, Fraction(1, frame_rate)
+    return frame
+
+
+def mux_sound(
+    film: OutputContainer, stream: AudioStream, samples: NDArray[np.float32], start: int, end: int, rate_hz: int
+) -> None:
+    """Put samples start .. end into the film at their time, as far as there are any."""
+    part = np.ascontiguousarray(samples[:, start:end])
+    if part.size:  # to encode nothing would end the stream
+        frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=LAYOUTS[len(part)])
+        frame.rate, frame.pts, frame.time_base = rate_hz, start, Fraction(1, rate_hz)
+        film.mux(stream.encode(frame))

@@ -1,0 +1,193 @@
+import gc
+import weakref
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from avatar.audio.clock import BLOCK_SAMPLES, window_end
+from avatar.audio.model import ENCODERS, AudioModel, AudioState, load, place
+from avatar.audio.resample import SETTLE_S
+from avatar.audio.statistics import Statistics
+from avatar.checkpoint import save
+from avatar.types import AudioPiece, Block, Session
+
+
+def pieces(samples: Tensor, piece_samples: int, rate_hz: int = 16000) -> list[AudioPiece]:
+    """Sound (a, s) in equal pieces and an empty last one."""
+    starts = range(0, samples.shape[1], piece_samples)
+    parts = [AudioPiece(samples[:, start : start + piece_samples], rate_hz) for start in starts]
+    return [*parts, AudioPiece(samples[:, :0], rate_hz, is_last=True)]
+
+
+def stream(model: AudioModel, session: Session, sound: list[AudioPiece]) -> list[Block]:
+    state = model.open(session)
+    return list(chain.from_iterable(model.step(piece, state) for piece in sound))
+
+
+def features(blocks: list[Block]) -> Tensor:
+    return torch.cat([block.features for block in blocks], dim=2)
+
+
+def whole(model: AudioModel, sound: Tensor) -> Tensor:
+    """Every block from its own window, cut out of all the sound (s,), with statistics made anew."""
+    encoder, blocks = model.encoder, []
+    num_blocks = -(-len(sound) // BLOCK_SAMPLES)
+    sound = F.pad(sound, (0, window_end(num_blocks - 1, encoder.right_frames) - len(sound)))
+    for index in range(num_blocks):
+        end = window_end(index, encoder.right_frames)
+        statistics = Statistics().with_samples(sound[:end])
+        for earlier in range(index):
+            _, heard = encoder.encode(window(model, sound, earlier), Statistics())
+            statistics = statistics.with_peak(heard.peak)
+        states, _ = encoder.encode(window(model, sound, index), statistics)
+        blocks.append(place(states, index))
+    return torch.cat(blocks, dim=2)
+
+
+def window(model: AudioModel, sound: Tensor, index: int) -> Tensor:
+    start = index * BLOCK_SAMPLES - model.encoder.left_samples
+    return sound[max(0, start) : window_end(index, model.encoder.right_frames)]
+
+
+def test_blocks_are_numbered_and_have_the_encoders_shape(model: AudioModel, session: Session, speech: Tensor) -> None:
+    blocks = stream(model, session, pieces(speech, 1600))
+    assert [block.index for block in blocks] == list(range(19))
+    for block in blocks:
+        assert block.features.shape == (model.encoder.num_states, model.encoder.width, 12)
+        assert block.features.dtype == torch.float32
+        assert block.features.isfinite().all()
+        assert block.latent is None
+
+
+def test_streamed_equals_whole(model: AudioModel, session: Session, speech: Tensor) -> None:
+    sound = F.pad(speech[:, : 16000 * 2], (0, 16000 * 2))  # the silence shows what is remembered beyond the window
+    torch.testing.assert_close(features(stream(model, session, pieces(sound, 640))), whole(model, sound[0]))
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 16000, 44100, 48000])
+def test_cutting_the_sound_changes_no_byte(rate_hz: int, model: AudioModel, session: Session, speech: Tensor) -> None:
+    sound = speech[:, : int(rate_hz * 0.7)]
+    expected = features(stream(model, session, [AudioPiece(sound, rate_hz, is_last=True)]))
+    for piece_samples in (1, 320, 1600, 7680):
+        assert torch.equal(features(stream(model, session, pieces(sound, piece_samples, rate_hz))), expected)
+
+
+def test_a_block_comes_with_the_sample_that_completes_it(model: AudioModel, session: Session, speech: Tensor) -> None:
+    state, heard = model.open(session), 0
+    for index in range(8):
+        end = window_end(index, model.encoder.right_frames)
+        assert end == round((index + 1) * 7680 + model.lookahead_s * 16000)
+        assert model.step(AudioPiece(speech[:, heard : end - 1], 16000), state) == []
+        assert [block.index for block in model.step(AudioPiece(speech[:, end - 1 : end], 16000), state)] == [index]
+        heard = end
+
+
+def test_interleaved_equals_alone(model: AudioModel, session: Session, speech: Tensor) -> None:
+    voices = [pieces(speech, 640), pieces(0.3 * speech.flip(1), 640)]
+    alone = [stream(model, session, voice) for voice in voices]
+    states: list[AudioState] = [model.open(session) for _ in voices]
+    together: list[list[Block]] = [[] for _ in voices]
+    for pair in zip(*voices, strict=True):
+        for piece, state, blocks in zip(pair, states, together, strict=True):
+            blocks += model.step(piece, state)
+    for expected, blocks in zip(alone, together, strict=True):
+        assert torch.equal(features(blocks), features(expected))
+
+
+def test_closing_a_stream_frees_state(model: AudioModel, session: Session, speech: Tensor) -> None:
+    state = model.open(session)
+    model.step(AudioPiece(speech, 44100), state)
+    left: list[weakref.ref[Any]] = [weakref.ref(x) for x in (state, state.window, state.resampler)]
+    del state
+    gc.collect()
+    assert [reference() for reference in left] == [None, None, None]
+
+
+def test_a_minute_of_sound_keeps_no_more_than_one_window(model: AudioModel, session: Session, speech: Tensor) -> None:
+    state = model.open(session)
+    num_blocks = len(model.step(AudioPiece(speech.repeat(1, 7)[:, : 60 * 16000], 16000), state))
+    assert num_blocks == 60 * 16000 // 7680 - (1 if model.lookahead_s > 0.01 else 0)
+    assert state.window.untyped_storage().nbytes() == 4 * model.window_samples
+
+
+def test_the_end_equals_silence_that_goes_on(model: AudioModel, session: Session, speech: Tensor) -> None:
+    sound = speech[:, :20_000]
+    ended = stream(model, session, pieces(sound, 1600))
+    state = model.open(session)
+    going_on = model.step(AudioPiece(F.pad(sound, (0, 20_000)), 16000), state)
+    assert len(ended) == 3
+    assert torch.equal(features(ended), features(going_on[:3]))
+
+
+@pytest.mark.parametrize(("num_samples", "num_blocks"), [(0, 0), (1, 1), (7680, 1), (7681, 2), (7680 * 3, 3)])
+def test_every_started_block_is_finished_at_the_end(
+    num_samples: int, num_blocks: int, model: AudioModel, session: Session, speech: Tensor
+) -> None:
+    state = model.open(session)
+    blocks = model.step(AudioPiece(speech[:, :num_samples], 16000), state)
+    blocks += model.step(AudioPiece(torch.zeros(1, 0), 16000, is_last=True), state)
+    assert len(blocks) == num_blocks
+
+
+def test_no_sound_is_taken_after_the_end(model: AudioModel, session: Session, speech: Tensor) -> None:
+    state = model.open(session)
+    model.step(AudioPiece(speech[:, :100], 16000, is_last=True), state)
+    with pytest.raises(ValueError, match="has ended"):
+        model.step(AudioPiece(speech[:, :100], 16000), state)
+
+
+def test_refused_sound_leaves_the_stream_as_it_was(model: AudioModel, session: Session, speech: Tensor) -> None:
+    state, blocks = model.open(session), []
+    for piece in pieces(speech[:, :16000], 1600):
+        for bad in (
+            AudioPiece(piece.samples, 3000),
+            AudioPiece(piece.samples, 24000 if state.resampler else 50000, is_last=True),
+            AudioPiece(torch.full((1, 10), torch.nan), 16000),
+            AudioPiece(torch.zeros(3, 10), 16000, is_last=True),
+            AudioPiece(torch.full((1, 10), 1000.0), 16000),
+        ):
+            with pytest.raises(ValueError, match="audio"):
+                model.step(bad, state)
+        blocks += model.step(piece, state)
+    assert torch.equal(features(blocks), features(stream(model, session, pieces(speech[:, :16000], 1600))))
+
+
+def test_history_and_statistics_rebuild_a_stream(model: AudioModel, session: Session, speech: Tensor) -> None:
+    state, index = model.open(session), 12
+    model.step(AudioPiece(speech[:, : window_end(index - 1, model.encoder.right_frames)], 16000), state)
+    statistics = Statistics.from_bytes(state.statistics.to_bytes())
+    [expected] = model.step(AudioPiece(speech[:, state.num_samples :][:, :BLOCK_SAMPLES], 16000), state)
+
+    start = index * BLOCK_SAMPLES - round((model.history_s - SETTLE_S) * 16000)
+    rebuilt = AudioState(torch.zeros(model.window_samples), start, index, statistics)
+    [block] = model.step(AudioPiece(speech[:, start : window_end(index, model.encoder.right_frames)], 16000), rebuilt)
+    assert torch.equal(block.features, expected.features)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_comes_back_from_its_checkpoint(name: str, tmp_path: Path, session: Session, speech: Tensor) -> None:
+    torch.manual_seed(1)
+    encoder = ENCODERS[name].tiny()
+    encoder.save(tmp_path)
+    expected, actual = (stream(model, session, pieces(speech, 7680)) for model in (AudioModel(encoder), load(tmp_path)))
+    assert torch.equal(features(actual), features(expected))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "encoder is None, expected one of whisper, wav2vec2"),
+        ({"encoder": "hubert"}, "encoder is 'hubert'"),
+        ({"encoder": "whisper"}, "no WhisperConfig: .*network"),
+        ({"encoder": "wav2vec2", "network": {}, "context": 3}, "no Wav2Vec2Config: .*context"),
+    ],
+)
+def test_a_config_that_makes_no_encoder_is_refused(config: dict[str, object], message: str, tmp_path: Path) -> None:
+    save(tmp_path, config, torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import soxr
+import torch
+from torch import Tensor
+
+from avatar.audio.resample import Resampler, check_piece
+from avatar.types import AudioPiece
+
+
+def resampled(samples: Tensor, rate_hz: int, piece_samples: int) -> Tensor:
+    resampler = Resampler(rate_hz)
+    starts = range(0, samples.shape[1], piece_samples)
+    parts = [resampler(samples[:, start : start + piece_samples], is_last=False) for start in starts]
+    return torch.cat([*parts, resampler(samples[:, :0], is_last=True)])
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 11025, 22050, 24000, 44100, 48000])
+def test_cutting_the_sound_changes_nothing(rate_hz: int, speech: Tensor) -> None:
+    samples = speech[:, : rate_hz // 2]
+    whole = torch.from_numpy(soxr.resample(samples[0].numpy(), rate_hz, 16000, quality="HQ"))
+    assert len(whole) == round(samples.shape[1] * 16000 / rate_hz)
+    for piece_samples in (1, 320, 1600, 7680):
+        assert torch.equal(resampled(samples, rate_hz, piece_samples), whole)
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 24000, 44100, 48000])
+def test_output_lags_by_at_most_120_ms(rate_hz: int, speech: Tensor) -> None:
+    ready = Resampler(rate_hz)(speech[:, :rate_hz], is_last=False)
+    assert 16000 - len(ready) <= 0.12 * 16000
+
+
+def test_sound_at_16_khz_passes_untouched(speech: Tensor) -> None:
+    assert torch.equal(Resampler(16000)(speech, is_last=False), speech[0])
+
+
+def test_stereo_becomes_the_mean_of_its_channels(speech: Tensor) -> None:
+    stereo = torch.stack([speech[0], -0.5 * speech[0]])
+    assert torch.equal(Resampler(16000)(stereo, is_last=False), (stereo[0] + stereo[1]) / 2)
+
+
+def piece(*shape: int, rate_hz: int = 16000, value: float = 0.0, dtype: torch.dtype = torch.float32) -> AudioPiece:
+    samples = torch.zeros(shape, dtype=dtype)
+    samples[..., -1:] = value
+    return AudioPiece(samples, rate_hz)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (piece(1, 9, rate_hz=3000), "8000 to 48000 Hz, got 3000"),
+        (piece(1, 9, rate_hz=96000), "8000 to 48000 Hz, got 96000"),
+        (piece(3, 9), r"1 or 2 channels, samples\), got shape \(3, 9\)"),
+        (piece(9), "channels"),
+        (piece(1, 9, value=np.nan), "finite"),
+        (piece(2, 9, value=-np.inf), "finite"),
+        (piece(1, 9, value=-20000.0), r"\[-1, 1\], got 20000; divide PCM16"),
+        (piece(1, 9, dtype=torch.int16), "float32"),
+    ],
+)
+def test_sound_that_cannot_be_used_is_refused(bad: AudioPiece, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_piece(bad)
+
+
+@pytest.mark.parametrize("good", [piece(1, 0), piece(2, 0, rate_hz=8000), piece(2, 9, rate_hz=48000, value=1.5)])
+def test_empty_pieces_and_slight_overshoot_are_taken(good: AudioPiece) -> None:
+    check_piece(good)

