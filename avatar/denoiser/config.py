@@ -1,0 +1,182 @@
+"""What the network is and how it is run: the fields of a checkpoint's config.json.
+
+The names are those of the public class `WanModel_S2V`; a field that its file leaves out has the value of the public
+14B network. Our own fields follow after them.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+from avatar.denoiser.sampler import SAMPLERS
+from avatar.denoiser.schedule import flow_match_schedule
+
+CLASS_NAME = "WanModel_S2V"
+PATCH = 2  # latent rows and columns of one token
+FRAMES_PER_LATENT = 4  # pixel frames of one latent frame
+
+# Fields that public checkpoints may carry and that change nothing here.
+IGNORED = {
+    "_class_name",
+    "_diffusers_version",
+    "enable_tsm",
+    "motion_token_num",
+    "trainable_token_pos_emb",
+    "zero_init",
+}
+# Fields that public checkpoints may carry and whose other values are other networks.
+FIXED = {
+    "model_type": "s2v",
+    "patch_size": [1, PATCH, PATCH],
+    "window_size": [-1, -1],
+    "local_attn_size": -1,
+    "qk_norm": True,
+    "cross_attn_norm": True,
+    "enable_adain": True,
+    "adain_mode": "attn_norm",
+    "zero_timestep": True,
+    "enable_motioner": False,
+    "enable_framepack": True,
+    "framepack_drop_mode": "padd",
+    "add_last_motion": True,
+    "slide_motion_frames": False,
+}
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes of the network, and the constants of the rollout that its weights were trained for.
+
+    in_dim, out_dim, cond_dim: channels of noisy latent, output and pose latent.
+    text_len: rows of text that are always attended; shorter text is padded with zeros.
+    audio_dim, num_encoder_layers: width and number of the audio encoder's states, embedding output included.
+    audio_inject_layers: ascending indexes of the layers that audio enters after.
+    """
+
+    in_dim: int = 16
+    out_dim: int = 16
+    cond_dim: int = 16
+    dim: int = 5120
+    num_heads: int = 40
+    num_layers: int = 40
+    ffn_dim: int = 13824
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    audio_dim: int = 1024
+    num_audio_token: int = 4
+    audio_inject_layers: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+    eps: float = 1e-6
+
+    num_encoder_layers: int = 25
+    num_frames_per_block: int = 3
+    # Blocks that a block attends to, itself included.
+    window_blocks: int = 4
+    # Descending sigmas, the last one 0: level i moves a block from schedule[i] to schedule[i + 1].
+    schedule: tuple[float, ...] = flow_match_schedule(4, shift=3.0)
+    sampler: str = "euler"
+    # Latent frames from a block's first frame to the sink ahead of it: fixed, or drawn from low..high.
+    sink_distance: int | tuple[int, int] = (4, 30)
+    # The first block made under a sink taken from block 0's result; None keeps the reference for ever.
+    sink_update_block: int | None = 4
+    # What the pose input carries: "zeros", or the "reference" latent repeated over the block's frames.
+    pose: str = "zeros"
+    # "velocity", or "x0_residual": the output F means x0 = reference + residual_scale F.
+    output: str = "velocity"
+    residual_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        layers, sigmas, distance, update = (
+            self.audio_inject_layers,
+            self.schedule,
+            self.sink_distance,
+            self.sink_update_block,
+        )
+        is_range = isinstance(distance, int) or (len(distance) == 2 and distance[0] <= distance[1])
+        rules = (
+            (self.dim % 4 == 0 and self.dim % (2 * self.num_heads) == 0, "dim must be a multiple of 4 and 2 num_heads"),
+            (ascends((-1, *layers, self.num_layers)), "audio_inject_layers must ascend within the layers"),
+            (min(self.num_frames_per_block, self.window_blocks) > 0, "blocks and their window must not be empty"),
+            (len(sigmas) > 1 and ascends(sigmas[::-1]), "schedule must descend"),
+            (sigmas[-1:] == (0,) and sigmas[0] <= 1, "schedule must begin with at most 1 and end with 0"),
+            (self.sampler in SAMPLERS, f"sampler must be one of {sorted(SAMPLERS)}"),
+            (is_range, "sink_distance must be a number or (low, high)"),
+            (update is None or update > 0, "sink_update_block must be after block 0"),
+            (self.pose in ("zeros", "reference"), "pose must be zeros or reference"),
+            (self.pose == "zeros" or self.cond_dim == self.in_dim, "a reference as pose needs cond_dim = in_dim"),
+            (self.output in ("velocity", "x0_residual"), "output must be velocity or x0_residual"),
+            (self.out_dim == self.in_dim, "out_dim must be in_dim"),
+        )
+        broken = [rule for holds, rule in rules if not holds]
+        if broken:
+            raise ValueError(f"{'; '.join(broken)}: {self}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.schedule) - 1
+
+    @property
+    def frames_per_block(self) -> int:
+        """Pixel frames, and columns of audio features, of one block."""
+        return FRAMES_PER_LATENT * self.num_frames_per_block
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "NetworkConfig":
+        """The configuration in a config.json. ValueError names fields that are unknown or mean another network."""
+        for name, value in FIXED.items():
+            if values.get(name, value) != value:
+                raise ValueError(f"{name} is {values[name]!r}; this network is written for {value!r} alone")
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(values.keys() - known - IGNORED - FIXED.keys())
+        if unknown:
+            raise ValueError(f"unknown fields in the network's config: {', '.join(unknown)}")
+        try:
+            return cls(**{name: frozen(values[name]) for name in known & values.keys()})
+        except TypeError as error:
+            raise ValueError(f"a field of the network's config has the wrong type: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads, for config.json."""
+        return {"_class_name": CLASS_NAME, **asdict(self)}
+
+
+def ascends(values: tuple[float, ...]) -> bool:
+    return all(low < high for low, high in pairwise(values))
+
+
+def frozen(value: Any) -> Any:
+    """A JSON value whose lists are tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def tiny() -> NetworkConfig:
+    """The embedded default: 128x128 pictures, Whisper tiny.en's four layers and embedding output, no text.
+
+    The sink stands two frames ahead of a block's last one, and stays the reference: the network is trained on such
+    portraits, so an update could only lose sharpness.
+    """
+    return NetworkConfig(
+        dim=256,
+        num_heads=4,
+        num_layers=8,
+        ffn_dim=768,
+        text_dim=8,
+        text_len=1,
+        audio_dim=384,
+        audio_inject_layers=(0, 2, 4, 6),
+        num_encoder_layers=5,
+        schedule=(1.0, 0.9, 0.75, 0.5, 0.0),
+        sink_distance=4,
+        sink_update_block=None,
+        pose="reference",
+        output="x0_residual",
+    )
+
+
+def base() -> NetworkConfig:
+    """The public 14B network with the adapter that makes it causal: four levels, a sink that rolls 4 to 30 ahead."""
+    return NetworkConfig()

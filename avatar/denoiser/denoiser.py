@@ -1,0 +1,161 @@
+"""One level of denoising as a streaming model.
+
+    Block (features) --level 0--> Block (latent) --level 1--> ... --level N-1--> Block (clean latent)
+
+Every level keeps its own history of what went into it: a block attends to the blocks before it at its own noise
+level, and finished blocks are never looked at again. That is what lets levels run in processes that do not talk back
+(timestep forcing, arXiv 2512.04677).
+
+Axes: c channels, t latent frames, h w of latents, l encoder layers, d width, f pixel frames.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from avatar.denoiser.attention import reference_frame
+from avatar.denoiser.cache import KeysValues, KVCache
+from avatar.denoiser.config import PATCH, NetworkConfig
+from avatar.denoiser.model import Network
+from avatar.denoiser.sampler import SAMPLERS, NoiseSource, noise, sink_distance
+from avatar.denoiser.schedule import timesteps
+from avatar.types import Block, Conditions, Session
+
+# In latents: the coarsest motion tokens are so wide.
+SMALLEST_SIDE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Prefilled:
+    """What a session's current conditions became.
+
+    reference: (1, c, 1, h, w) float32. pose: (1, c, t, h, w). text: keys and values per layer.
+    """
+
+    version: int
+    reference: Tensor
+    pose: Tensor
+    text: list[KeysValues]
+
+
+@dataclass(eq=False)
+class DenoiserState:
+    """What one level carries from block to block of one session."""
+
+    session: Session
+    cache: KVCache
+    prefilled: Prefilled | None = None
+    next_index: int | None = None
+
+
+class Denoiser:
+    """Level `level` of the checkpoint's schedule. Any number of levels may share a network."""
+
+    def __init__(self, network: Network, config: NetworkConfig, level: int, noise: NoiseSource = noise) -> None:
+        """noise: what level 0 starts a block from. ValueError if the schedule has no such level."""
+        if not 0 <= level < config.num_levels:
+            raise ValueError(f"level must be 0 to {config.num_levels - 1}, as the schedule has it, got {level}")
+        self.network, self.config, self.level = network, config, level
+        self.sigma, self.sigma_next = config.schedule[level : level + 2]
+        self._noise = noise
+        with torch.no_grad():
+            self._modulation = network.embed_time(timesteps(config.schedule)[level].to(network.device).reshape(1, 1))
+
+    @property
+    def is_last(self) -> bool:
+        return self.level == self.config.num_levels - 1
+
+    @property
+    def history_blocks(self) -> int:
+        """How many blocks before the next one a stream that is opened anew should be given first."""
+        return self.config.window_blocks - 1
+
+    def updates_sink(self, block: Block) -> bool:
+        """The result of this block, here, is what the session's next conditions take their sink from."""
+        return self.is_last and block.index == 0 and self.config.sink_update_block is not None
+
+    def open(self, session: Session) -> DenoiserState:
+        """An empty history for a session. ValueError if its latents do not fit the network."""
+        channels, shape = self.config.in_dim, tuple(session.motion.shape)
+        if len(shape) != 4 or shape[0] != channels or not shape[1]:
+            raise ValueError(f"motion latents must have shape ({channels}, t, h, w), got {shape}")
+        height, width = shape[2:]
+        if height % PATCH or width % PATCH or min(height, width) < SMALLEST_SIDE:
+            raise ValueError(f"latents must have even sides of at least {SMALLEST_SIDE}, got {height}x{width}")
+        cache = KVCache(self.config, height, width, dtype=self.network.dtype, device=self.network.device)
+        return DenoiserState(session, cache)
+
+    @torch.no_grad()
+    def step(self, block: Block, state: DenoiserState) -> Block:
+        """The block one level cleaner; its latent (c, t, h, w) has the network's dtype and device.
+
+        Blocks come in order; a stream may begin with any. ValueError if one does not follow, or does not fit.
+        """
+        conditions = self._checked(block, state)
+        if state.prefilled is None or state.prefilled.version != conditions.version:
+            state.prefilled = self._prefill(conditions, state)
+        state.next_index = block.index + 1
+        prefilled, config, network = state.prefilled, self.config, self.network
+
+        start = block.latent if self.level else self._noise(state.session, block.index, config.num_frames_per_block)
+        assert start is not None
+        x = start.to(network.device, network.dtype).unsqueeze(0)
+        audio = network.encode_audio(block.features.to(network.device)[None, None])
+        first_frame = block.index * config.num_frames_per_block
+        distance = sink_distance(state.session, block.index, self.level, config.sink_distance)
+        state.cache.begin(block.index, reference_frame(first_frame, distance))
+        output = network(x, self._modulation, prefilled.text, audio, prefilled.pose, first_frame, state.cache)
+        velocity = velocity_of(output, x, prefilled.reference, self.sigma, config)
+        latent = SAMPLERS[config.sampler](x, velocity, self.sigma, self.sigma_next)
+        return replace(block, latent=latent.squeeze(0))
+
+    def _prefill(self, conditions: Conditions, state: DenoiserState) -> Prefilled:
+        network, config = self.network, self.config
+        reference = conditions.sink.to(network.device).unsqueeze(0)
+        words = conditions.text if len(conditions.text) else conditions.text.new_zeros(0, config.text_dim)
+        text = network.embed_text(words.to(network.device).unsqueeze(0))
+        motion = state.session.motion.to(network.device).unsqueeze(0)
+        state.cache.set_sink(network.prefill(reference, motion, text))
+        pose = repeat(reference.to(network.dtype), "b c 1 h w -> b c t h w", t=config.num_frames_per_block)
+        if config.pose == "zeros":
+            pose = torch.zeros_like(pose)
+        return Prefilled(conditions.version, reference, pose, text)
+
+    def _checked(self, block: Block, state: DenoiserState) -> Conditions:
+        """The block's conditions, when everything in it fits the session and the network."""
+        config = self.config
+        channels, _, height, width = state.session.motion.shape
+        if block.index < 0 or state.next_index not in (None, block.index):
+            raise ValueError(f"expected block {state.next_index or 0}, got {block.index}; blocks come in order")
+        if block.conditions is None:
+            raise ValueError(f"block {block.index} has no conditions; a block is given them when it is admitted")
+        check_shape("features", block.features, config.num_encoder_layers, config.audio_dim, config.frames_per_block)
+        if self.level:
+            if block.latent is None:
+                raise ValueError(f"block {block.index} has no latent; level {self.level} continues the level before it")
+            check_shape("latent", block.latent, channels, config.num_frames_per_block, height, width)
+        check_shape("sink", block.conditions.sink, channels, 1, height, width)
+        rows = len(block.conditions.text)
+        if rows > config.text_len:
+            raise ValueError(f"text has {rows} rows, the network reads at most {config.text_len}")
+        if rows:
+            check_shape("text", block.conditions.text, rows, config.text_dim)
+        return block.conditions
+
+
+def velocity_of(output: Tensor, x: Tensor, reference: Tensor, sigma: float, config: NetworkConfig) -> Tensor:
+    """The velocity at x that the network's output means; all (b, c, t, h, w), the reference of one frame.
+
+    With residual output F, x0 = reference + residual_scale F and velocity = (x - x0) / sigma.
+    """
+    if config.output == "velocity":
+        return output
+    clean = reference + config.residual_scale * output
+    return ((x - clean) / sigma).to(x.dtype)
+
+
+def check_shape(name: str, tensor: Tensor, *shape: int) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")

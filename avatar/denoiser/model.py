@@ -1,0 +1,185 @@
+"""The causal speech-to-video transformer of Wan2.2-S2V and Live Avatar (arXiv 2512.04677).
+
+The network keeps nothing. What a level, a text or a reference contributes is computed once by `embed_time`,
+`embed_text` and `prefill` and given to every call; what earlier blocks contribute comes from a history
+(`avatar.denoiser.cache`). One call denoises one block, or in training all blocks of a clip, for any batch.
+
+    reference, motion, text --prefill--> condition keys and values --history--+
+    noisy latent, pose, audio -----------------------------------> network ---+--> velocity
+
+Module names are the checkpoint's.
+
+Axes: b batch, a actors, c channels, t latent frames, h w of latents, l encoder layers, f pixel frames, n tokens,
+s tokens of a latent frame, d width.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from avatar.checkpoint import load_weights, read_config
+from avatar.denoiser.attention import block_positions, condition_positions, grid_size, rotate, rotation
+from avatar.denoiser.audio import AudioEncoder, AudioInjector, AudioTokens, WideLinear
+from avatar.denoiser.cache import History, KeysValues
+from avatar.denoiser.config import PATCH, NetworkConfig
+from avatar.denoiser.layers import FramePacker, Head, Layer, PatchEmbedding, sinusoid, unpatch
+
+# Rows of the type embedding.
+NOISY, REFERENCE, MOTION = range(3)
+# Maps that start at zero, see `initialise`.
+SILENT = re.compile(r"(time_projection\.1|cross_attn\.o|injector\.\d+\.o|adain_layers\.\d+\.linear|head\.head)\.weight")
+
+
+@dataclass(frozen=True, eq=False)
+class Modulation:
+    """What a timestep does to the network, in float32.
+
+    layers: (6, b, t, 1, d) per layer: shift, scale and gate of self-attention, then of the feed-forward network.
+    head: (2, b, t, 1, d) shift and scale. t is 1 where all latent frames share the timestep.
+    """
+
+    layers: list[Tensor]
+    head: Tensor
+
+
+class Network(nn.Module):
+    """Predicts a block's velocity, or what `config.output` says, from its noisy latent."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.patch_embedding = PatchEmbedding(config.in_dim, dim, 1, PATCH)
+        self.cond_encoder = PatchEmbedding(config.cond_dim, dim, 1, PATCH)
+        self.trainable_cond_mask = nn.Embedding(3, dim)
+        self.frame_packer = FramePacker(config)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(WideLinear(config.freq_dim, dim), nn.SiLU(), WideLinear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), WideLinear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.casual_audio_encoder = AudioEncoder(config)
+        self.audio_injector = AudioInjector(config)
+        self.head = Head(config)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for layer in self.blocks if isinstance(layer, Layer)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def embed_time(self, timesteps: Tensor) -> Modulation:
+        """What timesteps (b, t) in [0, 1000] do; t = 1 where all latent frames share one."""
+        embedded = self.time_embedding(sinusoid(timesteps, self.config.freq_dim))
+        shared = rearrange(self.time_projection(embedded), "b t (six d) -> six b t 1 d", six=6)
+        rows = [rearrange(layer.modulation.to(shared.dtype), "1 six d -> six 1 1 1 d") for layer in self.layers]
+        head = rearrange(self.head.modulation.to(shared.dtype), "1 two d -> two 1 1 1 d")
+        return Modulation([row + shared for row in rows], head + rearrange(embedded, "b t d -> 1 b t 1 d"))
+
+    def embed_text(self, text: Tensor) -> list[KeysValues]:
+        """Keys and values of text (b, n, d), n <= text_len, per layer. Rows that are missing are zero, and attended."""
+        padded = functional.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])).to(self.dtype)
+        embedded = self.text_embedding(padded)
+        return [layer.cross_attn.keys_values(embedded) for layer in self.layers]
+
+    def prefill(self, reference: Tensor, motion: Tensor, text: list[KeysValues]) -> list[KeysValues]:
+        """Keys, not rotated, and values of the condition tokens (reference, then motion) per layer.
+
+        reference: (b, c, 1, h, w). motion: (b, c, t, h, w), oldest first. text: from `embed_text`.
+        """
+        types = self.trainable_cond_mask.weight
+        still = rearrange(self.patch_embedding(reference.to(self.dtype)), "b 1 s d -> b s d") + types[REFERENCE]
+        moving = self.frame_packer(motion.to(self.dtype)) + types[MOTION]
+        x = rearrange(torch.cat([still, moving], dim=1), "b n d -> b 1 n d")
+        modulation = self.embed_time(torch.zeros(1, 1, device=x.device))
+        turns = rotation(condition_positions(*reference.shape[-2:]).to(x.device), self.config.head_dim)
+        conditions: list[KeysValues] = []
+        for layer, row, words in zip(self.layers, modulation.layers, text, strict=True):
+            q, k, v = layer.project(x, row)
+            conditions.append((k, v))
+            if len(conditions) < self.config.num_layers:
+                x = layer(x, (rotate(q, turns), rotate(k, turns), v), words, row)
+        return conditions
+
+    def encode_audio(self, features: Tensor, mask: Tensor | None = None) -> AudioTokens:
+        """What the latent frames of whole blocks hear.
+
+        features: (b, a, l, d, f). mask: (b, a, t, s, 1) weight of each actor's sound at each token; needed if a > 1.
+        """
+        assert mask is not None or features.shape[1] == 1, "several actors need a mask"
+        audio = self.casual_audio_encoder.blocks(features, self.config.frames_per_block)
+        return AudioTokens(audio.local, audio.overall, mask)
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        text: list[KeysValues],
+        audio: AudioTokens,
+        pose: Tensor,
+        first_frame: int | Tensor,
+        history: History,
+    ) -> Tensor:
+        """The output for noisy latents x (b, c, t, h, w): of x's shape and dtype.
+
+        pose: latents of x's shape. first_frame: number of x's first latent frame in the stream, or (b,) of them.
+        history: holds what x attends to besides text and audio, and is extended by x.
+        """
+        config, (t, h, w) = self.config, x.shape[-3:]
+        hidden = self.patch_embedding(x) + self.cond_encoder(pose) + self.trainable_cond_mask.weight[NOISY]
+        turns = rotation(block_positions(first_frame, t, h, w).to(x.device), config.head_dim)
+        for i, layer in enumerate(self.layers):
+            q, k, v = layer.project(hidden, modulation.layers[i])
+            keys, values = history.extend(i, rotate(k, turns), v)
+            attended = rotate(q, turns), keys, values
+            hidden = layer(hidden, attended, text[i], modulation.layers[i], history.mask)
+            if i in config.audio_inject_layers:
+                hidden = hidden + self.audio_injector(config.audio_inject_layers.index(i), hidden, audio)
+        return unpatch(self.head(hidden, modulation.head), grid_size(h, w)[0]).to(x.dtype)
+
+
+def load(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Network, NetworkConfig]:
+    """The network of a checkpoint's `denoiser` folder, ready to serve, and its configuration.
+
+    ValueError if the configuration is another network's, or the weights do not fit it.
+    """
+    config = NetworkConfig.from_dict(read_config(folder))
+    with torch.device("meta"):
+        network = Network(config).to(dtype)
+    network.to_empty(device=device)
+    load_weights(network, folder)
+    return network.eval().requires_grad_(False), config
+
+
+@torch.no_grad()
+def initialise(network: Network, seed: int) -> None:
+    """Fill a network with weights to train from.
+
+    Everything that adds to the hidden state starts at zero (the layers' gates, what text and sound say) and so does
+    the head: an `x0_residual` network begins as the still reference. Other maps keep the variance of what they map.
+    Source: the zero gates of DiT (arXiv 2212.09748).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in network.named_parameters():
+        if SILENT.search(name) or name.endswith(("bias", "modulation")):
+            nn.init.zeros_(weight)
+        elif "norm" in name or name.endswith("encoder.weights"):
+            nn.init.ones_(weight)
+        elif name.startswith("trainable") or name.endswith("padding_tokens"):
+            nn.init.normal_(weight, std=0.02, generator=generator)
+        else:
+            nn.init.xavier_uniform_(weight.flatten(1), generator=generator)

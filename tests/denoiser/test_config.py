@@ -1,0 +1,95 @@
+"""Tests of avatar.denoiser.config."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from avatar.denoiser.config import NetworkConfig, base, tiny
+
+# What the public checkpoint's config.json says.
+PUBLIC = {
+    "_class_name": "WanModel_S2V",
+    "_diffusers_version": "0.34.0",
+    "adain_mode": "attn_norm",
+    "add_last_motion": True,
+    "audio_dim": 1024,
+    "audio_inject_layers": [0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39],
+    "cond_dim": 16,
+    "dim": 5120,
+    "enable_adain": True,
+    "enable_framepack": True,
+    "enable_motioner": False,
+    "enable_tsm": False,
+    "eps": 1e-6,
+    "ffn_dim": 13824,
+    "framepack_drop_mode": "padd",
+    "freq_dim": 256,
+    "in_dim": 16,
+    "model_type": "s2v",
+    "motion_token_num": 1024,
+    "num_audio_token": 4,
+    "num_heads": 40,
+    "num_layers": 40,
+    "out_dim": 16,
+    "text_len": 512,
+    "trainable_token_pos_emb": False,
+    "zero_init": True,
+    "zero_timestep": True,
+}
+
+
+def test_the_public_file_gives_the_base_preset() -> None:
+    assert NetworkConfig.from_dict(PUBLIC) == base()
+
+
+@pytest.mark.parametrize("preset", [tiny, base])
+def test_a_saved_config_reads_back(preset: Callable[[], NetworkConfig]) -> None:
+    assert NetworkConfig.from_dict(json.loads(json.dumps(preset().to_dict()))) == preset()
+
+
+def test_unknown_fields_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"unknown fields.*: colour, flavour"):
+        NetworkConfig.from_dict(PUBLIC | {"flavour": 1, "colour": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("adain_mode", "attn"), ("qk_norm", False), ("patch_size", [1, 4, 4]), ("model_type", "t2v")]
+)
+def test_another_network_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} is .*{value!r}".replace("[", r"\[")):
+        NetworkConfig.from_dict(PUBLIC | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_heads": 3}, "dim"),
+        ({"audio_inject_layers": (0, 8)}, "audio_inject_layers"),
+        ({"audio_inject_layers": (2, 0)}, "audio_inject_layers"),
+        ({"schedule": (1.0, 0.5)}, "schedule"),
+        ({"schedule": (1.0, 0.5, 0.5, 0.0)}, "schedule"),
+        ({"schedule": (0.0,)}, "schedule"),
+        ({"schedule": ()}, "schedule"),
+        ({"schedule": (1.5, 0.0)}, "schedule"),
+        ({"sampler": "heun"}, "sampler"),
+        ({"sink_distance": (5, 4)}, "sink_distance"),
+        ({"sink_distance": (4,)}, "sink_distance"),
+        ({"sink_update_block": 0}, "sink_update_block"),
+        ({"pose": "video"}, "pose"),
+        ({"cond_dim": 8}, "pose"),
+        ({"output": "noise"}, "output"),
+        ({"window_blocks": 0}, "window"),
+        ({"out_dim": 8}, "out_dim"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        replace(tiny(), **change)
+
+
+def test_a_value_of_the_wrong_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="wrong type"):
+        NetworkConfig.from_dict(PUBLIC | {"dim": "wide"})

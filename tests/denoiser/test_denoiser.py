@@ -1,0 +1,285 @@
+"""Tests of avatar.denoiser.denoiser."""
+
+import gc
+import weakref
+from dataclasses import fields, replace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from avatar.denoiser.config import NetworkConfig, tiny
+from avatar.denoiser.denoiser import Denoiser, velocity_of
+from avatar.denoiser.model import Network, initialise
+from avatar.denoiser.sampler import noise
+from avatar.types import Block, Conditions, Session
+from tests.denoiser.conftest import randn, random_block, random_conditions, random_session
+
+
+def latents(denoiser: Denoiser, session: Session, blocks: list[Block]) -> list[Tensor]:
+    """What a new stream of a session answers to the blocks."""
+    state = denoiser.open(session)
+    return [latent_of(denoiser.step(block, state)) for block in blocks]
+
+
+def latent_of(block: Block) -> Tensor:
+    assert block.latent is not None
+    return block.latent
+
+
+def blocks_of(config: NetworkConfig, conditions: Conditions, *indexes: int) -> list[Block]:
+    return [random_block(config, index, conditions) for index in indexes]
+
+
+def test_only_the_latent_changes(denoiser: Denoiser, session: Session, config: NetworkConfig) -> None:
+    block = replace(random_block(config, 0, random_conditions(config, 0)), traceparent="00-1-2-01")
+    result = denoiser.step(block, denoiser.open(session))
+    assert latent_of(result).shape == latent_of(block).shape
+    assert not torch.equal(latent_of(result), latent_of(block))
+    for field in fields(Block):
+        if field.name != "latent":
+            assert getattr(result, field.name) is getattr(block, field.name)
+
+
+def test_level_0_starts_from_the_sessions_noise(
+    denoiser: Denoiser, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    blocks = blocks_of(config, conditions, 0, 1)
+    bare = [replace(block, latent=None) for block in blocks]
+    answers = latents(denoiser, session, blocks)
+    assert all(map(torch.equal, answers, latents(denoiser, session, bare)))
+    assert not torch.equal(answers[0], latents(denoiser, replace(session, seed=2), bare)[0])
+
+
+def test_later_levels_continue_the_level_before(
+    network: Network, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    denoiser, blocks = Denoiser(network, config, level=1), blocks_of(config, conditions, 0)
+    other = [replace(blocks[0], latent=latent_of(blocks[0]) + 1)]
+    assert not torch.allclose(latents(denoiser, session, blocks)[0], latents(denoiser, session, other)[0])
+    with pytest.raises(ValueError, match="no latent"):
+        latents(denoiser, session, [replace(blocks[0], latent=None)])
+
+
+def test_levels_share_a_network_and_no_history(
+    network: Network, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    levels, alone = [[Denoiser(network, config, level) for level in range(4)] for _ in range(2)]
+    states = [level.open(session) for level in levels]
+    entered: list[list[Block]] = [[] for _ in levels]
+    left: list[list[Tensor]] = [[] for _ in levels]
+    for block in blocks_of(config, conditions, *range(5)):
+        for denoiser, state, before, after in zip(levels, states, entered, left, strict=True):
+            before.append(block)
+            block = denoiser.step(block, state)
+            after.append(latent_of(block))
+    for denoiser, before, after in zip(alone, entered, left, strict=True):
+        assert all(map(torch.equal, after, latents(denoiser, session, before)))
+    windows = [state.cache.window(0)[0] for state in states]
+    assert not torch.allclose(windows[1], windows[2])
+
+
+def test_interleaved_equals_alone(denoiser: Denoiser, config: NetworkConfig) -> None:
+    sessions = [random_session(config, name, seed) for name, seed in (("first", 1), ("second", 2))]
+    blocks = [blocks_of(config, random_conditions(config, version), *range(5)) for version in (0, 1)]
+    alone = [latents(denoiser, *each) for each in zip(sessions, blocks, strict=True)]
+    states = [denoiser.open(session) for session in sessions]
+    for index in range(5):
+        for which in (0, 1):
+            answer = latent_of(denoiser.step(blocks[which][index], states[which]))
+            assert torch.equal(answer, alone[which][index])
+
+
+def test_closing_a_stream_frees_state(
+    denoiser: Denoiser, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    state = denoiser.open(session)
+    answer = denoiser.step(random_block(config, 0, conditions), state)
+    cache, buffer = weakref.ref(state.cache), weakref.ref(state.cache.window(0)[0].untyped_storage())
+    del state
+    gc.collect()
+    assert cache() is None
+    assert buffer() is None
+    assert answer.latent is not None
+
+
+def test_new_conditions_are_prefilled_and_the_window_stays(
+    denoiser: Denoiser, session: Session, config: NetworkConfig
+) -> None:
+    first, second = (random_conditions(config, version) for version in (0, 1))
+    blocks = blocks_of(config, first, 0, 1)
+    state, kept = denoiser.open(session), denoiser.open(session)
+    for block in blocks:
+        denoiser.step(block, state)
+        denoiser.step(block, kept)
+    window = state.cache.window(0)[0].clone()
+    changed = latent_of(denoiser.step(random_block(config, 2, second), state))
+    assert not torch.allclose(changed, latent_of(denoiser.step(random_block(config, 2, first), kept)), atol=1e-3)
+    filled = 2 * config.num_frames_per_block * 24
+    assert torch.equal(state.cache.window(0)[0][:, :filled], window[:, :filled])
+    assert state.prefilled is not None
+    assert state.prefilled.version == 1
+
+
+def test_conditions_are_prefilled_once(
+    denoiser: Denoiser,
+    network: Network,
+    session: Session,
+    conditions: Conditions,
+    config: NetworkConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prefill = Mock(wraps=network.prefill)
+    monkeypatch.setattr(network, "prefill", prefill)
+    latents(denoiser, session, blocks_of(config, conditions, 0, 1, 2))
+    assert prefill.call_count == 1
+
+
+def test_blocks_come_in_order(
+    denoiser: Denoiser, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    state = denoiser.open(session)
+    denoiser.step(random_block(config, 4, conditions), state)
+    for wrong in (4, 6, 0):
+        with pytest.raises(ValueError, match=f"expected block 5, got {wrong}"):
+            denoiser.step(random_block(config, wrong, conditions), state)
+    denoiser.step(random_block(config, 5, conditions), state)
+
+
+def test_a_stream_opened_anew_needs_history_blocks_to_see_what_it_saw(
+    network: Network, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    shallow = replace(config, num_layers=1, audio_inject_layers=(0,))
+    one_layer = Network(shallow)
+    one_layer.load_state_dict(network.state_dict(), strict=False)
+    denoiser = Denoiser(one_layer, shallow, level=1)
+    blocks = blocks_of(config, conditions, *range(6))
+    first = 5 - denoiser.history_blocks
+    through, anew, late = (
+        latents(denoiser, session, each)[-1] for each in (blocks, blocks[first:], blocks[first + 1 :])
+    )
+    torch.testing.assert_close(anew, through, atol=1e-6, rtol=0)
+    assert not torch.allclose(late, through, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"features": torch.zeros(3, 6, 7)}, r"features must have shape \(3, 6, 8\), got \(3, 6, 7\)"),
+        ({"latent": torch.zeros(4, 3, 8, 12)}, r"latent must have shape \(4, 2, 8, 12\)"),
+        ({"conditions": None}, "no conditions"),
+        ({"conditions": Conditions(0, torch.zeros(4, 2, 8, 12), torch.zeros(0, 10))}, "sink must have shape"),
+        ({"conditions": Conditions(0, torch.zeros(4, 1, 8, 12), torch.zeros(6, 10))}, "text has 6 rows.* at most 5"),
+        ({"conditions": Conditions(0, torch.zeros(4, 1, 8, 12), torch.zeros(2, 9))}, "text must have shape"),
+        ({"index": -1}, "expected block 0, got -1"),
+    ],
+)
+def test_a_block_that_does_not_fit_is_refused_and_nothing_is_lost(
+    network: Network,
+    session: Session,
+    conditions: Conditions,
+    config: NetworkConfig,
+    change: dict[str, object],
+    said: str,
+) -> None:
+    denoiser, block = Denoiser(network, config, level=1), random_block(config, 0, conditions)
+    state = denoiser.open(session)
+    with pytest.raises(ValueError, match=said):
+        denoiser.step(replace(block, **change), state)  # type: ignore[arg-type]
+    assert torch.equal(latent_of(denoiser.step(block, state)), latents(denoiser, session, [block])[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [((3, 19, 8, 12), "motion latents"), ((4, 19, 8), "motion"), ((4, 1, 7, 12), "even"), ((4, 1, 8, 6), "8")],
+)
+def test_a_session_whose_latents_do_not_fit_is_refused(denoiser: Denoiser, shape: tuple[int, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        denoiser.open(Session("odd", 1, torch.zeros(shape)))
+
+
+@pytest.mark.parametrize("level", [-1, 4])
+def test_a_level_outside_the_schedule_is_refused(network: Network, config: NetworkConfig, level: int) -> None:
+    with pytest.raises(ValueError, match="level must be 0 to 3"):
+        Denoiser(network, config, level)
+
+
+def test_a_session_without_text_is_one_of_zero_rows(
+    denoiser: Denoiser, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    none, zero = (replace(conditions, text=text) for text in (torch.zeros(0, 0), torch.zeros(5, config.text_dim)))
+    assert torch.equal(*(latents(denoiser, session, blocks_of(config, each, 0))[0] for each in (none, zero)))
+
+
+def test_block_ten_million_is_finite_and_the_same_again(
+    denoiser: Denoiser, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    blocks = blocks_of(config, conditions, 10**7, 10**7 + 1)
+    answers = latents(denoiser, session, blocks)
+    assert all(answer.isfinite().all() for answer in answers)
+    assert all(map(torch.equal, answers, latents(denoiser, session, blocks)))
+
+
+def test_the_last_level_makes_the_next_sink_from_block_0(network: Network, config: NetworkConfig) -> None:
+    made = [
+        (level, index)
+        for level in range(4)
+        for index in range(3)
+        if Denoiser(network, config, level).updates_sink(random_block(config, index, random_conditions(config, 0)))
+    ]
+    assert made == [(3, 0)]
+    still = Denoiser(network, replace(config, sink_update_block=None), level=3)
+    assert not still.updates_sink(random_block(config, 0, random_conditions(config, 0)))
+
+
+def test_a_residual_output_means_the_velocity_of_the_path_to_it(config: NetworkConfig) -> None:
+    clean, epsilon, reference = randn(1, 1, 4, 2, 8, 12), randn(2, 1, 4, 2, 8, 12), randn(3, 1, 4, 1, 8, 12)
+    residual = replace(config, output="x0_residual", residual_scale=0.3)
+    x = 0.25 * clean + 0.75 * epsilon
+    velocity = velocity_of((clean - reference) / 0.3, x, reference, 0.75, residual)
+    torch.testing.assert_close(velocity, epsilon - clean, atol=1e-5, rtol=0)
+    assert velocity_of(epsilon, x, reference, 0.75, config) is epsilon
+
+
+def test_an_untrained_tiny_network_shows_the_reference_held_still() -> None:
+    config = replace(tiny(), num_layers=2, audio_inject_layers=(0,))
+    network = Network(config)
+    initialise(network, seed=1)
+    motion = randn(1, 16, 19, 8, 8)
+    session, conditions = Session("still", 5, motion), Conditions(0, motion[:, :1], torch.zeros(0, 0))
+    block = Block(0, torch.zeros(5, 384, 12), conditions=conditions)
+    for level in range(config.num_levels):
+        denoiser = Denoiser(network, config, level)
+        block = denoiser.step(block, denoiser.open(session))
+        if level == 0:
+            expected = 0.1 * motion[:, :1] + 0.9 * noise(session, 0, 3)
+            torch.testing.assert_close(latent_of(block), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(latent_of(block), motion[:, :1].expand(-1, 3, -1, -1), atol=1e-5, rtol=0)
+
+
+def test_the_pose_input_carries_the_reference_where_the_checkpoint_says_so(
+    network: Network, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    seen: list[Tensor] = []
+    for pose in ("zeros", "reference"):
+        denoiser = Denoiser(network, replace(config, pose=pose), level=0)
+        state = denoiser.open(session)
+        denoiser.step(random_block(config, 0, conditions), state)
+        assert state.prefilled is not None
+        seen.append(state.prefilled.pose)
+    assert not seen[0].any()
+    assert torch.equal(seen[1][0], conditions.sink.expand(-1, config.num_frames_per_block, -1, -1))
+
+
+def test_half_precision_answers_in_half_precision(
+    network: Network, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    half = Network(config).bfloat16()
+    half.load_state_dict(network.state_dict())
+    blocks = blocks_of(config, conditions, *range(4))
+    for level in (0, 2):
+        full = latents(Denoiser(network, config, level), session, blocks)
+        for answer, expected in zip(latents(Denoiser(half, config, level), session, blocks), full, strict=True):
+            assert answer.dtype == torch.bfloat16
+            assert (answer.float() - expected).square().mean().sqrt() / expected.std() < 2e-2
