@@ -1,0 +1,45 @@
+# The whole interface. Every target prepares what it needs.
+.PHONY: install protos check test test-slow demo
+
+VENV := .venv
+PYTHON ?= python3
+SPEECH ?= assets/speech.wav
+PORTRAIT ?= assets/portrait.png
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+PROTOS := $(shell find protos -name '*.proto')
+WEIGHTS := models/tiny/denoiser/model.safetensors models/tiny/vae/model.safetensors
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.lock pyproject.toml $(PROTOS)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --requirement requirements.lock
+	python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# Generates avatar/v1 and avatar/worker/v1 from protos/.
+protos: install
+	python -m pip install --quiet --no-build-isolation --no-deps --editable .
+
+# The tiny model is not trained yet: its weights come from a seed, the first time they are needed.
+$(WEIGHTS) &: $(VENV)/installed
+	python -m training.initialise models/tiny
+
+check: install
+	ruff check .
+	ruff format --check .
+	mypy
+	buf lint protos
+	buf format --diff --exit-code protos
+	buf breaking protos --against protos/baseline/v1.binpb
+	pytest --quiet tests/test_architecture.py
+
+test: install $(WEIGHTS)
+	pytest
+
+test-slow: install $(WEIGHTS)
+	pytest -m slow
+
+demo: install $(WEIGHTS)
+	python -m services.demo --speech $(SPEECH) --portrait $(PORTRAIT)

@@ -1,0 +1,188 @@
+"""A stage that lives in another process. Works on messages and never opens a tensor."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, Generic, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from avatar.errors import REASONS, AvatarError, ConfigMismatch, NoCapacity, StageFailed, StageLost
+from avatar.pipeline import beside
+from avatar.rpc.server import OPTIONS
+from avatar.worker.v1 import (
+    audio_pb2,
+    audio_pb2_grpc,
+    denoiser_pb2,
+    denoiser_pb2_grpc,
+    types_pb2,
+    vae_pb2,
+    vae_pb2_grpc,
+)
+
+Item = TypeVar("Item", bound=Message)
+Answer = TypeVar("Answer", bound=Message)
+
+# A worker whose device is busy opens a stream only after the steps that wait before it.
+OPEN_S = 30.0
+
+
+def channel(target: str) -> grpc.aio.Channel:
+    """A channel to HOST:PORT."""
+    return grpc.aio.insecure_channel(target, options=OPTIONS)
+
+
+class CallStatus:
+    """How the peer ended a call.
+
+    A write that fails because the call has ended makes grpc.aio replace the peer's status by INTERNAL (its issue
+    36066; measured: half of the calls that are refused while they write). Callbacks run before that, with the status.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._ended: grpc.aio.AioRpcError | None = None
+        call.add_done_callback(self._note)
+
+    def instead_of(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+        """The peer's own error, where there was one."""
+        return self._ended or error
+
+    def _note(self, call: Any) -> None:
+        code, details, trailing = (_finished(each) for each in (call.code(), call.details(), call.trailing_metadata()))
+        if code is not grpc.StatusCode.OK:
+            self._ended = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
+
+
+def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that has nothing to wait for."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a call that is done has its status")
+
+
+class RemoteStage(Generic[Item, Answer]):
+    """One session's stream at a worker: open it, then call it with the stream of items.
+
+    stage: name that errors carry. item, answer: which part of requests and answers carries items.
+    """
+
+    def __init__(self, stage: str, method: Any, request: type[Message], item: str, answer: str) -> None:
+        self.stage = stage
+        self.closed = types_pb2.Closed()
+        self._call = method()
+        self._status = CallStatus(self._call)
+        self._request = request
+        self._item = item
+        self._answer = answer
+
+    async def open(self, message: Message) -> Any:
+        """Open the stream; the worker's `opened`. Raises what the worker says, or StageLost."""
+        try:
+            async with asyncio.timeout(OPEN_S):
+                await self._write(open=message)
+                return (await self._read()).opened
+        except TimeoutError as error:
+            self.cancel()
+            raise StageLost(f"{self.stage} did not open a stream in {OPEN_S:g} s", metadata=self._where()) from error
+
+    async def __call__(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Answer, None]:
+        """The worker's answers, until it has answered all. If `items` fails, that is what is raised."""
+        async with beside(self._feed(items)) as feeding:
+            try:
+                while (response := await self._read()).WhichOneof("part") != "closed":
+                    yield getattr(response, self._answer)
+                self.closed = response.closed
+            except asyncio.CancelledError:
+                # A failure before this stage cancels its call; tell which it was.
+                if feeding.done() and not feeding.cancelled() and (failure := feeding.exception()):
+                    raise failure from None
+                raise
+            finally:
+                self.cancel()
+
+    def cancel(self) -> None:
+        """End the stream at once; nothing happens if it has ended."""
+        self._call.cancel()
+
+    async def _feed(self, items: AsyncGenerator[Item, None]) -> None:
+        try:
+            async with aclosing(items):
+                async for item in items:
+                    await self._write(**{self._item: item})
+            await self._write(close={})
+            await self._call.done_writing()
+        except BaseException:
+            self.cancel()
+            raise
+
+    async def _write(self, **part: Any) -> None:
+        try:
+            await self._call.write(self._request(**part))
+        except asyncio.InvalidStateError:  # the call has ended; reading tells how
+            await self._read()
+        except grpc.aio.AioRpcError as error:
+            raise stage_error(self.stage, self._status.instead_of(error)) from error
+
+    async def _read(self) -> Any:
+        try:
+            response = await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            raise stage_error(self.stage, self._status.instead_of(error)) from error
+        if response is grpc.aio.EOF:
+            raise StageLost(f"{self.stage} ended its stream early", metadata=self._where())
+        return response
+
+    def _where(self) -> dict[str, str]:
+        return {"stage": self.stage}
+
+
+def remote_audio(channel: grpc.aio.Channel) -> RemoteStage[audio_pb2.AudioPiece, types_pb2.Block]:
+    return RemoteStage(
+        "audio", audio_pb2_grpc.AudioServiceStub(channel).Encode, audio_pb2.EncodeRequest, "piece", "block"
+    )
+
+
+def remote_denoiser(channel: grpc.aio.Channel, level: int) -> RemoteStage[types_pb2.Block, types_pb2.Block]:
+    method = denoiser_pb2_grpc.DenoiserServiceStub(channel).Denoise
+    return RemoteStage(f"denoiser-{level}", method, denoiser_pb2.DenoiseRequest, "block", "block")
+
+
+def remote_vae(channel: grpc.aio.Channel) -> RemoteStage[types_pb2.Block, types_pb2.Frame]:
+    return RemoteStage("vae", vae_pb2_grpc.VaeServiceStub(channel).Decode, vae_pb2.DecodeRequest, "block", "frame")
+
+
+def stage_error(stage: str, error: grpc.aio.AioRpcError) -> AvatarError:
+    """What a worker's status means to the caller of the whole pipeline, with the stage's name.
+
+    What the client can act on passes through; a defect of the worker is StageFailed, its absence StageLost.
+    """
+    metadata = {"stage": stage}
+    found = rpc_status.from_call(error)  # type: ignore[arg-type]  # it asks for details and trailing metadata alone
+    violations: tuple[tuple[str, str], ...] = ()
+    reason, retry_s = "", None
+    for detail in found.details if found else ():
+        info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            reason, metadata = info.reason, {**info.metadata, **metadata}
+        elif detail.Unpack(bad):
+            violations = tuple((each.field, each.description) for each in bad.field_violations)
+        elif detail.Unpack(retry):
+            retry_s = retry.retry_delay.ToMilliseconds() / 1000
+    text = error.details() or error.code().name
+    if reason in REASONS and reason != AvatarError.reason:
+        kind = REASONS[reason]
+    elif error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
+        kind, retry_s = StageLost, 1.0
+    elif error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        kind = ConfigMismatch
+    elif error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        kind = NoCapacity
+    else:
+        kind = StageFailed
+    return kind(f"{stage}: {text}", metadata=metadata, violations=violations, retry_s=retry_s)

@@ -1,0 +1,114 @@
+"""Our types to messages and back. The only place that knows both tensors and messages."""
+
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+from avatar.types import AudioPiece, Block, Conditions, FrameChunk, Session
+from avatar.worker.v1 import types_pb2 as pb
+
+assert sys.byteorder == "little", "tensors travel as they lie in memory, and the wire is little-endian"
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SAMPLE_DTYPES = {"pcm16": torch.int16, "float32": torch.float32}
+
+
+def tensor_to_pb(x: Tensor) -> pb.Tensor:
+    """The message of a tensor of any shape, in its own dtype."""
+    data = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return pb.Tensor(dtype=NAMES[x.dtype], shape=x.shape, data=data)
+
+
+def tensor_from_pb(message: pb.Tensor) -> Tensor:
+    """The tensor of a message. ValueError if its dtype is unknown or its data do not fill its shape."""
+    dtype = DTYPES.get(message.dtype)
+    if dtype is None:
+        raise ValueError(f"dtype is {message.dtype!r}, expected one of {', '.join(DTYPES)}")
+    expected = math.prod(message.shape) * dtype.itemsize
+    if len(message.data) != expected:
+        raise ValueError(f"{len(message.data)} bytes for shape {tuple(message.shape)}, expected {expected}")
+    if not expected:
+        return torch.empty(tuple(message.shape), dtype=dtype)
+    return torch.frombuffer(bytearray(message.data), dtype=dtype).reshape(tuple(message.shape))
+
+
+def session_from_pb(message: pb.Session) -> Session:
+    return Session(id=message.id, seed=message.seed, motion=tensor_from_pb(message.motion))
+
+
+def conditions_to_pb(conditions: Conditions) -> pb.Conditions:
+    return pb.Conditions(
+        version=conditions.version, sink=tensor_to_pb(conditions.sink), text=tensor_to_pb(conditions.text)
+    )
+
+
+def conditions_from_pb(message: pb.Conditions) -> Conditions:
+    text = tensor_from_pb(message.text) if message.HasField("text") else torch.zeros(0, 0)
+    return Conditions(version=message.version, sink=tensor_from_pb(message.sink), text=text)
+
+
+def block_to_pb(block: Block) -> pb.Block:
+    """The whole block; a denoiser's answer is made by `latent_to_pb`."""
+    return pb.Block(
+        index=block.index,
+        features=tensor_to_pb(block.features),
+        latent=None if block.latent is None else tensor_to_pb(block.latent),
+        conditions=block.conditions.version if block.conditions else 0,
+        traceparent=block.traceparent,
+    )
+
+
+def latent_to_pb(block: Block) -> pb.Block:
+    """A denoiser's answer: the latent alone, since the caller keeps the features."""
+    assert block.latent is not None
+    return pb.Block(index=block.index, latent=tensor_to_pb(block.latent), traceparent=block.traceparent)
+
+
+def block_from_pb(message: pb.Block, conditions: Conditions | None) -> Block:
+    """The block; `conditions` are those whose version it names, None where the receiver has no use for them."""
+    return Block(
+        index=message.index,
+        features=tensor_from_pb(message.features) if message.HasField("features") else torch.zeros(0, 0, 0),
+        latent=tensor_from_pb(message.latent) if message.HasField("latent") else None,
+        conditions=conditions,
+        traceparent=message.traceparent,
+    )
+
+
+def piece_from_bytes(data: bytes, encoding: str, rate_hz: int, num_channels: int) -> AudioPiece:
+    """Sound as it came from a client. ValueError if it is no whole number of samples of every channel.
+
+    data: little-endian, channels interleaved, integers at full scale 32768.
+    """
+    dtype = SAMPLE_DTYPES.get(encoding)
+    if dtype is None:
+        raise ValueError(f"encoding is {encoding!r}, expected one of {', '.join(SAMPLE_DTYPES)}")
+    if num_channels not in (1, 2):
+        raise ValueError(f"{num_channels} channels, expected 1 or 2")
+    if len(data) % (dtype.itemsize * num_channels):
+        raise ValueError(f"{len(data)} bytes are no whole number of {num_channels}-channel {encoding} samples")
+    samples = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    scaled = samples / 32768 if dtype is torch.int16 else samples
+    return AudioPiece(scaled.reshape(-1, num_channels).T.contiguous(), rate_hz)
+
+
+def end_of_sound(rate_hz: int, num_channels: int) -> AudioPiece:
+    """The piece that says that no more sound comes."""
+    return AudioPiece(torch.zeros(num_channels, 0), rate_hz, is_last=True)
+
+
+def chunk_to_pbs(chunk: FrameChunk) -> list[pb.Frame]:
+    """One message per frame: twelve of 0.9 MB pass faster than one of 10 MB."""
+    last = len(chunk.frames) - 1
+    return [
+        pb.Frame(
+            block=chunk.index,
+            index=chunk.first_frame + i,
+            is_last=i == last,
+            data=frame.contiguous().numpy().tobytes(),
+        )
+        for i, frame in enumerate(chunk.frames)
+    ]

@@ -1,0 +1,259 @@
+"""What every service's server has in common: options, errors, admission, the order of a stream, and its life.
+
+A worker's stream is `open`, items, `close`; see `parts`. Exceptions become statuses in one place, `Statuses`.
+"""
+
+import asyncio
+import logging
+import signal
+import time
+import traceback
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from avatar import telemetry
+from avatar.errors import DOMAIN, AvatarError, ConnectionLost, InvalidField, NoCapacity, ProtocolOrder
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 16 << 20
+OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A frozen peer is noticed after keepalive time + ping time-out; without the second it would take a minute.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.ping_timeout_ms", 3_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+SERVER_OPTIONS = [
+    *OPTIONS,
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # Two servers on one port would share its connections at random; a worker's streams have state.
+    ("grpc.so_reuseport", 0),
+]
+
+# A status travels in the trailers, twice; over 16 KB they are dropped. Its text may repeat what a client sent.
+MAX_TEXT = 1000
+
+Request = TypeVar("Request", bound=Message)
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class Servicer(Protocol):
+    """What `serving` needs of a service."""
+
+    service_name: str
+
+    def add_to(self, server: grpc.aio.Server) -> None: ...
+
+
+def status_of(error: AvatarError) -> status_pb2.Status:
+    """The google.rpc.Status of an error: ErrorInfo always, BadRequest and RetryInfo where they apply."""
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata),
+    ]
+    if error.violations:
+        violation = error_details_pb2.BadRequest.FieldViolation
+        fields = [violation(field=field, description=text[:MAX_TEXT]) for field, text in error.violations]
+        details.append(error_details_pb2.BadRequest(field_violations=fields))
+    if error.retry_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_s * 1000))
+        details.append(retry)
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code.name), message=error.message[:MAX_TEXT])
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+class Statuses(grpc.aio.ServerInterceptor):
+    """Turns what a handler raises into a status, and makes sure that a handler's generator is closed with its call."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method: str = handler_call_details.method
+        if handler.unary_unary:
+
+            async def unary(request: Any, context: Any) -> Any:
+                return await _as_status(method, context, handler.unary_unary(request, context))
+
+            return grpc.unary_unary_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
+        if handler.stream_stream:
+
+            async def stream(requests: AsyncIterator[Any], context: Any) -> None:
+                await _as_status(method, context, _write_all(handler.stream_stream(requests, context), context))
+
+            return grpc.stream_stream_rpc_method_handler(
+                stream, handler.request_deserializer, handler.response_serializer
+            )
+        return handler
+
+
+async def _write_all(answers: Any, context: Any) -> None:
+    """Send what a handler answers, unless it writes by itself."""
+    if not isinstance(answers, AsyncGenerator):
+        await answers
+        return
+    # Left to itself, a generator would be closed when it is collected, and its session's state with it.
+    async with aclosing(answers):
+        async for answer in answers:
+            await context.write(answer)
+
+
+async def _as_status(method: str, context: Any, handling: Awaitable[Any]) -> Any:
+    """What a handler returns; what it raises ends the call with a status."""
+    started = time.perf_counter()
+    code = "OK"
+    try:
+        return await handling
+    except (grpc.aio.AbortError, asyncio.CancelledError):
+        code = "CANCELLED"
+        raise
+    except Exception as error:
+        status = _told(method, error)
+        code = code_pb2.Code.Name(status.code)
+    finally:
+        telemetry.RPC_DURATION.record(
+            time.perf_counter() - started,
+            {"rpc.system.name": "grpc", "rpc.method": method, "rpc.response.status_code": code},
+        )
+    # Only now that the error is gone: the server keeps its last abort, and with it what was being handled meanwhile.
+    return await context.abort_with_status(rpc_status.to_status(status))
+
+
+def _told(method: str, error: Exception) -> status_pb2.Status:
+    """What the client is told of an error. One that is not meant for it is a defect of ours, and logged."""
+    known = _cause(error)
+    if not isinstance(known, AvatarError):
+        # The text and not the exception: a kept traceback keeps the tensors of its frames.
+        logger.error(
+            "handler failed", extra={"method": method, "traceback": "".join(traceback.format_exception(known))}
+        )
+        known = AvatarError(f"{type(known).__name__}: {known}")
+    return status_of(known)
+
+
+def reason_of(error: BaseException) -> str:
+    """The reason of an error, for logs and metrics."""
+    known = _cause(error)
+    return known.reason if isinstance(known, AvatarError) else type(known).__name__
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first of what a task group collected: the others failed because it did."""
+    while isinstance(error, BaseExceptionGroup):
+        error = next((each for each in error.exceptions if isinstance(each, AvatarError)), error.exceptions[0])
+    return error
+
+
+class Capacity:
+    """Streams that a worker takes at a time. The one too many is refused, never queued: a live session cannot wait."""
+
+    def __init__(self, limit: int, service: str) -> None:
+        self.limit = limit
+        self.active = 0
+        self._labels = {"service": service}
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Hold one place. NoCapacity if there is none."""
+        if self.active >= self.limit:
+            raise NoCapacity(f"all {self.limit} streams of this worker are taken", retry_s=1.0)
+        self.active += 1
+        telemetry.SESSIONS_ACTIVE.add(1, self._labels)
+        try:
+            yield
+        finally:
+            self.active -= 1
+            telemetry.SESSIONS_ACTIVE.add(-1, self._labels)
+
+
+async def opening(requests: AsyncIterator[Request]) -> Any:
+    """The `open` message that every stream begins with. ProtocolOrder if it begins with another one."""
+    async for request in requests:
+        part = request.WhichOneof("part")
+        if part != "open":
+            raise ProtocolOrder(f"the stream began with {part or 'an empty message'}, expected open")
+        return request.open  # type: ignore[attr-defined]
+    raise ConnectionLost("the stream ended before it was opened")
+
+
+async def parts(requests: AsyncIterator[Request], field: str) -> AsyncGenerator[Any, None]:
+    """The items of an opened stream, until `close`.
+
+    ProtocolOrder for any other message; ConnectionLost if the stream ends without close.
+    """
+    async for request in requests:
+        part = request.WhichOneof("part")
+        if part == "close":
+            return
+        if part != field:
+            raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream, expected {field} or close")
+        yield getattr(request, field)
+    raise ConnectionLost("the stream ended without close")
+
+
+@contextmanager
+def blaming(field: str, error: type[InvalidField] = InvalidField) -> Iterator[None]:
+    """Say which field it was whose value a model could not use."""
+    try:
+        yield
+    except ValueError as problem:
+        raise error.at(field, str(problem)) from problem
+
+
+@asynccontextmanager
+async def serving(listen: str, *servicers: Servicer, drain_s: float = 0.0) -> AsyncGenerator[int, None]:
+    """Serve while the body runs, with health and reflection; gives the port.
+
+    listen: HOST:PORT, port 0 for a free one. drain_s: seconds that open streams are given at the end.
+    ValueError if the address is taken.
+    """
+    server = grpc.aio.server(interceptors=[Statuses()], options=SERVER_OPTIONS)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    names = [servicer.service_name for servicer in servicers]
+    for servicer in servicers:
+        servicer.add_to(server)
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise ValueError(f"cannot listen at {listen}: {error}") from error
+    await server.start()
+    for name in ["", *names]:
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    logger.info("serving", extra={"services": names, "port": port})
+    try:
+        yield port
+    finally:
+        await checks.enter_graceful_shutdown()
+        await server.stop(drain_s)
+
+
+async def until_stopped() -> None:
+    """Wait for SIGTERM or SIGINT."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()

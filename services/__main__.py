@@ -1,0 +1,68 @@
+"""All services in one process, for development: `python -m services`.
+
+The gateway listens where AVATAR_LISTEN says (127.0.0.1:7000); the workers take free ports of the loopback interface and
+share one device thread. Sessions are kept in this process unless AVATAR_REDIS_URL names a server.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from avatar import telemetry
+from avatar.rpc.server import serving, until_stopped
+from avatar.session import MemoryHashes, RedisHashes, SessionStore
+from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, VaeSettings, load
+from services.audio.__main__ import build as build_audio
+from services.denoiser.__main__ import build as build_denoiser
+from services.gateway.service import AvatarServicer
+from services.gateway.workers import Workers
+from services.vae.__main__ import build as build_vae
+
+ANY_PORT = "127.0.0.1:0"
+
+
+@asynccontextmanager
+async def suite(
+    checkpoint: Path, store: SessionStore, settings: GatewaySettings, *, capacity: int = 8
+) -> AsyncGenerator[str, None]:
+    """All services over one checkpoint and one device thread while the body runs; gives the gateway's HOST:PORT."""
+    async with AsyncExitStack() as stack:
+        executor = stack.enter_context(ThreadPoolExecutor(1, "device"))
+        audio = build_audio(AudioSettings(checkpoint=checkpoint, capacity=capacity), executor)
+        vae = build_vae(VaeSettings(checkpoint=checkpoint, capacity=capacity), store, executor)
+        denoiser = build_denoiser(DenoiserSettings(checkpoint=checkpoint, capacity=capacity), store, executor)
+        audio_port = await stack.enter_async_context(serving(ANY_PORT, audio))
+        vae_port = await stack.enter_async_context(serving(ANY_PORT, vae))
+        denoiser_port = await stack.enter_async_context(serving(ANY_PORT, denoiser))
+        given = replace(
+            settings,
+            audio=f"127.0.0.1:{audio_port}",
+            denoisers=(f"127.0.0.1:{denoiser_port}",) * len(denoiser.levels),
+            vae=f"127.0.0.1:{vae_port}",
+        )
+        workers = await stack.enter_async_context(Workers(given))
+        servicer = AvatarServicer(given, store, workers)
+        port = await stack.enter_async_context(serving(settings.listen, servicer, drain_s=settings.drain_s))
+        yield f"127.0.0.1:{port}"
+
+
+async def main() -> None:
+    settings = load(GatewaySettings, os.environ)
+    telemetry.set_up("avatar", settings.log_level)
+    torch.set_num_threads(1)
+    checkpoint = load(AudioSettings, os.environ).checkpoint
+    hashes = RedisHashes(settings.redis_url) if "AVATAR_REDIS_URL" in os.environ else MemoryHashes()
+    store = SessionStore(hashes)
+    async with suite(checkpoint, store, settings):
+        await until_stopped()
+    await store.aclose()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

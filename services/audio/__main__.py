@@ -1,0 +1,34 @@
+"""The audio worker's process: `python -m services.audio`."""
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from avatar import checkpoint, telemetry
+from avatar.audio.model import load
+from avatar.rpc.server import serving, until_stopped
+from avatar.settings import AudioSettings
+from avatar.settings import load as load_settings
+from services.audio.service import AudioServicer
+
+
+def build(settings: AudioSettings, executor: ThreadPoolExecutor) -> AudioServicer:
+    """The service over the checkpoint's audio encoder."""
+    folder = settings.checkpoint / "audio"
+    encoder = checkpoint.read_config(folder)["encoder"]
+    return AudioServicer(load(folder), encoder, checkpoint.digest(folder), executor, settings.capacity)
+
+
+async def main() -> None:
+    settings = load_settings(AudioSettings, os.environ)
+    telemetry.set_up("avatar-audio", settings.log_level)
+    torch.set_num_threads(settings.threads)
+    with ThreadPoolExecutor(1, "device") as executor:
+        async with serving(settings.listen, build(settings, executor), drain_s=settings.drain_s):
+            await until_stopped()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,76 @@
+"""The audio worker on the wire: pieces of sound in, blocks of features out."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import replace
+
+import grpc.aio
+import torch
+
+from avatar import telemetry
+from avatar.audio.clock import BLOCK_FRAMES
+from avatar.audio.model import AudioModel
+from avatar.audio.resample import check_piece
+from avatar.errors import InvalidAudio
+from avatar.pipeline import Usage, flatten, local
+from avatar.rpc.codec import block_to_pb, end_of_sound, piece_from_bytes
+from avatar.rpc.server import Capacity, Context, blaming, opening, parts
+from avatar.types import AudioPiece, Session
+from avatar.worker.v1 import audio_pb2 as pb
+from avatar.worker.v1 import audio_pb2_grpc
+from avatar.worker.v1.types_pb2 import Closed
+
+
+class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
+    """Serves one audio model to any number of sessions up to the worker's capacity."""
+
+    service_name = "avatar.worker.v1.AudioService"
+
+    def __init__(self, audio: AudioModel, encoder: str, digest: str, executor: Executor, capacity: int) -> None:
+        self._audio = audio
+        self._encoder = encoder
+        self._digest = digest
+        self._executor = executor
+        self._capacity = Capacity(capacity, "audio")
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        audio_pb2_grpc.add_AudioServiceServicer_to_server(self, server)
+
+    async def GetInfo(self, request: pb.AudioServiceGetInfoRequest, context: Context) -> pb.AudioServiceGetInfoResponse:
+        return pb.AudioServiceGetInfoResponse(
+            encoder=self._encoder,
+            digest=self._digest,
+            block_frames=BLOCK_FRAMES,
+            lookahead_s=self._audio.lookahead_s,
+            capacity=self._capacity.limit,
+            active=self._capacity.active,
+        )
+
+    async def Encode(
+        self, requests: AsyncIterator[pb.EncodeRequest], context: Context
+    ) -> AsyncGenerator[pb.EncodeResponse, None]:
+        opened: pb.OpenEncode = await opening(requests)
+        with blaming("open.audio", InvalidAudio):
+            check_piece(piece_from_bytes(b"", opened.encoding, opened.rate_hz, opened.num_channels))
+        with self._capacity.taken(), blaming("audio.data", InvalidAudio):
+            yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
+            usage, num_blocks = Usage(), 0
+            # Sound has no constants of its own: neither seed nor picture reaches the features.
+            session = Session(opened.session_id, seed=0, motion=torch.zeros(0))
+            stage = local(self._audio, session, self._executor, usage)
+            async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
+                async for block in blocks:
+                    context_of_block = telemetry.block_span(
+                        "audio", block.index, usage.start_ns, usage.end_ns, link=opened.traceparent
+                    )
+                    num_blocks += 1
+                    yield pb.EncodeResponse(block=block_to_pb(replace(block, traceparent=context_of_block)))
+            yield pb.EncodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
+
+
+async def _pieces(opened: pb.OpenEncode, requests: AsyncIterator[pb.EncodeRequest]) -> AsyncGenerator[AudioPiece, None]:
+    async with aclosing(parts(requests, "piece")) as pieces:
+        async for piece in pieces:
+            yield piece_from_bytes(piece.data, opened.encoding, opened.rate_hz, opened.num_channels)
+    yield end_of_sound(opened.rate_hz, opened.num_channels)

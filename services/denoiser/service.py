@@ -1,0 +1,107 @@
+"""A denoiser on the wire: blocks in, blocks with one level less of noise out."""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from concurrent.futures import Executor
+from contextlib import aclosing
+
+import grpc.aio
+
+from avatar import telemetry
+from avatar.denoiser.denoiser import Denoiser
+from avatar.errors import ConfigMismatch
+from avatar.pipeline import Usage, local
+from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
+from avatar.rpc.server import Capacity, Context, blaming, opening, parts
+from avatar.session import SessionStore
+from avatar.types import Block, Conditions
+from avatar.worker.v1 import denoiser_pb2 as pb
+from avatar.worker.v1 import denoiser_pb2_grpc
+from avatar.worker.v1.types_pb2 import Closed
+
+
+class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
+    """Serves the levels that it is given, each to any number of sessions, together up to the worker's capacity."""
+
+    service_name = "avatar.worker.v1.DenoiserService"
+
+    def __init__(
+        self, denoisers: Mapping[int, Denoiser], digest: str, store: SessionStore, executor: Executor, capacity: int
+    ) -> None:
+        self.levels = sorted(denoisers)
+        self._denoisers = denoisers
+        self._config = next(iter(denoisers.values())).config
+        self._digest = digest
+        self._store = store
+        self._executor = executor
+        self._capacity = Capacity(capacity * len(denoisers), "denoiser")
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
+
+    async def GetInfo(
+        self, request: pb.DenoiserServiceGetInfoRequest, context: Context
+    ) -> pb.DenoiserServiceGetInfoResponse:
+        return pb.DenoiserServiceGetInfoResponse(
+            levels=self.levels,
+            num_levels=self._config.num_levels,
+            digest=self._digest,
+            sink_update_block=self._config.sink_update_block,
+            capacity=self._capacity.limit,
+            active=self._capacity.active,
+        )
+
+    async def Denoise(
+        self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
+    ) -> AsyncGenerator[pb.DenoiseResponse, None]:
+        opened: pb.OpenDenoise = await opening(requests)
+        denoiser = self._denoisers.get(opened.level)
+        if denoiser is None:
+            raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
+        with self._capacity.taken(), blaming("block"):
+            session = session_from_pb(await self._store.session(opened.session_id))
+            yield pb.DenoiseResponse(opened=self._opened(denoiser))
+            usage, num_blocks = Usage(), 0
+            stage = local(denoiser, session, self._executor, usage)
+            async with aclosing(stage(self._blocks(opened, requests))) as blocks:
+                async for block in blocks:
+                    if denoiser.updates_sink(block):
+                        await self._write_sink(opened.session_id, block)
+                    telemetry.block_span(
+                        "denoiser",
+                        block.index,
+                        usage.start_ns,
+                        usage.end_ns,
+                        level=opened.level,
+                        parent=block.traceparent,
+                    )
+                    num_blocks += 1
+                    yield pb.DenoiseResponse(block=latent_to_pb(block))
+            yield pb.DenoiseResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
+
+    def _opened(self, denoiser: Denoiser) -> pb.DenoiseOpened:
+        return pb.DenoiseOpened(
+            history_blocks=denoiser.history_blocks,
+            num_levels=self._config.num_levels,
+            digest=self._digest,
+            sink_update_block=self._config.sink_update_block,
+        )
+
+    async def _blocks(
+        self, opened: pb.OpenDenoise, requests: AsyncIterator[pb.DenoiseRequest]
+    ) -> AsyncGenerator[Block, None]:
+        """The stream's blocks, with the conditions that they name; a version that is new here is read once."""
+        conditions: Conditions | None = None
+        async with aclosing(parts(requests, "block")) as blocks:
+            async for block in blocks:
+                if conditions is None and block.index != opened.first_block:
+                    raise ValueError(f"the first block is {block.index}, expected {opened.first_block} as opened")
+                if conditions is None or block.conditions != conditions.version:
+                    kept = await self._store.conditions(opened.session_id, block.conditions)
+                    conditions = conditions_from_pb(kept)
+                yield block_from_pb(block, conditions)
+
+    async def _write_sink(self, session_id: str, block: Block) -> None:
+        """Keep the conditions whose sink is this block's first frame, before anybody can be asked to use them."""
+        assert block.conditions is not None
+        assert block.latent is not None
+        await self._store.put_conditions(session_id, conditions_to_pb(block.conditions.with_sink(block.latent)))

@@ -1,0 +1,139 @@
+"""The workers that the gateway composes, one address a stage."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import grpc.aio
+from google.protobuf.message import Message
+
+from avatar.errors import ConfigMismatch
+from avatar.rpc.client import RemoteStage, channel, remote_audio, remote_denoiser, remote_vae, stage_error
+from avatar.settings import GatewaySettings
+from avatar.worker.v1 import (
+    audio_pb2,
+    audio_pb2_grpc,
+    denoiser_pb2,
+    denoiser_pb2_grpc,
+    types_pb2,
+    vae_pb2,
+    vae_pb2_grpc,
+)
+
+ENCODE_S = 60.0
+INFO_S = 5.0
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the workers say of themselves."""
+
+    audio: audio_pb2.AudioServiceGetInfoResponse
+    denoisers: list[denoiser_pb2.DenoiserServiceGetInfoResponse]
+    vae: vae_pb2.VaeServiceGetInfoResponse
+
+
+@dataclass(frozen=True)
+class Streams:
+    """One session's opened streams at every stage."""
+
+    audio: RemoteStage[audio_pb2.AudioPiece, types_pb2.Block]
+    denoisers: list[RemoteStage[types_pb2.Block, types_pb2.Block]]
+    vae: RemoteStage[types_pb2.Block, types_pb2.Frame]
+    sink_update_block: int | None = None
+
+    @property
+    def all(self) -> list[RemoteStage[Any, Any]]:
+        """In the order of the pipeline."""
+        return [self.audio, *self.denoisers, self.vae]
+
+
+class Workers:
+    """Channels to one audio worker, one denoiser a level, and one VAE worker."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._stack = AsyncExitStack()
+        self._audio = channel(settings.audio)
+        self._denoisers = [channel(target) for target in settings.denoisers]
+        self._vae = channel(settings.vae)
+
+    async def __aenter__(self) -> "Workers":
+        for each in (self._audio, *self._denoisers, self._vae):
+            await self._stack.enter_async_context(each)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def describe(self) -> Description:
+        """Ask every worker what it serves. StageLost if one does not answer."""
+        audio, vae, *denoisers = await asyncio.gather(
+            _ask("audio", audio_pb2_grpc.AudioServiceStub(self._audio).GetInfo, audio_pb2.AudioServiceGetInfoRequest()),
+            _ask("vae", vae_pb2_grpc.VaeServiceStub(self._vae).GetInfo, vae_pb2.VaeServiceGetInfoRequest()),
+            *(
+                _ask(
+                    f"denoiser-{level}",
+                    denoiser_pb2_grpc.DenoiserServiceStub(each).GetInfo,
+                    denoiser_pb2.DenoiserServiceGetInfoRequest(),
+                )
+                for level, each in enumerate(self._denoisers)
+            ),
+        )
+        return Description(audio, denoisers, vae)
+
+    async def encode_reference(self, request: vae_pb2.EncodeReferenceRequest) -> types_pb2.Reference:
+        """Have a picture prepared."""
+        try:
+            response = await vae_pb2_grpc.VaeServiceStub(self._vae).EncodeReference(request, timeout=ENCODE_S)
+        except grpc.aio.AioRpcError as error:
+            raise stage_error("vae", error) from error
+        return response.reference
+
+    @asynccontextmanager
+    async def open(self, sound: audio_pb2.OpenEncode, first_block: int) -> AsyncGenerator[Streams, None]:
+        """Open a session's stream at every stage at once, for as long as the body runs.
+
+        Raises what a worker that refuses says; ConfigMismatch if the workers do not fit together.
+        """
+        streams = Streams(
+            remote_audio(self._audio),
+            [remote_denoiser(each, level) for level, each in enumerate(self._denoisers)],
+            remote_vae(self._vae),
+        )
+        name = sound.session_id
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(streams.audio.open(sound))
+                tasks.create_task(streams.vae.open(vae_pb2.OpenDecode(session_id=name, first_block=first_block)))
+                opened = [
+                    tasks.create_task(
+                        stage.open(denoiser_pb2.OpenDenoise(session_id=name, level=level, first_block=first_block))
+                    )
+                    for level, stage in enumerate(streams.denoisers)
+                ]
+            yield replace(streams, sink_update_block=_sink_update([each.result() for each in opened]))
+        finally:
+            for stage in streams.all:
+                stage.cancel()
+
+
+async def _ask(stage: str, method: Any, request: Message) -> Any:
+    try:
+        return await method(request, timeout=INFO_S)
+    except grpc.aio.AioRpcError as error:
+        raise stage_error(stage, error) from error
+
+
+def _sink_update(opened: list[denoiser_pb2.DenoiseOpened]) -> int | None:
+    """The block at which all levels want the new sink."""
+    first = opened[0]
+    if len(opened) != first.num_levels:
+        raise ConfigMismatch(f"the checkpoint has {first.num_levels} levels, the gateway has {len(opened)} denoisers")
+    if digests := {each.digest for each in opened} - {first.digest}:
+        raise ConfigMismatch(f"denoisers serve different checkpoints: {first.digest}, {', '.join(sorted(digests))}")
+    return first.sink_update_block if first.HasField("sink_update_block") else None

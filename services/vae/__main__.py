@@ -1,0 +1,36 @@
+"""The VAE worker's process: `python -m services.vae`."""
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from avatar import checkpoint, telemetry
+from avatar.rpc.server import serving, until_stopped
+from avatar.session import RedisHashes, SessionStore
+from avatar.settings import VaeSettings
+from avatar.settings import load as load_settings
+from avatar.vae.vae import load
+from services.vae.service import VaeServicer
+
+
+def build(settings: VaeSettings, store: SessionStore, executor: ThreadPoolExecutor) -> VaeServicer:
+    """The service over the checkpoint's codec."""
+    folder = settings.checkpoint / "vae"
+    return VaeServicer(load(folder), checkpoint.digest(folder), store, executor, settings.capacity)
+
+
+async def main() -> None:
+    settings = load_settings(VaeSettings, os.environ)
+    telemetry.set_up("avatar-vae", settings.log_level)
+    torch.set_num_threads(settings.threads)
+    store = SessionStore(RedisHashes(settings.redis_url))
+    with ThreadPoolExecutor(1, "device") as executor:
+        async with serving(settings.listen, build(settings, store, executor), drain_s=settings.drain_s):
+            await until_stopped()
+    await store.aclose()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

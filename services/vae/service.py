@@ -1,0 +1,106 @@
+"""The VAE worker on the wire: pictures to references, and blocks of latents to frames."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import Executor
+from contextlib import aclosing
+from typing import Any, cast
+
+import grpc.aio
+
+from avatar import telemetry
+from avatar.pipeline import Usage, local
+from avatar.rpc.codec import block_from_pb, chunk_to_pbs, session_from_pb, tensor_to_pb
+from avatar.rpc.server import Capacity, Context, blaming, opening, parts
+from avatar.session import SessionStore
+from avatar.types import Block
+from avatar.vae.picture import Fit
+from avatar.vae.vae import BLOCK_FRAMES, Vae
+from avatar.worker.v1 import vae_pb2 as pb
+from avatar.worker.v1 import vae_pb2_grpc
+from avatar.worker.v1.types_pb2 import Closed, Reference
+
+
+class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
+    """Serves one codec to any number of sessions up to the worker's capacity."""
+
+    service_name = "avatar.worker.v1.VaeService"
+
+    def __init__(self, vae: Vae[Any], digest: str, store: SessionStore, executor: Executor, capacity: int) -> None:
+        self._vae = vae
+        self._digest = digest
+        self._store = store
+        self._executor = executor
+        self._capacity = Capacity(capacity, "vae")
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        vae_pb2_grpc.add_VaeServiceServicer_to_server(self, server)
+
+    async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:
+        rule = self._vae.config.picture
+        width, height = rule.fixed_size or (0, 0)
+        return pb.VaeServiceGetInfoResponse(
+            digest=self._digest,
+            width=width,
+            height=height,
+            sizes_free=rule.fixed_size is None,
+            fit=rule.fit,
+            frame_rate_hz=self._vae.config.frame_rate_hz,
+            block_frames=BLOCK_FRAMES,
+            capacity=self._capacity.limit,
+            active=self._capacity.active,
+        )
+
+    async def EncodeReference(self, request: pb.EncodeReferenceRequest, context: Context) -> pb.EncodeReferenceResponse:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._encode, request)
+
+    def _encode(self, request: pb.EncodeReferenceRequest) -> pb.EncodeReferenceResponse:
+        size = (request.width, request.height) if request.width or request.height else None
+        fit = request.fit or self._vae.config.picture.fit
+        with blaming("picture"):
+            rgb = self._vae.read_picture(request.picture, size, cast(Fit, fit))  # it refuses any other
+        motion = self._vae.encode_picture(rgb)
+        height, width, _ = rgb.shape
+        name = hashlib.sha256(request.picture)
+        name.update(f"/{width}x{height}/{fit}/{self._digest}".encode())
+        return pb.EncodeReferenceResponse(
+            reference=Reference(
+                id=name.hexdigest(),
+                width=width,
+                height=height,
+                fit=fit,
+                motion=tensor_to_pb(motion),
+                sink=tensor_to_pb(motion[:, :1]),
+                frame_rate_hz=self._vae.config.frame_rate_hz,
+                block_frames=BLOCK_FRAMES,
+            )
+        )
+
+    async def Decode(
+        self, requests: AsyncIterator[pb.DecodeRequest], context: Context
+    ) -> AsyncGenerator[pb.DecodeResponse, None]:
+        opened: pb.OpenDecode = await opening(requests)
+        with self._capacity.taken(), blaming("block"):
+            session = session_from_pb(await self._store.session(opened.session_id))
+            yield pb.DecodeResponse(opened=pb.DecodeOpened(history_blocks=self._vae.history_blocks))
+            usage, num_blocks = Usage(), 0
+            stage = local(self._vae, session, self._executor, usage)
+            async with aclosing(stage(_blocks(opened, requests))) as chunks:
+                async for chunk in chunks:
+                    telemetry.block_span("vae", chunk.index, usage.start_ns, usage.end_ns, parent=chunk.traceparent)
+                    num_blocks += 1
+                    for frame in chunk_to_pbs(chunk):
+                        yield pb.DecodeResponse(frame=frame)
+            yield pb.DecodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
+
+
+async def _blocks(opened: pb.OpenDecode, requests: AsyncIterator[pb.DecodeRequest]) -> AsyncGenerator[Block, None]:
+    expected = opened.first_block
+    async with aclosing(parts(requests, "block")) as blocks:
+        async for block in blocks:
+            if block.index != expected:
+                raise ValueError(f"block {block.index} came, expected {expected}")
+            expected += 1
+            yield block_from_pb(block, None)

@@ -1,0 +1,172 @@
+"""Options of the whole test suite, and what its tests share: a small real checkpoint, Redis, sound, a picture."""
+
+import asyncio
+import os
+import pickle
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import asdict, replace
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from opentelemetry import metrics, trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from PIL import Image
+
+from avatar import checkpoint as checkpoints
+from avatar.audio.whisper import Whisper
+from avatar.denoiser import config as denoiser_config
+from avatar.denoiser.model import Network
+from avatar.session import MemoryHashes, SessionStore
+from avatar.settings import GatewaySettings
+from avatar.vae import light, vae
+from avatar.vae.picture import PictureRule
+from services.__main__ import suite as services_suite
+from services.launch import Suite, free_ports, start_redis, until_healthy
+
+torch.set_num_threads(1)
+
+RATE_HZ = 16000
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--goldens",
+        type=Path,
+        default=Path(__file__).parent / "goldens",
+        help="folder of recorded runs of the reference, for tests/parity",
+    )
+    parser.addoption(
+        "--target",
+        help="HOST:PORT of a running gateway for tests/contract; without it they start a suite themselves",
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the embedded default's kind at toy width, with random weights that leave nothing silent.
+
+    Three levels, 64x64 pictures, and a sink that is updated at block 2.
+    """
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    audio = Whisper.tiny()
+    audio.save(folder / "audio")
+    config = replace(
+        denoiser_config.tiny(),
+        dim=32,
+        num_heads=2,
+        num_layers=2,
+        ffn_dim=48,
+        audio_dim=audio.width,
+        num_encoder_layers=audio.num_states,
+        audio_inject_layers=(0,),
+        schedule=(1.0, 0.75, 0.5, 0.0),
+        sink_update_block=2,
+        sink_distance=(4, 30),
+    )
+    network = Network(config)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    checkpoints.save(folder / "denoiser", config.to_dict(), network)
+    sizes = light.LightConfig(wide=8, mid=8, thin=8, latent_scale=1.0)
+    picture = PictureRule("cover", width=64, height=64)
+    checkpoints.save(
+        folder / "vae", asdict(vae.VaeConfig("light", picture, 25, asdict(sizes))), light.initialise(sizes, 0)
+    )
+    return folder
+
+
+@pytest.fixture
+def picture() -> bytes:
+    """A small PNG."""
+    rows, columns = torch.meshgrid(torch.arange(80), torch.arange(60), indexing="ij")
+    pixels = torch.stack([rows * 3, columns * 4, (rows + columns) * 2], -1).to(torch.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def sound(seconds: float, seed: int = 0) -> bytes:
+    """Noise with silence in between, as PCM16 of one channel at 16 kHz."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(round(seconds * RATE_HZ), generator=generator) * 3000
+    samples[4000:8000] = 0
+    return samples.clamp(-32768, 32767).to(torch.int16).numpy().tobytes()
+
+
+@pytest.fixture(scope="session")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real server of ours."""
+    if url := os.environ.get("AVATAR_REDIS_URL"):
+        yield url
+        return
+    port = free_ports(1)[0]
+    suite = Suite(tmp_path_factory.mktemp("redis"), f"redis://127.0.0.1:{port}", {})
+    with asyncio.Runner() as runner:
+        runner.run(start_redis(suite, port))
+        runner.run(until_healthy(suite))
+        yield suite.redis_url
+        runner.run(suite.stop())
+
+
+@pytest.fixture
+async def store() -> AsyncGenerator[SessionStore, None]:
+    """A session store in memory."""
+    store = SessionStore(MemoryHashes())
+    yield store
+    await store.aclose()
+
+
+@pytest.fixture
+async def gateway(checkpoint: Path, store: SessionStore) -> AsyncGenerator[str, None]:
+    """HOST:PORT of a gateway over all services in this process, on one device thread."""
+    async with services_suite(checkpoint, store, GatewaySettings(listen="127.0.0.1:0")) as target:
+        yield target
+
+
+class Exploit:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def pickled(tmp_path: Path) -> tuple[bytes, Path]:
+    """A pickle, and the file that is there once somebody has unpickled it."""
+    return pickle.dumps(Exploit(tmp_path / "unpickled")), tmp_path / "unpickled"
+
+
+@pytest.fixture(scope="session")
+def exporter() -> InMemorySpanExporter:
+    """Where the spans of this process go. OpenTelemetry takes a provider once and keeps it."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    return exporter
+
+
+@pytest.fixture
+def spans(exporter: InMemorySpanExporter) -> InMemorySpanExporter:
+    """The spans of this test."""
+    exporter.clear()
+    return exporter
+
+
+@pytest.fixture(scope="session")
+def measured() -> InMemoryMetricReader:
+    """What metrics this process has recorded since this was first asked for."""
+    reader = InMemoryMetricReader()
+    metrics.set_meter_provider(MeterProvider(metric_readers=[reader]))
+    return reader

@@ -1,0 +1,127 @@
+"""Goldens of sound: loading, placement of features in time, and wav2vec2 from samples to the network's input."""
+
+import tempfile
+import wave
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import Tensor
+
+from avatar.audio import offline
+from avatar.audio.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from avatar.media import read_sound
+from tests.parity.goldens import Golden, Report
+
+
+def audio_load(golden: Golden, report: Report) -> None:
+    """Sound files of several rates, to mono at 16 kHz."""
+    for case in golden.info["cases"]:
+        pcm = golden.tensors[f"{case['name']}/pcm16"]
+        sound = offline.sound_of(*read(pcm, case["sr"]))
+        expected = golden.tensors[f"{case['name']}/y16k"]
+        report.compare(case["name"], sound, expected, max_abs=golden.info["tolerance"])
+
+
+def read(pcm: Tensor, rate_hz: int) -> tuple[Tensor, int]:
+    """Samples (s, a) int16 as the library reads them from a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sound.wav"
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(pcm.shape[1])
+            file.setsampwidth(2)
+            file.setframerate(rate_hz)
+            file.writeframes(pcm.numpy().tobytes())
+        samples, read_hz = read_sound(path)
+    return torch.from_numpy(samples), read_hz
+
+
+def audio_bucket(golden: Golden, report: Report) -> None:
+    """50 Hz to 30 Hz, and from there to the pixel frames of whole clips."""
+    info, tensors = golden.info, golden.tensors
+    for case in info["cases"]:
+        name = case["name"]
+        frames = offline.bucket(tensors[f"{name}/z"], case["fps"], case["batch_frames"], case["m"])
+        report.exact(f"{name} clips", len(frames), case["num_repeat"] * case["batch_frames"])
+        report.compare(name, frames, tensors[f"{name}/bucket"], max_abs=info["tolerance_bucket"])
+        report.compare(
+            f"{name} input",
+            offline.model_input(frames),
+            tensors[f"{name}/model_input"],
+            max_abs=info["tolerance_bucket"],
+        )
+    for case in info["interp"]:
+        name = f"interp_T{case['T50']}"
+        if case["out_len"]:
+            grid = offline.to_grid(tensors[f"{name}/in"])
+            report.compare(name, grid, tensors[f"{name}/out"], max_abs=info["tolerance_interp"])
+        else:
+            report.exact(name, refuses(lambda: offline.to_grid(torch.zeros(1, case["T50"], 4))), True)  # noqa: B023
+    for name, indices in tensors.items():
+        if name.startswith("indices_fps"):
+            frame_rate, count = map(int, name.removeprefix("indices_fps").split("_n"))
+            # A grid that holds its own indexes shows which of them were taken.
+            length = int(indices.max()) + 1
+            grid = rearrange(torch.arange(length), "t -> 1 t 1")
+            taken = offline.bucket(grid, frame_rate, clip_frames=count)[:count, 0, 0]
+            report.exact(name, taken, indices)
+
+
+def refuses(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except ValueError:
+        return True
+    return False
+
+
+def wav2vec2_tiny_e2e(golden: Golden, report: Report) -> None:
+    """PCM to the network's input, and the isolated blocks of the reference's endless generator."""
+    info, tensors = golden.info, golden.tensors
+    encoder = load(golden)
+    samples = tensors["pcm16"].float()[None] / 32768
+    fps, clip_frames = info["fps"], info["infer_frames"]
+
+    def compare(what: str, actual: Tensor) -> None:
+        report.compare(what, actual, tensors[what], max_abs=info["tolerance"])
+
+    sound = offline.normalise(offline.sound_of(samples, info["sampling_rate"]))
+    states = encoder.hidden_states(sound)
+    grid = offline.to_grid(states)
+    frames = offline.bucket(grid, fps, clip_frames)
+    compare("input_values", sound[None])
+    report.exact("states", len(states), sum(name.startswith("hidden_states/") for name in tensors))
+    for i, state in enumerate(states):
+        compare(f"hidden_states/{i}", state[None])
+    compare("z30", grid)
+    compare("bucket", frames)
+    compare("model_input", offline.model_input(frames))
+    compare("z30_last_layer_only", offline.to_grid(states[-1:]))
+    for name in tensors:
+        if name.startswith("isolated_block_"):
+            num_frames = tensors[name].shape[-1]
+            block_samples = num_frames * info["sampling_rate"] // fps
+            index = int(name.split("/")[0].removeprefix("isolated_block_"))
+            alone = offline.sound_of(samples[:, index * block_samples :][:, :block_samples], info["sampling_rate"])
+            grid = offline.to_grid(encoder.hidden_states(offline.normalise(alone)))
+            compare(name, offline.model_input(offline.bucket(grid, fps, clip_frames)[:num_frames]))
+
+
+def load(golden: Golden) -> Wav2Vec2:
+    """The golden's weights, from a checkpoint's folder under their own names."""
+    prefix = golden.info["weight_prefix"]
+    weights = {k.removeprefix(prefix): v for k, v in golden.tensors.items() if k.startswith(prefix)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        Wav2Vec2(Wav2Vec2Config(network=golden.info["config"])).save(folder)
+        save_file(weights, folder / "model.safetensors")
+        return Wav2Vec2.load(folder)
+
+
+RUNNERS: dict[str, Callable[[Golden, Report], None]] = {
+    "audio_load": audio_load,
+    "audio_bucket": audio_bucket,
+    "wav2vec2_tiny_e2e": wav2vec2_tiny_e2e,
+}

@@ -1,0 +1,53 @@
+"""`pytest tests/parity --goldens DIR` runs every golden that DIR holds and is understood, and prints a row for each."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.parity import audio, dit, rollout, vae
+from tests.parity.goldens import Golden, Report
+
+RUNNERS = {**audio.RUNNERS, **dit.RUNNERS, **rollout.RUNNERS, **vae.RUNNERS}
+# Goldens that are a part of another one.
+PARTS = {"rollout_vae_weights"}
+REPORTS = pytest.StashKey[list[Report]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[REPORTS] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden" in metafunc.fixturenames:
+        folder: Path = metafunc.config.getoption("--goldens")
+        names = sorted(name for name in held(folder) if name in RUNNERS)
+        metafunc.parametrize("golden", [Golden(folder, name) for name in names], ids=names)
+
+
+def held(folder: Path) -> set[str]:
+    """Names of the goldens in a folder: a json beside a safetensors of that name."""
+    return {path.stem for path in folder.glob("*.safetensors") if path.with_suffix(".json").is_file()}
+
+
+@pytest.fixture
+def report(golden: Golden, request: pytest.FixtureRequest) -> Report:
+    report = Report(golden.name)
+    request.config.stash[REPORTS].append(report)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    reports = config.stash[REPORTS]
+    if not reports:
+        return
+    write = terminalreporter.write_line
+    write(f"\n{'golden':24} {'compared':>8} {'worst rel. RMS':>15} {'worst error':>12}  tolerance")
+    for each in sorted(reports, key=lambda each: each.name):
+        verdict = f"  {len(each.failures)} FAILED" if each.failures else ""
+        write(
+            f"{each.name:24} {each.compared:8} {each.worst_rel_rms:15.1e} {each.worst_abs:12.1e}"
+            f"  {each.tolerance}{verdict}"
+        )
+    unknown = sorted(held(config.getoption("--goldens")) - RUNNERS.keys() - PARTS)
+    if unknown:
+        write(f"not understood: {', '.join(unknown)}")

@@ -1,0 +1,110 @@
+"""A product team's client, as far as tests need one: over the public contract alone."""
+
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import grpc.aio
+
+from avatar.pipeline import beside
+from avatar.rpc.client import CallStatus
+from avatar.v1 import avatar_service_pb2 as pb
+from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
+from avatar.v1 import types_pb2 as types
+
+PIECE_BYTES = 1280  # 40 ms of PCM16 at 16 kHz
+Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.StreamAvatarRequest, pb.StreamAvatarResponse]"
+PCM16 = types.AudioFormat(encoding=types.SAMPLE_ENCODING_PCM16, rate_hz=16000, num_channels=1)
+
+
+@asynccontextmanager
+async def connected(target: str) -> "AsyncGenerator[pb_grpc.AvatarServiceAsyncStub, None]":
+    """A stub of the gateway at HOST:PORT."""
+    options = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 64 << 20)]
+    async with grpc.aio.insecure_channel(target, options=options) as channel:
+        yield pb_grpc.AvatarServiceStub(channel)
+
+
+async def new_session(stub: "pb_grpc.AvatarServiceAsyncStub", picture: bytes, **fields: Any) -> types.Session:
+    """A session of a picture, with the request's other fields as given."""
+    reference = (await stub.CreateReference(pb.CreateReferenceRequest(picture=picture), timeout=30)).reference
+    request = pb.CreateSessionRequest(reference_id=reference.id, **fields)
+    return (await stub.CreateSession(request, timeout=10)).session
+
+
+@dataclass
+class Streamed:
+    """What came out of a stream."""
+
+    frames: list[types.VideoFrame] = field(default_factory=list)
+    interrupted: list[pb.AvatarInterrupted] = field(default_factory=list)
+    closed: pb.AvatarClosed = field(default_factory=pb.AvatarClosed)
+
+    @property
+    def pixels(self) -> list[bytes]:
+        return [frame.data for frame in self.frames]
+
+
+def opened(session_id: str, audio: types.AudioFormat = PCM16) -> pb.StreamAvatarRequest:
+    return pb.StreamAvatarRequest(open=pb.OpenAvatar(session_id=session_id, audio=audio))
+
+
+def spoken(data: bytes, piece_bytes: int = PIECE_BYTES) -> Iterable[pb.StreamAvatarRequest]:
+    """Sound in pieces."""
+    for start in range(0, len(data), piece_bytes):
+        yield pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data[start : start + piece_bytes]))
+
+
+CLOSE = pb.StreamAvatarRequest(close=pb.CloseAvatar())
+
+
+async def stream(
+    stub: "pb_grpc.AvatarServiceAsyncStub", requests: Iterable[pb.StreamAvatarRequest], timeout_s: float = 60
+) -> Streamed:
+    """Open with the first request, send the others, and take what comes. AioRpcError if the stream ends in an error."""
+    call = stub.StreamAvatar(timeout=timeout_s)
+    status = CallStatus(call)
+    first, *others = requests
+    out = Streamed()
+    try:
+        await call.write(first)
+        await answer(call)  # sound may be sent once the stream is opened
+        async with beside(_send(call, others)):
+            for response in await rest(call):
+                match response.WhichOneof("part"):
+                    case "frame":
+                        out.frames.append(response.frame)
+                    case "interrupted":
+                        out.interrupted.append(response.interrupted)
+                    case "closed":
+                        out.closed = response.closed
+    except grpc.aio.AioRpcError as error:
+        raise status.instead_of(error) from None
+    return out
+
+
+async def _send(call: Call, requests: Iterable[pb.StreamAvatarRequest]) -> None:
+    for request in requests:
+        await call.write(request)
+    await call.done_writing()
+
+
+async def speak(stub: "pb_grpc.AvatarServiceAsyncStub", session_id: str, data: bytes) -> Streamed:
+    """A whole stream: open, sound, close."""
+    return await stream(stub, [opened(session_id), *spoken(data), CLOSE])
+
+
+async def answer(call: Call) -> pb.StreamAvatarResponse:
+    """The next message on a call. AioRpcError if it ends in an error."""
+    response = await call.read()
+    assert isinstance(response, pb.StreamAvatarResponse), "the stream has ended"
+    return response
+
+
+async def rest(call: Call) -> list[pb.StreamAvatarResponse]:
+    """Everything that still comes on a call, until it ends. AioRpcError if it ends in an error."""
+    responses = []
+    while isinstance(response := await call.read(), pb.StreamAvatarResponse):
+        responses.append(response)
+    return responses

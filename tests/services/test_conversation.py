@@ -1,0 +1,217 @@
+"""What the gateway lets into the pipeline, and when; the stages are stand-ins that a test holds and lets go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, cast
+
+import pytest
+
+from avatar.errors import ConnectionLost
+from avatar.pipeline import beside
+from avatar.settings import GatewaySettings
+from avatar.v1 import avatar_service_pb2 as api
+from avatar.worker.v1 import audio_pb2, types_pb2
+from services.gateway.conversation import Conversation
+from services.gateway.workers import Streams
+from tests.product import CLOSE, spoken
+
+BLOCK_BYTES = 2 * 7680
+SOUND = audio_pb2.OpenEncode(encoding="pcm16", rate_hz=16000, num_channels=1)
+SESSION = types_pb2.Session(frame_rate_hz=25, block_frames=12)
+
+
+class Held:
+    """A stage that takes all items that come, and answers each with an item once it is let."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.seen: list[Any] = []
+        self.closed = types_pb2.Closed()
+        self.gate = asyncio.Semaphore(0)
+
+    def let(self, count: int = 1000) -> None:
+        for _ in range(count):
+            self.gate.release()
+
+    async def __call__(self, items: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        taken: asyncio.Queue[Any] = asyncio.Queue()
+
+        async def take() -> None:
+            try:
+                async with aclosing(items):
+                    async for item in items:
+                        self.seen.append(type(item).FromString(item.SerializeToString()))
+                        taken.put_nowait(item)
+            finally:
+                taken.put_nowait(None)
+
+        async with beside(take()) as taking:
+            while item := await taken.get():
+                await self.gate.acquire()
+                yield self.answer(item)
+            taking.result()
+
+    def answer(self, item: Any) -> Any:
+        return types_pb2.Block(index=item.index, latent=types_pb2.Tensor(dtype="float32"))
+
+
+class Decoder(Held):
+    """A stage that answers a block with one frame."""
+
+    def answer(self, item: Any) -> Any:
+        return types_pb2.Frame(block=item.index, is_last=True)
+
+
+class Ear(Held):
+    """A stage that answers every 0.48 s of sound with a block; it needs no letting."""
+
+    async def __call__(self, items: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        num_bytes = num_blocks = 0
+        self.let()
+        async with aclosing(super().__call__(items)) as pieces:
+            async for piece in pieces:
+                num_bytes += len(piece.data)
+                while num_bytes >= (num_blocks + 1) * BLOCK_BYTES:
+                    yield types_pb2.Block(index=num_blocks, features=types_pb2.Tensor(dtype="float32"))
+                    num_blocks += 1
+
+    def answer(self, item: Any) -> Any:
+        return item
+
+
+class Pipeline:
+    """A conversation over stand-ins: an ear, two denoisers, a decoder."""
+
+    def __init__(self, sink_update_block: int | None = None) -> None:
+        self.ear, self.denoisers, self.decoder = Ear("audio"), [Held("denoiser-0"), Held("denoiser-1")], Decoder("vae")
+        self.sent: list[api.StreamAvatarResponse] = []
+        self.requests: asyncio.Queue[api.StreamAvatarRequest | None] = asyncio.Queue()
+        streams = Streams(cast(Any, self.ear), cast(Any, self.denoisers), cast(Any, self.decoder), sink_update_block)
+        position = types_pb2.Position(next_frame=3)
+        settings = GatewaySettings(audio_ahead_s=2.0)
+        self.conversation = Conversation(streams, SOUND, SESSION, position, settings, self._write)
+
+    @property
+    def admitted(self) -> list[types_pb2.Block]:
+        return self.denoisers[0].seen
+
+    def say(self, num_blocks: float) -> None:
+        for request in spoken(bytes(int(num_blocks * BLOCK_BYTES) // 2 * 2)):
+            self.requests.put_nowait(request)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[asyncio.Task[None], None]:
+        task = asyncio.ensure_future(self.conversation.run(self._requests()))
+        await settled()
+        yield task
+        task.cancel()
+        await asyncio.wait({task})
+
+    async def _requests(self) -> AsyncIterator[api.StreamAvatarRequest]:
+        while request := await self.requests.get():
+            yield request
+
+    async def _write(self, response: api.StreamAvatarResponse) -> None:
+        self.sent.append(response)
+
+
+async def settled() -> None:
+    """Let every task run until it waits for something else."""
+    for _ in range(300):
+        await asyncio.sleep(0)
+
+
+async def test_blocks_in_flight_are_bounded() -> None:
+    pipeline = Pipeline()
+    for denoiser in pipeline.denoisers:
+        denoiser.let()
+    pipeline.say(8)
+    async with pipeline.running():
+        inside = len(pipeline.denoisers) + 2
+        assert len(pipeline.admitted) == inside
+        pipeline.decoder.let(1)
+        await settled()
+        assert len(pipeline.admitted) == inside + 1
+
+
+async def test_sound_is_read_no_further_than_the_bound_ahead_of_blocks_that_were_started() -> None:
+    pipeline = Pipeline()
+    pipeline.say(20)
+    async with pipeline.running():
+        started_s = 0.48 * (len(pipeline.admitted) - 1)
+        heard_s = sum(len(piece.data) for piece in pipeline.ear.seen) / 32000
+        # Two stages hold one block each before the first is let through; what is admitted counts as started.
+        assert heard_s <= started_s + 2.0 + 0.48 * 4
+        assert pipeline.requests.qsize() > 0
+
+
+async def test_the_block_of_the_sink_update_waits_for_block_0_to_be_finished() -> None:
+    pipeline = Pipeline(sink_update_block=2)
+    pipeline.denoisers[0].let()
+    pipeline.decoder.let()
+    pipeline.say(4)
+    async with pipeline.running():
+        assert [block.index for block in pipeline.admitted] == [0, 1]
+        pipeline.denoisers[1].let(1)
+        await settled()
+        assert [block.index for block in pipeline.admitted] == [0, 1, 2, 3]
+        assert [block.conditions for block in pipeline.admitted] == [0, 0, 1, 1]
+
+
+async def test_without_a_sink_update_no_block_waits() -> None:
+    pipeline = Pipeline()
+    pipeline.denoisers[0].let()
+    pipeline.say(3)
+    async with pipeline.running():
+        assert [(block.index, block.conditions) for block in pipeline.admitted] == [(0, 0), (1, 0), (2, 0)]
+
+
+async def test_every_level_is_given_the_features_again() -> None:
+    pipeline = Pipeline()
+    for stage in (*pipeline.denoisers, pipeline.decoder):
+        stage.let()
+    pipeline.say(1)
+    async with pipeline.running():
+        assert [denoiser.seen[0].HasField("features") for denoiser in pipeline.denoisers] == [True, True]
+        assert not pipeline.decoder.seen[0].HasField("features")
+
+
+async def test_an_interrupt_drops_what_is_not_admitted_and_starts_the_next_sound_in_a_block_of_its_own() -> None:
+    pipeline = Pipeline()
+    pipeline.say(1.5)
+    async with pipeline.running():
+        pipeline.conversation.interrupt()
+        pipeline.say(1)
+        for stage in (*pipeline.denoisers, pipeline.decoder):
+            stage.let()
+        await settled()
+        # Block 0 was admitted and runs through unseen; half of block 1 was said before, filled up and dropped.
+        assert [block.index for block in pipeline.admitted] == [0, 1]
+        assert sum(len(piece.data) for piece in pipeline.ear.seen) == 3 * BLOCK_BYTES
+        assert [response.frame.index for response in pipeline.sent] == [3]
+
+
+async def test_a_client_that_is_gone_ends_the_conversation() -> None:
+    pipeline = Pipeline()
+    for stage in (*pipeline.denoisers, pipeline.decoder):
+        stage.let()
+    pipeline.say(1)
+    pipeline.requests.put_nowait(None)
+    async with pipeline.running() as task:
+        with pytest.raises(ConnectionLost):
+            await task
+
+
+async def test_close_runs_to_the_end() -> None:
+    pipeline = Pipeline()
+    for stage in (*pipeline.denoisers, pipeline.decoder):
+        stage.let()
+    pipeline.say(3)
+    pipeline.requests.put_nowait(CLOSE)
+    async with pipeline.running() as task:
+        await task
+    assert [response.frame.index for response in pipeline.sent] == [3, 4, 5]
+    assert pipeline.conversation.position.next_block == 3

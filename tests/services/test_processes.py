@@ -1,0 +1,140 @@
+"""The suite as processes: Redis and one process a service, and what is left when one of them, or all, go."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import psutil
+import pytest
+import pytest_asyncio
+
+from avatar.rpc.client import channel
+from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
+from services.launch import ROOT, Suite, launched
+from tests.conftest import sound
+from tests.product import answer, connected, new_session, opened, rest, speak, spoken
+from tests.services.test_suite import SECONDS, rendered
+
+IDLE_S = 2.0
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def suite(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Suite, None]:
+    """A running suite with a Redis of its own; the module's last test of it breaks it."""
+    async with launched(checkpoint, tmp_path_factory.mktemp("logs")) as suite:
+        yield suite
+
+
+async def active_streams(suite: Suite) -> dict[str, int]:
+    """Streams that are open at each worker."""
+    asking: dict[str, tuple[Any, Any]] = {
+        "audio": (audio_pb2_grpc.AudioServiceStub, audio_pb2.AudioServiceGetInfoRequest()),
+        "denoiser": (denoiser_pb2_grpc.DenoiserServiceStub, denoiser_pb2.DenoiserServiceGetInfoRequest()),
+        "vae": (vae_pb2_grpc.VaeServiceStub, vae_pb2.VaeServiceGetInfoRequest()),
+    }
+    active = {}
+    for name, target in suite.targets.items():
+        if (service := name.partition("-")[0]) in asking:
+            stub, request = asking[service]
+            async with channel(target) as each:
+                active[name] = (await stub(each).GetInfo(request, timeout=IDLE_S)).active
+    return active
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_processes_give_the_same_frames_and_are_idle_when_a_client_vanishes(
+    suite: Suite, checkpoint: Path, picture: bytes
+) -> None:
+    assert len(suite.processes) == 7, "Redis, audio, three denoisers, vae, gateway"
+    async with connected(suite.gateway) as stub:
+        session = await new_session(stub, picture, seed=7)
+        streamed = await speak(stub, session.id, sound(SECONDS))
+        assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+
+        session = await new_session(stub, picture)
+        call = stub.StreamAvatar()
+        await call.write(opened(session.id))
+        for request in spoken(sound(SECONDS)):
+            await call.write(request)
+        await answer(call)
+        assert (await answer(call)).frame.index == 3
+        assert set((await active_streams(suite)).values()) == {1}
+        call.cancel()
+        vanished = time.monotonic()
+        while any((await active_streams(suite)).values()):
+            assert time.monotonic() - vanished < IDLE_S, f"still streaming: {await active_streams(suite)}"
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_killed_worker_is_named_and_frees_the_others(suite: Suite, picture: bytes) -> None:
+    async with connected(suite.gateway) as stub:
+        session = await new_session(stub, picture)
+        call = stub.StreamAvatar(timeout=30)
+        await call.write(opened(session.id))
+        await answer(call)
+        suite.processes["denoiser-1"].kill()
+        with pytest.raises(grpc.aio.AioRpcError, match="denoiser-1") as caught:
+            await rest(call)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    del suite.targets["denoiser-1"]
+    await asyncio.sleep(0.5)
+    assert not any((await active_streams(suite)).values())
+
+
+LAUNCHER = """
+import asyncio, sys
+from pathlib import Path
+from services.launch import launched
+
+async def main():
+    async with launched(Path(sys.argv[1]), Path(sys.argv[2])) as suite:
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-C"])
+async def test_no_process_and_no_port_is_left_when_the_launcher_ends(
+    number: signal.Signals, checkpoint: Path, tmp_path: Path
+) -> None:
+    launcher = psutil.Popen(
+        [sys.executable, "-c", LAUNCHER, str(checkpoint), str(tmp_path / "logs")],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    ports: set[int] = set()
+    # Redis and the gateway are the first to listen; the workers are still loading.
+    while len(children := launcher.children(recursive=True)) < 7 or len(ports) < 2:
+        assert launcher.poll() is None
+        await asyncio.sleep(0.1)
+        ports = {at.laddr.port for child in children for at in child.net_connections() if at.status == "LISTEN"}
+    launcher.send_signal(number)
+    await asyncio.to_thread(launcher.wait, 20)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, children, 10)
+    assert not alive
+    for port in ports:
+        with socket.socket() as client:
+            assert client.connect_ex(("127.0.0.1", port)) != 0, f"somebody still listens at {port}"
+
+
+async def test_a_stage_that_cannot_start_ends_the_launch_with_its_words(checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    for part in ("audio", "denoiser"):
+        (broken / part).mkdir(parents=True)
+        for file in (checkpoint / part).iterdir():
+            (broken / part / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(RuntimeError, match=r"(?s)vae ended while starting.*no checkpoint at"):
+        async with launched(broken, tmp_path / "logs"):
+            pass

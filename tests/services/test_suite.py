@@ -1,0 +1,132 @@
+"""The whole suite in one process: what a product team gets, and that it is what the models alone give."""
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from avatar.__main__ import render
+from avatar.session import SessionStore
+from avatar.settings import GatewaySettings
+from services.__main__ import suite
+from tests.conftest import RATE_HZ, sound
+from tests.contract.refusals import refused
+from tests.product import CLOSE, answer, connected, new_session, opened, rest, speak, spoken, stream
+
+SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round the window
+
+
+def rendered(checkpoint: Path, picture: bytes, data: bytes, seed: int) -> list[bytes]:
+    samples = torch.frombuffer(bytearray(data), dtype=torch.int16).unsqueeze(0) / 32768
+    chunks = render(checkpoint, samples, RATE_HZ, picture, seed)
+    return [frame.numpy().tobytes() for chunk in chunks for frame in chunk.frames]
+
+
+async def test_remote_equals_local(gateway: str, checkpoint: Path, picture: bytes) -> None:
+    async with connected(gateway) as stub:
+        session = await new_session(stub, picture, seed=7)
+        streamed = await speak(stub, session.id, sound(SECONDS))
+    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+
+
+async def test_another_seed_gives_other_frames(gateway: str, picture: bytes) -> None:
+    async with connected(gateway) as stub:
+        one, other = [await new_session(stub, picture, seed=seed) for seed in (1, 2)]
+        assert (await speak(stub, one.id, sound(1))).pixels != (await speak(stub, other.id, sound(1))).pixels
+
+
+async def test_interleaved_equals_alone(gateway: str, checkpoint: Path, picture: bytes) -> None:
+    async with connected(gateway) as stub:
+        sessions = [await new_session(stub, picture, seed=seed) for seed in range(3)]
+        all_streamed = await asyncio.gather(
+            *(speak(stub, session.id, sound(SECONDS, seed)) for seed, session in enumerate(sessions))
+        )
+    for seed, streamed in enumerate(all_streamed):
+        assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS, seed), seed)
+
+
+async def test_frames_do_not_depend_on_how_sound_is_cut(gateway: str, picture: bytes) -> None:
+    data = sound(2)
+    async with connected(gateway) as stub:
+        sizes = (322, len(data))
+        sessions = [await new_session(stub, picture, seed=1) for _ in sizes]
+        pixels = [
+            (await stream(stub, [opened(session.id), *spoken(data, size), CLOSE])).pixels
+            for session, size in zip(sessions, sizes, strict=True)
+        ]
+    assert pixels[0] == pixels[1]
+
+
+async def test_the_sink_update_changes_frames_from_its_block_on(
+    checkpoint: Path, picture: bytes, tmp_path: Path
+) -> None:
+    still = tmp_path / "still"
+    for part in ("audio", "denoiser", "vae"):
+        (still / part).mkdir(parents=True)
+        for file in (checkpoint / part).iterdir():
+            (still / part / file.name).write_bytes(file.read_bytes())
+    config = still / "denoiser" / "config.json"
+    config.write_text(config.read_text().replace('"sink_update_block": 2', '"sink_update_block": null'))
+    with_update = rendered(checkpoint, picture, sound(SECONDS), seed=0)
+    without = rendered(still, picture, sound(SECONDS), seed=0)
+    first_changed = 12 * 2 - 3
+    assert with_update[:first_changed] == without[:first_changed]
+    assert with_update[first_changed] != without[first_changed]
+
+
+async def test_a_client_that_vanishes_leaves_the_suite_to_the_next_one(gateway: str, picture: bytes) -> None:
+    async with connected(gateway) as stub:
+        for number_of_frames in (0, 1, 30):
+            session = await new_session(stub, picture)
+            call = stub.StreamAvatar()
+            await call.write(opened(session.id))
+            assert (await answer(call)).opened.session.id == session.id
+            for request in spoken(sound(SECONDS)):
+                await call.write(request)
+            for _ in range(number_of_frames):
+                await call.read()
+            call.cancel()
+        session = await new_session(stub, picture)
+        assert len((await speak(stub, session.id, sound(1))).frames) == 33
+
+
+async def test_a_failing_stage_is_named_and_the_next_session_is_served(
+    gateway: str, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from avatar.denoiser.denoiser import Denoiser
+
+    step = Denoiser.step
+
+    def broken(self: Denoiser, block: object, state: object) -> object:
+        if self.level == 1 and block.index == 3:  # type: ignore[attr-defined]
+            raise RuntimeError("the device is lost")
+        return step(self, block, state)  # type: ignore[arg-type]
+
+    async with connected(gateway) as stub:
+        with monkeypatch.context() as patch:
+            patch.setattr(Denoiser, "step", broken)
+            session = await new_session(stub, picture)
+            with pytest.raises(grpc.aio.AioRpcError, match="denoiser-1: RuntimeError: the device is lost"):
+                await speak(stub, session.id, sound(SECONDS))
+        session = await new_session(stub, picture)
+        assert (await speak(stub, session.id, sound(1))).frames
+
+
+async def test_a_full_worker_refuses_and_says_when_to_retry(
+    checkpoint: Path, store: SessionStore, picture: bytes
+) -> None:
+    settings = GatewaySettings(listen="127.0.0.1:0")
+    async with suite(checkpoint, store, settings, capacity=1) as target, connected(target) as stub:
+        first, second = [await new_session(stub, picture) for _ in range(2)]
+        call = stub.StreamAvatar(timeout=30)
+        await call.write(opened(first.id))
+        await answer(call)
+        async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "NO_CAPACITY") as refusal:
+            await speak(stub, second.id, sound(0.48))
+        assert refusal.retries
+        for request in [*spoken(sound(0.48)), CLOSE]:
+            await call.write(request)
+        await rest(call)
+        assert (await speak(stub, second.id, sound(0.48))).frames
