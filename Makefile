@@ -23,7 +23,7 @@ protos: install
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 
 # The tiny model is not trained yet: its weights come from a seed, the first time they are needed.
-$(WEIGHTS) &: $(VENV)/installed
+$(WEIGHTS) &: | $(VENV)/installed
 	python -m training.initialise models/tiny
 
 check: install
