@@ -17,6 +17,12 @@ import grpc.aio
 import psutil
 import pytest
 import pytest_asyncio
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from avatar.rpc.client import channel
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
@@ -28,11 +34,42 @@ from tests.services.test_suite import SECONDS, rendered
 IDLE_S = 2.0
 
 
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """An OTLP receiver: spans, each with the name of the service that sent it."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, Span]] = []
+
+    async def Export(  # noqa: N802
+        self, request: ExportTraceServiceRequest, _: object
+    ) -> ExportTraceServiceResponse:
+        for resource in request.resource_spans:
+            names = [each.value.string_value for each in resource.resource.attributes if each.key == "service.name"]
+            self.spans += [(names[0], span) for scope in resource.scope_spans for span in scope.spans]
+        return ExportTraceServiceResponse()
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def suite(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Suite, None]:
-    """A running suite with a Redis of its own; the module's last test of it breaks it."""
-    async with launched(checkpoint, tmp_path_factory.mktemp("logs")) as suite:
-        yield suite
+async def collector() -> AsyncGenerator[tuple[Collector, int], None]:
+    """A collector that listens, and its port."""
+    collector, server = Collector(), grpc.aio.server()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield collector, port
+    await server.stop(0)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def suite(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, collector: tuple[Collector, int]
+) -> AsyncGenerator[Suite, None]:
+    """A running suite with a Redis of its own, that exports its traces; the module's last test of it breaks it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector[1]}")
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        async with launched(checkpoint, tmp_path_factory.mktemp("logs")) as suite:
+            yield suite
 
 
 async def active_streams(suite: Suite) -> dict[str, int]:
@@ -74,6 +111,37 @@ async def test_processes_give_the_same_frames_and_are_idle_when_a_client_vanishe
         while any((await active_streams(suite)).values()):
             assert time.monotonic() - vanished < IDLE_S, f"still streaming: {await active_streams(suite)}"
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_blocks_spans_are_one_trace_over_all_processes(
+    suite: Suite, collector: tuple[Collector, int], picture: bytes
+) -> None:
+    async with connected(suite.gateway) as stub:
+        session = await new_session(stub, picture)
+        await speak(stub, session.id, sound(0.96))
+
+    def traces_of_the_session() -> dict[bytes, list[tuple[str, Span]]]:
+        named = {"avatar.session.id": session.id}
+        roots = [span for _, span in collector[0].spans if span.name == "avatar.session" and named == texts(span)]
+        traces: dict[bytes, list[tuple[str, Span]]] = {}
+        for _, span in collector[0].spans:
+            if roots and any(link.span_id == roots[0].span_id for link in span.links):
+                traces[span.trace_id] = [each for each in collector[0].spans if each[1].trace_id == span.trace_id]
+        return traces
+
+    async with asyncio.timeout(10):
+        while [len(spans) for spans in traces_of_the_session().values()] != [5, 5]:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)  # spans come from other processes: there is no event to wait for
+    for spans in traces_of_the_session().values():
+        services = sorted(service for service, _ in spans)
+        assert services == ["avatar-audio", *["avatar-denoiser"] * 3, "avatar-vae"]
+        audio = next(span for service, span in spans if service == "avatar-audio")
+        assert all(span.parent_span_id == audio.span_id for service, span in spans if service != "avatar-audio")
+
+
+def texts(span: Span) -> dict[str, str]:
+    return {each.key: each.value.string_value for each in span.attributes}
 
 
 @pytest.mark.asyncio(loop_scope="module")
