@@ -9,11 +9,12 @@ unpickled.
     avatar:reference:{ID}  hash   reference
 """
 
+import asyncio
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Protocol, TypeVar
 
 import redis.asyncio
@@ -218,56 +219,61 @@ class RedisHashes:
     """Hashes in a Redis or Valkey server. Belongs to the event loop that first uses it."""
 
     def __init__(self, url: str, timeout_s: float = 2.0) -> None:
-        self._redis = redis.asyncio.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
+        # No socket_timeout: redis-py keeps it with asyncio.wait_for, which before Python 3.12 swallows a cancellation
+        # that comes as the command is sent; a stream that ended would then wait for ever. `_reached` bounds the wait.
+        self._redis = redis.asyncio.from_url(url, socket_timeout=None, socket_connect_timeout=timeout_s)
+        self._timeout_s = timeout_s
         self._update = self._redis.register_script(_UPDATE)
         self._claim = self._redis.register_script(_CLAIM)
         self._release = self._redis.register_script(_RELEASE)
 
     async def create(self, key: str, fields: Mapping[str, bytes], ttl_s: float) -> None:
-        with _reached():
-            async with self._redis.pipeline(transaction=True) as pipe:
-                pipe.delete(key)
-                pipe.hset(key, items=[part for pair in fields.items() for part in pair])
-                pipe.pexpire(key, _ms(ttl_s))
-                await pipe.execute()
+        async with self._reached(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.delete(key)
+            pipe.hset(key, items=[part for pair in fields.items() for part in pair])
+            pipe.pexpire(key, _ms(ttl_s))
+            await pipe.execute()
 
     async def update(self, key: str, fields: Mapping[str, bytes], ttl_s: float | None) -> bool:
         arguments = [part for pair in fields.items() for part in pair]
-        with _reached():
+        async with self._reached():
             return bool(await self._update(keys=[key], args=[0 if ttl_s is None else _ms(ttl_s), *arguments]))
 
     async def read(self, key: str, field: str) -> bytes | None:
-        with _reached():
+        async with self._reached():
             value = await self._redis.hget(key, field)
             assert value is None or isinstance(value, bytes)
             return value
 
     async def expires_in_s(self, key: str) -> float:
-        with _reached():
+        async with self._reached():
             return max(0, await self._redis.pttl(key)) / 1000
 
     async def delete(self, key: str) -> bool:
-        with _reached():
+        async with self._reached():
             return bool(await self._redis.delete(key))
 
     async def claim(self, key: str, owner: str, ttl_s: float) -> bool:
-        with _reached():
+        async with self._reached():
             return bool(await self._claim(keys=[key], args=[owner, _ms(ttl_s)]))
 
     async def release(self, key: str, owner: str) -> None:
-        with _reached():
+        async with self._reached():
             await self._release(keys=[key], args=[owner])
 
     async def aclose(self) -> None:
         await self._redis.aclose()
 
-
-@contextmanager
-def _reached() -> Iterator[None]:
-    try:
-        yield
-    except RedisError as error:
-        raise StoreUnavailable(f"the session store did not answer: {error}", retry_s=1.0) from error
+    @asynccontextmanager
+    async def _reached(self) -> AsyncGenerator[None, None]:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                yield
+        except TimeoutError as error:
+            message = f"the session store did not answer in {self._timeout_s:g} s"
+            raise StoreUnavailable(message, retry_s=1.0) from error
+        except RedisError as error:
+            raise StoreUnavailable(f"the session store cannot be reached: {error}", retry_s=1.0) from error
 
 
 def _ms(seconds: float) -> int:

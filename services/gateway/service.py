@@ -188,8 +188,10 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
     async def _keep(self, session_id: str, owner: str, conversation: Conversation) -> None:
         """Renew the session with every block, and the claim on it. SessionNotFound ends the stream if it is gone."""
         while True:
+            # Not asyncio.wait_for: before Python 3.12 it swallows a cancellation that comes with the event.
             with suppress(TimeoutError):
-                await asyncio.wait_for(conversation.advanced.wait(), CLAIM_TTL_S / 3)
+                async with asyncio.timeout(CLAIM_TTL_S / 3):
+                    await conversation.advanced.wait()
             try:
                 await self._store.claim(session_id, owner)
                 if conversation.advanced.is_set():
