@@ -90,6 +90,7 @@ class Network(nn.Module):
 
     def embed_text(self, text: Tensor) -> list[KeysValues]:
         """Keys and values of text (b, n, d), n <= text_len, per layer. Rows that are missing are zero, and attended."""
+        assert text.shape[1] <= self.config.text_len, text.shape
         padded = functional.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])).to(self.dtype)
         embedded = self.text_embedding(padded)
         return [layer.cross_attn.keys_values(embedded) for layer in self.layers]

@@ -29,6 +29,14 @@ Answer = TypeVar("Answer", bound=Message)
 
 # A worker whose device is busy opens a stream only after the steps that wait before it.
 OPEN_S = 30.0
+ENDED_EARLY = "the stream ended before all was answered"
+# How a call ends when the worker does. OK is no better: a worker says `closed` before it ends a stream.
+GONE = (
+    grpc.StatusCode.OK,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+)
 
 
 def channel(target: str) -> grpc.aio.Channel:
@@ -53,8 +61,9 @@ class CallStatus:
 
     def _note(self, call: Any) -> None:
         code, details, trailing = (_finished(each) for each in (call.code(), call.details(), call.trailing_metadata()))
-        if code is not grpc.StatusCode.OK:
-            self._ended = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
+        if code is grpc.StatusCode.OK:  # nobody asks for it unless there was more to write or to read
+            details = ENDED_EARLY
+        self._ended = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
 
 
 def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -135,7 +144,7 @@ class RemoteStage(Generic[Item, Answer]):
         except grpc.aio.AioRpcError as error:
             raise stage_error(self.stage, self._status.instead_of(error)) from error
         if response is grpc.aio.EOF:
-            raise StageLost(f"{self.stage} ended its stream early", metadata=self._where())
+            raise StageLost(f"{self.stage}: {ENDED_EARLY}", metadata=self._where(), retry_s=1.0)
         return response
 
     def _where(self) -> dict[str, str]:
@@ -177,7 +186,7 @@ def stage_error(stage: str, error: grpc.aio.AioRpcError) -> AvatarError:
     text = error.details() or error.code().name
     if reason in REASONS and reason != AvatarError.reason:
         kind = REASONS[reason]
-    elif error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
+    elif error.code() in GONE:
         kind, retry_s = StageLost, 1.0
     elif error.code() is grpc.StatusCode.UNIMPLEMENTED:
         kind = ConfigMismatch

@@ -39,6 +39,11 @@ def session_from_pb(message: pb.Session) -> Session:
     return Session(id=message.id, seed=message.seed, motion=tensor_from_pb(message.motion))
 
 
+def session_of_sound(session_id: str) -> Session:
+    """A session as the audio stage sees it: neither seed nor picture reaches the features."""
+    return Session(id=session_id, seed=0, motion=torch.zeros(0))
+
+
 def conditions_to_pb(conditions: Conditions) -> pb.Conditions:
     return pb.Conditions(
         version=conditions.version, sink=tensor_to_pb(conditions.sink), text=tensor_to_pb(conditions.text)

@@ -6,7 +6,6 @@ from contextlib import aclosing
 from dataclasses import replace
 
 import grpc.aio
-import torch
 
 from avatar import telemetry
 from avatar.audio.clock import BLOCK_FRAMES
@@ -14,9 +13,9 @@ from avatar.audio.model import AudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
 from avatar.pipeline import Usage, flatten, local
-from avatar.rpc.codec import block_to_pb, end_of_sound, piece_from_bytes
+from avatar.rpc.codec import block_to_pb, end_of_sound, piece_from_bytes, session_of_sound
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
-from avatar.types import AudioPiece, Session
+from avatar.types import AudioPiece
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from avatar.worker.v1.types_pb2 import Closed
@@ -56,9 +55,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         with self._capacity.taken(), blaming("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = Usage(), 0
-            # Sound has no constants of its own: neither seed nor picture reaches the features.
-            session = Session(opened.session_id, seed=0, motion=torch.zeros(0))
-            stage = local(self._audio, session, self._executor, usage)
+            stage = local(self._audio, session_of_sound(opened.session_id), self._executor, usage)
             async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
                 async for block in blocks:
                     context_of_block = telemetry.block_span(

@@ -32,7 +32,7 @@ class Clip:
         )
         self.reference = randn(seed + 2, batch, config.in_dim, 1, HEIGHT, WIDTH)
         self.motion = randn(seed + 3, batch, config.in_dim, 19, HEIGHT, WIDTH)
-        self.text = randn(seed + 4, batch, 3, config.text_dim)
+        self.text = randn(seed + 4, batch, min(3, config.text_len), config.text_dim)
         self.pose = randn(seed + 5, batch, config.cond_dim, frames, HEIGHT, WIDTH)
         self.timesteps = torch.full((1, 1), 750.0)
 

@@ -1,0 +1,138 @@
+"""A small real worker, whose streams do what a test says, and what it is sent."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import EllipsisType
+from typing import TypeAlias
+
+import grpc.aio
+import pytest
+
+from avatar.rpc.client import channel
+from avatar.rpc.server import Context, opening, parts, serving
+from avatar.worker.v1 import audio_pb2 as pb
+from avatar.worker.v1 import audio_pb2_grpc
+from avatar.worker.v1.types_pb2 import Block, Closed
+
+Requests: TypeAlias = AsyncIterator[pb.EncodeRequest]
+Responses: TypeAlias = AsyncGenerator[pb.EncodeResponse, None]
+
+OPEN = pb.EncodeRequest(open=pb.OpenEncode(session_id="a"))
+CLOSE = pb.EncodeRequest(close=pb.CloseEncode())
+OPENED = pb.EncodeResponse(opened=pb.EncodeOpened(history_s=0.5))
+
+
+def piece(number: int) -> pb.AudioPiece:
+    """Sound that `numbered` answers with a block of this number."""
+    return pb.AudioPiece(data=str(number).encode())
+
+
+def block(number: int) -> pb.EncodeResponse:
+    return pb.EncodeResponse(block=Block(index=number))
+
+
+async def numbered(requests: Requests, _: Context) -> Responses:
+    """A worker as it should be: each piece is answered with the block whose number it holds."""
+    await opening(requests)
+    yield OPENED
+    num_blocks = 0
+    async for each in parts(requests, "piece"):
+        num_blocks += 1
+        yield block(int(each.data))
+    yield pb.EncodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=0.25))
+
+
+class Worker(audio_pb2_grpc.AudioServiceServicer):
+    """An audio worker without a model.
+
+    encode: what happens in a stream. info: what GetInfo does. target: HOST:PORT.
+    """
+
+    service_name = "avatar.worker.v1.AudioService"
+
+    def __init__(self) -> None:
+        self.encode: Callable[[Requests, Context], Responses] = numbered
+        self.info: Callable[[], pb.AudioServiceGetInfoResponse] = pb.AudioServiceGetInfoResponse
+        self.target = ""
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        audio_pb2_grpc.add_AudioServiceServicer_to_server(self, server)
+
+    def Encode(self, requests: Requests, context: Context) -> Responses:  # noqa: N802
+        return self.encode(requests, context)
+
+    async def GetInfo(  # noqa: N802
+        self, _: pb.AudioServiceGetInfoRequest, __: Context
+    ) -> pb.AudioServiceGetInfoResponse:
+        return self.info()
+
+
+@dataclass
+class Source:
+    """A stream of pieces, and what became of it.
+
+    end: what it ends with: nothing, an error, or ... for no end at all.
+    """
+
+    numbers: Iterable[int]
+    end: BaseException | EllipsisType | None = None
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def stream(self) -> AsyncGenerator[pb.AudioPiece, None]:
+        try:
+            for number in self.numbers:
+                yield piece(number)
+            if self.end is ...:
+                await asyncio.Event().wait()
+            elif self.end:
+                raise self.end
+        finally:
+            self.closed.set()
+
+
+@asynccontextmanager
+async def cuttable(target: str) -> AsyncGenerator[tuple[str, Callable[[], None]], None]:
+    """HOST:PORT that leads to the target, and what cuts it off, as the kernel does when a process is killed."""
+    host, port = target.split(":")
+    writers: list[asyncio.StreamWriter] = []
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        try:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        except ConnectionError:
+            writer.transport.abort()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection(host, port)
+        await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
+
+    def cut() -> None:
+        server.close()
+        for writer in writers:
+            writer.transport.abort()
+
+    server = await asyncio.start_server(connect, host, 0)
+    try:
+        yield f"{host}:{server.sockets[0].getsockname()[1]}", cut
+    finally:
+        cut()
+        await server.wait_closed()
+
+
+@pytest.fixture
+async def worker() -> AsyncGenerator[Worker, None]:
+    worker = Worker()
+    async with serving("127.0.0.1:0", worker) as port:
+        worker.target = f"127.0.0.1:{port}"
+        yield worker
+
+
+@pytest.fixture
+async def connection(worker: Worker) -> AsyncGenerator[grpc.aio.Channel, None]:
+    """A channel to the worker."""
+    async with channel(worker.target) as connection:
+        yield connection

@@ -1,0 +1,344 @@
+"""Tests of avatar.rpc.client, against a small real worker."""
+
+import asyncio
+import gc
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+import pytest
+
+from avatar.errors import (
+    AvatarError,
+    ConfigMismatch,
+    InvalidAudio,
+    NoCapacity,
+    SessionNotFound,
+    StageFailed,
+    StageLost,
+)
+from avatar.rpc.client import RemoteStage, channel, remote_audio
+from avatar.rpc.server import Context, opening, parts
+from avatar.worker.v1 import audio_pb2 as pb
+from avatar.worker.v1.types_pb2 import Block, Closed
+from tests.rpc.conftest import OPENED, Requests, Responses, Source, Worker, block, cuttable, numbered, piece
+
+WAIT_S = 10.0
+Audio: TypeAlias = RemoteStage[pb.AudioPiece, Block]
+OPEN = pb.OpenEncode(session_id="a")
+
+
+async def opened(connection: grpc.aio.Channel) -> Audio:
+    """A stage whose stream is open. A call begins when its stage is made: the worker must know by then what to do."""
+    stage = remote_audio(connection)
+    assert await stage.open(OPEN) == OPENED.opened
+    return stage
+
+
+async def indexes(blocks: AsyncGenerator[Block, None]) -> list[int]:
+    return [each.index async for each in blocks]
+
+
+async def as_pieces(blocks: AsyncGenerator[Block, None]) -> AsyncGenerator[pb.AudioPiece, None]:
+    async with aclosing(blocks):
+        async for each in blocks:
+            yield piece(each.index)
+
+
+async def failing(requests: Requests, context: Context) -> Responses:
+    """A worker that breaks at the block of number 3."""
+    async for response in numbered(requests, context):
+        if response.block.index == 3:
+            raise RuntimeError("the device is lost")
+        yield response
+
+
+async def test_answers_come_in_order_and_the_last_tells_what_they_cost(connection: grpc.aio.Channel) -> None:
+    stage = await opened(connection)
+    source = Source([7, *range(50)])
+    assert await indexes(stage(source.stream())) == [7, *range(50)]
+    assert stage.closed == Closed(num_blocks=51, busy_s=0.25)
+    assert source.closed.is_set()
+
+
+async def test_a_stage_may_answer_more_or_less_than_it_is_given(worker: Worker, connection: grpc.aio.Channel) -> None:
+    async def repeated(requests: Requests, _: Context) -> Responses:
+        await opening(requests)
+        yield OPENED
+        async for each in parts(requests, "piece"):
+            for copy in [block(int(each.data))] * int(each.data):
+                yield copy
+        yield pb.EncodeResponse(closed=Closed())
+
+    worker.encode = repeated
+    stage = await opened(connection)
+    assert await indexes(stage(Source([0, 2, 0, 1]).stream())) == [2, 2, 1]
+
+
+async def test_streams_of_one_channel_do_not_touch(connection: grpc.aio.Channel) -> None:
+    stages = [await opened(connection) for _ in range(4)]
+    answers = await asyncio.gather(
+        *(indexes(stage(Source(range(n, n + 20)).stream())) for n, stage in enumerate(stages))
+    )
+    assert answers == [list(range(n, n + 20)) for n in range(4)]
+
+
+async def test_stages_work_at_the_same_time(worker: Worker, connection: grpc.aio.Channel) -> None:
+    first_is_at_one = asyncio.Event()
+
+    async def first(requests: Requests, context: Context) -> Responses:
+        async for response in numbered(requests, context):
+            if response.block.index == 1:
+                first_is_at_one.set()
+            yield response
+
+    async def second(requests: Requests, context: Context) -> Responses:
+        async for response in numbered(requests, context):
+            if response.WhichOneof("part") == "block" and response.block.index == 0:
+                await asyncio.wait_for(first_is_at_one.wait(), WAIT_S)
+            yield response
+
+    blocks: AsyncGenerator[Block, None] | None = None
+    for behaviour in (first, second):
+        worker.encode = behaviour
+        stage = await opened(connection)
+        blocks = stage(as_pieces(blocks) if blocks else Source(range(3)).stream())
+    assert blocks
+    assert await indexes(blocks) == [0, 1, 2]
+
+
+async def test_a_failure_upstream_surfaces_as_itself(connection: grpc.aio.Channel) -> None:
+    class MyError(Exception):
+        pass
+
+    stage = await opened(connection)
+    with pytest.raises(MyError, match="the sound is gone"):
+        await indexes(stage(Source([1, 2], MyError("the sound is gone")).stream()))
+
+
+async def test_a_stages_failure_surfaces_through_those_after_it(worker: Worker, connection: grpc.aio.Channel) -> None:
+    source = Source([1, 2, 3, 4])
+    pieces = source.stream()
+    for name, behaviour in (("audio", numbered), ("denoiser-1", failing), ("denoiser-2", numbered), ("vae", numbered)):
+        worker.encode = behaviour
+        stage = await opened(connection)
+        stage.stage = name
+        blocks = stage(pieces)
+        pieces = as_pieces(blocks)
+    with pytest.raises(StageFailed, match=r"^denoiser-1: RuntimeError: the device is lost$") as caught:
+        await indexes(blocks)
+    assert caught.value.metadata == {"stage": "denoiser-1"}
+    assert source.closed.is_set()
+
+
+async def test_a_workers_failure_is_named_and_closes_the_items(worker: Worker, connection: grpc.aio.Channel) -> None:
+    worker.encode = failing
+    stage = await opened(connection)
+    source = Source([1, 3], ...)
+    with pytest.raises(StageFailed, match=r"^audio: RuntimeError: the device is lost$") as caught:
+        await indexes(stage(source.stream()))
+    assert caught.value.metadata == {"stage": "audio"}
+    assert source.closed.is_set()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidAudio.at("audio.data", "it is NaN"),
+        SessionNotFound("gone", metadata={"session": "a"}),
+        NoCapacity("full", retry_s=1.5),
+        StageLost("lost", metadata={"stage": "vae"}, retry_s=0.25),
+    ],
+    ids=lambda error: error.reason,
+)
+async def test_what_a_client_can_act_on_passes_through(
+    worker: Worker, connection: grpc.aio.Channel, error: AvatarError
+) -> None:
+    async def refusing(requests: Requests, _: Context) -> Responses:
+        await opening(requests)
+        raise error
+        yield OPENED
+
+    worker.encode = refusing
+    with pytest.raises(type(error)) as caught:
+        await opened(connection)
+    assert type(caught.value) is type(error)
+    assert str(caught.value) == f"audio: {error}"
+    assert caught.value.metadata == {**error.metadata, "stage": "audio"}
+    assert (caught.value.violations, caught.value.retry_s) == (error.violations, error.retry_s)
+
+
+async def test_a_refusal_arrives_whole_while_more_is_being_written(
+    worker: Worker, connection: grpc.aio.Channel
+) -> None:
+    async def refusing(requests: Requests, _: Context) -> Responses:
+        await opening(requests)
+        yield OPENED
+        raise InvalidAudio.at("audio.data", "it is NaN")
+
+    worker.encode = refusing
+    for _ in range(30):
+        with pytest.raises(InvalidAudio, match="it is NaN"):
+            await indexes((await opened(connection))(Source(range(100)).stream()))
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, StageLost),
+        (grpc.StatusCode.CANCELLED, StageLost),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, StageLost),
+        (grpc.StatusCode.UNIMPLEMENTED, ConfigMismatch),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, NoCapacity),
+        (grpc.StatusCode.INTERNAL, StageFailed),
+        (grpc.StatusCode.UNKNOWN, StageFailed),
+        (grpc.StatusCode.INVALID_ARGUMENT, StageFailed),
+    ],
+)
+async def test_a_status_without_details_is_read_by_its_code(
+    worker: Worker, connection: grpc.aio.Channel, code: grpc.StatusCode, kind: type[AvatarError]
+) -> None:
+    async def aborting(requests: Requests, context: Context) -> Responses:
+        await opening(requests)
+        await context.abort(code, "as a proxy says it")
+        yield OPENED
+
+    worker.encode = aborting
+    with pytest.raises(AvatarError, match="audio: as a proxy says it") as caught:
+        await opened(connection)
+    assert type(caught.value) is kind
+    assert caught.value.retry_s == (1.0 if kind is StageLost else None)
+
+
+async def test_a_worker_of_another_kind_does_not_fit(connection: grpc.aio.Channel) -> None:
+    method: Any = connection.stream_stream(
+        "/avatar.worker.v1.VaeService/Decode",
+        request_serializer=pb.EncodeRequest.SerializeToString,
+        response_deserializer=pb.EncodeResponse.FromString,
+    )
+    stage: Audio = RemoteStage("vae", method, pb.EncodeRequest, "piece", "block")
+    with pytest.raises(ConfigMismatch, match="vae: "):
+        await stage.open(OPEN)
+
+
+async def test_a_worker_that_is_not_there_is_lost() -> None:
+    async with channel("127.0.0.1:1") as connection:
+        with pytest.raises(StageLost, match="audio: ") as caught:
+            await opened(connection)
+    assert caught.value.metadata == {"stage": "audio"}
+    assert caught.value.retry_s
+
+
+async def test_a_worker_that_never_opens_is_lost_in_time(
+    worker: Worker, connection: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up = asyncio.Event()
+
+    async def silent(*_: object) -> Responses:
+        try:
+            await asyncio.Event().wait()
+            yield OPENED
+        finally:
+            given_up.set()
+
+    worker.encode = silent
+    monkeypatch.setattr("avatar.rpc.client.OPEN_S", 0.1)
+    with pytest.raises(StageLost, match=r"audio did not open a stream in 0\.1 s") as caught:
+        await opened(connection)
+    assert caught.value.metadata == {"stage": "audio"}
+    await asyncio.wait_for(given_up.wait(), WAIT_S)
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1])
+@pytest.mark.parametrize("is_writing", [False, True], ids=["idle", "written to"])
+async def test_a_stream_that_ends_without_closed_is_lost(
+    worker: Worker, connection: grpc.aio.Channel, num_blocks: int, is_writing: bool
+) -> None:
+    async def ending(requests: Requests, _: Context) -> Responses:
+        await opening(requests)
+        for response in (OPENED, *[block(0)] * num_blocks):
+            yield response
+
+    worker.encode = ending
+    stage = await opened(connection)
+    source = Source(range(1000) if is_writing else [], ...)
+    with pytest.raises(StageLost, match="audio: the stream ended before all was answered") as caught:
+        await indexes(stage(source.stream()))
+    assert caught.value.metadata == {"stage": "audio"}
+    assert source.closed.is_set()
+
+
+async def test_a_stream_that_ends_before_it_is_opened_is_lost(worker: Worker, connection: grpc.aio.Channel) -> None:
+    async def nothing(requests: Requests, _: Context) -> Responses:
+        await opening(requests)
+        return
+        yield OPENED
+
+    worker.encode = nothing
+    with pytest.raises(StageLost, match="audio: the stream ended before all was answered"):
+        await opened(connection)
+
+
+async def test_a_worker_that_is_killed_is_lost(worker: Worker) -> None:
+    async with cuttable(worker.target) as (target, cut), channel(target) as connection:
+        source = Source([5], ...)
+        blocks = (await opened(connection))(source.stream())
+        assert (await anext(blocks)).index == 5
+        cut()
+        with pytest.raises(StageLost, match="audio: ") as caught:
+            await anext(blocks)
+        assert caught.value.metadata == {"stage": "audio"}
+        assert source.closed.is_set()
+
+
+async def test_closing_the_generator_cancels_the_call_and_closes_the_items(
+    worker: Worker, connection: grpc.aio.Channel
+) -> None:
+    is_ended = asyncio.Event()
+
+    async def watched(requests: Requests, context: Context) -> Responses:
+        try:
+            async for response in numbered(requests, context):
+                yield response
+        finally:
+            is_ended.set()
+
+    worker.encode = watched
+    source = Source([1], ...)
+    blocks = (await opened(connection))(source.stream())
+    assert (await anext(blocks)).index == 1
+    assert not source.closed.is_set()
+    assert not is_ended.is_set()
+    await blocks.aclose()
+    assert source.closed.is_set()
+    await asyncio.wait_for(is_ended.wait(), WAIT_S)
+
+
+async def test_cancelling_the_reader_is_a_cancellation_and_closes_the_items(connection: grpc.aio.Channel) -> None:
+    source = Source([], ...)
+    reading = asyncio.ensure_future(indexes((await opened(connection))(source.stream())))
+    await asyncio.sleep(0.01)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert source.closed.is_set()
+
+
+async def test_cancelling_a_stage_that_has_ended_does_nothing(connection: grpc.aio.Channel) -> None:
+    stage = await opened(connection)
+    assert await indexes(stage(Source([1]).stream())) == [1]
+    stage.cancel()
+    assert stage.closed.num_blocks == 1
+
+
+async def test_a_failure_leaves_nothing_that_nobody_looked_at(
+    worker: Worker, connection: grpc.aio.Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker.encode = failing
+    with pytest.raises(StageFailed):
+        await indexes((await opened(connection))(Source(range(100)).stream()))
+    gc.collect()
+    await asyncio.sleep(0)
+    assert not [record for record in caplog.records if "never retrieved" in record.message]

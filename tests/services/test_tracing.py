@@ -1,0 +1,87 @@
+"""What the whole suite tells of itself: one trace a block over all stages, and metrics without sessions."""
+
+from collections import defaultdict
+
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from tests.conftest import sound
+from tests.product import connected, new_session, speak
+
+STAGES = [("audio", None), ("denoiser", 0), ("denoiser", 1), ("denoiser", 2), ("vae", None)]
+LABELS = {"stage", "level", "reason", "service", "rpc.system.name", "rpc.method", "rpc.response.status_code"}
+
+
+def span_id(span: ReadableSpan) -> int:
+    assert span.context is not None
+    number: int = span.context.span_id
+    return number
+
+
+def linked(span: ReadableSpan) -> list[int]:
+    return [link.context.span_id for link in span.links]
+
+
+def traces(spans: InMemorySpanExporter) -> dict[int, list[ReadableSpan]]:
+    """The spans of blocks by trace, in the order in which they began."""
+    found = defaultdict(list)
+    for span in sorted(spans.get_finished_spans(), key=lambda span: span.start_time or 0):
+        if span.name != "avatar.session":
+            assert span.context is not None
+            found[span.context.trace_id].append(span)
+    return found
+
+
+async def test_a_block_is_one_trace_over_all_stages(gateway: str, picture: bytes, spans: InMemorySpanExporter) -> None:
+    async with connected(gateway) as stub:
+        session = await new_session(stub, picture)
+        streamed = await speak(stub, session.id, sound(1.5))
+    (opened,) = (span for span in spans.get_finished_spans() if span.name == "avatar.session")
+    assert (opened.attributes or {})["avatar.session.id"] == session.id
+    blocks = traces(spans)
+    assert len(blocks) == streamed.closed.num_blocks == 4
+    indexes = []
+    for first, *later in blocks.values():
+        attributes = [dict(span.attributes or {}) for span in (first, *later)]
+        assert [(each["avatar.stage"], each.get("avatar.level")) for each in attributes] == STAGES
+        assert first.parent is None
+        assert linked(first) == [span_id(opened)]
+        assert [span.parent and span.parent.span_id for span in later] == [span_id(first)] * len(later)
+        (index,) = {each["avatar.block.index"] for each in attributes}
+        indexes.append(index)
+    assert set(indexes) == {0, 1, 2, 3}
+
+
+async def test_sessions_have_traces_of_their_own(gateway: str, picture: bytes, spans: InMemorySpanExporter) -> None:
+    async with connected(gateway) as stub:
+        for _ in range(2):
+            await speak(stub, (await new_session(stub, picture)).id, sound(0.5))
+    opened = [span_id(span) for span in spans.get_finished_spans() if span.name == "avatar.session"]
+    assert len(opened) == 2
+    assert {each for first, *_ in traces(spans).values() for each in linked(first)} == set(opened)
+
+
+async def test_no_metric_knows_a_session(gateway: str, picture: bytes, measured: InMemoryMetricReader) -> None:
+    async with connected(gateway) as stub:
+        session = await new_session(stub, picture)
+        await speak(stub, session.id, sound(0.5))
+    data = measured.get_metrics_data()
+    assert data is not None
+    points = {
+        metric.name: [dict(point.attributes or {}) for point in metric.data.data_points]
+        for resource in data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+    }
+    for name in (
+        "avatar.block.duration",
+        "avatar.session.active",
+        "avatar.session.closed",
+        "avatar.time_to_first_frame",
+        "rpc.server.call.duration",
+    ):
+        assert name in points
+    for labels in (labels for each in points.values() for labels in each):
+        assert set(labels) <= LABELS
+        assert session.id not in map(str, labels.values())

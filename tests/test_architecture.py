@@ -1,0 +1,251 @@
+"""Holds imports to the one direction, processes to what they need, and files to a size that can be read.
+
+services, training, benchmarks -> avatar.rpc -> avatar.pipeline
+                               -> avatar.audio | denoiser | vae -> avatar.types
+"""
+
+import ast
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+_WORKER = (
+    *("avatar.checkpoint", "avatar.errors", "avatar.pipeline", "avatar.rpc", "avatar.session", "avatar.settings"),
+    *("avatar.telemetry", "avatar.types", "avatar.worker"),
+)
+
+# What each part of ours may import of ours; a name stands for the module and for all below it. A part may always import
+# its own modules. What is under `if TYPE_CHECKING` counts here, since it points the same way.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    # Leaves. No tensors.
+    "avatar.errors": (),
+    "avatar.settings": (),
+    "avatar.telemetry": (),
+    "avatar.session": ("avatar.errors", "avatar.worker"),  # a store's errors are what a client can act on
+    # Tensor code. The three never see each other.
+    "avatar.types": (),
+    "avatar.checkpoint": (),
+    "avatar.audio": ("avatar.checkpoint", "avatar.types"),
+    "avatar.denoiser": ("avatar.checkpoint", "avatar.types"),
+    "avatar.vae": ("avatar.checkpoint", "avatar.types"),
+    # Streams.
+    "avatar.pipeline": ("avatar.types",),
+    "avatar.rpc.codec": ("avatar.types", "avatar.worker"),
+    "avatar.rpc.server": ("avatar.errors", "avatar.telemetry"),
+    "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.worker"),
+    # Files and the command line.
+    "avatar.media": ("avatar.audio",),
+    "avatar.__main__": ("avatar.audio", "avatar.denoiser", "avatar.media", "avatar.types", "avatar.vae"),
+    # Processes. Nobody imports them.
+    "services.audio": (*_WORKER, "avatar.audio"),
+    "services.denoiser": (*_WORKER, "avatar.denoiser"),
+    "services.vae": (*_WORKER, "avatar.vae"),
+    "services.gateway": (
+        *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.server", "avatar.session"),
+        *("avatar.settings", "avatar.telemetry", "avatar.v1", "avatar.worker"),
+    ),
+    "services": ("avatar", "services.audio", "services.denoiser", "services.gateway", "services.vae"),
+    "training": ("avatar",),
+    "benchmarks": ("avatar",),
+}
+
+_TENSORS = ("torch", "numpy", "einops", "transformers", "diffusers", "safetensors")
+_STREAMS = ("asyncio", "grpc", "redis", "google.protobuf", "opentelemetry")
+
+# What of other people's each part must do without.
+FORBIDDEN: dict[str, tuple[str, ...]] = {
+    "avatar.errors": _TENSORS,
+    "avatar.settings": _TENSORS,
+    "avatar.telemetry": _TENSORS,
+    "avatar.session": _TENSORS,
+    "avatar.types": _STREAMS,
+    "avatar.checkpoint": _STREAMS,
+    "avatar.audio": _STREAMS,
+    "avatar.denoiser": (*_STREAMS, "transformers", "diffusers"),
+    "avatar.vae": _STREAMS,
+    "avatar.pipeline": (*_TENSORS, "grpc", "redis", "google.protobuf"),
+    "avatar.rpc.client": _TENSORS,
+    "avatar.rpc.server": _TENSORS,
+    "services.gateway": _TENSORS,
+}
+
+MAX_LINES = 400
+VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: the module of ours, the full name, and where it stands."""
+
+    module: str
+    name: str
+    line: int
+    is_for_types: bool
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line} imports {self.name}"
+
+
+def files(*folders: str) -> Iterator[Path]:
+    """Our own Python files: not those that are generated from protos/."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if not path.stem.endswith(("_pb2", "_pb2_grpc")):
+                yield path
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+@functools.cache
+def imports() -> tuple[Import, ...]:
+    """Every import of ours, wherever it stands in its file."""
+    found = []
+    for path in files("avatar", "services", "training", "benchmarks"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for_types = {id(node) for block in ast.walk(tree) if is_for_types(block) for node in ast.walk(block)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}:{node.lineno} imports relatively; write the whole name"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            found += [Import(module_of(path), name, node.lineno, id(node) in for_types) for name in names]
+    return tuple(found)
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def lies_in(name: str, parts: tuple[str, ...]) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+def part_of(module: str) -> str:
+    """The narrowest part of the table that holds a module."""
+    return max((part for part in ALLOWED if lies_in(module, (part,))), key=len, default="")
+
+
+def is_ours(name: str) -> bool:
+    return lies_in(name, ("avatar", "services", "training", "benchmarks", "tests"))
+
+
+def test_the_walk_sees_imports_wherever_they_stand() -> None:
+    seen = {(each.module, each.name) for each in imports()}
+    assert ("avatar.audio.whisper", "transformers.models.whisper.modeling_whisper.WhisperEncoder") in seen
+    assert ("services.gateway.service", "services.gateway.workers.Workers") in seen
+    assert [str(each) for each in imports() if each.is_for_types and each.module == "avatar.pipeline"]
+
+
+def test_every_module_has_a_place() -> None:
+    modules = {module_of(path) for path in files("avatar", "services", "training", "benchmarks")}
+    assert [module for module in modules if not part_of(module) and module not in ("avatar", "avatar.rpc")] == []
+
+
+def test_imports_point_one_way() -> None:
+    wrong = [
+        str(each)
+        for each in imports()
+        if is_ours(each.name)
+        and not lies_in(each.name, ALLOWED.get(part_of(each.module), ()))
+        and part_of(each.name) != part_of(each.module)
+    ]
+    assert wrong == []
+
+
+def test_the_table_itself_points_one_way() -> None:
+    names = {"avatar", *ALLOWED}
+    graph = {part: {name for name in names if lies_in(name, allowed)} for part, allowed in ALLOWED.items()}
+    TopologicalSorter(graph).prepare()  # CycleError if there is a way back
+
+
+def test_every_part_does_without_what_it_must() -> None:
+    wrong = [
+        str(each)
+        for each in imports()
+        if not each.is_for_types and lies_in(each.name, FORBIDDEN.get(part_of(each.module), ()))
+    ]
+    assert wrong == []
+
+
+def test_only_the_codec_knows_both_tensors_and_messages() -> None:
+    tensors = {each.module for each in imports() if lies_in(each.name, ("torch",))}
+    messages = {
+        each.module for each in imports() if lies_in(each.name, ("google.protobuf", "avatar.v1", "avatar.worker"))
+    }
+    assert tensors & messages == {"avatar.rpc.codec"}
+
+
+def test_only_telemetry_knows_how_to_trace_and_measure() -> None:
+    assert {each.module for each in imports() if lies_in(each.name, ("opentelemetry",))} == {"avatar.telemetry"}
+
+
+def loaded_by(program: str) -> set[str]:
+    """The packages that a fresh process has loaded after a program."""
+    lines = f"{program}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_the_gateway_loads_no_tensor_library() -> None:
+    loaded = loaded_by("import services.gateway.__main__")
+    assert "grpc" in loaded
+    assert loaded & {*_TENSORS, "soxr", "av", "PIL"} == set()
+
+
+BUILD = """
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from avatar.session import MemoryHashes, SessionStore
+from avatar.settings import {settings}
+from services.{service}.__main__ import build
+with ThreadPoolExecutor(1) as executor:
+    build({settings}(checkpoint=Path({checkpoint!r})), SessionStore(MemoryHashes()), executor)
+"""
+
+
+def test_a_denoiser_loads_neither_transformers_nor_diffusers(checkpoint: Path) -> None:
+    loaded = loaded_by(BUILD.format(settings="DenoiserSettings", service="denoiser", checkpoint=str(checkpoint)))
+    assert "torch" in loaded
+    assert loaded & {"transformers", "diffusers"} == set()
+
+
+def test_the_light_codec_loads_no_diffusers(checkpoint: Path) -> None:
+    loaded = loaded_by(BUILD.format(settings="VaeSettings", service="vae", checkpoint=str(checkpoint)))
+    assert "torch" in loaded
+    assert loaded & {"transformers", "diffusers"} == set()
+
+
+def test_no_file_is_too_long_to_be_read() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in files("avatar", "services", "training", "benchmarks", "tests")
+    }
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_no_module_is_named_for_nothing() -> None:
+    modules = [module_of(path) for path in files("avatar", "services", "training", "benchmarks", "tests")]
+    assert [module for module in modules if VAGUE & set(module.split("."))] == []
+
+
+def test_generated_code_is_not_committed() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert "avatar/types.py" in listed
+    assert [name for name in listed if Path(name).stem.endswith(("_pb2", "_pb2_grpc"))] == []

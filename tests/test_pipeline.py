@@ -1,0 +1,331 @@
+"""Tests of avatar.pipeline."""
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from avatar.pipeline import Stage, Usage, beside, flatten, local
+from avatar.types import Session
+
+WAIT_S = 10.0
+SESSION = Session("a", seed=0, motion=torch.zeros(0))
+
+
+@dataclass(eq=False)
+class Sum:
+    """What a `Summing` carries from item to item."""
+
+    total: int
+
+
+class Summing:
+    """A streaming model: the sum of all items so far, begun at the session's seed."""
+
+    def __init__(self) -> None:
+        self.opened: list[weakref.ref[Sum]] = []
+        self.threads: set[int] = set()
+
+    def open(self, session: Session) -> Sum:
+        state = Sum(session.seed)
+        self.opened.append(weakref.ref(state))
+        return state
+
+    def step(self, item: int, state: Sum) -> int:
+        self.threads.add(threading.get_ident())
+        if item < 0:
+            raise ValueError(f"{item} is below 0")
+        state.total += item
+        return state.total
+
+    @property
+    def num_states(self) -> int:
+        """States that are alive."""
+        return sum(each() is not None for each in self.opened)
+
+
+class Gated(Summing):
+    """A model whose steps wait until they are let through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_stepping = threading.Event()
+        self.gate = threading.Event()
+
+    def step(self, item: int, state: Sum) -> int:
+        self.is_stepping.set()
+        assert self.gate.wait(WAIT_S)
+        return super().step(item, state)
+
+
+@dataclass
+class Source:
+    """A stream of items, and what became of it."""
+
+    items: Iterable[int]
+    taken: list[int] = field(default_factory=list)
+    is_closed: bool = False
+
+    async def stream(self) -> AsyncGenerator[int, None]:
+        try:
+            for item in self.items:
+                self.taken.append(item)
+                yield item
+        finally:
+            self.is_closed = True
+
+
+@pytest.fixture
+def executor() -> Iterator[ThreadPoolExecutor]:
+    """A device's thread."""
+    with ThreadPoolExecutor(1, "device") as executor:
+        yield executor
+
+
+async def settled(executor: ThreadPoolExecutor) -> None:
+    """Wait until the thread has let go of the step before."""
+    await asyncio.get_running_loop().run_in_executor(executor, int)
+
+
+def row(model: Summing, executor: ThreadPoolExecutor, length: int) -> Stage[int, int]:
+    """Stages in a row, all at one model."""
+
+    def stage(items: AsyncGenerator[int, None]) -> AsyncGenerator[int, None]:
+        for _ in range(length):
+            items = local(model, SESSION, executor)(items)
+        return items
+
+    return stage
+
+
+async def test_items_are_answered_in_order(executor: ThreadPoolExecutor) -> None:
+    stage = local(Summing(), Session("a", seed=10, motion=torch.zeros(0)), executor)
+    assert [out async for out in stage(Source([1, 2, 3]).stream())] == [11, 13, 16]
+
+
+async def test_stages_in_a_row_pass_items_on(executor: ThreadPoolExecutor) -> None:
+    assert [out async for out in row(Summing(), executor, 2)(Source([1, 1, 1]).stream())] == [1, 3, 6]
+
+
+async def test_tensor_code_never_runs_on_the_event_loop(executor: ThreadPoolExecutor) -> None:
+    model = Summing()
+    assert [out async for out in local(model, SESSION, executor)(Source([1, 2]).stream())]
+    assert len(model.threads) == 1
+    assert threading.get_ident() not in model.threads
+
+
+async def test_interleaved_equals_alone(executor: ThreadPoolExecutor) -> None:
+    model = Summing()
+    streams = [local(model, SESSION, executor)(Source(range(n, n + 5)).stream()) for n in range(3)]
+    interleaved = [[await anext(stream) for stream in streams] for _ in range(5)]
+    alone = [[out async for out in local(model, SESSION, executor)(Source(range(n, n + 5)).stream())] for n in range(3)]
+    assert [list(outs) for outs in zip(*interleaved, strict=True)] == alone
+
+
+async def test_closing_a_stream_frees_state(executor: ThreadPoolExecutor) -> None:
+    model = Summing()
+    stage = local(model, SESSION, executor)
+    assert not model.opened, "a state is opened when its stream is"
+    gc.disable()
+    try:
+        stream, other = stage(Source([1, 2]).stream()), stage(Source([1, 2]).stream())
+        assert (await anext(stream), await anext(other)) == (1, 1)
+        assert model.num_states == 2
+        await stream.aclose()
+        await settled(executor)
+        assert model.num_states == 1
+        assert [out async for out in other] == [3]
+        await settled(executor)
+        assert model.num_states == 0
+    finally:
+        gc.enable()
+
+
+async def test_closing_the_last_stage_closes_all(executor: ThreadPoolExecutor) -> None:
+    model, source = Summing(), Source([1, 2, 3])
+    stream = row(model, executor, 3)(source.stream())
+    await anext(stream)
+    assert model.num_states == 3
+    assert not source.is_closed
+    await stream.aclose()
+    await settled(executor)
+    assert model.num_states == 0
+    assert source.is_closed
+    assert source.taken == [1]
+
+
+async def test_an_error_upstream_surfaces_downstream_and_closes_all(executor: ThreadPoolExecutor) -> None:
+    async def failing() -> AsyncGenerator[int, None]:
+        yield 1
+        raise ConnectionError("the sound is gone")
+
+    model = Summing()
+    stream = row(model, executor, 3)(failing())
+    assert await anext(stream) == 1
+    with pytest.raises(ConnectionError, match="the sound is gone"):
+        await anext(stream)
+    await settled(executor)
+    gc.collect()  # the error's traceback goes round in circles
+    assert model.num_states == 0
+
+
+async def test_an_error_in_a_step_surfaces_and_closes_the_source(executor: ThreadPoolExecutor) -> None:
+    source = Source([1, -1, 1])
+    stream = row(Summing(), executor, 2)(source.stream())
+    assert await anext(stream) == 1
+    with pytest.raises(ValueError, match="-1 is below 0"):
+        await anext(stream)
+    assert source.is_closed
+    assert source.taken == [1, -1]
+
+
+async def test_an_error_in_open_surfaces_before_an_item_is_taken(executor: ThreadPoolExecutor) -> None:
+    class Broken(Summing):
+        def open(self, session: Session) -> Sum:
+            raise MemoryError(f"no room for {session.id}")
+
+    source = Source([1])
+    with pytest.raises(MemoryError, match="no room for a"):
+        await anext(local(Broken(), SESSION, executor)(source.stream()))
+    assert source.taken == []
+
+
+async def test_a_busy_thread_loses_no_result(executor: ThreadPoolExecutor) -> None:
+    released = threading.Event()
+    busy = executor.submit(released.wait, WAIT_S)
+    streams = [local(Summing(), SESSION, executor)(Source([1, 2, 3]).stream()) for _ in range(3)]
+
+    async def drain(stream: AsyncGenerator[int, None]) -> list[int]:
+        return [out async for out in stream]
+
+    async with asyncio.TaskGroup() as tasks:
+        drained = [tasks.create_task(drain(stream)) for stream in streams]
+        await asyncio.sleep(0.01)
+        assert not any(each.done() for each in drained)
+        released.set()
+    assert busy.result()
+    assert [each.result() for each in drained] == [[1, 3, 6]] * 3
+
+
+async def test_cancelling_in_the_middle_of_a_step_leaves_the_thread_to_others(executor: ThreadPoolExecutor) -> None:
+    model, source = Gated(), Source([1, 2, 3])
+    stream = local(model, SESSION, executor)(source.stream())
+    waiting = asyncio.ensure_future(anext(stream))
+    await asyncio.to_thread(model.is_stepping.wait, WAIT_S)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert source.is_closed, "the source does not wait for the step"
+    model.gate.set()
+    other = local(Summing(), SESSION, executor)(Source([4]).stream())
+    assert [out async for out in other] == [4]
+    assert source.taken == [1]
+    del waiting
+    await stream.aclose()
+    await settled(executor)
+    gc.collect()  # the cancelled task and its error refer to each other
+    assert model.num_states == 0
+
+
+async def test_usage_adds_up(executor: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0, 500_000_000, 1_000_000_000, 1_250_000_000])
+    wall = iter([10_000_000_000, 20_000_000_000])
+    clock = SimpleNamespace(perf_counter_ns=lambda: next(ticks), time_ns=lambda: next(wall))
+    monkeypatch.setattr("avatar.pipeline.time", clock)
+    usage = Usage()
+    stream = local(Summing(), SESSION, executor, usage)(Source([1, 1]).stream())
+    await anext(stream)
+    assert usage == Usage(busy_s=0.5, start_ns=10_000_000_000, end_ns=10_500_000_000)
+    await anext(stream)
+    assert usage == Usage(busy_s=0.75, start_ns=20_000_000_000, end_ns=20_250_000_000)
+    await stream.aclose()
+
+
+async def test_flatten_gives_each_item_of_each_list() -> None:
+    async def lists() -> AsyncGenerator[list[int], None]:
+        for items in ([], [1, 2], [], [3]):
+            yield items
+
+    assert [item async for item in flatten(lists())] == [1, 2, 3]
+
+
+async def test_closing_flatten_closes_what_it_reads() -> None:
+    closed = []
+
+    async def lists() -> AsyncGenerator[list[int], None]:
+        try:
+            yield [1, 2, 3]
+        finally:
+            closed.append(True)
+
+    async with aclosing(flatten(lists())) as items:
+        assert await anext(items) == 1
+        assert not closed
+    assert closed
+
+
+async def test_what_runs_beside_ends_with_the_body() -> None:
+    steps = []
+
+    async def run() -> None:
+        steps.append("begun")
+        try:
+            await asyncio.sleep(WAIT_S)
+        finally:
+            await asyncio.sleep(0.01)
+            steps.append("ended")
+
+    async with beside(run()) as task:
+        await asyncio.sleep(0)
+        assert steps == ["begun"]
+    assert steps == ["begun", "ended"]
+    assert task.cancelled()
+
+
+async def test_what_fails_beside_leaves_the_body_alone() -> None:
+    async def run() -> None:
+        raise ConnectionError("lost")
+
+    async with beside(run()) as task:
+        await asyncio.wait({task})
+        await asyncio.sleep(0)
+        body_goes_on = True
+    assert body_goes_on
+    assert isinstance(task.exception(), ConnectionError)
+
+
+async def test_nobody_has_to_look_at_what_failed_beside(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        raise ConnectionError("lost")
+
+    async with beside(run()):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert not caplog.records
+
+
+async def test_an_error_of_the_body_goes_past_what_runs_beside() -> None:
+    ended = asyncio.Event()
+
+    async def run() -> None:
+        try:
+            await asyncio.sleep(WAIT_S)
+        finally:
+            ended.set()
+
+    async def body() -> None:
+        async with beside(run()):
+            await asyncio.sleep(0)
+            raise KeyError("the body's own")
+
+    with pytest.raises(KeyError, match="the body's own"):
+        await body()
+    assert ended.is_set()

@@ -1,0 +1,264 @@
+"""Tests of avatar.telemetry."""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc.aio
+import pytest
+from opentelemetry import metrics, trace
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanContext
+
+from avatar import telemetry
+from avatar.telemetry import JsonFormatter, block_span, session_span, set_up
+
+SECOND_NS = 1_000_000_000
+WAIT_S = 30.0
+
+
+def formatted(message: str, *args: object, exc_info: Any = None, **extra: object) -> dict[str, Any]:
+    """A record as it stands in the log."""
+    logger = logging.getLogger("avatar.tests")
+    record = logger.makeRecord(logger.name, logging.WARNING, "file.py", 1, message, args, exc_info, extra=extra)
+    record.created, record.msecs = 86400.25, 250.0
+    text = JsonFormatter().format(record)
+    assert "\n" not in text
+    line: dict[str, Any] = json.loads(text)
+    return line
+
+
+def test_a_log_line_is_an_object_with_time_level_logger_and_message() -> None:
+    assert formatted("it is %s", "late") == {
+        "time": "1970-01-02T00:00:00.250Z",
+        "level": "WARNING",
+        "logger": "avatar.tests",
+        "message": "it is late",
+    }
+
+
+def test_extra_fields_stand_beside_the_message() -> None:
+    line = formatted("stream ended", session="a", duration_s=1.5, stages=["audio", "vae"], code=grpc.StatusCode.OK)
+    assert line["session"] == "a"
+    assert line["duration_s"] == 1.5
+    assert line["stages"] == ["audio", "vae"]
+    assert line["code"] == "StatusCode.OK", "what JSON does not know is written as text"
+
+
+def test_a_traceback_stands_in_the_line() -> None:
+    try:
+        raise KeyError("nobody\nhere")
+    except KeyError:
+        line = formatted("failed", exc_info=sys.exc_info())
+    assert line["message"] == "failed"
+    assert line["traceback"].startswith("Traceback (most recent call last):\n")
+    assert line["traceback"].endswith("KeyError: 'nobody\\nhere'")
+
+
+def test_a_log_level_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="LOUD"):
+        set_up("avatar-test", "LOUD", {})
+
+
+def only(spans: InMemorySpanExporter) -> ReadableSpan:
+    (span,) = spans.get_finished_spans()
+    return span
+
+
+def ids(context: SpanContext | None) -> tuple[str, str]:
+    """Of the trace and of the span, as a traceparent has them."""
+    assert context is not None
+    return trace.format_trace_id(context.trace_id), trace.format_span_id(context.span_id)
+
+
+def ids_of(traceparent: str) -> tuple[str, ...]:
+    version, *names, flags = traceparent.split("-")
+    assert version == "00"
+    assert int(flags, 16) & 1, "sampled"
+    return tuple(names)
+
+
+def test_a_block_of_the_first_stage_begins_a_trace(spans: InMemorySpanExporter) -> None:
+    given = block_span("audio", 7, 3 * SECOND_NS, 4 * SECOND_NS)
+    span = only(spans)
+    assert span.name == "avatar.audio"
+    assert span.parent is None
+    assert dict(span.attributes or {}) == {"avatar.stage": "audio", "avatar.block.index": 7}
+    assert (span.start_time, span.end_time) == (3 * SECOND_NS, 4 * SECOND_NS)
+    assert ids_of(given) == ids(span.context)
+    assert not span.links
+
+
+def test_later_stages_hang_below_the_first_and_pass_its_context_on(spans: InMemorySpanExporter) -> None:
+    parent = block_span("audio", 7, 0, 1)
+    first = only(spans)
+    spans.clear()
+    assert block_span("denoiser", 7, 2, 3, level=2, parent=parent) == parent
+    span = only(spans)
+    assert span.name == "avatar.denoiser"
+    assert dict(span.attributes or {}) == {"avatar.stage": "denoiser", "avatar.level": 2, "avatar.block.index": 7}
+    assert ids(span.parent) == ids(first.context) == ids_of(parent)
+
+
+def test_a_block_links_to_its_session(spans: InMemorySpanExporter) -> None:
+    session = session_span("abc")
+    opened = only(spans)
+    assert opened.name == "avatar.session"
+    assert dict(opened.attributes or {}) == {"avatar.session.id": "abc"}
+    assert ids_of(session) == ids(opened.context)
+    spans.clear()
+    block_span("audio", 0, 0, 1, link=session)
+    span = only(spans)
+    assert [ids(link.context) for link in span.links] == [ids(opened.context)]
+    assert ids(span.context)[0] != ids(opened.context)[0], "a conversation would be a trace of hours"
+
+
+@pytest.mark.parametrize("text", ["nonsense", "00-0-0-00", "00-" + "0" * 32 + "-" + "0" * 16 + "-01"])
+def test_a_trace_context_that_is_none_is_left_out(spans: InMemorySpanExporter, text: str) -> None:
+    block_span("audio", 0, 0, 1, parent=text, link=text)
+    span = only(spans)
+    assert span.parent is None
+    assert not span.links
+
+
+def recorded(reader: InMemoryMetricReader) -> dict[str, Any]:
+    """All metrics by name."""
+    data = reader.get_metrics_data()
+    assert data is not None
+    return {
+        metric.name: metric
+        for resource in data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+    }
+
+
+def test_every_metric_has_a_name_of_ours_and_a_unit(measured: InMemoryMetricReader) -> None:
+    instruments = [each for each in vars(telemetry).values() if isinstance(each, metrics.Instrument)]
+    for each in instruments:
+        if isinstance(each, metrics.Histogram):
+            each.record(0)
+        else:
+            assert isinstance(each, metrics.Counter | metrics.UpDownCounter)
+            each.add(0)
+    found = recorded(measured)
+    assert len(found) == len(instruments)
+    for name, metric in found.items():
+        assert re.fullmatch(r"(avatar|rpc)(\.[a-z_]+)+", name)
+        assert re.fullmatch(r"s|By|1|\{[a-z]+\}", metric.unit), f"{name} has the unit {metric.unit!r}"
+        assert metric.description
+
+
+def test_the_time_of_a_block_is_measured_by_stage_and_level(measured: InMemoryMetricReader) -> None:
+    block_span("denoiser", 0, 0, SECOND_NS // 4, level=63)
+    points = recorded(measured)["avatar.block.duration"].data.data_points
+    (point,) = (point for point in points if point.attributes.get("level") == 63)
+    assert dict(point.attributes) == {"stage": "denoiser", "level": 63}
+    assert (point.count, point.sum) == (1, 0.25)
+
+
+@dataclass
+class Collected:
+    """What an OTLP collector was sent: names of services, spans and metrics."""
+
+    services: set[str] = field(default_factory=set)
+    spans: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
+
+    def name(self, resource: Any) -> None:
+        self.services |= {pair.value.string_value for pair in resource.attributes if pair.key == "service.name"}
+
+
+@asynccontextmanager
+async def collecting() -> AsyncGenerator[tuple[Collected, str], None]:
+    """A collector, and its address."""
+    collected = Collected()
+
+    async def take_spans(request: ExportTraceServiceRequest, _: Any) -> ExportTraceServiceResponse:
+        for each in request.resource_spans:
+            collected.name(each.resource)
+            collected.spans += [span.name for scope in each.scope_spans for span in scope.spans]
+        return ExportTraceServiceResponse()
+
+    async def take_metrics(request: ExportMetricsServiceRequest, _: Any) -> ExportMetricsServiceResponse:
+        for each in request.resource_metrics:
+            collected.name(each.resource)
+            collected.metrics += [metric.name for scope in each.scope_metrics for metric in scope.metrics]
+        return ExportMetricsServiceResponse()
+
+    server = grpc.aio.server()
+    for kind, take, request, response in (
+        ("trace.v1.Trace", take_spans, ExportTraceServiceRequest, ExportTraceServiceResponse),
+        ("metrics.v1.Metrics", take_metrics, ExportMetricsServiceRequest, ExportMetricsServiceResponse),
+    ):
+        export: Any = grpc.unary_unary_rpc_method_handler(take, request.FromString, response.SerializeToString)
+        name = f"opentelemetry.proto.collector.{kind}Service"
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {"Export": export}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield collected, f"http://127.0.0.1:{port}"
+    await server.stop(None)
+
+
+async def run(program: str, **environment: str) -> tuple[str, list[dict[str, Any]]]:
+    """What a program prints, and the lines that it logs."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", program),
+        env={**plain, **environment},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, log = await asyncio.wait_for(process.communicate(), WAIT_S)
+    assert process.returncode == 0, log.decode()
+    return out.decode(), [json.loads(line) for line in log.splitlines()]
+
+
+PROGRAM = """
+import logging, sys
+from avatar import telemetry
+telemetry.set_up("avatar-test", "info")
+logging.getLogger("avatar.tests").debug("unheard")
+logging.getLogger("avatar.tests").info("heard", extra={"port": 7000})
+session = telemetry.session_span("abc")
+print(repr(telemetry.block_span("audio", 0, 0, 1, link=session)))
+print("opentelemetry.sdk" in sys.modules)
+"""
+
+
+async def test_nothing_is_exported_unless_the_environment_asks_for_it() -> None:
+    out, log = await run(PROGRAM)
+    assert out.split() == ["''", "False"]
+    assert [(line["message"], line["port"], line["level"]) for line in log] == [("heard", 7000, "INFO")]
+
+
+async def test_spans_and_metrics_are_exported_where_the_environment_says() -> None:
+    async with collecting() as (collected, endpoint):
+        out, _ = await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+    assert re.fullmatch(r"'00-[0-9a-f]{32}-[0-9a-f]{16}-0[13]'\nTrue\n", out)
+    assert collected.services == {"avatar-test"}
+    assert collected.spans == ["avatar.session", "avatar.audio"]
+    assert collected.metrics == ["avatar.block.duration"]
+
+
+async def test_a_service_can_be_given_another_name() -> None:
+    async with collecting() as (collected, endpoint):
+        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_SERVICE_NAME="avatar-denoiser-eu")
+    assert collected.services == {"avatar-denoiser-eu"}
