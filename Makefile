@@ -1,5 +1,5 @@
 # The whole interface. Every target prepares what it needs.
-.PHONY: install protos check test test-slow demo
+.PHONY: install protos check test demo
 
 VENV := .venv
 PYTHON ?= python3
@@ -23,7 +23,7 @@ protos: install
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 
 # The tiny model is not trained yet: its weights come from a seed, the first time they are needed.
-$(WEIGHTS) &: | $(VENV)/installed
+$(WEIGHTS) &: training/initialise.py avatar/denoiser/config.py avatar/vae/light.py | $(VENV)/installed
 	python -m training.initialise models/tiny
 
 check: install
@@ -38,8 +38,5 @@ check: install
 test: install $(WEIGHTS)
 	pytest
 
-test-slow: install $(WEIGHTS)
-	pytest -m slow
-
 demo: install $(WEIGHTS)
-	python -m services.demo --speech $(SPEECH) --portrait $(PORTRAIT)
+	python -m services.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)"

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from avatar.audio import model as audio_model
+from avatar.checkpoint import read_config
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.denoiser import Denoiser
 from avatar.media import read_sound, write_mp4
@@ -37,9 +38,11 @@ def main() -> None:
     try:
         samples, rate_hz = read_sound(flags.speech)
         picture = flags.portrait.read_bytes()
+        flags.out.parent.mkdir(parents=True, exist_ok=True)
         chunks = render(flags.checkpoint, torch.from_numpy(samples), rate_hz, picture, flags.seed)
         frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="block"))
-        write_mp4(flags.out, frames, 25, vae_model.HIDDEN_FRAMES, samples, rate_hz)
+        frame_rate_hz = read_config(flags.checkpoint / "vae")["frame_rate_hz"]
+        write_mp4(flags.out, frames, frame_rate_hz, vae_model.HIDDEN_FRAMES, samples, rate_hz)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -40,6 +40,11 @@ class WorkerSettings(Settings):
     capacity: int = 8
     threads: int = 1
 
+    def __post_init__(self) -> None:
+        for name in ("capacity", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{PREFIX}{name.upper()} is {getattr(self, name)}, expected at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AudioSettings(WorkerSettings):

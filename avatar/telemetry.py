@@ -1,10 +1,12 @@
 """Logs, traces, and the list of every metric.
 
-Logs are one JSON object a line. Traces and metrics are exported by OTLP when OTEL_EXPORTER_OTLP_ENDPOINT is set, and
-cost next to nothing when it is not. A block is a trace: its audio stage is the root span, every other stage is a child,
-and `traceparent` rides on the block; each span links to the session's.
+Logs are one JSON object a line. Traces and metrics are exported by OTLP over gRPC when OTEL_EXPORTER_OTLP_ENDPOINT (or
+the one for traces or metrics alone) is set, and cost next to nothing when it is not. A block is a trace: its audio
+stage is the root span, every other stage is a child, and `traceparent` rides on the block; the root links to the
+session's span.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +23,8 @@ _tracer = trace.get_tracer("avatar")
 _meter = metrics.get_meter("avatar")
 _propagator = TraceContextTextMapPropagator()
 
-# Every metric of the suite. Labels: `stage` (audio, denoiser, vae), `level`, `reason`; never a session's id.
+# Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae), `level`, `reason`, and those of the RPC
+# conventions; never a session's name.
 BLOCK_DURATION = _meter.create_histogram("avatar.block.duration", "s", "Computing one block at one stage")
 SESSIONS_ACTIVE = _meter.create_up_down_counter("avatar.session.active", "{session}", "Streams open at a service")
 SESSIONS_CLOSED = _meter.create_counter("avatar.session.closed", "{session}", "Streams that ended, by reason")
@@ -54,7 +57,7 @@ def set_up(service: str, log_level: str, environ: Mapping[str, str] = os.environ
     """Configure the process: logs to standard error, and OTLP export if the usual variables ask for it.
 
     service: its name in traces and metrics, unless OTEL_SERVICE_NAME says otherwise.
-    ValueError if there is no such log level.
+    ValueError if there is no such log level, or OTLP is asked for by another protocol than gRPC.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
@@ -69,17 +72,28 @@ def set_up(service: str, log_level: str, environ: Mapping[str, str] = os.environ
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    resource = Resource.create({"service.name": environ.get("OTEL_SERVICE_NAME", service)})
-    tracing = TracerProvider(resource=resource)
-    tracing.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    trace.set_tracer_provider(tracing)
-    reader = PeriodicExportingMetricReader(OTLPMetricExporter())
-    metrics.set_meter_provider(MeterProvider(resource=resource, metric_readers=[reader]))
+    protocol = environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    if protocol != "grpc":
+        raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}, expected 'grpc'")
+    is_named = "OTEL_SERVICE_NAME" in environ or "service.name=" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    resource = Resource.create({} if is_named else {"service.name": service})
+    if environ.get("OTEL_TRACES_EXPORTER") != "none":
+        tracing = TracerProvider(resource=resource)
+        tracing.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        trace.set_tracer_provider(tracing)
+    if environ.get("OTEL_METRICS_EXPORTER") != "none":
+        reader = PeriodicExportingMetricReader(OTLPMetricExporter())
+        metrics.set_meter_provider(MeterProvider(resource=resource, metric_readers=[reader]))
+
+
+def tag(session_id: str) -> str:
+    """What logs and traces call a session: who knows its name can stream, so they do not say it."""
+    return hashlib.sha256(session_id.encode()).hexdigest()[:12]
 
 
 def session_span(session_id: str) -> str:
     """Mark a session's start with a span of its own; its traceparent, empty if traces are off."""
-    span = _tracer.start_span("avatar.session", attributes={"avatar.session.id": session_id})
+    span = _tracer.start_span("avatar.session", attributes={"avatar.session": tag(session_id)})
     span.end()
     return _traceparent(span)
 

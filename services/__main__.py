@@ -4,7 +4,6 @@ The gateway listens where AVATAR_LISTEN says (127.0.0.1:7000); the workers take 
 share one device thread. Sessions are kept in this process unless AVATAR_REDIS_URL names a server.
 """
 
-import asyncio
 import os
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
+from services.process import run
 from services.vae.__main__ import build as build_vae
 
 ANY_PORT = "127.0.0.1:0"
@@ -65,4 +65,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main)

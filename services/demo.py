@@ -51,6 +51,7 @@ class Figures:
 
     num_frames: int
     first_frame: int
+    frame_rate_hz: int
     video_s: float
     time_to_first_frame_s: float
     total_s: float
@@ -77,7 +78,7 @@ async def main() -> None:
     print(f"starting Redis, audio, four denoisers, vae and gateway; their output is in {flags.out / 'logs'}")
     async with launched(flags.checkpoint, flags.out / "logs", redis_url=os.environ.get("AVATAR_REDIS_URL")) as suite:
         frames, figures = await _unless_one_ends(suite, speak(suite.gateway, picture, samples, rate_hz, flags.seed))
-    write_mp4(flags.out / "demo.mp4", frames, 25, figures.first_frame, samples, rate_hz)
+    write_mp4(flags.out / "demo.mp4", frames, figures.frame_rate_hz, figures.first_frame, samples, rate_hz)
     (flags.out / "demo.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
     print(table(figures))
     print(f"wrote {flags.out / 'demo.mp4'} and {flags.out / 'demo.json'}")
@@ -163,6 +164,7 @@ def _figures(
     return Figures(
         num_frames=len(frames),
         first_frame=frames[0].index if frames else 0,
+        frame_rate_hz=frame_rate_hz,
         video_s=len(frames) / frame_rate_hz,
         time_to_first_frame_s=first_s,
         total_s=total_s,

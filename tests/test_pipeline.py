@@ -304,7 +304,10 @@ async def test_what_fails_beside_leaves_the_body_alone() -> None:
 
 async def test_nobody_has_to_look_at_what_failed_beside(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
-        raise ConnectionError("lost")
+        try:
+            await asyncio.sleep(WAIT_S)
+        finally:
+            raise ConnectionError("lost while it was closed")
 
     async with beside(run()):
         await asyncio.sleep(0)

@@ -121,7 +121,7 @@ def test_a_block_links_to_its_session(spans: InMemorySpanExporter) -> None:
     session = session_span("abc")
     opened = only(spans)
     assert opened.name == "avatar.session"
-    assert dict(opened.attributes or {}) == {"avatar.session.id": "abc"}
+    assert dict(opened.attributes or {}) == {"avatar.session": telemetry.tag("abc")}
     assert ids_of(session) == ids(opened.context)
     spans.clear()
     block_span("audio", 0, 0, 1, link=session)

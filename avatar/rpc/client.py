@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from avatar.errors import REASONS, AvatarError, ConfigMismatch, NoCapacity, StageFailed, StageLost
+from avatar.errors import REASONS, AvatarError, ConfigMismatch, InvalidField, StageFailed, StageLost
 from avatar.pipeline import beside
 from avatar.rpc.server import OPTIONS
 from avatar.worker.v1 import (
@@ -166,10 +166,11 @@ def remote_vae(channel: grpc.aio.Channel) -> RemoteStage[types_pb2.Block, types_
     return RemoteStage("vae", vae_pb2_grpc.VaeServiceStub(channel).Decode, vae_pb2.DecodeRequest, "block", "frame")
 
 
-def stage_error(stage: str, error: grpc.aio.AioRpcError) -> AvatarError:
+def stage_error(stage: str, error: grpc.aio.AioRpcError, *, is_request: bool = False) -> AvatarError:
     """What a worker's status means to the caller of the whole pipeline, with the stage's name.
 
     What the client can act on passes through; a defect of the worker is StageFailed, its absence StageLost.
+    is_request: the worker was given what the client sent, and not a block.
     """
     metadata = {"stage": stage}
     found = rpc_status.from_call(error)  # type: ignore[arg-type]  # it asks for details and trailing metadata alone
@@ -184,14 +185,16 @@ def stage_error(stage: str, error: grpc.aio.AioRpcError) -> AvatarError:
         elif detail.Unpack(retry):
             retry_s = retry.retry_delay.ToMilliseconds() / 1000
     text = error.details() or error.code().name
-    if reason in REASONS and reason != AvatarError.reason:
+    kind: type[AvatarError]
+    if reason == InvalidField.reason and not is_request:
+        # What a worker cannot use of a block is our mistake, and not the client's.
+        kind, violations = StageFailed, ()
+    elif reason in REASONS and reason != AvatarError.reason:
         kind = REASONS[reason]
     elif error.code() in GONE:
         kind, retry_s = StageLost, 1.0
     elif error.code() is grpc.StatusCode.UNIMPLEMENTED:
         kind = ConfigMismatch
-    elif error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        kind = NoCapacity
     else:
         kind = StageFailed
     return kind(f"{stage}: {text}", metadata=metadata, violations=violations, retry_s=retry_s)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import grpc
 import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -26,7 +26,8 @@ from avatar.errors import DOMAIN, AvatarError, ConnectionLost, InvalidField, NoC
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 16 << 20
+# The largest message between workers is a reference's motion latents: 20 bytes a pixel in float32, 18 MB at 1280x704.
+MAX_MESSAGE_BYTES = 64 << 20
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -45,6 +46,8 @@ SERVER_OPTIONS = [
 
 # A status travels in the trailers, twice; over 16 KB they are dropped. Its text may repeat what a client sent.
 MAX_TEXT = 1000
+# A peer that is given a stream and does not open it is let go after so many seconds.
+OPEN_S = 30.0
 
 Request = TypeVar("Request", bound=Message)
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -93,18 +96,23 @@ class Statuses(grpc.aio.ServerInterceptor):
         method: str = handler_call_details.method
         if handler.unary_unary:
 
-            async def unary(request: Any, context: Any) -> Any:
-                return await _as_status(method, context, handler.unary_unary(request, context))
+            async def unary(data: bytes, context: Any) -> Any:
+                async def handling() -> Any:
+                    return await handler.unary_unary(_parsed(handler, data), context)
 
-            return grpc.unary_unary_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
+                return await _as_status(method, context, handling())
+
+            return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
         if handler.stream_stream:
 
-            async def stream(requests: AsyncIterator[Any], context: Any) -> None:
-                await _as_status(method, context, _write_all(handler.stream_stream(requests, context), context))
+            async def stream(messages: AsyncIterator[bytes], context: Any) -> None:
+                async def handling() -> None:
+                    async with aclosing(_all_parsed(handler, messages)) as requests:
+                        await _write_all(handler.stream_stream(requests, context), context)
 
-            return grpc.stream_stream_rpc_method_handler(
-                stream, handler.request_deserializer, handler.response_serializer
-            )
+                await _as_status(method, context, handling())
+
+            return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
         return handler
 
 
@@ -152,10 +160,25 @@ def _told(method: str, error: Exception) -> status_pb2.Status:
     return status_of(known)
 
 
+def _parsed(handler: Any, data: bytes) -> Any:
+    """A request from its bytes: here and not in gRPC, whose own error would carry no details."""
+    try:
+        return handler.request_deserializer(data)
+    except DecodeError as error:
+        raise InvalidField.at("request", "the bytes are not a message of this method") from error
+
+
+async def _all_parsed(handler: Any, messages: AsyncIterator[bytes]) -> AsyncGenerator[Any, None]:
+    async for data in messages:
+        yield _parsed(handler, data)
+
+
 def reason_of(error: BaseException) -> str:
     """The reason of an error, for logs and metrics."""
     known = _cause(error)
-    return known.reason if isinstance(known, AvatarError) else type(known).__name__
+    if isinstance(known, asyncio.CancelledError):
+        return ConnectionLost.reason
+    return known.reason if isinstance(known, AvatarError) else AvatarError.reason
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -188,13 +211,18 @@ class Capacity:
 
 
 async def opening(requests: AsyncIterator[Request]) -> Any:
-    """The `open` message that every stream begins with. ProtocolOrder if it begins with another one."""
-    async for request in requests:
-        part = request.WhichOneof("part")
-        if part != "open":
-            raise ProtocolOrder(f"the stream began with {part or 'an empty message'}, expected open")
-        return request.open  # type: ignore[attr-defined]
-    raise ConnectionLost("the stream ended before it was opened")
+    """The `open` message that every stream begins with. ProtocolOrder if it is late, or another one comes."""
+    try:
+        async with asyncio.timeout(OPEN_S):
+            request: Any = await anext(aiter(requests), None)
+    except TimeoutError as error:
+        raise ProtocolOrder(f"the stream was not opened within {OPEN_S:g} s") from error
+    if request is None:
+        raise ConnectionLost("the stream ended before it was opened")
+    part = request.WhichOneof("part")
+    if part != "open":
+        raise ProtocolOrder(f"the stream began with {part or 'an empty message'}, expected open")
+    return request.open
 
 
 async def parts(requests: AsyncIterator[Request], field: str) -> AsyncGenerator[Any, None]:

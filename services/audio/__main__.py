@@ -1,6 +1,5 @@
 """The audio worker's process: `python -m services.audio`."""
 
-import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +11,7 @@ from avatar.rpc.server import serving, until_stopped
 from avatar.settings import AudioSettings
 from avatar.settings import load as load_settings
 from services.audio.service import AudioServicer
+from services.process import run
 
 
 def build(settings: AudioSettings, executor: ThreadPoolExecutor) -> AudioServicer:
@@ -31,4 +31,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main)

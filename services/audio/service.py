@@ -8,7 +8,7 @@ from dataclasses import replace
 import grpc.aio
 
 from avatar import telemetry
-from avatar.audio.clock import BLOCK_FRAMES
+from avatar.audio.clock import BLOCK_PIXEL_FRAMES
 from avatar.audio.model import AudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
@@ -40,7 +40,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         return pb.AudioServiceGetInfoResponse(
             encoder=self._encoder,
             digest=self._digest,
-            block_frames=BLOCK_FRAMES,
+            block_frames=BLOCK_PIXEL_FRAMES,
             lookahead_s=self._audio.lookahead_s,
             capacity=self._capacity.limit,
             active=self._capacity.active,

@@ -1,6 +1,5 @@
 """A denoiser's process: `python -m services.denoiser`."""
 
-import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +13,7 @@ from avatar.session import RedisHashes, SessionStore
 from avatar.settings import DenoiserSettings
 from avatar.settings import load as load_settings
 from services.denoiser.service import DenoiserServicer
+from services.process import run
 
 
 def build(settings: DenoiserSettings, store: SessionStore, executor: ThreadPoolExecutor) -> DenoiserServicer:
@@ -36,4 +36,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main)

@@ -1,6 +1,5 @@
 """The gateway's process: `python -m services.gateway`."""
 
-import asyncio
 import os
 
 from avatar import telemetry
@@ -9,6 +8,7 @@ from avatar.session import RedisHashes, SessionStore
 from avatar.settings import GatewaySettings, load
 from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
+from services.process import run
 
 
 async def main() -> None:
@@ -23,4 +23,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main)

@@ -127,6 +127,8 @@ class Conversation:
                         interrupted = api.AvatarInterrupted(next_frame=self.interrupt())
                         await self._write(api.StreamAvatarResponse(interrupted=interrupted))
                 case "close":
+                    if not self._sent_samples:
+                        raise InvalidAudio.at("audio.data", "the stream was closed before any sound came")
                     return
                 case part:
                     raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream")

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import grpc.aio
+from google.protobuf.duration_pb2 import Duration
 
 from avatar import telemetry
 from avatar.errors import (
@@ -20,6 +21,7 @@ from avatar.errors import (
     NotStreaming,
     PromptUnsupported,
     SessionClosed,
+    SessionNotFound,
     StoreUnavailable,
 )
 from avatar.rpc.server import Context, opening, reason_of
@@ -103,7 +105,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             raise PromptUnsupported("this checkpoint knows no text; leave prompt empty")
         if request.seed >= 1 << 63:
             raise InvalidField.at("seed", f"{request.seed} is not below 2^63")
-        ttl_s = _ttl_s(request.ttl.ToTimedelta().total_seconds()) if request.HasField("ttl") else None
+        ttl_s = _ttl_s("ttl", request.ttl) if request.HasField("ttl") else None
         reference = await self._store.reference(request.reference_id)
         session = types_pb2.Session(
             id=secrets.token_urlsafe(24),
@@ -126,7 +128,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         unknown = [path for path in request.update_mask.paths if path != "ttl"]
         if unknown or not request.update_mask.paths:
             raise InvalidField.at("update_mask", f"names {', '.join(unknown) or 'nothing'}; only ttl can be changed")
-        ttl_s = _ttl_s(request.session.ttl.ToTimedelta().total_seconds())
+        ttl_s = _ttl_s("session.ttl", request.session.ttl)
         conversation = self._conversations.get(request.session.id)
         position = conversation.position if conversation else await self._store.position(request.session.id)
         position.ttl_s = ttl_s
@@ -152,9 +154,10 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         opened: pb.OpenAvatar = await opening(requests)
         sound = _sound(opened)
         session = await self._store.session(opened.session_id)
+        sound.traceparent = telemetry.session_span(session.id)
         async with self._claimed(session.id) as owner:
             position = await self._store.position(session.id)
-            if position.is_closed or position.next_block:
+            if position.is_closed:
                 raise SessionClosed(f"the stream of session {session.id!r} has ended; create another session")
             async with self._workers.open(sound, first_block=0) as streams:
                 conversation = Conversation(streams, sound, session, position, self._settings, context.write)
@@ -174,12 +177,16 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
     ) -> None:
         session = await self._session(session_id)
         await context.write(pb.StreamAvatarResponse(opened=pb.AvatarOpened(session=session)))
-        async with asyncio.TaskGroup() as tasks:
-            keeping = tasks.create_task(self._keep(session_id, owner, conversation))
-            await conversation.run(requests)
-            keeping.cancel()
-        conversation.position.is_closed = True
-        await self._store.renew(session_id, conversation.position)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                keeping = tasks.create_task(self._keep(session_id, owner, conversation))
+                await conversation.run(requests)
+                keeping.cancel()
+        finally:
+            # However it ended, its history is gone: it cannot be streamed again.
+            conversation.position.is_closed = True
+            with suppress(StoreUnavailable, SessionNotFound):
+                await self._store.renew(session_id, conversation.position)
         closed = pb.AvatarClosed(
             num_frames=conversation.num_frames, num_blocks=conversation.num_blocks, stages=conversation.usage()
         )
@@ -201,7 +208,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
                     await self._store.expires_in_s(session_id)
             except StoreUnavailable:
                 # The workers have what they need; a stream that runs outlives its store.
-                logger.warning("session not renewed", extra={"session": session_id})
+                logger.warning("session not renewed", extra={"session": telemetry.tag(session_id)})
                 await asyncio.sleep(1)
 
     @asynccontextmanager
@@ -220,7 +227,9 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             telemetry.SESSIONS_ACTIVE.add(-1, {"service": "gateway"})
             telemetry.SESSIONS_CLOSED.add(1, {"reason": reason})
             duration_s = round(time.monotonic() - started, 3)
-            logger.info("stream ended", extra={"session": session_id, "reason": reason, "duration_s": duration_s})
+            logger.info(
+                "stream ended", extra={"session": telemetry.tag(session_id), "reason": reason, "duration_s": duration_s}
+            )
             with suppress(StoreUnavailable):
                 await self._store.release(session_id, owner)
 
@@ -254,9 +263,10 @@ def _reference(reference: types_pb2.Reference, left_s: float) -> types.Reference
     return message
 
 
-def _ttl_s(seconds: float) -> float:
-    if not MIN_TTL_S <= seconds <= MAX_TTL_S:
-        raise InvalidField.at("ttl", f"{seconds:g} s, expected {MIN_TTL_S:g} to {MAX_TTL_S:g}")
+def _ttl_s(field: str, ttl: Duration) -> float:
+    seconds = ttl.seconds + ttl.nanos / 1e9
+    if not MIN_TTL_S <= seconds <= MAX_TTL_S or not 0 <= ttl.nanos < 1_000_000_000:
+        raise InvalidField.at(field, f"{seconds:g} s, expected {MIN_TTL_S:g} to {MAX_TTL_S:g}")
     return seconds
 
 
@@ -271,7 +281,6 @@ def _sound(opened: pb.OpenAvatar) -> audio_pb2.OpenEncode:
         raise InvalidAudio.at("open.audio.num_channels", f"{given.num_channels}, expected 1 or 2")
     return audio_pb2.OpenEncode(
         session_id=opened.session_id,
-        traceparent=telemetry.session_span(opened.session_id),
         encoding=ENCODINGS[given.encoding],
         rate_hz=given.rate_hz,
         num_channels=given.num_channels,

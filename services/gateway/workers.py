@@ -91,7 +91,7 @@ class Workers:
         try:
             response = await vae_pb2_grpc.VaeServiceStub(self._vae).EncodeReference(request, timeout=ENCODE_S)
         except grpc.aio.AioRpcError as error:
-            raise stage_error("vae", error) from error
+            raise stage_error("vae", error, is_request=True) from error
         return response.reference
 
     @asynccontextmanager

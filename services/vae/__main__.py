@@ -1,6 +1,5 @@
 """The VAE worker's process: `python -m services.vae`."""
 
-import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +11,7 @@ from avatar.session import RedisHashes, SessionStore
 from avatar.settings import VaeSettings
 from avatar.settings import load as load_settings
 from avatar.vae.vae import load
+from services.process import run
 from services.vae.service import VaeServicer
 
 
@@ -33,4 +33,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    run(main)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import grpc.aio
 
 from avatar import telemetry
+from avatar.errors import NoCapacity
 from avatar.pipeline import Usage, local
 from avatar.rpc.codec import block_from_pb, chunk_to_pbs, session_from_pb, tensor_to_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
@@ -20,6 +21,9 @@ from avatar.vae.vae import BLOCK_FRAMES, Vae
 from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
 from avatar.worker.v1.types_pb2 import Closed, Reference
+
+# Pictures at a time: they wait for the same device as the streams' blocks.
+MAX_ENCODING = 2
 
 
 class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
@@ -33,6 +37,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self._store = store
         self._executor = executor
         self._capacity = Capacity(capacity, "vae")
+        self._encoding = asyncio.Semaphore(MAX_ENCODING)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         vae_pb2_grpc.add_VaeServiceServicer_to_server(self, server)
@@ -53,11 +58,16 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         )
 
     async def EncodeReference(self, request: pb.EncodeReferenceRequest, context: Context) -> pb.EncodeReferenceResponse:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._encode, request)
+        if self._encoding.locked():
+            raise NoCapacity(f"{MAX_ENCODING} pictures are being prepared already", retry_s=1.0)
+        async with self._encoding:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, self._encode, request)
 
     def _encode(self, request: pb.EncodeReferenceRequest) -> pb.EncodeReferenceResponse:
         size = (request.width, request.height) if request.width or request.height else None
+        if size is not None:
+            with blaming("width"):
+                self._vae.config.picture.video_size(size, size)
         fit = request.fit or self._vae.config.picture.fit
         with blaming("picture"):
             rgb = self._vae.read_picture(request.picture, size, cast(Fit, fit))  # it refuses any other

@@ -71,8 +71,9 @@ async def test_a_picture_over_the_limit_is_refused(stub: pb_grpc.AvatarServiceAs
 
 
 async def test_a_size_that_is_not_to_be_had_is_refused(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
-    async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"):
+    async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
         await stub.CreateReference(pb.CreateReferenceRequest(picture=portrait, width=100, height=7), timeout=60)
+    assert refusal.fields == ["width"]
 
 
 async def test_an_unknown_fit_is_refused(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:

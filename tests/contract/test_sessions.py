@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import grpc.aio
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -69,7 +72,14 @@ async def test_a_prompt_is_refused_where_no_text_is_known(
 
 
 @pytest.mark.parametrize(
-    ("fields", "field"), [({"seed": 1 << 63}, "seed"), ({"ttl": Duration(nanos=1)}, "ttl")], ids=["seed", "ttl"]
+    ("fields", "field"),
+    [
+        ({"seed": 1 << 63}, "seed"),
+        ({"ttl": Duration(nanos=1)}, "ttl"),
+        ({"ttl": Duration(seconds=1 << 40)}, "ttl"),
+        ({"ttl": Duration(seconds=1, nanos=2_000_000_000)}, "ttl"),
+    ],
+    ids=["seed", "short ttl", "long ttl", "no duration"],
 )
 async def test_a_field_out_of_range_is_refused_by_name(
     stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes, fields: dict[str, object], field: str
@@ -97,6 +107,21 @@ async def test_a_deleted_session_is_gone(stub: pb_grpc.AvatarServiceAsyncStub, p
     await stub.DeleteSession(pb.DeleteSessionRequest(session_id=session.id), timeout=10)
     async with refused(StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
         await stub.GetSession(pb.GetSessionRequest(session_id=session.id), timeout=10)
+
+
+@pytest.mark.parametrize("method", ["CreateSession", "StreamAvatar"])
+async def test_bytes_that_are_no_message_are_refused(target: str, method: str) -> None:
+    async with grpc.aio.insecure_channel(target) as channel:
+        path = f"/avatar.v1.AvatarService/{method}"
+        async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
+            if method == "StreamAvatar":
+                call: Any = channel.stream_stream(path)()
+                await call.write(b"\xff\xff")
+                await call.read()
+            else:
+                unary: Any = channel.unary_unary(path)
+                await unary(b"\xff\xff", timeout=10)
+    assert refusal.fields == ["request"]
 
 
 async def test_only_a_streaming_session_can_be_interrupted(

@@ -44,14 +44,13 @@ async def test_close_is_answered_with_what_was_done(stub: pb_grpc.AvatarServiceA
     assert (kept.state, kept.next_frame) == (types.Session.STATE_CLOSED, 36)
 
 
-async def test_a_stream_without_sound_closes_without_frames(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_a_stream_without_sound_is_refused(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
     for requests in ([], [pb.StreamAvatarRequest(audio=pb.AudioPiece())]):
         session = await new_session(stub, portrait)
-        streamed = await stream(stub, [opened(session.id), *requests, CLOSE])
-        assert not streamed.frames
-        assert streamed.closed.num_blocks == 0
+        async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_AUDIO") as refusal:
+            await stream(stub, [opened(session.id), *requests, CLOSE])
+        assert refusal.fields == ["audio.data"]
+    await serves(stub, portrait)
 
 
 async def test_frames_come_before_the_sound_ends(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
@@ -133,6 +132,10 @@ async def test_an_end_without_close_is_a_lost_connection(stub: pb_grpc.AvatarSer
     session = await new_session(stub, portrait)
     async with refused(StatusCode.CANCELLED, "CONNECTION_LOST"):
         await stream(stub, [opened(session.id), *spoken(sound(1))])
+    kept = (await stub.GetSession(pb.GetSessionRequest(session_id=session.id), timeout=10)).session
+    assert kept.state == types.Session.STATE_CLOSED
+    async with refused(StatusCode.FAILED_PRECONDITION, "SESSION_CLOSED"):
+        await stream(stub, [opened(session.id)])
     await serves(stub, portrait)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import gc
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from types import EllipsisType
 from typing import Any, TypeAlias
 
 import grpc
@@ -191,7 +192,7 @@ async def test_a_refusal_arrives_whole_while_more_is_being_written(
         (grpc.StatusCode.CANCELLED, StageLost),
         (grpc.StatusCode.DEADLINE_EXCEEDED, StageLost),
         (grpc.StatusCode.UNIMPLEMENTED, ConfigMismatch),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, NoCapacity),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, StageFailed),
         (grpc.StatusCode.INTERNAL, StageFailed),
         (grpc.StatusCode.UNKNOWN, StageFailed),
         (grpc.StatusCode.INVALID_ARGUMENT, StageFailed),
@@ -293,23 +294,27 @@ async def test_a_worker_that_is_killed_is_lost(worker: Worker) -> None:
         assert source.closed.is_set()
 
 
+@pytest.mark.parametrize("end", [None, ...], ids=["all was sent", "more may come"])
 async def test_closing_the_generator_cancels_the_call_and_closes_the_items(
-    worker: Worker, connection: grpc.aio.Channel
+    worker: Worker, connection: grpc.aio.Channel, end: EllipsisType | None
 ) -> None:
     is_ended = asyncio.Event()
 
-    async def watched(requests: Requests, context: Context) -> Responses:
+    async def slow(requests: Requests, context: Context) -> Responses:
         try:
             async for response in numbered(requests, context):
                 yield response
+                if response.block.index == 1:
+                    await asyncio.Event().wait()
         finally:
             is_ended.set()
 
-    worker.encode = watched
-    source = Source([1], ...)
+    worker.encode = slow
+    source = Source([1], end)
     blocks = (await opened(connection))(source.stream())
     assert (await anext(blocks)).index == 1
-    assert not source.closed.is_set()
+    await asyncio.sleep(0.05)  # what can be sent is sent
+    assert source.closed.is_set() == (end is None)
     assert not is_ended.is_set()
     await blocks.aclose()
     assert source.closed.is_set()

@@ -183,7 +183,8 @@ async def test_of_several_errors_the_first_that_a_client_can_act_on_is_told(
 def test_the_reason_of_an_error_is_found_in_groups_of_groups() -> None:
     lost = ExceptionGroup("", [ExceptionGroup("", [StageLost("gone"), RuntimeError()])])
     assert reason_of(lost) == "STAGE_LOST"
-    assert reason_of(ExceptionGroup("", [KeyError("a"), OSError()])) == "KeyError"
+    assert reason_of(ExceptionGroup("", [KeyError("a"), OSError()])) == "INTERNAL"
+    assert reason_of(asyncio.CancelledError()) == "CONNECTION_LOST"
     assert reason_of(AvatarError("ours")) == "INTERNAL"
 
 
@@ -348,6 +349,8 @@ async def test_open_streams_are_given_time_to_end() -> None:
             stopping = asyncio.ensure_future(stack.aclose())
             assert (await watching.read()).status == NOT_SERVING
             watching.cancel()
+            await asyncio.sleep(0.05)
+            assert not stopping.done()
             going_on.set()
             assert [response.WhichOneof("part") async for response in call] == ["closed"]
             assert await call.code() is grpc.StatusCode.OK

@@ -24,6 +24,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from avatar import telemetry
 from avatar.rpc.client import channel
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
 from services.launch import ROOT, Suite, launched
@@ -122,7 +123,7 @@ async def test_a_blocks_spans_are_one_trace_over_all_processes(
         await speak(stub, session.id, sound(0.96))
 
     def traces_of_the_session() -> dict[bytes, list[tuple[str, Span]]]:
-        named = {"avatar.session.id": session.id}
+        named = {"avatar.session": telemetry.tag(session.id)}
         roots = [span for _, span in collector[0].spans if span.name == "avatar.session" and named == texts(span)]
         traces: dict[bytes, list[tuple[str, Span]]] = {}
         for _, span in collector[0].spans:

@@ -6,6 +6,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from avatar import telemetry
 from tests.conftest import sound
 from tests.product import connected, new_session, speak
 
@@ -38,7 +39,7 @@ async def test_a_block_is_one_trace_over_all_stages(gateway: str, picture: bytes
         session = await new_session(stub, picture)
         streamed = await speak(stub, session.id, sound(1.5))
     (opened,) = (span for span in spans.get_finished_spans() if span.name == "avatar.session")
-    assert (opened.attributes or {})["avatar.session.id"] == session.id
+    assert (opened.attributes or {})["avatar.session"] == telemetry.tag(session.id)
     blocks = traces(spans)
     assert len(blocks) == streamed.closed.num_blocks == 4
     indexes = []
