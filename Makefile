@@ -8,7 +8,7 @@ PORTRAIT ?= assets/portrait.png
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 PROTOS := $(shell find protos -name '*.proto')
-WEIGHTS := models/tiny/denoiser/model.safetensors models/tiny/vae/model.safetensors
+WEIGHTS := models/tiny/denoiser/model.safetensors
 
 install: $(VENV)/installed
 
@@ -22,8 +22,8 @@ $(VENV)/installed: requirements.lock pyproject.toml $(PROTOS)
 protos: install
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 
-# The tiny model is not trained yet: its weights come from a seed, the first time they are needed.
-$(WEIGHTS) &: training/initialise.py avatar/denoiser/config.py avatar/vae/light.py | $(VENV)/installed
+# The tiny model's network is not trained yet: its weights come from a seed, the first time they are needed.
+$(WEIGHTS): training/initialise.py avatar/denoiser/config.py | $(VENV)/installed
 	python -m training.initialise models/tiny
 
 check: install

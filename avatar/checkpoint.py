@@ -97,6 +97,7 @@ def save(folder: Path, config: dict[str, Any], module: nn.Module, dtype: torch.d
     }
     partial = folder / f"{WEIGHTS}.partial"
     save_file(tensors, partial)
+    partial.chmod(0o644)  # it is written for its owner alone, and services may run as another user
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     partial.rename(folder / WEIGHTS)
 

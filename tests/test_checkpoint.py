@@ -211,3 +211,8 @@ def test_every_shard_counts_in_the_digest(tmp_path: Path) -> None:
         after = digest(tmp_path)
         assert after != before
         before = after
+
+
+def test_a_saved_checkpoint_can_be_read_by_others(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, {}, nn.Linear(2, 2))
+    assert (tmp_path / checkpoint.WEIGHTS).stat().st_mode & 0o777 == 0o644

@@ -28,7 +28,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext
 
 from avatar import telemetry
-from avatar.telemetry import JsonFormatter, block_span, session_span, set_up
+from avatar.telemetry import JsonFormatter, block_span, session_span, set_up, tag
 
 SECOND_NS = 1_000_000_000
 WAIT_S = 30.0
@@ -258,7 +258,39 @@ async def test_spans_and_metrics_are_exported_where_the_environment_says() -> No
     assert collected.metrics == ["avatar.block.duration"]
 
 
-async def test_a_service_can_be_given_another_name() -> None:
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("OTEL_SERVICE_NAME", "avatar-denoiser-eu"), ("OTEL_RESOURCE_ATTRIBUTES", "service.name=avatar-denoiser-eu")],
+)
+async def test_a_service_can_be_given_another_name(variable: str, value: str) -> None:
     async with collecting() as (collected, endpoint):
-        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_SERVICE_NAME="avatar-denoiser-eu")
+        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, **{variable: value})
     assert collected.services == {"avatar-denoiser-eu"}
+
+
+async def test_traces_and_metrics_can_be_left_out() -> None:
+    async with collecting() as (collected, endpoint):
+        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_TRACES_EXPORTER="none")
+        assert (collected.spans, collected.metrics) == ([], ["avatar.block.duration"])
+        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_METRICS_EXPORTER="none")
+    assert (collected.spans, collected.metrics) == (["avatar.session", "avatar.audio"], ["avatar.block.duration"])
+
+
+async def test_another_protocol_than_grpc_is_refused() -> None:
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
+    program = f"""
+from avatar import telemetry
+try:
+    telemetry.set_up("avatar-test", "info", {environ!r})
+except ValueError as error:
+    print(error)
+"""
+    out, _ = await run(program)
+    assert out == "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/protobuf', expected 'grpc'\n"
+
+
+def test_a_tag_stands_for_a_session_and_does_not_tell_its_name() -> None:
+    name = "pZ3kq9Yb7dQ1xR5t"
+    assert tag(name) == tag(name) != tag(name + "x")
+    assert re.fullmatch("[0-9a-f]{12}", tag(name))
+    assert name not in tag(name)

@@ -1,0 +1,52 @@
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from training.data import Clip, StoredClip, read_clips, write_shard
+from training.faces.head import Head, read_pack
+
+# Drawing needs the packages of training/requirements-data.txt and EGL; training/faces/README.md says how to test it.
+collect_ignore = [] if find_spec("moderngl") else ["test_stage.py"]
+
+
+@pytest.fixture(scope="session")
+def head() -> Head:
+    return Head(read_pack())
+
+
+def synthetic_clip(number: int, num_frames: int = 21, side: int = 48) -> Clip:
+    """A disc that moves and pulses over a still ramp, in place of a face."""
+    rng = np.random.default_rng(number)
+    y, x = np.mgrid[0:side, 0:side]
+    colour, ground = rng.uniform(60, 255, 3), rng.uniform(0, 120, 3)
+    centres = 20 + np.cumsum(rng.normal(0, 0.5, (num_frames, 2)), 0)
+    jaw = 0.5 + 0.4 * np.sin(np.arange(num_frames) + number)
+    frames = [
+        np.where(
+            (np.hypot(y - row, x - column) < 5 + 4 * opening)[..., None], colour, ground + x[..., None] * 100 / side
+        )
+        for (row, column), opening in zip(centres, jaw, strict=True)
+    ]
+    arrays: dict[str, NDArray[Any]] = {
+        "frames": np.array(frames).astype(np.uint8),
+        "lips": centres.astype(np.float32),
+        "jaw": jaw.astype(np.float32),
+    }
+    return Clip(f"{number:08d}", arrays, {"person": number, "lead_frames": 0})
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder of shards: six clips to train on, two held out."""
+    write_shard(tmp_path / "data" / "train" / "000000.tar", [synthetic_clip(number) for number in range(6)])
+    write_shard(tmp_path / "data" / "held_out" / "000000.tar", [synthetic_clip(number, 33) for number in (90, 91)])
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def clips(data: Path) -> list[StoredClip]:
+    return read_clips(data, "train")
