@@ -15,14 +15,16 @@ from avatar.errors import (
     AvatarError,
     ConfigMismatch,
     InvalidAudio,
+    InvalidField,
     NoCapacity,
     SessionNotFound,
     StageFailed,
     StageLost,
 )
-from avatar.rpc.client import RemoteStage, channel, remote_audio
+from avatar.rpc.client import RemoteStage, channel, remote_audio, stage_error
 from avatar.rpc.server import Context, opening, parts
 from avatar.worker.v1 import audio_pb2 as pb
+from avatar.worker.v1 import audio_pb2_grpc
 from avatar.worker.v1.types_pb2 import Block, Closed
 from tests.rpc.conftest import OPENED, Requests, Responses, Source, Worker, block, cuttable, numbered, piece
 
@@ -169,6 +171,21 @@ async def test_what_a_client_can_act_on_passes_through(
     assert str(caught.value) == f"audio: {error}"
     assert caught.value.metadata == {**error.metadata, "stage": "audio"}
     assert (caught.value.violations, caught.value.retry_s) == (error.violations, error.retry_s)
+
+
+@pytest.mark.parametrize("is_request", [False, True])
+async def test_a_block_that_cannot_be_used_is_no_fault_of_the_client(
+    worker: Worker, connection: grpc.aio.Channel, is_request: bool
+) -> None:
+    def info() -> pb.AudioServiceGetInfoResponse:
+        raise InvalidField.at("block", "it is NaN")
+
+    worker.info = info
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await audio_pb2_grpc.AudioServiceStub(connection).GetInfo(pb.AudioServiceGetInfoRequest(), timeout=WAIT_S)
+    error = stage_error("audio", caught.value, is_request=is_request)
+    assert type(error) is (InvalidField if is_request else StageFailed)
+    assert error.violations == ((("block", "it is NaN"),) if is_request else ())
 
 
 async def test_a_refusal_arrives_whole_while_more_is_being_written(
