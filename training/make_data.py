@@ -39,11 +39,15 @@ PAUSES_S = (0.0, 0.1, 0.3, 0.7)
 
 @dataclass(frozen=True)
 class Plan:
-    """What is wanted: where, how many clips of each part, and until when (seconds of time.monotonic)."""
+    """What is wanted: where, how many clips of each part, and until when (seconds of time.monotonic).
+
+    share: (i, n): of the shards that are wanted, every nth from the ith, so that n programs share the work.
+    """
 
     folder: Path
     num_clips: dict[str, int]
     deadline: float
+    share: tuple[int, int] = (0, 1)
 
 
 def utterance(
@@ -108,8 +112,9 @@ def wanted_shards(plan: Plan) -> Iterator[tuple[Path, range]]:
     for part in reversed(PARTS):
         first = FIRST_HELD_OUT if part == "held_out" else 0
         for start in range(0, plan.num_clips[part], SHARD_CLIPS):
-            path = plan.folder / part / f"{start // SHARD_CLIPS:06d}.tar"
-            if not path.exists():
+            index = start // SHARD_CLIPS
+            path = plan.folder / part / f"{index:06d}.tar"
+            if index % plan.share[1] == plan.share[0] and not path.exists():
                 yield path, range(first + start, first + min(start + SHARD_CLIPS, plan.num_clips[part]))
 
 
@@ -141,9 +146,13 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=50, help="how many clips to hold out")
     parser.add_argument("--voices", type=Path, default=Path("runs/voices"), help="folder for the patched Piper voice")
     parser.add_argument("--minutes", type=float, default=600, help="begin no shard after this long")
+    parser.add_argument("--share", default="0/1", help="I/N: make every Nth shard from the Ith, beside other programs")
     flags = parser.parse_args()
+    share = tuple(int(part) for part in flags.share.split("/"))
+    if len(share) != 2 or not 0 <= share[0] < share[1]:
+        parser.error(f"--share must be I/N with 0 <= I < N, got {flags.share!r}")
     num_clips = {"train": flags.clips, "held_out": flags.held_out}
-    make(Plan(flags.out, num_clips, time.monotonic() + 60 * flags.minutes), patch_piper(flags.voices))
+    make(Plan(flags.out, num_clips, time.monotonic() + 60 * flags.minutes, share), patch_piper(flags.voices))
 
 
 if __name__ == "__main__":
