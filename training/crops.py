@@ -36,12 +36,15 @@ def to_pixels(frames: NDArray[np.uint8]) -> Tensor:
     return rearrange(torch.from_numpy(np.array(frames)), "... f h w c -> ... c f h w") / 127.5 - 1
 
 
-def lips_weight(lips: NDArray[np.float32], height: int, width: int) -> Tensor:
-    """How much each pixel's error counts, of mean 1 a frame: (f, 2) rows and columns to (1, f, h, w)."""
+def lips_weight(lips: NDArray[np.float32], height: int, width: int, more: float = LIPS_WEIGHT) -> Tensor:
+    """How much each pixel's error counts, of mean 1 a frame: (f, 2) rows and columns to (1, f, h, w).
+
+    more: how much more it counts at the lips' middle.
+    """
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     row, column = rearrange(torch.from_numpy(np.array(lips)), "f (a h w) -> a f h w", h=1, w=1)
     near = torch.exp(-(((rows - row) / LIPS_REACH[0]) ** 2) - ((columns - column) / LIPS_REACH[1]) ** 2)
-    weight = 1 + LIPS_WEIGHT * near
+    weight = 1 + more * near
     return (weight / weight.mean((1, 2), keepdim=True))[None]
 
 

@@ -21,6 +21,9 @@ from training.voices import PAUSE, Speech, plain
 
 GRID_HZ = 200
 BLEND_S = 0.03
+# How far a head turns about its rest while it speaks: deviations of pitch, yaw and roll, radians. With twice as much,
+# most of what a network has to say of a frame is where the edges of the head are.
+SWAY = (0.01, 0.02, 0.006)
 PUNCTUATION = frozenset(",.;:?!^$")
 
 
@@ -157,13 +160,13 @@ def motion_of(speech: Speech, names: Sequence[str], num_frames: int, rng: Genera
     add("browOuterUp", np.clip(0.12 * slow[:, 1] + rng.uniform(0, 0.25) * loud, 0, 0.6))
     add("browDown", np.clip(-0.2 * slow[:, 0], 0, 0.4))
     still = rng.normal(0, (0.03, 0.06, 0.02))
-    turn = still + slow[:, 2:] * (0.02, 0.04, 0.012) + np.outer(loud, (rng.uniform(0, 0.03), 0, 0))
+    turn = still + slow[:, 2:] * SWAY + np.outer(loud, (rng.uniform(0, 0.015), 0, 0))
     return Motion(np.clip(weights, 0, 1).astype(np.float32), turn, glances(rng, num_frames))
 
 
 def portrait_of(motion: Motion, names: Sequence[str], rng: Generator) -> Motion:
-    """One frame that could be the speaker's portrait: mouth at rest, eyes open and to the viewer, another pose."""
+    """One frame that could be the speaker's portrait: mouth at rest, eyes to the viewer, about the same pose."""
     weights = np.zeros((1, motion.weights.shape[1]), np.float32)
     resting = [i for name in ("mouthSmile", "eyeWide") for i in shape_indexes(list(names), name)]
     weights[0, resting] = motion.weights[:, resting].min(0)
-    return Motion(weights, rng.normal(0, (0.03, 0.06, 0.02), (1, 3)), np.zeros((1, 2)))
+    return Motion(weights, motion.turn.mean(0, keepdims=True) + rng.normal(0, SWAY, (1, 3)), np.zeros((1, 2)))

@@ -7,6 +7,9 @@ Axes: b batch, t latent frames, n tokens, h heads, d width (of all heads, or of 
 m complex channels (pairs of neighbouring real ones), h w of latents where sizes are meant.
 """
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -20,6 +23,10 @@ THETA = 10000.0
 REFERENCE_FRAME = 30
 # Frames and rows/columns (in latents) of each group of motion tokens, newest group first, and the frame of its tokens.
 MOTION_GROUPS = (((1, 2), (-1,)), ((2, 4), (-3,)), ((4, 8), (-19, -14, -9, -4)))
+
+
+# For each equal share of a pass's queries, in order, the spans of keys that it sees.
+Visible: TypeAlias = Sequence[Sequence[slice]]
 
 
 def widen(x: Tensor) -> Tensor:
@@ -69,17 +76,34 @@ class Attention(nn.Module):
             rearrange(v, "b n (h d) -> b n h d", h=self.num_heads),
         )
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(b, n, d): what each query reads. q, k, v: (b, n, h, d); mask: (queries, keys) bool, False is not read."""
-        read = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
-        )
-        return self.project(read.transpose(1, 2))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
+        """(b, n, d): what each query reads of the keys that it sees. q, k, v: (b, n, h, d)."""
+        if visible is None:
+            return self.project(attend(q, k, v))
+        shares = q.chunk(len(visible), dim=1)
+        read = [attend(share, *seen(spans, k, v)) for share, spans in zip(shares, visible, strict=True)]
+        return self.project(torch.cat(read, dim=1))
 
     def project(self, read: Tensor) -> Tensor:
         """Values that were read, (b, n, h, d), back to the hidden width: (b, n, d)."""
         projected: Tensor = self.o(rearrange(read, "b n h d -> b n (h d)"))
         return projected
+
+
+def seen(spans: Sequence[slice], *tokens: Tensor) -> list[Tensor]:
+    """The tokens (b, n, h, d) of the spans, one after the other."""
+    return [torch.cat([each[:, span] for span in spans], dim=1) for each in tokens]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of all queries to all keys, each (b, n, h, d)."""
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    if q.requires_grad and q.device.type == "cpu":
+        # The backward pass of the CPU's fused attention takes twice as long as that of the softmax spelt out.
+        read: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+    else:
+        read = functional.scaled_dot_product_attention(q, k, v)
+    return read.transpose(1, 2)
 
 
 def axis_frequencies(head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor
 
 from avatar.denoiser.attention import (
     REFERENCE_FRAME,
+    Visible,
     block_positions,
     condition_positions,
     grid_size,
@@ -35,8 +36,8 @@ class History(Protocol):
     """What a block's layers see besides the block."""
 
     @property
-    def mask(self) -> Tensor | None:
-        """(queries, keys) bool of what may be read; None: all of it."""
+    def visible(self) -> Visible | None:
+        """Which keys each share of the queries sees; None: all of them."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
         """Add a layer's new keys, rotated, and values; returns all keys and values to be read."""
@@ -50,7 +51,7 @@ class KVCache:
     that turn with the frame.
     """
 
-    mask = None
+    visible = None
 
     def __init__(
         self,
@@ -107,11 +108,16 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
         """Write the block's keys and values (b, n, h, d); returns views of sink and window."""
         keys, values = self._keys[layer], self._values[layer]
-        start = self._sink_tokens + self._slot * self._block_tokens
         end = self._sink_tokens + self._filled * self._block_tokens
-        keys[:, start : start + self._block_tokens] = k
-        values[:, start : start + self._block_tokens] = v
+        keys[:, self.current] = k
+        values[:, self.current] = v
         return keys[:, :end], values[:, :end]
+
+    @property
+    def current(self) -> slice:
+        """Where the block that has begun stands among the keys."""
+        start = self._sink_tokens + self._slot * self._block_tokens
+        return slice(start, start + self._block_tokens)
 
     def window(self, layer: int) -> KeysValues:
         """The ring of one layer in the order of its slots, unfilled ones zero."""
@@ -132,8 +138,8 @@ class KVCache:
 class ClipHistory:
     """The history of every block of a clip at once, for training: gradients flow through all of it.
 
-    Keys are: one copy of the reference per block, standing where that block sees it; motion; the clip itself. The
-    mask shows each block its own reference, motion, itself and the blocks of the window before it.
+    Keys are: one copy of the reference per block, standing where that block sees it; motion; the clip itself. A block
+    sees its own reference, motion, itself and the blocks of the window before it.
     """
 
     def __init__(
@@ -153,7 +159,7 @@ class ClipHistory:
         positions = torch.cat([*reference, motion.expand(*reference[0].shape[:-2], -1, -1)], dim=-2)
         self._turns = rotation(positions.to(device), config.head_dim)
         self._conditions = conditions
-        self.mask = self._mask(config, motion_tokens=len(motion)).to(device)
+        self.visible = self._visible(config, motion_tokens=len(motion))
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
         """All keys and values of a layer, the clip's own k, v (b, n, h, d) last."""
@@ -164,12 +170,15 @@ class ClipHistory:
         reference, motion = x[:, : self._reference_tokens], x[:, self._reference_tokens :]
         return torch.cat([repeat(reference, "b n h d -> b (blocks n) h d", blocks=self._blocks), motion], dim=1)
 
-    def _mask(self, config: NetworkConfig, motion_tokens: int) -> Tensor:
-        block = torch.arange(self._blocks)
-        age = rearrange(block, "i -> i 1") - block
-        own = repeat(age == 0, "i j -> i (j n)", n=self._reference_tokens)
-        recent = (age >= 0) & (age < config.window_blocks)
-        block_tokens = self._reference_tokens * config.num_frames_per_block
-        clip = repeat(recent, "i j -> i (j n)", n=block_tokens)
-        motion = torch.ones(self._blocks, motion_tokens, dtype=torch.bool)
-        return repeat(torch.cat([own, motion, clip], dim=1), "i keys -> (i n) keys", n=block_tokens)
+    def _visible(self, config: NetworkConfig, motion_tokens: int) -> list[list[slice]]:
+        reference, block = self._reference_tokens, self._reference_tokens * config.num_frames_per_block
+        motion = self._blocks * reference
+        clip = motion + motion_tokens
+        return [
+            [
+                slice(i * reference, (i + 1) * reference),
+                slice(motion, clip),
+                slice(clip + max(0, i + 1 - config.window_blocks) * block, clip + (i + 1) * block),
+            ]
+            for i in range(self._blocks)
+        ]

@@ -145,8 +145,10 @@ class Denoiser:
         return block.conditions
 
 
-def velocity_of(output: Tensor, x: Tensor, reference: Tensor, sigma: float, config: NetworkConfig) -> Tensor:
+def velocity_of(output: Tensor, x: Tensor, reference: Tensor, sigma: float | Tensor, config: NetworkConfig) -> Tensor:
     """The velocity at x that the network's output means; all (b, c, t, h, w), the reference of one frame.
+
+    sigma: the level of all of x, or of each frame, in a shape that broadcasts.
 
     With residual output F, x0 = reference + residual_scale F and velocity = (x - x0) / sigma.
     """

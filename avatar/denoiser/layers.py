@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from avatar.denoiser.attention import MOTION_GROUPS, Attention
+from avatar.denoiser.attention import MOTION_GROUPS, Attention, Visible
 from avatar.denoiser.audio import WideLinear
 from avatar.denoiser.config import PATCH, NetworkConfig
 
@@ -99,16 +99,16 @@ class Layer(nn.Module):
         attended: tuple[Tensor, Tensor, Tensor],
         text: tuple[Tensor, Tensor],
         modulation: Tensor,
-        mask: Tensor | None = None,
+        visible: Visible | None = None,
     ) -> Tensor:
         """x (b, t, s, d) after the layer.
 
-        attended: rotated queries of x, and the keys and values that they read under the mask.
+        attended: rotated queries of x, and the keys and values that they read, as far as they are visible.
         text: keys and values of the text. modulation: (6, b, t or 1, 1, d).
         """
         gate1, shift2, scale2, gate2 = modulation[2:].unbind()
         dtype, t = x.dtype, x.shape[1]
-        x = x + gate1 * rearrange(self.self_attn(*attended, mask), "b (t s) d -> b t s d", t=t)
+        x = x + gate1 * rearrange(self.self_attn(*attended, visible), "b (t s) d -> b t s d", t=t)
         x = x + self.read_text(x.to(dtype), text)
         fed: Tensor = self.ffn(modulate(self.norm(x), shift2, scale2).to(dtype))
         return (x + gate2 * fed).to(dtype)

@@ -145,7 +145,7 @@ class Network(nn.Module):
             q, k, v = layer.project(hidden, modulation.layers[i])
             keys, values = history.extend(i, rotate(k, turns), v)
             attended = rotate(q, turns), keys, values
-            hidden = layer(hidden, attended, text[i], modulation.layers[i], history.mask)
+            hidden = layer(hidden, attended, text[i], modulation.layers[i], history.visible)
             if i in config.audio_inject_layers:
                 hidden = hidden + self.audio_injector(config.audio_inject_layers.index(i), hidden, audio)
         return unpatch(self.head(hidden, modulation.head), grid_size(h, w)[0]).to(x.dtype)

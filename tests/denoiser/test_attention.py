@@ -9,6 +9,7 @@ from torch import Tensor
 from avatar.denoiser.attention import (
     Attention,
     RMSNorm,
+    attend,
     axis_frequencies,
     block_positions,
     condition_positions,
@@ -91,8 +92,16 @@ def test_a_norm_rounds_before_it_is_weighted() -> None:
     assert torch.equal(norm(x), unit * norm.weight)
 
 
-def test_masked_keys_are_not_read() -> None:
+def test_each_share_of_the_queries_reads_what_it_sees() -> None:
     attention = Attention(8, 2, eps=1e-6)
     q, k, v = (randn(seed, 1, 4, 2, 4) for seed in (1, 2, 3))
-    mask = torch.tensor([True, True, False, False]).expand(4, 4)
-    torch.testing.assert_close(attention(q, k, v, mask), attention(q, k[:, :2], v[:, :2]))
+    visible = [[slice(0, 1), slice(3, 4)], [slice(0, 4)]]
+    apart = [attention(q[:, :2], k[:, ::3], v[:, ::3]), attention(q[:, 2:], k, v)]
+    torch.testing.assert_close(attention(q, k, v, visible), torch.cat(apart, dim=1))
+
+
+def test_attention_with_gradients_reads_the_same() -> None:
+    q, k, v = (randn(seed, 1, 4, 2, 4) for seed in (1, 2, 3))
+    fused, spelt_out = attend(q, k, v), attend(q.requires_grad_(), k, v)
+    assert spelt_out.requires_grad
+    torch.testing.assert_close(spelt_out, fused)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from avatar.denoiser.attention import block_positions, condition_positions, rotate, rotation
@@ -126,16 +125,10 @@ def test_memory_is_keys_values_and_the_moving_channels(config: NetworkConfig, dt
 
 def test_a_clip_shows_each_block_its_own_reference_and_window(config: NetworkConfig) -> None:
     history = ClipHistory(config, HEIGHT, WIDTH, sink_of(config, seed=1), [30, 31, 32, 33, 34])
-    block = REFERENCE * config.num_frames_per_block
-    own, motion, clip = torch.split(history.mask, [5 * REFERENCE, SINK - REFERENCE, 5 * block], dim=1)
-    assert motion.all()
-    assert shown(own, block) == [{0}, {1}, {2}, {3}, {4}]
-    assert shown(clip, block) == [{0}, {0, 1}, {0, 1, 2}, {1, 2, 3}, {2, 3, 4}]
-
-
-def shown(mask: Tensor, block_tokens: int) -> list[set[int]]:
-    """Which of five parts every token of each of five blocks may read; a part is read wholly or not at all."""
-    parts = rearrange(mask, "(i m) (j n) -> i j (m n)", i=5, j=5)
-    assert mask.shape[0] == 5 * block_tokens
-    assert parts.all(-1).equal(parts.any(-1))
-    return [{j for j in range(5) if each[j]} for each in parts.all(-1)]
+    block, motion = REFERENCE * config.num_frames_per_block, SINK - REFERENCE
+    clip = 5 * REFERENCE + motion
+    assert config.window_blocks == 3
+    for i, (own, moving, window) in enumerate(history.visible):
+        assert own == slice(i * REFERENCE, (i + 1) * REFERENCE)
+        assert moving == slice(5 * REFERENCE, clip)
+        assert window == slice(clip + max(0, i - 2) * block, clip + (i + 1) * block)
