@@ -5,6 +5,7 @@ Tensors are checked by name and shape against the module that will hold them; no
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+PICKLED = (".pth", ".bin")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -79,13 +81,37 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything in a safetensors file, one at a time. ValueError if it is damaged."""
+    """Name and tensor of everything in a .safetensors, .pth or .bin file, one at a time.
+
+    The file is mapped: a tensor's bytes are read when it is used. ValueError if the file is damaged, or holds anything
+    but tensors; nothing in it is run.
+    """
+    if path.suffix in PICKLED:
+        yield from _unpickled(path).items()
+        return
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or is cut short: {error}") from error
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote."""
+    try:
+        # Files older than torch 1.6 are no archives, and cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        # Damaged and malicious pickles fail in many ways: UnpicklingError, RuntimeError, EOFError, KeyError, ...
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a file of tensors, or is cut short or not safe to read: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected names and their tensors")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.is_sparse or tensor.is_meta:
+            raise ValueError(f"{path} holds something that is not a tensor: {name!r} is a {type(tensor).__name__}")
+    return content
 
 
 def save(folder: Path, config: dict[str, Any], module: nn.Module, dtype: torch.dtype | None = None) -> None:

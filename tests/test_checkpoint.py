@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from avatar import checkpoint
 from avatar.checkpoint import digest, load_weights, read_config, save
+from tests.conftest import Exploit
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -121,6 +122,56 @@ def test_a_long_list_of_problems_is_cut(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="and 19 more") as caught:
         load_weights(Part(), tmp_path)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["archive", "older than torch 1.6"])
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+def test_what_torch_saved_is_read(tmp_path: Path, suffix: str, zipped: bool) -> None:
+    tensors = Part(seed=1).bfloat16().state_dict()
+    path = tmp_path / f"part{suffix}"
+    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+    torch.testing.assert_close(dict(checkpoint.read_tensors(path)), dict(tensors), rtol=0, atol=0)
+
+
+def test_what_torch_saved_is_mapped_and_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "part.pth"
+    torch.save({"weight": torch.zeros(1000)}, path)
+    data = path.read_bytes()
+    (_, tensor) = next(checkpoint.read_tensors(path))
+    with path.open("r+b") as file:
+        file.seek(data.index(bytes(4000)))
+        file.write(torch.ones(1000).numpy().tobytes())
+    assert tensor.eq(1).all()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path, suffix: str, exploit: Exploit) -> None:
+    """As torch.save writes it, where `pickled` is a bare pickle."""
+    path = tmp_path / f"part{suffix}"
+    torch.save({"weight": torch.zeros(1), "code": exploit}, path)
+    with pytest.raises(ValueError, match=f"{path.name} is not a file of tensors"):
+        list(checkpoint.read_tensors(path))
+    assert not exploit.path.exists()
+    torch.load(path, weights_only=False)
+    assert exploit.path.exists()  # it would have
+
+
+@pytest.mark.parametrize("length", [0, 7, 40, -1, -1000])
+def test_a_torch_file_cut_short_is_refused(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "part.pth"
+    torch.save(Part().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"part\.pth is not a file of tensors"):
+        list(checkpoint.read_tensors(path))
+
+
+@pytest.mark.parametrize(
+    "content", [[torch.zeros(1)], torch.zeros(1), {"weight": 3}, {1: torch.zeros(1)}, {"model": {"w": torch.zeros(1)}}]
+)
+def test_a_torch_file_of_something_else_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match=r"part\.pth holds"):
+        list(checkpoint.read_tensors(tmp_path / "part.pth"))
 
 
 @pytest.mark.parametrize("length", [0, 7, 40, -1])
