@@ -142,9 +142,14 @@ class Exploit:
 
 
 @pytest.fixture
-def pickled(tmp_path: Path) -> tuple[bytes, Path]:
+def exploit(tmp_path: Path) -> Exploit:
+    return Exploit(tmp_path / "unpickled")
+
+
+@pytest.fixture
+def pickled(exploit: Exploit) -> tuple[bytes, Path]:
     """A pickle, and the file that is there once somebody has unpickled it."""
-    return pickle.dumps(Exploit(tmp_path / "unpickled")), tmp_path / "unpickled"
+    return pickle.dumps(exploit), exploit.path
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from avatar import checkpoint
 from avatar.denoiser.model import Network, load
 from avatar.denoiser.schedule import shifted
+from avatar.part import Part
 from training.batches import BatchRule, ClipBatch, batch_of
 from training.clips import clean_of, per_frame, predict, with_noise
 from training.data import StoredClip
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="train nothing: write the run's weights to this folder")
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    network, _ = load(flags.start)
+    network, _ = load(Part.read(flags.start))
     run = Distillation(Recipe(steps=flags.steps, guidance=flags.guidance, rate=flags.rate), network.train())
     if (flags.out / "state.pt").exists():
         restore(run, flags.out / "state.pt")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from avatar.audio import model as audio_model
 from avatar.audio.model import AudioModel
+from avatar.layouts import open_part
 from avatar.types import AudioPiece, Session
 from avatar.vae import vae as vae_model
 from avatar.vae.vae import BLOCK_FRAMES, Vae
@@ -86,13 +87,14 @@ def mirrored(clip: StoredClip, plain: StoredClip, vae: Vae[Any]) -> Clip:
         **{name: np.array(plain.array(name)) for name in ("features", "jaw", "text") if plain.has(name)},
     }
     if plain.has("lips"):
-        arrays["lips"] = np.array((0, frames.shape[2] - 1), np.float32) + plain.array("lips") * np.float32((1, -1))
+        turned = np.array((1, -1), np.float32)
+        arrays["lips"] = np.array((0, frames.shape[2] - 1), np.float32) + plain.array("lips") * turned
     return Clip(f"{clip.name}-mirrored", arrays, clip.info)
 
 
 def prepare(data: Path, out: Path, checkpoint: Path) -> int:
     """Write what is missing of `out`; returns how many clips that was. ValueError if there is nothing to prepare."""
-    vae, audio = vae_model.load(checkpoint / "vae"), audio_model.load(checkpoint / "audio")
+    vae, audio = vae_model.load(open_part(checkpoint, "vae")), audio_model.load(open_part(checkpoint, "audio"))
     shards = [path for part in reversed(PARTS) for path in sorted((data / part).glob("*.tar"))]
     if not shards:
         raise ValueError(f"no shards in {data}; make some: python -m training.make_data --out {data}")

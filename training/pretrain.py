@@ -21,6 +21,7 @@ from avatar.denoiser import config as configs
 from avatar.denoiser import model
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
+from avatar.part import Part, load_weights
 from training.batches import BatchRule, ClipBatch, batch_of
 from training.clips import per_frame, predict, with_noise
 from training.data import StoredClip
@@ -41,7 +42,7 @@ class Recipe:
     much of itself the average of the weights keeps each step.
     """
 
-    steps: int = 1500
+    steps: int = 1300
     matrix_rate: float = 6e-3
     rate: float = 2e-3
     warmup: int = 50
@@ -138,7 +139,7 @@ def main() -> None:
     torch.set_num_threads(1)
     network = Network(configs.tiny())
     if flags.start:
-        checkpoint.load_weights(network, flags.start)
+        load_weights(network, Part.read(flags.start))
     else:
         model.initialise(network, Recipe.seed)
     run = Pretraining(Recipe(steps=flags.steps), network)
