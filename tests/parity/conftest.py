@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import audio, dit, rollout, vae
+from tests.parity import audio, dit, rollout, text, vae
 from tests.parity.goldens import Golden, Report
 
-RUNNERS = {**audio.RUNNERS, **dit.RUNNERS, **rollout.RUNNERS, **vae.RUNNERS}
+RUNNERS = {**audio.RUNNERS, **dit.RUNNERS, **rollout.RUNNERS, **text.RUNNERS, **vae.RUNNERS}
 # Goldens that are a part of another one.
 PARTS = {"rollout_vae_weights"}
 REPORTS = pytest.StashKey[list[Report]]()
