@@ -34,7 +34,11 @@ def tokenizer() -> Tokenizer:
 def encoder(seed: int = 0) -> TextEncoder:
     network = build(TextConfig(network=NETWORK))
     generator = torch.Generator().manual_seed(seed)
-    weights = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in network.state_dict().items()}
+    # So small that attention is spread over all tokens: padding that is attended shows.
+    weights = {
+        name: torch.randn(tensor.shape, generator=generator) * (0.3 if tensor.ndim == 2 else 1)
+        for name, tensor in network.state_dict().items()
+    }
     network.load_state_dict(weights, assign=True)
     return TextEncoder(network, TextConfig(network=NETWORK, max_tokens=MAX_TOKENS), tokenizer())
 
