@@ -31,7 +31,7 @@ class Settings:
 class WorkerSettings(Settings):
     """What all workers have in common.
 
-    checkpoint: folder with a folder for each part.
+    checkpoint: folder in our layout, with a folder for each part, or in the published one.
     capacity: streams at a time; one more is refused.
     threads: CPU threads of one computation.
     """
@@ -58,10 +58,14 @@ class DenoiserSettings(WorkerSettings):
     """A denoiser's settings.
 
     levels: the levels that this process serves, noisiest is 0: a list such as `0` or `0,1`, or `all`.
+    adapter: file of adapter matrices to merge into the network's weights; none where they are merged already.
+    adapter_alpha: what the adapter was trained with; its product is scaled by alpha / rank.
     """
 
     listen: str = "127.0.0.1:7010"
     levels: str = "all"
+    adapter: Path | None = None
+    adapter_alpha: float = 64.0
 
     def served(self, num_levels: int) -> list[int]:
         """The levels as numbers. ValueError if the checkpoint has no such level."""
@@ -135,6 +139,8 @@ def load(cls: type[Loaded], environ: Mapping[str, str]) -> Loaded:
 def _parse(name: str, text: str, kind: Any) -> Any:
     if isinstance(kind, types.GenericAlias) and kind.__origin__ is tuple:
         return tuple(_parse(name, part.strip(), kind.__args__[0]) for part in text.split(","))
+    if isinstance(kind, types.UnionType):  # something, or None where it is not set
+        kind = kind.__args__[0]
     try:
         return kind(text)
     except ValueError as error:

