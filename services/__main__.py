@@ -15,10 +15,10 @@ import torch
 
 from avatar import telemetry
 from avatar.adapter import ALPHA
+from avatar.layouts import knows_text
 from avatar.rpc.server import serving, until_stopped
 from avatar.session import MemoryHashes, RedisHashes, SessionStore
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
-from avatar.text.model import knows_text
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.service import AvatarServicer

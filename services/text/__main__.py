@@ -6,19 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from avatar import telemetry
+from avatar.layouts import open_part
 from avatar.rpc.server import serving, until_stopped
 from avatar.session import RedisHashes, SessionStore
 from avatar.settings import TextSettings
 from avatar.settings import load as load_settings
-from avatar.text.model import find, load
+from avatar.text.model import load
 from services.process import run
 from services.text.service import TextServicer
 
 
 def build(settings: TextSettings, store: SessionStore, executor: ThreadPoolExecutor) -> TextServicer:
     """The service over the checkpoint's text encoder. ValueError if the checkpoint knows no text."""
-    files = find(settings.checkpoint)
-    return TextServicer(load(files), files.digest(), store, executor, settings.capacity, settings.embedding_ttl_s)
+    part = open_part(settings.checkpoint, "text")
+    return TextServicer(load(part), part.digest(), store, executor, settings.capacity, settings.embedding_ttl_s)
 
 
 async def main() -> None:

@@ -13,7 +13,7 @@ from avatar.errors import NoCapacity, StateCorrupt
 from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import Context
 from avatar.session import SessionStore
-from avatar.text.umt5 import TextEncoder
+from avatar.text.model import TextEncoder
 from avatar.worker.v1 import text_pb2 as pb
 from avatar.worker.v1 import text_pb2_grpc
 

@@ -1,10 +1,14 @@
-"""The golden of text: cleaning, and the encoder under its public names."""
+"""The golden of text: cleaning, and the encoder from a published checkpoint."""
 
 from collections.abc import Callable
 
+import torch
+
+from avatar.layouts import TEXT_FILE, open_part
+from avatar.text.model import encode, load
 from avatar.text.prompt import clean
-from avatar.text.umt5 import TextConfig, build, encode, module_name, sizes
-from tests.parity.goldens import Golden, Report
+from tests.parity.goldens import Golden, Report, published
+from tests.text.tiny import write_tokenizer
 
 WEIGHTS = "weights/"
 
@@ -16,9 +20,11 @@ def umt5_tiny(golden: Golden, report: Report) -> None:
         report.exact(f"clean {case['text']!r}", clean(case["text"]), case["clean"])
 
     weights = {name.removeprefix(WEIGHTS): each for name, each in tensors.items() if name.startswith(WEIGHTS)}
-    network = build(TextConfig(network=sizes({name: tuple(each.shape) for name, each in weights.items()})))
-    network.load_state_dict({module_name(name): each for name, each in weights.items()}, assign=True)
-    rows = encode(network.eval(), tensors["ids"], tensors["mask"])
+    with published() as checkpoint:
+        torch.save(weights, checkpoint / TEXT_FILE)
+        write_tokenizer(checkpoint)
+        encoder = load(open_part(checkpoint, "text"))
+    rows = encode(encoder.network, tensors["ids"], tensors["mask"])
     report.compare("hidden_padded", rows, tensors["hidden_padded"], max_abs=info["tolerance"])
     for i, length in enumerate(info["lengths"]):
         report.exact(f"length {i}", int(tensors["mask"][i].sum()), length)

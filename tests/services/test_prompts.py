@@ -7,10 +7,11 @@ import pytest
 import torch
 from grpc import StatusCode
 
+from avatar.layouts import open_part
 from avatar.rpc.codec import tensor_from_pb
 from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
-from avatar.text.model import embed
+from avatar.text.model import load
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from services.__main__ import suite
 from tests.conftest import sound
@@ -37,7 +38,7 @@ async def test_a_prompt_stands_in_every_version_of_the_conditions(
     await speak(stub, session.id, sound(0.48))
     for version in (0, 1):
         kept = await store.conditions(session.id, version)
-        assert torch.equal(tensor_from_pb(kept.text), embed(text_checkpoint, PROMPT))
+        assert torch.equal(tensor_from_pb(kept.text), load(open_part(text_checkpoint, "text")).embed(PROMPT))
 
 
 async def test_a_session_without_a_prompt_is_what_it_is_without_text(

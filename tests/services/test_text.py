@@ -14,13 +14,13 @@ import torch
 from grpc import StatusCode
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from avatar.layouts import open_part
 from avatar.rpc.client import channel
 from avatar.rpc.codec import tensor_from_pb
 from avatar.rpc.server import serving
 from avatar.session import Hashes, MemoryHashes, RedisHashes, SessionStore
 from avatar.settings import TextSettings
-from avatar.text.model import embed, find
-from avatar.text.umt5 import TextEncoder
+from avatar.text.model import TextEncoder, load
 from avatar.worker.v1 import text_pb2 as pb
 from avatar.worker.v1 import text_pb2_grpc as pb_grpc
 from services.text.__main__ import build
@@ -83,7 +83,7 @@ async def test_remote_equals_local(text_checkpoint: Path) -> None:
     async with working(text_checkpoint, MemoryHashes()) as stub:
         for prompt in (PROMPT, "  a person\nwho &amp; weeps", "", "abc " * 50, "日本 \x00 😀"):
             remote = tensor_from_pb((await answer(stub, prompt)).text)
-            local = embed(text_checkpoint, prompt)
+            local = load(open_part(text_checkpoint, "text")).embed(prompt)
             assert remote.dtype == local.dtype
             assert torch.equal(remote, local)
 
@@ -91,7 +91,7 @@ async def test_remote_equals_local(text_checkpoint: Path) -> None:
 async def test_a_worker_says_what_it_serves(text_checkpoint: Path) -> None:
     async with working(text_checkpoint, MemoryHashes(), capacity=3) as stub:
         told = await stub.GetInfo(pb.TextServiceGetInfoRequest(), timeout=10)
-    digest = find(text_checkpoint).digest()
+    digest = open_part(text_checkpoint, "text").digest()
     assert told == pb.TextServiceGetInfoResponse(digest=digest, width=16, max_tokens=tiny.MAX_TOKENS, capacity=3)
 
 
@@ -121,7 +121,8 @@ async def test_another_encoder_computes_anew(text_checkpoint: Path, tmp_path: Pa
 
 
 def kept_under(checkpoint: Path, prompt: str) -> str:
-    name = hashlib.sha256(f"{find(checkpoint).digest()}/torch.float32/{prompt}".encode()).hexdigest()
+    digest = open_part(checkpoint, "text").digest()
+    name = hashlib.sha256(f"{digest}/torch.float32/{prompt}".encode()).hexdigest()
     return f"avatar:text:{{{name}}}"
 
 

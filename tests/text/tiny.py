@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from avatar.text.umt5 import TextConfig, TextEncoder, build
+from avatar.text.model import TextConfig, TextEncoder, build
 
 NETWORK = {
     "vocab_size": 64,
@@ -63,8 +63,14 @@ def public_name(name: str) -> str:
 
 def write_public(checkpoint: Path, made: TextEncoder) -> None:
     """The encoder as the public weights are laid out: a .pth under their names, and the tokenizer's folder."""
-    tokens = checkpoint / "google" / "umt5-xxl"
-    tokens.mkdir(parents=True)
-    tokenizer().save(str(tokens / "tokenizer.json"))
+    (checkpoint / "config.json").write_text('{"_class_name": "WanModel_S2V"}')
     weights = {public_name(name): tensor for name, tensor in made.network.state_dict().items()}
     torch.save(weights, checkpoint / "models_t5_umt5-xxl-enc-bf16.pth")
+    write_tokenizer(checkpoint)
+
+
+def write_tokenizer(checkpoint: Path) -> None:
+    """The tokenizer where the public weights have theirs."""
+    folder = checkpoint / "google" / "umt5-xxl"
+    folder.mkdir(parents=True)
+    tokenizer().save(str(folder / "tokenizer.json"))
