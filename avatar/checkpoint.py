@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
 # Names of the one file of weights in a folder; in shards, the index is named after it.
 WEIGHT_NAMES = (WEIGHTS, "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 PICKLED = (".pth", ".bin")

@@ -5,6 +5,7 @@ python -m avatar pack CHECKPOINT OUT [--adapter FILE] [--dtype TYPE]
 """
 
 import argparse
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from avatar.adapter import ALPHA, Adapter
 from avatar.audio import model as audio_model
-from avatar.checkpoint import save_shards
+from avatar.checkpoint import TOKENIZER, save_shards
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.cache import KVCache
 from avatar.denoiser.config import NetworkConfig
-from avatar.layouts import PARTS, is_published, open_part
+from avatar.layouts import is_published, open_part, parts_of
 from avatar.part import MERGED, Part
+from avatar.text import model as text_model
 from avatar.vae import vae as vae_model
 from avatar.vae.picture import PictureRule, Size
 from avatar.vae.vae import Vae
@@ -74,6 +76,7 @@ class Models:
     network: denoiser_model.Network
     config: NetworkConfig
     vae: Vae[Any]
+    text: text_model.TextEncoder | None = None
 
 
 def outline(parts: dict[str, Part], dtype: torch.dtype) -> Models:
@@ -86,7 +89,13 @@ def outline(parts: dict[str, Part], dtype: torch.dtype) -> Models:
         raise ValueError(f"the network hears {heard} (layers, width) of sound, the audio encoder makes {made}")
     if vae.codec.channels != config.in_dim:
         raise ValueError(f"the network has latents of {config.in_dim} channels, the VAE of {vae.codec.channels}")
-    return Models(audio, network, config, vae)
+    text = text_model.load(parts["text"], device="meta") if "text" in parts else None
+    if text is not None and (text.width != config.text_dim or text.config.max_tokens > config.text_len):
+        raise ValueError(
+            f"the network reads {config.text_len} rows of text of width {config.text_dim}, the text encoder makes"
+            f" {text.config.max_tokens} of width {text.width}"
+        )
+    return Models(audio, network, config, vae, text)
 
 
 def inspect(
@@ -97,7 +106,7 @@ def inspect(
     size: of the picture that a session's memory is given for; None for what a wide picture gets.
     dtype: that the network is served in; None for the one that most of it is stored in.
     """
-    parts = {name: open_part(checkpoint, name, adapter) for name in PARTS}
+    parts = {name: open_part(checkpoint, name, adapter) for name in parts_of(checkpoint)}
     stored = {name: part.outline() for name, part in parts.items()}
     models = outline(parts, dtype or most(stored["denoiser"]))
     config, picture = models.config, models.vae.config.picture
@@ -112,6 +121,7 @@ def inspect(
     yield f"adapter   {adapter_line(parts['denoiser'])}"
     yield f"network   {config.num_layers} layers of width {config.dim}, blocks of {config.num_frames_per_block} latents"
     yield f"sound     {type(models.audio.encoder).__name__}, {models.audio.lookahead_s:.2f} s ahead of the picture"
+    yield f"prompts   {text_line(models.text)}"
     yield f"levels    {config.num_levels}: sigma {', '.join(f'{sigma:g}' for sigma in config.schedule)}"
     yield f"pictures  {sizes_line(picture)}, {models.vae.config.frame_rate_hz} a second"
     yield ""
@@ -167,6 +177,10 @@ def adapter_line(part: Part) -> str:
     return f"{path}: {numbers:,} parameters for {len(pairs)} weights, rank {rank}, scale {alpha / rank:g}"
 
 
+def text_line(text: text_model.TextEncoder | None) -> str:
+    return "none" if text is None else f"{text.config.encoder}, {text.config.max_tokens} tokens of width {text.width}"
+
+
 def sizes_line(rule: PictureRule) -> str:
     if rule.fixed_size is not None:
         return "{}x{} alone".format(*rule.fixed_size)
@@ -188,10 +202,12 @@ def pack(checkpoint: Path, out: Path, adapter: Adapter | None = None, dtype: tor
     """
     if out.exists():
         raise ValueError(f"{out} is there already, expected a folder to be made")
-    parts = {name: open_part(checkpoint, name, adapter) for name in PARTS}
+    parts = {name: open_part(checkpoint, name, adapter) for name in parts_of(checkpoint)}
     outline(parts, torch.float32)
     for name, part in parts.items():
         merged = part.adapter.path.name if part.adapter else part.merged_adapter()
         kept = {key: tensor.dtype for key, tensor in part.outline().items()}
         tensors = ((key, tensor if dtype else tensor.to(kept[key])) for key, tensor in part.tensors())
         save_shards(out / name, part.config, tensors, dtype, {MERGED: merged} if merged else None)
+        if part.tokenizer is not None:
+            shutil.copy(part.tokenizer, out / name / TOKENIZER)

@@ -40,6 +40,7 @@ class Part:
     files: safetensors or pickles that hold each tensor once.
     rename: from a tensor's name in the files to the module's, None for what is not needed.
     adapter: is merged into the weights as they are read.
+    tokenizer: file that makes tokens of text, where the model reads them.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Part:
     files: tuple[Path, ...]
     rename: Callable[[str], str | None] = unchanged
     adapter: Adapter | None = None
+    tokenizer: Path | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -84,7 +86,7 @@ class Part:
         return read_metadata(self.files[0]).get(MERGED)
 
     def digest(self) -> str:
-        """16 hexadecimal digits that identify the part: sha256 of its configuration, adapter and files.
+        """16 hexadecimal digits that identify the part: sha256 of its configuration, adapter, tokenizer and files.
 
         For a file over WHOLE_BYTES its size, beginning and samples stand, because nobody should read gigabytes to
         start. Every large matrix is sampled, so that other weights of the same shapes have another digest; a change of
@@ -95,6 +97,8 @@ class Part:
             state.update(str(self.adapter.alpha).encode())
         for path in (*self.files, *((self.adapter.path,) if self.adapter else ())):
             state.update(_file_digest(path))
+        if self.tokenizer is not None:
+            state.update(self.tokenizer.read_bytes())
         return state.hexdigest()[:16]
 
     def place(self, name: str) -> str:

@@ -88,25 +88,39 @@ class VaeSettings(WorkerSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextSettings(WorkerSettings):
+    """The text worker's settings; its capacity is how many prompts it computes at a time.
+
+    embedding_ttl_s: seconds that a prompt's embedding is kept in the store.
+    """
+
+    listen: str = "127.0.0.1:7003"
+    embedding_ttl_s: float = 86400.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class GatewaySettings(Settings):
     """The gateway's settings.
 
     audio, vae: HOST:PORT of the stage's worker.
     denoisers: HOST:PORT of the worker of each level, from level 0.
+    text: HOST:PORT of the text worker; empty if there is none, and prompts are refused.
     session_ttl_s, reference_ttl_s: seconds that a session or reference is kept when nothing happens.
     audio_ahead_s: seconds of sound that are taken ahead of the blocks that have been started.
-    max_picture_bytes, max_audio_bytes: largest picture and piece of sound.
+    max_picture_bytes, max_audio_bytes, max_prompt_bytes: largest picture, piece of sound and prompt.
     """
 
     listen: str = "127.0.0.1:7000"
     audio: str = "127.0.0.1:7001"
     denoisers: tuple[str, ...] = field(default=("127.0.0.1:7010", "127.0.0.1:7011", "127.0.0.1:7012", "127.0.0.1:7013"))
     vae: str = "127.0.0.1:7002"
+    text: str = ""
     session_ttl_s: float = 300.0
     reference_ttl_s: float = 86400.0
     audio_ahead_s: float = 4.0
     max_picture_bytes: int = 8 << 20
     max_audio_bytes: int = 1 << 20
+    max_prompt_bytes: int = 8 << 10
 
 
 def load(cls: type[Loaded], environ: Mapping[str, str]) -> Loaded:

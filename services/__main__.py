@@ -15,14 +15,16 @@ import torch
 
 from avatar import telemetry
 from avatar.adapter import ALPHA
+from avatar.layouts import knows_text
 from avatar.rpc.server import serving, until_stopped
 from avatar.session import MemoryHashes, RedisHashes, SessionStore
-from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, VaeSettings, load
+from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
 from services.process import run
+from services.text.__main__ import build as build_text
 from services.vae.__main__ import build as build_vae
 
 ANY_PORT = "127.0.0.1:0"
@@ -50,11 +52,16 @@ async def suite(
         audio_port = await stack.enter_async_context(serving(ANY_PORT, audio))
         vae_port = await stack.enter_async_context(serving(ANY_PORT, vae))
         denoiser_port = await stack.enter_async_context(serving(ANY_PORT, denoiser))
+        text_target = ""
+        if knows_text(checkpoint):
+            text = build_text(TextSettings(checkpoint=checkpoint, capacity=capacity), store, executor)
+            text_target = f"127.0.0.1:{await stack.enter_async_context(serving(ANY_PORT, text))}"
         given = replace(
             settings,
             audio=f"127.0.0.1:{audio_port}",
             denoisers=(f"127.0.0.1:{denoiser_port}",) * len(denoiser.levels),
             vae=f"127.0.0.1:{vae_port}",
+            text=text_target,
         )
         workers = await stack.enter_async_context(Workers(given))
         servicer = AvatarServicer(given, store, workers)

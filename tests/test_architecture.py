@@ -1,7 +1,7 @@
 """Holds imports to the one direction, processes to what they need, and files to a size that can be read.
 
 services, training, benchmarks -> avatar.rpc -> avatar.pipeline
-                               -> avatar.audio | denoiser | vae -> avatar.types
+                               -> avatar.audio | denoiser | text | vae -> avatar.types
 """
 
 import ast
@@ -38,7 +38,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.settings": (),
     "avatar.telemetry": (),
     "avatar.session": ("avatar.errors", "avatar.worker"),  # a store's errors are what a client can act on
-    # Tensor code. The three never see each other.
+    # Tensor code. The four never see each other.
     "avatar.types": (),
     "avatar.checkpoint": (),
     "avatar.adapter": ("avatar.checkpoint",),
@@ -46,6 +46,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.layouts": ("avatar.adapter", "avatar.checkpoint", "avatar.part"),
     "avatar.audio": ("avatar.checkpoint", "avatar.part", "avatar.types"),
     "avatar.denoiser": ("avatar.part", "avatar.types"),
+    "avatar.text": ("avatar.checkpoint", "avatar.part"),
     "avatar.vae": ("avatar.part", "avatar.types"),
     # Streams.
     "avatar.pipeline": ("avatar.types",),
@@ -56,7 +57,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.media": ("avatar.audio",),
     "avatar.inspect": (
         *("avatar.adapter", "avatar.audio", "avatar.checkpoint", "avatar.denoiser", "avatar.layouts", "avatar.part"),
-        "avatar.vae",
+        *("avatar.text", "avatar.vae"),
     ),
     "avatar.__main__": (
         "avatar.adapter",
@@ -72,6 +73,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "services.process": (),
     "services.audio": (*_WORKER, "avatar.audio"),
     "services.denoiser": (*_WORKER, "avatar.denoiser"),
+    "services.text": (*_WORKER, "avatar.text"),
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.gateway": (
         *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.server", "avatar.session"),
@@ -83,6 +85,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "services.denoiser",
         "services.gateway",
         "services.process",
+        "services.text",
         "services.vae",
     ),
     "training": ("avatar",),
@@ -102,6 +105,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("avatar.adapter", "avatar.checkpoint", "avatar.layouts", "avatar.part"), _STREAMS),
     "avatar.audio": _STREAMS,
     "avatar.denoiser": (*_STREAMS, "transformers", "diffusers"),
+    "avatar.text": _STREAMS,
     "avatar.vae": _STREAMS,
     "avatar.pipeline": (*_TENSORS, "grpc", "redis", "google.protobuf"),
     "avatar.rpc.client": _TENSORS,

@@ -4,10 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import audio, checkpoint, dit, rollout, vae
+from tests.parity import audio, checkpoint, dit, rollout, text, vae
 from tests.parity.goldens import ABOUT, Golden, Report
 
-RUNNERS = {**audio.RUNNERS, **checkpoint.RUNNERS, **dit.RUNNERS, **rollout.RUNNERS, **vae.RUNNERS}
+RUNNERS = {
+    **audio.RUNNERS,
+    **checkpoint.RUNNERS,
+    **dit.RUNNERS,
+    **rollout.RUNNERS,
+    **text.RUNNERS,
+    **vae.RUNNERS,
+}
 # Goldens that are a part of another one.
 PARTS = {"rollout_vae_weights"}
 REPORTS = pytest.StashKey[list[Report]]()
