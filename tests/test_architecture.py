@@ -43,14 +43,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.worker"),
     # Files and the command line.
     "avatar.media": ("avatar.audio",),
-    "avatar.__main__": (
-        "avatar.audio",
-        "avatar.checkpoint",
-        "avatar.denoiser",
-        "avatar.media",
-        "avatar.types",
-        "avatar.vae",
-    ),
+    "avatar.render": ("avatar.audio", "avatar.denoiser", "avatar.types", "avatar.vae"),
+    "avatar.__main__": ("avatar.media", "avatar.render", "avatar.vae"),
     # Processes. Nobody imports them.
     "services.process": (),
     "services.audio": (*_WORKER, "avatar.audio"),

@@ -64,7 +64,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             stage = local(denoiser, session, self._executor, usage)
             async with aclosing(stage(self._blocks(opened, requests))) as blocks:
                 async for block in blocks:
-                    if denoiser.updates_sink(block):
+                    if denoiser.updates_sink(block, session):
                         await self._write_sink(opened.session_id, block)
                     telemetry.block_span(
                         "denoiser",
