@@ -1,6 +1,7 @@
 """Render one clip in one process, without any transport: `python -m avatar SPEECH PORTRAIT OUT.mp4`.
 
-docs/reference_options.md says which of the reference implementation's options each flag is.
+docs/reference_options.md says which of the reference implementation's options each flag is. `python -m avatar inspect`
+and `python -m avatar pack` are `avatar/inspect.py`.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from avatar import inspect
+from avatar.adapter import Adapter
 from avatar.media import read_sound, read_video, write_mp4
-from avatar.render import Models, Options, in_clips, load, render
+from avatar.render import Models, Options, embed, in_clips, load, render
 from avatar.vae.picture import Size
 from avatar.vae.vae import HIDDEN_FRAMES
 
@@ -22,13 +25,16 @@ FRAME_S = 0.02  # of the audio encoder
 
 
 def main() -> None:
+    if sys.argv[1:2] in (["inspect"], ["pack"]):
+        inspect.main(sys.argv[1:])
+        return
     flags = parser().parse_args()
     torch.set_num_threads(flags.threads)
     try:
         sounds, rate_hz = read_sounds(flags.speech)
         picture = flags.portrait.read_bytes()
         flags.out.parent.mkdir(parents=True, exist_ok=True)
-        models = load(flags.checkpoint)
+        models = load(flags.checkpoint, Adapter(flags.adapter) if flags.adapter else None)
         chunks = render(models, list(map(torch.from_numpy, sounds)), rate_hz, picture, options(flags, models))
         frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="block"))
         write_mp4(flags.out, frames, models.vae.config.frame_rate_hz, HIDDEN_FRAMES, mixed(sounds), rate_hz)
@@ -43,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("portrait", type=Path, help="a PNG, JPEG or WebP picture of a person")
     out.add_argument("out", type=Path, help="the MP4 file to write")
     out.add_argument("--checkpoint", type=Path, default=Path("models/tiny"), help="folder of the models")
+    out.add_argument("--adapter", type=Path, help="file of an adapter to merge into the network's weights")
     out.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
 
     what = out.add_argument_group("what is shown")
@@ -80,8 +87,6 @@ def options(flags: argparse.Namespace, models: Models) -> Options:
         )
     if not -1 <= flags.seed < 1 << 63:
         raise ValueError(f"seed must be 0 to 2^63 - 1, or -1, got {flags.seed}")
-    if flags.prompt:
-        raise ValueError("this checkpoint knows no text; leave the prompt out")
     num_blocks = flags.num_blocks
     if flags.num_clips is not None:
         num_blocks = flags.num_clips * in_clips(config, flags.clip_frames).window_blocks
@@ -90,6 +95,7 @@ def options(flags: argparse.Namespace, models: Models) -> Options:
         seed=secrets.randbits(63) if flags.seed == -1 else flags.seed,
         size=flags.size,
         fit=flags.fit,
+        text=embed(flags.checkpoint, flags.prompt) if flags.prompt else None,
         masks=[mask.read_bytes() for mask in flags.mask] if flags.mask else None,
         pose=read_video(flags.pose_video, frame_rate_hz) if flags.pose_video else None,
         num_blocks=num_blocks,

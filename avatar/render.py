@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from avatar.adapter import Adapter
 from avatar.audio import model as audio_model
 from avatar.audio.clock import BLOCK_SAMPLES, SAMPLE_RATE_HZ
 from avatar.audio.model import AudioModel
@@ -29,6 +30,8 @@ from avatar.denoiser.config import PATCH, NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import NoiseSource, noise, noise_of_clips
+from avatar.layouts import open_part
+from avatar.text import model as text_model
 from avatar.types import AudioPiece, Block, Conditions, FrameChunk, Session
 from avatar.vae import offline
 from avatar.vae import vae as vae_model
@@ -50,10 +53,16 @@ class Models:
     vae: Vae[Any]
 
 
-def load(checkpoint: Path) -> Models:
+def load(checkpoint: Path, adapter: Adapter | None = None) -> Models:
     """The models of a checkpoint folder. ValueError if one of them is not what it should be."""
-    network, config = denoiser_model.load(checkpoint / "denoiser")
-    return Models(audio_model.load(checkpoint / "audio"), network, config, vae_model.load(checkpoint / "vae"))
+    network, config = denoiser_model.load(open_part(checkpoint, "denoiser", adapter))
+    audio = audio_model.load(open_part(checkpoint, "audio"))
+    return Models(audio, network, config, vae_model.load(open_part(checkpoint, "vae")))
+
+
+def embed(checkpoint: Path, prompt: str) -> Tensor:
+    """The embedding (n, d) of a prompt, by an encoder that is let go again. ValueError if the checkpoint has none."""
+    return text_model.load(open_part(checkpoint, "text")).embed(prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +72,7 @@ class Options:
     seed: of all randomness, 0 to 2^63 - 1.
     size: of the video, (width, height), or the area in pixels that it has at most.
     fit: how the picture is brought to this size.
-    text: (n, d) float32 embedding of the prompt.
+    text: (n, d) embedding of the prompt.
     masks: a picture's file for each actor, white where the portrait shows it.
     pose: frames (h, w, 3) RGB of a pose video, at the video's rate.
     num_blocks: the most blocks that are drawn; None: to the end of the sound.

@@ -7,6 +7,7 @@ unpickled.
     avatar:session:{ID}    hash   session, position, conditions/0, conditions/1, ...
     avatar:stream:{ID}     string owner of the one stream that may be open
     avatar:reference:{ID}  hash   reference
+    avatar:text:{ID}       hash   embedding; named by prompt and encoder, for whoever embeds the same again
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from redis.exceptions import RedisError
 
 from avatar.errors import ReferenceNotFound, SessionBusy, SessionNotFound, StateCorrupt, StoreUnavailable
 from avatar.worker.v1 import types_pb2 as pb
+from avatar.worker.v1.text_pb2 import EmbedResponse
 
 Kept = TypeVar("Kept", bound=Message)
 VERSION = b"\x01"
@@ -60,7 +62,7 @@ class Hashes(Protocol):
 
 
 class SessionStore:
-    """Sessions and references over hashes."""
+    """Sessions, references and embeddings of prompts over hashes."""
 
     def __init__(self, hashes: Hashes) -> None:
         self._hashes = hashes
@@ -80,6 +82,15 @@ class SessionStore:
     async def delete_reference(self, reference_id: str) -> None:
         if not await self._hashes.delete(_reference_key(reference_id)):
             raise ReferenceNotFound(f"there is no reference {reference_id!r}")
+
+    async def put_embedding(self, name: str, embedding: EmbedResponse, ttl_s: float) -> None:
+        """Keep the embedding of a prompt under a name that prompt and encoder alone decide."""
+        await self._hashes.create(_text_key(name), {"embedding": _pack(embedding)}, ttl_s)
+
+    async def embedding(self, name: str) -> EmbedResponse | None:
+        """The embedding of this name, None if it is not kept. StateCorrupt if what is kept is none."""
+        value = await self._hashes.read(_text_key(name), "embedding")
+        return None if value is None else _unpack(value, EmbedResponse, f"embedding {name}")
 
     async def create(self, session: pb.Session, conditions: pb.Conditions, position: pb.Position) -> None:
         fields = {
@@ -290,6 +301,10 @@ def _stream_key(session_id: str) -> str:
 
 def _reference_key(reference_id: str) -> str:
     return f"avatar:reference:{{{reference_id}}}"
+
+
+def _text_key(name: str) -> str:
+    return f"avatar:text:{{{name}}}"
 
 
 def _gone(session_id: str) -> SessionNotFound:

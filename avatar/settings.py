@@ -31,7 +31,7 @@ class Settings:
 class WorkerSettings(Settings):
     """What all workers have in common.
 
-    checkpoint: folder with a folder for each part.
+    checkpoint: folder in our layout, with a folder for each part, or in the published one.
     capacity: streams at a time; one more is refused.
     threads: CPU threads of one computation.
     """
@@ -58,10 +58,14 @@ class DenoiserSettings(WorkerSettings):
     """A denoiser's settings.
 
     levels: the levels that this process serves, noisiest is 0: a list such as `0` or `0,1`, or `all`.
+    adapter: file of adapter matrices to merge into the network's weights; none where they are merged already.
+    adapter_alpha: what the adapter was trained with; its product is scaled by alpha / rank.
     """
 
     listen: str = "127.0.0.1:7010"
     levels: str = "all"
+    adapter: Path | None = None
+    adapter_alpha: float = 64.0
 
     def served(self, num_levels: int) -> list[int]:
         """The levels as numbers. ValueError if the checkpoint has no such level."""
@@ -84,25 +88,39 @@ class VaeSettings(WorkerSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextSettings(WorkerSettings):
+    """The text worker's settings; its capacity is how many prompts it computes at a time.
+
+    embedding_ttl_s: seconds that a prompt's embedding is kept in the store.
+    """
+
+    listen: str = "127.0.0.1:7003"
+    embedding_ttl_s: float = 86400.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class GatewaySettings(Settings):
     """The gateway's settings.
 
     audio, vae: HOST:PORT of the stage's worker.
     denoisers: HOST:PORT of the worker of each level, from level 0.
+    text: HOST:PORT of the text worker; empty if there is none, and prompts are refused.
     session_ttl_s, reference_ttl_s: seconds that a session or reference is kept when nothing happens.
     audio_ahead_s: seconds of sound that are taken ahead of the blocks that have been started.
-    max_picture_bytes, max_audio_bytes: largest picture and piece of sound.
+    max_picture_bytes, max_audio_bytes, max_prompt_bytes: largest picture, piece of sound and prompt.
     """
 
     listen: str = "127.0.0.1:7000"
     audio: str = "127.0.0.1:7001"
     denoisers: tuple[str, ...] = field(default=("127.0.0.1:7010", "127.0.0.1:7011", "127.0.0.1:7012", "127.0.0.1:7013"))
     vae: str = "127.0.0.1:7002"
+    text: str = ""
     session_ttl_s: float = 300.0
     reference_ttl_s: float = 86400.0
     audio_ahead_s: float = 4.0
     max_picture_bytes: int = 8 << 20
     max_audio_bytes: int = 1 << 20
+    max_prompt_bytes: int = 8 << 10
 
 
 def load(cls: type[Loaded], environ: Mapping[str, str]) -> Loaded:
@@ -121,6 +139,8 @@ def load(cls: type[Loaded], environ: Mapping[str, str]) -> Loaded:
 def _parse(name: str, text: str, kind: Any) -> Any:
     if isinstance(kind, types.GenericAlias) and kind.__origin__ is tuple:
         return tuple(_parse(name, part.strip(), kind.__args__[0]) for part in text.split(","))
+    if isinstance(kind, types.UnionType):  # something, or None where it is not set
+        kind = kind.__args__[0]
     try:
         return kind(text)
     except ValueError as error:

@@ -23,11 +23,12 @@ _tracer = trace.get_tracer("avatar")
 _meter = metrics.get_meter("avatar")
 _propagator = TraceContextTextMapPropagator()
 
-# Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae), `level`, `reason`, and those of the RPC
-# conventions; never a session's name.
+# Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae), `level`, `reason`, `kept`, and those of
+# the RPC conventions; never a session's name.
 BLOCK_DURATION = _meter.create_histogram("avatar.block.duration", "s", "Computing one block at one stage")
 SESSIONS_ACTIVE = _meter.create_up_down_counter("avatar.session.active", "{session}", "Streams open at a service")
 SESSIONS_CLOSED = _meter.create_counter("avatar.session.closed", "{session}", "Streams that ended, by reason")
+TEXT_DURATION = _meter.create_histogram("avatar.text.duration", "s", "Embedding one prompt, or finding it kept")
 TIME_TO_FIRST_FRAME = _meter.create_histogram(
     "avatar.time_to_first_frame", "s", "From the first sound to the first frame"
 )
@@ -117,6 +118,15 @@ def block_span(
     )
     span.end(end_ns)
     return parent or _traceparent(span)
+
+
+def text_span(start_ns: int, end_ns: int, *, kept: bool) -> None:
+    """Record the embedding of one prompt, a trace of its own: its session has no name yet.
+
+    start_ns, end_ns: wall clock, nanoseconds. kept: it was found in the store.
+    """
+    TEXT_DURATION.record((end_ns - start_ns) / 1e9, {"kept": kept})
+    _tracer.start_span("avatar.text", start_time=start_ns, attributes={"avatar.kept": kept}).end(end_ns)
 
 
 def _traceparent(span: trace.Span) -> str:

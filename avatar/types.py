@@ -40,7 +40,7 @@ class Conditions:
     """What prefill turns into condition keys and values, numbered from 0.
 
     sink: (c, 1, h, w) float32, the identity's latent.
-    text: (n, d) float32 text embedding without padding; n = 0 where the network knows no text.
+    text: (n, d) embedding of the prompt, without padding; n = 0 if there is none. Of the text encoder's dtype.
     """
 
     version: int

@@ -14,14 +14,17 @@ from pathlib import Path
 import torch
 
 from avatar import telemetry
+from avatar.adapter import ALPHA
+from avatar.layouts import knows_text
 from avatar.rpc.server import serving, until_stopped
 from avatar.session import MemoryHashes, RedisHashes, SessionStore
-from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, VaeSettings, load
+from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
 from services.process import run
+from services.text.__main__ import build as build_text
 from services.vae.__main__ import build as build_vae
 
 ANY_PORT = "127.0.0.1:0"
@@ -29,22 +32,36 @@ ANY_PORT = "127.0.0.1:0"
 
 @asynccontextmanager
 async def suite(
-    checkpoint: Path, store: SessionStore, settings: GatewaySettings, *, capacity: int = 8
+    checkpoint: Path,
+    store: SessionStore,
+    settings: GatewaySettings,
+    *,
+    capacity: int = 8,
+    adapter: Path | None = None,
+    adapter_alpha: float = ALPHA,
 ) -> AsyncGenerator[str, None]:
     """All services over one checkpoint and one device thread while the body runs; gives the gateway's HOST:PORT."""
     async with AsyncExitStack() as stack:
         executor = stack.enter_context(ThreadPoolExecutor(1, "device"))
         audio = build_audio(AudioSettings(checkpoint=checkpoint, capacity=capacity), executor)
         vae = build_vae(VaeSettings(checkpoint=checkpoint, capacity=capacity), store, executor)
-        denoiser = build_denoiser(DenoiserSettings(checkpoint=checkpoint, capacity=capacity), store, executor)
+        level_settings = DenoiserSettings(
+            checkpoint=checkpoint, capacity=capacity, adapter=adapter, adapter_alpha=adapter_alpha
+        )
+        denoiser = build_denoiser(level_settings, store, executor)
         audio_port = await stack.enter_async_context(serving(ANY_PORT, audio))
         vae_port = await stack.enter_async_context(serving(ANY_PORT, vae))
         denoiser_port = await stack.enter_async_context(serving(ANY_PORT, denoiser))
+        text_target = ""
+        if knows_text(checkpoint):
+            text = build_text(TextSettings(checkpoint=checkpoint, capacity=capacity), store, executor)
+            text_target = f"127.0.0.1:{await stack.enter_async_context(serving(ANY_PORT, text))}"
         given = replace(
             settings,
             audio=f"127.0.0.1:{audio_port}",
             denoisers=(f"127.0.0.1:{denoiser_port}",) * len(denoiser.levels),
             vae=f"127.0.0.1:{vae_port}",
+            text=text_target,
         )
         workers = await stack.enter_async_context(Workers(given))
         servicer = AvatarServicer(given, store, workers)
@@ -56,10 +73,11 @@ async def main() -> None:
     settings = load(GatewaySettings, os.environ)
     telemetry.set_up("avatar", settings.log_level)
     torch.set_num_threads(1)
-    checkpoint = load(AudioSettings, os.environ).checkpoint
+    models = load(DenoiserSettings, os.environ)
     hashes = RedisHashes(settings.redis_url) if "AVATAR_REDIS_URL" in os.environ else MemoryHashes()
     store = SessionStore(hashes)
-    async with suite(checkpoint, store, settings):
+    adapter, alpha = models.adapter, models.adapter_alpha
+    async with suite(models.checkpoint, store, settings, adapter=adapter, adapter_alpha=alpha):
         await until_stopped()
     await store.aclose()
 

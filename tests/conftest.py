@@ -28,6 +28,7 @@ from avatar.vae import light, vae
 from avatar.vae.picture import PictureRule
 from services.__main__ import suite as services_suite
 from services.launch import Suite, free_ports, start_redis, until_healthy
+from tests.text import tiny as tiny_text
 
 torch.set_num_threads(1)
 
@@ -52,9 +53,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the embedded default's kind at toy width, with random weights that leave nothing silent.
 
-    Three levels, 64x64 pictures, and a sink that is updated at block 2.
+    Three levels, 64x64 pictures, and a sink that is updated at block 2. No text.
     """
     folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a text encoder, and a network that reads what it makes."""
+    folder = tmp_path_factory.mktemp("text-checkpoint")
+    encoder = tiny_text.encoder()
+    write_checkpoint(folder, encoder.width, encoder.config.max_tokens)
+    encoder.save(folder / "text")
+    return folder
+
+
+def write_checkpoint(folder: Path, text_width: int = 8, text_rows: int = 1) -> None:
     torch.manual_seed(0)
     audio = Whisper.tiny()
     audio.save(folder / "audio")
@@ -70,6 +86,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         schedule=(1.0, 0.75, 0.5, 0.0),
         sink_update_block=2,
         sink_distance=(4, 30),
+        text_dim=text_width,
+        text_len=text_rows,
     )
     network = Network(config)
     for parameter in network.parameters():
@@ -80,7 +98,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints.save(
         folder / "vae", asdict(vae.VaeConfig("light", picture, 25, asdict(sizes))), light.initialise(sizes, 0)
     )
-    return folder
 
 
 @pytest.fixture
@@ -142,9 +159,14 @@ class Exploit:
 
 
 @pytest.fixture
-def pickled(tmp_path: Path) -> tuple[bytes, Path]:
+def exploit(tmp_path: Path) -> Exploit:
+    return Exploit(tmp_path / "unpickled")
+
+
+@pytest.fixture
+def pickled(exploit: Exploit) -> tuple[bytes, Path]:
     """A pickle, and the file that is there once somebody has unpickled it."""
-    return pickle.dumps(Exploit(tmp_path / "unpickled")), tmp_path / "unpickled"
+    return pickle.dumps(exploit), exploit.path
 
 
 @pytest.fixture(scope="session")

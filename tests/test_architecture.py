@@ -1,7 +1,7 @@
 """Holds imports to the one direction, processes to what they need, and files to a size that can be read.
 
 services, training, benchmarks -> avatar.rpc -> avatar.pipeline
-                               -> avatar.audio | denoiser | vae -> avatar.types
+                               -> avatar.audio | denoiser | text | vae -> avatar.types
 """
 
 import ast
@@ -18,7 +18,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 _WORKER = (
-    *("avatar.checkpoint", "avatar.errors", "avatar.pipeline", "avatar.rpc", "avatar.session", "avatar.settings"),
+    *(
+        "avatar.adapter",
+        "avatar.errors",
+        "avatar.layouts",
+        "avatar.pipeline",
+        "avatar.rpc",
+        "avatar.session",
+        "avatar.settings",
+    ),
     *("avatar.telemetry", "avatar.types", "avatar.worker", "services.process"),
 )
 
@@ -30,12 +38,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.settings": (),
     "avatar.telemetry": (),
     "avatar.session": ("avatar.errors", "avatar.worker"),  # a store's errors are what a client can act on
-    # Tensor code. The three never see each other.
+    # Tensor code. The four never see each other.
     "avatar.types": (),
     "avatar.checkpoint": (),
-    "avatar.audio": ("avatar.checkpoint", "avatar.types"),
-    "avatar.denoiser": ("avatar.checkpoint", "avatar.types"),
-    "avatar.vae": ("avatar.checkpoint", "avatar.types"),
+    "avatar.adapter": ("avatar.checkpoint",),
+    "avatar.part": ("avatar.adapter", "avatar.checkpoint"),
+    "avatar.layouts": ("avatar.adapter", "avatar.checkpoint", "avatar.part"),
+    "avatar.audio": ("avatar.checkpoint", "avatar.part", "avatar.types"),
+    "avatar.denoiser": ("avatar.part", "avatar.types"),
+    "avatar.text": ("avatar.checkpoint", "avatar.part"),
+    "avatar.vae": ("avatar.part", "avatar.types"),
     # Streams.
     "avatar.pipeline": ("avatar.types",),
     "avatar.rpc.codec": ("avatar.types", "avatar.worker"),
@@ -43,12 +55,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.worker"),
     # Files and the command line.
     "avatar.media": ("avatar.audio",),
-    "avatar.render": ("avatar.audio", "avatar.denoiser", "avatar.types", "avatar.vae"),
-    "avatar.__main__": ("avatar.media", "avatar.render", "avatar.vae"),
+    "avatar.inspect": (
+        *("avatar.adapter", "avatar.audio", "avatar.checkpoint", "avatar.denoiser", "avatar.layouts", "avatar.part"),
+        *("avatar.text", "avatar.vae"),
+    ),
+    "avatar.render": (
+        *("avatar.adapter", "avatar.audio", "avatar.denoiser", "avatar.layouts", "avatar.text", "avatar.types"),
+        "avatar.vae",
+    ),
+    "avatar.__main__": ("avatar.adapter", "avatar.inspect", "avatar.media", "avatar.render", "avatar.vae"),
     # Processes. Nobody imports them.
     "services.process": (),
     "services.audio": (*_WORKER, "avatar.audio"),
     "services.denoiser": (*_WORKER, "avatar.denoiser"),
+    "services.text": (*_WORKER, "avatar.text"),
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.gateway": (
         *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.server", "avatar.session"),
@@ -60,6 +80,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "services.denoiser",
         "services.gateway",
         "services.process",
+        "services.text",
         "services.vae",
     ),
     "training": ("avatar",),
@@ -76,9 +97,10 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "avatar.telemetry": _TENSORS,
     "avatar.session": _TENSORS,
     "avatar.types": _STREAMS,
-    "avatar.checkpoint": _STREAMS,
+    **dict.fromkeys(("avatar.adapter", "avatar.checkpoint", "avatar.layouts", "avatar.part"), _STREAMS),
     "avatar.audio": _STREAMS,
     "avatar.denoiser": (*_STREAMS, "transformers", "diffusers"),
+    "avatar.text": _STREAMS,
     "avatar.vae": _STREAMS,
     "avatar.pipeline": (*_TENSORS, "grpc", "redis", "google.protobuf"),
     "avatar.rpc.client": _TENSORS,

@@ -10,12 +10,13 @@ from avatar.settings import (
     DenoiserSettings,
     GatewaySettings,
     Settings,
+    TextSettings,
     VaeSettings,
     WorkerSettings,
     load,
 )
 
-SERVICES = [AudioSettings, DenoiserSettings, VaeSettings, GatewaySettings]
+SERVICES = [AudioSettings, DenoiserSettings, TextSettings, VaeSettings, GatewaySettings]
 
 
 @pytest.mark.parametrize("cls", SERVICES)

@@ -28,7 +28,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext
 
 from avatar import telemetry
-from avatar.telemetry import JsonFormatter, block_span, session_span, set_up, tag
+from avatar.telemetry import JsonFormatter, block_span, session_span, set_up, tag, text_span
 
 SECOND_NS = 1_000_000_000
 WAIT_S = 30.0
@@ -172,6 +172,24 @@ def test_the_time_of_a_block_is_measured_by_stage_and_level(measured: InMemoryMe
     (point,) = (point for point in points if point.attributes.get("level") == 63)
     assert dict(point.attributes) == {"stage": "denoiser", "level": 63}
     assert (point.count, point.sum) == (1, 0.25)
+
+
+def test_the_time_of_a_prompt_is_measured_apart_from_what_was_kept(
+    measured: InMemoryMetricReader, spans: InMemorySpanExporter
+) -> None:
+    def counts() -> dict[Any, int]:
+        points = recorded(measured)["avatar.text.duration"].data.data_points
+        return {point.attributes.get("kept"): point.count for point in points}
+
+    text_span(0, 1, kept=False)
+    text_span(0, 1, kept=True)
+    before = counts()
+    spans.clear()
+    text_span(3 * SECOND_NS, 4 * SECOND_NS, kept=False)
+    assert counts() == {**before, False: before[False] + 1}
+    span = only(spans)
+    assert (span.name, span.start_time, span.end_time) == ("avatar.text", 3 * SECOND_NS, 4 * SECOND_NS)
+    assert dict(span.attributes or {}) == {"avatar.kept": False}
 
 
 @dataclass

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from avatar import checkpoint
+from avatar.part import Part, load_weights
 from avatar.vae import light, vae
 from avatar.vae.light import LightCodec
 from training.codec_report import report
@@ -206,7 +207,7 @@ def export(data: Path, out: Path, recipe: Recipe, folder: Path) -> dict[str, flo
     codec = normalised(run.average, read_clips(data, "train")[: run.num_clips], recipe.crops, recipe.seed)
     config = replace(vae.tiny(), network=asdict(codec.config))
     checkpoint.save(folder, asdict(config), codec, torch.float16)
-    checkpoint.load_weights(codec, folder)
+    load_weights(codec, Part.read(folder))
     return {"step": run.step, **report(codec, read_clips(data, "held_out"))}
 
 

@@ -1,13 +1,13 @@
 """What an encoder of sound is: one window in, the hidden states of one block out."""
 
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from avatar.audio.statistics import Statistics
-from avatar.checkpoint import read_config
+from avatar.part import Part
 
 Config = TypeVar("Config")
 
@@ -28,8 +28,8 @@ class Encoder(Protocol):
     width: int
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """The encoder of a checkpoint's folder. ValueError if config or weights do not fit."""
+    def load(cls, part: Part, *, dtype: torch.dtype, device: torch.device | str) -> Self:
+        """The encoder of a checkpoint's part. ValueError if config or weights do not fit."""
         ...
 
     @classmethod
@@ -38,7 +38,7 @@ class Encoder(Protocol):
         ...
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write what `load` reads."""
+        """Write a folder that `load` reads as a part."""
         ...
 
     def encode(self, window: Tensor, statistics: Statistics, right_frames: int) -> tuple[Tensor, Statistics]:
@@ -54,10 +54,9 @@ class Encoder(Protocol):
         ...
 
 
-def read(config: type[Config], folder: Path) -> Config:
-    """The encoder's configuration. ValueError if the folder's config.json has fields missing, surplus or wrong."""
-    fields: dict[str, Any] = read_config(folder)
+def configured(config: type[Config], part: Part) -> Config:
+    """The encoder's configuration. ValueError if the part's has fields missing, surplus or wrong."""
     try:
-        return config(**fields)
+        return config(**part.config)
     except TypeError as error:
-        raise ValueError(f"{folder}/config.json is no {config.__name__}: {error}") from error
+        raise ValueError(f"the configuration in {part.folder} is no {config.__name__}: {error}") from error

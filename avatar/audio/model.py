@@ -5,7 +5,6 @@ not depend on how the sound was cut.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -17,7 +16,7 @@ from avatar.audio.resample import SETTLE_S, Resampler, check_piece
 from avatar.audio.statistics import Statistics
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.audio.whisper import Whisper
-from avatar.checkpoint import read_config
+from avatar.part import Part
 from avatar.types import AudioPiece, Block, Session
 
 # 2.56 s: twice what completes wav2vec2's positional convolution.
@@ -26,12 +25,12 @@ MAX_RIGHT_FRAMES = 128
 ENCODERS: dict[str, type[Encoder]] = {"whisper": Whisper, "wav2vec2": Wav2Vec2}
 
 
-def load(folder: Path) -> "AudioModel":
-    """The audio model of a checkpoint's folder, by its config's `encoder`. ValueError if it cannot be used."""
-    name = read_config(folder).get("encoder")
+def load(part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "AudioModel":
+    """The audio model of a checkpoint's part, by its config's `encoder`. ValueError if it cannot be used."""
+    name = part.config.get("encoder")
     if name not in ENCODERS:
-        raise ValueError(f"{folder}/config.json: encoder is {name!r}, expected one of {', '.join(ENCODERS)}")
-    return AudioModel(ENCODERS[name].load(folder))
+        raise ValueError(f"{part.folder}: encoder is {name!r}, expected one of {', '.join(ENCODERS)}")
+    return AudioModel(ENCODERS[name].load(part, dtype=dtype, device=device))
 
 
 @dataclass(eq=False)

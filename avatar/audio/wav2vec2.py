@@ -3,8 +3,7 @@
 Axes: s samples, t encoder frames, l encoder layers and the input, d width.
 """
 
-import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,17 @@ from torch import Tensor, nn
 
 from avatar import checkpoint
 from avatar.audio.clock import BLOCK_FRAMES, FRAME_SAMPLES
-from avatar.audio.encoder import read
+from avatar.audio.encoder import configured
 from avatar.audio.statistics import Statistics
+from avatar.part import Part, load_weights
 
-WEIGHT_NORM = re.compile(r"conv\.weight_([gv])$")
-"""Length and direction of the positional convolution's weights, as transformers named them before torch 2's names."""
+# What of transformers.Wav2Vec2Config makes the network. Nothing else of a config.json is passed on: other fields are
+# for training, or choose code to run.
+SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
+    *("conv_dim", "conv_stride", "conv_kernel", "conv_bias", "feat_extract_norm", "feat_extract_activation"),
+    *("num_conv_pos_embeddings", "num_conv_pos_embedding_groups", "do_stable_layer_norm"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +69,10 @@ class Wav2Vec2(nn.Module):
 
         # The reference's transformers (4.51) normalised the last hidden state; today's has to be asked to. Masking is
         # for training, and brings a parameter of its own.
-        ours = {"tie_last_hidden_states": True, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
-        network = transformers.Wav2Vec2Config(**{**config.network, **ours})
-        self.config = config
+        ours: dict[str, Any] = {"tie_last_hidden_states": True, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+        sizes: dict[str, Any] = {name: value for name, value in config.network.items() if name in SIZES}
+        network = transformers.Wav2Vec2Config(**sizes, **ours)
+        self.config = replace(config, network=sizes)
         self.network = transformers.Wav2Vec2Model(network)
         self.num_states = network.num_hidden_layers + 1
         self.width = network.hidden_size
@@ -75,9 +81,11 @@ class Wav2Vec2(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def load(cls, folder: Path) -> "Wav2Vec2":
-        encoder = cls(read(Wav2Vec2Config, folder))
-        load_weights(encoder.network, folder)
+    def load(cls, part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "Wav2Vec2":
+        with torch.device("meta"):
+            encoder = cls(configured(Wav2Vec2Config, part)).to(dtype)
+        encoder.to_empty(device=device)
+        load_weights(encoder.network, part)
         return encoder
 
     @classmethod
@@ -109,28 +117,3 @@ class Wav2Vec2(nn.Module):
         states = self.network(samples.to(parameter)[None], output_hidden_states=True).hidden_states
         stacked: Tensor = rearrange(list(states), "l 1 t d -> l t d")
         return stacked.float()
-
-
-def load_weights(network: nn.Module, folder: Path) -> None:
-    """Fill a Wav2Vec2Model from a checkpoint of it, or of a model for speech recognition around it.
-
-    ValueError says which tensors are missing, surplus or of another shape.
-    """
-    tensors = {
-        ours: tensor
-        for path in checkpoint.weight_files(folder)
-        for name, tensor in checkpoint.read_tensors(path)
-        if (ours := module_name(name)) is not None
-    }
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"weights in {folder} do not fit: {' '.join(str(error).split())}") from error
-
-
-def module_name(name: str) -> str | None:
-    """A checkpoint's name in today's Wav2Vec2Model, None for what belongs to training or to the model around it."""
-    name = name.removeprefix("wav2vec2.")
-    if name.split(".")[0] not in ("feature_extractor", "feature_projection", "encoder"):
-        return None
-    return WEIGHT_NORM.sub(lambda old: f"conv.parametrizations.weight.original{'gv'.index(old[1])}", name)

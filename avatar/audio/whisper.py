@@ -18,8 +18,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from avatar import checkpoint
 from avatar.audio.clock import BLOCK_FRAMES, FRAME_SAMPLES, SAMPLE_RATE_HZ, window_end
-from avatar.audio.encoder import read
+from avatar.audio.encoder import configured
 from avatar.audio.statistics import Statistics
+from avatar.part import Part, load_weights
 
 FFT_SAMPLES = 400
 HOP_SAMPLES = 160
@@ -91,9 +92,10 @@ class Whisper(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def load(cls, folder: Path) -> "Whisper":
-        encoder = cls(read(WhisperConfig, folder))
-        checkpoint.load_weights(encoder.network, folder)
+    def load(cls, part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "Whisper":
+        encoder = cls(configured(WhisperConfig, part)).to(device)
+        nn.Module.to(encoder.network, dtype)  # the network's alone: the spectrum is taken in float32
+        load_weights(encoder.network, part)
         return encoder
 
     @classmethod

@@ -4,6 +4,7 @@ The names are those of the public class `WanModel_S2V`; a field that its file le
 14B network. Our own fields follow after them.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -124,7 +125,7 @@ class NetworkConfig:
         return FRAMES_PER_LATENT * self.num_frames_per_block
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "NetworkConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "NetworkConfig":
         """The configuration in a config.json. ValueError names fields that are unknown or mean another network."""
         for name, value in FIXED.items():
             if values.get(name, value) != value:

@@ -15,19 +15,18 @@ s tokens of a latent frame, d width.
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from avatar.checkpoint import load_weights, read_config
 from avatar.denoiser.attention import block_positions, condition_positions, grid_size, rotate, rotation
 from avatar.denoiser.audio import AudioEncoder, AudioInjector, AudioTokens, WideLinear
 from avatar.denoiser.cache import History, KeysValues
 from avatar.denoiser.config import PATCH, NetworkConfig
 from avatar.denoiser.layers import FramePacker, Head, Layer, PatchEmbedding, sinusoid, unpatch
+from avatar.part import Part, load_weights
 
 # Rows of the type embedding.
 NOISY, REFERENCE, MOTION = range(3)
@@ -152,17 +151,17 @@ class Network(nn.Module):
 
 
 def load(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Network, NetworkConfig]:
-    """The network of a checkpoint's `denoiser` folder, ready to serve, and its configuration.
+    """The network of a checkpoint's denoiser part, ready to serve, and its configuration.
 
     ValueError if the configuration is another network's, or the weights do not fit it.
     """
-    config = NetworkConfig.from_dict(read_config(folder))
+    config = NetworkConfig.from_dict(part.config)
     with torch.device("meta"):
         network = Network(config).to(dtype)
     network.to_empty(device=device)
-    load_weights(network, folder)
+    load_weights(network, part)
     return network.eval().requires_grad_(False), config
 
 

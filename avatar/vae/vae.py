@@ -11,14 +11,13 @@ Axes: c channels, t latent frames, f pixel frames, h w height and width of laten
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Generic
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from avatar.checkpoint import load_weights, read_config
+from avatar.part import Part, load_weights
 from avatar.types import Block, FrameChunk, Session
 from avatar.vae import light
 from avatar.vae.codec import TIME_STRIDE, Codec, State
@@ -144,15 +143,14 @@ def to_bytes(frames: Tensor) -> Tensor:
     return rearrange((255 * (frames + 1) / 2).to(torch.uint8), "c f h w -> f h w c").cpu().contiguous()
 
 
-def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae[Any]:
-    """The VAE of a checkpoint folder. ValueError if its config or its weights are not what they should be."""
-    fields = read_config(folder)
+def load(part: Part, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae[Any]:
+    """The VAE of a checkpoint's part. ValueError if its config or its weights are not what they should be."""
     try:
-        config = VaeConfig(**{**fields, "picture": PictureRule(**fields.get("picture", {}))})
+        config = VaeConfig(**{**part.config, "picture": PictureRule(**part.config.get("picture", {}))})
         codec, network = CODECS[config.codec](config.network, torch.device(device), dtype)
     except TypeError as error:
-        raise ValueError(f"config of {folder}: {error}") from error
-    load_weights(network, folder)
+        raise ValueError(f"config of {part.folder}: {error}") from error
+    load_weights(network, part)
     return Vae(codec, config)
 
 

@@ -11,8 +11,6 @@ This is the only module that imports diffusers, which is slow to import.
 """
 
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -113,14 +111,6 @@ class WanCodec:
         past += 2 / rate  # on the way out
         return math.ceil(past)
 
-    def load_reference(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill the network from tensors under the names of Wan's own checkpoint. ValueError if they do not fit."""
-        named = {diffusers_name(name, self.config.num_res_blocks): tensor for name, tensor in tensors.items()}
-        try:
-            self.network.load_state_dict(named)
-        except RuntimeError as error:
-            raise ValueError(f"tensors do not fit this Wan codec: {' '.join(str(error).split())}") from error
-
     def encode(self, frames: Tensor) -> Tensor:
         frames = frames.to(self.network.device, self.network.dtype)
         slots: Slots = [None] * self.network._cached_conv_counts["encoder"]
@@ -143,37 +133,3 @@ class WanCodec:
             ],
             dim=2,
         )
-
-
-def diffusers_name(name: str, num_res_blocks: int) -> str:
-    """The name under which AutoencoderKLWan knows a tensor of Wan's own checkpoint.
-
-    diffusers' own conversion is private and knows two residual blocks a level only.
-    """
-    for pattern, part in _PARTS:
-        name = re.sub(pattern, part, name)
-    found = re.match(r"decoder\.upsamples\.(\d+)\.(.*)", name)
-    if not found:
-        return name
-    # In a row there, per level here: the residual blocks and then the upsampler.
-    level, place = divmod(int(found[1]), num_res_blocks + 2)
-    layer = "upsamplers.0" if place > num_res_blocks else f"resnets.{place}"
-    return f"decoder.up_blocks.{level}.{layer}.{found[2]}"
-
-
-_PARTS = (
-    (r"^conv1\.", "quant_conv."),
-    (r"^conv2\.", "post_quant_conv."),
-    (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
-    (r"\.middle\.0\.", ".mid_block.resnets.0."),
-    (r"\.middle\.1\.", ".mid_block.attentions.0."),
-    (r"\.middle\.2\.", ".mid_block.resnets.1."),
-    (r"\.head\.0\.", ".norm_out."),
-    (r"\.head\.2\.", ".conv_out."),
-    (r"\.residual\.0\.", ".norm1."),
-    (r"\.residual\.2\.", ".conv1."),
-    (r"\.residual\.3\.", ".norm2."),
-    (r"\.residual\.6\.", ".conv2."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-    (r"^encoder\.downsamples\.", "encoder.down_blocks."),
-)

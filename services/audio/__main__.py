@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from avatar import checkpoint, telemetry
+from avatar import telemetry
 from avatar.audio.model import load
+from avatar.layouts import open_part
 from avatar.rpc.server import serving, until_stopped
 from avatar.settings import AudioSettings
 from avatar.settings import load as load_settings
@@ -16,9 +17,8 @@ from services.process import run
 
 def build(settings: AudioSettings, executor: ThreadPoolExecutor) -> AudioServicer:
     """The service over the checkpoint's audio encoder."""
-    folder = settings.checkpoint / "audio"
-    encoder = checkpoint.read_config(folder)["encoder"]
-    return AudioServicer(load(folder), encoder, checkpoint.digest(folder), executor, settings.capacity)
+    part = open_part(settings.checkpoint, "audio")
+    return AudioServicer(load(part), part.config["encoder"], part.digest(), executor, settings.capacity)
 
 
 async def main() -> None:

@@ -5,9 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from avatar import checkpoint, telemetry
+from avatar import telemetry
+from avatar.adapter import Adapter
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
+from avatar.layouts import open_part
 from avatar.rpc.server import serving, until_stopped
 from avatar.session import RedisHashes, SessionStore
 from avatar.settings import DenoiserSettings
@@ -18,10 +20,11 @@ from services.process import run
 
 def build(settings: DenoiserSettings, store: SessionStore, executor: ThreadPoolExecutor) -> DenoiserServicer:
     """The service over the checkpoint's network; all its levels share the weights."""
-    folder = settings.checkpoint / "denoiser"
-    network, config = load(folder)
+    adapter = Adapter(settings.adapter, settings.adapter_alpha) if settings.adapter else None
+    part = open_part(settings.checkpoint, "denoiser", adapter)
+    network, config = load(part)
     denoisers = {level: Denoiser(network, config, level) for level in settings.served(config.num_levels)}
-    return DenoiserServicer(denoisers, checkpoint.digest(folder), store, executor, settings.capacity)
+    return DenoiserServicer(denoisers, part.digest(), store, executor, settings.capacity)
 
 
 async def main() -> None:

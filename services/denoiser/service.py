@@ -48,6 +48,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             sink_update_block=self._config.sink_update_block,
             capacity=self._capacity.limit,
             active=self._capacity.active,
+            text_width=self._config.text_dim,
+            text_rows=self._config.text_len,
         )
 
     async def Denoise(

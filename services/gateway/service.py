@@ -19,7 +19,6 @@ from avatar.errors import (
     InvalidField,
     MessageTooLarge,
     NotStreaming,
-    PromptUnsupported,
     SessionClosed,
     SessionNotFound,
     StoreUnavailable,
@@ -67,7 +66,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             video=video,
             fit=FIT_OF[workers.vae.fit],
             sizes_free=workers.vae.sizes_free,
-            prompts=False,
+            prompts=workers.text is not None,
+            max_prompt_bytes=self._settings.max_prompt_bytes if workers.text else 0,
             min_rate_hz=MIN_RATE_HZ,
             max_rate_hz=MAX_RATE_HZ,
             max_picture_bytes=self._settings.max_picture_bytes,
@@ -101,12 +101,14 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         return pb.DeleteReferenceResponse()
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
-        if request.prompt:
-            raise PromptUnsupported("this checkpoint knows no text; leave prompt empty")
+        prompt_bytes, limit = len(request.prompt.encode()), self._settings.max_prompt_bytes
+        if prompt_bytes > limit:
+            raise MessageTooLarge(f"the prompt has {prompt_bytes} bytes, the limit is {limit}")
         if request.seed >= 1 << 63:
             raise InvalidField.at("seed", f"{request.seed} is not below 2^63")
         ttl_s = _ttl_s("ttl", request.ttl) if request.HasField("ttl") else None
         reference = await self._store.reference(request.reference_id)
+        text = await self._workers.embed(request.prompt) if request.prompt else None
         session = types_pb2.Session(
             id=secrets.token_urlsafe(24),
             seed=request.seed if request.HasField("seed") else secrets.randbits(63),
@@ -118,7 +120,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             block_frames=reference.block_frames,
         )
         position = types_pb2.Position(next_frame=FIRST_FRAME, ttl_s=ttl_s or self._settings.session_ttl_s)
-        await self._store.create(session, types_pb2.Conditions(version=0, sink=reference.sink), position)
+        conditions = types_pb2.Conditions(version=0, sink=reference.sink, text=text)
+        await self._store.create(session, conditions, position)
         return pb.CreateSessionResponse(session=await self._session(session.id))
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 from google.protobuf.message import Message
 
-from avatar.errors import ConfigMismatch
+from avatar.errors import ConfigMismatch, PromptUnsupported
 from avatar.rpc.client import RemoteStage, channel, remote_audio, remote_denoiser, remote_vae, stage_error
 from avatar.settings import GatewaySettings
 from avatar.worker.v1 import (
@@ -18,12 +18,15 @@ from avatar.worker.v1 import (
     audio_pb2_grpc,
     denoiser_pb2,
     denoiser_pb2_grpc,
+    text_pb2,
+    text_pb2_grpc,
     types_pb2,
     vae_pb2,
     vae_pb2_grpc,
 )
 
 ENCODE_S = 60.0
+EMBED_S = 60.0
 INFO_S = 5.0
 
 
@@ -34,6 +37,7 @@ class Description:
     audio: audio_pb2.AudioServiceGetInfoResponse
     denoisers: list[denoiser_pb2.DenoiserServiceGetInfoResponse]
     vae: vae_pb2.VaeServiceGetInfoResponse
+    text: text_pb2.TextServiceGetInfoResponse | None
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,19 @@ class Streams:
 
 
 class Workers:
-    """Channels to one audio worker, one denoiser a level, and one VAE worker."""
+    """Channels to one audio worker, one denoiser a level, one VAE worker, and one text worker if there is text."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._stack = AsyncExitStack()
         self._audio = channel(settings.audio)
         self._denoisers = [channel(target) for target in settings.denoisers]
         self._vae = channel(settings.vae)
+        self._text = channel(settings.text) if settings.text else None
 
     async def __aenter__(self) -> "Workers":
-        for each in (self._audio, *self._denoisers, self._vae):
-            await self._stack.enter_async_context(each)
+        for each in (self._audio, *self._denoisers, self._vae, self._text):
+            if each is not None:
+                await self._stack.enter_async_context(each)
         return self
 
     async def __aexit__(
@@ -72,19 +78,49 @@ class Workers:
 
     async def describe(self) -> Description:
         """Ask every worker what it serves. StageLost if one does not answer."""
-        audio, vae, *denoisers = await asyncio.gather(
+        audio, vae, text, *denoisers = await asyncio.gather(
             _ask("audio", audio_pb2_grpc.AudioServiceStub(self._audio).GetInfo, audio_pb2.AudioServiceGetInfoRequest()),
             _ask("vae", vae_pb2_grpc.VaeServiceStub(self._vae).GetInfo, vae_pb2.VaeServiceGetInfoRequest()),
-            *(
-                _ask(
-                    f"denoiser-{level}",
-                    denoiser_pb2_grpc.DenoiserServiceStub(each).GetInfo,
-                    denoiser_pb2.DenoiserServiceGetInfoRequest(),
-                )
-                for level, each in enumerate(self._denoisers)
-            ),
+            self._describe_text(),
+            *(self._describe_denoiser(level) for level in range(len(self._denoisers))),
         )
-        return Description(audio, denoisers, vae)
+        return Description(audio, denoisers, vae, text)
+
+    async def _describe_text(self) -> text_pb2.TextServiceGetInfoResponse | None:
+        if self._text is None:
+            return None
+        told: text_pb2.TextServiceGetInfoResponse = await _ask(
+            "text", text_pb2_grpc.TextServiceStub(self._text).GetInfo, text_pb2.TextServiceGetInfoRequest()
+        )
+        return told
+
+    async def _describe_denoiser(self, level: int) -> denoiser_pb2.DenoiserServiceGetInfoResponse:
+        method = denoiser_pb2_grpc.DenoiserServiceStub(self._denoisers[level]).GetInfo
+        told: denoiser_pb2.DenoiserServiceGetInfoResponse = await _ask(
+            f"denoiser-{level}", method, denoiser_pb2.DenoiserServiceGetInfoRequest()
+        )
+        return told
+
+    async def embed(self, prompt: str) -> types_pb2.Tensor:
+        """A prompt's embedding.
+
+        PromptUnsupported if there is no text worker; ConfigMismatch if the denoisers cannot read what it makes.
+        """
+        if self._text is None:
+            raise PromptUnsupported("this checkpoint knows no text; leave prompt empty")
+        reader = await self._describe_denoiser(0)
+        try:
+            method = text_pb2_grpc.TextServiceStub(self._text).Embed
+            text = (await method(text_pb2.EmbedRequest(prompt=prompt), timeout=EMBED_S)).text
+        except grpc.aio.AioRpcError as error:
+            raise stage_error("text", error, is_request=True) from error
+        rows, width = text.shape
+        if width != reader.text_width or rows > reader.text_rows:
+            raise ConfigMismatch(
+                f"the text worker made {rows} rows of width {width}, denoisers read {reader.text_rows} of width"
+                f" {reader.text_width}"
+            )
+        return text
 
     async def encode_reference(self, request: vae_pb2.EncodeReferenceRequest) -> types_pb2.Reference:
         """Have a picture prepared."""

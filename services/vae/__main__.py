@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from avatar import checkpoint, telemetry
+from avatar import telemetry
+from avatar.layouts import open_part
 from avatar.rpc.server import serving, until_stopped
 from avatar.session import RedisHashes, SessionStore
 from avatar.settings import VaeSettings
@@ -17,8 +18,8 @@ from services.vae.service import VaeServicer
 
 def build(settings: VaeSettings, store: SessionStore, executor: ThreadPoolExecutor) -> VaeServicer:
     """The service over the checkpoint's codec."""
-    folder = settings.checkpoint / "vae"
-    return VaeServicer(load(folder), checkpoint.digest(folder), store, executor, settings.capacity)
+    part = open_part(settings.checkpoint, "vae")
+    return VaeServicer(load(part), part.digest(), store, executor, settings.capacity)
 
 
 async def main() -> None:

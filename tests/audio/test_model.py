@@ -14,6 +14,7 @@ from avatar.audio.model import ENCODERS, AudioModel, AudioState, load, place
 from avatar.audio.resample import SETTLE_S
 from avatar.audio.statistics import Statistics
 from avatar.checkpoint import save
+from avatar.part import Part
 from avatar.types import AudioPiece, Block, Session
 
 
@@ -178,7 +179,9 @@ def test_an_encoder_comes_back_from_its_checkpoint(name: str, tmp_path: Path, se
     torch.manual_seed(1)
     encoder = ENCODERS[name].tiny()
     encoder.save(tmp_path)
-    expected, actual = (stream(model, session, pieces(speech, 7680)) for model in (AudioModel(encoder), load(tmp_path)))
+    expected, actual = (
+        stream(model, session, pieces(speech, 7680)) for model in (AudioModel(encoder), load(Part.read(tmp_path)))
+    )
     assert torch.equal(features(actual), features(expected))
 
 
@@ -194,4 +197,4 @@ def test_an_encoder_comes_back_from_its_checkpoint(name: str, tmp_path: Path, se
 def test_a_config_that_makes_no_encoder_is_refused(config: dict[str, object], message: str, tmp_path: Path) -> None:
     save(tmp_path, config, torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match=message):
-        load(tmp_path)
+        load(Part.read(tmp_path))

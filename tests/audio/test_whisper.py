@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from avatar.audio.model import AudioModel, load
 from avatar.audio.statistics import Statistics
 from avatar.audio.whisper import Whisper, compress, tiny_en
+from avatar.part import Part
 from avatar.types import AudioPiece, Session
 
 TINY = Path(__file__).parents[2] / "models" / "tiny" / "audio"
@@ -83,7 +84,7 @@ def test_a_window_that_cannot_hold_a_block_is_refused(window_frames: int, right_
 
 
 def test_the_embedded_encoder_hears_speech(session: Session, speech: Tensor) -> None:
-    model = load(TINY)
+    model = load(Part.read(TINY))
     assert isinstance(model.encoder, Whisper)
     assert model.encoder.config == tiny_en()
 

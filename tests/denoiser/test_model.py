@@ -15,6 +15,7 @@ from avatar.denoiser.attention import reference_frame
 from avatar.denoiser.cache import ClipHistory, KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig, base, tiny
 from avatar.denoiser.model import Network, initialise, load
+from avatar.part import Part
 from tests.denoiser.conftest import HEIGHT, WIDTH, randn, random_network
 
 BLOCKS = 5
@@ -244,7 +245,7 @@ def test_four_steps_of_training_wake_an_untrained_network(config: NetworkConfig)
 
 def test_a_saved_network_loads_and_computes_the_same(network: Network, config: NetworkConfig, tmp_path: Path) -> None:
     save(tmp_path, config.to_dict(), network)
-    loaded, loaded_config = load(tmp_path)
+    loaded, loaded_config = load(Part.read(tmp_path))
     assert loaded_config == config
     assert not any(weight.requires_grad for weight in loaded.parameters())
     clip = Clip(config)
@@ -254,4 +255,4 @@ def test_a_saved_network_loads_and_computes_the_same(network: Network, config: N
 def test_weights_of_another_network_are_refused(network: Network, config: NetworkConfig, tmp_path: Path) -> None:
     save(tmp_path, replace(config, ffn_dim=96).to_dict(), network)
     with pytest.raises(ValueError, match="ffn"):
-        load(tmp_path)
+        load(Part.read(tmp_path))

@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from avatar.audio import offline
-from avatar.audio.wav2vec2 import Wav2Vec2, Wav2Vec2Config
+from avatar.audio.model import load as load_model
+from avatar.audio.wav2vec2 import Wav2Vec2
+from avatar.layouts import AUDIO_FOLDER, open_part
 from avatar.media import read_sound
-from tests.parity.goldens import Golden, Report
+from tests.parity.goldens import Golden, Report, published
 
 
 def audio_load(golden: Golden, report: Report) -> None:
@@ -110,14 +112,14 @@ def wav2vec2_tiny_e2e(golden: Golden, report: Report) -> None:
 
 
 def load(golden: Golden) -> Wav2Vec2:
-    """The golden's weights, from a checkpoint's folder under their own names."""
+    """The golden's weights, from a published folder under their own names."""
     prefix = golden.info["weight_prefix"]
     weights = {k.removeprefix(prefix): v for k, v in golden.tensors.items() if k.startswith(prefix)}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        Wav2Vec2(Wav2Vec2Config(network=golden.info["config"])).save(folder)
-        save_file(weights, folder / "model.safetensors")
-        return Wav2Vec2.load(folder)
+    with published(AUDIO_FOLDER, golden.info["config"]) as checkpoint:
+        save_file(weights, checkpoint / AUDIO_FOLDER / "model.safetensors")
+        model = load_model(open_part(checkpoint, "audio"))
+    assert isinstance(model.encoder, Wav2Vec2)
+    return model.encoder
 
 
 RUNNERS: dict[str, Callable[[Golden, Report], None]] = {

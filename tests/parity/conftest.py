@@ -4,10 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import audio, dit, rollout, vae
-from tests.parity.goldens import Golden, Report
+from tests.parity import audio, checkpoint, dit, rollout, text, vae
+from tests.parity.goldens import ABOUT, Golden, Report
 
-RUNNERS = {**audio.RUNNERS, **dit.RUNNERS, **rollout.RUNNERS, **vae.RUNNERS}
+RUNNERS = {
+    **audio.RUNNERS,
+    **checkpoint.RUNNERS,
+    **dit.RUNNERS,
+    **rollout.RUNNERS,
+    **text.RUNNERS,
+    **vae.RUNNERS,
+}
 # Goldens that are a part of another one.
 PARTS = {"rollout_vae_weights"}
 # Schedules of the reference that we do not draw in, and why.
@@ -30,8 +37,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def held(folder: Path) -> set[str]:
-    """Names of the goldens in a folder: a json beside a safetensors of that name."""
-    return {path.stem for path in folder.glob("*.safetensors") if path.with_suffix(".json").is_file()}
+    """Names of the goldens in a folder: a json beside a safetensors of that name, or a folder that says what it is."""
+    files = {path.stem for path in folder.glob("*.safetensors") if path.with_suffix(".json").is_file()}
+    return files | {path.parent.name for path in folder.glob(f"*/{ABOUT}")}
 
 
 @pytest.fixture

@@ -34,7 +34,17 @@ NOT_EXPOSED = {"layer0.e0"}
 
 def run_calls(golden: Golden, report: Report) -> None:
     """Prefill, streaming blocks and snapshots in the recorded order."""
-    replay = Replay(golden, report)
+    replay_calls(golden, report, with_weights(Network(config_of(golden)), golden.tensors, "weights."))
+
+
+def config_of(golden: Golden) -> NetworkConfig:
+    frames = golden.info["layout"]["frames_per_block"]
+    return replace(NetworkConfig.from_dict(golden.info["config"]), num_frames_per_block=frames)
+
+
+def replay_calls(golden: Golden, report: Report, network: Network) -> None:
+    """The calls of a golden on a network, wherever its weights are from."""
+    replay = Replay(golden, report, network)
     with torch.no_grad():
         for call in golden.info["calls"]:
             getattr(replay, call["kind"])(call)
@@ -52,13 +62,12 @@ class Level:
 class Replay:
     """Runs the calls of one golden, each method named for a kind of call."""
 
-    def __init__(self, golden: Golden, report: Report) -> None:
+    def __init__(self, golden: Golden, report: Report, network: Network) -> None:
         self.report, self.tensors, self.info = report, golden.tensors, golden.info
         layout, self.tolerance = golden.info["layout"], golden.info["tolerance"]
         self.frames = layout["frames_per_block"]
         self.size = layout["latent_h"], layout["latent_w"]
-        self.config = replace(NetworkConfig.from_dict(golden.info["config"]), num_frames_per_block=self.frames)
-        self.network = with_weights(Network(self.config), golden.tensors, "weights.")
+        self.network, self.config = network, network.config
         self.seen = watch(self.network)
         self.levels: dict[str, Level] = {}
         self.moved: dict[str, Tensor] = {}

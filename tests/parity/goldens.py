@@ -1,26 +1,38 @@
 """A recorded run of the reference, and the comparison of ours with it."""
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from avatar.layouts import CLASS_NAME
+
+ABOUT = "about.json"
+
 
 @dataclass(frozen=True)
 class Golden:
-    """One golden: `name.json` says what was done and the tolerances, `name.safetensors` holds the tensors."""
+    """One golden: `name.json` says what was done and the tolerances, `name.safetensors` holds the tensors.
+
+    A checkpoint is a folder of that name, whose `about.json` says what it must give.
+    """
 
     folder: Path
     name: str
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        info: dict[str, Any] = json.loads((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
+        about = self.folder / self.name / ABOUT
+        path = about if about.is_file() else self.folder / f"{self.name}.json"
+        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return info
 
     @cached_property
@@ -30,6 +42,19 @@ class Golden:
     def sibling(self, name: str) -> "Golden":
         """Another golden of the same folder."""
         return Golden(self.folder, name)
+
+
+@contextmanager
+def published(folder: str = ".", config: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """A checkpoint in the published layout for as long as it takes to load, with a part's config in its folder."""
+    with TemporaryDirectory() as name:
+        root = Path(name)
+        (root / folder).mkdir(exist_ok=True)
+        (root / "config.json").write_text(json.dumps({"_class_name": CLASS_NAME}), encoding="utf-8")
+        if config is not None:
+            fields = {"_class_name": CLASS_NAME, **config}
+            (root / folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+        yield root
 
 
 @dataclass

@@ -1,30 +1,38 @@
 """Goldens of pictures and of the Wan codec."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from avatar.layouts import VAE_FILE, open_part
 from avatar.types import Block, Session
 from avatar.vae.picture import PictureRule, read_picture, size_within, to_pixels
-from avatar.vae.vae import BLOCK_LATENTS, HIDDEN_FRAMES, MOTION_LATENTS, WARMUP_LATENTS, Vae, VaeConfig
-from avatar.vae.wan import Slots, WanCodec, WanConfig
-from tests.parity.goldens import Golden, Report
+from avatar.vae.vae import BLOCK_LATENTS, HIDDEN_FRAMES, MOTION_LATENTS, WARMUP_LATENTS, Vae, load
+from avatar.vae.wan import Slots
+from tests.parity.goldens import Golden, Report, published
 
 
 def wan_vae(config: Mapping[str, Any], weights: Mapping[str, Tensor], **tables: Any) -> Vae[Slots]:
-    """The Wan VAE of a golden.
+    """The Wan VAE of a golden, from the published layout's file.
 
     config: fields of the reference's codec, as goldens record them. weights: under the reference's names.
     tables: latents_mean and latents_std, where the golden has its own.
     """
-    names = ("z_dim", "dim_mult", "num_res_blocks", "temperal_downsample")
-    codec = WanCodec(WanConfig(base_dim=config["dim"], **{name: config[name] for name in names}, **tables))
-    codec.load_reference(weights)
-    # Goldens say nothing of sizes here: whatever picture is given is encoded as it is.
-    return Vae(codec, VaeConfig("wan", PictureRule("reference", area=720 * 400), 25, {}))
+    sizes = {name: config[name] for name in ("z_dim", "dim_mult", "num_res_blocks", "temperal_downsample")}
+    with published() as checkpoint:
+        torch.save(dict(weights), checkpoint / VAE_FILE)
+        part = open_part(checkpoint, "vae")
+        assert part.config["network"] == {"base_dim": config["dim"]}
+        network = {**part.config["network"], **{name: tuple_of(value) for name, value in {**sizes, **tables}.items()}}
+        return load(replace(part, config={**part.config, "network": network}))
+
+
+def tuple_of(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def image_prep(golden: Golden, report: Report) -> None:

@@ -17,12 +17,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from avatar.rpc.client import channel
 from avatar.rpc.server import Context, Servicer, serving, until_stopped
 from avatar.session import SessionStore
-from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, VaeSettings
+from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings
 from avatar.worker.v1 import audio_pb2_grpc
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
+from services.text.__main__ import build as build_text
 from services.vae.__main__ import build as build_vae
 from tests.rpc.conftest import CLOSE, OPEN, OPENED, Requests, Responses, Worker, numbered
 
@@ -69,13 +70,14 @@ async def test_open_streams_are_given_time_to_end() -> None:
             await stopping
 
 
-async def test_every_service_answers_health_and_reflection(checkpoint: Path, store: SessionStore) -> None:
+async def test_every_service_answers_health_and_reflection(text_checkpoint: Path, store: SessionStore) -> None:
     settings = GatewaySettings()
     with ThreadPoolExecutor(1) as executor:
         services: list[Servicer] = [
-            build_audio(AudioSettings(checkpoint=checkpoint), executor),
-            build_denoiser(DenoiserSettings(checkpoint=checkpoint), store, executor),
-            build_vae(VaeSettings(checkpoint=checkpoint), store, executor),
+            build_audio(AudioSettings(checkpoint=text_checkpoint), executor),
+            build_denoiser(DenoiserSettings(checkpoint=text_checkpoint), store, executor),
+            build_text(TextSettings(checkpoint=text_checkpoint), store, executor),
+            build_vae(VaeSettings(checkpoint=text_checkpoint), store, executor),
             AvatarServicer(settings, store, Workers(settings)),
         ]
         names = [service.service_name for service in services]

@@ -29,6 +29,7 @@ from avatar.rpc.client import channel
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
 from services.launch import ROOT, Suite, launched
 from tests.conftest import sound
+from tests.contract.refusals import refused
 from tests.product import answer, connected, new_session, opened, rest, speak, spoken
 from tests.services.test_suite import SECONDS, rendered
 
@@ -63,13 +64,13 @@ async def collector() -> AsyncGenerator[tuple[Collector, int], None]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def suite(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, collector: tuple[Collector, int]
+    text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, collector: tuple[Collector, int]
 ) -> AsyncGenerator[Suite, None]:
-    """A running suite with a Redis of its own, that exports its traces; the module's last test of it breaks it."""
+    """A running suite with a Redis of its own, that exports its traces; the module's last tests of it break it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector[1]}")
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
-        async with launched(checkpoint, tmp_path_factory.mktemp("logs")) as suite:
+        async with launched(text_checkpoint, tmp_path_factory.mktemp("logs")) as suite:
             yield suite
 
 
@@ -91,13 +92,13 @@ async def active_streams(suite: Suite) -> dict[str, int]:
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_processes_give_the_same_frames_and_are_idle_when_a_client_vanishes(
-    suite: Suite, checkpoint: Path, picture: bytes
+    suite: Suite, text_checkpoint: Path, picture: bytes
 ) -> None:
-    assert len(suite.processes) == 7, "Redis, audio, three denoisers, vae, gateway"
+    assert len(suite.processes) == 8, "Redis, audio, three denoisers, vae, text, gateway"
     async with connected(suite.gateway) as stub:
         session = await new_session(stub, picture, seed=7)
         streamed = await speak(stub, session.id, sound(SECONDS))
-        assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+        assert streamed.pixels == rendered(text_checkpoint, picture, sound(SECONDS), seed=7)
 
         session = await new_session(stub, picture)
         call = stub.StreamAvatar()
@@ -143,6 +144,21 @@ async def test_a_blocks_spans_are_one_trace_over_all_processes(
 
 def texts(span: Span) -> dict[str, str]:
     return {each.key: each.value.string_value for each in span.attributes}
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_prompts_need_the_text_worker_and_nothing_else_does(suite: Suite, picture: bytes) -> None:
+    async with connected(suite.gateway) as stub:
+        sessions = [await new_session(stub, picture, seed=1, prompt=prompt) for prompt in ("", "a person who smiles")]
+        none, one = [(await speak(stub, session.id, sound(0.48))).pixels for session in sessions]
+        assert none != one
+        suite.processes["text"].kill()
+        await suite.processes["text"].wait()
+        async with refused(grpc.StatusCode.UNAVAILABLE, "STAGE_LOST") as refusal:
+            await new_session(stub, picture, prompt="a person who weeps")
+        assert refusal.metadata == {"stage": "text"}
+        session = await new_session(stub, picture, seed=1)
+        assert (await speak(stub, session.id, sound(0.48))).pixels == none
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from avatar.part import Part
 from avatar.vae import light, vae
 from tests.training.conftest import synthetic_clip
 from training.codec import Limits, Recipe, Run, export, losses, train
@@ -160,7 +161,7 @@ def test_what_is_exported_is_what_the_product_loads(data: Path, tmp_path: Path) 
     out = tmp_path / "run"
     train(data, out, replace(RECIPE, steps=2), Limits(minutes=5, save_minutes=5))
     figures = export(data, out, RECIPE, tmp_path / "vae")
-    loaded = vae.load(tmp_path / "vae")
+    loaded = vae.load(Part.read(tmp_path / "vae"))
     assert isinstance(loaded.codec, light.LightCodec)
     assert report(loaded.codec, read_clips(data, "held_out"))["psnr"] == pytest.approx(figures["psnr"], abs=1e-6)
     assert figures["step"] == 2

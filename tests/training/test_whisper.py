@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from avatar.audio.whisper import Whisper, WhisperConfig
+from avatar.part import Part
 from training.whisper import ENCODER_NAMES, LAYER_NAMES, convert, read_encoder, state_dict_of
 
 DTYPES = {"float16": 4, "int16": 2}
@@ -54,7 +55,7 @@ def test_conversion_keeps_sizes_and_every_tensor(encoder: Whisper, tmp_path: Pat
     variables = {**variables_of(encoder), "decoder/scale": np.zeros((), np.int16)}
     (tmp_path / "model.bin").write_bytes(ctranslate2(variables))
     convert(tmp_path / "model.bin", tmp_path / "audio")
-    converted = Whisper.load(tmp_path / "audio")
+    converted = Whisper.load(Part.read(tmp_path / "audio"))
     assert converted.config == encoder.config
     state = converted.network.state_dict()
     for name, tensor in encoder.network.state_dict().items():

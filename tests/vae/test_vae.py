@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from avatar.checkpoint import save
+from avatar.part import Part
 from avatar.pipeline import StreamingModel
 from avatar.types import Block, FrameChunk, Session
 from avatar.vae.light import initialise
@@ -175,7 +176,7 @@ def test_a_saved_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
         (wan, VaeConfig("wan", rule, 25, dataclasses.asdict(WAN)), wan.network),
     ):
         save(tmp_path / config.codec, dataclasses.asdict(config), module)
-        loaded = load(tmp_path / config.codec)
+        loaded = load(Part.read(tmp_path / config.codec))
         assert loaded.config.picture == rule
         own: Vae[Any] = Vae(codec, config)
         assert torch.equal(play(loaded, session(), blocks(2)), play(own, session(), blocks(2)))
@@ -195,13 +196,13 @@ def test_configs_that_are_wrong_are_refused(tmp_path: Path) -> None:
     ):
         save(tmp_path, {**good, **change}, initialise(LIGHT, seed=0))
         with pytest.raises(ValueError, match=words):
-            load(tmp_path)
+            load(Part.read(tmp_path))
 
 
 def test_serving_the_light_codec_does_not_import_diffusers(tmp_path: Path) -> None:
     save(tmp_path, {**dataclasses.asdict(tiny()), "network": dataclasses.asdict(LIGHT)}, initialise(LIGHT, seed=0))
     program = (
-        "import sys, pathlib; from avatar.vae.vae import load; "
-        "load(pathlib.Path(sys.argv[1])); assert 'diffusers' not in sys.modules"
+        "import sys, pathlib; from avatar.part import Part; from avatar.vae.vae import load; "
+        "load(Part.read(pathlib.Path(sys.argv[1]))); assert 'diffusers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)

@@ -1,35 +1,15 @@
 """The Wan codec."""
 
-from itertools import product
-
 import pytest
 import torch
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 
-from avatar.vae.wan import WAN_MEAN, WAN_STD, WanCodec, WanConfig, diffusers_name
+from avatar.vae.wan import WAN_MEAN, WAN_STD, WanCodec, WanConfig
 from tests.vae.conftest import WAN, wan_codec
 
 
 def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def possible_names() -> list[str]:
-    """Every name that Wan's own checkpoint could have, for networks of any depth up to 30 parts in a row."""
-    rows = [*(f"middle.{i}" for i in range(3)), *(f"{way}samples.{i}" for way in ("down", "up") for i in range(30))]
-    layers = [*(f"residual.{i}" for i in (0, 2, 3, 6)), "shortcut", "resample.1", "time_conv", "norm", "to_qkv", "proj"]
-    stems = ["conv1", "conv2"]
-    for side in ("encoder", "decoder"):
-        stems += [f"{side}.conv1", f"{side}.head.0", f"{side}.head.2"]
-        stems += [f"{side}.{row}.{layer}" for row, layer in product(rows, layers)]
-    return [f"{stem}.{kind}" for stem, kind in product(stems, ("weight", "bias", "gamma"))]
-
-
-def renamed(tensors: dict[str, Tensor], num_res_blocks: int) -> dict[str, Tensor]:
-    """diffusers' tensors under the names of Wan's own checkpoint."""
-    names = {diffusers_name(name, num_res_blocks): name for name in possible_names()}
-    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def test_equals_the_public_methods_of_diffusers() -> None:
@@ -80,29 +60,6 @@ def test_computes_in_the_weights_dtype() -> None:
         shown = half.decode(latents, half.fresh())
         assert shown.dtype == torch.bfloat16
         torch.testing.assert_close(shown.float(), codec.decode(latents, codec.fresh()), rtol=0, atol=0.2)
-
-
-@pytest.mark.parametrize("num_res_blocks", [1, 2, 3])
-def test_loads_tensors_under_the_names_of_wans_checkpoint(num_res_blocks: int) -> None:
-    config = WanConfig(base_dim=4, num_res_blocks=num_res_blocks)
-    tensors = dict(wan_codec(config).network.state_dict())
-    codec = WanCodec(config)
-    codec.load_reference(renamed(tensors, num_res_blocks))
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in codec.network.state_dict().items())
-
-
-def test_names_are_those_of_diffusers_own_conversion() -> None:
-    tensors = dict(wan_codec().network.state_dict())
-    converted = convert_wan_vae_to_diffusers(renamed(tensors, WAN.num_res_blocks))  # type: ignore[no-untyped-call]
-    assert converted.keys() == tensors.keys()
-    assert all(converted[name] is tensor for name, tensor in tensors.items())
-
-
-def test_tensors_that_do_not_fit_are_refused() -> None:
-    tensors = renamed(dict(wan_codec().network.state_dict()), WAN.num_res_blocks)
-    del tensors["decoder.head.2.weight"]
-    with pytest.raises(ValueError, match=r"do not fit this Wan codec.*decoder\.conv_out\.weight"):
-        WanCodec(WAN).load_reference(tensors)
 
 
 def test_configs_of_other_codecs_are_refused() -> None:

@@ -1,0 +1,125 @@
+"""The text encoder: a prompt's tokens through umT5, of which its own rows are kept.
+
+Axes: b batch, n tokens, d width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from avatar import checkpoint
+from avatar.part import Part, load_weights
+from avatar.text.prompt import clean
+
+PADDING = "<pad>"
+EMBEDDING = "embed_tokens.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """What a checkpoint's config.json says of its text encoder.
+
+    network: the sizes, as transformers.UMT5Config names them.
+    max_tokens: what counts of a prompt, the end included; as many rows as the network reads.
+    """
+
+    network: Mapping[str, Any]
+    encoder: str = "umt5"
+    max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.encoder != "umt5":
+            raise ValueError(f"encoder is {self.encoder!r}, expected 'umt5'")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+
+
+class TextEncoder:
+    """Prompts to embeddings, by a tokenizer and umT5's encoder.
+
+    width: of an embedding.
+    """
+
+    def __init__(self, network: nn.Module, config: TextConfig, tokenizer: Tokenizer) -> None:
+        """network: `build`'s, with its weights. ValueError if the tokenizer is not one for it."""
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        padding, (vocabulary, self.width) = tokenizer.token_to_id(PADDING), network.get_parameter(EMBEDDING).shape
+        if padding is None:
+            raise ValueError(f"the tokenizer has no {PADDING}")
+        if tokenizer.get_vocab_size() > vocabulary:
+            raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the encoder knows {vocabulary}")
+        if (count := len(tokenizer.encode("").ids)) != 1:
+            raise ValueError(f"the tokenizer puts {count} tokens around a text, expected one at its end")
+        tokenizer.enable_truncation(config.max_tokens)
+        tokenizer.enable_padding(pad_id=padding, pad_token=PADDING, length=config.max_tokens)
+        self.network, self.config = network.eval().requires_grad_(False), config
+        self._tokenizer = tokenizer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.get_parameter(EMBEDDING).dtype
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write a folder that is read as a part, floating point tensors as `dtype` if it is given."""
+        checkpoint.save(folder, asdict(self.config), self.network, dtype)
+        self._tokenizer.save(str(folder / checkpoint.TOKENIZER))
+
+    def embed(self, prompt: str) -> Tensor:
+        """The embedding (n, d) of a prompt as it was written: the rows of its tokens and of the end, on the CPU.
+
+        1 <= n <= max_tokens, in the encoder's dtype; tokens past max_tokens do not count.
+        """
+        tokens = self._tokenizer.encode(clean(prompt))
+        mask = torch.tensor([tokens.attention_mask])
+        return encode(self.network, torch.tensor([tokens.ids]), mask)[0, : int(mask.sum())].cpu()
+
+
+@torch.no_grad()
+def encode(network: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """All rows (b, n, d) of tokens (b, n), those of padding included.
+
+    mask: (b, n), 1 for tokens that are attended and 0 for padding.
+    """
+    device = network.get_parameter(EMBEDDING).device
+    rows: Tensor = network(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
+    return rows
+
+
+def build(config: TextConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The encoder's module without weights, on the meta device. ValueError if there is no such network."""
+    # Slow to import, and only needed where an encoder runs.
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        network = transformers.UMT5Config(**config.network)
+    except StrictDataclassError as error:
+        raise ValueError(f"network: {' '.join(str(error).split())}") from error
+    with torch.device("meta"):
+        # The stack alone: what is around it holds the token embedding a second time.
+        encoder: nn.Module = transformers.UMT5EncoderModel(network).encoder
+    return encoder.to(dtype)
+
+
+def load(part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TextEncoder:
+    """The text encoder of a checkpoint's part, ready to serve. ValueError if its files are not what they should be."""
+    try:
+        config = TextConfig(**part.config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the configuration in {part.folder} is no text encoder's: {error}") from error
+    try:
+        tokenizer = Tokenizer.from_file(str(part.tokenizer))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{part.tokenizer} is not a tokenizer: {error}") from error
+    network = build(config, dtype).to_empty(device=device)
+    load_weights(network, part)
+    try:
+        return TextEncoder(network, config, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{part.tokenizer}: {error}") from error

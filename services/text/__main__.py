@@ -1,0 +1,37 @@
+"""The text worker's process: `python -m services.text`."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from avatar import telemetry
+from avatar.layouts import open_part
+from avatar.rpc.server import serving, until_stopped
+from avatar.session import RedisHashes, SessionStore
+from avatar.settings import TextSettings
+from avatar.settings import load as load_settings
+from avatar.text.model import load
+from services.process import run
+from services.text.service import TextServicer
+
+
+def build(settings: TextSettings, store: SessionStore, executor: ThreadPoolExecutor) -> TextServicer:
+    """The service over the checkpoint's text encoder. ValueError if the checkpoint knows no text."""
+    part = open_part(settings.checkpoint, "text")
+    return TextServicer(load(part), part.digest(), store, executor, settings.capacity, settings.embedding_ttl_s)
+
+
+async def main() -> None:
+    settings = load_settings(TextSettings, os.environ)
+    telemetry.set_up("avatar-text", settings.log_level)
+    torch.set_num_threads(settings.threads)
+    store = SessionStore(RedisHashes(settings.redis_url))
+    with ThreadPoolExecutor(1, "device") as executor:
+        async with serving(settings.listen, build(settings, store, executor), drain_s=settings.drain_s):
+            await until_stopped()
+    await store.aclose()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,75 @@
+"""The text worker on the wire: prompts in, embeddings out, each computed once."""
+
+import asyncio
+import hashlib
+import logging
+import time
+from concurrent.futures import Executor
+
+import grpc.aio
+
+from avatar import telemetry
+from avatar.errors import NoCapacity, StateCorrupt
+from avatar.rpc.codec import tensor_to_pb
+from avatar.rpc.server import Context
+from avatar.session import SessionStore
+from avatar.text.model import TextEncoder
+from avatar.worker.v1 import text_pb2 as pb
+from avatar.worker.v1 import text_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+
+class TextServicer(text_pb2_grpc.TextServiceServicer):
+    """Serves one text encoder; what it has computed is kept in the store for `ttl_s` seconds."""
+
+    service_name = "avatar.worker.v1.TextService"
+
+    def __init__(
+        self, encoder: TextEncoder, digest: str, store: SessionStore, executor: Executor, capacity: int, ttl_s: float
+    ) -> None:
+        self._encoder = encoder
+        self._digest = digest
+        self._store = store
+        self._executor = executor
+        self._capacity = capacity
+        self._ttl_s = ttl_s
+        self._computing = asyncio.Semaphore(capacity)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        text_pb2_grpc.add_TextServiceServicer_to_server(self, server)
+
+    async def GetInfo(self, request: pb.TextServiceGetInfoRequest, context: Context) -> pb.TextServiceGetInfoResponse:
+        return pb.TextServiceGetInfoResponse(
+            digest=self._digest,
+            width=self._encoder.width,
+            max_tokens=self._encoder.config.max_tokens,
+            capacity=self._capacity,
+        )
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        started_ns = time.time_ns()
+        name = hashlib.sha256(f"{self._digest}/{self._encoder.dtype}/{request.prompt}".encode()).hexdigest()
+        embedding = await self._kept(name)
+        is_kept = embedding is not None
+        if embedding is None:
+            embedding = await self._compute(request.prompt)
+            await self._store.put_embedding(name, embedding, self._ttl_s)
+        telemetry.text_span(started_ns, time.time_ns(), kept=is_kept)
+        return embedding
+
+    async def _kept(self, name: str) -> pb.EmbedResponse | None:
+        """What was computed before. What is damaged is as good as nothing: it will be computed, and written, again."""
+        try:
+            return await self._store.embedding(name)
+        except StateCorrupt as error:
+            logger.warning("embedding not read", extra={"error": error.message})
+            return None
+
+    async def _compute(self, prompt: str) -> pb.EmbedResponse:
+        if self._computing.locked():
+            raise NoCapacity(f"{self._capacity} prompts are being embedded already", retry_s=1.0)
+        async with self._computing:
+            loop = asyncio.get_running_loop()
+            text = await loop.run_in_executor(self._executor, self._encoder.embed, prompt)
+        return pb.EmbedResponse(text=tensor_to_pb(text), digest=self._digest)

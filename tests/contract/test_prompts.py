@@ -1,0 +1,66 @@
+"""Prompts, where the deployment knows text; what one without does stands with the sessions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+from grpc import StatusCode
+
+from avatar.session import SessionStore
+from avatar.settings import GatewaySettings
+from avatar.v1 import avatar_service_pb2 as pb
+from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
+from services.__main__ import suite
+from tests.conftest import sound
+from tests.contract.refusals import refused
+from tests.product import connected, new_session, speak
+
+PROMPT = "a person who smiles"
+
+
+@pytest.fixture
+async def stub(
+    request: pytest.FixtureRequest, text_checkpoint: Path, store: SessionStore
+) -> AsyncGenerator[pb_grpc.AvatarServiceAsyncStub, None]:
+    """The gateway under test, or one over a checkpoint with text."""
+    if given := request.config.getoption("--target"):
+        async with connected(given) as stub:
+            if not (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).prompts:
+                pytest.skip("this deployment takes no prompts")
+            yield stub
+    else:
+        settings = GatewaySettings(listen="127.0.0.1:0")
+        async with suite(text_checkpoint, store, settings) as target, connected(target) as stub:
+            yield stub
+
+
+async def test_capabilities_say_that_prompts_are_taken(stub: pb_grpc.AvatarServiceAsyncStub) -> None:
+    told = await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)
+    assert told.prompts
+    assert told.max_prompt_bytes > 0
+
+
+async def test_a_prompt_changes_the_frames(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+    """Sessions that are alike in all else."""
+    prompts = ["", PROMPT, PROMPT, "a person who weeps"]
+    sessions = [await new_session(stub, portrait, seed=1, prompt=prompt) for prompt in prompts]
+    none, one, same, other = [(await speak(stub, session.id, sound(0.96))).pixels for session in sessions]
+    assert one == same
+    assert len({tuple(pixels) for pixels in (none, one, other)}) == 3
+
+
+@pytest.mark.parametrize("prompt", [" \n ", "日本 😀", "\x00", "<b>&amp;", "word " * 1000])
+async def test_any_text_is_a_prompt(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes, prompt: str) -> None:
+    session = await new_session(stub, portrait, prompt=prompt)
+    assert (await speak(stub, session.id, sound(0.48))).frames
+
+
+async def test_a_prompt_over_the_limit_is_refused(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+    limit = (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).max_prompt_bytes
+    await new_session(stub, portrait, prompt="a" * limit)
+    for prompt in ("a" * (limit + 1), "é" * (limit // 2 + 1)):
+        async with refused(StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE") as refusal:
+            await new_session(stub, portrait, prompt=prompt)
+        assert str(limit) in refusal.message

@@ -1,0 +1,75 @@
+"""Goldens of checkpoints: the library opens files in the published layout, merges the adapter, and computes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from avatar.adapter import Adapter
+from avatar.denoiser.model import Network, load
+from avatar.layouts import open_part
+from avatar.part import Part
+from tests.parity.dit import config_of, replay_calls
+from tests.parity.goldens import Golden, Report, published
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+ADAPTER = "liveavatar.safetensors"
+# Of a merge in bfloat16: the least share of equal numbers; others may be the next one.
+EQUAL = 0.999
+
+
+def dit_lora(golden: Golden, report: Report) -> None:
+    """Base weights and adapter from their files; the merged weights, and what they compute."""
+    alpha, tensors = golden.info["lora"]["alpha"], golden.tensors
+    with published(config=golden.info["config"]) as checkpoint:
+        save_file(under(tensors, "weights."), checkpoint / WEIGHTS)
+        save_file(under(tensors, "lora."), checkpoint / ADAPTER)
+        network = load_denoiser(checkpoint, golden, Adapter(checkpoint / ADAPTER, alpha))
+    merged = network.state_dict()
+    for name, expected in under(tensors, "out.merged.").items():
+        report.compare(name, merged[name], expected, **golden.info["tolerance"]["velocity"])
+    replay_calls(golden, report, network)
+    bfloat16_merge(tensors, alpha, report)
+
+
+def dit_ckpt_tiny(golden: Golden, report: Report) -> None:
+    """A whole folder as it is published, shards and index, and an adapter with keys of another spelling."""
+    checkpoint, expected = golden.folder / golden.name, golden.sibling(golden.info["golden"])
+    adapter = Adapter(checkpoint / ADAPTER, golden.info["lora"]["alpha"])
+    replay_calls(expected, report, load_denoiser(checkpoint, expected, adapter))
+
+
+def load_denoiser(checkpoint: Path, golden: Golden, adapter: Adapter) -> Network:
+    part = open_part(checkpoint, "denoiser", adapter)
+    frames = config_of(golden).num_frames_per_block  # which recordings may vary, and published checkpoints may not
+    network, _ = load(replace(part, config={**part.config, "num_frames_per_block": frames}))
+    return network
+
+
+def bfloat16_merge(tensors: dict[str, Tensor], alpha: float, report: Report) -> None:
+    with published() as folder:
+        save_file(under(tensors, "bf16.base."), folder / WEIGHTS)
+        save_file(under(tensors, "bf16.lora."), folder / ADAPTER)
+        part = Part(folder, {}, (folder / WEIGHTS,), adapter=Adapter(folder / ADAPTER, alpha))
+        merged = {name: tensor.bfloat16() for name, tensor in part.tensors()}
+    expected = under(tensors, "bf16.merged.")
+    report.exact("bf16 merged weights", merged.keys(), expected.keys())
+    # Neighbouring numbers have neighbouring bits.
+    steps = torch.cat([(bits(merged[name]) - bits(expected[name])).abs().flatten() for name in expected])
+    report.exact("bf16 numbers further off than the next one", int((steps > 1).sum()), 0)
+    report.exact(f"bf16 equal share of at least {EQUAL}", (steps == 0).double().mean().item() >= EQUAL, True)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int16).int()
+
+
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+RUNNERS: dict[str, Callable[[Golden, Report], None]] = {"dit_lora": dit_lora, "dit_ckpt_tiny": dit_ckpt_tiny}

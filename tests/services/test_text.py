@@ -1,0 +1,219 @@
+"""The text worker: what it answers, what it keeps, and what it refuses."""
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import torch
+from grpc import StatusCode
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from avatar.layouts import open_part
+from avatar.rpc.client import channel
+from avatar.rpc.codec import tensor_from_pb
+from avatar.rpc.server import serving
+from avatar.session import Hashes, MemoryHashes, RedisHashes, SessionStore
+from avatar.settings import TextSettings
+from avatar.text.model import TextEncoder, load
+from avatar.worker.v1 import text_pb2 as pb
+from avatar.worker.v1 import text_pb2_grpc as pb_grpc
+from services.text.__main__ import build
+from tests.contract.refusals import refused
+from tests.text import tiny
+
+PROMPT = "a person who smiles"
+
+
+@asynccontextmanager
+async def working(
+    checkpoint: Path, hashes: Hashes, capacity: int = 8
+) -> "AsyncGenerator[pb_grpc.TextServiceAsyncStub, None]":
+    """A text worker over a store."""
+    settings = TextSettings(checkpoint=checkpoint, capacity=capacity)
+    with ThreadPoolExecutor(1) as executor:
+        servicer = build(settings, SessionStore(hashes), executor)
+        async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
+            yield pb_grpc.TextServiceStub(connection)
+
+
+async def answer(stub: "pb_grpc.TextServiceAsyncStub", prompt: str) -> pb.EmbedResponse:
+    return await stub.Embed(pb.EmbedRequest(prompt=prompt), timeout=30)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that have been through a model."""
+    prompts: list[str] = []
+    through = TextEncoder.embed
+
+    def noted(self: TextEncoder, prompt: str) -> torch.Tensor:
+        prompts.append(prompt)
+        return through(self, prompt)
+
+    monkeypatch.setattr(TextEncoder, "embed", noted)
+    return prompts
+
+
+@pytest.fixture(params=["memory", "redis"])
+def redis_url(request: pytest.FixtureRequest) -> str | None:
+    url: str | None = request.getfixturevalue("redis") if request.param == "redis" else None
+    return url
+
+
+@pytest.fixture
+async def hashes(redis_url: str | None) -> AsyncGenerator[Hashes, None]:
+    kept = RedisHashes(redis_url) if redis_url else MemoryHashes()
+    yield kept
+    await kept.aclose()
+
+
+@pytest.fixture
+def prompt() -> str:
+    """A prompt that no other test uses: the server may be shared."""
+    return f"a person who smiles {uuid4()}"
+
+
+async def test_remote_equals_local(text_checkpoint: Path) -> None:
+    async with working(text_checkpoint, MemoryHashes()) as stub:
+        for prompt in (PROMPT, "  a person\nwho &amp; weeps", "", "abc " * 50, "日本 \x00 😀"):
+            remote = tensor_from_pb((await answer(stub, prompt)).text)
+            local = load(open_part(text_checkpoint, "text")).embed(prompt)
+            assert remote.dtype == local.dtype
+            assert torch.equal(remote, local)
+
+
+async def test_a_worker_says_what_it_serves(text_checkpoint: Path) -> None:
+    async with working(text_checkpoint, MemoryHashes(), capacity=3) as stub:
+        told = await stub.GetInfo(pb.TextServiceGetInfoRequest(), timeout=10)
+    digest = open_part(text_checkpoint, "text").digest()
+    assert told == pb.TextServiceGetInfoResponse(digest=digest, width=16, max_tokens=tiny.MAX_TOKENS, capacity=3)
+
+
+async def test_the_same_prompt_is_computed_once(
+    text_checkpoint: Path, hashes: Hashes, computed: list[str], prompt: str
+) -> None:
+    async with working(text_checkpoint, hashes) as stub:
+        first = await answer(stub, prompt)
+        assert await answer(stub, prompt) == first
+        assert computed == [prompt]
+        await answer(stub, prompt + "!")
+        assert computed == [prompt, prompt + "!"]
+    # Another worker of the same encoder finds it too.
+    async with working(text_checkpoint, hashes) as stub:
+        assert await answer(stub, prompt) == first
+        assert len(computed) == 2
+
+
+async def test_another_encoder_computes_anew(text_checkpoint: Path, tmp_path: Path, computed: list[str]) -> None:
+    hashes = MemoryHashes()
+    tiny.encoder(seed=1).save(tmp_path / "text")
+    async with working(text_checkpoint, hashes) as one, working(tmp_path, hashes) as other:
+        first, second = await answer(one, PROMPT), await answer(other, PROMPT)
+    assert len(computed) == 2
+    assert first.digest != second.digest
+    assert first.text != second.text
+
+
+def kept_under(checkpoint: Path, prompt: str) -> str:
+    digest = open_part(checkpoint, "text").digest()
+    name = hashlib.sha256(f"{digest}/torch.float32/{prompt}".encode()).hexdigest()
+    return f"avatar:text:{{{name}}}"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda value: value[:-1], lambda value: value[:40] + bytes([value[40] ^ 1]) + value[41:], lambda _: b""],
+    ids=["cut short", "one bit", "empty"],
+)
+async def test_a_damaged_embedding_is_computed_and_written_again(
+    text_checkpoint: Path,
+    hashes: Hashes,
+    computed: list[str],
+    prompt: str,
+    damage: Callable[[bytes], bytes],
+) -> None:
+    key = kept_under(text_checkpoint, prompt)
+    async with working(text_checkpoint, hashes) as stub:
+        first = await answer(stub, prompt)
+        value = await hashes.read(key, "embedding")
+        assert value is not None
+        await hashes.update(key, {"embedding": damage(value)}, None)
+        assert await answer(stub, prompt) == first
+        assert await hashes.read(key, "embedding") == value
+        assert len(computed) == 2
+        await answer(stub, prompt)
+        assert len(computed) == 2
+
+
+async def test_a_pickle_in_the_store_runs_nothing(
+    text_checkpoint: Path, pickled: tuple[bytes, Path], computed: list[str]
+) -> None:
+    hashes = MemoryHashes()
+    data, written = pickled
+    await hashes.create(kept_under(text_checkpoint, PROMPT), {"embedding": data}, 60.0)
+    async with working(text_checkpoint, hashes) as stub:
+        await answer(stub, PROMPT)
+    assert not written.exists()
+    assert computed == [PROMPT]
+
+
+async def test_an_embedding_is_forgotten_after_its_time(text_checkpoint: Path) -> None:
+    hashes = MemoryHashes()
+    async with working(text_checkpoint, hashes) as stub:
+        await answer(stub, PROMPT)
+    left = await hashes.expires_in_s(kept_under(text_checkpoint, PROMPT))
+    assert TextSettings().embedding_ttl_s - 60 < left <= TextSettings().embedding_ttl_s
+
+
+async def test_a_store_that_is_away_is_said(text_checkpoint: Path) -> None:
+    hashes = RedisHashes("redis://127.0.0.1:1")
+    async with working(text_checkpoint, hashes) as stub, refused(StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"):
+        await answer(stub, PROMPT)
+    await hashes.aclose()
+
+
+async def test_a_full_worker_refuses_and_says_when_to_retry(
+    text_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    through, loop, computing, free = TextEncoder.embed, asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    def slow(self: TextEncoder, prompt: str) -> torch.Tensor:
+        loop.call_soon_threadsafe(computing.set)
+        assert free.wait(30)
+        return through(self, prompt)
+
+    async with working(text_checkpoint, MemoryHashes(), capacity=1) as stub:
+        await answer(stub, "kept")
+        monkeypatch.setattr(TextEncoder, "embed", slow)
+        first = asyncio.ensure_future(answer(stub, PROMPT))
+        await computing.wait()
+        async with refused(StatusCode.RESOURCE_EXHAUSTED, "NO_CAPACITY") as refusal:
+            await answer(stub, "another prompt")
+        assert refusal.retries
+        await answer(stub, "kept")  # what needs no computation is not refused
+        free.set()
+        await first
+        await answer(stub, "another prompt")
+
+
+async def test_an_embedding_leaves_a_span(text_checkpoint: Path, spans: InMemorySpanExporter) -> None:
+    async with working(text_checkpoint, MemoryHashes()) as stub:
+        await answer(stub, PROMPT)
+        await answer(stub, PROMPT)
+    told = [span for span in spans.get_finished_spans() if span.name == "avatar.text"]
+    assert [dict(span.attributes or {}) for span in told] == [{"avatar.kept": False}, {"avatar.kept": True}]
+    assert PROMPT not in "".join(span.to_json() for span in told)
+
+
+def test_a_checkpoint_without_text_does_not_start(checkpoint: Path) -> None:
+    with (
+        ThreadPoolExecutor(1) as executor,
+        pytest.raises(ValueError, match="knows no text: expected a folder text"),
+    ):
+        build(TextSettings(checkpoint=checkpoint), SessionStore(MemoryHashes()), executor)

@@ -1,0 +1,71 @@
+"""Tests of avatar.part."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from avatar import checkpoint
+from avatar.checkpoint import WEIGHTS, save
+from avatar.part import Part, load_weights
+from tests.toy import Toy, assert_equal, part_in, write_shards
+
+
+def test_weights_are_cast_to_the_modules_own_types(tmp_path: Path) -> None:
+    save(tmp_path, {}, Toy(seed=1))
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        loaded = Toy(seed=2).to(dtype)
+        load_weights(loaded, part_in(tmp_path))
+        assert_equal(loaded, Toy(seed=1).to(dtype))
+        assert loaded.counts.dtype == torch.int64
+
+
+def test_missing_surplus_and_misshapen_tensors_are_all_named(tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in Toy(width=5).state_dict().items() if name != "counts"}
+    save_file({**tensors, "extra": torch.zeros(1)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="do not fit Toy") as caught:
+        load_weights(Toy(width=4), part_in(tmp_path))
+    message = str(caught.value)
+    assert str(tmp_path) in message
+    for problem in (
+        "missing counts",
+        "unexpected extra",
+        "inner.0.weight has shape (5, 3), expected (4, 3)",
+        "inner.0.bias has shape (5,), expected (4,)",
+        "inner.1.weight has shape (2, 5), expected (2, 4)",
+    ):
+        assert problem in message
+
+
+def test_a_long_list_of_problems_is_cut(tmp_path: Path) -> None:
+    save_file({f"extra{i}": torch.zeros(1) for i in range(20)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="and 19 more") as caught:
+        load_weights(Toy(), part_in(tmp_path))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_digest_stands_for_config_and_weights(tmp_path: Path) -> None:
+    def digest_of(name: str, config: dict[str, Any], seed: int) -> str:
+        save(tmp_path / name, config, Toy(seed))
+        return Part.read(tmp_path / name).digest()
+
+    first = digest_of("a", {"dim": 3}, 1)
+    assert len(first) == 16
+    assert set(first) <= set("0123456789abcdef")
+    assert digest_of("b", {"dim": 3}, 1) == first
+    assert digest_of("c", {"dim": 4}, 1) != first
+    assert digest_of("d", {"dim": 3}, 2) != first
+
+
+def test_every_shard_counts_in_the_digest(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    where = write_shards(tmp_path, Toy(seed=1))
+    before = part_in(tmp_path).digest()
+    for file in sorted(set(where.values())):
+        tensors = dict(checkpoint.read_tensors(tmp_path / file))
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / file)
+        after = part_in(tmp_path).digest()
+        assert after != before
+        before = after

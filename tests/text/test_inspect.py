@@ -1,0 +1,32 @@
+"""What avatar.inspect does with the text of a checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from avatar.inspect import inspect, pack
+from avatar.layouts import open_part
+from avatar.text.model import load
+from tests.text import tiny
+
+
+def test_a_checkpoint_says_that_it_takes_prompts(text_checkpoint: Path, checkpoint: Path) -> None:
+    told = "\n".join(inspect(text_checkpoint))
+    assert f"umt5, {tiny.MAX_TOKENS} tokens of width 16" in told
+    assert "5,072" in told
+    assert "prompts   none" in "\n".join(inspect(checkpoint))
+
+
+def test_packing_brings_text_along(text_checkpoint: Path, tmp_path: Path) -> None:
+    pack(text_checkpoint, tmp_path / "packed")
+    given, packed = (load(open_part(folder, "text")) for folder in (text_checkpoint, tmp_path / "packed"))
+    assert torch.equal(packed.embed("a person who weeps"), given.embed("a person who weeps"))
+
+
+def test_text_that_the_network_does_not_read_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    for part in ("audio", "denoiser", "vae"):
+        (tmp_path / part).symlink_to(checkpoint / part)
+    tiny.encoder().save(tmp_path / "text")
+    with pytest.raises(ValueError, match="reads 1 rows of text of width 8, the text encoder makes 12 of width 16"):
+        list(inspect(tmp_path))
