@@ -58,23 +58,25 @@ class AudioModel:
     """A streaming model (`avatar.pipeline.StreamingModel`) of sound, around an encoder.
 
     history_s: seconds of sound before a block that rebuild a stream's state for it, beside its statistics.
-    lookahead_s: seconds of sound after a block that its features need.
+    lookahead_s: seconds of sound after a block that its features need, if the session does not say.
+    max_right_frames: most encoder frames behind a block that sessions may ask for; 0 if they may not.
     """
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.history_s = encoder.left_samples / SAMPLE_RATE_HZ + SETTLE_S
+        self.max_right_frames = MAX_RIGHT_FRAMES if encoder.right_is_free else 0
         self.lookahead_s = (window_end(0, encoder.right_frames) - BLOCK_SAMPLES) / SAMPLE_RATE_HZ
 
     def open(self, session: Session) -> AudioState:
         """A stream that has heard nothing. ValueError if it cannot see as far ahead as the session says."""
         right_frames = self.encoder.right_frames
-        if session.audio_right_frames not in (None, right_frames):
-            if not self.encoder.right_is_free:
-                raise ValueError(f"this encoder sees {right_frames} frames behind a block, and no other number")
+        if session.audio_right_frames is not None:
+            if not self.max_right_frames:
+                raise ValueError(f"this encoder hears {right_frames} frames behind a block, and no other number")
             right_frames = session.audio_right_frames
-            if not 0 <= right_frames <= MAX_RIGHT_FRAMES:
-                raise ValueError(f"audio_right_frames must be 0 to {MAX_RIGHT_FRAMES}, got {right_frames}")
+            if not 0 <= right_frames <= self.max_right_frames:
+                raise ValueError(f"right context must be 0 to {self.max_right_frames} frames, got {right_frames}")
         return AudioState(torch.zeros(self.encoder.left_samples + window_end(0, right_frames)), right_frames)
 
     @torch.no_grad()

@@ -55,29 +55,30 @@ class PictureRule:
         return None if self.width is None or self.height is None else (self.width, self.height)
 
     def video_size(self, picture: Size, asked: Size | int | None = None) -> Size:
-        """The video's size for a picture's. ValueError if the asked size is not to be had.
-
-        asked: a size, or an area, which the size then has at most.
-        """
+        """The video's size for a picture's, as asked or of at most that area. ValueError if it is not to be had."""
+        if asked is not None:
+            self.check(asked)
         if self.fixed_size is not None:
-            if asked not in (None, self.fixed_size):
-                got = f"an area of {asked} pixels" if isinstance(asked, int) else f"{asked[0]}x{asked[1]}"
-                only = f"{self.fixed_size[0]}x{self.fixed_size[1]}"
-                raise ValueError(f"size must be {only}, the only one of this checkpoint, got {got}")
             return self.fixed_size
         assert self.area is not None
-        if asked is None:
-            return size_within(picture, self.area)
+        return asked if isinstance(asked, tuple) else size_within(picture, asked or self.area)
+
+    def check(self, asked: Size | int) -> None:
+        """ValueError if no video has this size, (width, height) or an area in pixels."""
         if isinstance(asked, int):
-            if not 0 < asked <= self.area:
-                raise ValueError(f"area must be 1 to {self.area} pixels, got {asked}")
-            return size_within(picture, asked)
+            if self.area is None or not 0 < asked <= self.area:
+                most = f"1 to {self.area}" if self.area else "left out, as there is one size only"
+                raise ValueError(f"area must be {most}, got {asked}")
+            return
         width, height = asked
-        if width <= 0 or height <= 0 or width % GRID or height % GRID:
+        if self.area is None:
+            if asked != self.fixed_size:
+                only = f"{self.width}x{self.height}"
+                raise ValueError(f"size must be {only}, the only one of this checkpoint, got {width}x{height}")
+        elif width <= 0 or height <= 0 or width % GRID or height % GRID:
             raise ValueError(f"width and height must be positive multiples of {GRID}, got {width}x{height}")
-        if width * height > self.area:
+        elif width * height > self.area:
             raise ValueError(f"size must have at most {self.area} pixels, got {width}x{height} = {width * height}")
-        return asked
 
 
 def check_fit(fit: str) -> None:
