@@ -3,7 +3,7 @@
     AudioPiece --audio--> Block (features) --denoiser 0..N-1--> Block (latent) --vae--> FrameChunk
 
 Axes: c latent channels, t latent frames, f pixel frames, h w height and width (of latents or pixels, as said),
-l encoder layers, d feature width, n text tokens, a audio channels, s samples.
+l encoder layers, d feature width, n text tokens, a audio channels or, of features and masks, actors, s samples.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,21 @@ class Session:
     id: unguessable name.
     seed: 0 <= seed < 2**63; all of the session's randomness comes from it and from block indexes.
     motion: (c, t, h, w) float32 motion latents, the reference picture held still; latent 0 is the reference latent.
+    masks: (a, rows, columns) float32, how much each picture token hears each actor; None where one person speaks. The
+        reference takes masks for a clip's frames and reads those of the first block for every block: they stand still.
+    sink_update_block: the first block made under a sink taken from block 0's result; 0: the picture stays the sink.
+    sink_distance: latent frames from a block's first frame to the sink ahead of it: fixed, or drawn from low..high.
+    audio_right_frames: encoder frames of sound behind a block that its features see.
+    What is None is the checkpoint's choice.
     """
 
     id: str
     seed: int
     motion: Tensor
+    masks: Tensor | None = None
+    sink_update_block: int | None = None
+    sink_distance: int | tuple[int, int] | None = None
+    audio_right_frames: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +71,11 @@ class Block:
     """The latent frames that are denoised together, with what they are made from.
 
     index: position in the session, from 0.
-    features: (l, d, f) float32 audio features of each pixel frame.
+    features: (l, d, f) float32 audio features of each pixel frame; (a, l, d, f) where the session has masks.
     latent: (c, t, h, w); None before level 0.
     conditions: what the block is made under; None until it is admitted.
     traceparent: W3C trace context of this block; empty if it is not traced.
+    pose: (c, t, h, w) latents of a pose video, None where there is none.
     """
 
     index: int
@@ -72,6 +83,7 @@ class Block:
     latent: Tensor | None = None
     conditions: Conditions | None = None
     traceparent: str = ""
+    pose: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

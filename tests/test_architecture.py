@@ -59,16 +59,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("avatar.adapter", "avatar.audio", "avatar.checkpoint", "avatar.denoiser", "avatar.layouts", "avatar.part"),
         *("avatar.text", "avatar.vae"),
     ),
-    "avatar.__main__": (
-        "avatar.adapter",
-        "avatar.audio",
-        "avatar.denoiser",
-        "avatar.inspect",
-        "avatar.layouts",
-        "avatar.media",
-        "avatar.types",
+    "avatar.render": (
+        *("avatar.adapter", "avatar.audio", "avatar.denoiser", "avatar.layouts", "avatar.text", "avatar.types"),
         "avatar.vae",
     ),
+    "avatar.__main__": ("avatar.adapter", "avatar.inspect", "avatar.media", "avatar.render", "avatar.vae"),
     # Processes. Nobody imports them.
     "services.process": (),
     "services.audio": (*_WORKER, "avatar.audio"),

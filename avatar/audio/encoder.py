@@ -16,12 +16,14 @@ class Encoder(Protocol):
     """A network that makes features from sound, and the window of sound that it needs for a block.
 
     left_samples: samples of the window before the block's first.
-    right_frames: encoder frames of the window behind the block's last.
+    right_frames: encoder frames of the window behind the block's last, if the session does not say.
+    right_is_free: whether sessions may say; else it is part of what the network was trained with.
     num_states, width: l and d of the features.
     """
 
     left_samples: int
     right_frames: int
+    right_is_free: bool
     num_states: int
     width: int
 
@@ -39,12 +41,13 @@ class Encoder(Protocol):
         """Write a folder that `load` reads as a part."""
         ...
 
-    def encode(self, window: Tensor, statistics: Statistics) -> tuple[Tensor, Statistics]:
+    def encode(self, window: Tensor, statistics: Statistics, right_frames: int) -> tuple[Tensor, Statistics]:
         """All hidden states around one block, and the statistics with what encoding found.
 
         window: (s,) sound at 16 kHz from left_samples before the block, or from the stream's start if that is later,
             to right_frames behind it.
         statistics: of all the stream's sound up to the window's end.
+        right_frames: how far this window goes, the encoder's own number unless that is free.
         Returns (l, t, d) float32 whose last frame is the block's last one, 24 k + 23, and which goes back to frame
         24 k - 1 or the stream's first.
         """

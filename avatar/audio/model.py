@@ -19,6 +19,9 @@ from avatar.audio.whisper import Whisper
 from avatar.part import Part
 from avatar.types import AudioPiece, Block, Session
 
+# 2.56 s: twice what completes wav2vec2's positional convolution.
+MAX_RIGHT_FRAMES = 128
+
 ENCODERS: dict[str, type[Encoder]] = {"whisper": Whisper, "wav2vec2": Wav2Vec2}
 
 
@@ -39,9 +42,11 @@ class AudioState:
     next_block: the block whose window is being filled.
     statistics: as of the last block.
     resampler: None before the first piece, which says the rate.
+    right_frames: encoder frames of sound behind a block.
     """
 
     window: Tensor
+    right_frames: int
     num_samples: int = 0
     next_block: int = 0
     statistics: Statistics = field(default_factory=Statistics)
@@ -53,18 +58,26 @@ class AudioModel:
     """A streaming model (`avatar.pipeline.StreamingModel`) of sound, around an encoder.
 
     history_s: seconds of sound before a block that rebuild a stream's state for it, beside its statistics.
-    lookahead_s: seconds of sound after a block that its features need.
+    lookahead_s: seconds of sound after a block that its features need, if the session does not say.
+    max_right_frames: most encoder frames behind a block that sessions may ask for; 0 if they may not.
     """
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
-        end = window_end(0, encoder.right_frames)
-        self.window_samples = encoder.left_samples + end
         self.history_s = encoder.left_samples / SAMPLE_RATE_HZ + SETTLE_S
-        self.lookahead_s = (end - BLOCK_SAMPLES) / SAMPLE_RATE_HZ
+        self.max_right_frames = MAX_RIGHT_FRAMES if encoder.right_is_free else 0
+        self.lookahead_s = (window_end(0, encoder.right_frames) - BLOCK_SAMPLES) / SAMPLE_RATE_HZ
 
-    def open(self, session: Session) -> AudioState:  # noqa: ARG002 (sound has no constants)
-        return AudioState(torch.zeros(self.window_samples))
+    def open(self, session: Session) -> AudioState:
+        """A stream that has heard nothing. ValueError if it cannot see as far ahead as the session says."""
+        right_frames = self.encoder.right_frames
+        if session.audio_right_frames is not None:
+            if not self.max_right_frames:
+                raise ValueError(f"this encoder hears {right_frames} frames behind a block, and no other number")
+            right_frames = session.audio_right_frames
+            if not 0 <= right_frames <= self.max_right_frames:
+                raise ValueError(f"right context must be 0 to {self.max_right_frames} frames, got {right_frames}")
+        return AudioState(torch.zeros(self.encoder.left_samples + window_end(0, right_frames)), right_frames)
 
     @torch.no_grad()
     def step(self, piece: AudioPiece, state: AudioState) -> list[Block]:
@@ -84,7 +97,7 @@ class AudioModel:
         if piece.is_last:
             state.is_over = True
             num_blocks = -(-state.num_samples // BLOCK_SAMPLES)
-            end = window_end(num_blocks - 1, self.encoder.right_frames) if num_blocks else 0
+            end = window_end(num_blocks - 1, state.right_frames) if num_blocks else 0
             blocks += self._listen(torch.zeros(end - state.num_samples), state)
         return blocks
 
@@ -92,9 +105,9 @@ class AudioModel:
         """Fill windows with sound (s,) at 16 kHz, and encode those that are complete."""
         blocks = []
         while len(sound):
-            room = window_end(state.next_block, self.encoder.right_frames) - state.num_samples
+            room = window_end(state.next_block, state.right_frames) - state.num_samples
             heard, sound = sound[:room], sound[room:]
-            start = self.window_samples - room
+            start = len(state.window) - room
             state.window[start : start + len(heard)] = heard
             state.num_samples += len(heard)
             if len(heard) == room:
@@ -104,9 +117,10 @@ class AudioModel:
     def _encode(self, state: AudioState) -> Block:
         """The block whose window is complete; the window moves on to the next one."""
         index = state.next_block
-        window = state.window[max(0, self.window_samples - state.num_samples) :]
+        window = state.window[max(0, len(state.window) - state.num_samples) :]
         new = window[-BLOCK_SAMPLES:] if index else window
-        states, state.statistics = self.encoder.encode(window, state.statistics.with_samples(new))
+        statistics = state.statistics.with_samples(new)
+        states, state.statistics = self.encoder.encode(window, statistics, state.right_frames)
         state.window = state.window.roll(-BLOCK_SAMPLES)
         state.next_block += 1
         return Block(index, place(states, index).cpu())

@@ -5,6 +5,7 @@ files; a stream (`model.py`) comes close to it. Axes: s samples, t encoder frame
 l encoder layers and the input, d width.
 """
 
+from collections.abc import Iterator
 from fractions import Fraction
 
 import torch
@@ -12,12 +13,30 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from avatar.audio.clock import BLOCK_PIXEL_FRAMES
+from avatar.audio.encoder import Encoder
 from avatar.audio.resample import Resampler, check_piece
 from avatar.audio.statistics import standardise
-from avatar.types import AudioPiece
+from avatar.audio.wav2vec2 import Wav2Vec2
+from avatar.types import AudioPiece, Block
 
 ENCODER_HZ = 50
 GRID_HZ = 30
+
+
+def file_blocks(encoder: Encoder, samples: Tensor, rate_hz: int, clip_frames: int) -> Iterator[Block]:
+    """Blocks of features (l, d, f) of a whole file, to the end of its last clip: what is behind the sound is zero.
+
+    samples: (a, s) float32 in [-1, 1]. clip_frames: a multiple of a block's pixel frames.
+    ValueError if the sound cannot be used, or the encoder hears no whole files.
+    """
+    if not isinstance(encoder, Wav2Vec2):
+        raise ValueError("features of a whole file need wav2vec2; this checkpoint's encoder only hears live sound")
+    with torch.no_grad():
+        states = encoder.hidden_states(normalise(sound_of(samples, rate_hz)))
+    features = model_input(bucket(to_grid(states), clip_frames=clip_frames))[0]
+    for index, block in enumerate(torch.split(features, BLOCK_PIXEL_FRAMES, dim=-1)):
+        yield Block(index, block.contiguous())
 
 
 def sound_of(samples: Tensor, rate_hz: int) -> Tensor:

@@ -76,7 +76,7 @@ class Wav2Vec2(nn.Module):
         self.network = transformers.Wav2Vec2Model(network)
         self.num_states = network.num_hidden_layers + 1
         self.width = network.hidden_size
-        self.right_frames = config.right_frames
+        self.right_frames, self.right_is_free = config.right_frames, True
         self.left_samples = (config.left_frames + 1) * FRAME_SAMPLES  # a block's first pixel frame looks one back
         self.eval().requires_grad_(False)
 
@@ -103,9 +103,9 @@ class Wav2Vec2(nn.Module):
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         checkpoint.save(folder, asdict(self.config), self.network, dtype)
 
-    def encode(self, window: Tensor, statistics: Statistics) -> tuple[Tensor, Statistics]:
+    def encode(self, window: Tensor, statistics: Statistics, right_frames: int) -> tuple[Tensor, Statistics]:
         states = self.hidden_states(statistics.normalise(window))
-        end = states.shape[1] - self.right_frames
+        end = states.shape[1] - right_frames
         return states[:, max(0, end - BLOCK_FRAMES - 1) : end], statistics
 
     def hidden_states(self, samples: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Whisper(nn.Module):
         self.network = WhisperEncoder(transformers.WhisperConfig(**config.network))
         self.num_states = len(self.network.layers) + 1
         self.width = self.network.config.d_model
-        self.right_frames = config.right_frames
+        self.right_frames, self.right_is_free = config.right_frames, False
         # The first mel frame of the window is centred on its encoder frame's first sample.
         self.left_samples = (
             config.window_frames - BLOCK_FRAMES - config.right_frames
@@ -107,11 +107,11 @@ class Whisper(nn.Module):
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         checkpoint.save(folder, asdict(self.config), self.network, dtype)
 
-    def encode(self, window: Tensor, statistics: Statistics) -> tuple[Tensor, Statistics]:
-        silence = self.left_samples + window_end(0, self.right_frames) - len(window)
+    def encode(self, window: Tensor, statistics: Statistics, right_frames: int) -> tuple[Tensor, Statistics]:
+        silence = self.left_samples + window_end(0, right_frames) - len(window)
         mel = self.log_mel(F.pad(window, (silence, 0)))
         statistics = statistics.with_peak(float(mel.max()))
-        behind = self.config.window_frames - self.right_frames
+        behind = self.config.window_frames - right_frames
         return self.hidden_states(compress(mel, statistics.peak), slice(behind - BLOCK_FRAMES - 1, behind)), statistics
 
     def log_mel(self, samples: Tensor) -> Tensor:

@@ -93,7 +93,6 @@ class NetworkConfig:
             self.sink_distance,
             self.sink_update_block,
         )
-        is_range = isinstance(distance, int) or (len(distance) == 2 and distance[0] <= distance[1])
         rules = (
             (self.dim % 4 == 0 and self.dim % (2 * self.num_heads) == 0, "dim must be a multiple of 4 and 2 num_heads"),
             (ascends((-1, *layers, self.num_layers)), "audio_inject_layers must ascend within the layers"),
@@ -101,7 +100,7 @@ class NetworkConfig:
             (len(sigmas) > 1 and ascends(sigmas[::-1]), "schedule must descend"),
             (sigmas[-1:] == (0,) and sigmas[0] <= 1, "schedule must begin with at most 1 and end with 0"),
             (self.sampler in SAMPLERS, f"sampler must be one of {sorted(SAMPLERS)}"),
-            (is_range, "sink_distance must be a number or (low, high)"),
+            (is_distance(distance), "sink_distance must be a number or (low, high)"),
             (update is None or update > 0, "sink_update_block must be after block 0"),
             (self.pose in ("zeros", "reference"), "pose must be zeros or reference"),
             (self.pose == "zeros" or self.cond_dim == self.in_dim, "a reference as pose needs cond_dim = in_dim"),
@@ -143,6 +142,12 @@ class NetworkConfig:
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads, for config.json."""
         return {"_class_name": CLASS_NAME, **asdict(self)}
+
+
+def is_distance(value: int | tuple[int, ...]) -> bool:
+    """Whether it says how far ahead the sink stands: so many frames, or low..high."""
+    low, high = (value, value) if isinstance(value, int) else value if len(value) == 2 else (1, 0)
+    return 0 <= low <= high
 
 
 def ascends(values: tuple[float, ...]) -> bool:

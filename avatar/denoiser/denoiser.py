@@ -15,9 +15,9 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from avatar.denoiser.attention import reference_frame
+from avatar.denoiser.attention import grid_size, reference_frame
 from avatar.denoiser.cache import KeysValues, KVCache
-from avatar.denoiser.config import PATCH, NetworkConfig
+from avatar.denoiser.config import PATCH, NetworkConfig, is_distance
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import SAMPLERS, NoiseSource, noise, sink_distance
 from avatar.denoiser.schedule import timesteps
@@ -42,10 +42,15 @@ class Prefilled:
 
 @dataclass(eq=False)
 class DenoiserState:
-    """What one level carries from block to block of one session."""
+    """What one level carries from block to block of one session.
+
+    masks: (1, a, t, n, 1), the session's at every token of a block.
+    """
 
     session: Session
     cache: KVCache
+    sink_distance: int | tuple[int, int]
+    masks: Tensor | None
     prefilled: Prefilled | None = None
     next_index: int | None = None
 
@@ -72,20 +77,29 @@ class Denoiser:
         """How many blocks before the next one a stream that is opened anew should be given first."""
         return self.config.window_blocks - 1
 
-    def updates_sink(self, block: Block) -> bool:
+    def sink_update_block(self, session: Session) -> int | None:
+        """The first block of a session that is made under a sink from its own block 0; None: the picture stays."""
+        if session.sink_update_block is None:
+            return self.config.sink_update_block
+        return session.sink_update_block or None
+
+    def updates_sink(self, block: Block, session: Session) -> bool:
         """The result of this block, here, is what the session's next conditions take their sink from."""
-        return self.is_last and block.index == 0 and self.config.sink_update_block is not None
+        return self.is_last and block.index == 0 and self.sink_update_block(session) is not None
 
     def open(self, session: Session) -> DenoiserState:
-        """An empty history for a session. ValueError if its latents do not fit the network."""
+        """An empty history for a session. ValueError if it does not fit the network."""
         channels, shape = self.config.in_dim, tuple(session.motion.shape)
         if len(shape) != 4 or shape[0] != channels or not shape[1]:
             raise ValueError(f"motion latents must have shape ({channels}, t, h, w), got {shape}")
         height, width = shape[2:]
         if height % PATCH or width % PATCH or min(height, width) < SMALLEST_SIDE:
             raise ValueError(f"latents must have even sides of at least {SMALLEST_SIDE}, got {height}x{width}")
+        distance = self.config.sink_distance if session.sink_distance is None else session.sink_distance
+        if not is_distance(distance):
+            raise ValueError(f"sink_distance must be a number or (low, high), got {distance}")
         cache = KVCache(self.config, height, width, dtype=self.network.dtype, device=self.network.device)
-        return DenoiserState(session, cache)
+        return DenoiserState(session, cache, distance, self._masks(session, height, width))
 
     @torch.no_grad()
     def step(self, block: Block, state: DenoiserState) -> Block:
@@ -102,14 +116,23 @@ class Denoiser:
         start = block.latent if self.level else self._noise(state.session, block.index, config.num_frames_per_block)
         assert start is not None
         x = start.to(network.device, network.dtype).unsqueeze(0)
-        audio = network.encode_audio(block.features.to(network.device)[None, None])
+        features = block.features if block.features.ndim == 4 else block.features.unsqueeze(0)
+        audio = network.encode_audio(features.to(network.device).unsqueeze(0), state.masks)
         first_frame = block.index * config.num_frames_per_block
-        distance = sink_distance(state.session, block.index, self.level, config.sink_distance)
+        distance = sink_distance(state.session, block.index, self.level, state.sink_distance)
         state.cache.begin(block.index, reference_frame(first_frame, distance))
-        output = network(x, self._modulation, prefilled.text, audio, prefilled.pose, first_frame, state.cache)
+        pose = prefilled.pose if block.pose is None else block.pose.to(x).unsqueeze(0)
+        output = network(x, self._modulation, prefilled.text, audio, pose, first_frame, state.cache)
         velocity = velocity_of(output, x, prefilled.reference, self.sigma, config)
         latent = SAMPLERS[config.sampler](x, velocity, self.sigma, self.sigma_next)
         return replace(block, latent=latent.squeeze(0))
+
+    def _masks(self, session: Session, height: int, width: int) -> Tensor | None:
+        if session.masks is None:
+            return None
+        check_shape("masks", session.masks, len(session.masks), *grid_size(height, width))
+        masks = session.masks.to(self.network.device)
+        return repeat(masks, "a rows columns -> 1 a t (rows columns) 1", t=self.config.num_frames_per_block)
 
     def _prefill(self, conditions: Conditions, state: DenoiserState) -> Prefilled:
         network, config = self.network, self.config
@@ -131,7 +154,13 @@ class Denoiser:
             raise ValueError(f"expected block {state.next_index or 0}, got {block.index}; blocks come in order")
         if block.conditions is None:
             raise ValueError(f"block {block.index} has no conditions; a block is given them when it is admitted")
-        check_shape("features", block.features, config.num_encoder_layers, config.audio_dim, config.frames_per_block)
+        actors = () if state.session.masks is None else (len(state.session.masks),)
+        heard = (*actors, config.num_encoder_layers, config.audio_dim, config.frames_per_block)
+        check_shape("features", block.features, *heard)
+        if block.pose is not None:
+            if config.pose != "zeros":
+                raise ValueError("this checkpoint's pose input carries the reference; it takes no pose video")
+            check_shape("pose", block.pose, config.cond_dim, config.num_frames_per_block, height, width)
         if self.level:
             if block.latent is None:
                 raise ValueError(f"block {block.index} has no latent; level {self.level} continues the level before it")

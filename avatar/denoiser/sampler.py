@@ -40,6 +40,22 @@ def noise(session: Session, index: int, num_frames: int) -> Tensor:
     return torch.randn(channels, num_frames, height, width, generator=generator)
 
 
+def noise_of_clips(clip_blocks: int) -> NoiseSource:
+    """The reference's noise: a clip of clip_blocks blocks is drawn at once, clip r from a generator seeded seed + r.
+
+    Equal to the reference's only where it draws on the CPU.
+    """
+
+    def cut(session: Session, index: int, num_frames: int) -> Tensor:
+        channels, _, height, width = session.motion.shape
+        clip, block = divmod(index, clip_blocks)
+        generator = torch.Generator().manual_seed((session.seed + clip) % 2**63)
+        drawn = torch.randn(channels, clip_blocks * num_frames, height, width, generator=generator)
+        return drawn[:, block * num_frames : (block + 1) * num_frames]
+
+    return cut
+
+
 def sink_distance(session: Session, index: int, level: int, allowed: int | tuple[int, int]) -> int:
     """How many latent frames ahead of block `index` the sink stands at this level: fixed, or drawn from low..high."""
     if isinstance(allowed, int):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from avatar.types import AudioPiece, Block, Conditions, FrameChunk, Session
 from avatar.worker.v1 import types_pb2 as pb
+from avatar.worker.v1.audio_pb2 import OpenEncode
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory, and the wire is little-endian"
 
@@ -36,12 +37,21 @@ def tensor_from_pb(message: pb.Tensor) -> Tensor:
 
 
 def session_from_pb(message: pb.Session) -> Session:
-    return Session(id=message.id, seed=message.seed, motion=tensor_from_pb(message.motion))
+    has = message.HasField
+    return Session(
+        id=message.id,
+        seed=message.seed,
+        motion=tensor_from_pb(message.motion),
+        sink_update_block=message.sink_update_block if has("sink_update_block") else None,
+        sink_distance=(message.min_sink_distance, message.max_sink_distance) if has("min_sink_distance") else None,
+        audio_right_frames=message.audio_right_frames if has("audio_right_frames") else None,
+    )
 
 
-def session_of_sound(session_id: str) -> Session:
+def session_of_sound(message: OpenEncode) -> Session:
     """A session as the audio stage sees it: neither seed nor picture reaches the features."""
-    return Session(id=session_id, seed=0, motion=torch.zeros(0))
+    right_frames = message.right_frames if message.HasField("right_frames") else None
+    return Session(id=message.session_id, seed=0, motion=torch.zeros(0), audio_right_frames=right_frames)
 
 
 def conditions_to_pb(conditions: Conditions) -> pb.Conditions:

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -54,24 +54,31 @@ class PictureRule:
         """The one size there is; None where sizes are free."""
         return None if self.width is None or self.height is None else (self.width, self.height)
 
-    def video_size(self, picture: Size, asked: Size | None = None) -> Size:
-        """The video's size for a picture's. ValueError if the asked size is not to be had."""
+    def video_size(self, picture: Size, asked: Size | int | None = None) -> Size:
+        """The video's size for a picture's, as asked or of at most that area. ValueError if it is not to be had."""
+        if asked is not None:
+            self.check(asked)
         if self.fixed_size is not None:
-            if asked not in (None, self.fixed_size):
-                raise ValueError(
-                    f"size must be {self.fixed_size[0]}x{self.fixed_size[1]}, the only one of this checkpoint, "
-                    f"got {asked[0]}x{asked[1]}"
-                )
             return self.fixed_size
         assert self.area is not None
-        if asked is None:
-            return size_within(picture, self.area)
+        return asked if isinstance(asked, tuple) else size_within(picture, asked or self.area)
+
+    def check(self, asked: Size | int) -> None:
+        """ValueError if no video has this size, (width, height) or an area in pixels."""
+        if isinstance(asked, int):
+            if self.area is None or not 0 < asked <= self.area:
+                most = f"1 to {self.area}" if self.area else "left out, as there is one size only"
+                raise ValueError(f"area must be {most}, got {asked}")
+            return
         width, height = asked
-        if width <= 0 or height <= 0 or width % GRID or height % GRID:
+        if self.area is None:
+            if asked != self.fixed_size:
+                only = f"{self.width}x{self.height}"
+                raise ValueError(f"size must be {only}, the only one of this checkpoint, got {width}x{height}")
+        elif width <= 0 or height <= 0 or width % GRID or height % GRID:
             raise ValueError(f"width and height must be positive multiples of {GRID}, got {width}x{height}")
-        if width * height > self.area:
+        elif width * height > self.area:
             raise ValueError(f"size must have at most {self.area} pixels, got {width}x{height} = {width * height}")
-        return asked
 
 
 def check_fit(fit: str) -> None:
@@ -111,11 +118,11 @@ def size_within(picture: Size, area: int) -> Size:
     return size
 
 
-def read_picture(data: bytes, rule: PictureRule, size: Size | None = None, fit: Fit | None = None) -> Tensor:
+def read_picture(data: bytes, rule: PictureRule, size: Size | int | None = None, fit: Fit | None = None) -> Tensor:
     """Decode a picture and bring it to the video's size: (h, w, 3) uint8 RGB.
 
     data: a PNG, JPEG or WebP file, both sides 16 to 8192 pixels; of an animation the first frame.
-    size, fit: what the session asks for; None for the rule's choice.
+    size, fit: what the session asks for, a size or an area; None for the rule's choice.
     With fit "cover" a picture is taken as viewers show it: turned as its EXIF orientation says, transparent parts over
     white. With fit "reference" it is taken as the reference implementation takes it, which ignores both: that fit
     exists for equal numbers, and a photograph that needs turning is better served by "cover".
@@ -123,14 +130,37 @@ def read_picture(data: bytes, rule: PictureRule, size: Size | None = None, fit: 
     """
     fit = fit or rule.fit
     check_fit(fit)
+    image = open_picture(data, fit)
+    return fit_picture(image, rule.video_size(image.size, size), fit)
+
+
+def open_picture(data: bytes, fit: Fit) -> Image.Image:
+    """The RGB picture in a file, of its own size. ValueError as in `read_picture`."""
     with pillow_errors():
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     check_header(image)
     with pillow_errors():
-        image = upright(image) if fit == "cover" else image.convert("RGB")
-    size = rule.video_size(image.size, size)
+        return upright(image) if fit == "cover" else image.convert("RGB")
+
+
+def fit_picture(image: Image.Image, size: Size, fit: Fit) -> Tensor:
+    """An RGB picture brought to a size: (h, w, 3) uint8."""
     fitted = ImageOps.fit(image, size, Image.Resampling.BICUBIC) if fit == "cover" else fit_reference(image, size)
     return torch.from_numpy(np.array(fitted))
+
+
+def read_mask(data: bytes, portrait: bytes, size: Size, fit: Fit, cell: int) -> Tensor:
+    """Where an actor is, (rows, columns) float32 in [0, 1]: a picture's mean brightness in each cell of the video.
+
+    data: a file as in `read_picture`, white where the portrait shows the actor. portrait: the file of the portrait.
+    size, fit: the video's size, and how the portrait is brought to it. cell: side of a cell in pixels, which divides
+    the video's sides. ValueError if the mask is no picture, or of another size than the portrait.
+    """
+    image, shown = open_picture(data, fit), open_picture(portrait, fit)
+    if image.size != shown.size:
+        raise ValueError(f"a mask must have the portrait's size {shown.size}, got {image.size}")
+    brightness = fit_picture(image, size, fit).float().mean(-1) / 255
+    return reduce(brightness, "(rows cell) (columns cell2) -> rows columns", "mean", cell=cell, cell2=cell)
 
 
 def to_pixels(rgb: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class Vae(Generic[State]):
         """How many past blocks rebuild a stream's state exactly: open the session again and step through them."""
         return -(-self.codec.history // BLOCK_LATENTS)
 
-    def read_picture(self, data: bytes, size: Size | None = None, fit: Fit | None = None) -> Tensor:
+    def read_picture(self, data: bytes, size: Size | int | None = None, fit: Fit | None = None) -> Tensor:
         """`picture.read_picture` under this checkpoint's rule: (H, W, 3) uint8."""
         return read_picture(data, self.config.picture, size, fit)
 
@@ -91,15 +91,18 @@ class Vae(Generic[State]):
 
         rgb: (H, W, 3) uint8. ValueError if it has another shape, or the codec's stride does not divide its sides.
         """
+        with torch.inference_mode():
+            latents = self.codec.encode(self.held_still(rgb, MOTION_FRAMES))
+        return latents[0].float().cpu()
+
+    def held_still(self, rgb: Tensor, num_frames: int) -> Tensor:
+        """A picture (H, W, 3) uint8 as a clip (1, 3, f, H, W) in [-1, 1]. ValueError as in `encode_picture`."""
         stride = self.codec.space_stride
         if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != torch.uint8:
             raise ValueError(f"picture must be (h, w, 3) uint8, got {tuple(rgb.shape)} {rgb.dtype}")
         if rgb.shape[0] % stride or rgb.shape[1] % stride:
             raise ValueError(f"picture's sides must be multiples of {stride}, got {rgb.shape[1]}x{rgb.shape[0]}")
-        still = repeat(to_pixels(rgb), "c h w -> 1 c f h w", f=MOTION_FRAMES)
-        with torch.inference_mode():
-            latents = self.codec.encode(still)
-        return latents[0].float().cpu()
+        return repeat(to_pixels(rgb), "c h w -> 1 c f h w", f=num_frames)
 
     def open(self, session: Session) -> VaeState[State]:
         """A decoder that has seen the still picture. ValueError if the motion latents are not this codec's."""
@@ -114,9 +117,8 @@ class Vae(Generic[State]):
         return state
 
     def step(self, block: Block, state: VaeState[State]) -> FrameChunk:
-        """The block's frames as bytes, truncated as the reference saves them. ValueError as in `frames`."""
-        values = self.frames(block, state)
-        rgb = rearrange((255 * (values + 1) / 2).to(torch.uint8), "c f h w -> f h w c").cpu().contiguous()
+        """The block's frames as bytes. ValueError as in `frames`."""
+        rgb = to_bytes(self.frames(block, state))
         first_frame = block.index * BLOCK_FRAMES + (HIDDEN_FRAMES if block.index == 0 else 0)
         return FrameChunk(block.index, first_frame, rgb, block.traceparent)
 
@@ -134,6 +136,11 @@ class Vae(Generic[State]):
             frames = self.codec.decode(block.latent[None], state.decoder)[0].float().clamp(-1, 1)
         state.next_index = block.index + 1
         return frames[:, HIDDEN_FRAMES if block.index == 0 else 0 :]
+
+
+def to_bytes(frames: Tensor) -> Tensor:
+    """Frames (3, f, H, W) in [-1, 1] as (f, H, W, 3) uint8, truncated as the reference saves them."""
+    return rearrange((255 * (frames + 1) / 2).to(torch.uint8), "c f h w -> f h w c").cpu().contiguous()
 
 
 def load(part: Part, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae[Any]:

@@ -82,10 +82,12 @@ class WanCodec:
         # Through nn.Module, because diffusers' own `to` warns of modules to be kept in float32, of which it has none.
         nn.Module.to(network, dtype)
         self.network = network.to_empty(device=device).eval().requires_grad_(False)
-        self._mean, self._std = (
+        mean, std = (
             rearrange(torch.tensor(table, device=device), "c -> c 1 1 1")
             for table in (config.latents_mean, config.latents_std)
         )
+        # Rounded as the reference rounds: decoding and encoding in turn multiplies a last bit's error.
+        self._mean, self._scale = mean, 1 / std
 
     @property
     def channels(self) -> int:
@@ -116,14 +118,14 @@ class WanCodec:
         parts = [self.network.encoder(part, feat_cache=slots, feat_idx=[0]) for part in (frames[:, :, :1], *later)]
         # Mean and log variance of a distribution; the reference takes the mean.
         raw = self.network.quant_conv(torch.cat(parts, dim=2))[:, : self.channels]
-        latents: Tensor = (raw - self._mean) / self._std
+        latents: Tensor = (raw - self._mean) * self._scale
         return latents
 
     def fresh(self) -> Slots:
         return [None] * self.network._cached_conv_counts["decoder"]
 
     def decode(self, latents: Tensor, state: Slots) -> Tensor:
-        raw = (latents.to(self._std) * self._std + self._mean).to(self.network.dtype)
+        raw = (latents.to(self._scale) / self._scale + self._mean).to(self.network.dtype)
         return torch.cat(
             [
                 self.network.decoder(self.network.post_quant_conv(latent), feat_cache=state, feat_idx=[0])

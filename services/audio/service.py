@@ -44,6 +44,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             lookahead_s=self._audio.lookahead_s,
             capacity=self._capacity.limit,
             active=self._capacity.active,
+            max_right_frames=self._audio.max_right_frames,
         )
 
     async def Encode(
@@ -55,7 +56,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         with self._capacity.taken(), blaming("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = Usage(), 0
-            stage = local(self._audio, session_of_sound(opened.session_id), self._executor, usage)
+            stage = local(self._audio, session_of_sound(opened), self._executor, usage)
             async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
                 async for block in blocks:
                     context_of_block = telemetry.block_span(

@@ -13,7 +13,7 @@ from avatar.pipeline import Usage, local
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.session import SessionStore
-from avatar.types import Block, Conditions
+from avatar.types import Block, Conditions, Session
 from avatar.worker.v1 import denoiser_pb2 as pb
 from avatar.worker.v1 import denoiser_pb2_grpc
 from avatar.worker.v1.types_pb2 import Closed
@@ -61,12 +61,12 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
         with self._capacity.taken(), blaming("block"):
             session = session_from_pb(await self._store.session(opened.session_id))
-            yield pb.DenoiseResponse(opened=self._opened(denoiser))
+            yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = Usage(), 0
             stage = local(denoiser, session, self._executor, usage)
             async with aclosing(stage(self._blocks(opened, requests))) as blocks:
                 async for block in blocks:
-                    if denoiser.updates_sink(block):
+                    if denoiser.updates_sink(block, session):
                         await self._write_sink(opened.session_id, block)
                     telemetry.block_span(
                         "denoiser",
@@ -80,12 +80,12 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                     yield pb.DenoiseResponse(block=latent_to_pb(block))
             yield pb.DenoiseResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
 
-    def _opened(self, denoiser: Denoiser) -> pb.DenoiseOpened:
+    def _opened(self, denoiser: Denoiser, session: Session) -> pb.DenoiseOpened:
         return pb.DenoiseOpened(
             history_blocks=denoiser.history_blocks,
             num_levels=self._config.num_levels,
             digest=self._digest,
-            sink_update_block=self._config.sink_update_block,
+            sink_update_block=denoiser.sink_update_block(session),
         )
 
     async def _blocks(

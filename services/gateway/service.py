@@ -30,6 +30,7 @@ from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc
 from avatar.v1 import types_pb2 as types
 from avatar.worker.v1 import audio_pb2, types_pb2, vae_pb2
+from services.gateway.choices import context_s, set_choices, show_choices
 from services.gateway.conversation import Conversation
 from services.gateway.workers import Workers
 
@@ -66,6 +67,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             video=video,
             fit=FIT_OF[workers.vae.fit],
             sizes_free=workers.vae.sizes_free,
+            max_audio_context_s=context_s(workers.audio.max_right_frames),
             prompts=workers.text is not None,
             max_prompt_bytes=self._settings.max_prompt_bytes if workers.text else 0,
             min_rate_hz=MIN_RATE_HZ,
@@ -85,7 +87,11 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             raise InvalidField.at("fit", f"{request.fit} is no fit")
         reference = await self._workers.encode_reference(
             vae_pb2.EncodeReferenceRequest(
-                picture=request.picture, width=request.width, height=request.height, fit=FITS[request.fit]
+                picture=request.picture,
+                width=request.width,
+                height=request.height,
+                fit=FITS[request.fit],
+                area=request.area,
             )
         )
         await self._store.put_reference(reference, self._settings.reference_ttl_s)
@@ -119,6 +125,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             frame_rate_hz=reference.frame_rate_hz,
             block_frames=reference.block_frames,
         )
+        await set_choices(session, request, self._workers.max_right_frames)
         position = types_pb2.Position(next_frame=FIRST_FRAME, ttl_s=ttl_s or self._settings.session_ttl_s)
         conditions = types_pb2.Conditions(version=0, sink=reference.sink, text=text)
         await self._store.create(session, conditions, position)
@@ -159,6 +166,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         session = await self._store.session(opened.session_id)
         sound.traceparent = telemetry.session_span(session.id)
         async with self._claimed(session.id) as owner:
+            if session.HasField("audio_right_frames"):
+                sound.right_frames = session.audio_right_frames
             position = await self._store.position(session.id)
             if position.is_closed:
                 raise SessionClosed(f"the stream of session {session.id!r} has ended; create another session")
@@ -252,6 +261,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             video=types.VideoFormat(width=kept.width, height=kept.height, frame_rate_hz=kept.frame_rate_hz),
             next_frame=position.next_frame,
         )
+        show_choices(kept, session)
         session.ttl.FromMilliseconds(round(position.ttl_s * 1000))
         expires_in_s = await self._store.expires_in_s(session_id)
         session.expire_time.FromMilliseconds(round((time.time() + expires_in_s) * 1000))

@@ -79,12 +79,23 @@ class Workers:
     async def describe(self) -> Description:
         """Ask every worker what it serves. StageLost if one does not answer."""
         audio, vae, text, *denoisers = await asyncio.gather(
-            _ask("audio", audio_pb2_grpc.AudioServiceStub(self._audio).GetInfo, audio_pb2.AudioServiceGetInfoRequest()),
+            self._describe_audio(),
             _ask("vae", vae_pb2_grpc.VaeServiceStub(self._vae).GetInfo, vae_pb2.VaeServiceGetInfoRequest()),
             self._describe_text(),
             *(self._describe_denoiser(level) for level in range(len(self._denoisers))),
         )
         return Description(audio, denoisers, vae, text)
+
+    async def max_right_frames(self) -> int:
+        """Most encoder frames behind a block that a session may choose."""
+        return (await self._describe_audio()).max_right_frames
+
+    async def _describe_audio(self) -> audio_pb2.AudioServiceGetInfoResponse:
+        method = audio_pb2_grpc.AudioServiceStub(self._audio).GetInfo
+        told: audio_pb2.AudioServiceGetInfoResponse = await _ask(
+            "audio", method, audio_pb2.AudioServiceGetInfoRequest()
+        )
+        return told
 
     async def _describe_text(self) -> text_pb2.TextServiceGetInfoResponse | None:
         if self._text is None:

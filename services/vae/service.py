@@ -64,10 +64,10 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             return await asyncio.get_running_loop().run_in_executor(self._executor, self._encode, request)
 
     def _encode(self, request: pb.EncodeReferenceRequest) -> pb.EncodeReferenceResponse:
-        size = (request.width, request.height) if request.width or request.height else None
+        size = (request.width, request.height) if request.width or request.height else request.area or None
         if size is not None:
-            with blaming("width"):
-                self._vae.config.picture.video_size(size, size)
+            with blaming("area" if isinstance(size, int) else "width"):
+                self._vae.config.picture.check(size)
         fit = request.fit or self._vae.config.picture.fit
         with blaming("picture"):
             rgb = self._vae.read_picture(request.picture, size, cast(Fit, fit))  # it refuses any other

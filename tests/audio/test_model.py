@@ -43,11 +43,15 @@ def whole(model: AudioModel, sound: Tensor) -> Tensor:
         end = window_end(index, encoder.right_frames)
         statistics = Statistics().with_samples(sound[:end])
         for earlier in range(index):
-            _, heard = encoder.encode(window(model, sound, earlier), Statistics())
+            _, heard = encoder.encode(window(model, sound, earlier), Statistics(), encoder.right_frames)
             statistics = statistics.with_peak(heard.peak)
-        states, _ = encoder.encode(window(model, sound, index), statistics)
+        states, _ = encoder.encode(window(model, sound, index), statistics, encoder.right_frames)
         blocks.append(place(states, index))
     return torch.cat(blocks, dim=2)
+
+
+def window_samples(model: AudioModel) -> int:
+    return model.encoder.left_samples + window_end(0, model.encoder.right_frames)
 
 
 def window(model: AudioModel, sound: Tensor, index: int) -> Tensor:
@@ -113,7 +117,7 @@ def test_a_minute_of_sound_keeps_no_more_than_one_window(model: AudioModel, sess
     state = model.open(session)
     num_blocks = len(model.step(AudioPiece(speech.repeat(1, 7)[:, : 60 * 16000], 16000), state))
     assert num_blocks == 60 * 16000 // 7680 - (1 if model.lookahead_s > 0.01 else 0)
-    assert state.window.untyped_storage().nbytes() == 4 * model.window_samples
+    assert state.window.untyped_storage().nbytes() == 4 * window_samples(model)
 
 
 def test_the_end_equals_silence_that_goes_on(model: AudioModel, session: Session, speech: Tensor) -> None:
@@ -165,7 +169,7 @@ def test_history_and_statistics_rebuild_a_stream(model: AudioModel, session: Ses
     [expected] = model.step(AudioPiece(speech[:, state.num_samples :][:, :BLOCK_SAMPLES], 16000), state)
 
     start = index * BLOCK_SAMPLES - round((model.history_s - SETTLE_S) * 16000)
-    rebuilt = AudioState(torch.zeros(model.window_samples), start, index, statistics)
+    rebuilt = AudioState(torch.zeros(window_samples(model)), model.encoder.right_frames, start, index, statistics)
     [block] = model.step(AudioPiece(speech[:, start : window_end(index, model.encoder.right_frames)], 16000), rebuilt)
     assert torch.equal(block.features, expected.features)
 

@@ -52,17 +52,17 @@ def test_frames_are_centred_on_their_first_sample(encoder: Whisper) -> None:
     """A click at the window's frame 24 k + 5 shows most in the input of the layers at that frame."""
     window = torch.zeros(encoder.left_samples + 7680 + 80 + 4 * 320)
     window[encoder.left_samples + 5 * 320] = 1.0
-    silent, _ = encoder.encode(torch.zeros_like(window), Statistics())
-    clicked, _ = encoder.encode(window, Statistics())
+    silent, _ = encoder.encode(torch.zeros_like(window), Statistics(), encoder.right_frames)
+    clicked, _ = encoder.encode(window, Statistics(), encoder.right_frames)
     change = (clicked[0] - silent[0]).square().sum(dim=1)
     assert change.shape == (25,)
     assert change.argmax() == 1 + 5
 
 
 def test_silence_stays_at_the_floor_that_speech_has_set(encoder: Whisper, speech: Tensor) -> None:
-    _, statistics = encoder.encode(speech[0, 8000:30000], Statistics())
+    _, statistics = encoder.encode(speech[0, 8000:30000], Statistics(), encoder.right_frames)
     assert statistics.peak > Statistics().peak
-    silent, kept = encoder.encode(torch.full((30000,), 1e-6), statistics)
+    silent, kept = encoder.encode(torch.full((30000,), 1e-6), statistics, encoder.right_frames)
     assert kept.peak == statistics.peak
     floor = torch.full((16, 128), (statistics.peak - 8 + 4) / 4)
     torch.testing.assert_close(silent, encoder.hidden_states(floor)[:, -4 - 25 : -4])

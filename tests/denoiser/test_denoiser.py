@@ -221,16 +221,34 @@ def test_block_ten_million_is_finite_and_the_same_again(
     assert all(map(torch.equal, answers, latents(denoiser, session, blocks)))
 
 
-def test_the_last_level_makes_the_next_sink_from_block_0(network: Network, config: NetworkConfig) -> None:
+def test_the_last_level_makes_the_next_sink_from_block_0(
+    network: Network, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
     made = [
-        (level, index)
+        (level, block.index)
         for level in range(4)
-        for index in range(3)
-        if Denoiser(network, config, level).updates_sink(random_block(config, index, random_conditions(config, 0)))
+        for block in blocks_of(config, conditions, 0, 1, 2)
+        if Denoiser(network, config, level).updates_sink(block, session)
     ]
     assert made == [(3, 0)]
-    still = Denoiser(network, replace(config, sink_update_block=None), level=3)
-    assert not still.updates_sink(random_block(config, 0, random_conditions(config, 0)))
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "update"), [(4, None, 4), (4, 7, 7), (4, 0, None), (None, None, None), (None, 2, 2)]
+)
+def test_a_session_decides_where_its_sink_is_replaced(
+    network: Network,
+    session: Session,
+    conditions: Conditions,
+    config: NetworkConfig,
+    own: int | None,
+    asked: int | None,
+    update: int | None,
+) -> None:
+    last = Denoiser(network, replace(config, sink_update_block=own), level=3)
+    asking = replace(session, sink_update_block=asked)
+    assert last.sink_update_block(asking) == update
+    assert last.updates_sink(random_block(config, 0, conditions), asking) is (update is not None)
 
 
 def test_a_residual_output_means_the_velocity_of_the_path_to_it(config: NetworkConfig) -> None:

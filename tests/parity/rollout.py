@@ -5,6 +5,7 @@ and their order all leave marks in the latents. It keeps its means as values in 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,8 +16,12 @@ from avatar.denoiser.cache import History, KeysValues
 from avatar.denoiser.config import FRAMES_PER_LATENT, NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
+from avatar.denoiser.sampler import noise_of_clips
 from avatar.denoiser.schedule import flow_match_schedule
 from avatar.types import Block, Conditions, Session
+from avatar.vae import offline
+from avatar.vae.vae import Vae
+from avatar.vae.wan import Slots
 from tests.parity.goldens import Golden, Report
 from tests.parity.vae import wan_vae
 
@@ -30,34 +35,75 @@ DENOISE = (
 
 def run_tpp(golden: Golden, report: Report) -> None:
     """Picture to frames, every level on its own, the sink replaced once by block 0's result."""
-    info, tensors = golden.info, golden.tensors
-    weights = golden.sibling(info["vae_weights"].removesuffix(".safetensors"))
-    vae = wan_vae(weights.info["config"], weights.tensors)
+    info, tensors, vae, limit = golden.info, golden.tensors, rollout_vae(golden), golden.info["tolerance_latents"]
     motion = vae.encode_picture(tensors["image/rgb_u8"])
-    limit = info["tolerance_latents"]
-    warmup = tensors["motion/initial_first7"]
-    report.compare("motion", motion, tensors["motion/initial_last19"], max_abs=limit)
-    report.compare("warm-up", motion[:, : warmup.shape[1]], warmup, max_abs=limit)
+    check_motion(report, golden, motion, motion)
 
-    config, session, features = rollout_config(golden), Session("golden", info["seed"], motion), audio_blocks(golden)
+    config, session = rollout_config(golden), Session("golden", info["seed"], motion)
     levels = [Level(golden, config, level, session) for level in range(config.num_levels)]
-    conditions = [Conditions(0, motion[:, :1], tensors["context"])]
-    frames, state = [], vae.open(session)
+    blocks = draw(report, golden, levels, Conditions(0, motion[:, :1], tensors["context"]))
+    state = vae.open(session)
+    check_video(report, golden, [vae.frames(block, state) for block in blocks])
+    for level, each in enumerate(levels):
+        check_events(report, each, [event for event in info["events"] if event["rank"] == level], limit)
+
+
+def run_offline(golden: Golden, report: Report) -> None:
+    """Picture to frames as on one GPU: the picture stays the sink, and clips are decoded one by one.
+
+    A clip's frames are compared, which the latents of the frames before it, encoded anew, have left their mark on.
+    """
+    info, tensors, vae, limit = golden.info, golden.tensors, rollout_vae(golden), golden.info["tolerance_latents"]
+    rgb = tensors["image/rgb_u8"]
+    motion, sink = offline.encode_picture(vae, rgb)
+    check_motion(report, golden, vae.encode_picture(rgb), motion)
+
+    config = replace(rollout_config(golden), sink_update_block=None)
+    session = Session("golden", info["seed"], motion)
+    levels = [Level(golden, config, level, session) for level in range(config.num_levels)]
+    latents = [block.latent for block in draw(report, golden, levels, Conditions(0, sink, tensors["context"]))]
+    whole = torch.cat([latent for latent in latents if latent is not None], dim=1)
+    clips = torch.split(whole, config.num_frames_per_block * info["blocks_per_clip"], dim=1)
+    check_video(report, golden, list(offline.decode_clips(vae, rgb, clips)))
+    for level, each in enumerate(levels):
+        events = [event for event in info["events"] if event["cache_id"] == level]
+        # Of its 92 motion latents, too, the last 19 alone are looked at.
+        seen = [{**event, "motion_shape": [1, *motion.shape]} for event in events]
+        check_events(report, each, seen, limit)
+
+
+def rollout_vae(golden: Golden) -> Vae[Slots]:
+    weights = golden.sibling(golden.info["vae_weights"].removesuffix(".safetensors"))
+    return wan_vae(weights.info["config"], weights.tensors)
+
+
+def check_motion(report: Report, golden: Golden, first: Tensor, last: Tensor) -> None:
+    """Compare motion latents, from the still's first on and up to its last."""
+    limit, warmup = golden.info["tolerance_latents"], golden.tensors["motion/initial_first7"]
+    report.compare("warm-up", first[:, : warmup.shape[1]], warmup, max_abs=limit)
+    report.compare("motion", last, golden.tensors["motion/initial_last19"], max_abs=limit)
+
+
+def draw(report: Report, golden: Golden, levels: list["Level"], conditions: Conditions) -> list[Block]:
+    """All blocks through all levels; latents and the sinks that they were made under are compared."""
+    tensors, limit, features = golden.tensors, golden.info["tolerance_latents"], audio_blocks(golden)
+    last, session, sinks, blocks = levels[-1].denoiser, levels[-1].state.session, [conditions], []
+    clip_noise = noise_of_clips(golden.info["blocks_per_clip"])
     for index, name in enumerate(block_names(golden)):
-        is_updated = config.sink_update_block is not None and index >= config.sink_update_block
-        block = Block(index, features[index], conditions=conditions[-1 if is_updated else 0])
+        update = last.sink_update_block(session)
+        block = Block(index, features[index], conditions=sinks[0 if update is None or index < update else -1])
+        noise = clip_noise(session, index, golden.info["frames_per_block"])
+        report.compare(f"{name}/noise", noise, tensors[f"{name}/noise"], max_abs=limit)
         for level, each in enumerate(levels):
             block = each.denoiser.step(block, each.state)
             assert block.latent is not None
             report.compare(f"{name}/s{level}", block.latent, tensors[f"{name}/s{level}/x_out"], max_abs=limit)
-        if block.latent is not None and levels[-1].denoiser.updates_sink(block):
-            conditions.append(conditions[-1].with_sink(block.latent))
-        frames.append(vae.frames(block, state))
-    for version, made in enumerate(conditions):
+        if block.latent is not None and last.updates_sink(block, session):
+            sinks.append(conditions.with_sink(block.latent))
+        blocks.append(block)
+    for version, made in enumerate(sinks):
         report.compare(f"sink {version}", made.sink, tensors[f"ref_latents/prefill{version}"][0], max_abs=limit)
-    for level, each in enumerate(levels):
-        check_events(report, each, [event for event in info["events"] if event["rank"] == level], limit)
-    check_video(report, golden, torch.cat(frames, dim=1))
+    return blocks
 
 
 def block_names(golden: Golden) -> list[str]:
@@ -122,7 +168,7 @@ class StandIn:
     def embed_text(self, text: Tensor) -> float:
         return mean(text)
 
-    def encode_audio(self, features: Tensor) -> float:
+    def encode_audio(self, features: Tensor, _: Tensor | None) -> float:
         return mean(features)
 
     def prefill(self, reference: Tensor, motion: Tensor, _: float) -> list[KeysValues]:
@@ -192,12 +238,12 @@ def check_events(report: Report, level: Level, recorded: list[dict[str, Any]], l
         report.compare(f"{name} means", actual, wanted, max_abs=limit)
 
 
-def check_video(report: Report, golden: Golden, video: Tensor) -> None:
-    limit, tensors = golden.info["tolerance_frames"], golden.tensors
+def check_video(report: Report, golden: Golden, frames: list[Tensor]) -> None:
+    limit, tensors, video = golden.info["tolerance_frames"], golden.tensors, torch.cat(frames, dim=1)
     report.exact("video", [*video.shape], golden.info["video_shape"])
     report.compare("frames", video[:, :, ::4, ::4], tensors["frames/stride4"], max_abs=limit)
     report.compare("frame means", video.mean((0, 2, 3)), tensors["frames/per_frame_mean"], max_abs=limit)
     report.compare("frame spreads", video.std((0, 2, 3)), tensors["frames/per_frame_std"], max_abs=limit)
 
 
-RUNNERS: dict[str, Callable[[Golden, Report], None]] = {"rollout_tpp": run_tpp}
+RUNNERS: dict[str, Callable[[Golden, Report], None]] = {"rollout_tpp": run_tpp, "rollout_single_offline": run_offline}

@@ -26,6 +26,7 @@ from avatar.rpc.codec import (
 from avatar.session import ITEM_BYTES
 from avatar.types import Block, Conditions, FrameChunk
 from avatar.worker.v1 import types_pb2 as pb
+from avatar.worker.v1.audio_pb2 import OpenEncode
 
 Sent = TypeVar("Sent", bound=Message)
 SHAPES = [(), (1,), (0,), (3, 0, 2), (2, 3, 4, 5)]
@@ -116,9 +117,22 @@ def test_a_session_arrives() -> None:
     assert_same(session.motion, motion)
 
 
-def test_a_session_of_sound_has_a_name_alone() -> None:
-    session = session_of_sound("a-b")
+def test_what_a_session_has_not_chosen_stays_the_checkpoints_choice() -> None:
+    motion = tensor_to_pb(torch.zeros(1, 1, 1, 1))
+    session = session_from_pb(sent(pb.Session(motion=motion)))
+    assert (session.sink_update_block, session.sink_distance, session.audio_right_frames) == (None, None, None)
+    chosen = pb.Session(
+        motion=motion, sink_update_block=0, min_sink_distance=0, max_sink_distance=9, audio_right_frames=0
+    )
+    session = session_from_pb(sent(chosen))
+    assert (session.sink_update_block, session.sink_distance, session.audio_right_frames) == (0, (0, 9), 0)
+
+
+def test_a_session_of_sound_has_a_name_and_how_far_it_hears() -> None:
+    session = session_of_sound(OpenEncode(session_id="a-b"))
     assert (session.id, session.seed, session.motion.numel()) == ("a-b", 0, 0)
+    assert session.audio_right_frames is None
+    assert session_of_sound(OpenEncode(right_frames=0)).audio_right_frames == 0
 
 
 @pytest.mark.parametrize("num_tokens", [0, 7])

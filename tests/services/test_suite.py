@@ -7,7 +7,7 @@ import grpc
 import pytest
 import torch
 
-from avatar.__main__ import render
+from avatar.render import Options, load, render
 from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
 from services.__main__ import suite
@@ -20,7 +20,7 @@ SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round 
 
 def rendered(checkpoint: Path, picture: bytes, data: bytes, seed: int) -> list[bytes]:
     samples = torch.frombuffer(bytearray(data), dtype=torch.int16).unsqueeze(0) / 32768
-    chunks = render(checkpoint, samples, RATE_HZ, picture, seed)
+    chunks = render(load(checkpoint), [samples], RATE_HZ, picture, Options(seed=seed))
     return [frame.numpy().tobytes() for chunk in chunks for frame in chunk.frames]
 
 

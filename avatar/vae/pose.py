@@ -1,0 +1,42 @@
+"""A pose video as latents, which the network adds to what it draws.
+
+Source: the reference implementation of arXiv 2512.04677. Axes: c channels, t latent frames, f pixel frames, h w height
+and width of latents, H W of frames.
+"""
+
+from collections.abc import Iterator
+from itertools import islice, repeat
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from avatar.vae.codec import Codec, State
+from avatar.vae.picture import Fit, Size, fit_picture, to_pixels
+
+# What the frames after a video's last are.
+MISSING = -1.0
+
+
+def pose_latents(
+    codec: Codec[State], frames: Iterator[NDArray[np.uint8]], size: Size, fit: Fit, clip_frames: int
+) -> Iterator[Tensor]:
+    """Latents (c, t, h, w) float32 of one clip after the other, without end; t = clip_frames / 4.
+
+    frames: (H, W, 3) RGB at the film's rate, of any size. size, fit: (width, height) of the film, and how frames are
+    brought to it. Each clip is encoded alone, its first frame doubled and the first frame's latent left out.
+    """
+    width, height = size
+    missing = torch.full((3, height, width), MISSING)
+    while shown := [to_pixels(fit_picture(Image.fromarray(frame), size, fit)) for frame in islice(frames, clip_frames)]:
+        yield _encode(codec, [*shown, *repeat(missing, clip_frames - len(shown))])
+    yield from repeat(_encode(codec, [missing] * clip_frames))
+
+
+def _encode(codec: Codec[State], clip: list[Tensor]) -> Tensor:
+    with torch.inference_mode():
+        latents = codec.encode(rearrange([clip[0], *clip], "f c h w -> 1 c f h w"))
+    return latents[0, :, 1:].float().cpu()
