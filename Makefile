@@ -12,9 +12,10 @@ WEIGHTS := models/tiny/denoiser/model.safetensors
 
 install: $(VENV)/installed
 
-$(VENV)/installed: requirements.lock pyproject.toml $(PROTOS)
+$(VENV)/installed: requirements.lock training/requirements-evaluate.txt pyproject.toml $(PROTOS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --requirement requirements.lock
+	python -m pip install --quiet --no-deps --requirement training/requirements-evaluate.txt
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
