@@ -5,6 +5,7 @@ Axes: f frames, h w height and width of frames.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,17 +14,27 @@ Curve = NDArray[np.floating]
 Pixels = NDArray[np.uint8]
 
 MOST_LAG = 8
-# A curve that deviates less from its mean is still: rounding, not motion.
+# r below this is chance, and its lag means nothing.
+LEAST_AGREEMENT = 0.2
+# A curve of a smaller range is still: rounding, not motion.
 STILL = 1e-6
-# Side of the cells of a colour map, as a share of the frame's.
-CELL_SHARE = 16
+# Cells of a colour map along a frame's shorter side.
+CELLS = 16
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number, and what is to be said of it; or None, and why there is none."""
+
+    value: float | None
+    note: str = ""
 
 
 def correlation(one: Curve, two: Curve) -> float:
     """Pearson's r of two curves (f,); 0 if one of them is still, since it says nothing about the other."""
-    if one.std() < STILL or two.std() < STILL:
+    if np.ptp(one) < STILL or np.ptp(two) < STILL:
         return 0.0
-    return float(np.corrcoef(one, two)[0, 1])
+    return float(np.corrcoef(one.astype(np.float64), two.astype(np.float64))[0, 1])
 
 
 def shifted_correlation(made: Curve, truth: Curve, lag: int) -> float:
@@ -33,15 +44,28 @@ def shifted_correlation(made: Curve, truth: Curve, lag: int) -> float:
 
 
 def best_lag(pairs: Sequence[tuple[Curve, Curve]], most: int = MOST_LAG) -> int | None:
-    """The lag in frames at which what was made agrees best with the truth, on average; None if it never does."""
+    """The lag in frames at which what was made agrees best with the truth, on average; None if that is but chance."""
     means = {lag: np.mean([shifted_correlation(*pair, lag) for pair in pairs]) for lag in range(-most, most + 1)}
     lag = max(means, key=lambda each: (means[each], -abs(each)))
-    return lag if means[lag] > 0 else None
+    return lag if means[lag] >= LEAST_AGREEMENT else None
 
 
-def ratio(made: Sequence[float], truth: Sequence[float]) -> float | None:
-    """Sum of one by sum of the other; None if there is no truth to compare with."""
-    return sum(made) / sum(truth) if sum(truth) > 0 else None
+def mean_figure(values: Sequence[float]) -> Figure:
+    """The mean, with its standard error where there are several values."""
+    error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Figure(float(np.mean(values)), "" if error is None else f"± {error:.2g} of {len(values)}")
+
+
+def ratio_figure(pairs: Sequence[tuple[float, float]]) -> Figure:
+    """Sum of what was made by sum of the truth."""
+    made, truth = (sum(values) for values in zip(*pairs, strict=True))
+    return Figure(made / truth) if truth > 0 else Figure(None, "the truth is still")
+
+
+def lag_figure(pairs: Sequence[tuple[Curve, Curve]]) -> Figure:
+    """The best lag."""
+    lag = best_lag(pairs)
+    return Figure(lag, f"r is below {LEAST_AGREEMENT} at every lag" if lag is None else "")
 
 
 def edge_energy(frames: Pixels) -> float:
@@ -61,18 +85,18 @@ def flicker(frames: Pixels) -> float:
     return float(np.abs(np.diff(frames.astype(np.int16), 2, axis=0)).mean())
 
 
-def still_places(frames: Pixels, tolerance: int = 2) -> NDArray[np.bool_]:
-    """(h, w) where the frames never differ from the first by more than a few grey levels."""
-    return np.asarray(np.abs(frames.astype(np.int16) - frames[0]).max((0, 3)) <= tolerance)
+def corners(height: int, width: int) -> NDArray[np.bool_]:
+    """(h, w) the upper corners: background in a portrait, whatever the head does."""
+    places = np.zeros((height, width), bool)
+    places[: height // 4, : width // 8] = places[: height // 4, -(width // 8) :] = True
+    return places
 
 
-def stillness_db(frames: Pixels, places: NDArray[np.bool_]) -> float | None:
+def stillness_db(frames: Pixels, places: NDArray[np.bool_]) -> float:
     """How small the change from frame to frame is at places (h, w), in decibels below full scale.
 
-    At most 99, of what does not change at all; None if there are no such places.
+    At most 99, of what does not change at all.
     """
-    if not places.any() or len(frames) < 2:
-        return None
     change = np.diff(frames[:, places].astype(np.float32), axis=0)
     return min(99.0, -10 * math.log10(float((change**2).mean()) / 255**2 + 1e-10))
 
@@ -80,7 +104,7 @@ def stillness_db(frames: Pixels, places: NDArray[np.bool_]) -> float | None:
 def colour_map(frames: Pixels) -> NDArray[np.float64]:
     """Frames averaged over time and over cells: (f, h, w, 3) -> (rows, columns, 3)."""
     mean = frames.mean(0, dtype=np.float64)
-    side = max(1, min(mean.shape[:2]) // CELL_SHARE)
+    side = max(1, min(mean.shape[:2]) // CELLS)
     rows, columns = mean.shape[0] // side, mean.shape[1] // side
     cells = mean[: rows * side, : columns * side].reshape(rows, side, columns, side, 3)
     return np.asarray(cells.mean((1, 3)))
@@ -91,13 +115,13 @@ def distance(frames: Pixels, reference: Pixels) -> float:
     return float(np.sqrt(((colour_map(frames) - colour_map(reference[None])) ** 2).mean()))
 
 
-def against_chance(opening: Curve, loudness: Curve, apart: int = 25) -> tuple[int | None, float, float | None]:
-    """How an opening mouth goes with loudness: lag in frames, r at that lag, and how often r exceeds chance.
+def above_chance(pairs: Sequence[tuple[Curve, Curve]], apart: int = 25) -> float | None:
+    """How often r of the pairs, on average, exceeds chance; None without chance.
 
-    Chance is the root mean square of r with the sound moved round by at least `apart` frames. Nones if there is none.
+    Chance is the root mean square of r with the second curve moved round by at least `apart` frames.
     """
-    lag = best_lag([(opening, loudness)])
-    moved = [correlation(opening, np.roll(loudness, shift)) for shift in range(apart, len(loudness) - apart)]
+    moved = [
+        correlation(one, np.roll(two, shift)) for one, two in pairs for shift in range(apart, len(two) - apart + 1)
+    ]
     chance = math.sqrt(float(np.mean(np.square(moved)))) if moved else 0.0
-    peak = shifted_correlation(opening, loudness, lag or 0)
-    return lag, peak, peak / chance if chance > 0 else None
+    return float(np.mean([correlation(*pair) for pair in pairs])) / chance if chance > 0 else None

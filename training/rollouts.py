@@ -33,7 +33,6 @@ from training.data import FRAME_SAMPLES, SOUND_RATE_HZ
 BLOCK_SAMPLES = BLOCK_FRAMES * FRAME_SAMPLES
 Pixels = NDArray[np.uint8]
 Sound = NDArray[np.float32]
-Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
@@ -71,14 +70,14 @@ def load(
 class Rollout:
     """One session, block after block.
 
-    cost_s: seconds of this thread's processor time, by stage; independent of what else the machine does.
+    costs_s: by stage, seconds of this thread's processor time for each piece or block: hardly dependent on what else
+        the machine does.
     """
 
     def __init__(self, models: Models, reference: Pixels, seed: int = 0) -> None:
         """reference: (H, W, 3) of the video's size."""
         self.models = models
-        self.cost_s: dict[str, float] = {}
-        self.num_blocks = 0
+        self.costs_s: dict[str, list[float]] = {}
         motion = models.vae.encode_picture(torch.from_numpy(np.array(reference)))
         session = Session("rollout", seed, motion)
         self._conditions = self._updated = Conditions(0, motion[:, :1], torch.zeros(0, 0))
@@ -92,21 +91,23 @@ class Rollout:
                 yield self._render(block)
 
     def _render(self, block: Block) -> FrameChunk:
+        return self._timed("decode", self.models.vae.step, self._timed("levels", self._denoise, block), self._decoding)
+
+    def _denoise(self, block: Block) -> Block:
         if block.index == self.models.config.sink_update_block:
             self._conditions = self._updated
         block = replace(block, conditions=self._conditions)
         for denoiser, history in zip(self.models.denoisers, self._histories, strict=True):
-            block = self._timed("levels", denoiser.step, block, history)
+            block = denoiser.step(block, history)
         if self.models.denoisers[-1].updates_sink(block):
             assert block.latent is not None
             self._updated = self._conditions.with_sink(block.latent)
-        self.num_blocks += 1
-        return self._timed("decode", self.models.vae.step, block, self._decoding)
+        return block
 
-    def _timed(self, stage: str, step: Callable[[Item, Any], Answer], item: Item, state: object) -> Answer:
+    def _timed(self, stage: str, step: Callable[..., Answer], *arguments: object) -> Answer:
         started = time.thread_time()
-        answer = step(item, state)
-        self.cost_s[stage] = self.cost_s.get(stage, 0.0) + time.thread_time() - started
+        answer = step(*arguments)
+        self.costs_s.setdefault(stage, []).append(time.thread_time() - started)
         return answer
 
 
@@ -118,7 +119,7 @@ def pieces(sound: Sound) -> Iterator[AudioPiece]:
     yield AudioPiece(samples[:, :0], SOUND_RATE_HZ, is_last=True)
 
 
-def spoken(rollout: Rollout, sound: Sound, num_blocks: int) -> Pixels:
-    """The first blocks' frames (f, H, W, 3), from frame HIDDEN_FRAMES of the stream on."""
+def spoken(rollout: Rollout, sound: Sound, num_blocks: int | None = None) -> Pixels:
+    """The frames (f, H, W, 3) of all or the first blocks, from frame HIDDEN_FRAMES of the stream on."""
     chunks = islice(rollout.speak(pieces(sound)), num_blocks)
     return np.concatenate([chunk.frames.numpy() for chunk in chunks])
