@@ -100,7 +100,7 @@ QUICK = Extent(clips=12, others=6, people=1, blocks=30)
 def quick(
     checkpoint: Path, clips: Sequence[StoredClip], denoiser: tuple[Network, NetworkConfig] | None = None
 ) -> dict[str, float | None]:
-    """lip_sync_r, mouth_amplitude and edge_energy on these clips, for a look while training: about 6 s a clip.
+    """lip_sync_r, mouth_amplitude and edge_energy on these clips, for a look while training: about 5 s a clip.
 
     denoiser: a network and its configuration in place of the checkpoint's. A figure without faces to read is None.
     """
@@ -119,7 +119,8 @@ def available(tool: Callable[[], Tool]) -> Tool | None:
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
     """At most so many of the items, evenly over all."""
-    return [items[i * len(items) // count] for i in range(min(count, len(items)))] if len(items) > count else [*items]
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def on_held_out(checkpoint: Path, clips: Sequence[StoredClip], extent: Extent, sheet: Path | None) -> dict[str, Figure]:
@@ -161,10 +162,11 @@ def on_any(checkpoint: Path, speech: Path, portrait: Path) -> dict[str, Figure]:
     take = speak(models, reference, sound)
     scores = score(take, available(Landmarks), available(Identity))
     figures = held_out_figures([scores])
+    beside = {name: figures[name] for name in ("edge_energy", "sharpness", "identity_distance")}
     blocks = [take.made[start : start + BLOCK_FRAMES] for start in range(0, len(take.made), BLOCK_FRAMES)]
     return {
         **figures,
-        **{name: Figure(figures[name].value, "against the portrait") for name in ("edge_energy", "sharpness")},
+        **{name: Figure(each.value, "against the portrait") for name, each in beside.items() if each.value is not None},
         **{name: Figure(None, "not known of any clip, only of held-out ones") for name in NEEDS_TRUTH},
         **speech_figures([scores.openings[0]] if scores.openings is not None else [], sound),
         "drift_ratio": drift_figure([[distance(frames, reference) for frames in blocks]]),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from avatar.vae.vae import BLOCK_FRAMES, HIDDEN_FRAMES
 from training.data import StoredClip
@@ -80,9 +81,10 @@ def speak(models: Models, reference: Pixels, sound: Sound) -> Take:
 class Scores:
     """What is kept of a take when its frames are gone. Pairs are of what was made and of the truth.
 
-    openings: (f,) each, the lips' opening as it is read. jaw: what the first is compared with: the jaw's curve where
-    that is known, else the second. faces: share of the made frames with a face. Nones: nobody could read faces, or
-    most frames had none. identity: mean distance to the reference's embedding.
+    openings: (f,) each, the lips' opening as it is read; None if it could not be read in the truth.
+    jaw: (f,) what the first is compared with: the jaw's curve where that is known, else the second.
+    faces: share of the made frames with a face; None if nobody could look for faces.
+    identity: mean distance to the reference's embedding; None if no faces could be compared.
     """
 
     openings: tuple[Floats, Floats] | None
@@ -102,9 +104,8 @@ def score(take: Take, landmarks: Landmarks | None, identity: Identity | None = N
     if landmarks is not None:
         points, true_points = landmarks.points(take.made), landmarks.points(take.truth)
         faces = float(found(points).mean())
-        openings = mouth_opening(points), mouth_opening(true_points)
-        if not all(np.isfinite(curve).all() for curve in openings):
-            openings = None
+        opening, true_opening = readable_opening(points), mouth_opening(true_points)
+        openings = (opening, true_opening) if np.isfinite(true_opening).all() else None
         if identity is not None:
             own = landmarks.points(take.reference[None])
             home = identity.embed(take.reference, own[0])
@@ -123,6 +124,11 @@ def score(take: Take, landmarks: Landmarks | None, identity: Identity | None = N
     )
 
 
+def readable_opening(points: Floats) -> Floats:
+    """The opening of a made mouth; still where most frames have no face, since that is the checkpoint's failure."""
+    return np.nan_to_num(mouth_opening(points))
+
+
 def _both(measure: Callable[[Pixels], float], take: Take) -> tuple[float, float]:
     return measure(take.made), measure(take.truth)
 
@@ -139,7 +145,7 @@ def held_out_figures(scores: Sequence[Scores]) -> dict[str, Figure]:
     heard = [(each.openings, each.jaw) for each in scores if each.openings is not None]
     faces = [each.faces for each in scores if each.faces is not None]
     pairs = [(openings[0], jaw) for openings, jaw in heard]
-    unread = Figure(None, "no faces were found in most frames" if faces else f"no landmarks: reading lips {MISSING}")
+    unread = Figure(None, "the truth has too few faces" if faces else f"no landmarks: reading lips {MISSING}")
     people = [each.identity for each in scores if each.identity is not None]
     return {
         "lip_sync_r": mean_figure([correlation(*pair) for pair in pairs]) if pairs else unread,
@@ -157,9 +163,8 @@ def held_out_figures(scores: Sequence[Scores]) -> dict[str, Figure]:
 def _identity_figure(people: Sequence[tuple[float, float]]) -> Figure:
     if not people:
         return Figure(None, f"no embeddings: comparing people {MISSING}")
-    return Figure(
-        float(np.mean([made for made, _ in people])), f"true frames: {np.mean([true for _, true in people]):.2f}"
-    )
+    made, true = np.mean(people, axis=0).tolist()
+    return Figure(made, f"true frames: {true:.2f}")
 
 
 def other_figure(
@@ -167,12 +172,12 @@ def other_figure(
 ) -> Figure:
     """r of another sound: every clip's portrait says the next clip's, and is compared with its own clip's truth."""
     values = []
-    for clip, other, own in zip(clips, [*clips[1:], clips[0]], scores, strict=True):
+    triples = zip(clips, [*clips[1:], clips[0]], scores, strict=True)
+    for clip, other, own in tqdm(triples, "other sounds", len(clips), unit="clip", mininterval=5):
         if own.openings is None or landmarks is None:
             continue
         made = pictured(models, models.picture(np.array(clip.array("reference"))), other)
-        opening = mouth_opening(landmarks.points(made))
-        if np.isfinite(opening).all():
-            count = min(len(opening), len(own.jaw))
-            values.append(correlation(opening[:count], own.jaw[:count]))
+        opening = readable_opening(landmarks.points(made))
+        count = min(len(opening), len(own.jaw))
+        values.append(correlation(opening[:count], own.jaw[:count]))
     return mean_figure(values) if values else Figure(None, "no faces were read")

@@ -128,10 +128,11 @@ class NoFaces:
 
 
 class BrightMouths:
-    """Landmarks that take brightness for an open mouth."""
+    """Landmarks that take brightness for an open mouth, and see nobody in the dark."""
 
     def points(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return face(frames.mean((1, 2, 3)))
+        brightness = frames.mean((1, 2, 3))
+        return np.where(brightness[:, None, None] > 0, face(brightness), np.float32(np.nan))
 
 
 def face(openings: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -196,6 +197,13 @@ def test_a_still_face_has_neither_amplitude_nor_sync_nor_lag() -> None:
 def test_without_a_jaw_s_curve_the_lips_of_the_true_frames_are_the_truth() -> None:
     take = Take(flashes(curve()), flashes(curve()), flashes(curve())[0], None)
     assert held_out_figures([score(take, cast(Landmarks, BrightMouths()))])["lip_sync_r"].value == pytest.approx(1)
+
+
+def test_a_take_without_a_face_counts_as_out_of_sync() -> None:
+    frames = flashes(curve())
+    take = Take(np.zeros_like(frames), frames, frames[0], curve().astype(np.float32))
+    figures = held_out_figures([score(take, cast(Landmarks, BrightMouths()))])
+    assert (figures["lip_sync_r"].value, figures["face_found"].value) == (0, 0)
 
 
 def test_missing_packages_cost_their_figures_and_say_so() -> None:
