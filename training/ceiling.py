@@ -15,13 +15,18 @@ from training.crops import to_pixels
 from training.data import StoredClip
 from training.figures import Figure, correlation, edge_energy, mean_figure, ratio_figure
 from training.landmarks import Landmarks, mouth_opening
-from training.rollouts import Models
+from training.rollouts import Models, until
 
 
-def codec_figures(models: Models, clips: Sequence[StoredClip], landmarks: Landmarks | None) -> dict[str, Figure]:
-    """PSNR of whole frames and round the lips, and what is left of the mouth and of edges."""
+def codec_figures(
+    models: Models, clips: Sequence[StoredClip], landmarks: Landmarks | None, deadline: float
+) -> dict[str, Figure]:
+    """PSNR of whole frames and round the lips, and what is left of the mouth and of edges.
+
+    deadline: no clip but the first three is begun after it, seconds of time.monotonic.
+    """
     whole, mouth, edges, openings, agreements = [], [], [], [], []
-    for clip in clips:
+    for clip in until(clips, deadline):
         count = 1 + (len(clip.array("frames")) - 1) // TIME_STRIDE * TIME_STRIDE
         truth = np.array(clip.array("frames")[:count])
         pixels = to_pixels(truth)

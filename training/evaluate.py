@@ -7,7 +7,9 @@ figure that could not be had says why. `--json FILE` writes all of it.
 
 import argparse
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +30,7 @@ from training.data import StoredClip, read_clips
 from training.figures import Figure, distance
 from training.identity import Identity
 from training.landmarks import Landmarks
-from training.rollouts import Pixels
+from training.rollouts import Pixels, until
 from training.sheets import save_sheet
 from training.takes import Scores, held_out_figures, other_figure, score, speak, take_of
 from training.trials import DTYPES, block_cost, drift_figure, endure, sound_from, speech_figures
@@ -84,17 +86,23 @@ class Extent:
     """How much is looked at.
 
     clips: held out. others: of those, how many also say another's sound. people: who say the recording, and then go on
-    for so many blocks.
+    for so many blocks. limit_s: on a machine so busy that this would not do, fewer clips and blocks are looked at.
     """
 
     clips: int
     others: int
     people: int
     blocks: int
+    limit_s: float | None = None
+
+    def deadline(self, share: float) -> float:
+        """When so much of the time from now on is over, seconds of time.monotonic."""
+        return math.inf if self.limit_s is None else time.monotonic() + share * self.limit_s
 
 
 FULL = Extent(clips=50, others=50, people=3, blocks=250)
-QUICK = Extent(clips=12, others=6, people=1, blocks=30)
+# Recorded speech and what a block costs are not cut short, and have the rest of five minutes.
+QUICK = Extent(clips=12, others=6, people=1, blocks=30, limit_s=180)
 
 
 def quick(
@@ -132,7 +140,7 @@ def on_held_out(checkpoint: Path, clips: Sequence[StoredClip], extent: Extent, s
     chosen: list[StoredClip] = spread(clips, extent.clips)
     scores: list[Scores] = []
     rows: list[Pixels] = []
-    for clip in tqdm(chosen, "held-out clips", unit="clip", mininterval=5):
+    for clip in until(tqdm(chosen, "held-out clips", unit="clip", mininterval=5), extent.deadline(0.5)):
         take = take_of(models, clip)
         scores.append(score(take, landmarks, identity))
         if len(rows) < SHEET_ROWS:
@@ -140,14 +148,17 @@ def on_held_out(checkpoint: Path, clips: Sequence[StoredClip], extent: Extent, s
     if sheet is not None:
         save_sheet(sheet, [rearrange(torch.from_numpy(row), "n h w c -> n c h w") / 127.5 - 1 for row in rows])
     figures = held_out_figures(scores)
+    chosen = chosen[: len(scores)]
+    figures["lip_sync_r_other"] = other_figure(
+        models, chosen[: extent.others], scores[: extent.others], landmarks, extent.deadline(0.2)
+    )
+    figures |= codec_figures(models, chosen, landmarks, extent.deadline(0.15))
     people = [models.picture(np.array(clip.array("reference"))) for clip in chosen[: extent.people]]
     sound = sound_from(*read_sound(SPEECH))
     speeches = [score(speak(models, person, sound), landmarks) for person in people]
-    sessions = [endure(models, person, sound, extent.blocks) for person in people]
+    sessions = [endure(models, person, sound, extent.blocks, extent.deadline(0.15)) for person in people]
     return {
         **figures,
-        "lip_sync_r_other": other_figure(models, chosen[: extent.others], scores[: extent.others], landmarks),
-        **codec_figures(models, chosen, landmarks),
         **speech_figures([each.openings[0] for each in speeches if each.openings is not None], sound),
         "drift_ratio": drift_figure(sessions),
         **cost_figures(checkpoint, people[0]),

@@ -34,6 +34,7 @@ BLOCK_SAMPLES = BLOCK_FRAMES * FRAME_SAMPLES
 Pixels = NDArray[np.uint8]
 Sound = NDArray[np.float32]
 Answer = TypeVar("Answer")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,3 +124,11 @@ def spoken(rollout: Rollout, sound: Sound, num_blocks: int | None = None) -> Pix
     """The frames (f, H, W, 3) of all or the first blocks, from frame HIDDEN_FRAMES of the stream on."""
     chunks = islice(rollout.speak(pieces(sound)), num_blocks)
     return np.concatenate([chunk.frames.numpy() for chunk in chunks])
+
+
+def until(items: Iterable[Item], deadline: float, least: int = 3) -> Iterator[Item]:
+    """Items until the deadline, seconds of time.monotonic, but at least so many of them."""
+    for number, item in enumerate(items):
+        if number >= least and time.monotonic() > deadline:
+            return
+        yield item

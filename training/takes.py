@@ -25,7 +25,7 @@ from training.figures import (
 )
 from training.identity import Identity
 from training.landmarks import MISSING, Floats, Landmarks, found, mouth_opening
-from training.rollouts import Models, Pixels, Rollout, Sound, spoken
+from training.rollouts import Models, Pixels, Rollout, Sound, spoken, until
 
 # Frames between two that are embedded.
 IDENTITY_STRIDE = 24
@@ -168,12 +168,16 @@ def _identity_figure(people: Sequence[tuple[float, float]]) -> Figure:
 
 
 def other_figure(
-    models: Models, clips: Sequence[StoredClip], scores: Sequence[Scores], landmarks: Landmarks | None
+    models: Models, clips: Sequence[StoredClip], scores: Sequence[Scores], landmarks: Landmarks | None, deadline: float
 ) -> Figure:
-    """r of another sound: every clip's portrait says the next clip's, and is compared with its own clip's truth."""
+    """r of another sound: every clip's portrait says the next clip's, and is compared with its own clip's truth.
+
+    deadline: no clip but the first three is begun after it, seconds of time.monotonic.
+    """
     values = []
     triples = zip(clips, [*clips[1:], clips[0]], scores, strict=True)
-    for clip, other, own in tqdm(triples, "other sounds", len(clips), unit="clip", mininterval=5):
+    shown = tqdm(triples, "other sounds", len(clips), unit="clip", mininterval=5)
+    for clip, other, own in until(shown, deadline):
         if own.openings is None or landmarks is None:
             continue
         made = pictured(models, models.picture(np.array(clip.array("reference"))), other)

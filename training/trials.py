@@ -3,6 +3,7 @@
 Axes: s samples at 16 kHz, f pixel frames, H W height and width of frames.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import cycle, islice
 
@@ -16,7 +17,7 @@ from training.data import FRAME_RATE_HZ, SOUND_RATE_HZ
 from training.figures import Curve, Figure, above_chance, correlation, distance, lag_figure
 from training.landmarks import Floats
 from training.motion import loudness
-from training.rollouts import BLOCK_SAMPLES, Models, Pixels, Rollout, Sound, pieces
+from training.rollouts import BLOCK_SAMPLES, Models, Pixels, Rollout, Sound, pieces, until
 
 # Blocks at either end of a session that drift compares.
 ENDS = 10
@@ -47,18 +48,21 @@ def speech_figures(openings: Sequence[Curve], sound: Sound) -> dict[str, Figure]
     }
 
 
-def endure(models: Models, reference: Pixels, sound: Sound, num_blocks: int) -> list[float]:
-    """How far each block of a long session is from the reference; the sound is said again and again."""
+def endure(models: Models, reference: Pixels, sound: Sound, num_blocks: int, deadline: float = math.inf) -> list[float]:
+    """How far each block of a long session is from the reference; the sound is said again and again.
+
+    deadline: no block but those of both ends is begun after it, seconds of time.monotonic.
+    """
     *whole, _ = pieces(sound[: len(sound) // BLOCK_SAMPLES * BLOCK_SAMPLES])
     assert whole, "sound must fill a block"
     chunks = islice(Rollout(models, reference).speak(cycle(whole)), num_blocks)
     shown = tqdm(chunks, "long session", num_blocks, unit="block", mininterval=5)
-    return [distance(chunk.frames.numpy(), reference) for chunk in shown]
+    return [distance(chunk.frames.numpy(), reference) for chunk in until(shown, deadline, least=2 * ENDS)]
 
 
 def drift_figure(sessions: Sequence[Sequence[float]]) -> Figure:
     """Distance in the last blocks by that in the first, mean over sessions of so many blocks' distances."""
-    num_blocks = len(sessions[0])
+    num_blocks = min(map(len, sessions))
     ends = min(ENDS, num_blocks // 2)
     if not ends:
         return Figure(None, "too short to drift")

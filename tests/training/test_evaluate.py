@@ -1,4 +1,6 @@
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -271,6 +273,11 @@ def test_a_block_s_cost_has_all_stages(checkpoint: Path) -> None:
     assert cost.value is not None
     assert cost.value > 0
     assert all(stage in cost.note for stage in ("audio", "levels", "decode"))
+
+
+def test_what_is_short_of_time_looks_at_less_but_never_at_nothing() -> None:
+    assert [*rollouts.until(range(9), time.monotonic() - 1, least=3)] == [0, 1, 2]
+    assert [*rollouts.until(range(9), math.inf, least=3)] == [*range(9)]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
