@@ -18,6 +18,7 @@ from training.figures import (
     Figure,
     above_chance,
     best_lag,
+    corners,
     correlation,
     distance,
     edge_energy,
@@ -26,6 +27,7 @@ from training.figures import (
     sharpness,
     stillness_db,
 )
+from training.identity import Identity
 from training.landmarks import Landmarks, mouth_opening
 from training.takes import Take, held_out_figures, score, sound_of, take_of
 from training.trials import block_cost, drift_figure, endure, speech_figures
@@ -92,6 +94,13 @@ def test_stillness_is_of_the_places_that_are_asked_for() -> None:
     left[4:] = True
     assert stillness_db(frames, left) == 99
     assert stillness_db(frames, ~left) == pytest.approx(0, abs=0.1)
+
+
+def test_the_background_is_looked_for_in_the_upper_corners() -> None:
+    places = corners(64, 80)
+    assert places[:16, :10].all()
+    assert places[:16, -10:].all()
+    assert places.sum() == 2 * 16 * 10
 
 
 def test_frames_are_compared_with_those_of_their_own_time(checkpoint: Path, clips: list[StoredClip]) -> None:
@@ -329,10 +338,31 @@ def test_any_clip_has_the_figures_that_need_no_truth(
 
 def test_real_landmarks_find_the_portrait_s_lips() -> None:
     pytest.importorskip("ai_edge_litert")
-    image = np.array(Image.open(ASSETS / "portrait.png").convert("RGB").resize((128, 128)))
+    image = portrait()
     points = Landmarks().points(np.stack([image, np.zeros_like(image), np.roll(image, (5, -7), (0, 1))]))
     assert np.isnan(points[1]).all()
     lips = points[:, [0, 17]]
     assert 75 < lips[0, 0, 1] < lips[0, 1, 1] < 105
     assert np.abs(lips[0, :, 0] - 64).max() < 6
     np.testing.assert_allclose(lips[2] - lips[0], np.tile((-7, 5), (2, 1)), atol=1.5)
+
+
+def portrait() -> NDArray[np.uint8]:
+    return np.array(Image.open(ASSETS / "portrait.png").convert("RGB").resize((128, 128)))
+
+
+def test_another_light_is_the_same_person_and_another_shape_is_not() -> None:
+    pytest.importorskip("dlib")
+    image = portrait()
+    darker = (image * 0.7).astype(np.uint8)
+    wider = np.array(Image.fromarray(image).resize((176, 128)).crop((24, 0, 152, 128)))
+    identity, points = Identity(), Landmarks().points(np.stack([image, darker, wider]))
+    own, same, other = (
+        identity.embed(frame, place) for frame, place in zip((image, darker, wider), points, strict=True)
+    )
+    assert own is not None
+    assert same is not None
+    assert other is not None
+    assert np.linalg.norm(same - own) < 0.2
+    assert np.linalg.norm(other - own) > 1.5 * np.linalg.norm(same - own)
+    assert identity.embed(image, np.full_like(points[0], np.nan)) is None
