@@ -1,0 +1,247 @@
+"""How well a checkpoint's people speak: `python -m training.evaluate CHECKPOINT --data runs/data` prints one table.
+
+Held-out people say held-out sentences through the library, and are compared with what was really to be seen. With
+`--speech FILE --portrait FILE` any person says anything, and the table holds what can be known without the truth. A
+figure that could not be had says why. `--json FILE` writes all of it.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+from avatar.denoiser.config import NetworkConfig
+from avatar.denoiser.model import Network
+from avatar.media import read_sound
+from avatar.vae.vae import BLOCK_FRAMES
+from training import rollouts
+from training.ceiling import codec_figures
+from training.data import StoredClip, read_clips
+from training.figures import Figure, distance
+from training.identity import Identity
+from training.landmarks import Landmarks
+from training.rollouts import Pixels, until
+from training.sheets import save_sheet
+from training.takes import Scores, held_out_figures, other_figure, score, speak, take_of
+from training.trials import DTYPES, block_cost, drift_figure, endure, sound_from, speech_figures
+
+SPEECH = Path(__file__).parents[1] / "assets" / "speech.wav"
+HOUR_BLOCKS = 7500
+NEEDS_TRUTH = (
+    *("lip_sync_r", "lip_sync_r_other", "best_lag_frames", "mouth_amplitude", "flicker"),
+    *("codec_psnr", "codec_psnr_mouth", "codec_lip_sync_r", "codec_mouth_amplitude", "codec_edge_energy"),
+)
+SHEET_ROWS, SHEET_COLUMNS = 12, 10
+Tool = TypeVar("Tool")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. decimals: as it is printed. low, high: what is acceptable at least, where that is set."""
+
+    key: str
+    label: str
+    decimals: int
+    target: str = ""
+    low: float = -np.inf
+    high: float = np.inf
+
+
+TABLE = (
+    Row("lip_sync_r", "lips against the truth, r", 2, ".75", low=0.6),
+    Row("lip_sync_r_other", "the same with another clip's sound", 2, "below .10", high=0.15),
+    Row("best_lag_frames", "best lag, frames (positive: late)", 0, "0", -1, 1),
+    Row("mouth_amplitude", "mouth's amplitude by the truth's", 2, ".9 to 1.1", 0.8, 1.25),
+    Row("edge_energy", "edge energy by the truth's", 2, ".9 to 1.1", 0.8, 1.25),
+    Row("sharpness", "sharpness by the truth's", 2),
+    Row("flicker", "second differences in time by the truth's", 2),
+    Row("background_db", "still background, frame to frame, dB", 1, "no mottling", low=40),
+    Row("codec_psnr", "codec, PSNR, dB", 1, "36", low=34),
+    Row("codec_psnr_mouth", "codec, in a box round the lips, dB", 1, "33", low=31),
+    Row("codec_lip_sync_r", "codec, lips against the truth, r", 2),
+    Row("codec_mouth_amplitude", "codec, mouth's amplitude by the truth's", 2),
+    Row("codec_edge_energy", "codec, edge energy by the truth's", 2),
+    Row("face_found", "frames with a face", 4, ".999", low=0.99),
+    Row("identity_distance", "identity, embedding to the reference", 2),
+    Row("drift_ratio", "drift, last 10 blocks by first 10", 2, "1.0", high=1.1),
+    Row("speech_lag_frames", "recorded speech: lag to loudness, frames", 0, "0", -1, 1),
+    Row("speech_ratio", "recorded speech: r by a shifted sound's", 1, "3", low=2),
+    Row("block_ms", "a block, bfloat16, ms", 0, "375", high=480),
+    Row("block_ms_float32", "a block, float32, ms", 0),
+)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is looked at.
+
+    clips: held out. others: of those, how many also say another's sound. people: who say the recording, and then go on
+    for so many blocks. limit_s: on a machine so busy that this would not do, fewer clips and blocks are looked at.
+    """
+
+    clips: int
+    others: int
+    people: int
+    blocks: int
+    limit_s: float | None = None
+
+    def deadline(self, share: float) -> float:
+        """When so much of the time from now on is over, seconds of time.monotonic."""
+        return math.inf if self.limit_s is None else time.monotonic() + share * self.limit_s
+
+
+FULL = Extent(clips=50, others=50, people=3, blocks=250)
+# Recorded speech and what a block costs are not cut short, and have the rest of five minutes.
+QUICK = Extent(clips=12, others=6, people=1, blocks=30, limit_s=180)
+
+
+def quick(
+    checkpoint: Path, clips: Sequence[StoredClip], denoiser: tuple[Network, NetworkConfig] | None = None
+) -> dict[str, float | None]:
+    """lip_sync_r, mouth_amplitude and edge_energy on these clips, for a look while training: about 5 s a clip.
+
+    denoiser: a network and its configuration in place of the checkpoint's. A figure without faces to read is None.
+    """
+    models, landmarks = rollouts.load(checkpoint, denoiser=denoiser), available(Landmarks)
+    figures = held_out_figures([score(take_of(models, clip), landmarks) for clip in clips])
+    return {name: figures[name].value for name in ("lip_sync_r", "mouth_amplitude", "edge_energy")}
+
+
+def available(tool: Callable[[], Tool]) -> Tool | None:
+    """The tool, None if its packages are missing."""
+    try:
+        return tool()
+    except ModuleNotFoundError:
+        return None
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most so many of the items, evenly over all."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def on_held_out(checkpoint: Path, clips: Sequence[StoredClip], extent: Extent, sheet: Path | None) -> dict[str, Figure]:
+    """Every figure of the table. clips: all that are held out.
+
+    sheet: where to write the truth, and below it what was made, of the first clips.
+    """
+    models, landmarks, identity = rollouts.load(checkpoint), available(Landmarks), available(Identity)
+    chosen: list[StoredClip] = spread(clips, extent.clips)
+    scores: list[Scores] = []
+    rows: list[Pixels] = []
+    for clip in until(tqdm(chosen, "held-out clips", unit="clip", mininterval=5), extent.deadline(0.5)):
+        take = take_of(models, clip)
+        scores.append(score(take, landmarks, identity))
+        if len(rows) < SHEET_ROWS:
+            rows += [np.stack(spread(list(frames), SHEET_COLUMNS)) for frames in (take.truth, take.made)]
+    if sheet is not None:
+        save_sheet(sheet, [rearrange(torch.from_numpy(row), "n h w c -> n c h w") / 127.5 - 1 for row in rows])
+    figures = held_out_figures(scores)
+    chosen = chosen[: len(scores)]
+    figures["lip_sync_r_other"] = other_figure(
+        models, chosen[: extent.others], scores[: extent.others], landmarks, extent.deadline(0.2)
+    )
+    figures |= codec_figures(models, chosen, landmarks, extent.deadline(0.15))
+    people = [models.picture(np.array(clip.array("reference"))) for clip in chosen[: extent.people]]
+    sound = sound_from(*read_sound(SPEECH))
+    speeches = [score(speak(models, person, sound), landmarks) for person in people]
+    sessions = [endure(models, person, sound, extent.blocks, extent.deadline(0.15)) for person in people]
+    return {
+        **figures,
+        **speech_figures([each.openings[0] for each in speeches if each.openings is not None], sound),
+        "drift_ratio": drift_figure(sessions),
+        **cost_figures(checkpoint, people[0]),
+    }
+
+
+def on_any(checkpoint: Path, speech: Path, portrait: Path) -> dict[str, Figure]:
+    """What can be known of a person who says something if nobody knows how that should look."""
+    models = rollouts.load(checkpoint)
+    reference = models.vae.read_picture(portrait.read_bytes()).numpy()
+    sound = sound_from(*read_sound(speech))
+    take = speak(models, reference, sound)
+    scores = score(take, available(Landmarks), available(Identity))
+    figures = held_out_figures([scores])
+    beside = {name: figures[name] for name in ("edge_energy", "sharpness", "identity_distance")}
+    blocks = [take.made[start : start + BLOCK_FRAMES] for start in range(0, len(take.made), BLOCK_FRAMES)]
+    return {
+        **figures,
+        **{name: Figure(each.value, "against the portrait") for name, each in beside.items() if each.value is not None},
+        **{name: Figure(None, "not known of any clip, only of held-out ones") for name in NEEDS_TRUTH},
+        **speech_figures([scores.openings[0]] if scores.openings is not None else [], sound),
+        "drift_ratio": drift_figure([[distance(frames, reference) for frames in blocks]]),
+        **cost_figures(checkpoint, reference),
+    }
+
+
+def cost_figures(checkpoint: Path, person: Pixels) -> dict[str, Figure]:
+    """What a block costs in each precision."""
+    return {name: block_cost(rollouts.load(checkpoint, dtype), person) for name, dtype in DTYPES.items()}
+
+
+def table(figures: Mapping[str, Figure]) -> str:
+    """The figures, a line each, beside what is wanted of them; `!` marks what is not acceptable."""
+    lines = [f"{'':42} {'measured':>9}  {'target':12} remarks"]
+    for row in TABLE:
+        figure = figures[row.key]
+        value = "-" if figure.value is None else f"{figure.value:.{row.decimals}f}"
+        mark = " " if figure.value is None or row.low <= figure.value <= row.high else "!"
+        lines.append(f"{row.label:42} {value:>9}{mark} {row.target:12} {figure.note}".rstrip())
+    return "\n".join(lines)
+
+
+def write_json(path: Path, figures: Mapping[str, Figure], about: Mapping[str, Any]) -> None:
+    """The figures by their keys, null where there is none; what is to be said of them under `notes`."""
+    values = {row.key: figures[row.key].value for row in TABLE}
+    notes = {row.key: figures[row.key].note for row in TABLE if figures[row.key].note}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**values, "notes": notes, **about}, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("checkpoint", type=Path, help="folder of the models")
+    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="shards, as training.make_data makes them")
+    parser.add_argument("--quick", action="store_true", help="fewer clips and shorter sessions: under five minutes")
+    parser.add_argument("--clips", type=int, help=f"held-out clips (default {FULL.clips})")
+    parser.add_argument("--hour", action="store_true", help=f"long sessions of {HOUR_BLOCKS} blocks, of two people")
+    parser.add_argument("--speech", type=Path, help="evaluate this sound, said by --portrait, and no held-out clips")
+    parser.add_argument("--portrait", type=Path, help="a PNG, JPEG or WebP picture of a person")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--sheet", type=Path, help="write truth and made frames, row by row, to this PNG")
+    flags = parser.parse_args()
+    if (flags.speech is None) != (flags.portrait is None):
+        parser.error("--speech and --portrait go together")
+    torch.set_num_threads(1)
+    extent = QUICK if flags.quick else FULL
+    if flags.hour:
+        extent = replace(extent, people=2, blocks=HOUR_BLOCKS)
+    if flags.clips is not None:
+        extent = replace(extent, clips=flags.clips)
+    try:
+        if flags.speech is not None:
+            about = {"speech": str(flags.speech), "portrait": str(flags.portrait)}
+            figures = on_any(flags.checkpoint, flags.speech, flags.portrait)
+        else:
+            about = asdict(extent)
+            figures = on_held_out(flags.checkpoint, read_clips(flags.data, "held_out"), extent, flags.sheet)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(table(figures))
+    if flags.json is not None:
+        write_json(flags.json, figures, {"checkpoint": str(flags.checkpoint), **about})
+
+
+if __name__ == "__main__":
+    main()
