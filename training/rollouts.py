@@ -25,6 +25,7 @@ from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
+from avatar.layouts import open_part
 from avatar.types import AudioPiece, Block, Conditions, FrameChunk, Session
 from avatar.vae import vae as vae_model
 from avatar.vae.vae import BLOCK_FRAMES, Vae
@@ -60,12 +61,12 @@ def load(
 
     denoiser: a network, and its configuration, in place of the folder's.
     """
-    audio = audio_model.load(checkpoint / "audio")
+    audio = audio_model.load(open_part(checkpoint, "audio"))
     if isinstance(audio.encoder, Whisper | Wav2Vec2):
         nn.Module.to(audio.encoder.network, dtype)
-    network, config = denoiser or denoiser_model.load(checkpoint / "denoiser", dtype=dtype)
+    network, config = denoiser or denoiser_model.load(open_part(checkpoint, "denoiser"), dtype=dtype)
     denoisers = [Denoiser(network, config, level) for level in range(config.num_levels)]
-    return Models(audio, denoisers, config, vae_model.load(checkpoint / "vae", dtype=dtype))
+    return Models(audio, denoisers, config, vae_model.load(open_part(checkpoint, "vae"), dtype=dtype))
 
 
 class Rollout:
@@ -80,7 +81,7 @@ class Rollout:
         self.models = models
         self.costs_s: dict[str, list[float]] = {}
         motion = models.vae.encode_picture(torch.from_numpy(np.array(reference)))
-        session = Session("rollout", seed, motion)
+        self._session = session = Session("rollout", seed, motion)
         self._conditions = self._updated = Conditions(0, motion[:, :1], torch.zeros(0, 0))
         self._hearing, self._decoding = models.audio.open(session), models.vae.open(session)
         self._histories = [denoiser.open(session) for denoiser in models.denoisers]
@@ -100,7 +101,7 @@ class Rollout:
         block = replace(block, conditions=self._conditions)
         for denoiser, history in zip(self.models.denoisers, self._histories, strict=True):
             block = denoiser.step(block, history)
-        if self.models.denoisers[-1].updates_sink(block):
+        if self.models.denoisers[-1].updates_sink(block, self._session):
             assert block.latent is not None
             self._updated = self._conditions.with_sink(block.latent)
         return block

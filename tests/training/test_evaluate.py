@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avatar.denoiser import model as denoiser_model
+from avatar.layouts import open_part
 from tests.conftest import ASSETS
 from training import evaluate, rollouts
 from training.data import Clip, StoredClip, read_shard, write_shard
@@ -121,7 +122,7 @@ def test_a_network_in_training_is_looked_at_in_place_of_the_checkpoint_s(
     checkpoint: Path, clips: list[StoredClip], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.evaluate.Landmarks", NoFaces)
-    network, config = denoiser_model.load(checkpoint / "denoiser")
+    network, config = denoiser_model.load(open_part(checkpoint, "denoiser"))
     same = evaluate.quick(checkpoint, clips, (network, config))
     assert same == evaluate.quick(checkpoint, clips)
     assert same["lip_sync_r"] is None
