@@ -125,16 +125,16 @@ def inspect(
     yield f"levels    {config.num_levels}: sigma {', '.join(f'{sigma:g}' for sigma in config.schedule)}"
     yield f"pictures  {sizes_line(picture)}, {models.vae.config.frame_rate_hz} a second"
     yield ""
-    width, height = shown = picture.video_size(size or picture.fixed_size or WIDE, size)
+    width, height = picture.video_size(size or picture.fixed_size or WIDE, size)
     yield f"memory of a denoiser at {width}x{height} in {name_of(models.network.dtype)}"
-    for what, num_bytes in denoiser_memory(models, shown).items():
+    stride = models.vae.codec.space_stride
+    for what, num_bytes in denoiser_memory(models.network, height // stride, width // stride).items():
         yield f"{what:40}{human(num_bytes):>10}"
 
 
-def denoiser_memory(models: Models, size: Size) -> dict[str, int]:
-    """Bytes of weights, and those that each session takes at each level, at a picture size (width, height)."""
-    config, network, stride = models.config, models.network, models.vae.codec.space_stride
-    width, height = (side // stride for side in size)
+def denoiser_memory(network: denoiser_model.Network, height: int, width: int) -> dict[str, int]:
+    """Bytes of weights, and those that each session takes at each level, of latents of height x width."""
+    config = network.config
     cache = KVCache(config, height, width, dtype=network.dtype, device="meta")
     ring = config.num_layers * sum(each.nbytes for each in cache.window(0))
     words = 2 * config.num_layers * config.text_len * config.dim * network.dtype.itemsize

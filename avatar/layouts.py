@@ -113,9 +113,11 @@ def _text(checkpoint: Path) -> Part:
     path = checkpoint / TEXT_FILE
     shapes = {text_name(name): tuple(tensor.shape) for name, tensor in read_tensors(path)}
     try:
-        config = {"encoder": "umt5", "network": text_sizes(shapes)}
+        config: dict[str, Any] = {"encoder": "umt5", "network": text_sizes(shapes)}
     except KeyError as error:
         raise ValueError(f"weights in {path} are not those of a text encoder: missing {error.args[0]}") from error
+    if rows := read_config(checkpoint).get("text_len"):
+        config["max_tokens"] = rows
     return Part(checkpoint, config, (path,), text_name, tokenizer=_tokenizer(checkpoint / TOKENIZER_FOLDER))
 
 

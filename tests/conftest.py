@@ -28,6 +28,7 @@ from avatar.vae import light, vae
 from avatar.vae.picture import PictureRule
 from services.__main__ import suite as services_suite
 from services.launch import Suite, free_ports, start_redis, until_healthy
+from tests import published as as_published
 from tests.text import tiny as tiny_text
 
 torch.set_num_threads(1)
@@ -98,6 +99,14 @@ def write_checkpoint(folder: Path, text_width: int = 8, text_rows: int = 1) -> N
     checkpoints.save(
         folder / "vae", asdict(vae.VaeConfig("light", picture, 25, asdict(sizes))), light.initialise(sizes, 0)
     )
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the published layout, every name there and every width small; its adapter lies in it."""
+    folder = tmp_path_factory.mktemp("published") / "Wan2.2-S2V-14B"
+    as_published.write(folder)
+    return folder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from avatar import checkpoint
+from avatar import checkpoint, part
 from avatar.checkpoint import WEIGHTS, save
 from avatar.part import Part, load_weights
 from tests.toy import Toy, assert_equal, part_in, write_shards
@@ -69,3 +69,56 @@ def test_every_shard_counts_in_the_digest(tmp_path: Path) -> None:
         after = part_in(tmp_path).digest()
         assert after != before
         before = after
+
+
+def test_nothing_is_filled_if_anything_is_wrong(tmp_path: Path) -> None:
+    tensors = Toy(seed=1).state_dict()
+    del tensors["counts"]
+    save_file(tensors, tmp_path / WEIGHTS)
+    module = Toy(seed=2)
+    with pytest.raises(ValueError, match="missing counts"):
+        load_weights(module, part_in(tmp_path))
+    assert_equal(module, Toy(seed=2))
+
+
+def test_a_wrong_tensor_is_named_with_its_shard(tmp_path: Path) -> None:
+    where = write_shards(tmp_path, Toy(width=5))
+    with pytest.raises(ValueError, match="do not fit Toy") as caught:
+        load_weights(Toy(width=4), part_in(tmp_path))
+    assert f"{tmp_path / where['inner.0.weight']}" in str(caught.value)
+
+
+def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
+    where = write_shards(tmp_path, Toy())
+    for file in set(where.values()):
+        save_file({"counts": torch.zeros(3)}, tmp_path / file)
+    with pytest.raises(ValueError, match="holds counts, which was there before"):
+        part_in(tmp_path).outline()
+
+
+def test_a_module_without_memory_is_only_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, {}, Toy())
+    monkeypatch.setattr(Part, "tensors", None)
+    load_weights(Toy().to("meta"), part_in(tmp_path))
+    with pytest.raises(ValueError, match="expected"):
+        load_weights(Toy(width=5).to("meta"), part_in(tmp_path))
+
+
+def test_large_files_are_sampled_for_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("WHOLE", 1000), ("BEGINNING", 300), ("STEP", 500), ("SAMPLE", 10)):
+        monkeypatch.setattr(part, f"{name}_BYTES", size)
+    file = tmp_path / WEIGHTS
+    data = bytes(range(256)) * 8
+
+    def digest_with(place: int | None = None, size: int = len(data)) -> str:
+        changed = bytearray(data[:size])
+        if place is not None:
+            changed[place] ^= 1
+        file.write_bytes(changed)
+        return part_in(tmp_path).digest()
+
+    whole = digest_with()
+    for place in (0, 299, 500, 509, 1500, len(data) - 1):
+        assert digest_with(place) != whole
+    assert digest_with(size=len(data) - 1) != whole
+    assert digest_with(400) == whole  # nobody looks there

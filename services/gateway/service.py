@@ -69,7 +69,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             sizes_free=workers.vae.sizes_free,
             max_audio_context_s=context_s(workers.audio.max_right_frames),
             prompts=workers.text is not None,
-            max_prompt_bytes=self._settings.max_prompt_bytes if workers.text else 0,
+            max_prompt_bytes=self._settings.max_prompt_bytes if workers.text is not None else 0,
             min_rate_hz=MIN_RATE_HZ,
             max_rate_hz=MAX_RATE_HZ,
             max_picture_bytes=self._settings.max_picture_bytes,

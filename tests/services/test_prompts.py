@@ -59,3 +59,11 @@ async def test_a_text_encoder_that_the_network_cannot_read_is_refused(
             await new_session(stub, picture, prompt=PROMPT)
         assert "the text worker made 5 rows of width 16, denoisers read 1 of width 8" in refusal.message
         await new_session(stub, picture)
+
+
+async def test_a_published_checkpoint_takes_prompts(published: Path, store: SessionStore, picture: bytes) -> None:
+    async with suite(published, store, SETTINGS) as target, connected(target) as stub:
+        prompts = ("a person", "speaks")
+        sessions = [await new_session(stub, picture, seed=1, prompt=prompt) for prompt in prompts]
+        one, other = [(await speak(stub, session.id, sound(0.48))).pixels for session in sessions]
+    assert one != other

@@ -11,7 +11,7 @@ from tests.conftest import sound
 from tests.product import connected, new_session, speak
 
 STAGES = [("audio", None), ("denoiser", 0), ("denoiser", 1), ("denoiser", 2), ("vae", None)]
-LABELS = {"stage", "level", "reason", "service", "rpc.system.name", "rpc.method", "rpc.response.status_code"}
+LABELS = {"stage", "level", "reason", "kept", "service", "rpc.system.name", "rpc.method", "rpc.response.status_code"}
 
 
 def span_id(span: ReadableSpan) -> int:

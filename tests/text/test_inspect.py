@@ -11,10 +11,12 @@ from avatar.text.model import load
 from tests.text import tiny
 
 
-def test_a_checkpoint_says_that_it_takes_prompts(text_checkpoint: Path, checkpoint: Path) -> None:
+def test_a_checkpoint_says_that_it_takes_prompts(text_checkpoint: Path, checkpoint: Path, published: Path) -> None:
     told = "\n".join(inspect(text_checkpoint))
     assert f"umt5, {tiny.MAX_TOKENS} tokens of width 16" in told
     assert "5,072" in told
+    # The published encoder is cut to what the network beside it reads.
+    assert "umt5, 8 tokens of width 16" in "\n".join(inspect(published))
     assert "prompts   none" in "\n".join(inspect(checkpoint))
 
 

@@ -1,0 +1,78 @@
+"""A folder as it is published, served by the suite and rendered: what a team with the weights does."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from avatar.adapter import Adapter
+from avatar.render import Options, embed, load, render
+from avatar.session import MemoryHashes, SessionStore
+from avatar.settings import DenoiserSettings, GatewaySettings
+from services.__main__ import suite
+from services.denoiser.__main__ import build
+from tests.conftest import RATE_HZ, sound
+from tests.product import connected, new_session, speak
+from tests.published import ADAPTER
+
+SECONDS = 0.9  # two blocks
+SIZE = (128, 64)  # of the video that the picture of 60x80 becomes
+
+
+async def test_a_published_checkpoint_is_served_and_rendered(
+    published: Path, store: SessionStore, picture: bytes
+) -> None:
+    settings, adapter = GatewaySettings(listen="127.0.0.1:0"), published / ADAPTER
+    async with suite(published, store, settings, adapter=adapter) as target, connected(target) as stub:
+        session = await new_session(stub, picture, seed=7)
+        streamed = await speak(stub, session.id, sound(SECONDS))
+    chunks = list(render(load(published, Adapter(adapter)), [samples()], RATE_HZ, picture, Options(seed=7)))
+    assert [len(chunk.frames) for chunk in chunks] == [9, 12]
+    frames = torch.cat([chunk.frames for chunk in chunks])
+    assert frames.shape == (21, *SIZE, 3)
+    assert streamed.pixels == [frame.numpy().tobytes() for frame in frames]
+    assert frames.float().std(0).mean() > 1  # something moves
+
+
+def samples() -> Tensor:
+    return torch.frombuffer(bytearray(sound(SECONDS)), dtype=torch.int16).unsqueeze(0) / 32768
+
+
+def test_a_published_checkpoint_is_rendered_as_the_reference_is_asked(published: Path, picture: bytes) -> None:
+    options = Options(
+        size=64 * 64,
+        num_blocks=1,
+        text=embed(published, "a person who smiles"),
+        clip_frames=24,
+        pose=iter([np.zeros((64, 64, 3), np.uint8)] * 24),
+        audio="whole",
+        noise="clip",
+    )
+    [asked] = render(load(published, Adapter(published / ADAPTER)), [samples()], RATE_HZ, picture, options)
+    assert asked.frames.shape == (9, 64, 64, 3)
+    assert asked.frames.float().std(0).mean() > 1
+
+
+def test_levels_that_the_published_weights_have_not_are_refused(published: Path, store: SessionStore) -> None:
+    with pytest.raises(ValueError, match="names level 4, the checkpoint has 0 to 3"):
+        build(DenoiserSettings(checkpoint=published, levels="0,4"), store, None)  # type: ignore[arg-type]
+
+
+def test_a_partly_matching_adapter_stops_the_start(published: Path, store: SessionStore, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapter = tmp_path / ADAPTER
+    save_file(
+        {key: tensor for key, tensor in load_file(published / ADAPTER).items() if "blocks.3." not in key}, adapter
+    )
+    with pytest.raises(ValueError, match=r"does not match these weights: nothing for blocks\.3\..* and 5 more"):
+        build(DenoiserSettings(checkpoint=published, adapter=adapter), store, None)  # type: ignore[arg-type]
+
+
+def test_levels_in_one_process_share_one_set_of_weights(published: Path) -> None:
+    settings = DenoiserSettings(checkpoint=published, adapter=published / ADAPTER)
+    servicer = build(settings, SessionStore(MemoryHashes()), None)  # type: ignore[arg-type]
+    assert servicer.levels == [0, 1, 2, 3]
+    assert len({id(denoiser.network) for denoiser in servicer._denoisers.values()}) == 1
