@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--levels", type=positive, help="denoising steps; other numbers than the checkpoint's are refused")
     how.add_argument("--sink-update-block", type=block_or_never, help="where the sink is replaced: a block, or never")
     how.add_argument("--sink-distance", type=distance, metavar="N|LOW-HIGH", help="latent frames from block to sink")
-    how.add_argument("--right-context", type=float, metavar="S", help="seconds of sound behind a block that it hears")
+    how.add_argument("--right-context", type=encoder_frames, metavar="S", help="seconds of sound heard behind a block")
     how.add_argument("--schedule", choices=("pipeline", "offline"), default="pipeline", help="as services; as one GPU")
     how.add_argument("--audio", choices=("live", "whole"), default="live", help="heard as it comes, or as whole files")
     how.add_argument("--noise", choices=("block", "clip"), default="block", help="draw it as we, or as the reference")
@@ -102,7 +102,7 @@ def options(flags: argparse.Namespace, models: Models) -> Options:
         clip_frames=flags.clip_frames,
         sink_update_block=flags.sink_update_block,
         sink_distance=flags.sink_distance,
-        audio_right_frames=None if flags.right_context is None else round(flags.right_context / FRAME_S),
+        audio_right_frames=flags.right_context,
         schedule=flags.schedule,
         audio=flags.audio,
         noise=flags.noise,
@@ -140,6 +140,14 @@ def width_height(text: str) -> Size:
 def distance(text: str) -> int | tuple[int, int]:
     low, _, high = text.partition("-")
     return (int(low), int(high)) if high else int(low)
+
+
+def encoder_frames(text: str) -> int:
+    """Seconds as frames of the audio encoder, whole ones."""
+    frames = round(float(text) / FRAME_S)
+    if abs(frames * FRAME_S - float(text)) > 1e-6:
+        raise ValueError(f"{text} s are no whole number of {FRAME_S} s")
+    return frames
 
 
 def block_or_never(text: str) -> int:

@@ -85,6 +85,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             raise MessageTooLarge(f"the picture has {size} bytes, the limit is {self._settings.max_picture_bytes}")
         if request.fit not in FITS:
             raise InvalidField.at("fit", f"{request.fit} is no fit")
+        if request.area and (request.width or request.height):
+            raise InvalidField.at("area", "leave it out where width and height are set")
         reference = await self._workers.encode_reference(
             vae_pb2.EncodeReferenceRequest(
                 picture=request.picture,

@@ -76,6 +76,15 @@ async def test_a_size_that_is_not_to_be_had_is_refused(stub: pb_grpc.AvatarServi
     assert refusal.fields == ["width"]
 
 
+@pytest.mark.parametrize(("area", "side"), [(1, 0), (1 << 31, 0), (4096, 64)])
+async def test_an_area_that_is_not_to_be_had_is_refused(
+    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes, area: int, side: int
+) -> None:
+    request = pb.CreateReferenceRequest(picture=portrait, area=area, width=side, height=side)
+    async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"):
+        await stub.CreateReference(request, timeout=60)
+
+
 async def test_an_unknown_fit_is_refused(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
     async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
         await stub.CreateReference(

@@ -38,6 +38,18 @@ async def test_a_session_is_what_was_asked_for(stub: pb_grpc.AvatarServiceAsyncS
     assert (kept.id, kept.seed, kept.reference_id) == (session.id, session.seed, session.reference_id)
 
 
+async def test_a_session_tells_what_it_has_chosen_and_nothing_else(
+    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
+) -> None:
+    chosen = {"sink_update_block": 0, "min_sink_distance": 4, "max_sink_distance": 4}
+    session = await new_session(stub, portrait, **chosen)
+    assert {name: getattr(session, name) for name in chosen} == chosen
+    assert session.HasField("sink_update_block")
+    assert not session.HasField("audio_context")
+    plain = await new_session(stub, portrait)
+    assert not any(plain.HasField(name) for name in chosen)  # type: ignore[arg-type]
+
+
 async def test_ids_and_seeds_that_are_not_given_are_drawn(
     stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
 ) -> None:
@@ -78,8 +90,13 @@ async def test_a_prompt_is_refused_where_no_text_is_known(
         ({"ttl": Duration(nanos=1)}, "ttl"),
         ({"ttl": Duration(seconds=1 << 40)}, "ttl"),
         ({"ttl": Duration(seconds=1, nanos=2_000_000_000)}, "ttl"),
+        ({"min_sink_distance": 4}, "min_sink_distance"),
+        ({"min_sink_distance": 5, "max_sink_distance": 4}, "min_sink_distance"),
+        ({"audio_context": Duration(nanos=30_000_000)}, "audio_context"),
+        ({"audio_context": Duration(seconds=-1)}, "audio_context"),
+        ({"audio_context": Duration(seconds=60)}, "audio_context"),
     ],
-    ids=["seed", "short ttl", "long ttl", "no duration"],
+    ids=["seed", "short ttl", "long ttl", "no duration", "half a range", "no range", "odd", "negative", "far"],
 )
 async def test_a_field_out_of_range_is_refused_by_name(
     stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes, fields: dict[str, object], field: str

@@ -251,6 +251,46 @@ def test_a_session_decides_where_its_sink_is_replaced(
     assert last.updates_sink(random_block(config, 0, conditions), asking) is (update is not None)
 
 
+def test_a_session_decides_how_far_ahead_its_sink_stands(
+    network: Network, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    blocks, denoiser = blocks_of(config, conditions, 50), Denoiser(network, config, level=1)
+    for distance in (0, 9, (5, 5)):
+        chosen = latents(denoiser, replace(session, sink_distance=distance), blocks)
+        built = latents(Denoiser(network, replace(config, sink_distance=distance), level=1), session, blocks)
+        assert torch.equal(chosen[0], built[0])
+        assert not torch.equal(chosen[0], latents(denoiser, replace(session, sink_distance=30), blocks)[0])
+    with pytest.raises(ValueError, match="sink_distance"):
+        denoiser.open(replace(session, sink_distance=(6, 5)))
+
+
+def test_each_token_hears_the_actors_of_its_mask(
+    network: Network, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    one, other = (random_block(config, 0, conditions) for _ in range(2))
+    other = replace(other, features=other.features + 1)
+    both = replace(one, features=torch.stack([one.features, other.features]))
+    denoiser, masks = Denoiser(network, config, level=1), torch.zeros(2, 4, 6)
+    masks[0] = 1
+    torch.testing.assert_close(
+        latents(denoiser, replace(session, masks=masks), [both])[0], latents(denoiser, session, [one])[0]
+    )
+    masks[:, 2] = torch.tensor([0.0, 1.0])[:, None]
+    changed = latents(denoiser, replace(session, masks=masks), [both])[0] - latents(denoiser, session, [one])[0]
+    rows = changed.abs().amax((0, 1, 3))
+    assert rows.argmax() in (4, 5)  # the third row of tokens
+
+
+def test_masks_and_features_have_the_same_actors(
+    denoiser: Denoiser, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    with pytest.raises(ValueError, match=r"masks must have shape \(2, 4, 6\)"):
+        denoiser.open(replace(session, masks=torch.ones(2, 8, 12)))
+    state = denoiser.open(replace(session, masks=torch.ones(2, 4, 6)))
+    with pytest.raises(ValueError, match=r"features must have shape \(2, 3, 6, 8\)"):
+        denoiser.step(random_block(config, 0, conditions), state)
+
+
 def test_a_residual_output_means_the_velocity_of_the_path_to_it(config: NetworkConfig) -> None:
     clean, epsilon, reference = randn(1, 1, 4, 2, 8, 12), randn(2, 1, 4, 2, 8, 12), randn(3, 1, 4, 1, 8, 12)
     residual = replace(config, output="x0_residual", residual_scale=0.3)

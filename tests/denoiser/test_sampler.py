@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.sampler import euler_step, mixed_seed, noise, sink_distance
+from avatar.denoiser.sampler import euler_step, mixed_seed, noise, noise_of_clips, sink_distance
 from avatar.types import Session
 from tests.denoiser.conftest import randn, random_session
 
@@ -50,6 +50,13 @@ def test_noise_is_standard_normal(config: NetworkConfig) -> None:
     drawn = torch.stack([noise(session, index, 2) for index in range(50)])
     assert abs(drawn.mean().item()) < 0.02
     assert abs(drawn.std().item() - 1) < 0.02
+
+
+def test_noise_of_clips_is_cut_from_one_draw_a_clip_seeded_in_order(config: NetworkConfig) -> None:
+    session, draw = random_session(config, "one", 2**63 - 1), noise_of_clips(3)
+    for clip, seed in enumerate((2**63 - 1, 0)):
+        whole = torch.randn(4, 6, 8, 12, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(torch.cat([draw(session, 3 * clip + block, 2) for block in range(3)], dim=1), whole)
 
 
 def test_sink_distance_reaches_both_ends_of_its_range_evenly(config: NetworkConfig) -> None:

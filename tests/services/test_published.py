@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from avatar.__main__ import render
 from avatar.adapter import Adapter
+from avatar.render import Options, embed, load, render
 from avatar.session import MemoryHashes, SessionStore
 from avatar.settings import DenoiserSettings, GatewaySettings
 from services.__main__ import suite
@@ -26,13 +28,31 @@ async def test_a_published_checkpoint_is_served_and_rendered(
     async with suite(published, store, settings, adapter=adapter) as target, connected(target) as stub:
         session = await new_session(stub, picture, seed=7)
         streamed = await speak(stub, session.id, sound(SECONDS))
-    samples = torch.frombuffer(bytearray(sound(SECONDS)), dtype=torch.int16).unsqueeze(0) / 32768
-    chunks = list(render(published, samples, RATE_HZ, picture, 7, Adapter(adapter)))
+    chunks = list(render(load(published, Adapter(adapter)), [samples()], RATE_HZ, picture, Options(seed=7)))
     assert [len(chunk.frames) for chunk in chunks] == [9, 12]
     frames = torch.cat([chunk.frames for chunk in chunks])
     assert frames.shape == (21, *SIZE, 3)
     assert streamed.pixels == [frame.numpy().tobytes() for frame in frames]
     assert frames.float().std(0).mean() > 1  # something moves
+
+
+def samples() -> Tensor:
+    return torch.frombuffer(bytearray(sound(SECONDS)), dtype=torch.int16).unsqueeze(0) / 32768
+
+
+def test_a_published_checkpoint_is_rendered_as_the_reference_is_asked(published: Path, picture: bytes) -> None:
+    options = Options(
+        size=64 * 64,
+        num_blocks=1,
+        text=embed(published, "a person who smiles"),
+        clip_frames=24,
+        pose=iter([np.zeros((64, 64, 3), np.uint8)] * 24),
+        audio="whole",
+        noise="clip",
+    )
+    [asked] = render(load(published, Adapter(published / ADAPTER)), [samples()], RATE_HZ, picture, options)
+    assert asked.frames.shape == (9, 64, 64, 3)
+    assert asked.frames.float().std(0).mean() > 1
 
 
 def test_levels_that_the_published_weights_have_not_are_refused(published: Path, store: SessionStore) -> None:

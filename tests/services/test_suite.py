@@ -1,12 +1,16 @@
 """The whole suite in one process: what a product team gets, and that it is what the models alone give."""
 
 import asyncio
+import shutil
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 import torch
+from google.protobuf.duration_pb2 import Duration
 
+from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.render import Options, load, render
 from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
@@ -18,9 +22,9 @@ from tests.product import CLOSE, answer, connected, new_session, opened, rest, s
 SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round the window
 
 
-def rendered(checkpoint: Path, picture: bytes, data: bytes, seed: int) -> list[bytes]:
+def rendered(checkpoint: Path, picture: bytes, data: bytes, seed: int, **choices: Any) -> list[bytes]:
     samples = torch.frombuffer(bytearray(data), dtype=torch.int16).unsqueeze(0) / 32768
-    chunks = render(load(checkpoint), [samples], RATE_HZ, picture, Options(seed=seed))
+    chunks = render(load(checkpoint), [samples], RATE_HZ, picture, Options(seed=seed, **choices))
     return [frame.numpy().tobytes() for chunk in chunks for frame in chunk.frames]
 
 
@@ -29,6 +33,31 @@ async def test_remote_equals_local(gateway: str, checkpoint: Path, picture: byte
         session = await new_session(stub, picture, seed=7)
         streamed = await speak(stub, session.id, sound(SECONDS))
     assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+
+
+async def test_a_session_draws_as_it_has_chosen(gateway: str, checkpoint: Path, picture: bytes) -> None:
+    local = {"sink_update_block": 4, "sink_distance": (0, 3)}
+    remote = {"sink_update_block": 4, "min_sink_distance": 0, "max_sink_distance": 3}
+    async with connected(gateway) as stub:
+        session = await new_session(stub, picture, seed=7, **remote)
+        streamed = await speak(stub, session.id, sound(SECONDS))
+    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7, **local)
+    assert streamed.pixels != rendered(checkpoint, picture, sound(SECONDS), seed=7)
+
+
+async def test_a_session_waits_for_as_much_sound_as_it_has_chosen(
+    checkpoint: Path, store: SessionStore, picture: bytes, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    Wav2Vec2.tiny().save(tmp_path / "audio")
+    settings = GatewaySettings(listen="127.0.0.1:0")
+    async with suite(tmp_path, store, settings) as target, connected(target) as stub:
+        session = await new_session(stub, picture, seed=7, audio_context=Duration(nanos=400_000_000))
+        assert session.audio_context.ToMilliseconds() == 400
+        streamed = await speak(stub, session.id, sound(1.5))
+    assert streamed.pixels == rendered(tmp_path, picture, sound(1.5), seed=7, audio_right_frames=20)
+    assert streamed.pixels != rendered(tmp_path, picture, sound(1.5), seed=7)
 
 
 async def test_another_seed_gives_other_frames(gateway: str, picture: bytes) -> None:

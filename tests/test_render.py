@@ -1,0 +1,228 @@
+"""What can be asked of a clip, each option at toy size."""
+
+import sys
+import wave
+from collections.abc import Iterator
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from avatar import __main__ as command
+from avatar.audio.model import AudioModel
+from avatar.audio.offline import file_blocks
+from avatar.audio.wav2vec2 import Wav2Vec2
+from avatar.media import read_video, write_mp4
+from avatar.render import Models, Options, in_clips, load, render
+from avatar.types import FrameChunk
+from avatar.vae.picture import PictureRule
+from tests.conftest import RATE_HZ, sound
+
+SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round the window
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint: Path) -> Models:
+    """The toy checkpoint with wav2vec2, which hears whole files too, and with a pose input that a video may fill."""
+    torch.manual_seed(0)
+    models = load(checkpoint)
+    return replace(models, audio=AudioModel(Wav2Vec2.tiny()), config=replace(models.config, pose="zeros"))
+
+
+def samples(seed: int, seconds: float = SECONDS) -> Tensor:
+    return torch.frombuffer(bytearray(sound(seconds, seed)), dtype=torch.int16)[None] / 32768
+
+
+def film(chunks: Iterator[FrameChunk]) -> Tensor:
+    return torch.cat([chunk.frames for chunk in chunks]).int()
+
+
+def drawn(models: Models, picture: bytes, options: Options, seed: int = 0) -> Tensor:
+    return film(render(models, [samples(seed)], RATE_HZ, picture, options))
+
+
+def first_difference(one: Tensor, other: Tensor) -> int:
+    """The first frame that is not the same."""
+    return int((one != other).flatten(1).any(1).nonzero()[0])
+
+
+def plain(shade: int, size: tuple[int, int] = (60, 80)) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", size, (shade, shade, shade)).save(file, "PNG")
+    return file.getvalue()
+
+
+def poses(num_frames: int) -> Iterator[NDArray[np.uint8]]:
+    generator = np.random.default_rng(0)
+    return iter([generator.integers(0, 256, (48, 64, 3), np.uint8) for _ in range(num_frames)])
+
+
+@pytest.mark.parametrize("heard", [0, 1])
+def test_an_actor_is_heard_where_its_mask_is_white(models: Models, picture: bytes, heard: int) -> None:
+    masks = [plain(255 if actor == heard else 0) for actor in (0, 1)]
+    both = film(render(models, [samples(0), samples(1)], RATE_HZ, picture, Options(masks=masks)))
+    alone, other = (drawn(models, picture, Options(), seed) for seed in (heard, 1 - heard))
+    assert (both - alone).abs().max() <= 1
+    assert (both - other).abs().max() > 1
+
+
+def test_an_actor_who_has_finished_is_silent(models: Models, picture: bytes) -> None:
+    options = Options(masks=[plain(128), plain(128)])
+    short, long = samples(0, seconds=1.0), samples(1)
+    padded = torch.nn.functional.pad(short, (0, long.shape[1] - short.shape[1]))
+    early, late = (film(render(models, [each, long], RATE_HZ, picture, options)) for each in (short, padded))
+    assert torch.equal(early, late)
+
+
+def test_several_actors_need_a_mask_each_of_the_portraits_size(models: Models, picture: bytes) -> None:
+    for masks in (None, [plain(255)]):
+        with pytest.raises(ValueError, match="several actors need a mask each"):
+            next(render(models, [samples(0), samples(1)], RATE_HZ, picture, Options(masks=masks)))
+    with pytest.raises(ValueError, match=r"portrait's size \(60, 80\), got \(64, 64\)"):
+        next(render(models, [samples(0)], RATE_HZ, picture, Options(masks=[plain(255, (64, 64))])))
+
+
+def test_a_pose_video_is_followed_clip_by_clip(models: Models, picture: bytes) -> None:
+    still = drawn(models, picture, Options())
+    longer, shorter = (drawn(models, picture, Options(pose=poses(frames))) for frames in (96, 48))
+    assert first_difference(longer, still) == 0
+    assert first_difference(longer, shorter) == 48 - 3
+
+
+def test_a_pose_video_is_refused_where_the_pose_input_carries_the_reference(models: Models, picture: bytes) -> None:
+    taken = replace(models, config=replace(models.config, pose="reference"))
+    with pytest.raises(ValueError, match="takes no pose video"):
+        drawn(taken, picture, Options(pose=poses(48)))
+
+
+def test_the_sink_is_replaced_where_it_is_asked(models: Models, picture: bytes) -> None:
+    never, own, late = (drawn(models, picture, Options(sink_update_block=update)) for update in (0, None, 4))
+    assert models.config.sink_update_block == 2
+    assert first_difference(own, never) == 12 * 2 - 3
+    assert first_difference(late, never) == 12 * 4 - 3
+
+
+def test_clips_of_another_length_move_window_and_sink(models: Models, picture: bytes) -> None:
+    config = in_clips(models.config, 36)
+    assert (config.window_blocks, config.sink_update_block) == (3, 3)
+    assert in_clips(replace(models.config, sink_update_block=None), 36).sink_update_block is None
+    clips = drawn(models, picture, Options(clip_frames=36, noise="clip"))
+    as_config = drawn(replace(models, config=config), picture, Options(noise="clip"))
+    assert torch.equal(clips, as_config)
+    assert not torch.equal(clips, drawn(models, picture, Options(noise="clip")))
+
+
+@pytest.mark.parametrize("frames", [12, 30, 0])
+def test_a_clip_is_whole_blocks_and_two_at_least(models: Models, frames: int) -> None:
+    with pytest.raises(ValueError, match="clip_frames must be a multiple of 12, at least 24"):
+        in_clips(models.config, frames)
+
+
+def test_no_more_blocks_are_drawn_than_asked(models: Models, picture: bytes) -> None:
+    assert torch.equal(drawn(models, picture, Options(num_blocks=2)), drawn(models, picture, Options())[: 2 * 12 - 3])
+
+
+def test_a_whole_file_is_heard_as_the_reference_hears_it(models: Models, picture: bytes) -> None:
+    blocks = list(file_blocks(models.audio.encoder, samples(0), RATE_HZ, clip_frames=48))
+    assert [block.index for block in blocks] == list(range(8))
+    whole, live = (drawn(models, picture, Options(audio=audio)) for audio in ("whole", "live"))
+    assert len(whole) == len(live) == 7 * 12 - 3
+    assert not torch.equal(whole, live)
+
+
+def test_a_whole_file_needs_wav2vec2(checkpoint: Path, picture: bytes) -> None:
+    with pytest.raises(ValueError, match="need wav2vec2"):
+        drawn(load(checkpoint), picture, Options(audio="whole"))
+
+
+def test_more_sound_behind_a_block_changes_what_is_heard(models: Models, picture: bytes) -> None:
+    own, same, more = (drawn(models, picture, Options(audio_right_frames=frames)) for frames in (None, 4, 24))
+    assert torch.equal(own, same)
+    assert not torch.equal(own, more)
+
+
+def test_offline_the_picture_stays_the_sink_and_a_cut_clip_is_the_beginning_of_a_whole_one(
+    models: Models, picture: bytes
+) -> None:
+    options = Options(schedule="offline", clip_frames=24, num_blocks=3)
+    chunks = list(render(models, [samples(0)], RATE_HZ, picture, options))
+    assert [(chunk.index, chunk.first_frame, len(chunk.frames)) for chunk in chunks] == [(0, 3, 21), (2, 24, 12)]
+    whole = drawn(models, picture, replace(options, num_blocks=4, sink_update_block=1))
+    assert torch.equal(film(iter(chunks)), whole[: 21 + 12])
+
+
+def test_a_size_is_asked_for_as_such_or_as_an_area(models: Models, picture: bytes) -> None:
+    vae = replace(models.vae.config, picture=PictureRule("reference", area=128 * 128))
+    free = replace(models, vae=type(models.vae)(models.vae.codec, vae))
+    sizes = [
+        next(render(free, [samples(0)], RATE_HZ, picture, Options(size=size))).frames.shape[1:3]
+        for size in (None, (128, 64), 64 * 64)
+    ]
+    assert sizes == [(128, 64), (64, 128), (64, 64)]
+    with pytest.raises(ValueError, match="area must be left out"):
+        drawn(models, picture, Options(size=64 * 64))
+
+
+def wav(path: Path, seed: int) -> str:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE_HZ)
+        file.writeframes(sound(1.0, seed))
+    return str(path)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["avatar", *map(str, arguments)])
+    command.main()
+
+
+@pytest.fixture
+def files(tmp_path: Path, picture: bytes, checkpoint: Path) -> list[object]:
+    """Two voices, a portrait, a place for the film, and the checkpoint."""
+    (tmp_path / "face.png").write_bytes(picture)
+    voices = [wav(tmp_path / f"{seed}.wav", seed) for seed in (0, 1)]
+    return [*voices, tmp_path / "face.png", tmp_path / "out.mp4", "--checkpoint", checkpoint]
+
+
+def test_the_command_renders_two_actors(files: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = []
+    for name in ("left", "right"):
+        (tmp_path / f"{name}.png").write_bytes(plain(128))
+        masks += ["--mask", tmp_path / f"{name}.png"]
+    chosen = ["--sink-distance", "4-6", "--sink-update-block", "never", "--noise", "clip", "--seed", "-1"]
+    run(monkeypatch, *files, *masks, *chosen, "--num-clips", "1", "--clip-frames", "24", "--levels", "3")
+    assert len(list(read_video(tmp_path / "out.mp4", 25))) == 24 - 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--levels", "4"], "has 3 levels, which its weights were made for; it cannot be run at 4"),
+        (["--prompt", "a person"], "knows no text"),
+        (["--exact-size", "128x64"], "size must be 64x64"),
+        (["--size", "720*400"], "area must be left out"),
+        (["--seed", "-2"], "seed must be"),
+        (["--pose-video", "nowhere.mp4"], "no video file"),
+        (["--right-context", "0.5"], "hears 4 frames behind a block, and no other number"),
+        (["--clip-frames", "25"], "clip_frames must be a multiple"),
+    ],
+)
+def test_the_command_says_what_cannot_be_had(
+    files: list[object], monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit, match=said):
+        run(monkeypatch, *files[:1], *files[2:], *flags)
+
+
+def test_a_video_of_a_higher_rate_is_thinned(tmp_path: Path) -> None:
+    shades = np.arange(30, dtype=np.uint8)[:, None, None, None] * 8 * np.ones((1, 32, 32, 3), np.uint8)
+    write_mp4(tmp_path / "fast.mp4", [shades], 50, 0, np.zeros((1, RATE_HZ), np.float32), RATE_HZ)
+    seen = [frame.mean() for frame in read_video(tmp_path / "fast.mp4", 25)]
+    np.testing.assert_allclose(seen, np.arange(0, 30, 2) * 8, atol=6)
