@@ -139,6 +139,7 @@ def load_weights(module: nn.Module, part: Part) -> None:
         return
     for name, tensor in part.tensors(device):
         target[name].copy_(tensor)
+        del tensor  # before the next one is made
 
 
 def _file_digest(path: Path) -> bytes:
