@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from avatar.adapter import Adapter
-from avatar.checkpoint import CONFIG, read_config, read_tensors, weight_files
+from avatar.checkpoint import CONFIG, read_config, read_outlines, weight_files
 from avatar.part import Part
 
 PARTS = ("audio", "denoiser", "vae")
@@ -73,7 +73,7 @@ def _vae(checkpoint: Path) -> Part:
     path = checkpoint / VAE_FILE
     if not path.is_file():
         raise ValueError(f"no VAE in {checkpoint}: expected a file {path}")
-    first = dict(read_tensors(path)).get("encoder.conv1.weight")
+    first = dict(read_outlines(path)).get("encoder.conv1.weight")
     config = {
         "codec": "wan",
         "picture": {"fit": "reference", "area": AREA},
