@@ -1,11 +1,13 @@
 """The files of a checkpoint: config.json, and the tensors that safetensors files and pickles hold.
 
-Nothing in a checkpoint can run code. Tensors are mapped: their bytes are read when they are used.
+Nothing in a checkpoint can run code. Tensors are mapped: their bytes are read when they are used. Their outlines, which
+are tensors on the meta device, take neither memory nor a mapping, however large the file.
 """
 
 import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ WEIGHT_NAMES = (WEIGHTS, "diffusion_pytorch_model.safetensors", "pytorch_model.b
 PICKLED = (".pth", ".bin")
 # Bytes of tensors in one of the files that `save_shards` makes.
 SHARD_BYTES = 4 << 30
+# Types as safetensors names them.
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -71,21 +79,43 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     but tensors; nothing in it is run.
     """
     if path.suffix in PICKLED:
-        yield from _unpickled(path).items()
+        yield from _unpickled(path, "cpu").items()
         return
+    with _opened(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            yield name, file.get_tensor(name)
+
+
+def read_outlines(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and outline, shape and type alone, of everything in a file. ValueError as `read_tensors`."""
+    if path.suffix in PICKLED:
+        yield from _unpickled(path, "meta").items()
+        return
+    # As torch's, the file would be mapped to be written to, which the kernel grants only if it fits the memory.
+    with _opened(path, "np") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            part = file.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                raise ValueError(f"{path} holds {name} as {part.get_dtype()}, expected one of {', '.join(DTYPES)}")
+            yield name, torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+
+
+@contextmanager
+def _opened(path: Path, framework: str) -> Iterator[Any]:
+    """A safetensors file. ValueError if it is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                yield name, file.get_tensor(name)
+        with safe_open(path, framework=framework) as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or is cut short: {error}") from error
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote."""
+def _unpickled(path: Path, device: str) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote, mapped on the CPU, or outlines on the meta device."""
     try:
         # Files older than torch 1.6 are no archives, and cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        mapped = device == "cpu" and zipfile.is_zipfile(path)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:
         # Damaged and malicious pickles fail in many ways: UnpicklingError, RuntimeError, EOFError, KeyError, ...
         reason = str(error).partition("\n")[0]
@@ -93,7 +123,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected names and their tensors")
     for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.is_sparse or tensor.is_meta:
+        is_tensor = isinstance(tensor, Tensor) and not tensor.is_sparse and tensor.device.type == device
+        if not isinstance(name, str) or not is_tensor:
             raise ValueError(f"{path} holds something that is not a tensor: {name!r} is a {type(tensor).__name__}")
     return content
 
@@ -102,11 +133,9 @@ def read_metadata(path: Path) -> dict[str, str]:
     """What a safetensors file says of itself beside its tensors; nothing for others."""
     if path.suffix in PICKLED:
         return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or is cut short: {error}") from error
+    with _opened(path, "np") as file:
+        metadata: dict[str, str] = file.metadata() or {}
+    return metadata
 
 
 def save(folder: Path, config: Mapping[str, Any], module: nn.Module, dtype: torch.dtype | None = None) -> None:

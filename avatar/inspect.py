@@ -118,7 +118,7 @@ def inspect(
         num_bytes = sum(each.nbytes for each in tensors.values())
         yield f"{name:10}{count(tensors):16,}{human(num_bytes):>11}  {types(tensors)}"
     yield ""
-    yield f"adapter   {adapter_line(parts['denoiser'])}"
+    yield f"adapter   {adapter_line(parts['denoiser'], is_published(checkpoint))}"
     yield f"network   {config.num_layers} layers of width {config.dim}, blocks of {config.num_frames_per_block} latents"
     yield f"sound     {type(models.audio.encoder).__name__}, {models.audio.lookahead_s:.2f} s ahead of the picture"
     yield f"prompts   {text_line(models.text)}"
@@ -166,11 +166,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def adapter_line(part: Part) -> str:
+def adapter_line(part: Part, is_bare: bool) -> str:
     if merged := part.merged_adapter():
         return f"{merged} is merged into the weights"
     if part.adapter is None:
-        return "none"
+        return "none; the published weights make video block by block only with one" if is_bare else "none"
     path, alpha, pairs = part.adapter.path, part.adapter.alpha, part.adapter.pairs()
     rank = len(next(iter(pairs.values()))["A"])
     numbers = sum(matrix.numel() for pair in pairs.values() for matrix in pair.values())

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from avatar.adapter import Adapter
-from avatar.checkpoint import CONFIG, TOKENIZER, read_config, read_tensors, weight_files
+from avatar.checkpoint import CONFIG, TOKENIZER, read_config, read_outlines, weight_files
 from avatar.part import Part
 
 # What every checkpoint has.
@@ -92,7 +92,7 @@ def _vae(checkpoint: Path) -> Part:
     path = checkpoint / VAE_FILE
     if not path.is_file():
         raise ValueError(f"no VAE in {checkpoint}: expected a file {path}")
-    first = dict(read_tensors(path)).get("encoder.conv1.weight")
+    first = dict(read_outlines(path)).get("encoder.conv1.weight")
     config = {
         "codec": "wan",
         "picture": {"fit": "reference", "area": AREA},
@@ -111,7 +111,7 @@ def _audio(checkpoint: Path) -> Part:
 def _text(checkpoint: Path) -> Part:
     """The file says nothing of its sizes: they are those of its tensors."""
     path = checkpoint / TEXT_FILE
-    shapes = {text_name(name): tuple(tensor.shape) for name, tensor in read_tensors(path)}
+    shapes = {text_name(name): tuple(tensor.shape) for name, tensor in read_outlines(path)}
     try:
         config: dict[str, Any] = {"encoder": "umt5", "network": text_sizes(shapes)}
     except KeyError as error:

@@ -7,7 +7,7 @@ Tensors pass one at a time: beside the module's own weights, no more than one of
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from avatar.adapter import FEW, Adapter, first_few, merge
-from avatar.checkpoint import read_config, read_metadata, read_tensors, weight_files
+from avatar.checkpoint import read_config, read_metadata, read_outlines, read_tensors, weight_files
 
 # The metadata of weights that an adapter has been merged into.
 MERGED = "merged_adapter"
@@ -56,13 +56,13 @@ class Part:
         return cls(folder, read_config(folder), tuple(weight_files(folder)))
 
     def outline(self) -> dict[str, Tensor]:
-        """The stored tensors by the module's names, mapped and not read: their shapes and types.
+        """Shapes and types of the stored tensors, by the module's names.
 
         ValueError if a file is damaged or repeats a tensor, or the adapter does not match.
         """
         found: dict[str, Tensor] = {}
         for path in self.files:
-            for name, tensor in self._renamed(path):
+            for name, tensor in self._renamed(read_outlines(path)):
                 if name in found:
                     raise ValueError(f"{path} holds {name}, which was there before")
                 found[name] = tensor
@@ -75,7 +75,7 @@ class Part:
         """The module's names and tensors, one at a time: as they are stored, or merged on the device in float32."""
         pairs = self.adapter.pairs() if self.adapter else {}
         for path in self.files:
-            for name, tensor in self._renamed(path):
+            for name, tensor in self._renamed(read_tensors(path)):
                 if self.adapter is not None and name in pairs:
                     yield name, merge(tensor, pairs[name], self.adapter.alpha, device)
                 else:
@@ -105,11 +105,11 @@ class Part:
         """The file that holds a tensor, for messages; where there is no such tensor, where it was looked for."""
         if len(self.files) == 1:
             return str(self.files[0])
-        holders = (path for path in self.files if any(found == name for found, _ in self._renamed(path)))
+        holders = (path for path in self.files if any(found == name for found, _ in self._renamed(read_outlines(path))))
         return str(next(holders, self.folder))
 
-    def _renamed(self, path: Path) -> Iterator[tuple[str, Tensor]]:
-        for stored, tensor in read_tensors(path):
+    def _renamed(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for stored, tensor in tensors:
             name = self.rename(stored)
             if name is not None:
                 yield name, tensor
@@ -137,12 +137,12 @@ def load_weights(module: nn.Module, part: Part) -> None:
         places = sorted({part.place(name) for name in list(problems)[:FEW]})
         wrong = first_few([*problems.values()])
         raise ValueError(f"weights in {', '.join(places)} do not fit {type(module).__name__}: {wrong}")
-    del found
     device = next((tensor.device for tensor in target.values()), torch.device("cpu"))
     if device.type == "meta":
         return
     for name, tensor in part.tensors(device):
         target[name].copy_(tensor)
+        del tensor  # before the next one is made
 
 
 def _file_digest(path: Path) -> bytes:

@@ -1,9 +1,11 @@
 """Tests of avatar.checkpoint."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avatar import checkpoint
@@ -180,3 +182,24 @@ def test_saving_leaves_nothing_but_the_checkpoint(tmp_path: Path) -> None:
 def test_a_saved_checkpoint_can_be_read_by_others(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, {}, nn.Linear(2, 2))
     assert (tmp_path / checkpoint.WEIGHTS).stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "part.pth"])
+@pytest.mark.parametrize("dtype", [*checkpoint.DTYPES.values()], ids=str)
+def test_outlines_have_every_shape_and_type(tmp_path: Path, file: str, dtype: torch.dtype) -> None:
+    tensors = {"weight": torch.zeros(3, 4, dtype=dtype), "scalar": torch.zeros((), dtype=dtype)}
+    (save_file if file == WEIGHTS else torch.save)(tensors, tmp_path / file)
+    outlines = dict(checkpoint.read_outlines(tmp_path / file))
+    assert {name: (each.shape, each.dtype, each.device.type) for name, each in outlines.items()} == {
+        name: (each.shape, each.dtype, "meta") for name, each in tensors.items()
+    }
+
+
+def test_a_file_larger_than_the_memory_has_outlines(tmp_path: Path) -> None:
+    """A terabyte that is not there: a sparse file."""
+    num_bytes = 1 << 40
+    header = json.dumps({"weight": {"dtype": "BF16", "shape": [num_bytes // 2], "data_offsets": [0, num_bytes]}})
+    with (tmp_path / WEIGHTS).open("wb") as out:
+        out.write(len(header).to_bytes(8, "little") + header.encode())
+        out.truncate(8 + len(header) + num_bytes)
+    assert dict(checkpoint.read_outlines(tmp_path / WEIGHTS))["weight"].nbytes == num_bytes

@@ -111,7 +111,7 @@ def test_a_packed_checkpoint_loads_to_the_same_weights(
 
 def test_packing_in_another_type_rounds_the_merge_once(published: Path, tmp_path: Path) -> None:
     pack(published, tmp_path / "out", Adapter(published / ADAPTER), torch.float32)
-    packed = open_part(tmp_path / "out", "denoiser").outline()
+    packed = dict(open_part(tmp_path / "out", "denoiser").tensors())
     assert {tensor.dtype for tensor in packed.values()} == {torch.float32}
     merged = load_denoiser(open_part(published, "denoiser", Adapter(published / ADAPTER)))[0].state_dict()
     assert all(torch.equal(packed[name], merged[name]) for name in merged)

@@ -110,3 +110,9 @@ def test_levels_are_served_as_listed(levels: str, served: list[int]) -> None:
 def test_levels_that_are_not_there_are_refused(levels: str, words: str) -> None:
     with pytest.raises(ValueError, match=f"AVATAR_LEVELS.*{words}"):
         DenoiserSettings(levels=levels).served(4)
+
+
+def test_an_adapter_is_a_path_or_nothing() -> None:
+    assert load(DenoiserSettings, {}).adapter is None
+    settings = load(DenoiserSettings, {"AVATAR_ADAPTER": "/models/adapter.safetensors", "AVATAR_ADAPTER_ALPHA": "32"})
+    assert (settings.adapter, settings.adapter_alpha) == (Path("/models/adapter.safetensors"), 32.0)

@@ -1,0 +1,138 @@
+"""What loading a large network takes: CPU seconds, and the most memory of its own that the process had.
+
+    python -m benchmarks.large [--gigabytes 2]
+
+A checkpoint of that size in bfloat16, and an adapter for it, are written first: the public network, less wide and deep.
+Mapped files are not the process's own: the kernel takes their pages back when it needs them.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from avatar.adapter import TARGET, Adapter
+from avatar.checkpoint import save_shards
+from avatar.denoiser.config import base, tiny
+from avatar.denoiser.model import Network, load
+from avatar.layouts import open_part
+
+ADAPTER = "adapter.safetensors"
+RANK = 16
+SAMPLE_S = 0.001
+
+
+@dataclass(frozen=True)
+class Loading:
+    """One measurement.
+
+    cpu_s: time of the processor, which others' work touches least.
+    weights_bytes: of the loaded network. largest_bytes: of its largest tensor in float32.
+    peak_bytes: of the process's own memory at its peak, less what it had before.
+    """
+
+    cpu_s: float
+    weights_bytes: int
+    largest_bytes: int
+    peak_bytes: int
+
+
+def write(folder: Path, num_bytes: int) -> None:
+    """A checkpoint whose denoiser has about so many bytes, and an adapter for it."""
+    narrow = replace(base(), dim=2048, num_heads=16, ffn_dim=8192, audio_inject_layers=(0,), num_layers=1)
+    with torch.device("meta"):
+        one, two = (Network(replace(narrow, num_layers=layers)).bfloat16() for layers in (1, 2))
+    first, second = (sum(each.nbytes for each in network.state_dict().values()) for network in (one, two))
+    config = replace(narrow, num_layers=max(1, 1 + round((num_bytes - first) / (second - first))))
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Network(config).state_dict().items()}
+    numbers = ((name, torch.full(shape, 0.01, dtype=torch.bfloat16)) for name, shape in shapes.items())
+    save_shards(folder / "denoiser", config.to_dict(), numbers)
+    pairs: dict[str, Tensor] = {}
+    for name in shapes:
+        if TARGET.search(name):
+            outputs, inputs = shapes[name]
+            module = name.removesuffix(".weight")
+            pairs[f"{module}.lora_A.weight"] = torch.full((RANK, inputs), 0.01, dtype=torch.bfloat16)
+            pairs[f"{module}.lora_B.weight"] = torch.full((outputs, RANK), 0.01, dtype=torch.bfloat16)
+    save_file(pairs, folder / ADAPTER)
+
+
+def measure(folder: Path, dtype: torch.dtype, with_adapter: bool) -> Loading:
+    """Load the network in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_load, folder, dtype, with_adapter).result()
+
+
+def _load(folder: Path, dtype: torch.dtype, with_adapter: bool) -> Loading:
+    torch.set_num_threads(1)
+    with torch.device("meta"):
+        Network(tiny())  # torch brings in what this needs the first time
+    part = open_part(folder, "denoiser", Adapter(folder / ADAPTER) if with_adapter else None)
+    before = own_memory()
+    start = time.process_time()
+    with watched() as peak:
+        network, _ = load(part, dtype=dtype)
+    cpu_s = time.process_time() - start
+    weights = network.state_dict().values()
+    largest = max(each.numel() for each in weights) * torch.float32.itemsize
+    return Loading(cpu_s, sum(each.nbytes for each in weights), largest, peak[0] - before)
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """A list whose one number is the most memory of its own that the process has while the body runs."""
+    peak, over = [own_memory()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(SAMPLE_S):
+            peak[0] = max(peak[0], own_memory())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        watching.join()
+        peak[0] = max(peak[0], own_memory())
+
+
+def own_memory() -> int:
+    """Bytes that are the process's alone and stand in no file: RssAnon."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint (default 2)")
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder, round(flags.gigabytes * 1e9))
+        print("| loaded as | adapter | CPU seconds | weights | peak above them | largest tensor, float32 |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for dtype in (torch.bfloat16, torch.float32):
+            for with_adapter in (False, True):
+                row = measure(folder, dtype, with_adapter)
+                above = row.peak_bytes - row.weights_bytes
+                sizes = (f"{size / 1e6:,.0f} MB" for size in (row.weights_bytes, above, row.largest_bytes))
+                merged = "merged" if with_adapter else "none"
+                print("|", " | ".join((str(dtype)[6:], merged, f"{row.cpu_s:.1f}", *sizes)), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()

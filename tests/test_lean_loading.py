@@ -1,0 +1,31 @@
+"""A large checkpoint is loaded within the memory of its weights and of one tensor."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.large import measure, write
+
+SIZE = 2_000_000_000
+# Allocator and interpreter, beside tensors.
+SLACK = 16 << 20
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    write(folder, SIZE)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_loading_takes_no_more_than_the_weights_and_one_tensor(
+    large: Path, dtype: torch.dtype, with_adapter: bool
+) -> None:
+    loading = measure(large, dtype, with_adapter)
+    assert loading.weights_bytes == pytest.approx(SIZE * (dtype.itemsize / 2), rel=0.05)
+    assert loading.peak_bytes > 0.95 * loading.weights_bytes  # it was seen
+    assert loading.peak_bytes < loading.weights_bytes + loading.largest_bytes + SLACK
