@@ -1,5 +1,5 @@
 # The whole interface. Every target prepares what it needs.
-.PHONY: install protos check test demo
+.PHONY: install protos check test test-slow demo bench
 
 VENV := .venv
 PYTHON ?= python3
@@ -38,5 +38,11 @@ check: install
 test: install $(WEIGHTS)
 	pytest
 
+test-slow: install $(WEIGHTS)
+	pytest -m slow --timeout 1800
+
 demo: install $(WEIGHTS)
 	python -m services.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)"
+
+bench: install $(WEIGHTS)
+	python -m benchmarks

@@ -5,11 +5,12 @@ share one device thread. Sessions are kept in this process unless AVATAR_REDIS_U
 """
 
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,21 +30,32 @@ ANY_PORT = "127.0.0.1:0"
 
 @asynccontextmanager
 async def suite(
-    checkpoint: Path, store: SessionStore, settings: GatewaySettings, *, capacity: int = 8
+    checkpoint: Path,
+    store: SessionStore,
+    settings: GatewaySettings,
+    *,
+    denoisers: Sequence[str] = ("all",),
+    **worker: Any,
 ) -> AsyncGenerator[str, None]:
-    """All services over one checkpoint and one device thread while the body runs; gives the gateway's HOST:PORT."""
+    """All services over one checkpoint and one device thread while the body runs; gives the gateway's HOST:PORT.
+
+    denoisers: the levels of each denoiser, in order. worker: further settings of all workers.
+    """
     async with AsyncExitStack() as stack:
         executor = stack.enter_context(ThreadPoolExecutor(1, "device"))
-        audio = build_audio(AudioSettings(checkpoint=checkpoint, capacity=capacity), executor)
-        vae = build_vae(VaeSettings(checkpoint=checkpoint, capacity=capacity), store, executor)
-        denoiser = build_denoiser(DenoiserSettings(checkpoint=checkpoint, capacity=capacity), store, executor)
+        audio = build_audio(AudioSettings(checkpoint=checkpoint, **worker), executor)
+        vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, executor)
         audio_port = await stack.enter_async_context(serving(ANY_PORT, audio))
         vae_port = await stack.enter_async_context(serving(ANY_PORT, vae))
-        denoiser_port = await stack.enter_async_context(serving(ANY_PORT, denoiser))
+        addresses: list[str] = []
+        for levels in denoisers:
+            denoiser = build_denoiser(DenoiserSettings(checkpoint=checkpoint, levels=levels, **worker), store, executor)
+            denoiser_port = await stack.enter_async_context(serving(ANY_PORT, denoiser))
+            addresses += [f"127.0.0.1:{denoiser_port}"] * len(denoiser.levels)
         given = replace(
             settings,
             audio=f"127.0.0.1:{audio_port}",
-            denoisers=(f"127.0.0.1:{denoiser_port}",) * len(denoiser.levels),
+            denoisers=tuple(addresses),
             vae=f"127.0.0.1:{vae_port}",
         )
         workers = await stack.enter_async_context(Workers(given))
@@ -56,10 +68,10 @@ async def main() -> None:
     settings = load(GatewaySettings, os.environ)
     telemetry.set_up("avatar", settings.log_level)
     torch.set_num_threads(1)
-    checkpoint = load(AudioSettings, os.environ).checkpoint
+    worker = load(AudioSettings, os.environ)
     hashes = RedisHashes(settings.redis_url) if "AVATAR_REDIS_URL" in os.environ else MemoryHashes()
     store = SessionStore(hashes)
-    async with suite(checkpoint, store, settings):
+    async with suite(worker.checkpoint, store, settings, device=worker.device, dtype=worker.dtype):
         await until_stopped()
     await store.aclose()
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 _WORKER = (
     *("avatar.checkpoint", "avatar.errors", "avatar.pipeline", "avatar.rpc", "avatar.session", "avatar.settings"),
-    *("avatar.telemetry", "avatar.types", "avatar.worker", "services.process"),
+    *("avatar.telemetry", "avatar.types", "avatar.worker", "services.device"),
+    "services.process",
 )
 
 # What each part of ours may import of ours; a name stands for the module and for all below it. A part may always import
@@ -53,6 +54,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     # Processes. Nobody imports them.
     "services.process": (),
+    "services.device": ("avatar.settings",),
     "services.audio": (*_WORKER, "avatar.audio"),
     "services.denoiser": (*_WORKER, "avatar.denoiser"),
     "services.vae": (*_WORKER, "avatar.vae"),
@@ -64,6 +66,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "avatar",
         "services.audio",
         "services.denoiser",
+        "services.device",
         "services.gateway",
         "services.process",
         "services.vae",

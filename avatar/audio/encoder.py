@@ -26,8 +26,8 @@ class Encoder(Protocol):
     width: int
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """The encoder of a checkpoint's folder. ValueError if config or weights do not fit."""
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """The encoder of a checkpoint's folder, its network in dtype. ValueError if config or weights do not fit."""
         ...
 
     @classmethod

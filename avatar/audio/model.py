@@ -23,12 +23,12 @@ from avatar.types import AudioPiece, Block, Session
 ENCODERS: dict[str, type[Encoder]] = {"whisper": Whisper, "wav2vec2": Wav2Vec2}
 
 
-def load(folder: Path) -> "AudioModel":
+def load(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> "AudioModel":
     """The audio model of a checkpoint's folder, by its config's `encoder`. ValueError if it cannot be used."""
     name = read_config(folder).get("encoder")
     if name not in ENCODERS:
         raise ValueError(f"{folder}/config.json: encoder is {name!r}, expected one of {', '.join(ENCODERS)}")
-    return AudioModel(ENCODERS[name].load(folder))
+    return AudioModel(ENCODERS[name].load(folder, device=device, dtype=dtype))
 
 
 @dataclass(eq=False)

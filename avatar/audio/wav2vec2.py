@@ -75,10 +75,12 @@ class Wav2Vec2(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def load(cls, folder: Path) -> "Wav2Vec2":
+    def load(
+        cls, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "Wav2Vec2":
         encoder = cls(read(Wav2Vec2Config, folder))
         load_weights(encoder.network, folder)
-        return encoder
+        return encoder.to(device, dtype)
 
     @classmethod
     def tiny(cls) -> "Wav2Vec2":

@@ -91,10 +91,11 @@ class Whisper(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def load(cls, folder: Path) -> "Whisper":
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> "Whisper":
         encoder = cls(read(WhisperConfig, folder))
         checkpoint.load_weights(encoder.network, folder)
-        return encoder
+        nn.Module.to(encoder.network, dtype)  # and not what makes log-mel, whose powers span eight decades
+        return encoder.to(device)
 
     @classmethod
     def tiny(cls) -> "Whisper":

@@ -9,18 +9,23 @@ level, and finished blocks are never looked at again. That is what lets levels r
 Axes: c channels, t latent frames, h w of latents, l encoder layers, d width, f pixel frames.
 """
 
+from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from einops import repeat
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avatar.denoiser.attention import reference_frame
+from avatar.denoiser.audio import AudioTokens
 from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import PATCH, NetworkConfig
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import SAMPLERS, NoiseSource, noise, sink_distance
 from avatar.denoiser.schedule import timesteps
+from avatar.denoiser.speed import Step, captured
 from avatar.types import Block, Conditions, Session
 
 # In latents: the coarsest motion tokens are so wide.
@@ -42,24 +47,47 @@ class Prefilled:
 
 @dataclass(eq=False)
 class DenoiserState:
-    """What one level carries from block to block of one session."""
+    """What one level carries from block to block of one session.
+
+    graph: its step with a full window under the prefilled conditions, where CUDA graphs are used.
+    """
 
     session: Session
     cache: KVCache
     prefilled: Prefilled | None = None
+    graph: Step | None = None
     next_index: int | None = None
 
 
 class Denoiser:
     """Level `level` of the checkpoint's schedule. Any number of levels may share a network."""
 
-    def __init__(self, network: Network, config: NetworkConfig, level: int, noise: NoiseSource = noise) -> None:
-        """noise: what level 0 starts a block from. ValueError if the schedule has no such level."""
+    def __init__(
+        self,
+        network: Network,
+        config: NetworkConfig,
+        level: int,
+        noise: NoiseSource = noise,
+        *,
+        sizes: Collection[tuple[int, int]] | None = None,
+        attention: SDPBackend | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
+        """ValueError if the schedule has no such level, or graphs are asked of a device that has none.
+
+        noise: what level 0 starts a block from. sizes: heights and widths of the latents that it serves; None: any.
+        attention: the kernel of all attention; None: torch chooses. cuda_graphs: replay blocks once the window is full.
+        """
         if not 0 <= level < config.num_levels:
             raise ValueError(f"level must be 0 to {config.num_levels - 1}, as the schedule has it, got {level}")
         self.network, self.config, self.level = network, config, level
         self.sigma, self.sigma_next = config.schedule[level : level + 2]
+        if cuda_graphs and network.device.type != "cuda":
+            raise ValueError(f"CUDA graphs need a CUDA device, the network is on {network.device}")
         self._noise = noise
+        self._sizes = sizes
+        self._attention = attention
+        self._cuda_graphs = cuda_graphs
         with torch.no_grad():
             self._modulation = network.embed_time(timesteps(config.schedule)[level].to(network.device).reshape(1, 1))
 
@@ -84,6 +112,9 @@ class Denoiser:
         height, width = shape[2:]
         if height % PATCH or width % PATCH or min(height, width) < SMALLEST_SIDE:
             raise ValueError(f"latents must have even sides of at least {SMALLEST_SIDE}, got {height}x{width}")
+        if self._sizes is not None and (height, width) not in self._sizes:
+            served = ", ".join(f"{h}x{w}" for h, w in self._sizes)
+            raise ValueError(f"latents of {height}x{width} are not served here, only {served}")
         cache = KVCache(self.config, height, width, dtype=self.network.dtype, device=self.network.device)
         return DenoiserState(session, cache)
 
@@ -94,10 +125,15 @@ class Denoiser:
         Blocks come in order; a stream may begin with any. ValueError if one does not follow, or does not fit.
         """
         conditions = self._checked(block, state)
+        with nullcontext() if self._attention is None else sdpa_kernel(self._attention):
+            return self._checked_step(block, conditions, state)
+
+    def _checked_step(self, block: Block, conditions: Conditions, state: DenoiserState) -> Block:
         if state.prefilled is None or state.prefilled.version != conditions.version:
             state.prefilled = self._prefill(conditions, state)
+            state.graph = None
         state.next_index = block.index + 1
-        prefilled, config, network = state.prefilled, self.config, self.network
+        config, network = self.config, self.network
 
         start = block.latent if self.level else self._noise(state.session, block.index, config.num_frames_per_block)
         assert start is not None
@@ -106,10 +142,33 @@ class Denoiser:
         first_frame = block.index * config.num_frames_per_block
         distance = sink_distance(state.session, block.index, self.level, config.sink_distance)
         state.cache.begin(block.index, reference_frame(first_frame, distance))
-        output = network(x, self._modulation, prefilled.text, audio, prefilled.pose, first_frame, state.cache)
-        velocity = velocity_of(output, x, prefilled.reference, self.sigma, config)
+        output = self._output(x, audio, first_frame, state.prefilled, state)
+        velocity = velocity_of(output, x, state.prefilled.reference, self.sigma, config)
         latent = SAMPLERS[config.sampler](x, velocity, self.sigma, self.sigma_next)
         return replace(block, latent=latent.squeeze(0))
+
+    def _output(
+        self, x: Tensor, audio: AudioTokens, first_frame: int, prefilled: Prefilled, state: DenoiserState
+    ) -> Tensor:
+        network, constants = self.network, (self._modulation, prefilled.text)
+        if not (self._cuda_graphs and state.cache.is_full):
+            output: Tensor = network(x, *constants, audio, prefilled.pose, first_frame, state.cache)
+            return output
+        inputs = x, audio, network.turns(first_frame, x)
+        if state.graph is None:
+            state.graph = captured(network, *constants, prefilled.pose, state.cache, inputs)
+        return state.graph(*inputs)
+
+    def warm(self, height: int, width: int) -> None:
+        """Step once through every shape that a stream of latents of this size has: a window of blocks, and one more."""
+        config, channels = self.config, self.config.in_dim
+        motion = torch.zeros(channels, 1, height, width)
+        conditions = Conditions(0, motion, torch.zeros(0, config.text_dim))
+        features = torch.zeros(config.num_encoder_layers, config.audio_dim, config.frames_per_block)
+        latent = torch.zeros(channels, config.num_frames_per_block, height, width)
+        state = self.open(Session("warm", 0, motion))
+        for index in range(config.window_blocks + 1):
+            self.step(Block(index, features, latent, conditions), state)
 
     def _prefill(self, conditions: Conditions, state: DenoiserState) -> Prefilled:
         network, config = self.network, self.config

@@ -11,6 +11,7 @@ from avatar.rpc.server import serving, until_stopped
 from avatar.settings import AudioSettings
 from avatar.settings import load as load_settings
 from services.audio.service import AudioServicer
+from services.device import device_and_dtype
 from services.process import run
 
 
@@ -18,7 +19,9 @@ def build(settings: AudioSettings, executor: ThreadPoolExecutor) -> AudioService
     """The service over the checkpoint's audio encoder."""
     folder = settings.checkpoint / "audio"
     encoder = checkpoint.read_config(folder)["encoder"]
-    return AudioServicer(load(folder), encoder, checkpoint.digest(folder), executor, settings.capacity)
+    device, dtype = device_and_dtype(settings)
+    audio = load(folder, device=device, dtype=dtype)
+    return AudioServicer(audio, encoder, checkpoint.digest(folder), executor, settings.capacity)
 
 
 async def main() -> None:

@@ -1,0 +1,1 @@
+"""Programs that measure what docs/benchmarks.md says."""
