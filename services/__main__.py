@@ -1,7 +1,8 @@
 """All services in one process, for development: `python -m services`.
 
 The gateway listens where AVATAR_LISTEN says (127.0.0.1:7000); the workers take free ports of the loopback interface and
-share one device thread. Sessions are kept in this process unless AVATAR_REDIS_URL names a server.
+share one device thread, AVATAR_DEVICE and AVATAR_DTYPE. Sessions are kept in this process unless AVATAR_REDIS_URL names
+a server.
 """
 
 import os
