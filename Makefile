@@ -1,5 +1,5 @@
 # The whole interface. Every target prepares what it needs.
-.PHONY: install protos check test test-slow demo
+.PHONY: install protos check test test-slow demo bench
 
 VENV := .venv
 PYTHON ?= python3
@@ -48,3 +48,6 @@ test-slow: install $(WEIGHTS)
 
 demo: install $(WEIGHTS)
 	python -m services.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)"
+
+bench: install $(WEIGHTS)
+	python -m benchmarks

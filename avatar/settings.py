@@ -1,5 +1,6 @@
 """What every service reads from its environment: one frozen dataclass a service, its fields from `AVATAR_<FIELD>`."""
 
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any, TypeVar
 
 Loaded = TypeVar("Loaded", bound="Settings")
 PREFIX = "AVATAR_"
+BOOLEANS = {"true": True, "false": False}
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +37,24 @@ class WorkerSettings(Settings):
     checkpoint: folder in our layout, with a folder for each part, or in the published one.
     capacity: streams at a time; one more is refused.
     threads: CPU threads of one computation.
+    device: where it computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
+    dtype: what weights and states are kept in: float32 or bfloat16.
     """
 
     checkpoint: Path = Path("models/tiny")
     capacity: int = 8
     threads: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("capacity", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{PREFIX}{name.upper()} is {getattr(self, name)}, expected at least 1")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"{PREFIX}DEVICE is {self.device!r}, expected cpu, cuda or cuda:N")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{PREFIX}DTYPE is {self.dtype!r}, expected {' or '.join(DTYPES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +71,22 @@ class DenoiserSettings(WorkerSettings):
     levels: the levels that this process serves, noisiest is 0: a list such as `0` or `0,1`, or `all`.
     adapter: file of adapter matrices to merge into the network's weights; none where they are merged already.
     adapter_alpha: what the adapter was trained with; its product is scaled by alpha / rank.
+    sizes: WIDTHxHEIGHT of the videos to be ready for at the start; by default the size that the checkpoint fixes.
+    attention: the kernel of attention: `auto`, or torch's `math`, `flash`, `efficient` or `cudnn`.
+    compile: have torch.compile make the layers' code at the start; only `sizes` are served then.
+    cuda_graphs: replay each stream's step as a CUDA graph.
+    float8: keep the weights of linear maps in float8; needs the extra `float8` and a device that has it.
     """
 
     listen: str = "127.0.0.1:7010"
     levels: str = "all"
     adapter: Path | None = None
     adapter_alpha: float = 64.0
+    sizes: tuple[str, ...] = ()
+    attention: str = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
+    float8: bool = False
 
     def served(self, num_levels: int) -> list[int]:
         """The levels as numbers. ValueError if the checkpoint has no such level."""
@@ -78,6 +99,13 @@ class DenoiserSettings(WorkerSettings):
         if unknown := [level for level in levels if not 0 <= level < num_levels]:
             raise ValueError(f"{PREFIX}LEVELS names level {unknown[0]}, the checkpoint has 0 to {num_levels - 1}")
         return levels
+
+    def pictures(self) -> list[tuple[int, int]]:
+        """The sizes as widths and heights. ValueError if one is none."""
+        found = [re.fullmatch(r"(\d+)x(\d+)", size) for size in self.sizes]
+        if not all(found):
+            raise ValueError(f"{PREFIX}SIZES is {','.join(self.sizes)!r}, expected a list such as `704x384,512x512`")
+        return [(int(each[1]), int(each[2])) for each in found if each]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +131,7 @@ class GatewaySettings(Settings):
     """The gateway's settings.
 
     audio, vae: HOST:PORT of the stage's worker.
-    denoisers: HOST:PORT of the worker of each level, from level 0.
+    denoisers: HOST:PORT of the worker of each level, from level 0; a worker of several levels is named for each.
     text: HOST:PORT of the text worker; empty if there is none, and prompts are refused.
     session_ttl_s, reference_ttl_s: seconds that a session or reference is kept when nothing happens.
     audio_ahead_s: seconds of sound that are taken ahead of the blocks that have been started.
@@ -141,6 +169,10 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         return tuple(_parse(name, part.strip(), kind.__args__[0]) for part in text.split(","))
     if isinstance(kind, types.UnionType):  # something, or None where it is not set
         kind = kind.__args__[0]
+    if kind is bool:
+        if text not in BOOLEANS:
+            raise ValueError(f"{name} is {text!r}, expected {' or '.join(BOOLEANS)}")
+        return BOOLEANS[text]
     try:
         return kind(text)
     except ValueError as error:

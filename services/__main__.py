@@ -1,15 +1,17 @@
 """All services in one process, for development: `python -m services`.
 
 The gateway listens where AVATAR_LISTEN says (127.0.0.1:7000); the workers take free ports of the loopback interface and
-share one device thread. Sessions are kept in this process unless AVATAR_REDIS_URL names a server.
+share one device thread, AVATAR_DEVICE and AVATAR_DTYPE. Sessions are kept in this process unless AVATAR_REDIS_URL names
+a server.
 """
 
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,30 +38,37 @@ async def suite(
     store: SessionStore,
     settings: GatewaySettings,
     *,
-    capacity: int = 8,
+    denoisers: Sequence[str] = ("all",),
     adapter: Path | None = None,
     adapter_alpha: float = ALPHA,
+    **worker: Any,
 ) -> AsyncGenerator[str, None]:
-    """All services over one checkpoint and one device thread while the body runs; gives the gateway's HOST:PORT."""
+    """All services over one checkpoint and one device thread while the body runs; gives the gateway's HOST:PORT.
+
+    denoisers: the levels of each denoiser, in order. worker: further settings of all workers.
+    """
     async with AsyncExitStack() as stack:
         executor = stack.enter_context(ThreadPoolExecutor(1, "device"))
-        audio = build_audio(AudioSettings(checkpoint=checkpoint, capacity=capacity), executor)
-        vae = build_vae(VaeSettings(checkpoint=checkpoint, capacity=capacity), store, executor)
-        level_settings = DenoiserSettings(
-            checkpoint=checkpoint, capacity=capacity, adapter=adapter, adapter_alpha=adapter_alpha
-        )
-        denoiser = build_denoiser(level_settings, store, executor)
+        audio = build_audio(AudioSettings(checkpoint=checkpoint, **worker), executor)
+        vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, executor)
         audio_port = await stack.enter_async_context(serving(ANY_PORT, audio))
         vae_port = await stack.enter_async_context(serving(ANY_PORT, vae))
-        denoiser_port = await stack.enter_async_context(serving(ANY_PORT, denoiser))
+        addresses: list[str] = []
+        for levels in denoisers:
+            level_settings = DenoiserSettings(
+                checkpoint=checkpoint, levels=levels, adapter=adapter, adapter_alpha=adapter_alpha, **worker
+            )
+            denoiser = build_denoiser(level_settings, store, executor)
+            denoiser_port = await stack.enter_async_context(serving(ANY_PORT, denoiser))
+            addresses += [f"127.0.0.1:{denoiser_port}"] * len(denoiser.levels)
         text_target = ""
         if knows_text(checkpoint):
-            text = build_text(TextSettings(checkpoint=checkpoint, capacity=capacity), store, executor)
+            text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, executor)
             text_target = f"127.0.0.1:{await stack.enter_async_context(serving(ANY_PORT, text))}"
         given = replace(
             settings,
             audio=f"127.0.0.1:{audio_port}",
-            denoisers=(f"127.0.0.1:{denoiser_port}",) * len(denoiser.levels),
+            denoisers=tuple(addresses),
             vae=f"127.0.0.1:{vae_port}",
             text=text_target,
         )
@@ -76,8 +85,8 @@ async def main() -> None:
     models = load(DenoiserSettings, os.environ)
     hashes = RedisHashes(settings.redis_url) if "AVATAR_REDIS_URL" in os.environ else MemoryHashes()
     store = SessionStore(hashes)
-    adapter, alpha = models.adapter, models.adapter_alpha
-    async with suite(models.checkpoint, store, settings, adapter=adapter, adapter_alpha=alpha):
+    switches = {name: getattr(models, name) for name in ("adapter", "adapter_alpha", "device", "dtype")}
+    async with suite(models.checkpoint, store, settings, **switches):
         await until_stopped()
     await store.aclose()
 

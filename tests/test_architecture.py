@@ -27,7 +27,7 @@ _WORKER = (
         "avatar.session",
         "avatar.settings",
     ),
-    *("avatar.telemetry", "avatar.types", "avatar.worker", "services.process"),
+    *("avatar.telemetry", "avatar.types", "avatar.worker", "services.device", "services.process"),
 )
 
 # What each part of ours may import of ours; a name stands for the module and for all below it. A part may always import
@@ -66,6 +66,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.__main__": ("avatar.adapter", "avatar.inspect", "avatar.media", "avatar.render", "avatar.vae"),
     # Processes. Nobody imports them.
     "services.process": (),
+    "services.device": ("avatar.settings",),
     "services.audio": (*_WORKER, "avatar.audio"),
     "services.denoiser": (*_WORKER, "avatar.denoiser"),
     "services.text": (*_WORKER, "avatar.text"),
@@ -78,6 +79,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "avatar",
         "services.audio",
         "services.denoiser",
+        "services.device",
         "services.gateway",
         "services.process",
         "services.text",

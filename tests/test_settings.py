@@ -67,11 +67,28 @@ def test_other_variables_are_left_alone() -> None:
         (WorkerSettings, "AVATAR_CAPACITY", "", "int"),
         (WorkerSettings, "AVATAR_THREADS", "1.5", "int"),
         (GatewaySettings, "AVATAR_SESSION_TTL_S", "5 min", "float"),
+        (WorkerSettings, "AVATAR_DEVICE", "gpu", "cpu, cuda or cuda:N"),
+        (WorkerSettings, "AVATAR_DEVICE", "cuda:", "cpu, cuda or cuda:N"),
+        (WorkerSettings, "AVATAR_DTYPE", "float16", "float32 or bfloat16"),
+        (DenoiserSettings, "AVATAR_COMPILE", "1", "true or false"),
+        (DenoiserSettings, "AVATAR_CUDA_GRAPHS", "yes", "true or false"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(cls: type[Settings], name: str, text: str, expected: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is '{text}', expected {expected}"):
         load(cls, {"AVATAR_LISTEN": "127.0.0.1:0", name: text})
+
+
+@pytest.mark.parametrize(("text", "meant"), [("true", True), ("false", False)])
+def test_a_switch_is_true_or_false(text: str, meant: bool) -> None:
+    assert load(DenoiserSettings, {"AVATAR_COMPILE": text}).compile is meant
+
+
+def test_sizes_are_widths_and_heights() -> None:
+    assert DenoiserSettings(sizes=("704x384", "512x512")).pictures() == [(704, 384), (512, 512)]
+    for wrong in ("704", "704x", "704*384", ""):
+        with pytest.raises(ValueError, match=r"AVATAR_SIZES is '704x384,.*expected a list"):
+            DenoiserSettings(sizes=("704x384", wrong)).pictures()
 
 
 def test_a_variable_without_a_default_must_be_set() -> None:

@@ -29,7 +29,7 @@ class Encoder(Protocol):
 
     @classmethod
     def load(cls, part: Part, *, dtype: torch.dtype, device: torch.device | str) -> Self:
-        """The encoder of a checkpoint's part. ValueError if config or weights do not fit."""
+        """The encoder of a checkpoint's part, its network in dtype. ValueError if config or weights do not fit."""
         ...
 
     @classmethod

@@ -94,7 +94,7 @@ class Whisper(nn.Module):
     @classmethod
     def load(cls, part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "Whisper":
         encoder = cls(configured(WhisperConfig, part)).to(device)
-        nn.Module.to(encoder.network, dtype)  # the network's alone: the spectrum is taken in float32
+        nn.Module.to(encoder.network, dtype)  # and not what makes log-mel, whose powers span eight decades
         load_weights(encoder.network, part)
         return encoder
 

@@ -9,18 +9,23 @@ level, and finished blocks are never looked at again. That is what lets levels r
 Axes: c channels, t latent frames, h w of latents, l encoder layers, d width, f pixel frames.
 """
 
+from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from einops import repeat
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avatar.denoiser.attention import grid_size, reference_frame
+from avatar.denoiser.audio import AudioTokens
 from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import PATCH, NetworkConfig, is_distance
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import SAMPLERS, NoiseSource, noise, sink_distance
 from avatar.denoiser.schedule import timesteps
+from avatar.denoiser.speed import Step, captured
 from avatar.types import Block, Conditions, Session
 
 # In latents: the coarsest motion tokens are so wide.
@@ -45,6 +50,7 @@ class DenoiserState:
     """What one level carries from block to block of one session.
 
     masks: (1, a, t, n, 1), the session's at every token of a block.
+    graph: its step with a full window under the prefilled conditions, where CUDA graphs are used.
     """
 
     session: Session
@@ -52,19 +58,39 @@ class DenoiserState:
     sink_distance: int | tuple[int, int]
     masks: Tensor | None
     prefilled: Prefilled | None = None
+    graph: Step | None = None
     next_index: int | None = None
 
 
 class Denoiser:
     """Level `level` of the checkpoint's schedule. Any number of levels may share a network."""
 
-    def __init__(self, network: Network, config: NetworkConfig, level: int, noise: NoiseSource = noise) -> None:
-        """noise: what level 0 starts a block from. ValueError if the schedule has no such level."""
+    def __init__(
+        self,
+        network: Network,
+        config: NetworkConfig,
+        level: int,
+        noise: NoiseSource = noise,
+        *,
+        sizes: Collection[tuple[int, int]] | None = None,
+        attention: SDPBackend | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
+        """ValueError if the schedule has no such level, or graphs are asked of a device that has none.
+
+        noise: what level 0 starts a block from. sizes: heights and widths of the latents that it serves; None: any.
+        attention: the kernel of all attention; None: torch chooses. cuda_graphs: replay blocks once the window is full.
+        """
         if not 0 <= level < config.num_levels:
             raise ValueError(f"level must be 0 to {config.num_levels - 1}, as the schedule has it, got {level}")
         self.network, self.config, self.level = network, config, level
         self.sigma, self.sigma_next = config.schedule[level : level + 2]
+        if cuda_graphs and network.device.type != "cuda":
+            raise ValueError(f"CUDA graphs need a CUDA device, the network is on {network.device}")
         self._noise = noise
+        self._sizes = sizes
+        self._attention = attention
+        self._cuda_graphs = cuda_graphs
         with torch.no_grad():
             self._modulation = network.embed_time(timesteps(config.schedule)[level].to(network.device).reshape(1, 1))
 
@@ -98,6 +124,9 @@ class Denoiser:
         distance = self.config.sink_distance if session.sink_distance is None else session.sink_distance
         if not is_distance(distance):
             raise ValueError(f"sink_distance must be a number or (low, high), got {distance}")
+        if self._sizes is not None and (height, width) not in self._sizes:
+            served = ", ".join(f"{h}x{w}" for h, w in self._sizes)
+            raise ValueError(f"latents of {height}x{width} are not served here, only {served}")
         cache = KVCache(self.config, height, width, dtype=self.network.dtype, device=self.network.device)
         return DenoiserState(session, cache, distance, self._masks(session, height, width))
 
@@ -108,10 +137,15 @@ class Denoiser:
         Blocks come in order; a stream may begin with any. ValueError if one does not follow, or does not fit.
         """
         conditions = self._checked(block, state)
+        with nullcontext() if self._attention is None else sdpa_kernel(self._attention):
+            return self._checked_step(block, conditions, state)
+
+    def _checked_step(self, block: Block, conditions: Conditions, state: DenoiserState) -> Block:
         if state.prefilled is None or state.prefilled.version != conditions.version:
             state.prefilled = self._prefill(conditions, state)
+            state.graph = None
         state.next_index = block.index + 1
-        prefilled, config, network = state.prefilled, self.config, self.network
+        config, network = self.config, self.network
 
         start = block.latent if self.level else self._noise(state.session, block.index, config.num_frames_per_block)
         assert start is not None
@@ -121,9 +155,9 @@ class Denoiser:
         first_frame = block.index * config.num_frames_per_block
         distance = sink_distance(state.session, block.index, self.level, state.sink_distance)
         state.cache.begin(block.index, reference_frame(first_frame, distance))
-        pose = prefilled.pose if block.pose is None else block.pose.to(x).unsqueeze(0)
-        output = network(x, self._modulation, prefilled.text, audio, pose, first_frame, state.cache)
-        velocity = velocity_of(output, x, prefilled.reference, self.sigma, config)
+        pose = state.prefilled.pose if block.pose is None else block.pose.to(x).unsqueeze(0)
+        output = self._output(x, pose, audio, first_frame, state.prefilled, state)
+        velocity = velocity_of(output, x, state.prefilled.reference, self.sigma, config)
         latent = SAMPLERS[config.sampler](x, velocity, self.sigma, self.sigma_next)
         return replace(block, latent=latent.squeeze(0))
 
@@ -133,6 +167,29 @@ class Denoiser:
         check_shape("masks", session.masks, len(session.masks), *grid_size(height, width))
         masks = session.masks.to(self.network.device)
         return repeat(masks, "a rows columns -> 1 a t (rows columns) 1", t=self.config.num_frames_per_block)
+
+    def _output(
+        self, x: Tensor, pose: Tensor, audio: AudioTokens, first_frame: int, prefilled: Prefilled, state: DenoiserState
+    ) -> Tensor:
+        network, constants = self.network, (self._modulation, prefilled.text)
+        if pose is not prefilled.pose or not (self._cuda_graphs and state.cache.is_full):
+            output: Tensor = network(x, *constants, audio, pose, first_frame, state.cache)
+            return output
+        inputs = x, audio, network.turns(first_frame, x)
+        if state.graph is None:
+            state.graph = captured(network, *constants, pose, state.cache, inputs)
+        return state.graph(*inputs)
+
+    def warm(self, height: int, width: int) -> None:
+        """Step once through every shape that a stream of latents of this size has: a window of blocks, and one more."""
+        config, channels = self.config, self.config.in_dim
+        motion = torch.zeros(channels, 1, height, width)
+        conditions = Conditions(0, motion, torch.zeros(0, config.text_dim))
+        features = torch.zeros(config.num_encoder_layers, config.audio_dim, config.frames_per_block)
+        latent = torch.zeros(channels, config.num_frames_per_block, height, width)
+        state = self.open(Session("warm", 0, motion))
+        for index in range(config.window_blocks + 1):
+            self.step(Block(index, features, latent, conditions), state)
 
     def _prefill(self, conditions: Conditions, state: DenoiserState) -> Prefilled:
         network, config = self.network, self.config

@@ -137,9 +137,25 @@ class Network(nn.Module):
         pose: latents of x's shape. first_frame: number of x's first latent frame in the stream, or (b,) of them.
         history: holds what x attends to besides text and audio, and is extended by x.
         """
-        config, (t, h, w) = self.config, x.shape[-3:]
+        return self.denoise(x, modulation, text, audio, pose, self.turns(first_frame, x), history)
+
+    def turns(self, first_frame: int | Tensor, x: Tensor) -> Tensor:
+        """The `rotation` of the tokens of x (b, c, t, h, w) where they stand in the stream."""
+        return rotation(block_positions(first_frame, *x.shape[-3:]).to(x.device), self.config.head_dim)
+
+    def denoise(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        text: list[KeysValues],
+        audio: AudioTokens,
+        pose: Tensor,
+        turns: Tensor,
+        history: History,
+    ) -> Tensor:
+        """What `forward` gives, from the `turns` of x: the part that a CUDA graph can hold."""
+        config = self.config
         hidden = self.patch_embedding(x) + self.cond_encoder(pose) + self.trainable_cond_mask.weight[NOISY]
-        turns = rotation(block_positions(first_frame, t, h, w).to(x.device), config.head_dim)
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(hidden, modulation.layers[i])
             keys, values = history.extend(i, rotate(k, turns), v)
@@ -147,7 +163,7 @@ class Network(nn.Module):
             hidden = layer(hidden, attended, text[i], modulation.layers[i], history.visible)
             if i in config.audio_inject_layers:
                 hidden = hidden + self.audio_injector(config.audio_inject_layers.index(i), hidden, audio)
-        return unpatch(self.head(hidden, modulation.head), grid_size(h, w)[0]).to(x.dtype)
+        return unpatch(self.head(hidden, modulation.head), grid_size(*x.shape[-2:])[0]).to(x.dtype)
 
 
 def load(

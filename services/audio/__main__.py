@@ -12,13 +12,16 @@ from avatar.rpc.server import serving, until_stopped
 from avatar.settings import AudioSettings
 from avatar.settings import load as load_settings
 from services.audio.service import AudioServicer
+from services.device import device_and_dtype
 from services.process import run
 
 
 def build(settings: AudioSettings, executor: ThreadPoolExecutor) -> AudioServicer:
     """The service over the checkpoint's audio encoder."""
     part = open_part(settings.checkpoint, "audio")
-    return AudioServicer(load(part), part.config["encoder"], part.digest(), executor, settings.capacity)
+    device, dtype = device_and_dtype(settings)
+    audio = load(part, device=device, dtype=dtype)
+    return AudioServicer(audio, part.config["encoder"], part.digest(), executor, settings.capacity)
 
 
 async def main() -> None:

@@ -7,24 +7,64 @@ import torch
 
 from avatar import telemetry
 from avatar.adapter import Adapter
+from avatar.denoiser import speed
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
 from avatar.layouts import open_part
 from avatar.rpc.server import serving, until_stopped
 from avatar.session import RedisHashes, SessionStore
-from avatar.settings import DenoiserSettings
+from avatar.settings import PREFIX, DenoiserSettings
 from avatar.settings import load as load_settings
 from services.denoiser.service import DenoiserServicer
+from services.device import device_and_dtype, naming
 from services.process import run
+
+# Pixels on a side of one latent, whatever the codec.
+SPACE_STRIDE = 8
 
 
 def build(settings: DenoiserSettings, store: SessionStore, executor: ThreadPoolExecutor) -> DenoiserServicer:
-    """The service over the checkpoint's network; all its levels share the weights."""
+    """The service over the checkpoint's network, warm for the settings' sizes; all its levels share the weights."""
     adapter = Adapter(settings.adapter, settings.adapter_alpha) if settings.adapter else None
     part = open_part(settings.checkpoint, "denoiser", adapter)
-    network, config = load(part)
-    denoisers = {level: Denoiser(network, config, level) for level in settings.served(config.num_levels)}
+    device, dtype = device_and_dtype(settings)
+    network, config = load(part, device=device, dtype=dtype)
+    sizes = latent_sizes(settings)
+    with naming("attention"):
+        attention = speed.attention_kernel(settings.attention, network)
+    if settings.float8:
+        with naming("float8"):
+            speed.use_float8(network)
+    if settings.compile:
+        speed.compile_layers(network)
+    levels = settings.served(config.num_levels)
+    served = sizes if settings.compile else None
+    with naming("cuda_graphs"):
+        denoisers = {
+            level: Denoiser(network, config, level, sizes=served, attention=attention, cuda_graphs=settings.cuda_graphs)
+            for level in levels
+        }
+    with naming("sizes"):
+        for denoiser in denoisers.values():
+            for size in sizes:
+                executor.submit(denoiser.warm, *size).result()
     return DenoiserServicer(denoisers, part.digest(), store, executor, settings.capacity)
+
+
+def latent_sizes(settings: DenoiserSettings) -> list[tuple[int, int]]:
+    """Heights and widths in latents of the sizes to be warm for.
+
+    ValueError if the settings name none where code is compiled, and the checkpoint does not fix one.
+    """
+    pictures = settings.pictures()
+    if settings.compile and not pictures:
+        rule = open_part(settings.checkpoint, "vae").config.get("picture", {})
+        pictures = [(rule["width"], rule["height"])] if rule.get("width") and rule.get("height") else []
+    if settings.compile and not pictures:
+        raise ValueError(f"{PREFIX}COMPILE needs {PREFIX}SIZES: this checkpoint leaves the size of its videos open")
+    if odd := [f"{width}x{height}" for width, height in pictures if width % SPACE_STRIDE or height % SPACE_STRIDE]:
+        raise ValueError(f"{PREFIX}SIZES names {odd[0]}, expected multiples of {SPACE_STRIDE}")
+    return [(height // SPACE_STRIDE, width // SPACE_STRIDE) for width, height in pictures]
 
 
 async def main() -> None:

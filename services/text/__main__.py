@@ -12,6 +12,7 @@ from avatar.session import RedisHashes, SessionStore
 from avatar.settings import TextSettings
 from avatar.settings import load as load_settings
 from avatar.text.model import load
+from services.device import device_and_dtype
 from services.process import run
 from services.text.service import TextServicer
 
@@ -19,7 +20,9 @@ from services.text.service import TextServicer
 def build(settings: TextSettings, store: SessionStore, executor: ThreadPoolExecutor) -> TextServicer:
     """The service over the checkpoint's text encoder. ValueError if the checkpoint knows no text."""
     part = open_part(settings.checkpoint, "text")
-    return TextServicer(load(part), part.digest(), store, executor, settings.capacity, settings.embedding_ttl_s)
+    device, dtype = device_and_dtype(settings)
+    text = load(part, device=device, dtype=dtype)
+    return TextServicer(text, part.digest(), store, executor, settings.capacity, settings.embedding_ttl_s)
 
 
 async def main() -> None:

@@ -12,6 +12,7 @@ from avatar.session import RedisHashes, SessionStore
 from avatar.settings import VaeSettings
 from avatar.settings import load as load_settings
 from avatar.vae.vae import load
+from services.device import device_and_dtype
 from services.process import run
 from services.vae.service import VaeServicer
 
@@ -19,7 +20,9 @@ from services.vae.service import VaeServicer
 def build(settings: VaeSettings, store: SessionStore, executor: ThreadPoolExecutor) -> VaeServicer:
     """The service over the checkpoint's codec."""
     part = open_part(settings.checkpoint, "vae")
-    return VaeServicer(load(part), part.digest(), store, executor, settings.capacity)
+    device, dtype = device_and_dtype(settings)
+    vae = load(part, device=device, dtype=dtype)
+    return VaeServicer(vae, part.digest(), store, executor, settings.capacity)
 
 
 async def main() -> None:

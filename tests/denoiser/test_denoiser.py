@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from avatar.denoiser.attention import condition_positions
 from avatar.denoiser.config import NetworkConfig, tiny
 from avatar.denoiser.denoiser import Denoiser, velocity_of
 from avatar.denoiser.model import Network, initialise
 from avatar.denoiser.sampler import noise
 from avatar.types import Block, Conditions, Session
-from tests.denoiser.conftest import randn, random_block, random_conditions, random_session
+from tests.denoiser.conftest import HEIGHT, WIDTH, randn, random_block, random_conditions, random_session
 
 
 def latents(denoiser: Denoiser, session: Session, blocks: list[Block]) -> list[Tensor]:
@@ -212,13 +213,36 @@ def test_a_session_without_text_is_one_of_zero_rows(
     assert torch.equal(*(latents(denoiser, session, blocks_of(config, each, 0))[0] for each in (none, zero)))
 
 
-def test_block_ten_million_is_finite_and_the_same_again(
-    denoiser: Denoiser, session: Session, conditions: Conditions, config: NetworkConfig
+def test_frame_ten_million_equals_frame_a_thousand_when_motion_moves_along(
+    network: Network,
+    session: Session,
+    conditions: Conditions,
+    config: NetworkConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    blocks = blocks_of(config, conditions, 10**7, 10**7 + 1)
-    answers = latents(denoiser, session, blocks)
-    assert all(answer.isfinite().all() for answer in answers)
-    assert all(map(torch.equal, answers, latents(denoiser, session, blocks)))
+    denoiser = Denoiser(network, replace(config, sink_distance=7), level=1)
+    blocks = blocks_of(config, conditions, *range(5))
+
+    def answers_from(frame: int, motion_moved: int) -> Tensor:
+        def moved_positions(height: int, width: int) -> Tensor:
+            positions = condition_positions(height, width)
+            positions[height * width // 4 :, 0] += motion_moved
+            return positions
+
+        monkeypatch.setattr("avatar.denoiser.cache.condition_positions", moved_positions)
+        first = frame // config.num_frames_per_block
+        return torch.stack(latents(denoiser, session, [replace(each, index=first + each.index) for each in blocks]))
+
+    near, far = answers_from(10**3, 0), answers_from(10**7, 10**7 - 10**3)
+    assert far.isfinite().all()
+    assert torch.equal(far, answers_from(10**7, 10**7 - 10**3))
+    # What is left is the rounding of turns to half precision.
+    assert relative_rms(far, near) < 2e-5
+    assert relative_rms(answers_from(10**7, 0), near) > 1e-3, "motion that stays behind is seen otherwise"
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).square().mean().sqrt() / expected.std()).item()
 
 
 def test_the_last_level_makes_the_next_sink_from_block_0(
@@ -340,4 +364,10 @@ def test_half_precision_answers_in_half_precision(
         full = latents(Denoiser(network, config, level), session, blocks)
         for answer, expected in zip(latents(Denoiser(half, config, level), session, blocks), full, strict=True):
             assert answer.dtype == torch.bfloat16
-            assert (answer.float() - expected).square().mean().sqrt() / expected.std() < 2e-2
+            assert relative_rms(answer.float(), expected) < 2e-2
+
+
+def test_a_denoiser_of_given_sizes_serves_no_others(network: Network, config: NetworkConfig, session: Session) -> None:
+    Denoiser(network, config, 0, sizes=[(HEIGHT, WIDTH)]).open(session)
+    with pytest.raises(ValueError, match="latents of 8x12 are not served here, only 8x8, 16x16"):
+        Denoiser(network, config, 0, sizes=[(8, 8), (16, 16)]).open(session)

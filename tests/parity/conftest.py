@@ -30,10 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "golden" in metafunc.fixturenames:
-        folder: Path = metafunc.config.getoption("--goldens")
-        names = sorted(name for name in held(folder) if name in RUNNERS)
-        metafunc.parametrize("golden", [Golden(folder, name) for name in names], ids=names)
+    folder: Path = metafunc.config.getoption("--goldens")
+    streamed = {name for name, runner in RUNNERS.items() if runner is dit.run_calls}
+    for fixture, understood in (("golden", RUNNERS.keys()), ("streamed_golden", streamed)):
+        if fixture in metafunc.fixturenames:
+            names = sorted(held(folder) & understood)
+            metafunc.parametrize(fixture, [Golden(folder, name) for name in names], ids=names)
 
 
 def held(folder: Path) -> set[str]:

@@ -60,6 +60,32 @@ async def test_a_session_waits_for_as_much_sound_as_it_has_chosen(
     assert streamed.pixels != rendered(tmp_path, picture, sound(1.5), seed=7)
 
 
+@pytest.mark.parametrize("denoisers", [("0", "1", "2"), ("0,1", "2")], ids=["a level each", "two and one"])
+async def test_frames_do_not_depend_on_how_levels_share_denoisers(
+    denoisers: tuple[str, ...], checkpoint: Path, store: SessionStore, picture: bytes
+) -> None:
+    settings = GatewaySettings(listen="127.0.0.1:0")
+    async with suite(checkpoint, store, settings, denoisers=denoisers) as target, connected(target) as stub:
+        session = await new_session(stub, picture, seed=7)
+        streamed = await speak(stub, session.id, sound(SECONDS))
+    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+
+
+async def test_workers_in_half_precision_show_nearly_the_same(
+    checkpoint: Path, store: SessionStore, picture: bytes
+) -> None:
+    settings = GatewaySettings(listen="127.0.0.1:0")
+    async with suite(checkpoint, store, settings, dtype="bfloat16") as target, connected(target) as stub:
+        session = await new_session(stub, picture, seed=7)
+        streamed = await speak(stub, session.id, sound(SECONDS))
+    half, full = (
+        torch.stack([torch.frombuffer(bytearray(frame), dtype=torch.uint8) for frame in frames]).float()
+        for frames in (streamed.pixels, rendered(checkpoint, picture, sound(SECONDS), seed=7))
+    )
+    assert not torch.equal(half, full)
+    assert (half - full).square().mean().sqrt() / full.std() < 0.02
+
+
 async def test_another_seed_gives_other_frames(gateway: str, picture: bytes) -> None:
     async with connected(gateway) as stub:
         one, other = [await new_session(stub, picture, seed=seed) for seed in (1, 2)]

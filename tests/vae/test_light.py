@@ -43,7 +43,7 @@ def test_a_whole_clip_equals_its_pieces() -> None:
     for sizes in ([1] * 12, [7, 3, 2], [2, 10]):
         state = codec.fresh()
         pieces = [codec.decode(part, state) for part in torch.split(latents, sizes, dim=2)]
-        torch.testing.assert_close(torch.cat(pieces, dim=2), whole, rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.cat(pieces, dim=2), whole, rtol=0, atol=1e-5)
 
 
 def test_encoding_is_causal() -> None:
@@ -60,7 +60,7 @@ def test_clips_of_a_batch_do_not_touch() -> None:
     frames = torch.cat([clip(9), -clip(9)])
     together = codec(frames)
     for i in range(2):
-        torch.testing.assert_close(together[i : i + 1], codec(frames[i : i + 1]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(together[i : i + 1], codec(frames[i : i + 1]), rtol=0, atol=1e-5)
 
 
 def test_an_untrained_codec_already_shows_smooth_pictures() -> None:
@@ -74,12 +74,12 @@ def test_an_untrained_codec_already_shows_smooth_pictures() -> None:
 def test_an_untrained_codec_keeps_a_still_picture_still() -> None:
     codec = initialise(LIGHT, seed=0).requires_grad_(False)
     shown = codec(clip(1).expand(-1, -1, 29, -1, -1))
-    torch.testing.assert_close(shown, shown[:, :, :1].expand_as(shown), rtol=0, atol=1e-6)
+    torch.testing.assert_close(shown, shown[:, :, :1].expand_as(shown), rtol=0, atol=1e-5)
 
 
 def test_the_untrained_basis_is_orthonormal() -> None:
     basis = cosine_basis().double()
-    torch.testing.assert_close(basis @ basis.T, torch.eye(16).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(16).double(), rtol=0, atol=1e-5)
 
 
 def test_the_seed_decides_the_weights() -> None:

@@ -34,7 +34,7 @@ def test_streamed_equals_whole(vae: Vae[Any]) -> None:
     with torch.inference_mode():
         whole = vae.codec.decode(torch.cat(parts, dim=1)[None], vae.codec.fresh())[0].clamp(-1, 1)
     assert 0.1 < whole.std() < 0.9
-    torch.testing.assert_close(streamed, whole[:, -streamed.shape[1] :], rtol=0, atol=1e-6)
+    torch.testing.assert_close(streamed, whole[:, -streamed.shape[1] :], rtol=0, atol=1e-5)
 
 
 def test_interleaved_equals_alone(vae: Vae[Any]) -> None:
@@ -156,7 +156,7 @@ def test_a_picture_becomes_the_latents_of_a_still_video(vae: Vae[Any]) -> None:
     with torch.inference_mode():
         reference = vae.codec.encode(pixels)
         still = vae.codec.encode(pixels.expand(-1, -1, MOTION_FRAMES, -1, -1))
-    torch.testing.assert_close(motion[None, :, :1], reference, rtol=0, atol=1e-6)
+    torch.testing.assert_close(motion[None, :, :1], reference, rtol=0, atol=1e-5)
     assert torch.equal(motion[None], still)
 
 

@@ -1,0 +1,25 @@
+"""Where a worker computes, and in what."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from avatar.settings import PREFIX, WorkerSettings
+
+
+def device_and_dtype(settings: WorkerSettings) -> tuple[torch.device, torch.dtype]:
+    """The settings' device and dtype as torch knows them. ValueError if this machine has no such device."""
+    device, num_cuda = torch.device(settings.device), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_cuda:
+        raise ValueError(f"{PREFIX}DEVICE is {settings.device!r}, this machine has {num_cuda} CUDA devices")
+    return device, {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+
+
+@contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """Say which setting it was whose value a model could not use."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{PREFIX}{setting.upper()}: {error}") from error

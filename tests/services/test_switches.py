@@ -1,0 +1,79 @@
+"""Switches of precision and speed: what a worker cannot do stops its start, and its words say which setting it was."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from avatar.denoiser.denoiser import Denoiser
+from avatar.session import SessionStore
+from avatar.settings import AudioSettings, DenoiserSettings, VaeSettings
+from services.audio.__main__ import build as build_audio
+from services.denoiser.__main__ import build as build_denoiser
+from services.denoiser.service import DenoiserServicer
+from services.vae.__main__ import build as build_vae
+
+
+def built(checkpoint: Path, store: SessionStore, **settings: Any) -> DenoiserServicer:
+    with ThreadPoolExecutor(1) as executor:
+        return build_denoiser(DenoiserSettings(checkpoint=checkpoint, **settings), store, executor)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"device": "cuda:99"}, r"AVATAR_DEVICE is 'cuda:99', this machine has \d+ CUDA devices"),
+        ({"attention": "fast"}, "AVATAR_ATTENTION: .*'fast', expected one of auto, math, flash"),
+        ({"attention": "cudnn"}, "AVATAR_ATTENTION: .*'cudnn', which cpu does not run in torch.float32"),
+        ({"float8": True}, "AVATAR_FLOAT8: float8 needs a CUDA device of compute capability 8.9 or newer, cpu is none"),
+        ({"cuda_graphs": True}, "AVATAR_CUDA_GRAPHS: CUDA graphs need a CUDA device, the network is on cpu"),
+        ({"sizes": ("60x64",)}, "AVATAR_SIZES names 60x64, expected multiples of 8"),
+        ({"sizes": ("72x64",)}, "AVATAR_SIZES: latents must have even sides"),
+    ],
+)
+async def test_what_a_denoiser_cannot_do_stops_its_start(
+    settings: dict[str, Any], words: str, checkpoint: Path, store: SessionStore
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        built(checkpoint, store, **settings)
+
+
+async def test_compiled_code_needs_sizes_where_the_checkpoint_leaves_them_open(
+    checkpoint: Path, store: SessionStore, tmp_path: Path
+) -> None:
+    (tmp_path / "denoiser").symlink_to(checkpoint / "denoiser")
+    with pytest.raises(ValueError, match="AVATAR_COMPILE needs AVATAR_SIZES"):
+        built(tmp_path, store, compile=True)
+
+
+async def test_a_compiled_denoiser_is_warm_for_the_checkpoints_size_at_every_level(
+    checkpoint: Path, store: SessionStore
+) -> None:
+    with (
+        patch("avatar.denoiser.speed.compile_layers") as compile_layers,
+        patch.object(Denoiser, "warm", autospec=True) as warm,
+    ):
+        built(checkpoint, store, compile=True)
+    assert compile_layers.call_count == 1
+    assert [(call.args[0].level, *call.args[1:]) for call in warm.call_args_list] == [
+        (level, 8, 8) for level in range(3)
+    ]
+
+
+async def test_other_workers_refuse_a_device_that_is_not_there(checkpoint: Path, store: SessionStore) -> None:
+    with ThreadPoolExecutor(1) as executor:
+        with pytest.raises(ValueError, match="AVATAR_DEVICE is 'cuda:99'"):
+            build_audio(AudioSettings(checkpoint=checkpoint, device="cuda:99"), executor)
+        with pytest.raises(ValueError, match="AVATAR_DEVICE is 'cuda:99'"):
+            build_vae(VaeSettings(checkpoint=checkpoint, device="cuda:99"), store, executor)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_a_denoisers_weights_are_kept_in_its_dtype(dtype: str, checkpoint: Path, store: SessionStore) -> None:
+    with patch("services.denoiser.__main__.Denoiser", wraps=Denoiser) as made:
+        built(checkpoint, store, dtype=dtype)
+    weights = made.call_args.args[0].parameters()
+    assert {weight.dtype for weight in weights} == {getattr(torch, dtype)}
