@@ -156,7 +156,7 @@ def test_a_picture_becomes_the_latents_of_a_still_video(vae: Vae[Any]) -> None:
     with torch.inference_mode():
         reference = vae.codec.encode(pixels)
         still = vae.codec.encode(pixels.expand(-1, -1, MOTION_FRAMES, -1, -1))
-    torch.testing.assert_close(motion[None, :, :1], reference, rtol=0, atol=1e-6)
+    torch.testing.assert_close(motion[None, :, :1], reference, rtol=0, atol=1e-5)
     assert torch.equal(motion[None], still)
 
 
