@@ -67,7 +67,7 @@ class BatchRule:
 
     batch: int = 6
     num_blocks: tuple[int, int] = (3, 5)
-    lips: float = 6.0
+    lips: float = 10.0
     silence: float = 0.1
     at_start: float = 0.15
     near: float = 0.35

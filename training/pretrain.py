@@ -43,7 +43,7 @@ class Recipe:
     """
 
     steps: int = 1300
-    matrix_rate: float = 6e-3
+    matrix_rate: float = 4e-3
     rate: float = 2e-3
     warmup: int = 50
     shift: float = 3.0
