@@ -5,7 +5,7 @@ CUDA graphs and float8 have not run on a GPU yet.
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ ATTENTION = {
 # The first CUDA devices with products of float8.
 FLOAT8_CAPABILITY = (8, 9)
 
+# Graphs of one layer that torch may make before it takes them for a mistake: five for each size and dtype are meant.
+MAX_GRAPHS = 256
+
 # (x, audio tokens, turns) -> the network's output.
 Step = Callable[[Tensor, AudioTokens, Tensor], Tensor]
 
@@ -38,9 +41,10 @@ def compile_layers(network: Network) -> None:
     cost no more than two. Histories and positions stay outside, so that nothing is made again for another slot or
     block.
     """
+    options: Any = {"fullgraph": True, "dynamic": False, "recompile_limit": MAX_GRAPHS}
     for layer in network.layers:
-        layer.compile(fullgraph=True, dynamic=False)
-        layer.project = torch.compile(layer.project, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        layer.compile(**options)
+        layer.project = torch.compile(layer.project, **options)  # type: ignore[method-assign]
 
 
 def use_float8(network: Network) -> None:
