@@ -50,4 +50,4 @@ demo: install $(WEIGHTS)
 	python -m services.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)"
 
 bench: install $(WEIGHTS)
-	python -m benchmarks
+	python -m benchmarks --compile
