@@ -22,6 +22,7 @@ from avatar.vae.picture import Size
 from avatar.vae.vae import HIDDEN_FRAMES
 
 FRAME_S = 0.02  # of the audio encoder
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
@@ -34,7 +35,8 @@ def main() -> None:
         sounds, rate_hz = read_sounds(flags.speech)
         picture = flags.portrait.read_bytes()
         flags.out.parent.mkdir(parents=True, exist_ok=True)
-        models = load(flags.checkpoint, Adapter(flags.adapter) if flags.adapter else None)
+        adapter = Adapter(flags.adapter) if flags.adapter else None
+        models = load(flags.checkpoint, adapter, dtype=DTYPES[flags.dtype], device=flags.device)
         chunks = render(models, list(map(torch.from_numpy, sounds)), rate_hz, picture, options(flags, models))
         frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="block"))
         write_mp4(flags.out, frames, models.vae.config.frame_rate_hz, HIDDEN_FRAMES, mixed(sounds), rate_hz)
@@ -50,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("out", type=Path, help="the MP4 file to write")
     out.add_argument("--checkpoint", type=Path, default=Path("models/tiny"), help="folder of the models")
     out.add_argument("--adapter", type=Path, help="file of an adapter to merge into the network's weights")
+    out.add_argument("--device", type=torch.device, default="cpu", help="where to compute (default cpu)")
+    out.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and states (default float32)")
     out.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
 
     what = out.add_argument_group("what is shown")

@@ -53,11 +53,17 @@ class Models:
     vae: Vae[Any]
 
 
-def load(checkpoint: Path, adapter: Adapter | None = None) -> Models:
+def load(
+    checkpoint: Path,
+    adapter: Adapter | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Models:
     """The models of a checkpoint folder. ValueError if one of them is not what it should be."""
-    network, config = denoiser_model.load(open_part(checkpoint, "denoiser", adapter))
-    audio = audio_model.load(open_part(checkpoint, "audio"))
-    return Models(audio, network, config, vae_model.load(open_part(checkpoint, "vae")))
+    network, config = denoiser_model.load(open_part(checkpoint, "denoiser", adapter), dtype=dtype, device=device)
+    audio = audio_model.load(open_part(checkpoint, "audio"), dtype=dtype, device=device)
+    return Models(audio, network, config, vae_model.load(open_part(checkpoint, "vae"), dtype=dtype, device=device))
 
 
 def embed(checkpoint: Path, prompt: str) -> Tensor:

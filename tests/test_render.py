@@ -169,6 +169,15 @@ def test_a_size_is_asked_for_as_such_or_as_an_area(models: Models, picture: byte
         drawn(models, picture, Options(size=64 * 64))
 
 
+def test_half_precision_shows_nearly_the_same(checkpoint: Path, picture: bytes) -> None:
+    full, half = (
+        drawn(load(checkpoint, dtype=dtype), picture, Options(num_blocks=2)).double()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert not torch.equal(half, full)
+    assert (half - full).square().mean().sqrt() / full.std() < 0.02
+
+
 def wav(path: Path, seed: int) -> str:
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
