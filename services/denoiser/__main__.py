@@ -57,7 +57,7 @@ def latent_sizes(settings: DenoiserSettings) -> list[tuple[int, int]]:
     ValueError if the settings name none where code is compiled, and the checkpoint does not fix one.
     """
     pictures = settings.pictures()
-    if settings.compile and not pictures:
+    if settings.compile and not pictures and (settings.checkpoint / "vae").is_dir():
         rule = open_part(settings.checkpoint, "vae").config.get("picture", {})
         pictures = [(rule["width"], rule["height"])] if rule.get("width") and rule.get("height") else []
     if settings.compile and not pictures:
