@@ -8,26 +8,30 @@ Only conditions are taken from the data. Resumes bit for bit.
 Source: Self-Forcing (arXiv 2506.08009) and Live Avatar (arXiv 2512.04677), algorithms 1 and 2.
 """
 
-import argparse
-from collections.abc import Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from avatar import checkpoint
 from avatar.denoiser.model import Network, load
 from avatar.denoiser.schedule import shifted
 from avatar.part import Part
+from avatar.vae.vae import Vae
+from training.adapters import AdapterRule, kept_in, made_trainable
 from training.batches import BatchRule, ClipBatch, batch_of
-from training.clips import clean_of, per_frame, predict, with_noise
+from training.clips import clean_of, per_frame, predict
 from training.data import StoredClip
-from training.losses import dmd_gradient, draw_distance, flow_loss, moved_loss
+from training.losses import dmd_gradient, draw_distance, flow_loss, moved_loss, with_noise
 from training.rollout import Rollout
-from training.run import Limits, Progress, average_into, go_on, restore
+from training.run import Limits, arguments, average_into, chosen, go_on
+from training.state import Progress, export, restore
+from training.strategy import SINGLE, Spread, Strategy, join, leave, recomputing
+from training.watch import read_codec, rollout_rows
 
 LOWEST, HIGHEST = 0.02, 0.98
 
@@ -37,8 +41,10 @@ class Recipe:
     """What decides a run, beside its data and the network that it begins with.
 
     steps: of the critic; the generator moves in every `ratio`th. guidance: how far the teacher is moved away from
-    silence. average: how much of itself the average of the generator's weights keeps each of its steps.
-    blockwise: the memory of one block's graph at a time, for one forward pass more per block.
+    silence. largest: norm at which gradients are cut off. average: how much of itself the average of the generator's
+    weights keeps each of its steps. causal_scores: teacher and critic see what the generator sees; otherwise all of a
+    clip. blockwise: the memory of one block's graph at a time, for one forward pass more per block. recompute: less
+    memory for a second forward pass, of critic and generator.
     """
 
     steps: int = 400
@@ -47,31 +53,84 @@ class Recipe:
     rate: float = 4e-5
     critic_rate: float = 3e-4
     betas: tuple[float, float] = (0.0, 0.99)
+    largest: float = 1.0
     shift: float = 3.0
     average: float = 0.95
+    causal_scores: bool = True
     blockwise: bool = False
+    recompute: bool = False
+    adapter: AdapterRule | None = None
     seed: int = 0
-    batches: BatchRule = field(default_factory=lambda: BatchRule(batch=4, num_blocks=(4, 5), silence=0.0))
+    batches: BatchRule = field(
+        default_factory=lambda: BatchRule(batch=4, num_blocks=(4, 5), silence=0.0, together=True)
+    )
+
+
+def tiny() -> Recipe:
+    """The embedded default's: the network of stage 1 is its own teacher."""
+    return Recipe()
+
+
+def base() -> Recipe:
+    """The public 14B network's: as it was published, bidirectional, it is the teacher, and the critic at first.
+
+    500 steps of the generator. Source: Live Avatar (arXiv 2512.04677) and Self-Forcing (arXiv 2506.08009).
+    """
+    return Recipe(
+        steps=2500,
+        ratio=5,
+        guidance=3.0,
+        rate=1e-5,
+        critic_rate=2e-6,
+        betas=(0.0, 0.999),
+        largest=10.0,
+        shift=5.0,
+        average=0.99,
+        causal_scores=False,
+        blockwise=True,
+        recompute=True,
+        adapter=AdapterRule(),
+        batches=BatchRule(batch=128, num_blocks=(7, 7), silence=0.0, together=True),
+    )
+
+
+PRESETS = {"tiny": tiny, "base": base}
 
 
 class Distillation:
-    """Generator, its average, critic and teacher, all of them the same network at first."""
+    """Generator, its average, critic and teacher, each spread for itself."""
 
-    def __init__(self, recipe: Recipe, network: Network) -> None:
-        self.recipe, self.steps, self.progress = recipe, recipe.steps, Progress()
-        self.config = network.config
-        self.generator = network.requires_grad_(True)
-        self.average = deepcopy(network).requires_grad_(False)
-        self.critic = deepcopy(network)
-        self.teacher = deepcopy(network).requires_grad_(False)
-        self.moves = torch.optim.AdamW(self.generator.parameters(), recipe.rate, recipe.betas, weight_decay=0.01)
-        self.critic_moves = torch.optim.AdamW(
-            self.critic.parameters(), recipe.critic_rate, recipe.betas, weight_decay=0.01
-        )
-        self.parts: dict[str, nn.Module | Optimizer] = {
-            "generator": self.generator,
-            "average": self.average,
-            "critic": self.critic,
+    def __init__(
+        self,
+        recipe: Recipe,
+        begin: Callable[[], Network],
+        teach: Callable[[], Network] | None = None,
+        strategy: Strategy = SINGLE,
+        codec: Vae[Any] | None = None,
+        is_offloaded: bool = False,
+    ) -> None:
+        """begin, teach: make the networks that the generator, and that teacher and critic begin with, anew each time;
+        one for all if there is no other. codec: for sheets. is_offloaded: the teacher's shards wait in main memory.
+        """
+        teach = teach or begin
+
+        def trainable(make: Callable[[], Network]) -> Network:
+            network = made_trainable(make(), recipe.adapter, recipe.seed)
+            return recomputing(network) if recipe.recompute else network
+
+        self.recipe, self.steps, self.strategy, self.codec = recipe, recipe.steps, strategy, codec
+        self.progress = Progress()
+        self.generator = strategy.spread(trainable(begin))
+        self.average = strategy.spread(trainable(begin).requires_grad_(False))
+        self.critic = strategy.spread(trainable(teach))
+        self.teacher = strategy.spread(teach().requires_grad_(False), is_offloaded)
+        self.config = self.generator.network.config
+        self.moves = adamw(self.generator.network, recipe.rate, recipe.betas)
+        self.critic_moves = adamw(self.critic.network, recipe.critic_rate, recipe.betas)
+        self.parts: Mapping[str, nn.Module | Optimizer] = {
+            "generator": self.generator.network,
+            "average": self.average.network,
+            "critic": self.critic.network,
             "moves": self.moves,
             "critic_moves": self.critic_moves,
         }
@@ -79,8 +138,9 @@ class Distillation:
     def advance(self, clips: Sequence[StoredClip]) -> dict[str, float]:
         recipe, step = self.recipe, self.progress.step
         draws = Generator().manual_seed((recipe.seed + 1) << 32 | step)
-        batch = standing_together(batch_of(clips, recipe.batches, self.config, recipe.seed + 2, step))
-        exit_level = int(torch.randint(self.config.num_levels, (), generator=draws))
+        batch = batch_of(clips, recipe.batches, self.config, recipe.seed + 2, step, self.strategy.share)
+        batch = batch.to(self.strategy.device)
+        exit_level = self.exit_level(draws)
         figures: dict[str, float] = {}
         if step % recipe.ratio == recipe.ratio - 1:
             figures |= self.move_generator(batch, exit_level, draws)
@@ -88,23 +148,32 @@ class Distillation:
         self.progress.step += 1
         return figures
 
-    def rollout(self, batch: ClipBatch, draws: Generator) -> Rollout:
-        return Rollout(self.generator, self.config, batch, draw_distance(self.config, draws))
+    def exit_level(self, draws: Generator) -> int:
+        """The level whose outputs are taken: one for all blocks, clips and processes, which have the same seed."""
+        return int(torch.randint(self.config.num_levels, (), generator=draws))
+
+    @torch.no_grad()
+    def rolled_out(self, batch: ClipBatch, exit_level: int, draws: Generator) -> tuple[Rollout, list[Tensor]]:
+        """A rollout, and what enters its exit level."""
+        distance, network = draw_distance(self.config, draws), self.generator.network
+        rollout = self.generator(Rollout, network, self.config, batch, distance, self.strategy.share)
+        return rollout, self.generator(rollout.inputs, exit_level, draws)
 
     def move_generator(self, batch: ClipBatch, exit_level: int, draws: Generator) -> dict[str, float]:
-        with torch.autocast("cpu", torch.bfloat16):
-            rollout = self.rollout(batch, draws)
-            entered = rollout.inputs(exit_level, draws)
+        generator = self.generator
+        with self.strategy.autocast():
+            rollout, entered = self.rolled_out(batch, exit_level, draws)
             with torch.set_grad_enabled(not self.recipe.blockwise):
-                made = torch.cat(rollout.outputs(entered, exit_level), dim=2)
+                made = torch.cat(generator(rollout.outputs, entered, exit_level), dim=2)
             gradient = self.direction(made.detach(), batch, draws)
             if self.recipe.blockwise:
-                loss = backward_by_block(rollout, entered, exit_level, gradient)
+                loss = backward_by_block(generator, rollout, entered, exit_level, gradient)
             else:
                 loss = moved_loss(made, gradient)
                 torch.autograd.backward(loss)
-        take(self.moves, self.generator)
-        average_into(self.average, self.generator, self.recipe.average, self.progress.step // self.recipe.ratio)
+        self.take(self.moves, generator)
+        number = self.progress.step // self.recipe.ratio
+        average_into(self.average.network, generator.network, self.recipe.average, number)
         return {"generator_loss": float(loss.detach()), "gradient": float(gradient.abs().mean())}
 
     @torch.no_grad()
@@ -113,42 +182,63 @@ class Distillation:
         sigmas, noised, _ = self.under_noise(made, draws)
         distance = draw_distance(self.config, draws)
 
-        def clean(network: Network, batch: ClipBatch) -> Tensor:
-            velocity = predict(network, self.config, noised, sigmas, batch, distance)
+        def clean(score: Spread, batch: ClipBatch) -> Tensor:
+            velocity = self.score(score, noised, sigmas, batch, distance)
             return clean_of(noised, velocity, per_frame(sigmas, self.config))
 
         real = clean(self.teacher, batch)
         real = real + self.recipe.guidance * (real - clean(self.teacher, batch.silent()))
         return dmd_gradient(made, clean(self.critic, batch), real)
 
+    def score(self, score: Spread, noised: Tensor, sigmas: Tensor, batch: ClipBatch, distance: int) -> Tensor:
+        """What teacher or critic sees in clips under noise: the velocity."""
+        causal = self.recipe.causal_scores
+        return score(predict, score.network, self.config, noised, sigmas, batch, distance, causal)
+
     def move_critic(self, batch: ClipBatch, exit_level: int, draws: Generator) -> dict[str, float]:
         """Teach the critic what the generator makes now."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with self.strategy.autocast():
+            rollout, entered = self.rolled_out(batch, exit_level, draws)
             with torch.no_grad():
-                rollout = self.rollout(batch, draws)
-                made = torch.cat(rollout.outputs(rollout.inputs(exit_level, draws), exit_level), dim=2)
+                made = torch.cat(self.generator(rollout.outputs, entered, exit_level), dim=2)
             sigmas, noised, noise = self.under_noise(made, draws)
-            velocity = predict(self.critic, self.config, noised, sigmas, batch, draw_distance(self.config, draws))
+            velocity = self.score(self.critic, noised, sigmas, batch, draw_distance(self.config, draws))
         sigma = per_frame(sigmas, self.config)
         weight = torch.ones_like(made[:, :1])
         loss = flow_loss(velocity, noise - made, sigma, weight, self.config).mean()
         torch.autograd.backward(loss)
-        take(self.critic_moves, self.critic)
+        self.take(self.critic_moves, self.critic)
         return {"critic_loss": float(loss.detach())}
 
     def under_noise(self, made: Tensor, draws: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Levels (b, k), one for all blocks of a clip; the clips under noise; and the noise."""
-        num_blocks = made.shape[2] // self.config.num_frames_per_block
-        uniform = torch.rand(len(made), 1, generator=draws).expand(-1, num_blocks)
+        num_blocks, share = made.shape[2] // self.config.num_frames_per_block, self.strategy.share
+        uniform = share.of(torch.rand(len(made) * share.world, 1, generator=draws)).expand(-1, num_blocks)
         sigmas = shifted(uniform, self.recipe.shift).clamp(LOWEST, HIGHEST).to(made)
-        noise = torch.randn(made.shape, generator=draws).to(made)
+        noise = share.noise(made.shape, draws).to(made)
         return sigmas, with_noise(made, noise, per_frame(sigmas, self.config)), noise
 
-    def watch(self, held_out: Sequence[StoredClip], out: Path) -> dict[str, float]:  # noqa: ARG002
+    def take(self, optimiser: Optimizer, spread: Spread) -> None:
+        """A step of the optimiser."""
+        nn.utils.clip_grad_norm_(spread.network.parameters(), self.recipe.largest)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    def watch(self, held_out: Sequence[StoredClip]) -> dict[str, float]:  # noqa: ARG002
         return {}
 
+    def sheet(self, held_out: Sequence[StoredClip]) -> list[Tensor]:
+        return rollout_rows(self.average, self.config, held_out, self.codec, self.strategy)
 
-def backward_by_block(rollout: Rollout, entered: list[Tensor], exit_level: int, gradient: Tensor) -> Tensor:
+
+def adamw(network: Network, rate: float, betas: tuple[float, float]) -> Optimizer:
+    trained = [each for each in network.parameters() if each.requires_grad]
+    return torch.optim.AdamW(trained, rate, betas, weight_decay=0.01)
+
+
+def backward_by_block(
+    generator: Spread, rollout: Rollout, entered: list[Tensor], exit_level: int, gradient: Tensor
+) -> Tensor:
     """`moved_loss` of the whole rollout, and its gradients, with one block's graph in memory at a time.
 
     No gradient crosses the cache, so the sum over blocks is that of the whole graph.
@@ -157,51 +247,39 @@ def backward_by_block(rollout: Rollout, entered: list[Tensor], exit_level: int, 
     cache = rollout.cache()
     total = torch.zeros((), device=gradient.device)
     for block, (x, part) in enumerate(zip(entered, gradient.chunk(len(entered), dim=2), strict=True)):
-        with torch.enable_grad():
-            loss = moved_loss(rollout.clean(x, block, exit_level, cache), part) / len(entered)
-        torch.autograd.backward(loss)
+        with torch.enable_grad(), generator.accumulating(is_last=block == len(entered) - 1):
+            made = generator(rollout.clean, x, block, exit_level, cache)
+            loss = moved_loss(made, part) / len(entered)
+            torch.autograd.backward(loss)
         total += loss.detach()
     return total
 
 
-def take(optimiser: Optimizer, network: Network) -> None:
-    """A step of the optimiser."""
-    nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-
-
-def standing_together(batch: ClipBatch) -> ClipBatch:
-    """The same with all clips at the place in the stream of the first: they share caches."""
-    return batch.replaced(first_block=batch.first_block[:1].expand(len(batch.first_block)))
-
-
-def export(run: Distillation, folder: Path) -> None:
-    """Write the average of the generator's weights as a checkpoint's denoiser folder, float16."""
-    checkpoint.save(folder, run.config.to_dict(), run.average, torch.float16)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.distill", description=(__doc__ or "").split(":")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of shards, as training.prepare makes it")
+    parser = arguments("training.distill", __doc__ or "", steps="steps of the critic")
     parser.add_argument("--start", type=Path, required=True, help="denoiser folder of the network of stage 1")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run: state, log, sheets")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="length of the whole run, steps of the critic")
-    parser.add_argument("--guidance", type=float, default=Recipe.guidance, help="of the teacher, away from silence")
-    parser.add_argument("--rate", type=float, default=Recipe.rate, help="learning rate of the generator")
-    parser.add_argument("--minutes", type=float, default=60, help="stop after this long; the next call goes on")
-    parser.add_argument("--save-minutes", type=float, default=5, help="between two checkpoints")
-    parser.add_argument("--export", type=Path, help="train nothing: write the run's weights to this folder")
+    parser.add_argument("--teacher", type=Path, help="denoiser folder of teacher and critic, if not that of --start")
+    parser.add_argument("--guidance", type=float, help="of the teacher, away from silence")
+    parser.add_argument("--rate", type=float, help="learning rate of the generator")
+    parser.add_argument("--offload", action="store_true", help="under fsdp2 the teacher waits in main memory")
     flags = parser.parse_args()
+    recipe = replace(PRESETS[flags.preset](), **chosen(flags, "steps", "adapter", "guidance", "rate"))
+    if flags.batch:
+        recipe = replace(recipe, batches=replace(recipe.batches, batch=flags.batch))
     torch.set_num_threads(1)
-    network, _ = load(Part.read(flags.start))
-    run = Distillation(Recipe(steps=flags.steps, guidance=flags.guidance, rate=flags.rate), network.train())
-    if (flags.out / "state.pt").exists():
-        restore(run, flags.out / "state.pt")
+    strategy = join(flags.strategy)
+
+    def from_folder(folder: Path) -> Network:
+        return load(Part.read(folder), dtype=kept_in(recipe.adapter))[0].train()
+
+    begin, teach = partial(from_folder, flags.start), partial(from_folder, flags.teacher or flags.start)
+    run = Distillation(recipe, begin, teach, strategy, read_codec(flags.vae, strategy.device), flags.offload)
+    restore(run.parts, run.progress, flags.out)
     if flags.export:
-        export(run, flags.export)
+        export(run.average.network, run.config, recipe.adapter, flags.export, strategy)
     else:
         go_on(run, flags.data, flags.out, Limits(flags.minutes, flags.save_minutes))
+    leave(strategy)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,15 @@ from torch import Generator, Tensor
 
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.schedule import shifted
+from training.batches import Share
 
 # Levels below this teach nothing: x is clean already, and the velocity is all noise.
 LOWEST_SIGMA = 0.02
+
+
+def with_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Where the straight path from clean to noise is at sigma in [0, 1]."""
+    return (1 - sigma) * clean + sigma * noise
 
 
 def draw_sigmas(batch: int, num_blocks: int, config: NetworkConfig, shift: float, generator: Generator) -> Tensor:
@@ -27,6 +33,16 @@ def draw_sigmas(batch: int, num_blocks: int, config: NetworkConfig, shift: float
     is_scheduled, is_common = (torch.rand(2, batch, 1, generator=generator) < 0.5).unbind()
     sigmas = torch.where(is_scheduled, scheduled, anywhere)
     return torch.where(is_common, sigmas[:, :1], sigmas).clamp(LOWEST_SIGMA, 1)
+
+
+def noised_each(motion: Tensor, share: Share, generator: Generator) -> Tensor:
+    """Motion frames (b, c, t, h, w), each at a level of its own from the whole range.
+
+    Source: Live Avatar (arXiv 2512.04677): they stand in for the noisy history that rollouts will have.
+    """
+    b, _, t, _, _ = motion.shape
+    sigma = share.of(torch.rand(b * share.world, 1, t, 1, 1, generator=generator)).to(motion)
+    return with_noise(motion, share.noise(motion.shape, generator).to(motion), sigma)
 
 
 def draw_distance(config: NetworkConfig, generator: Generator) -> int:

@@ -6,31 +6,33 @@ A run that is stopped goes on from its last checkpoint as if nothing had happene
 meanwhile join at checkpoints.
 """
 
-import argparse
-from collections.abc import Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from avatar import checkpoint
 from avatar.denoiser import config as configs
 from avatar.denoiser import model
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
-from avatar.part import Part, load_weights
-from training.batches import BatchRule, ClipBatch, batch_of
-from training.clips import per_frame, predict, with_noise
+from avatar.part import Part
+from avatar.vae.vae import Vae
+from training.adapters import AdapterRule, kept_in, made_trainable
+from training.batches import BatchRule, ClipBatch, Share, batch_of
+from training.clips import per_frame, predict
 from training.data import StoredClip
-from training.losses import draw_distance, draw_sigmas, flow_loss
-from training.run import Limits, Progress, average_into, cosine, go_on, restore
+from training.losses import draw_distance, draw_sigmas, flow_loss, noised_each, with_noise
+from training.run import Limits, arguments, average_into, chosen, cosine, go_on
+from training.state import Progress, export, restore
+from training.strategy import SINGLE, Strategy, join, leave, recomputing
+from training.watch import WATCHED_SEED, read_codec, rollout_rows
 
-# Held-out clips and draws of noise whose loss is watched.
+# Held-out clips, and draws of noise, whose loss is watched.
 NUM_WATCHED = 24
-WATCHED_SEED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,117 +40,192 @@ class Recipe:
     """What decides a run, beside its data and its network.
 
     steps: of the whole run; the rates fall to a hundredth along half a cosine. matrix_rate: of Muon, which moves the
-    layers' matrices; rate: of AdamW, which moves everything else. shift: of levels from the whole range. average: how
-    much of itself the average of the weights keeps each step.
+    layers' matrices; rate: of AdamW, which moves everything else, or with matrix_rate 0 everything. audio_rate: of
+    AdamW where sound enters the layers, if it is another. shift: of levels from the whole range. average: how much of
+    itself the average of the weights keeps each step. noisy_motion: each motion frame has a noise level of its own.
+    recompute: less memory for a second forward pass.
     """
 
     steps: int = 1300
     matrix_rate: float = 4e-3
     rate: float = 2e-3
+    audio_rate: float | None = None
     warmup: int = 50
     shift: float = 3.0
     average: float = 0.998
+    noisy_motion: bool = False
+    recompute: bool = False
+    adapter: AdapterRule | None = None
     seed: int = 0
     batches: BatchRule = field(default_factory=BatchRule)
+
+
+def tiny() -> Recipe:
+    """The embedded default's, from nothing."""
+    return Recipe()
+
+
+def base() -> Recipe:
+    """The public 14B network's: it becomes causal by an adapter, with the frames before each clip as its history.
+
+    Source: Live Avatar (arXiv 2512.04677) and the training configuration in its repository.
+    """
+    return Recipe(
+        steps=25000,
+        matrix_rate=0.0,
+        rate=5e-5,
+        audio_rate=1e-5,
+        warmup=500,
+        shift=5.0,
+        noisy_motion=True,
+        recompute=True,
+        adapter=AdapterRule(),
+        batches=BatchRule(batch=128, num_blocks=(7, 7), lips=1.0, silence=0.15, follow=True),
+    )
+
+
+PRESETS: dict[str, tuple[Callable[[], NetworkConfig], Callable[[], Recipe]]] = {
+    "tiny": (configs.tiny, tiny),
+    "base": (configs.base, base),
+}
 
 
 def optimisers(network: Network, recipe: Recipe) -> dict[str, Optimizer]:
     """Muon for the matrices inside the layers (K. Jordan 2024, scaled as in arXiv 2502.16982), AdamW for the rest."""
     matrices: list[nn.Parameter] = []
+    audio: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         inside = name.startswith(("blocks", "audio_injector")) and parameter.ndim == 2
-        (matrices if inside else others).append(parameter)
-    return {
-        "muon": torch.optim.Muon(matrices, recipe.matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        "adamw": torch.optim.AdamW(others, recipe.rate, (0.9, 0.98), weight_decay=0.01),
-    }
+        if not parameter.requires_grad:
+            continue
+        if inside and recipe.matrix_rate:
+            matrices.append(parameter)
+        elif recipe.audio_rate and name.startswith("audio_injector"):
+            audio.append(parameter)
+        else:
+            others.append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if audio:
+        groups.append({"params": audio, "lr": recipe.audio_rate})
+    found: dict[str, Optimizer] = {"adamw": torch.optim.AdamW(groups, recipe.rate, (0.9, 0.98), weight_decay=0.01)}
+    if matrices:
+        muon = torch.optim.Muon(matrices, recipe.matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        found = {"muon": muon, **found}
+    return found
 
 
 class Pretraining:
     """A network, the average of its weights, and the optimisers."""
 
-    def __init__(self, recipe: Recipe, network: Network) -> None:
-        self.recipe, self.steps, self.progress = recipe, recipe.steps, Progress()
-        self.network, self.config = network, network.config
-        self.average = deepcopy(network).requires_grad_(False)
-        self.optimisers = optimisers(network, recipe)
-        self.parts: dict[str, nn.Module | Optimizer] = {
-            "network": network,
-            "average": self.average,
+    def __init__(
+        self,
+        recipe: Recipe,
+        begin: Callable[[], Network],
+        strategy: Strategy = SINGLE,
+        codec: Vae[Any] | None = None,
+    ) -> None:
+        """begin: makes the network that the run begins with, anew each time. codec: for sheets.
+
+        ValueError if the recipe's optimiser cannot work on shards.
+        """
+        if strategy.kind == "fsdp2" and recipe.matrix_rate:
+            raise ValueError(
+                "Muon looks at whole matrices, which FSDP2 has in shards: set matrix_rate to 0, or use DDP"
+            )
+        self.recipe, self.steps, self.strategy, self.codec = recipe, recipe.steps, strategy, codec
+        self.progress = Progress()
+        network = made_trainable(begin(), recipe.adapter, recipe.seed)
+        self.spread = strategy.spread(recomputing(network) if recipe.recompute else network)
+        average = made_trainable(begin(), recipe.adapter, recipe.seed).requires_grad_(False)
+        self.average, self.config = strategy.spread(average), network.config
+        self.optimisers = optimisers(self.spread.network, recipe)
+        self.parts: Mapping[str, nn.Module | Optimizer] = {
+            "network": self.spread.network,
+            "average": self.average.network,
             **self.optimisers,
         }
-        self._rates = {name: each.param_groups[0]["lr"] for name, each in self.optimisers.items()}
+        self._rates = {name: [g["lr"] for g in each.param_groups] for name, each in self.optimisers.items()}
 
     def advance(self, clips: Sequence[StoredClip]) -> dict[str, float]:
-        recipe, step = self.recipe, self.progress.step
-        batch = batch_of(clips, recipe.batches, self.config, recipe.seed + 1, step)
+        recipe, step, network = self.recipe, self.progress.step, self.spread.network
+        batch = batch_of(clips, recipe.batches, self.config, recipe.seed + 1, step, self.strategy.share)
         generator = Generator().manual_seed((recipe.seed + 1) << 32 | step)
-        loss = clip_loss(self.network, self.config, batch, recipe.shift, generator).mean()
+        with self.strategy.autocast():
+            losses = self.spread(
+                clip_loss, network, batch.to(self.strategy.device), recipe, generator, self.strategy.share
+            )
+        loss = losses.mean()
         torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for name, optimiser in self.optimisers.items():
-            for group in optimiser.param_groups:
-                group["lr"] = self._rates[name] * cosine(step, recipe.steps, recipe.warmup)
+            for rate, group in zip(self._rates[name], optimiser.param_groups, strict=True):
+                group["lr"] = rate * cosine(step, recipe.steps, recipe.warmup)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.progress.step += 1
-        average_into(self.average, self.network, recipe.average, self.progress.step)
+        average_into(self.average.network, network, recipe.average, self.progress.step)
         return {"loss": float(loss.detach())}
 
     @torch.no_grad()
-    def watch(self, held_out: Sequence[StoredClip], out: Path) -> dict[str, float]:  # noqa: ARG002
+    def watch(self, held_out: Sequence[StoredClip]) -> dict[str, float]:
         """The loss on held-out clips, always the same ones at the same levels."""
-        rule = self.recipe.batches
+        rule, strategy = self.recipe.batches, self.strategy
         losses = []
-        for number in range(NUM_WATCHED // rule.batch):
-            batch = batch_of(held_out, rule, self.config, WATCHED_SEED, number)
+        for number in range(max(1, NUM_WATCHED // rule.batch)):
+            batch = batch_of(held_out, rule, self.config, WATCHED_SEED, number, strategy.share).to(strategy.device)
             generator = Generator().manual_seed(number)
-            losses.append(clip_loss(self.average, self.config, batch, self.recipe.shift, generator))
+            with strategy.autocast():
+                loss = self.average(clip_loss, self.average.network, batch, self.recipe, generator, strategy.share)
+            losses.append(loss)
         return {"held_out_loss": float(torch.cat(losses).mean())}
 
+    def sheet(self, held_out: Sequence[StoredClip]) -> list[Tensor]:
+        return rollout_rows(self.average, self.config, held_out, self.codec, self.strategy)
 
-def clip_loss(network: Network, config: NetworkConfig, batch: ClipBatch, shift: float, generator: Generator) -> Tensor:
+
+def clip_loss(network: Network, batch: ClipBatch, recipe: Recipe, generator: Generator, share: Share) -> Tensor:
     """The loss of each clip, (b,), at levels and with noise from the generator."""
-    clean = batch.latents
+    config, clean = network.config, batch.latents
     num_blocks = clean.shape[2] // config.num_frames_per_block
-    sigmas = draw_sigmas(len(clean), num_blocks, config, shift, generator)
-    noise = torch.randn(clean.shape, generator=generator)
+    sigmas = share.of(draw_sigmas(len(clean) * share.world, num_blocks, config, recipe.shift, generator)).to(clean)
+    noise = share.noise(clean.shape, generator).to(clean)
     distance = draw_distance(config, generator)
+    if recipe.noisy_motion:
+        batch = batch.replaced(motion=noised_each(batch.motion, share, generator))
     sigma = per_frame(sigmas, config)
-    with torch.autocast("cpu", torch.bfloat16):
-        velocity = predict(network, config, with_noise(clean, noise, sigma), sigmas, batch, distance)
+    velocity = predict(network, config, with_noise(clean, noise, sigma), sigmas, batch, distance)
     return flow_loss(velocity, noise - clean, sigma, batch.weight, config)
 
 
-def export(run: Pretraining, folder: Path) -> None:
-    """Write the run's average as a checkpoint's denoiser folder, float16."""
-    checkpoint.save(folder, run.config.to_dict(), run.average, torch.float16)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.pretrain", description=(__doc__ or "").split(":")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of shards, as training.prepare makes it")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run: state, log, sheets")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="length of the whole run")
+    parser = arguments("training.pretrain", __doc__ or "", steps="steps of the optimiser")
     parser.add_argument("--start", type=Path, help="a denoiser folder whose weights a new run begins with")
-    parser.add_argument("--minutes", type=float, default=60, help="stop after this long; the next call goes on")
-    parser.add_argument("--save-minutes", type=float, default=5, help="between two checkpoints")
-    parser.add_argument("--export", type=Path, help="train nothing: write the run's weights to this folder")
     flags = parser.parse_args()
+    configuration, preset = PRESETS[flags.preset]
+    recipe = replace(preset(), **chosen(flags, "steps", "adapter"))
+    if flags.batch:
+        recipe = replace(recipe, batches=replace(recipe.batches, batch=flags.batch))
+    if flags.strategy == "fsdp2" or recipe.adapter:
+        # Muon looks at whole matrices.
+        recipe = replace(recipe, matrix_rate=0.0)
     torch.set_num_threads(1)
-    network = Network(configs.tiny())
-    if flags.start:
-        load_weights(network, Part.read(flags.start))
-    else:
-        model.initialise(network, Recipe.seed)
-    run = Pretraining(Recipe(steps=flags.steps), network)
-    if (flags.out / "state.pt").exists():
-        restore(run, flags.out / "state.pt")
+
+    def begin() -> Network:
+        if flags.start:
+            return model.load(Part.read(flags.start), dtype=kept_in(recipe.adapter))[0].train()
+        network = Network(configuration())
+        model.initialise(network, recipe.seed)
+        return network
+
+    strategy = join(flags.strategy)
+    run = Pretraining(recipe, begin, strategy, read_codec(flags.vae, strategy.device))
+    restore(run.parts, run.progress, flags.out)
     if flags.export:
-        export(run, flags.export)
+        export(run.average.network, run.config, recipe.adapter, flags.export, strategy)
     else:
         go_on(run, flags.data, flags.out, Limits(flags.minutes, flags.save_minutes))
+    leave(strategy)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ its own noise level, cut off from gradients, and a sink that stands where servin
 Axes: b batch, c channels, t latent frames, h w of latents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import repeat
@@ -19,7 +19,7 @@ from avatar.denoiser.denoiser import velocity_of
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import SAMPLERS
 from avatar.denoiser.schedule import timesteps
-from training.batches import ClipBatch
+from training.batches import ClipBatch, Share
 
 
 class StepHistory:
@@ -49,13 +49,15 @@ class StepHistory:
 class Rollout:
     """A batch of streams in the making.
 
-    batch: what they are made under; all stand at batch.first_block[0]. distance: of the sink.
+    batch: what they are made under; all stand at batch.first_block[0]. distance: of the sink. share: the batch's, of
+    the clips of all processes.
     """
 
     network: Network
     config: NetworkConfig
     batch: ClipBatch
     distance: int
+    share: Share = field(default_factory=Share)
 
     def __post_init__(self) -> None:
         network, batch, config = self.network, self.batch, self.config
@@ -101,7 +103,7 @@ class Rollout:
         caches = [self.cache() for _ in range(exit_level)]
         entered = []
         for block in range(self.num_blocks):
-            x = torch.randn(b, c, config.num_frames_per_block, h, w, generator=generator).to(self.batch.motion)
+            x = self.share.noise((b, c, config.num_frames_per_block, h, w), generator).to(self.batch.motion)
             for level, cache in enumerate(caches):
                 velocity = self.velocity(x, block, level, cache)
                 x = SAMPLERS[config.sampler](x, velocity, *config.schedule[level : level + 2])

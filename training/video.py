@@ -1,7 +1,7 @@
 """Real video as clips to learn from: `python -m training.video FILMS --out runs/data`.
 
 FILMS is a folder of films in which one person talks and the picture is about the face; cut and crop them before. Each
-is brought to 25 frames a second, 128x128 pixels and sound at 16 kHz, and cut into clips. One film in eight, chosen by
+is brought to 25 frames a second, one size and sound at 16 kHz, and cut into clips. One film in eight, chosen by
 its name, is held out. Lips and jaw are not known: their figures are left out, and losses count all pixels alike.
 """
 
@@ -25,8 +25,8 @@ HELD_OUT_SHARE = 8
 FIRST_FRAME = 12
 
 
-def pictures(film: Path, side: int) -> Iterator[NDArray[np.uint8]]:
-    """The film's frames (side, side, 3) at 25 Hz from time 0 on: what is shown at the middle of each 40 ms.
+def pictures(film: Path, size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
+    """The film's frames (h, w, 3) at 25 Hz from time 0 on: what is shown at the middle of each 40 ms.
 
     ValueError if it is no film.
     """
@@ -42,7 +42,7 @@ def pictures(film: Path, side: int) -> Iterator[NDArray[np.uint8]]:
                     yield shown
                     number += 1
                 image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-                shown = np.array(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC))
+                shown = np.array(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
             if shown is not None:
                 yield shown
     except av.FFmpegError as error:
@@ -56,10 +56,10 @@ def sound_of(film: Path) -> NDArray[np.float32]:
     return mono
 
 
-def clips_of(film: Path, shape: ClipShape, side: int) -> Iterator[Clip]:
+def clips_of(film: Path, shape: ClipShape, size: tuple[int, int]) -> Iterator[Clip]:
     """A film cut into clips one behind the other; what does not fill the last one is left out."""
     sound = sound_of(film)
-    frames = pictures(film, side)
+    frames = pictures(film, size)
     reference = next(frames)
     gathered: list[NDArray[np.uint8]] = []
     start = FIRST_FRAME
@@ -89,14 +89,14 @@ def part_of(film: Path) -> str:
     return "held_out" if zlib.crc32(film.stem.encode()) % HELD_OUT_SHARE == 0 else "train"
 
 
-def convert(films: Path, out: Path, side: int) -> dict[str, int]:
+def convert(films: Path, out: Path, shape: ClipShape, size: tuple[int, int]) -> dict[str, int]:
     """Write one shard for each film that has none yet; returns how many films each part has. ValueError without any."""
     found = {"train": 0, "held_out": 0}
     for film in sorted(path for path in films.iterdir() if path.is_file()):
         part = part_of(film)
         path = out / part / f"{film.stem}.tar"
         if not path.exists():
-            write_shard(path, clips_of(film, ClipShape(), side))
+            write_shard(path, clips_of(film, shape, size))
         found[part] += 1
     if not sum(found.values()):
         raise ValueError(f"no films in {films}")
@@ -107,9 +107,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.video", description=(__doc__ or "").split(":")[0])
     parser.add_argument("films", type=Path, help="folder of films, any that FFmpeg reads")
     parser.add_argument("--out", type=Path, required=True, help="folder for the parts train and held_out")
-    parser.add_argument("--side", type=int, default=128, help="height and width of frames, pixels")
+    parser.add_argument("--size", default="128x128", metavar="WxH", help="of frames, in pixels")
+    parser.add_argument("--frames", type=int, default=ClipShape.frames, help="of a clip, whole blocks of 12")
     flags = parser.parse_args()
-    found = convert(flags.films, flags.out, flags.side)
+    width, height = map(int, flags.size.split("x"))
+    found = convert(flags.films, flags.out, ClipShape(flags.frames), (width, height))
     print(f"{found['train']} films to train on, {found['held_out']} held out")
 
 

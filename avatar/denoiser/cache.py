@@ -159,8 +159,12 @@ class ClipHistory:
         width: int,
         conditions: Sequence[KeysValues],
         reference_frames: Sequence[int | Tensor],
+        is_causal: bool = True,
     ) -> None:
-        """conditions: prefill's. reference_frames: where each block of the clip sees the reference, or (b,) of them."""
+        """conditions: prefill's. reference_frames: where each block of the clip sees the reference, or (b,) of them.
+
+        Not causal: one place of the reference for all blocks, and each sees the whole clip.
+        """
         device = conditions[0][0].device
         reference = [block_positions(frame, 1, height, width) for frame in reference_frames]
         self._blocks = len(reference)
@@ -169,7 +173,7 @@ class ClipHistory:
         positions = torch.cat([*reference, motion.expand(*reference[0].shape[:-2], -1, -1)], dim=-2)
         self._turns = rotation(positions.to(device), config.head_dim)
         self._conditions = conditions
-        self.visible = self._visible(config, motion_tokens=len(motion))
+        self.visible = self._visible(config, motion_tokens=len(motion)) if is_causal else None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
         """All keys and values of a layer, the clip's own k, v (b, n, h, d) last."""

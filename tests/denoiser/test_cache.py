@@ -128,6 +128,7 @@ def test_a_clip_shows_each_block_its_own_reference_and_window(config: NetworkCon
     block, motion = REFERENCE * config.num_frames_per_block, SINK - REFERENCE
     clip = 5 * REFERENCE + motion
     assert config.window_blocks == 3
+    assert history.visible is not None
     for i, (own, moving, window) in enumerate(history.visible):
         assert own == slice(i * REFERENCE, (i + 1) * REFERENCE)
         assert moving == slice(5 * REFERENCE, clip)

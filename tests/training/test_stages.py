@@ -1,72 +1,50 @@
 """The two stages of training on a small network: what is drawn, what has gradients, and that a stopped run goes on."""
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from einops import repeat
+from PIL import Image
 from torch import Generator, Tensor
 
 from avatar.denoiser import model
 from avatar.denoiser.cache import KVCache
-from avatar.denoiser.config import NetworkConfig, tiny
+from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
 from avatar.denoiser.schedule import shifted
-from training.batches import BatchRule, ClipBatch, batch_of
-from training.clips import clean_of, per_frame, predict, with_noise
-from training.data import Clip, StoredClip, read_clips, write_shard
-from training.distill import Distillation, backward_by_block, standing_together
+from avatar.vae.vae import Vae
+from tests.training.small import RULE, begin, network_of, small, write_latents
+from training.batches import Choice, ClipBatch, Share, batch_of, read_blocks
+from training.clips import clean_of, per_frame, predict
+from training.data import StoredClip, read_clips
+from training.distill import Distillation, backward_by_block
 from training.distill import Recipe as DistillRecipe
-from training.losses import dmd_gradient, draw_sigmas, moved_loss
+from training.losses import dmd_gradient, draw_sigmas, moved_loss, noised_each, with_noise
 from training.pretrain import Pretraining
 from training.pretrain import Recipe as PretrainRecipe
 from training.rollout import Rollout
-from training.run import Limits, go_on, restore, save
-
-RULE = BatchRule(batch=2, num_blocks=(3, 3))
+from training.run import Limits, go_on
+from training.state import Parts, Progress, restore, save
+from training.strategy import SINGLE, Strategy
 
 
 @pytest.fixture(scope="module")
 def config() -> NetworkConfig:
-    return replace(
-        tiny(),
-        in_dim=4,
-        out_dim=4,
-        cond_dim=4,
-        dim=24,
-        num_heads=2,
-        num_layers=2,
-        ffn_dim=32,
-        freq_dim=16,
-        audio_dim=6,
-        num_encoder_layers=2,
-        audio_inject_layers=(0,),
-        window_blocks=2,
-    )
-
-
-def prepared_clip(number: int) -> Clip:
-    rng = np.random.default_rng(number)
-    arrays: dict[str, Any] = {
-        "latents": rng.normal(size=(4, 12, 8, 8)).astype(np.float16),
-        "motion": np.repeat(rng.normal(size=(4, 1, 8, 8)), 19, 1).astype(np.float16),
-        "features": rng.normal(size=(2, 6, 48)).astype(np.float16),
-        "lips": rng.uniform(20, 40, (48, 2)).astype(np.float32),
-    }
-    return Clip(f"{number:08d}", arrays, {"person": number, "lead_frames": 0})
+    return small()
 
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of prepared shards."""
-    folder = tmp_path_factory.mktemp("latents")
-    write_shard(folder / "train" / "000000.tar", [prepared_clip(number) for number in range(4)])
-    write_shard(folder / "held_out" / "000000.tar", [prepared_clip(number) for number in (90, 91)])
-    return folder
+    return write_latents(tmp_path_factory.mktemp("latents"))
 
 
 @pytest.fixture
@@ -74,19 +52,9 @@ def clips(latents: Path) -> list[StoredClip]:
     return read_clips(latents, "train")
 
 
-def network_of(config: NetworkConfig) -> Network:
-    """A network in which nothing is zero."""
-    network = Network(config)
-    generator = Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return network
-
-
 @pytest.fixture
 def batch(config: NetworkConfig, clips: list[StoredClip]) -> ClipBatch:
-    return standing_together(batch_of(clips, RULE, config, 0, 0))
+    return batch_of(clips, replace(RULE, together=True), config, 0, 0)
 
 
 def test_levels_belong_to_blocks_and_half_of_the_clips_have_one(config: NetworkConfig) -> None:
@@ -132,6 +100,39 @@ def test_a_rollout_at_one_level_equals_the_whole_clip(config: NetworkConfig, bat
     torch.testing.assert_close(torch.cat(blocks, dim=2), whole, atol=1e-4, rtol=1e-4)
 
 
+def test_one_block_is_the_same_to_scores_of_both_kinds(config: NetworkConfig, batch: ClipBatch) -> None:
+    network, sigmas = network_of(config), torch.full((2, 1), 0.6)
+    batch = batch.replaced(features=batch.features[..., :12], first_block=torch.zeros(2, dtype=torch.int64))
+    one = [predict(network, config, batch.latents[:, :, :3], sigmas, batch, 4, kind) for kind in (True, False)]
+    torch.testing.assert_close(*one, atol=1e-5, rtol=1e-5)
+
+
+def test_a_score_that_is_not_causal_sees_the_whole_clip_wherever_it_stands(
+    config: NetworkConfig, batch: ClipBatch
+) -> None:
+    network, sigmas = network_of(config), torch.full((2, 3), 0.6)
+    x = batch.latents.clone()
+    seen = predict(network, config, x, sigmas, batch, 4, is_causal=False)
+    elsewhere = batch.replaced(first_block=batch.first_block + 40)
+    assert torch.equal(predict(network, config, x, sigmas, elsewhere, 4, is_causal=False), seen)
+    x[:, :, -1] += 1
+    change = predict(network, config, x, sigmas, batch, 4, is_causal=False) - seen
+    assert change[:, :, :3].abs().max() > 1e-3
+
+
+def test_motion_may_be_the_frames_before_the_blocks(config: NetworkConfig, clips: list[StoredClip]) -> None:
+    choice = Choice(clips[0], start=1, first_block=5, is_heard=True)
+    rule = replace(RULE, follow=True)
+    _, reference, motion, *_ = read_blocks(choice, 3, rule, config)
+    before = torch.from_numpy(np.array(clips[0].array("latents")[:, :3])).float()
+    assert motion.shape[1] == 19
+    assert torch.equal(motion[:, -3:], before)
+    assert torch.equal(motion[:, :1], reference)
+    noised = noised_each(motion[None], Share(), Generator().manual_seed(0))[0]
+    levels = (noised - motion).std((0, 2, 3))
+    assert levels.min() < 0.5 < levels.max()
+
+
 def test_blocks_alone_have_the_gradients_of_the_whole_graph(config: NetworkConfig, batch: ClipBatch) -> None:
     network = network_of(config)
     rollout = Rollout(network, config, batch, distance=4)
@@ -142,7 +143,7 @@ def test_blocks_alone_have_the_gradients_of_the_whole_graph(config: NetworkConfi
     torch.autograd.backward(whole)
     expected = gradients(network)
     network.zero_grad()
-    by_block = backward_by_block(rollout, entered, 1, gradient)
+    by_block = backward_by_block(SINGLE.spread(network), rollout, entered, 1, gradient)
 
     torch.testing.assert_close(by_block, whole.detach())
     assert max(each.abs().max() for each in expected.values()) > 0
@@ -185,10 +186,10 @@ def test_one_pass_a_block_has_gradients_and_the_cache_none(
 
 
 def test_the_generator_rests_where_critic_and_teacher_agree(config: NetworkConfig, batch: ClipBatch) -> None:
-    run = Distillation(DistillRecipe(guidance=0.0), network_of(config))
+    run = Distillation(DistillRecipe(guidance=0.0), begin(config))
     made = torch.randn(batch.latents.shape, generator=Generator().manual_seed(1))
     assert not run.direction(made, batch, Generator().manual_seed(0)).any()
-    guided = Distillation(DistillRecipe(guidance=1.0), network_of(config))
+    guided = Distillation(DistillRecipe(guidance=1.0), begin(config))
     assert guided.direction(made, batch, Generator().manual_seed(0)).any()
 
 
@@ -220,28 +221,43 @@ def test_points_move_to_the_teachers_distribution() -> None:
     torch.testing.assert_close(place.detach(), torch.ones_like(place), atol=0.15, rtol=0)
 
 
+def as_one_file(parts: Parts, progress: Progress, out: Path, _: Strategy) -> None:
+    """How runs were kept before they could be spread."""
+    state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+    torch.save({**state, **asdict(progress)}, out / "state.pt")
+
+
 def pretraining(config: NetworkConfig) -> Pretraining:
-    network = Network(config)
-    model.initialise(network, 0)
-    return Pretraining(PretrainRecipe(steps=6, warmup=2, batches=RULE), network)
+    def begin() -> Network:
+        network = Network(config)
+        model.initialise(network, 0)
+        return network
+
+    return Pretraining(PretrainRecipe(steps=6, warmup=2, batches=RULE), begin)
 
 
 def distillation(config: NetworkConfig) -> Distillation:
-    return Distillation(DistillRecipe(steps=6, ratio=2, batches=RULE), network_of(config))
+    return Distillation(DistillRecipe(steps=6, ratio=2, batches=replace(RULE, together=True)), begin(config))
 
 
 @pytest.mark.parametrize("begun", [pretraining, distillation])
+@pytest.mark.parametrize("way", [save, as_one_file])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
-    config: NetworkConfig, clips: list[StoredClip], tmp_path: Path, begun: Callable[[NetworkConfig], Any]
+    config: NetworkConfig,
+    clips: list[StoredClip],
+    tmp_path: Path,
+    begun: Callable[[NetworkConfig], Any],
+    way: Callable[[Parts, Progress, Path, Strategy], None],
 ) -> None:
     through, first = begun(config), begun(config)
     for _ in range(4):
         through.advance(clips)
     for _ in range(2):
         first.advance(clips)
-    save(first, tmp_path / "state.pt")
+    way(first.parts, first.progress, tmp_path, SINGLE)
     second = begun(config)
-    restore(second, tmp_path / "state.pt")
+    restore(second.parts, second.progress, tmp_path)
+    assert second.progress == first.progress
     for _ in range(2):
         second.advance(clips)
     for name, part in through.parts.items():
@@ -257,13 +273,64 @@ def flat(state: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in flat(value)]
 
 
+def test_a_state_that_was_not_written_to_its_end_is_not_gone_on_from(config: NetworkConfig, tmp_path: Path) -> None:
+    run = distillation(config)
+    run.progress.step = 7
+    save(run.parts, run.progress, tmp_path, SINGLE)
+    (tmp_path / "state" / "00000009").mkdir()
+    again = distillation(config)
+    restore(again.parts, again.progress, tmp_path)
+    assert again.progress.step == 7
+    run.progress.step = 9
+    save(run.parts, run.progress, tmp_path, SINGLE)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["00000009"]
+
+
 def test_pretraining_lowers_the_loss_on_clips_it_sees(config: NetworkConfig, clips: list[StoredClip]) -> None:
-    run = Pretraining(PretrainRecipe(steps=30, warmup=5, batches=RULE), pretraining(config).network)
+    run = Pretraining(PretrainRecipe(steps=30, warmup=5, batches=RULE), lambda: pretraining(config).spread.network)
     losses = [run.advance(clips[:1])["loss"] for _ in range(30)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 def test_a_run_keeps_its_state_log_and_plot(config: NetworkConfig, latents: Path, tmp_path: Path) -> None:
-    go_on(pretraining(config), latents, tmp_path, Limits(minutes=5, save_minutes=5))
-    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "log.jsonl", "loss.png", "recipe.json"}
+    run = pretraining(config)
+    run.codec = cast(Vae[Any], SimpleNamespace(codec=Plain()))
+    go_on(run, latents, tmp_path, Limits(minutes=5, save_minutes=5))
+    names = {path.name.partition(".tfevents")[0] for path in tmp_path.iterdir()}
+    assert names == {"state", "log.jsonl", "loss.png", "recipe.json", "sheet.png", "events.out"}
     assert '"held_out_loss"' in (tmp_path / "log.jsonl").read_text()
+    # Three held-out clips, and below each what the network makes of it.
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (6 * 8, 9 * 8, 3)
+    truth, made = sheet[0:8].astype(int), sheet[8:16].astype(int)
+    assert np.abs(truth - made).mean() > 5
+
+
+class Plain:
+    """Shows three channels of latents as they are."""
+
+    def fresh(self) -> None:
+        return None
+
+    def decode(self, latents: Tensor, state: None) -> Tensor:  # noqa: ARG002
+        frames = repeat(latents[:, :3], "b c t h w -> b c (t four) h w", four=4)
+        return frames[:, :, 3:]
+
+
+def test_a_run_that_is_told_to_stop_keeps_its_work(
+    config: NetworkConfig, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = pretraining(config)
+    advance = run.advance
+
+    def stopped(clips: Sequence[StoredClip]) -> dict[str, float]:
+        signal.raise_signal(signal.SIGTERM)
+        return advance(clips)
+
+    monkeypatch.setattr(run, "advance", stopped)
+    go_on(run, latents, tmp_path, Limits(minutes=5, save_minutes=5))
+    assert run.progress.step == 1
+    again = pretraining(config)
+    restore(again.parts, again.progress, tmp_path)
+    assert again.progress == run.progress
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

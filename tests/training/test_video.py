@@ -26,18 +26,18 @@ def film(tmp_path: Path) -> Path:
 
 
 def test_a_film_s_frames_keep_their_times(film: Path) -> None:
-    bright = [picture.mean() > 128 for picture in pictures(film, 32)]
+    bright = [picture.mean() > 128 for picture in pictures(film, (48, 32))]
     assert len(bright) == 100
     assert np.flatnonzero(bright).tolist() == list(range(40, 45))
 
 
 def test_a_clip_s_sound_belongs_to_its_pictures(film: Path) -> None:
-    clips = list(clips_of(film, SHAPE, 32))
+    clips = list(clips_of(film, SHAPE, (48, 32)))
     assert len(clips) == (100 - FIRST_FRAME) // SHAPE.frames
     second = clips[1]
     lead = second.info["lead_frames"]
     assert lead == 36
-    assert second.arrays["frames"].shape == (24, 32, 32, 3)
+    assert second.arrays["frames"].shape == (24, 32, 48, 3)
     bright = second.arrays["frames"].mean((1, 2, 3)) > 128
     loud = np.abs(second.arrays["sound"].reshape(-1, 640)[lead : lead + 24]).mean(1) > 3000
     assert np.flatnonzero(bright).tolist() == list(range(4, 9))
@@ -45,11 +45,11 @@ def test_a_clip_s_sound_belongs_to_its_pictures(film: Path) -> None:
 
 
 def test_the_first_clip_has_the_sound_since_the_film_s_start(film: Path) -> None:
-    assert [clip.info["lead_frames"] for clip in clips_of(film, SHAPE, 32)] == [12, 36, 36]
+    assert [clip.info["lead_frames"] for clip in clips_of(film, SHAPE, (48, 32))] == [12, 36, 36]
 
 
 def test_films_become_shards_that_training_reads(film: Path, tmp_path: Path) -> None:
-    found = convert(film.parent, tmp_path / "data", 64)
+    found = convert(film.parent, tmp_path / "data", ClipShape(), (64, 64))
     assert found == {"train": int(part_of(film) == "train"), "held_out": int(part_of(film) == "held_out")}
     clips = read_clips(tmp_path / "data", part_of(film))
     frames, weights = batch_of(clips, CropRule(batch=1, size=32, num_frames=9), 0, 0)
@@ -60,4 +60,4 @@ def test_films_become_shards_that_training_reads(film: Path, tmp_path: Path) -> 
 def test_another_file_is_no_film(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no film")
     with pytest.raises(ValueError, match=r"notes\.txt is not a film"):
-        next(pictures(tmp_path / "notes.txt", 32))
+        next(pictures(tmp_path / "notes.txt", (32, 32)))
