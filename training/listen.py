@@ -1,5 +1,6 @@
-"""Before stage 1: the network's audio encoder learns to hear the mouth.
+"""Before stage 1, hear: `python -m training.listen --data runs/latents --out runs/heard`.
 
+The network's audio encoder learns to hear the mouth; stage 1 then begins with `--start runs/heard`.
 Left to stage 1 alone, the encoder became a constant: at first its tokens say nothing that helps, and silencing what
 varies in them lowers the loss before anything reads it. Here a linear map from its tokens to the opening of the jaw is
 trained with it, for clips whose jaw is known, and then forgotten.
@@ -7,7 +8,9 @@ trained with it, for clips whose jaw is known, and then forgotten.
 Axes: b batch, l encoder layers, d width, f pixel frames, t latent frames, n tokens, p frames of a latent frame.
 """
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,9 +18,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from avatar import checkpoint
+from avatar.denoiser import config as configs
+from avatar.denoiser import model
 from avatar.denoiser.config import FRAMES_PER_LATENT
 from avatar.denoiser.model import Network
-from training.data import StoredClip
+from training.data import StoredClip, read_clips
 
 BATCH = 24
 RATE = 2e-3
@@ -74,3 +80,23 @@ def heard_loss(network: Network, head: nn.Linear, features: Tensor, jaw: Tensor)
     local = rearrange(tokens.local[:, 0, :, :-1], "b t n d -> b t (n d)")
     read = head(torch.cat([local, tokens.overall[:, 0]], dim=-1))
     return functional.mse_loss(read, rearrange(jaw, "b (t p) -> b t p", p=FRAMES_PER_LATENT)) / jaw.var()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.listen", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of shards, as training.prepare makes it")
+    parser.add_argument("--out", type=Path, required=True, help="denoiser folder to write: what stage 1 begins with")
+    parser.add_argument("--steps", type=int, default=400, help="of the optimiser (default 400)")
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    network = Network(configs.tiny())
+    model.initialise(network, flags.seed)
+    losses = listen(network, read_clips(flags.data, "train"), flags.steps, flags.seed)
+    checkpoint.save(flags.out, network.config.to_dict(), network)
+    last = losses[-20:]
+    print(f"hears {1 - sum(last) / len(last):.0%} of the jaw's variance; wrote {flags.out}")
+
+
+if __name__ == "__main__":
+    main()
