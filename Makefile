@@ -8,7 +8,6 @@ PORTRAIT ?= assets/portrait.png
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 PROTOS := $(shell find protos -name '*.proto')
-WEIGHTS := models/tiny/denoiser/model.safetensors
 
 install: $(VENV)/installed
 
@@ -27,10 +26,6 @@ $(VENV)/evaluation: training/requirements-evaluate.txt | $(VENV)/installed
 protos: install
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 
-# The tiny model's network is not trained yet: its weights come from a seed, the first time they are needed.
-$(WEIGHTS): training/initialise.py avatar/denoiser/config.py | $(VENV)/installed
-	python -m training.initialise models/tiny
-
 check: install
 	ruff check .
 	ruff format --check .
@@ -40,14 +35,14 @@ check: install
 	buf breaking protos --against protos/baseline/v1.binpb
 	pytest --quiet tests/test_architecture.py
 
-test: install $(VENV)/evaluation $(WEIGHTS)
+test: install $(VENV)/evaluation
 	pytest
 
-test-slow: install $(WEIGHTS)
+test-slow: install
 	pytest -m slow --timeout 1800
 
-demo: install $(WEIGHTS)
+demo: install
 	python -m services.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)"
 
-bench: install $(WEIGHTS)
+bench: install
 	python -m benchmarks --compile

@@ -27,7 +27,7 @@ ANCHORS = ((8, 2), (16, 6))
 # How much wider than the detector's box the mesh's crop is.
 CROP_SCALE = 1.5
 MIN_SCORE = 0.5
-MISSING = "needs the packages of training/requirements-evaluate.txt, which `make install` installs"
+MISSING = "needs the packages of training/requirements-evaluate.txt, which `make test` installs"
 
 
 class Landmarks:
