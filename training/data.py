@@ -10,6 +10,7 @@
 A shard is complete or not there: it is written under another name first.
 """
 
+import argparse
 import io
 import json
 import tarfile
@@ -25,6 +26,15 @@ FRAME_RATE_HZ = 25
 SOUND_RATE_HZ = 16000
 FRAME_SAMPLES = SOUND_RATE_HZ // FRAME_RATE_HZ
 PARTS = ("train", "held_out")
+SHARE_HELP = "I/N: make every Nth shard from the Ith, beside other programs"
+
+
+def a_share(text: str) -> tuple[int, int]:
+    """The value of a flag `--share`: (i, n) of `I/N`, every nth shard from the ith."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, got {text!r}")
+    return int(index), int(count)
 
 
 @dataclass(frozen=True)

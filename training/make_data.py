@@ -19,7 +19,17 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from training.data import FRAME_RATE_HZ, FRAME_SAMPLES, PARTS, SOUND_RATE_HZ, Clip, ClipShape, write_shard
+from training.data import (
+    FRAME_RATE_HZ,
+    FRAME_SAMPLES,
+    PARTS,
+    SHARE_HELP,
+    SOUND_RATE_HZ,
+    Clip,
+    ClipShape,
+    a_share,
+    write_shard,
+)
 from training.faces.face import Face
 from training.faces.head import Head, read_pack
 from training.faces.person import person_of
@@ -146,13 +156,10 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=50, help="how many clips to hold out")
     parser.add_argument("--voices", type=Path, default=Path("runs/voices"), help="folder for the patched Piper voice")
     parser.add_argument("--minutes", type=float, default=600, help="begin no shard after this long")
-    parser.add_argument("--share", default="0/1", help="I/N: make every Nth shard from the Ith, beside other programs")
+    parser.add_argument("--share", type=a_share, default="0/1", help=SHARE_HELP)
     flags = parser.parse_args()
-    share = tuple(int(part) for part in flags.share.split("/"))
-    if len(share) != 2 or not 0 <= share[0] < share[1]:
-        parser.error(f"--share must be I/N with 0 <= I < N, got {flags.share!r}")
     num_clips = {"train": flags.clips, "held_out": flags.held_out}
-    make(Plan(flags.out, num_clips, time.monotonic() + 60 * flags.minutes, share), patch_piper(flags.voices))
+    make(Plan(flags.out, num_clips, time.monotonic() + 60 * flags.minutes, flags.share), patch_piper(flags.voices))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from avatar.types import AudioPiece, Session
 from avatar.vae import vae as vae_model
 from avatar.vae.vae import BLOCK_FRAMES, Vae
 from training.crops import recoloured, to_pixels
-from training.data import PARTS, SOUND_RATE_HZ, Clip, StoredClip, read_shard, write_shard
+from training.data import PARTS, SHARE_HELP, SOUND_RATE_HZ, Clip, StoredClip, a_share, read_shard, write_shard
 
 
 def latents_of(frames: NDArray[np.uint8], vae: Vae[Any]) -> Tensor:
@@ -92,13 +92,17 @@ def mirrored(clip: StoredClip, plain: StoredClip, vae: Vae[Any]) -> Clip:
     return Clip(f"{clip.name}-mirrored", arrays, clip.info)
 
 
-def prepare(data: Path, out: Path, checkpoint: Path) -> int:
-    """Write what is missing of `out`; returns how many clips that was. ValueError if there is nothing to prepare."""
+def prepare(data: Path, out: Path, checkpoint: Path, share: tuple[int, int] = (0, 1)) -> int:
+    """Write what is missing of `out`; returns how many clips that was. ValueError if there is nothing to prepare.
+
+    share: (i, n): of all shards every nth from the ith, so that n programs share the work.
+    """
     vae, audio = vae_model.load(open_part(checkpoint, "vae")), audio_model.load(open_part(checkpoint, "audio"))
     shards = [path for part in reversed(PARTS) for path in sorted((data / part).glob("*.tar"))]
     if not shards:
         raise ValueError(f"no shards in {data}; make some: python -m training.make_data --out {data}")
-    missing = [path for path in shards if not (out / path.relative_to(data)).exists()]
+    mine = shards[share[0] :: share[1]]
+    missing = [path for path in mine if not (out / path.relative_to(data)).exists()]
     count = 0
     for path in tqdm(missing, unit="shard", mininterval=10):
         clips = [prepared(clip, vae, audio) for clip in read_shard(path)]
@@ -115,9 +119,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of shards, as training.make_data makes it")
     parser.add_argument("--out", type=Path, required=True, help="folder for the prepared shards")
     parser.add_argument("--checkpoint", type=Path, default=Path("models/tiny"), help="whose codec and audio encoder")
+    parser.add_argument("--share", type=a_share, default="0/1", help=SHARE_HELP)
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"prepared {prepare(flags.data, flags.out, flags.checkpoint)} clips")
+    print(f"prepared {prepare(flags.data, flags.out, flags.checkpoint, flags.share)} clips")
 
 
 if __name__ == "__main__":
