@@ -117,6 +117,20 @@ class ConnectionLost(AvatarError):
     code = StatusCode.CANCELLED
 
 
+class SlowReader(AvatarError):
+    """The client took no frame for too long."""
+
+    reason = "SLOW_READER"
+    code = StatusCode.ABORTED
+
+
+class ResumeImpossible(AvatarError):
+    """The frames that a client misses are no longer kept."""
+
+    reason = "RESUME_IMPOSSIBLE"
+    code = StatusCode.OUT_OF_RANGE
+
+
 class NoCapacity(AvatarError):
     """Every worker of a stage is full."""
 
@@ -173,6 +187,8 @@ REASONS: dict[str, type[AvatarError]] = {
         PromptUnsupported,
         ConfigMismatch,
         ConnectionLost,
+        SlowReader,
+        ResumeImpossible,
         NoCapacity,
         MessageTooLarge,
         StageLost,
