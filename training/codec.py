@@ -4,6 +4,9 @@ One thread, small batches of crops, bf16 where it pays. The decoder sees latents
 network that makes latents never makes them exactly. A run that is stopped goes on from its last checkpoint as if
 nothing had happened, bit for bit; clips that have arrived meanwhile join at checkpoints. Nothing is shipped by itself:
 `--export FOLDER` writes the averaged weights as a checkpoint's vae folder, with their figures on standard output.
+
+`--decoder-of FOLDER` trains the decoder of a finished codec further and leaves its encoder alone: latents stay what
+they are, and so networks that make them, and prepared data, stay good.
 """
 
 import argparse
@@ -41,7 +44,8 @@ class Recipe:
 
     steps: of the whole run; the learning rate falls to zero along half a cosine. noise: at most this much of the
     latents' deviation is added, by chance for each crop. evenness: weight of the spread of the channels' variances.
-    average: how much of itself the average of the weights keeps each step.
+    average: how much of itself the average of the weights keeps each step. decoder_of: the vae folder whose decoder
+    alone is trained further; `start` says nothing then.
     """
 
     start: str = "pca"
@@ -54,6 +58,7 @@ class Recipe:
     average: float = 0.999
     seed: int = 0
     crops: CropRule = field(default_factory=CropRule)
+    decoder_of: str | None = None
 
     def rate_at(self, step: int) -> float:
         progress = min(1.0, step / self.steps)
@@ -67,15 +72,20 @@ class Run:
         self.recipe = recipe
         self.step = 0
         self.num_clips = len(clips)
-        codec = light.initialise(light.tiny(), recipe.seed)
-        if recipe.start == "pca":
-            principal_components(codec, clips, recipe.crops, recipe.seed)
-        self.codec = normalised(codec, clips, recipe.crops, recipe.seed)
+        if recipe.decoder_of:
+            self.codec = finished(Path(recipe.decoder_of))
+        else:
+            codec = light.initialise(light.tiny(), recipe.seed)
+            if recipe.start == "pca":
+                principal_components(codec, clips, recipe.crops, recipe.seed)
+            self.codec = normalised(codec, clips, recipe.crops, recipe.seed)
         self._prepare()
 
     def _prepare(self) -> None:
         self.average = deepcopy(self.codec).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(self.codec.parameters(), self.recipe.rate, (0.9, 0.99), weight_decay=1e-3)
+        self.codec.encoder.requires_grad_(not self.recipe.decoder_of)
+        trained = [weight for weight in self.codec.parameters() if weight.requires_grad]
+        self.optimiser = torch.optim.AdamW(trained, self.recipe.rate, (0.9, 0.99), weight_decay=1e-3)
 
     def save(self, path: Path) -> None:
         state = {
@@ -146,6 +156,14 @@ def losses(
     }
 
 
+def finished(folder: Path) -> LightCodec:
+    """The codec of a checkpoint's vae folder, to be trained. ValueError if it has another one."""
+    codec = vae.load(Part.read(folder)).codec
+    if not isinstance(codec, LightCodec):
+        raise ValueError(f"{folder} has no light codec, and no other is trained here")
+    return codec.requires_grad_(True)
+
+
 @dataclass(frozen=True)
 class Limits:
     """When a session of training ends, and how often it keeps its work, in minutes."""
@@ -204,7 +222,9 @@ def note(out: Path, entry: dict[str, Any]) -> None:
 def export(data: Path, out: Path, recipe: Recipe, folder: Path) -> dict[str, float]:
     """Write the run's average as a checkpoint's vae folder, float16, latents of variance 1; returns its figures."""
     run = Run.load(out / "state.pt", recipe)
-    codec = normalised(run.average, read_clips(data, "train")[: run.num_clips], recipe.crops, recipe.seed)
+    codec = run.average
+    if not recipe.decoder_of:
+        codec = normalised(codec, read_clips(data, "train")[: run.num_clips], recipe.crops, recipe.seed)
     config = replace(vae.tiny(), network=asdict(codec.config))
     checkpoint.save(folder, asdict(config), codec, torch.float16)
     load_weights(codec, Part.read(folder))
@@ -216,13 +236,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of shards, as training.make_data makes it")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: state, log, sheets")
     parser.add_argument("--start", choices=STARTS, default="pca", help="what the linear map is before training")
+    parser.add_argument("--decoder-of", help="a vae folder: train its decoder further, and nothing else")
+    parser.add_argument("--rate", type=float, default=Recipe.rate, help="the highest learning rate")
+    parser.add_argument("--lips", type=float, default=CropRule.lips, help="how much more errors count at the lips")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="length of the whole run")
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long; the next call goes on")
     parser.add_argument("--save-minutes", type=float, default=4, help="between two checkpoints")
     parser.add_argument("--export", type=Path, help="train nothing: write the run's weights to this folder")
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = Recipe(start=flags.start, steps=flags.steps)
+    recipe = Recipe(
+        start=flags.start,
+        steps=flags.steps,
+        rate=flags.rate,
+        crops=CropRule(lips=flags.lips),
+        decoder_of=flags.decoder_of,
+    )
     if flags.export:
         print(json.dumps(export(flags.data, flags.out, recipe, flags.export), indent=2))
     else:

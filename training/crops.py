@@ -17,18 +17,21 @@ from torch import Tensor
 
 from training.data import StoredClip
 
-# How far around the lips' middle errors count more, in pixels (rows, columns), and how much more.
+# How far around the lips' middle errors count more, in pixels (rows, columns).
 LIPS_REACH = (11.0, 16.0)
-LIPS_WEIGHT = 4.0
 
 
 @dataclass(frozen=True)
 class CropRule:
-    """What a batch is. size: of a crop, pixels, a multiple of 8. num_frames: 1 + 4 k."""
+    """What a batch is.
+
+    size: of a crop, pixels, a multiple of 8. num_frames: 1 + 4 k. lips: how much more errors count at the lips' middle.
+    """
 
     batch: int = 4
     size: int = 64
     num_frames: int = 13
+    lips: float = 4.0
 
 
 def to_pixels(frames: NDArray[np.uint8]) -> Tensor:
@@ -36,7 +39,7 @@ def to_pixels(frames: NDArray[np.uint8]) -> Tensor:
     return rearrange(torch.from_numpy(np.array(frames)), "... f h w c -> ... c f h w") / 127.5 - 1
 
 
-def lips_weight(lips: NDArray[np.float32], height: int, width: int, more: float = LIPS_WEIGHT) -> Tensor:
+def lips_weight(lips: NDArray[np.float32], height: int, width: int, more: float) -> Tensor:
     """How much each pixel's error counts, of mean 1 a frame: (f, 2) rows and columns to (1, f, h, w).
 
     more: how much more it counts at the lips' middle.
@@ -73,7 +76,7 @@ def crop(clip: StoredClip, rule: CropRule, rng: Generator) -> tuple[Tensor, Tens
     pixels = to_pixels(frames[span, top : top + size, left : left + size])
     weight = torch.ones_like(pixels[:1])
     if lips is not None:
-        weight = lips_weight(lips[span] - np.array((top, left), np.float32), size, size)
+        weight = lips_weight(lips[span] - np.array((top, left), np.float32), size, size, rule.lips)
     if rng.random() < 0.5:
         pixels, weight = pixels.flip(3), weight.flip(3)
     return recoloured(pixels, rng), weight

@@ -47,7 +47,7 @@ def test_batches_follow_from_seed_and_step(clips: list[StoredClip]) -> None:
 
 
 def test_weights_are_largest_at_the_lips_and_one_on_the_average() -> None:
-    weight = lips_weight(np.array([[10, 20], [30, 5]], np.float32), 40, 48)
+    weight = lips_weight(np.array([[10, 20], [30, 5]], np.float32), 40, 48, 4.0)
     assert weight.shape == (1, 2, 40, 48)
     torch.testing.assert_close(weight.mean((0, 2, 3)), torch.ones(2))
     assert [divmod(int(frame.argmax()), 48) for frame in weight[0]] == [(10, 20), (30, 5)]
@@ -165,6 +165,19 @@ def test_what_is_exported_is_what_the_product_loads(data: Path, tmp_path: Path) 
     assert isinstance(loaded.codec, light.LightCodec)
     assert report(loaded.codec, read_clips(data, "held_out"))["psnr"] == pytest.approx(figures["psnr"], abs=1e-6)
     assert figures["step"] == 2
+
+
+def test_a_decoder_that_is_trained_further_leaves_latents_as_they_are(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "first", replace(RECIPE, steps=1), Limits(minutes=5, save_minutes=5))
+    export(data, tmp_path / "first", RECIPE, tmp_path / "vae")
+    further = replace(RECIPE, steps=2, decoder_of=str(tmp_path / "vae"))
+    train(data, tmp_path / "second", further, Limits(minutes=5, save_minutes=5))
+    export(data, tmp_path / "second", further, tmp_path / "better")
+    before, after = (vae.load(Part.read(tmp_path / name)).codec for name in ("vae", "better"))
+    latents = torch.randn(1, before.channels, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(before.encode(pixels), after.encode(pixels))
+    assert not torch.equal(before.decode(latents, before.fresh()), after.decode(latents, after.fresh()))
 
 
 def test_psnr_is_against_the_whole_range() -> None:
