@@ -10,7 +10,7 @@ clip holds what a session's stream would hold.
     CLIP.text.npy      (n, d) float16: the prompt's embedding, where the checkpoint knows text
 
 Shards keep their names; one that is there is kept, and new ones are taken in at every call. Training shards get a twin,
-seen in a mirror and in other colours.
+seen in a mirror and in other colours, and heard in another room.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from avatar.vae import vae as vae_model
 from avatar.vae.vae import BLOCK_FRAMES, Vae
 from training.crops import recoloured, to_pixels
 from training.data import PARTS, SHARE_HELP, SOUND_RATE_HZ, Clip, StoredClip, a_share, read_shard, write_shard
+from training.rooms import from_another_room
 
 
 def latents_of(frames: NDArray[np.uint8], vae: Vae[Any]) -> Tensor:
@@ -46,12 +47,17 @@ def latents_of(frames: NDArray[np.uint8], vae: Vae[Any]) -> Tensor:
     return latents.float().cpu()
 
 
-def features_of(clip: StoredClip, num_blocks: int, audio: AudioModel) -> Tensor:
-    """Features (l, d, f) of the clip's pictured blocks, with the sound that went before them.
+def sound_of(clip: StoredClip) -> NDArray[np.float32]:
+    """All sound of a clip, (s,) in [-1, 1]."""
+    return np.array(clip.array("sound"), np.float32) / np.float32(32767)
+
+
+def features_of(clip: StoredClip, heard: NDArray[np.float32], num_blocks: int, audio: AudioModel) -> Tensor:
+    """Features (l, d, f) of the clip's pictured blocks, with the sound (s,) that went before them.
 
     ValueError if the clip has not enough sound behind its last frame for the encoder to look ahead.
     """
-    sound = torch.from_numpy(np.array(clip.array("sound"), np.float32) / 32767)
+    sound = torch.from_numpy(heard)
     first = clip.info["lead_frames"] // BLOCK_FRAMES
     state = audio.open(Session(clip.name, 0, torch.empty(0)))
     blocks = audio.step(AudioPiece(sound[None], SOUND_RATE_HZ), state)[first : first + num_blocks]
@@ -70,21 +76,26 @@ def prepared(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
     frames = clip.array("frames")
     arrays: dict[str, NDArray[Any]] = {
         **pictured(frames, clip.array("reference"), vae),
-        "features": features_of(clip, len(frames) // BLOCK_FRAMES, audio).half().numpy(),
+        "features": features_of(clip, sound_of(clip), len(frames) // BLOCK_FRAMES, audio).half().numpy(),
         **{name: np.array(clip.array(name)) for name in ("lips", "jaw", "text") if clip.has(name)},
     }
     return Clip(clip.name, arrays, clip.info)
 
 
-def mirrored(clip: StoredClip, plain: StoredClip, vae: Vae[Any]) -> Clip:
-    """The same words from somebody else: a clip seen in a mirror, in other colours. plain: as it was prepared."""
+def mirrored(clip: StoredClip, plain: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
+    """The same words from somebody else, somewhere else: in a mirror, in other colours, from another room.
+
+    plain: the clip as it was prepared.
+    """
     rng = np.random.default_rng(zlib.crc32(clip.name.encode()))
     frames = np.concatenate([clip.array("frames"), clip.array("reference")[None]])
     pixels = recoloured(to_pixels(frames).flip(3), rng)
     frames = rearrange(((pixels + 1) * 127.5).round().to(torch.uint8), "c f h w -> f h w c").numpy()
+    features = features_of(clip, from_another_room(sound_of(clip), rng), (len(frames) - 1) // BLOCK_FRAMES, audio)
     arrays = {
         **pictured(frames[:-1], frames[-1], vae),
-        **{name: np.array(plain.array(name)) for name in ("features", "jaw", "text") if plain.has(name)},
+        "features": features.half().numpy(),
+        **{name: np.array(plain.array(name)) for name in ("jaw", "text") if plain.has(name)},
     }
     if plain.has("lips"):
         turned = np.array((1, -1), np.float32)
@@ -110,7 +121,7 @@ def prepare(data: Path, out: Path, checkpoint: Path, share: tuple[int, int] = (0
         count += len(clips)
         if path.parent.name == "train":
             pairs = zip(read_shard(path), read_shard(out / path.relative_to(data)), strict=True)
-            write_shard(out / "train" / f"{path.stem}-mirrored.tar", [mirrored(*pair, vae) for pair in pairs])
+            write_shard(out / "train" / f"{path.stem}-mirrored.tar", [mirrored(*pair, vae, audio) for pair in pairs])
     return count
 
 
