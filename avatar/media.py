@@ -12,11 +12,11 @@ import av
 import numpy as np
 from av.audio.stream import AudioStream
 from av.container import OutputContainer
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from avatar.audio.clock import MAX_RATE_HZ, MIN_RATE_HZ
+from avatar.vae.encodings import describe_picture, picture_frame
 
 FILM_RATE_HZ = 48000
 """Every player takes AAC of this rate; the encoder does not take every rate that a voice may have."""
@@ -117,23 +117,10 @@ def write_mp4(
 
 
 def add_picture(film: OutputContainer, height: int, width: int, frame_rate: int) -> VideoStream:
-    """A stream of H.264, 4:2:0, in BT.709 of limited range, and labelled so."""
+    """A stream of H.264."""
     stream = film.add_stream("libx264", rate=frame_rate, options={"crf": "18"})
-    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-    context = stream.codec_context
-    context.time_base = Fraction(1, frame_rate)
-    context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+    describe_picture(stream.codec_context, height, width, frame_rate)
     return stream
-
-
-def picture_frame(image: NDArray[np.uint8], number: int, frame_rate: int) -> av.VideoFrame:
-    """An image (h, w, 3) at its time in the film."""
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(
-        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-    )
-    frame.pts, frame.time_base = number, Fraction(1, frame_rate)
-    return frame
 
 
 def mux_sound(

@@ -54,7 +54,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.rpc.server": ("avatar.errors", "avatar.telemetry"),
     "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.worker"),
     # Files and the command line.
-    "avatar.media": ("avatar.audio",),
+    "avatar.media": ("avatar.audio", "avatar.vae"),
     "avatar.inspect": (
         *("avatar.adapter", "avatar.audio", "avatar.checkpoint", "avatar.denoiser", "avatar.layouts", "avatar.part"),
         *("avatar.text", "avatar.vae"),

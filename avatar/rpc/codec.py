@@ -6,7 +6,7 @@ import sys
 import torch
 from torch import Tensor
 
-from avatar.types import AudioPiece, Block, Conditions, FrameChunk, Session
+from avatar.types import AudioPiece, Block, Conditions, Session
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.audio_pb2 import OpenEncode
 
@@ -113,17 +113,3 @@ def piece_from_bytes(data: bytes, encoding: str, rate_hz: int, num_channels: int
 def end_of_sound(rate_hz: int, num_channels: int) -> AudioPiece:
     """The piece that says that no more sound comes."""
     return AudioPiece(torch.zeros(num_channels, 0), rate_hz, is_last=True)
-
-
-def chunk_to_pbs(chunk: FrameChunk) -> list[pb.Frame]:
-    """One message per frame: twelve of 0.9 MB pass faster than one of 10 MB."""
-    last = len(chunk.frames) - 1
-    return [
-        pb.Frame(
-            block=chunk.index,
-            index=chunk.first_frame + i,
-            is_last=i == last,
-            data=frame.contiguous().numpy().tobytes(),
-        )
-        for i, frame in enumerate(chunk.frames)
-    ]

@@ -12,7 +12,6 @@ from avatar.rpc.codec import (
     DTYPES,
     block_from_pb,
     block_to_pb,
-    chunk_to_pbs,
     conditions_from_pb,
     conditions_to_pb,
     end_of_sound,
@@ -24,7 +23,7 @@ from avatar.rpc.codec import (
     tensor_to_pb,
 )
 from avatar.session import ITEM_BYTES
-from avatar.types import Block, Conditions, FrameChunk
+from avatar.types import Block, Conditions
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.audio_pb2 import OpenEncode
 
@@ -182,16 +181,6 @@ def test_a_denoiser_answers_with_the_latent_alone() -> None:
     assert (arrived.index, arrived.traceparent) == (7, "00-ab-cd-01")
     assert arrived.features.numel() == 0
     assert_same(arrived.latent, block.latent)
-
-
-def test_a_chunk_is_one_message_a_frame() -> None:
-    frames = torch.randint(0, 256, (12, 4, 6, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    view = torch.cat([frames, frames], dim=2)[:, :, :6]
-    messages = [sent(message) for message in chunk_to_pbs(FrameChunk(5, 63, view))]
-    assert [message.index for message in messages] == list(range(63, 75))
-    assert {message.block for message in messages} == {5}
-    assert [message.is_last for message in messages] == [False] * 11 + [True]
-    assert [message.data for message in messages] == [bytes_of(frame) for frame in frames]
 
 
 def test_whole_numbers_are_scaled_by_their_full_range() -> None:

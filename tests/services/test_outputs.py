@@ -1,0 +1,105 @@
+"""Facts about the VAE worker's frames in the encodings that sessions ask for, over real gRPC."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc.aio
+import numpy as np
+import pytest
+import torch
+
+from avatar.rpc.client import channel, remote_vae
+from avatar.rpc.codec import tensor_to_pb
+from avatar.rpc.server import serving
+from avatar.session import SessionStore
+from avatar.settings import VaeSettings
+from avatar.vae.encodings import ENCODINGS, encode, init_segment
+from avatar.worker.v1 import types_pb2 as types
+from avatar.worker.v1 import vae_pb2 as pb
+from avatar.worker.v1 import vae_pb2_grpc
+from services.vae.__main__ import build
+
+SESSION = "s"
+NUM_BLOCKS = 3
+
+
+@pytest.fixture
+async def worker(checkpoint: Path, store: SessionStore, picture: bytes) -> AsyncGenerator[grpc.aio.Channel, None]:
+    """A channel to a VAE worker; the store has a session."""
+    with ThreadPoolExecutor(1) as executor:
+        servicer = build(VaeSettings(checkpoint=checkpoint, capacity=2), store, executor)
+        async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as target:
+            encoded = await vae_pb2_grpc.VaeServiceStub(target).EncodeReference(
+                pb.EncodeReferenceRequest(picture=picture)
+            )
+            reference = encoded.reference
+            session = types.Session(id=SESSION, width=reference.width, height=reference.height, motion=reference.motion)
+            conditions = types.Conditions(sink=reference.sink)
+            await store.create(session, conditions, types.Position(ttl_s=60))
+            yield target
+
+
+async def blocks(first: int = 0) -> AsyncGenerator[types.Block, None]:
+    for index in range(first, NUM_BLOCKS):
+        latent = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(index))
+        yield types.Block(index=index, latent=tensor_to_pb(latent))
+
+
+async def frames_in(target: grpc.aio.Channel, encoding: str) -> tuple[bytes, list[types.Frame]]:
+    stage = remote_vae(target)
+    opened = await stage.open(pb.OpenDecode(session_id=SESSION, encoding=encoding))
+    return opened.init_segment, [frame async for frame in stage(blocks())]
+
+
+def block_of(frames: list[types.Frame], index: int) -> list[types.Frame]:
+    return [frame for frame in frames if frame.block == index]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+async def test_frames_are_the_raw_ones_encoded_by_the_block(worker: grpc.aio.Channel, encoding: str) -> None:
+    _, raw = await frames_in(worker, "")
+    init, frames = await frames_in(worker, encoding)
+    assert init == init_segment(encoding, 64, 64, 25)
+    for index in range(NUM_BLOCKS):
+        truth, made = block_of(raw, index), block_of(frames, index)
+        pixels = np.stack([np.frombuffer(frame.data, np.uint8).reshape(64, 64, 3) for frame in truth])
+        assert [frame.data for frame in made] == [each.data for each in encode(pixels, encoding, 25)]
+        assert [frame.is_last for frame in made] == [False] * (len(made) - 1) + [True]
+        assert made[0].index == truth[0].index
+        assert sum(frame.num_frames for frame in made) == len(truth) == (9 if index == 0 else 12)
+
+
+async def test_sessions_of_two_encodings_do_not_touch(worker: grpc.aio.Channel) -> None:
+    alone = [await frames_in(worker, encoding) for encoding in ("jpeg", "h264")]
+    together = await asyncio.gather(frames_in(worker, "jpeg"), frames_in(worker, "h264"))
+    assert list(together) == alone
+
+
+async def test_a_worker_says_what_it_encodes(worker: grpc.aio.Channel) -> None:
+    info = await vae_pb2_grpc.VaeServiceStub(worker).GetInfo(pb.VaeServiceGetInfoRequest())
+    assert list(info.encodings) == ["rgb24", "jpeg", "h264", "fmp4"]
+    assert info.active == 0
+
+
+@pytest.mark.parametrize("wish", [{"encoding": "gif"}, {"encoding": "jpeg", "quality": 101}])
+async def test_what_it_cannot_encode_is_refused_by_name(worker: grpc.aio.Channel, wish: dict[str, object]) -> None:
+    call = vae_pb2_grpc.VaeServiceStub(worker).Decode()
+    await call.write(pb.DecodeRequest(open=pb.OpenDecode(session_id=SESSION, **wish)))  # type: ignore[arg-type]
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call.read()
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "open.output" in str(refused.value.trailing_metadata())
+
+
+async def test_a_stream_that_is_left_while_it_encodes_frees_its_place(worker: grpc.aio.Channel) -> None:
+    stage = remote_vae(worker)
+    await stage.open(pb.OpenDecode(session_id=SESSION, encoding="h264"))
+    frames = stage(blocks())
+    await anext(frames)
+    await frames.aclose()
+    stub = vae_pb2_grpc.VaeServiceStub(worker)
+    async with asyncio.timeout(5):
+        while (await stub.GetInfo(pb.VaeServiceGetInfoRequest())).active:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

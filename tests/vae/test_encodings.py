@@ -1,0 +1,128 @@
+"""Facts about frames in the encodings that a client can ask for."""
+
+import io
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from avatar.vae.encodings import ENCODINGS, Encoded, check, encode, init_segment
+
+RATE_HZ = 25
+PORTRAIT = Path(__file__).parents[2] / "assets" / "portrait.png"
+Frames = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def frames() -> Frames:
+    """Three blocks of a portrait that moves, (36, 64, 96, 3)."""
+    image = np.asarray(Image.open(PORTRAIT).convert("RGB").resize((96, 64)))
+    return np.stack([np.roll(image, number // 2, axis=1) for number in range(36)])
+
+
+def decoded(data: bytes, container: str | None) -> tuple[Frames, list[int]]:
+    with av.open(io.BytesIO(data), "r", format=container) as film:
+        shown = list(film.decode(video=0))
+        times = [round(float(frame.time or 0) * RATE_HZ) for frame in shown]
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in shown]), times
+
+
+def pictures(encoded: list[Encoded], encoding: str, init: bytes = b"") -> Frames:
+    """What a client sees of a block."""
+    data = [each.data for each in encoded]
+    match encoding:
+        case "rgb24":
+            return np.stack([np.frombuffer(each, np.uint8).reshape(64, 96, 3) for each in data])
+        case "jpeg":
+            return np.stack([np.asarray(Image.open(io.BytesIO(each))) for each in data])
+        case "h264":
+            return decoded(b"".join(data), "h264")[0]
+    return decoded(init + b"".join(data), "mp4")[0]
+
+
+def psnr(one: Frames, two: Frames) -> float:
+    return float(10 * np.log10(255**2 / np.mean((one.astype(float) - two) ** 2)))
+
+
+@pytest.mark.parametrize("encoding", [name for name in ENCODINGS if name != "rgb24"])
+def test_every_block_can_be_seen_alone(encoding: str, frames: Frames) -> None:
+    block = frames[12:24]
+    init = init_segment(encoding, 64, 96, RATE_HZ)
+    shown = pictures(encode(block, encoding, RATE_HZ), encoding, init)
+    assert shown.shape == block.shape
+    assert psnr(shown, block) > 30
+
+
+def test_raw_frames_are_their_bytes(frames: Frames) -> None:
+    view = np.concatenate([frames, frames], axis=2)[:12, :, :96]
+    assert [each.data for each in encode(view, "rgb24", RATE_HZ)] == [frame.tobytes() for frame in frames[:12]]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_block_has_the_same_bytes_whatever_came_before(encoding: str, frames: Frames) -> None:
+    encode(frames[:12], encoding, RATE_HZ)
+    later = encode(frames[12:24], encoding, RATE_HZ)
+    assert later == encode(frames[12:24], encoding, RATE_HZ)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_block_begins_with_a_key_frame_and_holds_all_of_its_frames(encoding: str, frames: Frames) -> None:
+    block = encode(frames[:9], encoding, RATE_HZ)
+    assert block[0].is_key
+    assert sum(each.num_frames for each in block) == 9
+    assert len(block) == (1 if encoding == "fmp4" else 9)
+    if encoding == "h264":
+        assert not any(each.is_key for each in block[1:])
+
+
+def test_frames_at_the_end_of_a_bare_block_can_be_left_out(frames: Frames) -> None:
+    first, second = (encode(frames[at : at + 12], "h264", RATE_HZ) for at in (0, 12))
+    shown = pictures(first[:5] + second, "h264")
+    assert len(shown) == 17
+    assert psnr(shown[5:], frames[12:24]) > 30
+
+
+def test_fragments_follow_one_another_behind_one_init_segment(frames: Frames) -> None:
+    init = init_segment("fmp4", 64, 96, RATE_HZ)
+    blocks = [encode(frames[at : at + 12], "fmp4", RATE_HZ)[0].data for at in (0, 12, 24)]
+    # The gateway numbers fragments; here their times are set as it does, in frames.
+    placed = [at_time(data, 12 * number) for number, data in enumerate(blocks)]
+    shown, times = decoded(init + b"".join(placed), "mp4")
+    assert times == list(range(36))
+    assert psnr(shown, frames) > 30
+
+
+def at_time(fragment: bytes, first_frame: int) -> bytes:
+    """tfdt of version 1 holds a time of eight bytes, whose unit is a frame."""
+    at = fragment.index(b"tfdt") + 8
+    assert fragment[at - 4] == 1
+    return fragment[:at] + first_frame.to_bytes(8, "big") + fragment[at + 8 :]
+
+
+def test_a_fragment_is_moof_and_mdat_and_nothing_else(frames: Frames) -> None:
+    fragment = encode(frames[:12], "fmp4", RATE_HZ)[0].data
+    kinds, at = [], 0
+    while at < len(fragment):
+        kinds.append(fragment[at + 4 : at + 8])
+        at += int.from_bytes(fragment[at : at + 4], "big")
+    assert kinds == [b"moof", b"mdat"]
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "h264", "fmp4"])
+def test_more_quality_is_nearer_to_the_truth_and_takes_more_bytes(encoding: str, frames: Frames) -> None:
+    blocks = [encode(frames[:12], encoding, RATE_HZ, quality) for quality in (10, 50, 95)]
+    sizes = [sum(len(each.data) for each in block) for block in blocks]
+    inits = [init_segment(encoding, 64, 96, RATE_HZ, quality) for quality in (10, 50, 95)]
+    errors = [psnr(pictures(block, encoding, init), frames[:12]) for block, init in zip(blocks, inits, strict=True)]
+    assert sizes == sorted(sizes)
+    assert errors == sorted(errors)
+    assert errors[2] - errors[0] > 5
+
+
+@pytest.mark.parametrize(("encoding", "quality", "names"), [("gif", 0, "gif"), ("jpeg", 101, "101"), ("", 0, "''")])
+def test_what_cannot_be_asked_for_is_named(encoding: str, quality: int, names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        check(encoding, quality)
