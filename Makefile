@@ -22,11 +22,16 @@ $(VENV)/evaluation: training/requirements-evaluate.txt | $(VENV)/installed
 	python -m pip install --quiet --no-deps --requirement training/requirements-evaluate.txt
 	touch $@
 
+# What lints images and manifests and builds the documentation.
+$(VENV)/deployment: deploy/requirements.txt | $(VENV)/installed
+	python -m pip install --quiet --no-deps --requirement deploy/requirements.txt
+	touch $@
+
 # Generates avatar/v1 and avatar/worker/v1 from protos/.
 protos: install
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 
-check: install
+check: install $(VENV)/deployment
 	ruff check .
 	ruff format --check .
 	mypy
@@ -34,8 +39,9 @@ check: install
 	buf format --diff --exit-code protos
 	buf breaking protos --against protos/baseline/v1.binpb
 	pytest --quiet tests/test_architecture.py
+	hadolint Dockerfile
 
-test: install $(VENV)/evaluation
+test: install $(VENV)/evaluation $(VENV)/deployment
 	pytest
 
 test-slow: install
