@@ -1,5 +1,5 @@
 # The whole interface. Every target prepares what it needs.
-.PHONY: install protos check test test-slow demo bench
+.PHONY: install protos check alerts test test-slow demo bench
 
 VENV := .venv
 PYTHON ?= python3
@@ -38,8 +38,18 @@ check: install $(VENV)/deployment
 	buf lint protos
 	buf format --diff --exit-code protos
 	buf breaking protos --against protos/baseline/v1.binpb
-	pytest --quiet tests/test_architecture.py
 	hadolint Dockerfile
+	pytest --quiet tests/test_architecture.py tests/test_operations.py tests/deploy
+
+# The rules of alerts, on made-up series. promtool comes from Debian's package, which is unpacked and not installed.
+alerts: $(VENV)/bin/promtool
+	promtool check config deploy/prometheus/prometheus.yml
+	promtool test rules deploy/prometheus/alerts_test.yml
+
+$(VENV)/bin/promtool: | $(VENV)/installed
+	cd $(VENV) && apt-get download --quiet prometheus && dpkg-deb --extract prometheus_*.deb prometheus
+	mv $(VENV)/prometheus/usr/bin/promtool $@
+	rm -r $(VENV)/prometheus $(VENV)/prometheus_*.deb
 
 test: install $(VENV)/evaluation $(VENV)/deployment
 	pytest
