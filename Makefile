@@ -1,8 +1,9 @@
 # The whole interface. Every target prepares what it needs.
-.PHONY: install protos check alerts test test-slow demo bench
+.PHONY: install protos check docs alerts test test-slow demo bench
 
 VENV := .venv
 PYTHON ?= python3
+export NO_MKDOCS_2_WARNING := 1
 SPEECH ?= assets/speech.wav
 PORTRAIT ?= assets/portrait.png
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -39,7 +40,12 @@ check: install $(VENV)/deployment
 	buf format --diff --exit-code protos
 	buf breaking protos --against protos/baseline/v1.binpb
 	hadolint Dockerfile
+	mkdocs build --quiet
 	pytest --quiet tests/test_architecture.py tests/test_operations.py tests/deploy
+
+# The documentation as a site, in out/site.
+docs: install $(VENV)/deployment
+	mkdocs build
 
 # The rules of alerts, on made-up series. promtool comes from Debian's package, which is unpacked and not installed.
 alerts: $(VENV)/bin/promtool
