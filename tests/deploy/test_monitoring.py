@@ -51,9 +51,9 @@ def spoken_of(expression: str) -> tuple[set[str], set[str]]:
     braces = re.findall(r"\{([^}]*)\}", expression)
     grouped = re.findall(r"(?:by|ignoring|on|without) \(([^)]*)\)", expression)
     labels = {label for part in braces for label in re.findall(r"(\w+)\s*[=!]~?", re.sub(r'"[^"]*"', "", part))}
-    labels |= {label.strip() for part in grouped for label in part.split(",")}
+    labels |= {label.strip() for part in grouped for label in part.split(",") if label}
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|(?:by|ignoring|on|without) \([^)]*\)|\b\w+\s*\(", " ", expression)
-    words = set(re.findall(r"\b[a-z]\w*", bare)) - {"unless", "group_left", "group", "sum"}
+    words = set(re.findall(r"\b[a-z]\w*", bare)) - {"unless", "group_left", "group", "sum", "and"}
     return words, labels
 
 
