@@ -1,8 +1,9 @@
 # The whole interface. Every target prepares what it needs.
-.PHONY: install protos check test test-slow demo bench
+.PHONY: install protos check docs alerts test test-slow demo bench
 
 VENV := .venv
 PYTHON ?= python3
+export NO_MKDOCS_2_WARNING := 1
 SPEECH ?= assets/speech.wav
 PORTRAIT ?= assets/portrait.png
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -22,20 +23,41 @@ $(VENV)/evaluation: training/requirements-evaluate.txt | $(VENV)/installed
 	python -m pip install --quiet --no-deps --requirement training/requirements-evaluate.txt
 	touch $@
 
+# What lints images and manifests and builds the documentation.
+$(VENV)/deployment: deploy/requirements.txt | $(VENV)/installed
+	python -m pip install --quiet --no-deps --requirement deploy/requirements.txt
+	touch $@
+
 # Generates avatar/v1 and avatar/worker/v1 from protos/.
 protos: install
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 
-check: install
+check: install $(VENV)/deployment
 	ruff check .
 	ruff format --check .
 	mypy
 	buf lint protos
 	buf format --diff --exit-code protos
 	buf breaking protos --against protos/baseline/v1.binpb
-	pytest --quiet tests/test_architecture.py
+	hadolint Dockerfile
+	mkdocs build --quiet
+	pytest --quiet tests/test_architecture.py tests/test_operations.py tests/deploy
 
-test: install $(VENV)/evaluation
+# The documentation as a site, in out/site.
+docs: install $(VENV)/deployment
+	mkdocs build
+
+# The rules of alerts, on made-up series. promtool comes from Debian's package, which is unpacked and not installed.
+alerts: $(VENV)/bin/promtool
+	promtool check config deploy/prometheus/prometheus.yml
+	promtool test rules deploy/prometheus/alerts_test.yml
+
+$(VENV)/bin/promtool: | $(VENV)/installed
+	cd $(VENV) && apt-get download --quiet prometheus && dpkg-deb --extract prometheus_*.deb prometheus
+	mv $(VENV)/prometheus/usr/bin/promtool $@
+	rm -r $(VENV)/prometheus $(VENV)/prometheus_*.deb
+
+test: install $(VENV)/evaluation $(VENV)/deployment
 	pytest
 
 test-slow: install

@@ -1,5 +1,7 @@
 """What every service reads from its environment: one frozen dataclass a service, its fields from `AVATAR_<FIELD>`."""
 
+import logging
+import math
 import re
 import types
 import typing
@@ -29,6 +31,17 @@ class Settings:
     log_level: str = "INFO"
     drain_s: float = 5.0
 
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise unusable(each.name, value, "a number from 0")
+        if self.log_level.upper() not in logging.getLevelNamesMapping():
+            raise unusable("log_level", self.log_level, "DEBUG, INFO, WARNING or ERROR")
+        if not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
+            raise unusable("redis_url", self.redis_url, "redis://HOST:PORT, rediss:// or unix://")
+        check_addresses("listen", self.listen)
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings(Settings):
@@ -48,13 +61,14 @@ class WorkerSettings(Settings):
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("capacity", "threads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{PREFIX}{name.upper()} is {getattr(self, name)}, expected at least 1")
+                raise unusable(name, getattr(self, name), "at least 1")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ValueError(f"{PREFIX}DEVICE is {self.device!r}, expected cpu, cuda or cuda:N")
+            raise unusable("device", self.device, "cpu, cuda or cuda:N")
         if self.dtype not in DTYPES:
-            raise ValueError(f"{PREFIX}DTYPE is {self.dtype!r}, expected {' or '.join(DTYPES)}")
+            raise unusable("dtype", self.dtype, " or ".join(DTYPES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +163,25 @@ class GatewaySettings(Settings):
     max_picture_bytes: int = 8 << 20
     max_audio_bytes: int = 1 << 20
     max_prompt_bytes: int = 8 << 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_addresses("audio", self.audio)
+        check_addresses("denoisers", *self.denoisers)
+        check_addresses("vae", self.vae)
+        check_addresses("text", *filter(None, [self.text]))
+
+
+def unusable(name: str, value: object, expected: str) -> ValueError:
+    """The error that names the variable of a field whose value cannot be used."""
+    return ValueError(f"{PREFIX}{name.upper()} is {value!r}, expected {expected}")
+
+
+def check_addresses(name: str, *addresses: str) -> None:
+    """ValueError if one is not HOST:PORT; a scheme of gRPC's, as in `dns:///HOST:PORT`, may stand before it."""
+    for each in addresses:
+        if not re.fullmatch(r"\S+:\d{1,5}", each):
+            raise unusable(name, each, "HOST:PORT")
 
 
 def load(cls: type[Loaded], environ: Mapping[str, str]) -> Loaded:

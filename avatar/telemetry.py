@@ -1,9 +1,9 @@
 """Logs, traces, and the list of every metric.
 
 Logs are one JSON object a line. Traces and metrics are exported by OTLP over gRPC when OTEL_EXPORTER_OTLP_ENDPOINT (or
-the one for traces or metrics alone) is set, and cost next to nothing when it is not. A block is a trace: its audio
-stage is the root span, every other stage is a child, and `traceparent` rides on the block; the root links to the
-session's span.
+the one for traces or metrics alone) is set; metrics can be read at http://HOST:9464/metrics when OTEL_METRICS_EXPORTER
+names `prometheus`. They cost next to nothing when neither is. A block is a trace: its audio stage is the root span,
+every other stage is a child, and `traceparent` rides on the block; the root links to the session's span.
 """
 
 import hashlib
@@ -23,16 +23,23 @@ _tracer = trace.get_tracer("avatar")
 _meter = metrics.get_meter("avatar")
 _propagator = TraceContextTextMapPropagator()
 
+# A block is 0.48 s of video: what takes longer at a stage is not real time. Streams last minutes.
+BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.48, 0.75, 1, 2.5, 5, 10, 60, 600)
+
+
+def _durations(name: str, description: str) -> metrics.Histogram:
+    return _meter.create_histogram(name, "s", description, explicit_bucket_boundaries_advisory=BUCKETS_S)
+
+
 # Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae), `level`, `reason`, `kept`, and those of
 # the RPC conventions; never a session's name.
-BLOCK_DURATION = _meter.create_histogram("avatar.block.duration", "s", "Computing one block at one stage")
+BLOCK_DURATION = _durations("avatar.block.duration", "Computing one block at one stage")
 SESSIONS_ACTIVE = _meter.create_up_down_counter("avatar.session.active", "{session}", "Streams open at a service")
+SESSIONS_CAPACITY = _meter.create_up_down_counter("avatar.session.capacity", "{session}", "Streams a worker takes")
 SESSIONS_CLOSED = _meter.create_counter("avatar.session.closed", "{session}", "Streams that ended, by reason")
-TEXT_DURATION = _meter.create_histogram("avatar.text.duration", "s", "Embedding one prompt, or finding it kept")
-TIME_TO_FIRST_FRAME = _meter.create_histogram(
-    "avatar.time_to_first_frame", "s", "From the first sound to the first frame"
-)
-RPC_DURATION = _meter.create_histogram("rpc.server.call.duration", "s", "Duration of inbound calls")
+TEXT_DURATION = _durations("avatar.text.duration", "Embedding one prompt, or finding it kept")
+TIME_TO_FIRST_FRAME = _durations("avatar.time_to_first_frame", "From the first sound to the first frame")
+RPC_DURATION = _durations("rpc.server.call.duration", "Duration of inbound calls")
 
 # Attributes that every LogRecord has; what else it has came as `extra`.
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -55,36 +62,61 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(service: str, log_level: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Configure the process: logs to standard error, and OTLP export if the usual variables ask for it.
+    """Configure the process: logs to standard error, and what the usual variables of OpenTelemetry ask for.
 
     service: its name in traces and metrics, unless OTEL_SERVICE_NAME says otherwise.
-    ValueError if there is no such log level, or OTLP is asked for by another protocol than gRPC.
+    ValueError if there is no such log level, OTLP is asked for by another protocol than gRPC, or metrics cannot be
+    served where the environment says.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
-    if not any(name.startswith("OTEL_EXPORTER_OTLP") and name.endswith("ENDPOINT") for name in environ):
+    is_sent = any(
+        name.startswith("OTEL_EXPORTER_OTLP") and name.endswith("ENDPOINT") and value for name, value in environ.items()
+    )
+    exporters = {name.strip() for name in environ.get("OTEL_METRICS_EXPORTER", "otlp").split(",")}
+    if not is_sent and "prometheus" not in exporters:
         return
-    from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
-    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.metrics import MeterProvider
-    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+    from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
     from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    protocol = environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
-    if protocol != "grpc":
-        raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}, expected 'grpc'")
     is_named = "OTEL_SERVICE_NAME" in environ or "service.name=" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     resource = Resource.create({} if is_named else {"service.name": service})
-    if environ.get("OTEL_TRACES_EXPORTER") != "none":
-        tracing = TracerProvider(resource=resource)
-        tracing.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        trace.set_tracer_provider(tracing)
-    if environ.get("OTEL_METRICS_EXPORTER") != "none":
-        reader = PeriodicExportingMetricReader(OTLPMetricExporter())
-        metrics.set_meter_provider(MeterProvider(resource=resource, metric_readers=[reader]))
+    readers: list[MetricReader] = []
+    if "prometheus" in exporters:
+        readers.append(_served(environ))
+    if is_sent:
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        protocol = environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+        if protocol != "grpc":
+            raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}, expected 'grpc'")
+        if environ.get("OTEL_TRACES_EXPORTER") != "none":
+            tracing = TracerProvider(resource=resource)
+            tracing.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+            trace.set_tracer_provider(tracing)
+        if "otlp" in exporters:
+            readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
+    if readers:
+        metrics.set_meter_provider(MeterProvider(resource=resource, metric_readers=readers))
+
+
+def _served(environ: Mapping[str, str]) -> Any:
+    """What collects metrics when somebody asks for `/metrics`, and the server that they ask."""
+    from opentelemetry.exporter.prometheus import PrometheusMetricReader
+    from prometheus_client import start_http_server
+
+    host = environ.get("OTEL_EXPORTER_PROMETHEUS_HOST", "localhost")
+    port = environ.get("OTEL_EXPORTER_PROMETHEUS_PORT", "9464")
+    try:
+        start_http_server(int(port), host)
+    except (ValueError, OverflowError, OSError) as error:
+        raise ValueError(f"OTEL_EXPORTER_PROMETHEUS_HOST, _PORT: no server at {host}:{port}: {error}") from error
+    return PrometheusMetricReader()
 
 
 def tag(session_id: str) -> str:

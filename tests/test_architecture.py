@@ -51,6 +51,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Streams.
     "avatar.pipeline": ("avatar.types",),
     "avatar.rpc.codec": ("avatar.types", "avatar.worker"),
+    "avatar.rpc.health": (),
     "avatar.rpc.server": ("avatar.errors", "avatar.telemetry"),
     "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.worker"),
     # Files and the command line.

@@ -72,11 +72,33 @@ def test_other_variables_are_left_alone() -> None:
         (WorkerSettings, "AVATAR_DTYPE", "float16", "float32 or bfloat16"),
         (DenoiserSettings, "AVATAR_COMPILE", "1", "true or false"),
         (DenoiserSettings, "AVATAR_CUDA_GRAPHS", "yes", "true or false"),
+        (Settings, "AVATAR_LOG_LEVEL", "LOUD", "DEBUG, INFO, WARNING or ERROR"),
+        (Settings, "AVATAR_REDIS_URL", "127.0.0.1:6379", "redis://HOST:PORT"),
+        (GatewaySettings, "AVATAR_AUDIO", "worker", "HOST:PORT"),
+        (GatewaySettings, "AVATAR_DENOISERS", "one:1,,two:2", "HOST:PORT"),
+        (GatewaySettings, "AVATAR_TEXT", "text:", "HOST:PORT"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named(cls: type[Settings], name: str, text: str, expected: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is '{text}', expected {expected}"):
+    with pytest.raises(ValueError, match=f"{name} is '.*', expected {expected}"):
         load(cls, {"AVATAR_LISTEN": "127.0.0.1:0", name: text})
+
+
+NUMBERS = [(cls, each.name) for cls in SERVICES for each in fields(cls) if each.type in (int, float)]
+
+
+@pytest.mark.parametrize(("cls", "field"), NUMBERS)
+def test_no_quantity_is_negative_or_endless(cls: type[Settings], field: str) -> None:
+    name = f"AVATAR_{field.upper()}"
+    for text in ("-1", "nan", "inf"):
+        with pytest.raises(ValueError, match=f"{name} is '?{text}"):
+            load(cls, {name: text})
+
+
+@pytest.mark.parametrize("cls", SERVICES)
+def test_an_address_without_a_port_is_named(cls: type[Settings]) -> None:
+    with pytest.raises(ValueError, match="AVATAR_LISTEN is 'everywhere', expected HOST:PORT"):
+        load(cls, {"AVATAR_LISTEN": "everywhere"})
 
 
 @pytest.mark.parametrize(("text", "meant"), [("true", True), ("false", False)])

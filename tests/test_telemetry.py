@@ -29,6 +29,7 @@ from opentelemetry.trace import SpanContext
 
 from avatar import telemetry
 from avatar.telemetry import JsonFormatter, block_span, session_span, set_up, tag, text_span
+from services.launch import free_ports
 
 SECOND_NS = 1_000_000_000
 WAIT_S = 30.0
@@ -305,6 +306,37 @@ except ValueError as error:
 """
     out, _ = await run(program)
     assert out == "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/protobuf', expected 'grpc'\n"
+
+
+async def test_metrics_can_be_read_without_a_collector() -> None:
+    (port,) = free_ports(1)
+    program = f"""
+import urllib.request
+from avatar import telemetry
+telemetry.set_up("avatar-test", "info")
+telemetry.block_span("denoiser", 0, 0, 10**9 // 4, level=2)
+with urllib.request.urlopen("http://127.0.0.1:{port}/metrics") as answer:
+    print(answer.read().decode())
+"""
+    out, _ = await run(program, OTEL_METRICS_EXPORTER="prometheus", OTEL_EXPORTER_PROMETHEUS_PORT=str(port))
+    lines = [line for line in out.splitlines() if line.startswith("avatar_block_duration_seconds_bucket")]
+    counted = {line.partition('le="')[2].partition('"')[0]: line.rpartition(" ")[2] for line in lines}
+    assert (counted["0.2"], counted["0.3"], counted["0.48"]) == ("0.0", "1.0", "1.0")
+    assert all('level="2"' in line and 'stage="denoiser"' in line for line in lines)
+    assert "target_info{" in out
+    assert 'service_name="avatar-test"' in out
+
+
+@pytest.mark.parametrize("port", ["metrics", "99999"])
+def test_a_port_for_metrics_that_is_none_is_named(port: str) -> None:
+    environ = {"OTEL_METRICS_EXPORTER": "prometheus", "OTEL_EXPORTER_PROMETHEUS_PORT": port}
+    with pytest.raises(ValueError, match=f"OTEL_EXPORTER_PROMETHEUS_HOST, _PORT: no server at localhost:{port}"):
+        set_up("avatar-test", "info", environ)
+
+
+def test_an_empty_endpoint_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "set_meter_provider", lambda _: pytest.fail("nothing was asked for"))
+    set_up("avatar-test", "warning", {"OTEL_EXPORTER_OTLP_ENDPOINT": ""})
 
 
 def test_a_tag_stands_for_a_session_and_does_not_tell_its_name() -> None:

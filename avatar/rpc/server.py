@@ -195,6 +195,7 @@ class Capacity:
         self.limit = limit
         self.active = 0
         self._labels = {"service": service}
+        telemetry.SESSIONS_CAPACITY.add(limit, self._labels)
 
     @contextmanager
     def taken(self) -> Iterator[None]:

@@ -17,6 +17,11 @@ import grpc.aio
 import psutil
 import pytest
 import pytest_asyncio
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
@@ -27,24 +32,31 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from avatar import telemetry
 from avatar.rpc.client import channel
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
+from docs.tables import instruments
 from services.launch import ROOT, Suite, launched
 from tests.conftest import sound
 from tests.contract.refusals import refused
 from tests.product import answer, connected, new_session, opened, rest, speak, spoken
 from tests.services.test_suite import SECONDS, rendered
+from tests.test_operations import rows
 
 IDLE_S = 2.0
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """An OTLP receiver: spans, each with the name of the service that sent it."""
+class Collector(trace_service_pb2_grpc.TraceServiceServicer, metrics_service_pb2_grpc.MetricsServiceServicer):
+    """An OTLP receiver: spans, each with the name of the service that sent it, and the units of metrics by name."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, Span]] = []
+        self.units: dict[str, str] = {}
 
     async def Export(  # noqa: N802
-        self, request: ExportTraceServiceRequest, _: object
-    ) -> ExportTraceServiceResponse:
+        self, request: ExportTraceServiceRequest | ExportMetricsServiceRequest, _: object
+    ) -> ExportTraceServiceResponse | ExportMetricsServiceResponse:
+        if isinstance(request, ExportMetricsServiceRequest):
+            scopes = [scope for resource in request.resource_metrics for scope in resource.scope_metrics]
+            self.units |= {metric.name: metric.unit for scope in scopes for metric in scope.metrics}
+            return ExportMetricsServiceResponse()
         for resource in request.resource_spans:
             names = [each.value.string_value for each in resource.resource.attributes if each.key == "service.name"]
             self.spans += [(names[0], span) for scope in resource.scope_spans for span in scope.spans]
@@ -56,6 +68,7 @@ async def collector() -> AsyncGenerator[tuple[Collector, int], None]:
     """A collector that listens, and its port."""
     collector, server = Collector(), grpc.aio.server()
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
+    metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield collector, port
@@ -70,6 +83,7 @@ async def suite(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector[1]}")
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        patch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "500")
         async with launched(text_checkpoint, tmp_path_factory.mktemp("logs")) as suite:
             yield suite
 
@@ -140,6 +154,26 @@ async def test_a_blocks_spans_are_one_trace_over_all_processes(
         assert services == ["avatar-audio", *["avatar-denoiser"] * 3, "avatar-vae"]
         audio = next(span for service, span in spans if service == "avatar-audio")
         assert all(span.parent_span_id == audio.span_id for service, span in spans if service != "avatar-audio")
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_spans_and_metrics_of_all_processes_are_those_of_the_documents_tables(
+    suite: Suite, collector: tuple[Collector, int], picture: bytes
+) -> None:
+    async with connected(suite.gateway) as stub:
+        await speak(stub, (await new_session(stub, picture, prompt="a person who reads")).id, sound(0.96))
+    told, listed, units = collector[0], rows("Traces"), {name: unit for name, unit, *_ in instruments()}
+    usual = {"avatar.block.duration", "avatar.session.capacity", "avatar.session.closed", "avatar.time_to_first_frame"}
+    async with asyncio.timeout(20):
+        while {span.name for _, span in told.spans} != set(listed) or not usual <= set(told.units):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    assert told.units.items() <= units.items()
+    named = {span.span_id: span.name for _, span in told.spans}
+    for _, span in told.spans:
+        (parent, attributes, links) = listed[span.name]
+        assert [named[each] for each in filter(None, [span.parent_span_id])] == parent
+        assert sorted(each.key for each in span.attributes) == sorted(attributes)
+        assert {named[each.span_id] for each in span.links} == set(links)
 
 
 def texts(span: Span) -> dict[str, str]:

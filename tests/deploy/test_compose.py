@@ -1,0 +1,140 @@
+"""docker-compose.yml fits the code: its variables are settings, its addresses services, and little of it is open."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from avatar.settings import load
+from docs.tables import SERVICES
+from tests.deploy.test_images import STAGES
+
+ROOT = Path(__file__).parents[2]
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+ALL: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = {name: service for name, service in ALL.items() if "build" in service}
+RUNNING = ["cpu", "gpu", "one-gpu"]
+
+
+def of(profile: str) -> dict[str, dict[str, Any]]:
+    return {name: service for name, service in ALL.items() if profile in service["profiles"]}
+
+
+def given(service: dict[str, Any]) -> dict[str, str]:
+    """A service's environment where nobody sets anything."""
+    return {
+        name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(value)) for name, value in service.get("environment", {}).items()
+    }
+
+
+def served_by(service: dict[str, Any]) -> str:
+    """The name of the service that a container runs."""
+    command = " ".join(service.get("command", [])) or STAGES[service["build"]["target"]]
+    found = re.search(r"services\.(\w+)", command)
+    assert found
+    return found[1]
+
+
+def names(profile: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every name that a container of ours is found under, with it."""
+    for name, service in of(profile).items():
+        aliases = service.get("networks", {}).get("default", {}).get("aliases", [])
+        yield from ((each, service) for each in (name, *aliases) if name in OURS)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_variable_is_a_setting_of_its_service(name: str) -> None:
+    environment = {key: value for key, value in given(OURS[name]).items() if key.startswith("AVATAR_")}
+    cls = SERVICES[served_by(OURS[name])]
+    assert {key.removeprefix("AVATAR_").lower() for key in environment} <= set(cls.__dataclass_fields__)
+    assert load(cls, environment).drain_s < float(OURS[name]["stop_grace_period"].removesuffix("s"))
+
+
+@pytest.mark.parametrize("profile", RUNNING)
+def test_the_gateway_finds_every_stage(profile: str) -> None:
+    found = dict(names(profile))
+    environment = given(ALL["gateway"])
+    assert served_by(found[environment["AVATAR_AUDIO"].removesuffix(":7000")]) == "audio"
+    assert served_by(found[environment["AVATAR_VAE"].removesuffix(":7000")]) == "vae"
+    for level, address in enumerate(environment["AVATAR_DENOISERS"].split(",")):
+        denoiser = found[address.removesuffix(":7000")]
+        assert served_by(denoiser) == "denoiser"
+        assert given(denoiser)["AVATAR_LEVELS"] in (str(level), "all")
+
+
+@pytest.mark.parametrize("profile", RUNNING)
+def test_the_gateway_starts_after_all_that_it_needs(profile: str) -> None:
+    needs = {name for name, how in ALL["gateway"]["depends_on"].items() if how["condition"] == "service_healthy"}
+    assert set(of(profile)) - {"gateway"} <= needs
+    for name in set(OURS) - {"gateway"}:
+        assert OURS[name]["depends_on"] == {"redis": {"condition": "service_healthy"}}
+
+
+def test_levels_have_devices_of_their_own() -> None:
+    def devices(profile: str) -> dict[str, str]:
+        return {
+            name: service["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"][0]
+            for name, service in of(profile).items()
+            if "deploy" in service
+        }
+
+    assert devices("gpu") == {
+        **{f"denoiser-cuda-{level}": str(level) for level in range(4)},
+        "audio-cuda": "4",
+        "vae-cuda": "4",
+    }
+    assert set(devices("one-gpu").values()) == {"0"}
+
+
+def test_only_the_gateway_and_the_dashboards_are_published() -> None:
+    published = {name: service["ports"] for name, service in ALL.items() if "ports" in service}
+    assert published == {
+        "gateway": ["${AVATAR_PORT:-7000}:7000"],
+        "grafana": ["127.0.0.1:${AVATAR_GRAFANA_PORT:-3000}:3000"],
+    }
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_container_may_do_no_more_than_it_must(name: str) -> None:
+    service = ALL[name]
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert "container_name" not in service, "it could not be multiplied"
+    assert "privileged" not in service
+    assert ":latest" not in service["image"]
+    assert ":" in service["image"]
+
+
+def test_health_is_known_of_all_that_others_wait_for() -> None:
+    asked = {name for name, service in ALL.items() if "healthcheck" in service}
+    assert "HEALTHCHECK" in STAGES["runtime"]
+    assert set(ALL) - set(OURS) - asked == {"collector", "jaeger"}, "nobody waits for these"
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_image_is_one_that_the_dockerfile_builds(name: str) -> None:
+    target = OURS[name]["build"]["target"]
+    assert STAGES[target].startswith("runtime AS")
+    assert OURS[name]["image"].partition(":")[0] == f"avatar/{target}"
+    with (ROOT / "pyproject.toml").open(encoding="utf-8") as file:
+        assert f'version = "{OURS[name]["image"].partition(":")[2]}"' in file.read()
+
+
+def test_what_is_mounted_is_there() -> None:
+    volumes = [volume for service in ALL.values() for volume in service.get("volumes", [])]
+    folders = {volume.partition(":")[0] for volume in volumes if volume.startswith(".")}
+    assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
+
+
+@pytest.mark.parametrize("profiles", ["cpu", "gpu,text", "one-gpu", "cpu,observability"])
+def test_compose_itself_takes_it(profiles: str) -> None:
+    compose = Path(sys.executable).with_name("docker-compose")
+    arguments = [part for each in profiles.split(",") for part in ("--profile", each)]
+    done = subprocess.run([compose, *arguments, "config", "--quiet"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

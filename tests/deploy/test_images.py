@@ -1,0 +1,68 @@
+"""The Dockerfile: what each image gets is pinned, and the gateway's has no tensor library. It is never built here."""
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+STAGES = {name: text for text in DOCKERFILE.split("\nFROM ")[1:] for name in re.findall(r"\A\S+ AS (\S+)", text)}
+IMAGES = ("gateway", "worker-cpu", "worker-cuda")
+EXTRAS = {"gateway": ("gateway",), "worker-cpu": ("worker",), "worker-cuda": ("worker", "float8")}
+
+
+def closure(*extras: str) -> set[str]:
+    """All that pip installs for extras of ours."""
+    found: set[tuple[str, str]] = set()
+    waiting = [("avatar-suite", extra) for extra in ("", *extras)]
+    while waiting:
+        if (each := waiting.pop()) in found:
+            continue
+        found.add(each)
+        name, extra = each
+        for line in metadata.requires(name) or []:
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                waiting += [(canonicalize_name(needed.name), one) for one in ("", *needed.extras)]
+    return {name for name, _ in found} - {"avatar-suite"}
+
+
+def pinned() -> set[str]:
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    return {canonicalize_name(name) for name in re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)}
+
+
+def test_the_gateways_image_has_no_tensor_library() -> None:
+    names = closure("gateway")
+    assert {"grpcio", "redis", "opentelemetry-exporter-prometheus"} <= names
+    assert names & {"torch", "numpy", "transformers", "diffusers", "av", "pillow", "triton"} == set()
+    assert "torch" in closure("worker")
+
+
+@pytest.mark.parametrize("image", ["gateway", "worker-cpu"])
+def test_all_that_an_image_gets_is_pinned(image: str) -> None:
+    assert closure(*EXTRAS[image]) - pinned() == set()
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_an_image_is_built_with_the_lock_and_its_extras(image: str) -> None:
+    assert f"'.[{','.join(EXTRAS[image])}]'" in STAGES[f"build-{image}"]
+    assert "--constraint requirements.lock" in STAGES[f"build-{image}"]
+    assert f"COPY --from=build-{image} " in STAGES[image]
+    assert "USER 10001:10001" in STAGES["runtime"]
+    assert STAGES[image].startswith("runtime AS")
+
+
+def test_images_have_the_allocators_settings_of_the_launcher() -> None:
+    from services.launch import ENVIRONMENT
+
+    assert [f"{name}={value}" for name, value in ENVIRONMENT.items() if f"{name}={value}" not in DOCKERFILE] == []
+
+
+def test_every_base_is_pinned_to_a_release() -> None:
+    bases = {base for base in re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE) if base not in STAGES}
+    assert [base for base in bases if not re.fullmatch(r"[a-z/]+:\d+\.\d+\.\d+[\w.-]*", base)] == []

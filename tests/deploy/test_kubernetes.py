@@ -1,0 +1,182 @@
+"""The manifests, rendered by kustomize: valid, of the code's settings, and able to find and reach each other."""
+
+import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from avatar.settings import load
+from docs.tables import SERVICES
+from tests.deploy.test_compose import COMPOSE
+from tests.deploy.test_monitoring import FOREIGN_LABELS, series, spoken_of
+
+OVERLAYS = Path(__file__).parents[2] / "deploy/kubernetes/overlays"
+BIN = Path(sys.executable).parent
+SUITES = ["cpu", "gpu"]
+STAGES = {"gateway", "audio", "denoiser-0", "denoiser-1", "denoiser-2", "denoiser-3", "vae"}
+UNKNOWN = {"ScaledObject"}  # of which no schema is at hand
+
+
+@functools.cache
+def rendered(overlay: str) -> str:
+    done = subprocess.run([BIN / "kubectl", "kustomize", OVERLAYS / overlay], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), "rendered without a warning"
+    return done.stdout
+
+
+@functools.cache
+def objects(overlay: str, kind: str) -> dict[str, Any]:
+    """The objects of a kind by name."""
+    return {each["metadata"]["name"]: each for each in manifests(overlay) if each["kind"] == kind}
+
+
+@functools.cache
+def manifests(overlay: str) -> list[Any]:
+    return list(yaml.load_all(rendered(overlay), yaml.CSafeLoader))
+
+
+def stages(overlay: str) -> dict[str, Any]:
+    """The deployments of the suite's own services."""
+    return {
+        name: each for name, each in objects(overlay, "Deployment").items() if "stage" in each["metadata"]["labels"]
+    }
+
+
+def pod(deployment: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = deployment["spec"]["template"]["spec"]
+    return found
+
+
+def container(deployment: dict[str, Any]) -> dict[str, Any]:
+    (found,) = pod(deployment)["containers"]
+    assert isinstance(found, dict)
+    return found
+
+
+def environment(overlay: str, deployment: dict[str, Any]) -> dict[str, str]:
+    """What a pod's settings are: its maps, then its own variables."""
+    maps, found = objects(overlay, "ConfigMap"), {}
+    for source in container(deployment)["envFrom"]:
+        if not source["configMapRef"].get("optional"):
+            found.update(maps[source["configMapRef"]["name"]]["data"])
+    return found | {each["name"]: each["value"] for each in container(deployment).get("env", [])}
+
+
+@pytest.mark.parametrize("overlay", [path.name for path in OVERLAYS.iterdir()])
+def test_kubernetes_schemas_take_every_object(overlay: str, tmp_path: Path) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text(rendered(overlay), encoding="utf-8")
+    done = subprocess.run([BIN / "kubernetes-validate", "--strict", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    without_schema = set(re.findall(r"find schema for kind (\w+)", done.stdout + done.stderr))
+    assert without_schema <= UNKNOWN
+
+
+@pytest.mark.parametrize("overlay", SUITES)
+def test_each_stage_and_level_is_found_under_its_name(overlay: str) -> None:
+    deployments, services, budgets = (
+        stages(overlay),
+        objects(overlay, "Service"),
+        objects(overlay, "PodDisruptionBudget"),
+    )
+    assert set(deployments) == STAGES | ({"text"} if overlay == "gpu" else set())
+    for name, deployment in deployments.items():
+        labels = deployment["spec"]["template"]["metadata"]["labels"]
+        assert services[name]["spec"]["clusterIP"] == "None"
+        for selector in (services[name]["spec"]["selector"], budgets[name]["spec"]["selector"]["matchLabels"]):
+            alike = [each for each, other in deployments.items() if selector.items() <= labels_of(other).items()]
+            assert alike == [name]
+            assert selector.items() <= labels.items()
+
+
+def labels_of(deployment: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = deployment["spec"]["template"]["metadata"]["labels"]
+    return found
+
+
+@pytest.mark.parametrize("overlay", SUITES)
+def test_settings_are_those_of_the_classes(overlay: str) -> None:
+    for name, deployment in stages(overlay).items():
+        cls = SERVICES[name.partition("-")[0]]
+        given = {key: value for key, value in environment(overlay, deployment).items() if key.startswith("AVATAR_")}
+        known = {f"AVATAR_{field.upper()}" for each in SERVICES.values() for field in each.__dataclass_fields__}
+        assert set(given) <= known
+        settings: Any = load(cls, given)
+        assert settings.drain_s < pod(deployment)["terminationGracePeriodSeconds"]
+        assert container(deployment)["command"] == ["python", "-m", f"services.{name.partition('-')[0]}"]
+        if name == "gateway":
+            addresses = [settings.audio, *settings.denoisers, settings.vae, *filter(None, [settings.text])]
+            assert {address.removesuffix(":7000") for address in addresses} == set(stages(overlay)) - {"gateway"}
+        if name.startswith("denoiser"):
+            assert settings.levels == name[-1]
+
+
+@pytest.mark.parametrize("overlay", SUITES)
+def test_pods_may_do_no_more_than_they_must(overlay: str) -> None:
+    for deployment in stages(overlay).values():
+        assert pod(deployment)["securityContext"]["runAsNonRoot"]
+        assert pod(deployment)["automountServiceAccountToken"] is False
+        may = container(deployment)["securityContext"]
+        assert may["readOnlyRootFilesystem"]
+        assert may["capabilities"] == {"drop": ["ALL"]}
+        assert may["allowPrivilegeEscalation"] is False
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert container(deployment)[probe]["grpc"] == {"port": 7000}
+
+
+def test_levels_and_decoder_have_a_device_each() -> None:
+    devices = {
+        name: container(deployment)["resources"].get("limits", {}).get("nvidia.com/gpu", 0)
+        for name, deployment in stages("gpu").items()
+    }
+    assert {name for name, count in devices.items() if count} == {*(f"denoiser-{level}" for level in range(4)), "vae"}
+    for name, deployment in stages("gpu").items():
+        assert (environment("gpu", deployment).get("AVATAR_DEVICE") == "cuda") is bool(devices[name])
+
+
+def test_only_the_gateway_is_open_to_all() -> None:
+    policies = objects("cpu", "NetworkPolicy")
+    assert policies["nobody"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
+    to_all = {name for name, each in policies.items() for rule in each["spec"].get("ingress", []) if "from" not in rule}
+    assert to_all == {"gateway"}
+    assert {each["spec"].get("type", "ClusterIP") for each in objects("cpu", "Service").values()} == {"ClusterIP"}
+
+
+def test_a_stage_is_scaled_by_the_sessions_that_it_has() -> None:
+    scaled = objects("autoscaling", "ScaledObject")
+    assert set(scaled) == STAGES - {"gateway"}, "one session's calls go to one gateway"
+    for name, each in scaled.items():
+        assert each["spec"]["scaleTargetRef"] == {"name": name}
+        (trigger,) = each["spec"]["triggers"]
+        assert f'worker="{name}"' in trigger["metadata"]["query"]
+        names, labels = spoken_of(trigger["metadata"]["query"])
+        assert names == {"avatar_session_active", "avatar_session_capacity"} <= series()
+        assert labels <= FOREIGN_LABELS
+        host, _, port = trigger["metadata"]["serverAddress"].removeprefix("http://").partition(":")
+        assert int(port) in [port["port"] for port in objects("observability", "Service")[host]["spec"]["ports"]]
+
+
+def test_compose_and_kubernetes_run_the_same_images() -> None:
+    composed = {service["image"] for service in COMPOSE["services"].values()}
+    for overlay in (*SUITES, "observability"):
+        for deployment in objects(overlay, "Deployment").values():
+            assert container(deployment)["image"] in composed
+    assert container(objects("cpu", "StatefulSet")["redis"])["image"] in composed
+
+
+def test_the_suite_is_told_where_traces_are_taken() -> None:
+    (told,) = objects("observability", "ConfigMap")["telemetry"]["data"].values()
+    host, _, port = told.removeprefix("http://").partition(":")
+    assert int(port) in [each["port"] for each in objects("observability", "Service")[host]["spec"]["ports"]]
+    optional = [
+        source["configMapRef"]["name"]
+        for deployment in stages("cpu").values()
+        for source in container(deployment)["envFrom"]
+        if source["configMapRef"].get("optional")
+    ]
+    assert optional == ["telemetry"] * len(STAGES)

@@ -1,0 +1,118 @@
+"""Alerts, dashboards and the Collector speak of what there is. Only the alerts have run, in promtool."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from docs.tables import OPERATIONS, instruments
+from tests.deploy.test_compose import ALL, names
+from tests.services.test_tracing import LABELS
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+RULES = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text(encoding="utf-8"))["groups"][0]["rules"]
+DASHBOARDS = {path.stem: json.loads(path.read_text("utf-8")) for path in (DEPLOY / "grafana/dashboards").glob("*.json")}
+SCRAPES = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
+
+# What Prometheus and its client add: a series for each process that is asked, and what a process knows of itself.
+FOREIGN = {"up", "process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"}
+FOREIGN |= {"process_start_time_seconds"}
+FOREIGN_LABELS = {"job", "instance", "worker", "le"}
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """Every expression of ours in Prometheus' language, with where it stands."""
+    for rule in RULES:
+        yield rule["alert"], rule["expr"]
+    for name, dashboard in DASHBOARDS.items():
+        for panel in dashboard["panels"]:
+            yield from ((f"{name}: {panel['title']}", target["expr"]) for target in targets(panel) if "expr" in target)
+
+
+def targets(panel: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = panel.get("targets", [])
+    return found
+
+
+def series() -> set[str]:
+    """Every series that the suite's processes serve."""
+    shown = {name for *_, name in instruments()}
+    return shown | {
+        f"{name}_{part}" for name in shown if name.endswith("_seconds") for part in ("bucket", "sum", "count")
+    }
+
+
+def spoken_of(expression: str) -> tuple[set[str], set[str]]:
+    """The series and the labels that an expression names."""
+    braces = re.findall(r"\{([^}]*)\}", expression)
+    grouped = re.findall(r"(?:by|ignoring|on|without) \(([^)]*)\)", expression)
+    labels = {label for part in braces for label in re.findall(r"(\w+)\s*[=!]~?", re.sub(r'"[^"]*"', "", part))}
+    labels |= {label.strip() for part in grouped for label in part.split(",") if label}
+    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|(?:by|ignoring|on|without) \([^)]*\)|\b\w+\s*\(", " ", expression)
+    words = set(re.findall(r"\b[a-z]\w*", bare)) - {"unless", "group_left", "group", "sum", "and"}
+    return words, labels
+
+
+@pytest.mark.parametrize(("where", "expression"), list(expressions()))
+def test_every_series_and_label_is_there(where: str, expression: str) -> None:
+    names, labels = spoken_of(expression)
+    assert names, where
+    assert names <= series() | FOREIGN
+    assert labels <= {label.replace(".", "_") for label in LABELS} | FOREIGN_LABELS
+
+
+def test_an_unknown_series_would_be_found() -> None:
+    found = spoken_of('sum by (worker) (rate(avatar_gone_total{reason="a=b"}[5m])) / sum(up) > 0.5')
+    assert found == ({"avatar_gone_total", "up"}, {"worker", "reason"})
+
+
+def test_every_metric_is_shown_on_a_dashboard() -> None:
+    seen = {re.sub("_(bucket|sum|count)$", "", name) for _, text in expressions() for name in spoken_of(text)[0]}
+    assert {name for *_, name in instruments()} <= seen
+
+
+def test_every_alert_has_a_runbook() -> None:
+    section = OPERATIONS.read_text(encoding="utf-8").split("\n## Alerts\n")[1].split("\n## ")[0]
+    assert re.findall(r"^### `(\w+)`", section, re.MULTILINE) == [rule["alert"] for rule in RULES]
+
+
+def test_every_alert_is_tested() -> None:
+    tested = yaml.safe_load((DEPLOY / "prometheus/alerts_test.yml").read_text(encoding="utf-8"))["tests"]
+    fired = {each["alertname"] for test in tested for each in test["alert_rule_test"] if each["exp_alerts"]}
+    assert fired == {rule["alert"] for rule in RULES}
+
+
+def test_panels_have_places_and_words() -> None:
+    for dashboard in DASHBOARDS.values():
+        assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+        assert all(panel["title"] and panel["description"] for panel in dashboard["panels"])
+        corners = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
+        assert len(set(corners)) == len(corners)
+    assert set(DASHBOARDS) == {"blocks", "capacity", "faults"}
+
+
+def test_prometheus_asks_every_process_of_compose() -> None:
+    (scrape,) = SCRAPES
+    (found,) = scrape["dns_sd_configs"]
+    served = {name for profile in ("cpu", "text") for name, _ in names(profile)}
+    assert set(found["names"]) == served
+    for service in (each for each in ALL.values() if "build" in each):
+        assert service["environment"]["OTEL_METRICS_EXPORTER"] == "prometheus"
+        assert service["environment"]["OTEL_EXPORTER_PROMETHEUS_HOST"] == "0.0.0.0"
+
+
+def test_traces_are_passed_on_to_where_they_are_kept() -> None:
+    collector = yaml.safe_load((DEPLOY / "collector/collector.yaml").read_text(encoding="utf-8"))
+    for pipeline in collector["service"]["pipelines"].values():
+        for kind in ("receivers", "processors", "exporters"):
+            assert set(pipeline[kind]) <= set(collector[kind])
+    assert collector["exporters"]["otlp"]["endpoint"].partition(":")[0] in ALL
+    sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/sources.yaml").read_text(encoding="utf-8"))
+    known = {source["uid"]: source for source in sources["datasources"]}
+    assert {source["url"].split("/")[2].partition(":")[0] for source in known.values()} <= set(ALL)
+    used = {panel["datasource"]["uid"] for board in DASHBOARDS.values() for panel in board["panels"] if targets(panel)}
+    assert used == set(known)

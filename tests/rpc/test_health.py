@@ -1,0 +1,56 @@
+"""Tests of avatar.rpc.health, as a container runs it: a program of its own against a live server."""
+
+import asyncio
+import sys
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from avatar.rpc.server import serving
+from services.launch import free_ports
+from tests.rpc.conftest import Worker
+
+
+async def asked(*arguments: str) -> tuple[int | None, str]:
+    """The program's exit status, and what it says."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "avatar.rpc.health", *arguments), stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await process.communicate()
+    return process.returncode, said.decode()
+
+
+async def test_a_server_that_serves_is_healthy() -> None:
+    async with serving("127.0.0.1:0", worker := Worker()) as port:
+        assert await asked(f"127.0.0.1:{port}") == (0, "")
+        assert await asked(f"127.0.0.1:{port}", worker.service_name) == (0, "")
+        status, said = await asked(f"127.0.0.1:{port}", "avatar.v1.AvatarService")
+    assert status == 1
+    assert said.startswith(f"127.0.0.1:{port}: NOT_FOUND")
+
+
+async def test_a_server_that_drains_is_not() -> None:
+    server = grpc.aio.server()
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    await checks.set("", health_pb2.HealthCheckResponse.SERVING)
+    assert await asked(f"127.0.0.1:{port}") == (0, "")
+    await checks.enter_graceful_shutdown()
+    assert await asked(f"127.0.0.1:{port}") == (1, f"127.0.0.1:{port}: NOT_SERVING\n")
+    await server.stop(None)
+
+
+async def test_nobody_is_not_healthy() -> None:
+    (port,) = free_ports(1)
+    status, said = await asked(f"127.0.0.1:{port}")
+    assert status == 1
+    assert said.startswith(f"127.0.0.1:{port}: UNAVAILABLE")
+    assert said.count("\n") == 1
+
+
+async def test_without_an_address_it_says_how_it_is_used() -> None:
+    status, said = await asked()
+    assert status == 1
+    assert "python -m avatar.rpc.health HOST:PORT" in said

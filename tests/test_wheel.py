@@ -1,0 +1,58 @@
+"""The wheel in an empty environment: a client, without a tensor library, that talks to a running suite."""
+
+import asyncio
+import os
+import re
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CLIENT = """
+import sys
+import grpc
+from avatar.v1 import avatar_service_pb2 as pb, avatar_service_pb2_grpc as pb_grpc
+with grpc.insecure_channel(sys.argv[1]) as channel:
+    print(pb_grpc.AvatarServiceStub(channel).GetCapabilities(pb.GetCapabilitiesRequest()).num_levels)
+import avatar
+print(avatar.__file__)
+"""
+
+
+async def run(*program: object, cwd: Path) -> str:
+    """What a program prints; the test's own environment is not its own."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    process = await asyncio.create_subprocess_exec(
+        *map(str, program),
+        cwd=cwd,
+        env={**os.environ, "PATH": path, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, log = await process.communicate()
+    assert process.returncode == 0, log.decode()
+    return out.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_the_wheel_alone_is_a_client_of_a_running_suite(gateway: str, tmp_path: Path) -> None:
+    build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "dist")
+    await run(sys.executable, *build, ROOT, cwd=ROOT)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert re.fullmatch(r"avatar_suite-\d+\.\d+\.\d+-py3-none-any\.whl", wheel.name)
+    names = ZipFile(wheel).namelist()
+    assert {"avatar/v1/avatar_service_pb2.py", "avatar/v1/avatar_service_pb2.pyi", "avatar/session.py"} <= set(names)
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"avatar", "avatar_suite"}
+
+    await run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv/bin/python"
+    await run(python, "-m", "pip", "install", "--quiet", wheel, cwd=tmp_path)
+    num_levels, file = (await run(python, "-c", CLIENT, gateway, cwd=tmp_path)).split()
+    assert num_levels == "3"
+    assert Path(file).is_relative_to(tmp_path)
+    installed = set((await run(python, "-m", "pip", "list", "--format", "freeze", cwd=tmp_path)).splitlines())
+    found = {line.partition("==")[0].lower().replace("_", "-") for line in installed}
+    assert found - {"pip", "setuptools"} == {"avatar-suite", "grpcio", "protobuf", "typing-extensions"}
