@@ -8,6 +8,7 @@ it means in the reference implementation of arXiv 2512.04677 (docs/reference_opt
 Axes: a actors, c latent channels, t latent frames, h w height and width, s samples, n text tokens, d width.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -38,6 +39,8 @@ from avatar.vae import vae as vae_model
 from avatar.vae.picture import Fit, Size, read_mask
 from avatar.vae.pose import pose_latents
 from avatar.vae.vae import HIDDEN_FRAMES, Vae, to_bytes
+
+logger = logging.getLogger(__name__)
 
 # Sound is encoded a second at a time, so that a long file's features are never all in memory.
 PIECE_S = 1
@@ -160,6 +163,8 @@ def open_session(vae: Vae[Any], rgb: Tensor, picture: bytes, options: Options) -
     else:
         motion = vae.encode_picture(rgb)
         sink = motion[:, :1]
+    if notice := vae.notice(rgb, motion):
+        logger.warning(notice)
     masks, fit = None, options.fit or vae.config.picture.fit
     if options.masks is not None:
         cell = vae.codec.space_stride * PATCH

@@ -108,6 +108,8 @@ async def speak(target: str, picture: bytes, samples: Sound, rate_hz: int, seed:
         stub: pb_grpc.AvatarServiceAsyncStub = pb_grpc.AvatarServiceStub(channel)
         capabilities = await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=30)
         reference = (await stub.CreateReference(pb.CreateReferenceRequest(picture=picture), timeout=90)).reference
+        if reference.notice:
+            print(f"notice: {reference.notice}")
         request = pb.CreateSessionRequest(reference_id=reference.id, seed=seed)
         session = (await stub.CreateSession(request, timeout=30)).session
         video = capabilities.video
