@@ -128,7 +128,7 @@ def render(
         blocks = posed(blocks, vae, rgb, config, options)
     draw = noise_of_clips(config.window_blocks) if options.noise == "clip" else noise
     asked = islice(blocks, options.num_blocks)
-    drawn = denoised(models.network, config, session, Conditions(0, sink, text), asked, draw)
+    drawn = map(Drawing(models.network, config, session, Conditions(0, sink, text), draw).step, asked)
     if options.schedule == "offline":
         yield from decoded_in_clips(vae, rgb, drawn, config.window_blocks)
     else:
@@ -223,28 +223,35 @@ def posed(
         yield replace(block, pose=pose)
 
 
-def denoised(
-    network: Network,
-    config: NetworkConfig,
-    session: Session,
-    conditions: Conditions,
-    blocks: Iterator[Block],
-    draw: NoiseSource,
-) -> Iterator[Block]:
-    """The blocks with clean latents, every level in a row."""
-    levels = [Denoiser(network, config, level, draw) for level in range(config.num_levels)]
-    histories = [level.open(session) for level in levels]
-    updated = conditions
-    for block in blocks:
-        if block.index == levels[-1].sink_update_block(session):
-            conditions = updated
-        block = replace(block, conditions=conditions)
-        for level, history in zip(levels, histories, strict=True):
+class Drawing:
+    """A session's blocks through every level in a row; the sink is replaced where session or checkpoint ask for it."""
+
+    def __init__(
+        self,
+        network: Network,
+        config: NetworkConfig,
+        session: Session,
+        conditions: Conditions,
+        draw: NoiseSource = noise,
+    ) -> None:
+        """conditions: of block 0."""
+        self.session, self.conditions = session, conditions
+        self.levels = [Denoiser(network, config, level, draw) for level in range(config.num_levels)]
+        self.histories = [level.open(session) for level in self.levels]
+        self._updated = conditions
+
+    def step(self, block: Block) -> Block:
+        """The block with its clean latent; blocks come in order."""
+        last = self.levels[-1]
+        if block.index == last.sink_update_block(self.session):
+            self.conditions = self._updated
+        block = replace(block, conditions=self.conditions)
+        for level, history in zip(self.levels, self.histories, strict=True):
             block = level.step(block, history)
-        if levels[-1].updates_sink(block, session):
+        if last.updates_sink(block, self.session):
             assert block.latent is not None
-            updated = conditions.with_sink(block.latent)
-        yield block
+            self._updated = self.conditions.with_sink(block.latent)
+        return block
 
 
 def decoded_in_clips(vae: Vae[Any], rgb: Tensor, blocks: Iterator[Block], clip_blocks: int) -> Iterator[FrameChunk]:
