@@ -82,6 +82,7 @@ async def main() -> None:
     (flags.out / "demo.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
     print(table(figures))
     print(f"wrote {flags.out / 'demo.mp4'} and {flags.out / 'demo.json'}")
+    print("six more people to choose from: make demo PORTRAIT=assets/portraits/1.png ... 6.png")
 
 
 async def _unless_one_ends(suite: Suite, client: Coroutine[Any, Any, Made]) -> Made:
