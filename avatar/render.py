@@ -164,7 +164,7 @@ def open_session(vae: Vae[Any], rgb: Tensor, picture: bytes, options: Options) -
         motion = vae.encode_picture(rgb)
         sink = motion[:, :1]
     if notice := vae.notice(rgb, motion):
-        logger.warning(notice)
+        logger.warning("notice: %s", notice)
     masks, fit = None, options.fit or vae.config.picture.fit
     if options.masks is not None:
         cell = vae.codec.space_stride * PATCH
