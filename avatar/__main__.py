@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from avatar import inspect
 from avatar.adapter import Adapter
@@ -39,7 +40,8 @@ def main() -> None:
         models = load(flags.checkpoint, adapter, dtype=DTYPES[flags.dtype], device=flags.device)
         chunks = render(models, list(map(torch.from_numpy, sounds)), rate_hz, picture, options(flags, models))
         frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="block"))
-        write_mp4(flags.out, frames, models.vae.config.frame_rate_hz, HIDDEN_FRAMES, mixed(sounds), rate_hz)
+        with logging_redirect_tqdm():
+            write_mp4(flags.out, frames, models.vae.config.frame_rate_hz, HIDDEN_FRAMES, mixed(sounds), rate_hz)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -144,7 +144,7 @@ def save(folder: Path, config: Mapping[str, Any], module: nn.Module, dtype: torc
     tensors = {name: _stored(tensor.detach(), dtype) for name, tensor in module.state_dict().items()}
     partial = folder / f"{WEIGHTS}.partial"
     _save_file(tensors, partial)
-    _write_object(folder / CONFIG, config)
+    write_config(folder, config)
     partial.rename(folder / WEIGHTS)
 
 
@@ -165,7 +165,7 @@ def save_shards(
         file = f"model-{number:05}.safetensors"
         _save_file(shard, folder / file, metadata)
         where.update(dict.fromkeys(shard, file))
-    _write_object(folder / CONFIG, config)
+    write_config(folder, config)
     _write_object(folder / f"{WEIGHTS}.index.json", {"weight_map": where})
 
 
@@ -189,6 +189,11 @@ def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _save_file(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     save_file(tensors, path, {"format": "pt", **(metadata or {})})
     path.chmod(0o644)  # it is written for its owner alone, and services may run as another user
+
+
+def write_config(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Write config.json alone."""
+    _write_object(folder / CONFIG, fields)
 
 
 def _write_object(path: Path, fields: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ it means in the reference implementation of arXiv 2512.04677 (docs/reference_opt
 Axes: a actors, c latent channels, t latent frames, h w height and width, s samples, n text tokens, d width.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -38,6 +39,8 @@ from avatar.vae import vae as vae_model
 from avatar.vae.picture import Fit, Size, read_mask
 from avatar.vae.pose import pose_latents
 from avatar.vae.vae import HIDDEN_FRAMES, Vae, to_bytes
+
+logger = logging.getLogger(__name__)
 
 # Sound is encoded a second at a time, so that a long file's features are never all in memory.
 PIECE_S = 1
@@ -125,7 +128,7 @@ def render(
         blocks = posed(blocks, vae, rgb, config, options)
     draw = noise_of_clips(config.window_blocks) if options.noise == "clip" else noise
     asked = islice(blocks, options.num_blocks)
-    drawn = denoised(models.network, config, session, Conditions(0, sink, text), asked, draw)
+    drawn = map(Drawing(models.network, config, session, Conditions(0, sink, text), draw).step, asked)
     if options.schedule == "offline":
         yield from decoded_in_clips(vae, rgb, drawn, config.window_blocks)
     else:
@@ -160,6 +163,8 @@ def open_session(vae: Vae[Any], rgb: Tensor, picture: bytes, options: Options) -
     else:
         motion = vae.encode_picture(rgb)
         sink = motion[:, :1]
+    if notice := vae.notice(rgb, motion):
+        logger.warning("notice: %s", notice)
     masks, fit = None, options.fit or vae.config.picture.fit
     if options.masks is not None:
         cell = vae.codec.space_stride * PATCH
@@ -218,28 +223,35 @@ def posed(
         yield replace(block, pose=pose)
 
 
-def denoised(
-    network: Network,
-    config: NetworkConfig,
-    session: Session,
-    conditions: Conditions,
-    blocks: Iterator[Block],
-    draw: NoiseSource,
-) -> Iterator[Block]:
-    """The blocks with clean latents, every level in a row."""
-    levels = [Denoiser(network, config, level, draw) for level in range(config.num_levels)]
-    histories = [level.open(session) for level in levels]
-    updated = conditions
-    for block in blocks:
-        if block.index == levels[-1].sink_update_block(session):
-            conditions = updated
-        block = replace(block, conditions=conditions)
-        for level, history in zip(levels, histories, strict=True):
+class Drawing:
+    """A session's blocks through every level in a row; the sink is replaced where session or checkpoint ask for it."""
+
+    def __init__(
+        self,
+        network: Network,
+        config: NetworkConfig,
+        session: Session,
+        conditions: Conditions,
+        draw: NoiseSource = noise,
+    ) -> None:
+        """conditions: of block 0."""
+        self.session, self.conditions = session, conditions
+        self.levels = [Denoiser(network, config, level, draw) for level in range(config.num_levels)]
+        self.histories = [level.open(session) for level in self.levels]
+        self._updated = conditions
+
+    def step(self, block: Block) -> Block:
+        """The block with its clean latent; blocks come in order."""
+        last = self.levels[-1]
+        if block.index == last.sink_update_block(self.session):
+            self.conditions = self._updated
+        block = replace(block, conditions=self.conditions)
+        for level, history in zip(self.levels, self.histories, strict=True):
             block = level.step(block, history)
-        if levels[-1].updates_sink(block, session):
+        if last.updates_sink(block, self.session):
             assert block.latent is not None
-            updated = conditions.with_sink(block.latent)
-        yield block
+            self._updated = self.conditions.with_sink(block.latent)
+        return block
 
 
 def decoded_in_clips(vae: Vae[Any], rgb: Tensor, blocks: Iterator[Block], clip_blocks: int) -> Iterator[FrameChunk]:

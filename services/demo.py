@@ -82,6 +82,7 @@ async def main() -> None:
     (flags.out / "demo.json").write_text(json.dumps(asdict(figures), indent=2) + "\n")
     print(table(figures))
     print(f"wrote {flags.out / 'demo.mp4'} and {flags.out / 'demo.json'}")
+    print("six more people to choose from: make demo PORTRAIT=assets/portraits/1.png ... 6.png")
 
 
 async def _unless_one_ends(suite: Suite, client: Coroutine[Any, Any, Made]) -> Made:
@@ -108,6 +109,8 @@ async def speak(target: str, picture: bytes, samples: Sound, rate_hz: int, seed:
         stub: pb_grpc.AvatarServiceAsyncStub = pb_grpc.AvatarServiceStub(channel)
         capabilities = await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=30)
         reference = (await stub.CreateReference(pb.CreateReferenceRequest(picture=picture), timeout=90)).reference
+        if reference.notice:
+            print(f"notice: {reference.notice}")
         request = pb.CreateSessionRequest(reference_id=reference.id, seed=seed)
         session = (await stub.CreateSession(request, timeout=30)).session
         video = capabilities.video

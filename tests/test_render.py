@@ -21,7 +21,9 @@ from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.media import read_video, write_mp4
 from avatar.render import Models, Options, in_clips, load, render
 from avatar.types import FrameChunk
+from avatar.vae.familiar import FIELDS, Familiar
 from avatar.vae.picture import PictureRule
+from avatar.vae.vae import Vae
 from tests.conftest import RATE_HZ, sound
 
 SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round the window
@@ -235,3 +237,17 @@ def test_a_video_of_a_higher_rate_is_thinned(tmp_path: Path) -> None:
     write_mp4(tmp_path / "fast.mp4", [shades], 50, 0, np.zeros((1, RATE_HZ), np.float32), RATE_HZ)
     seen = [frame.mean() for frame in read_video(tmp_path / "fast.mp4", 25)]
     np.testing.assert_allclose(seen, np.arange(0, 30, 2) * 8, atol=6)
+
+
+def test_a_picture_of_an_unknown_kind_is_noticed_and_drawn(
+    models: Models, picture: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    codec, config = models.vae.codec, models.vae.config
+    k = FIELDS**2 + codec.channels
+    nobody = Familiar((0.0,) * k, (1.0,) * (k * (k + 1) // 2), 0.0, "not of my kind")
+    strict = replace(models, vae=Vae(codec, replace(config, familiar=nobody)))
+    options = Options(num_blocks=1)
+    plain = drawn(models, picture, options)
+    assert not caplog.messages
+    assert torch.equal(drawn(strict, picture, options), plain)
+    assert caplog.messages == ["notice: not of my kind"]

@@ -28,9 +28,9 @@ from training.clips import clean_of, per_frame, predict
 from training.data import StoredClip
 from training.losses import dmd_gradient, draw_distance, flow_loss, moved_loss, with_noise
 from training.rollout import Rollout
-from training.run import Limits, arguments, average_into, chosen, go_on
-from training.state import Progress, export, restore
-from training.strategy import SINGLE, Spread, Strategy, join, leave, recomputing
+from training.run import arguments, average_into, carry_out, chosen
+from training.state import Progress
+from training.strategy import SINGLE, Spread, Strategy, join, recomputing
 from training.watch import read_codec, rollout_rows
 
 LOWEST, HIGHEST = 0.02, 0.98
@@ -274,12 +274,7 @@ def main() -> None:
 
     begin, teach = partial(from_folder, flags.start), partial(from_folder, flags.teacher or flags.start)
     run = Distillation(recipe, begin, teach, strategy, read_codec(flags.vae, strategy.device), flags.offload)
-    restore(run.parts, run.progress, flags.out)
-    if flags.export:
-        export(run.average.network, run.config, recipe.adapter, flags.export, strategy)
-    else:
-        go_on(run, flags.data, flags.out, Limits(flags.minutes, flags.save_minutes))
-    leave(strategy)
+    carry_out(run, flags)
 
 
 if __name__ == "__main__":

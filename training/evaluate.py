@@ -37,6 +37,8 @@ from training.trials import DTYPES, block_cost, drift_figure, endure, sound_from
 
 SPEECH = Path(__file__).parents[1] / "assets" / "speech.wav"
 HOUR_BLOCKS = 7500
+# Who say the recording.
+SPEAKERS = 3
 NEEDS_TRUTH = (
     *("lip_sync_r", "lip_sync_r_other", "best_lag_frames", "mouth_amplitude", "flicker"),
     *("codec_psnr", "codec_psnr_mouth", "codec_lip_sync_r", "codec_mouth_amplitude", "codec_edge_energy"),
@@ -85,8 +87,9 @@ TABLE = (
 class Extent:
     """How much is looked at.
 
-    clips: held out. others: of those, how many also say another's sound. people: who say the recording, and then go on
-    for so many blocks. limit_s: on a machine so busy that this would not do, fewer clips and blocks are looked at.
+    clips: held out. others: of those, how many also say another's sound. people: who have long sessions, of so many
+    blocks, or as many as there are in session_s. limit_s: on a machine so busy that this would not do, fewer clips and
+    blocks are looked at.
     """
 
     clips: int
@@ -94,10 +97,15 @@ class Extent:
     people: int
     blocks: int
     limit_s: float | None = None
+    session_s: float | None = None
 
     def deadline(self, share: float) -> float:
         """When so much of the time from now on is over, seconds of time.monotonic."""
         return math.inf if self.limit_s is None else time.monotonic() + share * self.limit_s
+
+    def session_deadline(self) -> float:
+        """When a session that begins now is over, as `deadline`."""
+        return self.deadline(0.15) if self.session_s is None else time.monotonic() + self.session_s
 
 
 FULL = Extent(clips=50, others=50, people=3, blocks=250)
@@ -153,10 +161,10 @@ def on_held_out(checkpoint: Path, clips: Sequence[StoredClip], extent: Extent, s
         models, chosen[: extent.others], scores[: extent.others], landmarks, extent.deadline(0.2)
     )
     figures |= codec_figures(models, chosen, landmarks, extent.deadline(0.15))
-    people = [models.picture(np.array(clip.array("reference"))) for clip in chosen[: extent.people]]
+    people = [models.picture(np.array(clip.array("reference"))) for clip in spread(clips, extent.people)]
     sound = sound_from(*read_sound(SPEECH))
-    speeches = [score(speak(models, person, sound), landmarks) for person in people]
-    sessions = [endure(models, person, sound, extent.blocks, extent.deadline(0.15)) for person in people]
+    speeches = [score(speak(models, person, sound), landmarks) for person in people[:SPEAKERS]]
+    sessions = [endure(models, person, sound, extent.blocks, extent.session_deadline()) for person in people]
     return {
         **figures,
         **speech_figures([each.openings[0] for each in speeches if each.openings is not None], sound),
@@ -209,13 +217,29 @@ def write_json(path: Path, figures: Mapping[str, Figure], about: Mapping[str, An
     path.write_text(json.dumps({**values, "notes": notes, **about}, indent=2) + "\n", encoding="utf-8")
 
 
+def extent_of(flags: argparse.Namespace, num_people: int) -> Extent:
+    """What the flags ask for, of so many held-out people. ValueError if a number is none."""
+    extent = QUICK if flags.quick else FULL
+    if flags.clips is not None:
+        extent = replace(extent, clips=flags.clips)
+    if flags.hour:
+        extent = replace(extent, people=2, blocks=HOUR_BLOCKS)
+    if flags.people is not None:
+        extent = replace(extent, people=num_people if flags.people == "all" else int(flags.people))
+    if flags.minutes is not None:
+        extent = replace(extent, session_s=60 * flags.minutes / min(extent.people, num_people))
+    return extent
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=(__doc__ or "").split(":")[0])
     parser.add_argument("checkpoint", type=Path, help="folder of the models")
     parser.add_argument("--data", type=Path, default=Path("runs/data"), help="shards, as training.make_data makes them")
     parser.add_argument("--quick", action="store_true", help="fewer clips and shorter sessions: under five minutes")
     parser.add_argument("--clips", type=int, help=f"held-out clips (default {FULL.clips})")
+    parser.add_argument("--people", help="who have long sessions: so many held-out people, or `all`")
     parser.add_argument("--hour", action="store_true", help=f"long sessions of {HOUR_BLOCKS} blocks, of two people")
+    parser.add_argument("--minutes", type=float, help="the most that long sessions take, all together")
     parser.add_argument("--speech", type=Path, help="evaluate this sound, said by --portrait, and no held-out clips")
     parser.add_argument("--portrait", type=Path, help="a PNG, JPEG or WebP picture of a person")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -224,18 +248,15 @@ def main() -> None:
     if (flags.speech is None) != (flags.portrait is None):
         parser.error("--speech and --portrait go together")
     torch.set_num_threads(1)
-    extent = QUICK if flags.quick else FULL
-    if flags.hour:
-        extent = replace(extent, people=2, blocks=HOUR_BLOCKS)
-    if flags.clips is not None:
-        extent = replace(extent, clips=flags.clips)
     try:
         if flags.speech is not None:
             about = {"speech": str(flags.speech), "portrait": str(flags.portrait)}
             figures = on_any(flags.checkpoint, flags.speech, flags.portrait)
         else:
+            clips = read_clips(flags.data, "held_out")
+            extent = extent_of(flags, len(clips))
             about = asdict(extent)
-            figures = on_held_out(flags.checkpoint, read_clips(flags.data, "held_out"), extent, flags.sheet)
+            figures = on_held_out(flags.checkpoint, clips, extent, flags.sheet)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(table(figures))

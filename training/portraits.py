@@ -22,7 +22,9 @@ TRACES = {"mouthSmile": 0.08, "eyeWide": 0.08}
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.portraits", description=(__doc__ or "").split(":")[0])
     parser.add_argument("numbers", type=int, nargs="+", help="of the people")
-    parser.add_argument("--out", type=Path, required=True, help="folder for NUMBER.png")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for 1.png, 2.png, ... in the order of the numbers"
+    )
     parser.add_argument("--size", type=int, default=256, help="height and width, pixels")
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
@@ -31,10 +33,10 @@ def main() -> None:
     for name, weight in TRACES.items():
         weights[shape_indexes(head.shape_names, name)] = weight
     stage = Stage(head, flags.size)
-    for number in flags.numbers:
+    for place, number in enumerate(flags.numbers, 1):
         stage.show(Face(head, person_of(head, number)))
         picture, _ = stage.draw(weights, np.zeros(3, np.float32), np.zeros(2, np.float32))
-        Image.fromarray(np.ascontiguousarray(picture)).save(flags.out / f"{number}.png", optimize=True)
+        Image.fromarray(np.ascontiguousarray(picture)).save(flags.out / f"{place}.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ from training.batches import BatchRule, ClipBatch, Share, batch_of
 from training.clips import per_frame, predict
 from training.data import StoredClip
 from training.losses import draw_distance, draw_sigmas, flow_loss, noised_each, with_noise
-from training.run import Limits, arguments, average_into, chosen, cosine, go_on
-from training.state import Progress, export, restore
-from training.strategy import SINGLE, Strategy, join, leave, recomputing
+from training.run import arguments, average_into, carry_out, chosen, cosine
+from training.state import Progress
+from training.strategy import SINGLE, Strategy, join, recomputing
 from training.watch import WATCHED_SEED, read_codec, rollout_rows
 
 # Held-out clips, and draws of noise, whose loss is watched.
@@ -220,12 +220,7 @@ def main() -> None:
 
     strategy = join(flags.strategy)
     run = Pretraining(recipe, begin, strategy, read_codec(flags.vae, strategy.device))
-    restore(run.parts, run.progress, flags.out)
-    if flags.export:
-        export(run.average.network, run.config, recipe.adapter, flags.export, strategy)
-    else:
-        go_on(run, flags.data, flags.out, Limits(flags.minutes, flags.save_minutes))
-    leave(strategy)
+    carry_out(run, flags)
 
 
 if __name__ == "__main__":

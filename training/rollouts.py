@@ -9,26 +9,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
-from avatar.audio import model as audio_model
-from avatar.audio.model import AudioModel
-from avatar.audio.wav2vec2 import Wav2Vec2
-from avatar.audio.whisper import Whisper
-from avatar.denoiser import model as denoiser_model
+from avatar import render
 from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
-from avatar.layouts import open_part
-from avatar.types import AudioPiece, Block, Conditions, FrameChunk, Session
-from avatar.vae import vae as vae_model
-from avatar.vae.vae import BLOCK_FRAMES, Vae
+from avatar.render import Drawing
+from avatar.types import AudioPiece, Conditions, FrameChunk, Session
+from avatar.vae.vae import BLOCK_FRAMES
 from training.data import FRAME_SAMPLES, SOUND_RATE_HZ
 
 BLOCK_SAMPLES = BLOCK_FRAMES * FRAME_SAMPLES
@@ -39,13 +32,10 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
-class Models:
-    """What a checkpoint's parts are when they are loaded."""
+class Models(render.Models):
+    """The models of a checkpoint, and how a session's blocks are drawn with them."""
 
-    audio: AudioModel
-    denoisers: list[Denoiser]
-    config: NetworkConfig
-    vae: Vae[Any]
+    drawing: type[Drawing] = Drawing
 
     def picture(self, image: Pixels) -> Pixels:
         """An image (h, w, 3) as a user's picture becomes: of the video's size, (H, W, 3)."""
@@ -61,12 +51,8 @@ def load(
 
     denoiser: a network, and its configuration, in place of the folder's.
     """
-    audio = audio_model.load(open_part(checkpoint, "audio"))
-    if isinstance(audio.encoder, Whisper | Wav2Vec2):
-        nn.Module.to(audio.encoder.network, dtype)
-    network, config = denoiser or denoiser_model.load(open_part(checkpoint, "denoiser"), dtype=dtype)
-    denoisers = [Denoiser(network, config, level) for level in range(config.num_levels)]
-    return Models(audio, denoisers, config, vae_model.load(open_part(checkpoint, "vae"), dtype=dtype))
+    models = Models(**vars(render.load(checkpoint, dtype=dtype)))
+    return models if denoiser is None else replace(models, network=denoiser[0], config=denoiser[1])
 
 
 class Rollout:
@@ -81,30 +67,17 @@ class Rollout:
         self.models = models
         self.costs_s: dict[str, list[float]] = {}
         motion = models.vae.encode_picture(torch.from_numpy(np.array(reference)))
-        self._session = session = Session("rollout", seed, motion)
-        self._conditions = self._updated = Conditions(0, motion[:, :1], torch.zeros(0, 0))
+        session = Session("rollout", seed, motion)
+        conditions = Conditions(0, motion[:, :1], torch.zeros(0, 0))
         self._hearing, self._decoding = models.audio.open(session), models.vae.open(session)
-        self._histories = [denoiser.open(session) for denoiser in models.denoisers]
+        self._drawing = models.drawing(models.network, models.config, session, conditions)
 
     def speak(self, pieces: Iterable[AudioPiece]) -> Iterator[FrameChunk]:
         """The frames of the blocks that the pieces complete."""
         for piece in pieces:
             for block in self._timed("audio", self.models.audio.step, piece, self._hearing):
-                yield self._render(block)
-
-    def _render(self, block: Block) -> FrameChunk:
-        return self._timed("decode", self.models.vae.step, self._timed("levels", self._denoise, block), self._decoding)
-
-    def _denoise(self, block: Block) -> Block:
-        if block.index == self.models.config.sink_update_block:
-            self._conditions = self._updated
-        block = replace(block, conditions=self._conditions)
-        for denoiser, history in zip(self.models.denoisers, self._histories, strict=True):
-            block = denoiser.step(block, history)
-        if self.models.denoisers[-1].updates_sink(block, self._session):
-            assert block.latent is not None
-            self._updated = self._conditions.with_sink(block.latent)
-        return block
+                drawn = self._timed("levels", self._drawing.step, block)
+                yield self._timed("decode", self.models.vae.step, drawn, self._decoding)
 
     def _timed(self, stage: str, step: Callable[..., Answer], *arguments: object) -> Answer:
         started = time.thread_time()

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from avatar.denoiser.config import NetworkConfig
 from training.adapters import AdapterRule
 from training.data import StoredClip, read_clips
 from training.sheets import save_plot, save_sheet
-from training.state import Parts, Progress, save
-from training.strategy import STRATEGIES, Strategy
+from training.state import Parts, Progress, export, restore, save
+from training.strategy import STRATEGIES, Spread, Strategy, leave
 
 # Checkpoints from one sheet to the next.
 SHEET_EVERY = 4
@@ -37,7 +38,8 @@ SHEET_EVERY = 4
 class Trainee(Protocol):
     """What `go_on` trains.
 
-    recipe: a dataclass. steps: of the whole run. progress: how far it is. parts: everything with a state.
+    recipe: a dataclass. steps: of the whole run. progress: how far it is. parts: everything with a state. average: the
+    network that is looked at and exported.
     """
 
     recipe: Any
@@ -45,6 +47,8 @@ class Trainee(Protocol):
     strategy: Strategy
     progress: Progress
     parts: Parts
+    average: Spread
+    config: NetworkConfig
 
     def advance(self, clips: Sequence[StoredClip]) -> dict[str, float]:
         """One step; returns figures for the log."""
@@ -105,6 +109,16 @@ def average_into(average: nn.Module, network: nn.Module, keep: float, step: int)
     for mine, theirs in zip(average.parameters(), network.parameters(), strict=True):
         if theirs.requires_grad:
             mine.add_(theirs - mine, alpha=1 - keep)
+
+
+def carry_out(trainee: Trainee, flags: Namespace) -> None:
+    """What the command line asks of a run that is new or was kept: to be trained on, or to be exported."""
+    restore(trainee.parts, trainee.progress, flags.out)
+    if flags.export:
+        export(trainee.average.network, trainee.config, trainee.recipe.adapter, flags.export, trainee.strategy)
+    else:
+        go_on(trainee, flags.data, flags.out, Limits(flags.minutes, flags.save_minutes))
+    leave(trainee.strategy)
 
 
 def go_on(trainee: Trainee, data: Path, out: Path, limits: Limits) -> None:

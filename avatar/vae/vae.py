@@ -21,6 +21,7 @@ from avatar.part import Part, load_weights
 from avatar.types import Block, FrameChunk, Session
 from avatar.vae import light
 from avatar.vae.codec import TIME_STRIDE, Codec, State
+from avatar.vae.familiar import Familiar, traits_of
 from avatar.vae.picture import Fit, PictureRule, Size, read_picture, to_pixels
 
 BLOCK_LATENTS = 3
@@ -40,12 +41,14 @@ class VaeConfig:
 
     codec: `light` or `wan`.
     network: the codec's own fields.
+    familiar: the kind of pictures that the checkpoint was trained on; None where any picture will do.
     """
 
     codec: str
     picture: PictureRule
     frame_rate_hz: int
     network: Mapping[str, Any]
+    familiar: Familiar | None = None
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -94,6 +97,16 @@ class Vae(Generic[State]):
         with torch.inference_mode():
             latents = self.codec.encode(self.held_still(rgb, MOTION_FRAMES))
         return latents[0].float().cpu()
+
+    def notice(self, rgb: Tensor, motion: Tensor) -> str:
+        """What is to be said of a picture (H, W, 3) uint8 whose motion latents (c, t, h, w) these are.
+
+        Empty if it is like those that the checkpoint was trained on, or nobody knows what those are like.
+        """
+        familiar = self.config.familiar
+        if familiar is None or familiar.distance(traits_of(self.codec, rgb, motion)) <= familiar.limit:
+            return ""
+        return familiar.notice
 
     def held_still(self, rgb: Tensor, num_frames: int) -> Tensor:
         """A picture (H, W, 3) uint8 as a clip (1, 3, f, H, W) in [-1, 1]. ValueError as in `encode_picture`."""
@@ -146,12 +159,22 @@ def to_bytes(frames: Tensor) -> Tensor:
 def load(part: Part, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae[Any]:
     """The VAE of a checkpoint's part. ValueError if its config or its weights are not what they should be."""
     try:
-        config = VaeConfig(**{**part.config, "picture": PictureRule(**part.config.get("picture", {}))})
+        config = config_of(part.config)
         codec, network = CODECS[config.codec](config.network, torch.device(device), dtype)
     except TypeError as error:
         raise ValueError(f"config of {part.folder}: {error}") from error
     load_weights(network, part)
     return Vae(codec, config)
+
+
+def config_of(fields: Mapping[str, Any]) -> VaeConfig:
+    """What config.json says. TypeError or ValueError if its fields are not what they should be."""
+    familiar = fields.get("familiar")
+    nested = {
+        "picture": PictureRule(**fields.get("picture", {})),
+        "familiar": familiar and Familiar(**familiar),
+    }
+    return VaeConfig(**{**fields, **nested})
 
 
 def _light(fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Codec[Any], nn.Module]:

@@ -274,6 +274,7 @@ def _reference(reference: types_pb2.Reference, left_s: float) -> types.Reference
     message = types.Reference(
         id=reference.id, width=reference.width, height=reference.height, fit=FIT_OF[reference.fit]
     )
+    message.notice = reference.notice
     message.expire_time.FromMilliseconds(round((time.time() + left_s) * 1000))
     return message
 

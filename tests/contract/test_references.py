@@ -26,6 +26,7 @@ async def test_the_same_picture_gives_the_same_reference(stub: pb_grpc.AvatarSer
     assert first.id == second.id
     kept = (await stub.GetReference(pb.GetReferenceRequest(reference_id=first.id), timeout=10)).reference
     assert (kept.id, kept.width, kept.height, kept.fit) == (first.id, first.width, first.height, first.fit)
+    assert kept.notice == first.notice
     assert kept.expire_time.seconds > 0
 
 

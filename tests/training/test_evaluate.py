@@ -1,6 +1,7 @@
 import json
 import math
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, cast
 
@@ -317,6 +318,17 @@ def test_the_program_prints_a_table_and_writes_its_figures(
     assert {"best_lag_frames", "identity_distance"} <= figures.keys()
     assert "lips against the truth, r" in capsys.readouterr().out
     assert sheet.exists()
+
+
+def test_long_sessions_are_of_whom_and_as_long_as_is_asked() -> None:
+    def extent(**flags: object) -> evaluate.Extent:
+        given = {"quick": False, "clips": None, "people": None, "hour": False, "minutes": None, **flags}
+        return evaluate.extent_of(Namespace(**given), 50)
+
+    assert extent() == evaluate.FULL
+    assert (extent(people="all").people, extent(people="all").blocks) == (50, evaluate.FULL.blocks)
+    hour = extent(hour=True, minutes=80.0)
+    assert (hour.people, hour.blocks, hour.session_s) == (2, 7500, 2400)
 
 
 def read_again(clips: list[StoredClip]) -> list[Clip]:
