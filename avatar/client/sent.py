@@ -1,0 +1,138 @@
+"""What a client knows of what it has sent: how far its sound is ahead, and what may not have arrived."""
+
+import time
+from collections import deque
+
+from avatar.client.items import Frame, Item, PlaybackFinished
+from avatar.errors import ConnectionLost
+from avatar.v1 import avatar_service_pb2 as pb
+
+# What is under way is bounded by HTTP/2's windows; a connection that breaks loses no more.
+MAX_KEPT_BYTES = 8 << 20
+
+
+class Sent:
+    """What is to be written, and what was and may not have arrived, in order.
+
+    num_samples: samples of each channel in all of it, from the first on. num_written: requests that were written.
+    sample_bytes: bytes of one sample of every channel.
+    """
+
+    def __init__(self, sample_bytes: int) -> None:
+        self.num_samples = 0
+        self.num_written = 0
+        self._num_added = 0
+        self._sample_bytes = sample_bytes
+        self._kept: deque[tuple[int, pb.StreamAvatarRequest]] = deque()  # with the samples before it
+        self._num_bytes = 0
+
+    def add(self, request: pb.StreamAvatarRequest) -> int:
+        """Have a request written; its number. An interrupt drops what is before it."""
+        if request.HasField("interrupt"):
+            self.forget()
+        self._kept.append((self.num_samples, request))
+        self.num_samples += self._length(request)
+        self._num_bytes += len(request.audio.data)
+        self._num_added += 1
+        return self._num_added - 1
+
+    def has_next(self) -> bool:
+        """Whether there is something to write."""
+        return self.num_written < self._num_added
+
+    def next(self) -> pb.StreamAvatarRequest:
+        """What to write."""
+        return self._kept[self.num_written - self._num_added][1]
+
+    def advance(self) -> None:
+        """It was written. The oldest of what was written is forgotten: it must have arrived."""
+        self.num_written = min(self.num_written + 1, self._num_added)
+        while self._num_bytes > MAX_KEPT_BYTES and len(self._kept) > self._num_added - self.num_written:
+            self._drop_first()
+
+    def forget(self) -> None:
+        """Everything has arrived, or need not."""
+        self._kept.clear()
+        self._num_bytes = 0
+        self.num_written = self._num_added
+
+    def rewind(self, arrived: int) -> None:
+        """Have what has not arrived written again. ConnectionLost if it is no longer kept.
+
+        arrived: samples of each channel that the gateway has. Marks just behind them may have arrived or not, and are
+        sent again: a turn that ends twice is less of a harm than one that never does.
+        """
+        first = self._kept[0][0] if self._kept else self.num_samples
+        if missing := max(0, first - arrived):
+            if not (self._kept and self._kept[0][1].HasField("interrupt")):
+                raise ConnectionLost(f"{missing} samples did not arrive and are no longer kept")
+            self._kept = deque((start - missing, request) for start, request in self._kept)
+            self.num_samples -= missing
+        while self._kept and self._has_arrived(*self._kept[0], arrived):
+            self._drop_first()
+        if self._kept and (start := self._kept[0][0]) < arrived:
+            data = self._kept[0][1].audio.data[(arrived - start) * self._sample_bytes :]
+            self._kept[0] = arrived, pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data))
+        self.num_written = self._num_added - len(self._kept)
+
+    def _has_arrived(self, start: int, request: pb.StreamAvatarRequest, arrived: int) -> bool:
+        length = self._length(request)
+        return start + length <= arrived if length else start < arrived
+
+    def _length(self, request: pb.StreamAvatarRequest) -> int:
+        return len(request.audio.data) // self._sample_bytes
+
+    def _drop_first(self) -> None:
+        self._num_bytes -= len(self._kept.popleft()[1].audio.data)
+
+
+class Lead:
+    """How far live sound is ahead of what is shown: never less than what the gateway counts.
+
+    Speech moves it by what a frame shows. A block that begins or ends with silence shows less speech than its frames
+    last, so a lead may seem up to a block shorter than it is, which the limit allows for; the end of a turn sets it
+    right.
+    """
+
+    def __init__(self, rate_hz: int, limits: pb.GetCapabilitiesResponse) -> None:
+        frame_rate_hz = limits.video.frame_rate_hz
+        block_s = limits.block_frames / frame_rate_hz
+        limit_s = max(limits.max_live_ahead_s - block_s, limits.max_live_ahead_s / 2)
+        self._limit = limit_s * rate_hz if limit_s else float("inf")
+        self._frame_samples = rate_hz / frame_rate_hz
+        # What was sent so long ago has been shown, if nobody speaks now.
+        self._quiet_s = 1 + 2 * limits.reaction_s
+        self._sent, self._shown = 0, 0.0
+        self._turn_ends: deque[int] = deque()
+        self._sent_at = 0.0
+
+    def has_room(self, num_samples: int) -> bool:
+        """Whether so many samples more are taken."""
+        ahead = self._sent - self._shown
+        return ahead <= 0 or ahead + num_samples <= self._limit
+
+    def sent(self, num_samples: int) -> None:
+        """Samples of each channel are on their way."""
+        self._sent += num_samples
+        self._sent_at = time.monotonic()
+
+    def turn_ended(self) -> None:
+        """What was sent so far is a turn."""
+        if self._sent > (self._turn_ends[-1] if self._turn_ends else self._shown):
+            self._turn_ends.append(self._sent)
+
+    def came(self, item: Item) -> None:
+        """Something came from the gateway."""
+        match item:
+            case Frame(is_idle=False):
+                until = self._turn_ends[0] if self._turn_ends else self._sent
+                self._shown = min(self._shown + item.num_frames * self._frame_samples, until)
+            case Frame() if time.monotonic() - self._sent_at > self._quiet_s:
+                self.dropped()
+            case PlaybackFinished(was_interrupted=False) if item.position_s > 0 and self._turn_ends:
+                self._shown = max(self._shown, self._turn_ends.popleft())
+
+    def dropped(self) -> None:
+        """Nothing of what was sent waits."""
+        self._shown = self._sent
+        self._turn_ends.clear()
