@@ -40,6 +40,7 @@ class Talk:
     opening: pb.OpenAvatar
     tick_s: float
     max_ahead_s: float
+    frame_bytes: int
     heard: bytearray = field(default_factory=bytearray)
     refused: int = 0
     log: list[pb.StreamAvatarResponse] = field(default_factory=list)
@@ -129,7 +130,7 @@ class Talk:
             types.VideoFrame(
                 index=index,
                 pts_us=index * FRAME_US,
-                data=b"frame %d" % index,
+                data=(b"frame %d" % index).ljust(self.frame_bytes, b"."),
                 is_idle=not spoken,
                 is_key=index == self.next_frame,
                 num_frames=1,
@@ -186,8 +187,11 @@ class Gateway(pb_grpc.AvatarServiceServicer):
 
     service_name = "avatar.v1.AvatarService"
 
-    def __init__(self, *, tick_s: float = 0.03, max_live_ahead_s: float = 4.0, resume_s: float = 5.0) -> None:
+    def __init__(
+        self, *, tick_s: float = 0.03, max_live_ahead_s: float = 4.0, resume_s: float = 5.0, frame_bytes: int = 0
+    ) -> None:
         self.tick_s = tick_s
+        self.frame_bytes = frame_bytes
         self.limits = pb.GetCapabilitiesResponse(
             video=types.VideoFormat(width=64, height=64, frame_rate_hz=FRAME_RATE_HZ),
             block_frames=BLOCK_FRAMES,
@@ -257,7 +261,9 @@ class Gateway(pb_grpc.AvatarServiceServicer):
         self.num_calls += 1
         talk = self.talks.get(opened.session_id)
         if not opened.HasField("resume"):
-            talk = self.talks[opened.session_id] = Talk(opened, self.tick_s, self.limits.max_live_ahead_s)
+            talk = self.talks[opened.session_id] = Talk(
+                opened, self.tick_s, self.limits.max_live_ahead_s, self.frame_bytes
+            )
             task = asyncio.get_running_loop().create_task(talk.run())
             self._tasks.add(task)
         elif talk is None or self.forgets:
