@@ -56,6 +56,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.status", "avatar.worker"),
     # What product teams use.
     "avatar.client": ("avatar.errors", "avatar.pipeline", "avatar.status", "avatar.v1"),
+    "avatar.adapters": ("avatar.client",),
     # Files and the command line.
     "avatar.media": ("avatar.audio",),
     "avatar.inspect": (
@@ -100,7 +101,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "avatar.errors": _TENSORS,
     "avatar.settings": _TENSORS,
     "avatar.status": (*_TENSORS, "google.rpc", "grpc_status"),
-    "avatar.client": (*_TENSORS, "google.rpc", "grpc_status"),
+    **dict.fromkeys(("avatar.adapters", "avatar.client"), (*_TENSORS, "google.rpc", "grpc_status")),
     "avatar.telemetry": _TENSORS,
     "avatar.session": _TENSORS,
     "avatar.types": _STREAMS,
