@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf import any_pb2, duration_pb2, empty_pb2
+from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from avatar.errors import REASONS, AvatarError, ConnectionLost, MessageTooLarge
@@ -70,7 +71,14 @@ class Told:
 
 
 def told(error: grpc.aio.AioRpcError) -> Told:
-    """The details of an error: google.rpc.ErrorInfo, BadRequest and RetryInfo."""
+    """The details of an error: google.rpc.ErrorInfo, BadRequest and RetryInfo. None of them if they cannot be read."""
+    try:
+        return _told(error)
+    except DecodeError:
+        return Told()
+
+
+def _told(error: grpc.aio.AioRpcError) -> Told:
     found = Told()
     trailing: Any = error.trailing_metadata() or ()
     status = next((value for key, value in trailing if key == DETAILS), b"")

@@ -14,13 +14,13 @@ MAX_KEPT_BYTES = 8 << 20
 class Sent:
     """What is to be written, and what was and may not have arrived, in order.
 
-    num_samples: samples of each channel in all of it, from the first on. num_written: requests that were written.
-    sample_bytes: bytes of one sample of every channel.
+    num_samples: samples of each channel in all of it, from the first on. num_taken: requests that were taken to be
+    written, or are no longer to be. sample_bytes: bytes of one sample of every channel.
     """
 
     def __init__(self, sample_bytes: int) -> None:
         self.num_samples = 0
-        self.num_written = 0
+        self.num_taken = 0
         self._num_added = 0
         self._sample_bytes = sample_bytes
         self._kept: deque[tuple[int, pb.StreamAvatarRequest]] = deque()  # with the samples before it
@@ -38,23 +38,23 @@ class Sent:
 
     def has_next(self) -> bool:
         """Whether there is something to write."""
-        return self.num_written < self._num_added
+        return self.num_taken < self._num_added
 
-    def next(self) -> pb.StreamAvatarRequest:
-        """What to write."""
-        return self._kept[self.num_written - self._num_added][1]
-
-    def advance(self) -> None:
-        """It was written. The oldest of what was written is forgotten: it must have arrived."""
-        self.num_written = min(self.num_written + 1, self._num_added)
-        while self._num_bytes > MAX_KEPT_BYTES and len(self._kept) > self._num_added - self.num_written:
+    def take(self) -> pb.StreamAvatarRequest:
+        """What to write next. The oldest of what was written is forgotten: it must have arrived."""
+        _, request = self._kept[self.num_taken - self._num_added]
+        self.num_taken += 1
+        while self._num_bytes > MAX_KEPT_BYTES and len(self._kept) > self._num_added - self.num_taken + 1:
             self._drop_first()
+        return request
 
     def forget(self) -> None:
-        """Everything has arrived, or need not."""
+        """What was written has arrived, or need not; what was not is not to be."""
+        if self.has_next():
+            self.num_samples, _ = self._kept[self.num_taken - self._num_added]
         self._kept.clear()
         self._num_bytes = 0
-        self.num_written = self._num_added
+        self.num_taken = self._num_added
 
     def rewind(self, arrived: int) -> None:
         """Have what has not arrived written again. ConnectionLost if it is no longer kept.
@@ -73,7 +73,7 @@ class Sent:
         if self._kept and (start := self._kept[0][0]) < arrived:
             data = self._kept[0][1].audio.data[(arrived - start) * self._sample_bytes :]
             self._kept[0] = arrived, pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data))
-        self.num_written = self._num_added - len(self._kept)
+        self.num_taken = self._num_added - len(self._kept)
 
     def _has_arrived(self, start: int, request: pb.StreamAvatarRequest, arrived: int) -> bool:
         length = self._length(request)
@@ -91,14 +91,14 @@ class Lead:
 
     Speech moves it by what a frame shows. A block that begins or ends with silence shows less speech than its frames
     last, so a lead may seem up to a block shorter than it is, which the limit allows for; the end of a turn sets it
-    right.
+    right. Offline there is no limit: the gateway reads no faster than it draws.
     """
 
-    def __init__(self, rate_hz: int, limits: pb.GetCapabilitiesResponse) -> None:
-        frame_rate_hz = limits.video.frame_rate_hz
+    def __init__(self, opening: pb.OpenAvatar, limits: pb.GetCapabilitiesResponse) -> None:
+        rate_hz, frame_rate_hz = opening.audio.rate_hz, limits.video.frame_rate_hz
         block_s = limits.block_frames / frame_rate_hz
         limit_s = max(limits.max_live_ahead_s - block_s, limits.max_live_ahead_s / 2)
-        self._limit = limit_s * rate_hz if limit_s else float("inf")
+        self._limit = limit_s * rate_hz if opening.mode == pb.OpenAvatar.MODE_LIVE else float("inf")
         self._frame_samples = rate_hz / frame_rate_hz
         # What was sent so long ago has been shown, if nobody speaks now.
         self._quiet_s = 1 + 2 * limits.reaction_s

@@ -60,7 +60,7 @@ class Stream:
         self._sample_bytes = SAMPLE_BYTES[opening.audio.encoding] * opening.audio.num_channels
         piece_bytes = min(round(opening.audio.rate_hz * PIECE_S) * self._sample_bytes, limits.max_audio_bytes)
         self._piece_bytes = piece_bytes - piece_bytes % self._sample_bytes
-        self._lead = Lead(opening.audio.rate_hz, limits)
+        self._lead = Lead(opening, limits)
         self._changed = Changed()
         # Coming in.
         self._items: deque[Item] = deque()
@@ -120,8 +120,8 @@ class Stream:
         self._changed.now()
         async with self._ordered:
             self._is_interrupting, self._interrupted = True, None
-            await self._send(pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar()))
             try:
+                await self._send(pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar()))
                 await self._changed.until(lambda: self._interrupted or self.has_ended)
                 if not self._interrupted:
                     raise self._failure or ProtocolOrder("the stream ended before the interrupt was answered")
@@ -226,7 +226,8 @@ class Stream:
                 self.closed = response.closed
             case "interrupted":
                 self._lead.dropped()
-                self._sent.forget()
+                if self._is_interrupting:
+                    self._sent.forget()
                 self._interrupted = interrupted_of(response.interrupted)
         self._items.extend(item for item in items_of(response) if self._is_new(item))
 
@@ -253,12 +254,12 @@ class Stream:
         while True:
             await self._changed.until(self._sent.has_next)
             try:
-                await self._call.write(self._sent.next())
+                request = self._sent.take()
+                self._changed.now()
+                await self._call.write(request)
             except (grpc.aio.AioRpcError, asyncio.CancelledError, asyncio.InvalidStateError) as problem:
                 self._ended_by(problem)
                 return
-            self._sent.advance()
-            self._changed.now()
 
     async def _reopen(self, broken: ConnectionLost) -> None:
         """Open another call where the broken one ended. Raises `broken` once the gateway waits no longer."""
@@ -280,7 +281,7 @@ class Stream:
             raise ProtocolOrder("the stream was closed: nothing can be sent on it")
         number = self._sent.add(request)
         self._changed.now()
-        await self._changed.until(lambda: self._sent.num_written > number or self.has_ended)
+        await self._changed.until(lambda: self._sent.num_taken > number or self.has_ended)
         if self._failure:
             raise self._failure
 
