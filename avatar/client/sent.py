@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from dataclasses import dataclass
 
 from avatar.client.items import Frame, Item, PlaybackFinished
 from avatar.errors import ConnectionLost
@@ -9,6 +10,17 @@ from avatar.v1 import avatar_service_pb2 as pb
 
 # What is under way is bounded by HTTP/2's windows; a connection that breaks loses no more.
 MAX_KEPT_BYTES = 8 << 20
+# What was written so long before the gateway was last heard has arrived.
+ARRIVED_S = 0.5
+
+
+@dataclass
+class Kept:
+    """A request, the samples before it, and when it was taken to be written."""
+
+    start: int
+    request: pb.StreamAvatarRequest
+    taken_at: float = float("inf")
 
 
 class Sent:
@@ -23,14 +35,14 @@ class Sent:
         self.num_taken = 0
         self._num_added = 0
         self._sample_bytes = sample_bytes
-        self._kept: deque[tuple[int, pb.StreamAvatarRequest]] = deque()  # with the samples before it
+        self._kept: deque[Kept] = deque()
         self._num_bytes = 0
 
     def add(self, request: pb.StreamAvatarRequest) -> int:
         """Have a request written; its number. An interrupt drops what is before it."""
         if request.HasField("interrupt"):
             self.forget()
-        self._kept.append((self.num_samples, request))
+        self._kept.append(Kept(self.num_samples, request))
         self.num_samples += self._length(request)
         self._num_bytes += len(request.audio.data)
         self._num_added += 1
@@ -42,48 +54,53 @@ class Sent:
 
     def take(self) -> pb.StreamAvatarRequest:
         """What to write next. The oldest of what was written is forgotten: it must have arrived."""
-        _, request = self._kept[self.num_taken - self._num_added]
+        taken = self._kept[self.num_taken - self._num_added]
+        taken.taken_at = time.monotonic()
         self.num_taken += 1
         while self._num_bytes > MAX_KEPT_BYTES and len(self._kept) > self._num_added - self.num_taken + 1:
             self._drop_first()
-        return request
+        return taken.request
 
     def forget(self) -> None:
         """What was written has arrived, or need not; what was not is not to be."""
         if self.has_next():
-            self.num_samples, _ = self._kept[self.num_taken - self._num_added]
+            self.num_samples = self._kept[self.num_taken - self._num_added].start
         self._kept.clear()
         self._num_bytes = 0
         self.num_taken = self._num_added
 
-    def rewind(self, arrived: int) -> None:
+    def rewind(self, arrived: int, heard_at: float) -> None:
         """Have what has not arrived written again. ConnectionLost if it is no longer kept.
 
-        arrived: samples of each channel that the gateway has. Marks just behind them may have arrived or not, and are
-        sent again: a turn that ends twice is less of a harm than one that never does.
+        arrived: samples of each channel that the gateway has. heard_at: when it was last heard, by time.monotonic. The
+        gateway counts no marks: of one behind the last sample, a turn's end say, that decides.
         """
-        first = self._kept[0][0] if self._kept else self.num_samples
+        first = self._kept[0].start if self._kept else self.num_samples
         if missing := max(0, first - arrived):
-            if not (self._kept and self._kept[0][1].HasField("interrupt")):
+            if not (self._kept and self._kept[0].request.HasField("interrupt")):
                 raise ConnectionLost(f"{missing} samples did not arrive and are no longer kept")
-            self._kept = deque((start - missing, request) for start, request in self._kept)
+            for each in self._kept:
+                each.start -= missing
             self.num_samples -= missing
-        while self._kept and self._has_arrived(*self._kept[0], arrived):
+        while self._kept and self._has_arrived(self._kept[0], arrived, heard_at):
             self._drop_first()
-        if self._kept and (start := self._kept[0][0]) < arrived:
-            data = self._kept[0][1].audio.data[(arrived - start) * self._sample_bytes :]
-            self._kept[0] = arrived, pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data))
+        if self._kept and (start := self._kept[0].start) < arrived:
+            data = self._kept[0].request.audio.data[(arrived - start) * self._sample_bytes :]
+            self._kept[0] = Kept(arrived, pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data)))
         self.num_taken = self._num_added - len(self._kept)
 
-    def _has_arrived(self, start: int, request: pb.StreamAvatarRequest, arrived: int) -> bool:
-        length = self._length(request)
-        return start + length <= arrived if length else start < arrived
+    def _has_arrived(self, kept: Kept, arrived: int, heard_at: float) -> bool:
+        if length := self._length(kept.request):
+            return kept.start + length <= arrived
+        if kept.request.HasField("end_turn") and kept.start == arrived:
+            return kept.taken_at + ARRIVED_S < heard_at
+        return kept.start < arrived
 
     def _length(self, request: pb.StreamAvatarRequest) -> int:
         return len(request.audio.data) // self._sample_bytes
 
     def _drop_first(self) -> None:
-        self._num_bytes -= len(self._kept.popleft()[1].audio.data)
+        self._num_bytes -= len(self._kept.popleft().request.audio.data)
 
 
 class Lead:

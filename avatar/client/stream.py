@@ -69,6 +69,7 @@ class Stream:
         self._next_frame = 0
         self._next_event = 0
         self._last_audio_s = -1.0
+        self._heard_at = 0.0
         # Going out, one at a time.
         self._ordered = asyncio.Lock()
         self._sent = Sent(self._sample_bytes)
@@ -198,6 +199,7 @@ class Stream:
         """Read until the call ends; how it did. Raises what the gateway says, if it is that."""
         try:
             while isinstance(response := await self._call.read(), pb.StreamAvatarResponse):
+                self._heard_at = time.monotonic()
                 self._take(response)
                 self._changed.now()
                 await self._changed.until(
@@ -263,7 +265,7 @@ class Stream:
 
     async def _reopen(self, broken: ConnectionLost) -> None:
         """Open another call where the broken one ended. Raises `broken` once the gateway waits no longer."""
-        ends, wait_s = time.monotonic() + self._resume_s, RETRY_S
+        ends, wait_s, heard_at = time.monotonic() + self._resume_s, RETRY_S, self._heard_at
         while time.monotonic() < ends:
             try:
                 opened = await self.open(is_resume=True)
@@ -271,7 +273,7 @@ class Stream:
                 await asyncio.sleep(wait_s)
                 wait_s = min(2 * wait_s, MAX_RETRY_S)
             else:
-                self._sent.rewind(opened.num_samples)
+                self._sent.rewind(opened.num_samples, heard_at)
                 return
         raise broken
 

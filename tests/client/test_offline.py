@@ -105,7 +105,7 @@ async def test_a_finished_session_cannot_be_streamed_again(gateway: str, picture
     async with connect(gateway) as avatar:
         session = await avatar.create(picture)
         async with session.stream(sound=sound(0.1)) as stream:
-            assert len([item async for item in stream]) == 9
+            assert len([frame async for frame in stream.frames()]) == 9
         with pytest.raises(SessionClosed):
             async with session.stream():
                 pass

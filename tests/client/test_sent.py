@@ -1,5 +1,7 @@
 """What is sent again, and what is not."""
 
+import time
+
 import pytest
 
 from avatar.client import sent
@@ -39,14 +41,17 @@ def rest(kept: Sent) -> list[pb.StreamAvatarRequest]:
 )
 def test_what_did_not_arrive_is_sent_again(arrived: int, again: list[pb.StreamAvatarRequest]) -> None:
     kept = written(audio(b"abcd"), END, audio(b"efgh"))
-    kept.rewind(arrived)
+    kept.rewind(arrived, heard_at=0.0)
     assert rest(kept) == again
 
 
-def test_a_mark_that_may_have_arrived_is_sent_again() -> None:
+@pytest.mark.parametrize(("later_s", "again"), [(0.1, [END]), (1.0, [])])
+def test_a_turn_ends_again_unless_the_gateway_was_heard_since(
+    later_s: float, again: list[pb.StreamAvatarRequest]
+) -> None:
     kept = written(audio(b"abcd"), END)
-    kept.rewind(2)
-    assert rest(kept) == [END]
+    kept.rewind(2, heard_at=time.monotonic() + later_s)
+    assert rest(kept) == again
 
 
 def test_an_interrupt_takes_the_place_of_what_was_not_written() -> None:
@@ -59,14 +64,14 @@ def test_an_interrupt_takes_the_place_of_what_was_not_written() -> None:
 
 def test_what_an_interrupt_dropped_on_its_way_is_not_missed() -> None:
     kept = written(audio(b"abcd"), INTERRUPT, audio(b"ef"))
-    kept.rewind(1)
+    kept.rewind(1, heard_at=0.0)
     assert (rest(kept), kept.num_samples) == ([INTERRUPT, audio(b"ef")], 2)
 
 
 def test_sound_that_is_no_longer_kept_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sent, "MAX_KEPT_BYTES", 4)
     kept = written(audio(b"ab"), audio(b"cd"), audio(b"ef"))
-    kept.rewind(1)
+    kept.rewind(1, heard_at=0.0)
     assert rest(kept) == [audio(b"cd"), audio(b"ef")]
     with pytest.raises(ConnectionLost, match="1 samples"):
-        kept.rewind(0)
+        kept.rewind(0, heard_at=0.0)
