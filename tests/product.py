@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import grpc.aio
 
 from avatar.pipeline import beside
-from avatar.rpc.client import CallStatus
+from avatar.status import CallStatus
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types

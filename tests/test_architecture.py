@@ -36,6 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Leaves. No tensors.
     "avatar.errors": (),
     "avatar.settings": (),
+    "avatar.status": ("avatar.errors",),
     "avatar.telemetry": (),
     "avatar.session": ("avatar.errors", "avatar.worker"),  # a store's errors are what a client can act on
     # Tensor code. The four never see each other.
@@ -53,7 +54,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.rpc.codec": ("avatar.types", "avatar.worker"),
     "avatar.rpc.health": (),
     "avatar.rpc.server": ("avatar.errors", "avatar.telemetry"),
-    "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.worker"),
+    "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.status", "avatar.worker"),
+    # What product teams use.
+    "avatar.client": ("avatar.errors", "avatar.pipeline", "avatar.status", "avatar.v1"),
+    "avatar.adapters": ("avatar.client",),
     # Files and the command line.
     "avatar.media": ("avatar.audio", "avatar.vae"),
     "avatar.inspect": (
@@ -97,6 +101,8 @@ _STREAMS = ("asyncio", "grpc", "redis", "google.protobuf", "opentelemetry")
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     "avatar.errors": _TENSORS,
     "avatar.settings": _TENSORS,
+    "avatar.status": (*_TENSORS, "google.rpc", "grpc_status"),
+    **dict.fromkeys(("avatar.adapters", "avatar.client"), (*_TENSORS, "google.rpc", "grpc_status")),
     "avatar.telemetry": _TENSORS,
     "avatar.session": _TENSORS,
     "avatar.types": _STREAMS,
@@ -239,6 +245,12 @@ def test_the_gateway_loads_no_tensor_library() -> None:
     loaded = loaded_by("import services.gateway.__main__")
     assert "grpc" in loaded
     assert loaded & {*_TENSORS, "soxr", "av", "PIL"} == set()
+
+
+def test_the_client_loads_grpcio_and_protobuf_alone() -> None:
+    needed = loaded_by("import grpc.aio, google.protobuf.any_pb2, google.protobuf.unknown_fields")
+    loaded = loaded_by("import avatar.client") - set(sys.stdlib_module_names)
+    assert loaded - needed == {"avatar"}
 
 
 BUILD = """

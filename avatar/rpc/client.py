@@ -1,19 +1,18 @@
 """A stage that lives in another process. Works on messages and never opens a tensor."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from avatar.errors import REASONS, AvatarError, ConfigMismatch, InvalidField, StageFailed, StageLost
 from avatar.pipeline import beside
 from avatar.rpc.server import OPTIONS
+from avatar.status import ENDED_EARLY, CallStatus, told
 from avatar.worker.v1 import (
     audio_pb2,
     audio_pb2_grpc,
@@ -29,7 +28,6 @@ Answer = TypeVar("Answer", bound=Message)
 
 # A worker whose device is busy opens a stream only after the steps that wait before it.
 OPEN_S = 30.0
-ENDED_EARLY = "the stream ended before all was answered"
 # How a call ends when the worker does. OK is no better: a worker says `closed` before it ends a stream.
 GONE = (
     grpc.StatusCode.OK,
@@ -42,37 +40,6 @@ GONE = (
 def channel(target: str) -> grpc.aio.Channel:
     """A channel to HOST:PORT."""
     return grpc.aio.insecure_channel(target, options=OPTIONS)
-
-
-class CallStatus:
-    """How the peer ended a call.
-
-    A write that fails because the call has ended makes grpc.aio replace the peer's status by INTERNAL (its issue
-    36066; measured: half of the calls that are refused while they write). Callbacks run before that, with the status.
-    """
-
-    def __init__(self, call: Any) -> None:
-        self._ended: grpc.aio.AioRpcError | None = None
-        call.add_done_callback(self._note)
-
-    def instead_of(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
-        """The peer's own error, where there was one."""
-        return self._ended or error
-
-    def _note(self, call: Any) -> None:
-        code, details, trailing = (_finished(each) for each in (call.code(), call.details(), call.trailing_metadata()))
-        if code is grpc.StatusCode.OK:  # nobody asks for it unless there was more to write or to read
-            details = ENDED_EARLY
-        self._ended = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
-
-
-def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that has nothing to wait for."""
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        return done.value
-    raise AssertionError("a call that is done has its status")
 
 
 class RemoteStage(Generic[Item, Answer]):
@@ -172,18 +139,8 @@ def stage_error(stage: str, error: grpc.aio.AioRpcError, *, is_request: bool = F
     What the client can act on passes through; a defect of the worker is StageFailed, its absence StageLost.
     is_request: the worker was given what the client sent, and not a block.
     """
-    metadata = {"stage": stage}
-    found = rpc_status.from_call(error)  # type: ignore[arg-type]  # it asks for details and trailing metadata alone
-    violations: tuple[tuple[str, str], ...] = ()
-    reason, retry_s = "", None
-    for detail in found.details if found else ():
-        info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-        if detail.Unpack(info):
-            reason, metadata = info.reason, {**info.metadata, **metadata}
-        elif detail.Unpack(bad):
-            violations = tuple((each.field, each.description) for each in bad.field_violations)
-        elif detail.Unpack(retry):
-            retry_s = retry.retry_delay.ToMilliseconds() / 1000
+    details = told(error)
+    reason, violations, retry_s = details.reason, details.violations, details.retry_s
     text = error.details() or error.code().name
     kind: type[AvatarError]
     if reason == InvalidField.reason and not is_request:
@@ -197,4 +154,6 @@ def stage_error(stage: str, error: grpc.aio.AioRpcError, *, is_request: bool = F
         kind = ConfigMismatch
     else:
         kind = StageFailed
-    return kind(f"{stage}: {text}", metadata=metadata, violations=violations, retry_s=retry_s)
+    return kind(
+        f"{stage}: {text}", metadata={**details.metadata, "stage": stage}, violations=violations, retry_s=retry_s
+    )

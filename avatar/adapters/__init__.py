@@ -1,0 +1,1 @@
+"""The client as what voice-agent frameworks expect of an avatar."""

@@ -1,0 +1,42 @@
+"""The product team's client: a portrait and speech in, frames out.
+
+    async with connect("127.0.0.1:7000") as avatar:
+        session = await avatar.create("face.png")
+        async with session.stream(sound=speech) as stream:
+            async for frame in stream.frames():
+                show(frame.data)
+
+Needs grpcio and protobuf alone. Everything raises `AvatarError`, whose `reason` is one of the table in
+protos/avatar/v1/avatar_service.proto; `ConnectionLost` is one of them, and is raised if there is no gateway at all.
+"""
+
+from avatar.client.items import (
+    Audio,
+    Frame,
+    Interrupted,
+    Item,
+    Notice,
+    NoticeKind,
+    PlaybackFinished,
+    PlaybackStarted,
+)
+from avatar.client.session import Avatar, Session, connect
+from avatar.client.stream import Sound, Stream
+from avatar.errors import AvatarError
+
+__all__ = [
+    "Audio",
+    "Avatar",
+    "AvatarError",
+    "Frame",
+    "Interrupted",
+    "Item",
+    "Notice",
+    "NoticeKind",
+    "PlaybackFinished",
+    "PlaybackStarted",
+    "Session",
+    "Sound",
+    "Stream",
+    "connect",
+]

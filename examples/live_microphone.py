@@ -1,0 +1,59 @@
+"""A conversation in real time: a WAV file stands in for the microphone, and somebody interrupts.
+
+python examples/live_microphone.py assets/speech.wav assets/portrait.png --interrupt-after 2
+"""
+
+import argparse
+import asyncio
+import wave
+from collections import Counter
+
+from avatar.client import Frame, Stream, connect
+
+PIECE_S = 0.04
+
+
+async def speak(stream: Stream, speech: bytes, rate_hz: int) -> None:
+    """Push sound at the pace at which a microphone would give it."""
+    piece_bytes = 2 * round(rate_hz * PIECE_S)
+    for start in range(0, len(speech), piece_bytes):
+        await stream.push(speech[start : start + piece_bytes])
+        await asyncio.sleep(PIECE_S)
+    await stream.end_turn()
+
+
+async def show(stream: Stream) -> None:
+    """Print what happens, and what comes in between in numbers."""
+    counted: Counter[str] = Counter()
+    async for item in stream:
+        if isinstance(item, Frame):
+            counted["idle" if item.is_idle else "speaking"] += 1
+        else:
+            print(f"{dict(counted)} frames, then {item}")
+    print(f"{dict(counted)} frames in all")
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("speech", help="WAV file, 16 bit, one channel")
+    parser.add_argument("portrait", help="PNG, JPEG or WebP file")
+    parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
+    parser.add_argument("--interrupt-after", type=float, default=2.0, help="seconds of speech before the interrupt")
+    flags = parser.parse_args()
+    with wave.open(flags.speech) as file:
+        rate_hz, speech = file.getframerate(), file.readframes(file.getnframes())
+
+    async with connect(flags.target) as avatar:
+        session = await avatar.create(flags.portrait)
+        async with session.stream(rate_hz=rate_hz, live=True, video="jpeg") as stream, asyncio.TaskGroup() as tasks:
+            tasks.create_task(show(stream))
+            speaking = tasks.create_task(speak(stream, speech, rate_hz))
+            await asyncio.sleep(flags.interrupt_after)
+            speaking.cancel()
+            print(await stream.interrupt())
+            await speak(stream, speech[: 2 * rate_hz], rate_hz)  # a second of it, as the next turn
+            await stream.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,50 @@
+"""Many sessions at once: each speaks the same words with a seed of its own.
+
+python examples/many_sessions.py assets/speech.wav assets/portrait.png --sessions 4
+"""
+
+import argparse
+import asyncio
+import time
+import wave
+
+from avatar.client import Avatar, AvatarError, connect
+
+
+async def converse(avatar: Avatar, number: int, portrait: str, speech: bytes, rate_hz: int) -> None:
+    """One session from its start to its end; a full suite is asked again when it says so."""
+    started, first_s, num_frames = time.monotonic(), 0.0, 0
+    while True:
+        try:
+            session = await avatar.create(portrait, seed=number)
+            async with session.stream(sound=speech, rate_hz=rate_hz) as stream:
+                async for _ in stream.frames():
+                    first_s = first_s or time.monotonic() - started
+                    num_frames += 1
+            break
+        except AvatarError as error:
+            if num_frames or error.retry_s is None:
+                raise
+            print(f"session {number}: {error.reason}, again in {error.retry_s:g} s")
+            await asyncio.sleep(error.retry_s)
+    rate = num_frames / (time.monotonic() - started)
+    print(f"session {number}: {num_frames} frames, the first after {first_s:.2f} s, {rate:.1f} a second")
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("speech", help="WAV file, 16 bit, one channel")
+    parser.add_argument("portrait", help="PNG, JPEG or WebP file")
+    parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
+    parser.add_argument("--sessions", type=int, default=4)
+    flags = parser.parse_args()
+    with wave.open(flags.speech) as file:
+        rate_hz, speech = file.getframerate(), file.readframes(file.getnframes())
+
+    async with connect(flags.target) as avatar, asyncio.TaskGroup() as tasks:
+        for number in range(flags.sessions):
+            tasks.create_task(converse(avatar, number, flags.portrait, speech, rate_hz))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

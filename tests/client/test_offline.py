@@ -1,0 +1,154 @@
+"""The client over the real suite, offline."""
+
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+
+from avatar.client import Frame, connect
+from avatar.errors import (
+    ConnectionLost,
+    InvalidAudio,
+    InvalidField,
+    ProtocolOrder,
+    SessionClosed,
+    SessionNotFound,
+)
+from tests import product
+from tests.conftest import sound
+
+SECONDS = 1.5
+
+
+async def test_frames_are_those_of_the_bare_contract(gateway: str, picture: bytes) -> None:
+    async with product.connected(gateway) as stub:
+        expected = await product.speak(stub, (await product.new_session(stub, picture, seed=7)).id, sound(SECONDS))
+    async with connect(gateway) as avatar:
+        session = await avatar.create(picture, seed=7)
+        async with session.stream(sound=sound(SECONDS)) as stream:
+            frames = [frame async for frame in stream.frames()]
+    assert [frame.data for frame in frames] == expected.pixels
+    assert [frame.index for frame in frames] == list(range(3, 3 + len(frames)))
+    assert [frame.pts_s for frame in frames] == pytest.approx([frame.index / 25 for frame in frames])
+    assert stream.closed is not None
+    assert stream.closed.num_frames == len(frames)
+
+
+async def test_all_can_be_pushed_before_anything_is_iterated(gateway: str, picture: bytes) -> None:
+    async with connect(gateway) as avatar:
+        session = await avatar.create(picture, seed=7)
+        async with session.stream(rate_hz=16000) as stream:
+            await stream.push(sound(SECONDS))
+            await stream.close()
+            frames = [item.index async for item in stream if isinstance(item, Frame)]
+    assert len(frames) == 45
+
+
+async def test_a_generator_of_sound_is_spoken(gateway: str, picture: bytes) -> None:
+    async def said() -> AsyncGenerator[bytes, None]:
+        for start in range(0, len(sound(SECONDS)), 1001 * 2):
+            yield sound(SECONDS)[start : start + 1001 * 2]
+
+    async with connect(gateway) as avatar:
+        session = await avatar.create(picture, seed=7)
+        async with session.stream(sound=said()) as stream:
+            assert len([frame async for frame in stream.frames()]) == 45
+
+
+async def test_what_a_source_of_sound_raises_ends_the_iteration(gateway: str, picture: bytes) -> None:
+    async def said() -> AsyncGenerator[bytes, None]:
+        yield sound(0.2)
+        raise OSError("the microphone is gone")
+
+    async with connect(gateway) as avatar:
+        session = await avatar.create(picture)
+        async with session.stream(sound=said()) as stream:
+            with pytest.raises(OSError, match="microphone"):
+                await anext(stream)
+
+
+async def test_a_portrait_may_be_a_path(gateway: str, picture: bytes, tmp_path: Path) -> None:
+    (tmp_path / "face.png").write_bytes(picture)
+    async with connect(gateway) as avatar:
+        from_bytes, from_path = await avatar.create(picture), await avatar.create(tmp_path / "face.png")
+        assert from_bytes.info.reference_id == from_path.info.reference_id
+        assert (from_path.video.width, from_path.video.frame_rate_hz) == (64, 25)
+
+
+async def test_choices_reach_the_session(gateway: str, picture: bytes) -> None:
+    async with connect(gateway) as avatar:
+        session = await avatar.create(picture, seed=5, ttl_s=17.5, sink_update_block=0, sink_distance=(3, 9))
+        info = (await avatar.session(session.id)).info
+    assert (info.seed, info.ttl.ToMilliseconds(), info.sink_update_block) == (5, 17500, 0)
+    assert (info.min_sink_distance, info.max_sink_distance) == (3, 9)
+
+
+async def test_a_session_can_be_kept_longer(gateway: str, picture: bytes) -> None:
+    async with connect(gateway) as avatar:
+        session = await avatar.create(picture)
+        assert await session.update(ttl_s=44) is None
+        assert session.info.ttl.seconds == (await session.refresh()).ttl.seconds == 44
+
+
+async def test_a_stream_that_is_left_early_gives_its_session_up(gateway: str, picture: bytes) -> None:
+    async with connect(gateway) as avatar:
+        session = await avatar.create(picture)
+        async with session.stream() as stream:
+            await stream.push(sound(SECONDS))
+            async for _ in stream:
+                break
+        with pytest.raises(SessionNotFound):
+            await avatar.session(session.id)
+
+
+async def test_a_finished_session_cannot_be_streamed_again(gateway: str, picture: bytes) -> None:
+    async with connect(gateway) as avatar:
+        session = await avatar.create(picture)
+        async with session.stream(sound=sound(0.1)) as stream:
+            assert len([frame async for frame in stream.frames()]) == 9
+        with pytest.raises(SessionClosed):
+            async with session.stream():
+                pass
+
+
+async def test_nothing_can_be_sent_after_close(gateway: str, picture: bytes) -> None:
+    async with connect(gateway) as avatar, (await avatar.create(picture)).stream() as stream:
+        await stream.push(sound(0.1))
+        await stream.close()
+        await stream.close()
+        with pytest.raises(ProtocolOrder, match="was closed"):
+            await stream.push(sound(0.1))
+
+
+async def test_part_of_a_sample_is_not_sent(gateway: str, picture: bytes) -> None:
+    async with connect(gateway) as avatar, (await avatar.create(picture)).stream(channels=2) as stream:
+        with pytest.raises(ValueError, match="whole samples of 4 bytes, got 6"):
+            await stream.push(b"123456")
+
+
+async def test_errors_say_what_was_wrong_and_where(gateway: str, picture: bytes) -> None:
+    async with connect(gateway) as avatar:
+        with pytest.raises(InvalidField) as caught:
+            await avatar.create(b"no picture")
+        assert caught.value.reason == "INVALID_FIELD"
+        assert [field for field, _ in caught.value.violations] == ["picture"]
+        session = await avatar.create(picture)
+        with pytest.raises(InvalidAudio, match="8000 to 48000"):
+            async with session.stream(rate_hz=4000):
+                pass
+        await session.delete()
+        with pytest.raises(SessionNotFound):
+            await session.interrupt()
+
+
+async def test_no_gateway_is_a_lost_connection() -> None:
+    async with connect("127.0.0.1:1") as avatar:
+        with pytest.raises(ConnectionLost):
+            await avatar.capabilities()
+
+
+async def test_what_cannot_be_chosen_is_refused_with_its_field(gateway: str, picture: bytes) -> None:
+    async with connect(gateway) as avatar:
+        with pytest.raises(InvalidField, match="cannot be chosen here") as caught:
+            await avatar.create(picture, audio_context_s=0.4)
+    assert [field for field, _ in caught.value.violations] == ["audio_context"]
