@@ -23,8 +23,8 @@ _tracer = trace.get_tracer("avatar")
 _meter = metrics.get_meter("avatar")
 _propagator = TraceContextTextMapPropagator()
 
-# Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae), `level`, `reason`, `kept`, and those of
-# the RPC conventions; never a session's name.
+# Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae, encode), `level`, `reason`, `kept`, and
+# those of the RPC conventions; never a session's name.
 BLOCK_DURATION = _meter.create_histogram("avatar.block.duration", "s", "Computing one block at one stage")
 SESSIONS_ACTIVE = _meter.create_up_down_counter("avatar.session.active", "{session}", "Streams open at a service")
 SESSIONS_CLOSED = _meter.create_counter("avatar.session.closed", "{session}", "Streams that ended, by reason")
