@@ -86,6 +86,30 @@ async def flatten(lists: AsyncGenerator[list[Out], None]) -> AsyncGenerator[Out,
                 yield item
 
 
+async def ahead(items: AsyncGenerator[Out, None]) -> AsyncGenerator[Out, None]:
+    """The same items, made while the one before is worked on: one waits here, and one more to be let in.
+
+    What `items` raises is raised behind those that came before it.
+    """
+    waiting: asyncio.Queue[list[Out]] = asyncio.Queue()
+    room = asyncio.Semaphore(1)
+
+    async def make() -> None:
+        try:
+            async with aclosing(items):
+                async for item in items:
+                    await room.acquire()
+                    waiting.put_nowait([item])
+        finally:
+            waiting.put_nowait([])
+
+    async with beside(make()) as making:
+        while item := await waiting.get():
+            room.release()
+            yield item[0]
+        await making
+
+
 @asynccontextmanager
 async def beside(coroutine: Coroutine[Any, Any, None]) -> AsyncGenerator[asyncio.Task[None], None]:
     """Run a coroutine beside the body; it ends with the body at the latest, before the body's caller goes on.

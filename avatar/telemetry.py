@@ -31,8 +31,8 @@ def _durations(name: str, description: str) -> metrics.Histogram:
     return _meter.create_histogram(name, "s", description, explicit_bucket_boundaries_advisory=BUCKETS_S)
 
 
-# Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae), `level`, `reason`, `kept`, and those of
-# the RPC conventions; never a session's name.
+# Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae, encode), `level`, `reason`, `kept`, and
+# those of the RPC conventions; never a session's name.
 BLOCK_DURATION = _durations("avatar.block.duration", "Computing one block at one stage")
 SESSIONS_ACTIVE = _meter.create_up_down_counter("avatar.session.active", "{session}", "Streams open at a service")
 SESSIONS_CAPACITY = _meter.create_up_down_counter("avatar.session.capacity", "{session}", "Streams a worker takes")

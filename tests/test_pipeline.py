@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from avatar.pipeline import Stage, Usage, beside, flatten, local
+from avatar.pipeline import Stage, Usage, ahead, beside, flatten, local
 from avatar.types import Session
 
 WAIT_S = 10.0
@@ -332,3 +332,47 @@ async def test_an_error_of_the_body_goes_past_what_runs_beside() -> None:
     with pytest.raises(KeyError, match="the body's own"):
         await body()
     assert ended.is_set()
+
+
+async def test_what_is_made_ahead_is_bounded_and_in_order() -> None:
+    source = Source(range(10))
+    stream = ahead(source.stream())
+    seen = [await anext(stream)]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert source.taken == [0, 1, 2]  # one is worked on, one waits, and one is at the door
+    seen += [item async for item in stream]
+    assert seen == list(range(10))
+    assert source.is_closed
+
+
+async def test_the_next_item_is_made_while_one_is_worked_on(executor: ThreadPoolExecutor) -> None:
+    model = Gated()
+    model.gate.set()
+    stream = ahead(local(model, SESSION, executor)(Source([1, 1, 1]).stream()))
+    assert await anext(stream) == 1
+    model.is_stepping.clear()
+    assert await asyncio.to_thread(model.is_stepping.wait, WAIT_S)
+    assert [item async for item in stream] == [2, 3]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("gone"), asyncio.CancelledError("gone")], ids=["lost", "cancelled"])
+async def test_an_error_is_raised_behind_what_was_made_before_it(error: BaseException) -> None:
+    async def failing() -> AsyncGenerator[int, None]:
+        yield 1
+        yield 2
+        raise error
+
+    stream = ahead(failing())
+    async with asyncio.timeout(WAIT_S):
+        assert [await anext(stream), await anext(stream)] == [1, 2]
+        with pytest.raises(type(error)):
+            await anext(stream)
+
+
+async def test_closing_what_is_made_ahead_closes_its_source() -> None:
+    source = Source(range(10))
+    stream = ahead(source.stream())
+    await anext(stream)
+    await stream.aclose()
+    assert source.is_closed

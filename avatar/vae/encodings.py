@@ -27,9 +27,10 @@ DEFAULT_QUALITY = 80
 LOWEST_CRF, HIGHEST_CRF = 45.0, 10.0
 # No frame waits for a later one, and key frames are where a block begins.
 X264 = {"preset": "superfast", "tune": "zerolatency", "x264-params": "keyint=1000:min-keyint=1000:scenecut=0"}
-# One fragment, cut by us; times as they are given; nothing behind it.
+# One fragment, cut by us; times as they are given, also of the first frame; nothing behind it.
 FRAGMENT = {
-    "movflags": "frag_custom+empty_moov+default_base_moof+skip_trailer",
+    "movflags": "frag_custom+empty_moov+default_base_moof+frag_discont+skip_trailer",
+    "avoid_negative_ts": "disabled",
     "use_editlist": "0",
     "brand": "iso6",
 }
@@ -47,15 +48,22 @@ class Encoded:
     num_frames: int = 1
 
 
-def encode(frames: Frames, encoding: str, frame_rate_hz: int, quality: int = 0) -> list[Encoded]:
-    """A block's frames (f, h, w, 3) uint8 RGB in their encoding. quality: as in `check`."""
-    return ENCODINGS[encoding](frames, frame_rate_hz, quality or DEFAULT_QUALITY)
+def encode(frames: Frames, encoding: str, frame_rate_hz: int, quality: int = 0, first_frame: int = 0) -> list[Encoded]:
+    """A block's frames (f, h, w, 3) uint8 RGB in their encoding.
+
+    quality: as in `check_quality`. first_frame: number of frames[0], which a fragment of MP4 has as its time.
+    """
+    return ENCODINGS[encoding](frames, frame_rate_hz, quality or DEFAULT_QUALITY, first_frame)
 
 
-def check(encoding: str, quality: int) -> None:
-    """ValueError unless there is such an encoding, and the quality is 0 for the usual one, or 1 to 100."""
+def check_encoding(encoding: str) -> None:
+    """ValueError unless there is such an encoding."""
     if encoding not in ENCODINGS:
         raise ValueError(f"encoding is {encoding!r}, expected one of {', '.join(ENCODINGS)}")
+
+
+def check_quality(quality: int) -> None:
+    """ValueError unless the quality is 0 for the usual one, or 1 to 100."""
     if not 0 <= quality <= 100:
         raise ValueError(f"quality is {quality}, expected 1 to 100, or 0 for {DEFAULT_QUALITY}")
 
@@ -64,7 +72,7 @@ def init_segment(encoding: str, height: int, width: int, frame_rate_hz: int, qua
     """What comes before all fragments in fragmented MP4; empty in other encodings."""
     if encoding != "fmp4":
         return b""
-    film = _film(np.zeros((1, height, width, 3), np.uint8), frame_rate_hz, quality or DEFAULT_QUALITY)
+    film = _film(np.zeros((1, height, width, 3), np.uint8), frame_rate_hz, quality or DEFAULT_QUALITY, 0)
     return film[: _fragment_at(film)]
 
 
@@ -85,11 +93,11 @@ def picture_frame(image: NDArray[np.uint8], number: int, frame_rate: int) -> av.
     return frame
 
 
-def _rgb24(frames: Frames, frame_rate_hz: int, quality: int) -> list[Encoded]:  # noqa: ARG001
+def _rgb24(frames: Frames, frame_rate_hz: int, quality: int, first_frame: int) -> list[Encoded]:  # noqa: ARG001
     return [Encoded(frame.tobytes()) for frame in np.ascontiguousarray(frames)]
 
 
-def _jpeg(frames: Frames, frame_rate_hz: int, quality: int) -> list[Encoded]:  # noqa: ARG001
+def _jpeg(frames: Frames, frame_rate_hz: int, quality: int, first_frame: int) -> list[Encoded]:  # noqa: ARG001
     encoded = []
     for frame in frames:
         file = io.BytesIO()
@@ -98,7 +106,7 @@ def _jpeg(frames: Frames, frame_rate_hz: int, quality: int) -> list[Encoded]:  #
     return encoded
 
 
-def _h264(frames: Frames, frame_rate_hz: int, quality: int) -> list[Encoded]:
+def _h264(frames: Frames, frame_rate_hz: int, quality: int, first_frame: int) -> list[Encoded]:  # noqa: ARG001
     """Access units in annex B form; parameter sets lie before the key frame."""
     context = av.CodecContext.create("libx264", "w")
     _set_up(context, frames, frame_rate_hz, quality)
@@ -108,21 +116,22 @@ def _h264(frames: Frames, frame_rate_hz: int, quality: int) -> list[Encoded]:
     return [Encoded(bytes(packet), packet.is_keyframe) for packet in packets]
 
 
-def _fmp4(frames: Frames, frame_rate_hz: int, quality: int) -> list[Encoded]:
-    """One fragment, moof and mdat, whose time begins at 0: whoever numbers frames numbers fragments too."""
-    film = _film(frames, frame_rate_hz, quality)
+def _fmp4(frames: Frames, frame_rate_hz: int, quality: int, first_frame: int) -> list[Encoded]:
+    """One fragment, moof and mdat, whose time is the number of its first frame."""
+    film = _film(frames, frame_rate_hz, quality, first_frame)
     return [Encoded(film[_fragment_at(film) :], num_frames=len(frames))]
 
 
-def _film(frames: Frames, frame_rate_hz: int, quality: int) -> bytes:
+def _film(frames: Frames, frame_rate_hz: int, quality: int, first_frame: int) -> bytes:
     """Init segment and one fragment; the unit of time is a frame."""
     file = io.BytesIO()
-    options = {**FRAGMENT, "video_track_timescale": str(frame_rate_hz)}
+    scales = dict.fromkeys(("video_track_timescale", "movie_timescale"), str(frame_rate_hz))
+    options = {**FRAGMENT, **scales, "fragment_index": str(first_frame + 1)}
     with av.open(file, "w", format="mp4", options=options) as film:
         stream = film.add_stream("libx264", rate=frame_rate_hz)
         _set_up(stream.codec_context, frames, frame_rate_hz, quality)
-        for i, frame in enumerate(frames):
-            film.mux(stream.encode(picture_frame(frame, i, frame_rate_hz)))
+        for number, frame in enumerate(frames, first_frame):
+            film.mux(stream.encode(picture_frame(frame, number, frame_rate_hz)))
         film.mux(stream.encode(None))
     return file.getvalue()
 
@@ -143,7 +152,8 @@ def _fragment_at(film: bytes) -> int:
     return at
 
 
-ENCODINGS: dict[str, Callable[[Frames, int, int], list[Encoded]]] = {
+# frames, frames a second, quality from 1 to 100, number of the first frame.
+ENCODINGS: dict[str, Callable[[Frames, int, int, int], list[Encoded]]] = {
     "rgb24": _rgb24,
     "jpeg": _jpeg,
     "h264": _h264,

@@ -11,7 +11,7 @@ import grpc.aio
 
 from avatar import telemetry
 from avatar.errors import NoCapacity
-from avatar.pipeline import Usage, beside, local
+from avatar.pipeline import Usage, ahead, local
 from avatar.rpc.codec import block_from_pb, session_from_pb, tensor_to_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.session import SessionStore
@@ -99,53 +99,43 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
     ) -> AsyncGenerator[pb.DecodeResponse, None]:
         opened: pb.OpenDecode = await opening(requests)
         encoding, quality, rate_hz = opened.encoding or "rgb24", opened.quality, self._vae.config.frame_rate_hz
-        with blaming("open.output"):
-            encodings.check(encoding, quality)
+        with blaming("open.encoding"):
+            encodings.check_encoding(encoding)
+        with blaming("open.quality"):
+            encodings.check_quality(quality)
         with self._capacity.taken(), blaming("block"):
             session = await self._store.session(opened.session_id)
-            init = encodings.init_segment(encoding, session.height, session.width, rate_hz, quality)
+            loop = asyncio.get_running_loop()
+            init = await loop.run_in_executor(
+                self._encoder, encodings.init_segment, encoding, session.height, session.width, rate_hz, quality
+            )
             yield pb.DecodeResponse(opened=pb.DecodeOpened(history_blocks=self._vae.history_blocks, init_segment=init))
-            usage, num_blocks = Usage(), 0
-            stage = local(self._vae, session_from_pb(session), self._executor, usage)
-            chunks = _traced(stage(_blocks(opened, requests)), usage)
-            async with aclosing(self._encoded(chunks, encoding, rate_hz, quality)) as blocks:
-                async for frames in blocks:
+
+            def encode(chunk: FrameChunk, _: None) -> list[Frame]:
+                pixels = chunk.frames.numpy()
+                return _frames(chunk, encodings.encode(pixels, encoding, rate_hz, quality, chunk.first_frame))
+
+            decoded, encoded, num_blocks = Usage(), Usage(), 0
+            stage = local(self._vae, session_from_pb(session), self._executor, decoded)
+            async with aclosing(ahead(_traced(stage(_blocks(opened, requests)), decoded))) as chunks:
+                async for chunk in chunks:
+                    frames = await loop.run_in_executor(self._encoder, encoded.timed, encode, chunk, None)
+                    _trace("encode", chunk, encoded)
                     num_blocks += 1
                     for frame in frames:
                         yield pb.DecodeResponse(frame=frame)
-            yield pb.DecodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
+            busy_s = decoded.busy_s + encoded.busy_s
+            yield pb.DecodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=busy_s))
 
-    async def _encoded(
-        self, chunks: AsyncGenerator[FrameChunk, None], encoding: str, rate_hz: int, quality: int
-    ) -> AsyncGenerator[list[Frame], None]:
-        """Each block's frames, encoded while the next block is decoded; no more than one waits in between."""
-        waiting: asyncio.Queue[FrameChunk | None] = asyncio.Queue(1)
 
-        async def decode() -> None:
-            try:
-                async with aclosing(chunks):
-                    async for chunk in chunks:
-                        await waiting.put(chunk)
-            except Exception:
-                await waiting.put(None)
-                raise
-            await waiting.put(None)
-
-        loop = asyncio.get_running_loop()
-        async with beside(decode()) as decoding:
-            while (chunk := await waiting.get()) is not None:
-                pixels = chunk.frames.numpy()
-                encoded = await loop.run_in_executor(
-                    self._encoder, encodings.encode, pixels, encoding, rate_hz, quality
-                )
-                yield _frames(chunk, encoded)
-            await decoding
+def _trace(stage: str, chunk: FrameChunk, usage: Usage) -> None:
+    telemetry.block_span(stage, chunk.index, usage.start_ns, usage.end_ns, parent=chunk.traceparent)
 
 
 async def _traced(chunks: AsyncGenerator[FrameChunk, None], usage: Usage) -> AsyncGenerator[FrameChunk, None]:
     async with aclosing(chunks):
         async for chunk in chunks:
-            telemetry.block_span("vae", chunk.index, usage.start_ns, usage.end_ns, parent=chunk.traceparent)
+            _trace("vae", chunk, usage)
             yield chunk
 
 

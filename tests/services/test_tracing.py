@@ -10,7 +10,7 @@ from avatar import telemetry
 from tests.conftest import sound
 from tests.product import connected, new_session, speak
 
-STAGES = [("audio", None), ("denoiser", 0), ("denoiser", 1), ("denoiser", 2), ("vae", None)]
+STAGES = [("audio", None), ("denoiser", 0), ("denoiser", 1), ("denoiser", 2), ("vae", None), ("encode", None)]
 LABELS = {"stage", "level", "reason", "kept", "service", "rpc.system.name", "rpc.method", "rpc.response.status_code"}
 
 
