@@ -11,7 +11,7 @@ import grpc.aio
 
 from avatar import telemetry
 from avatar.errors import NoCapacity
-from avatar.pipeline import Usage, local
+from avatar.pipeline import Pace, Usage, local
 from avatar.rpc.codec import block_from_pb, chunk_to_pbs, session_from_pb, tensor_to_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.session import SessionStore
@@ -38,9 +38,15 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self._executor = executor
         self._capacity = Capacity(capacity, "vae")
         self._encoding = asyncio.Semaphore(MAX_ENCODING)
+        self._pace = Pace()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         vae_pb2_grpc.add_VaeServiceServicer_to_server(self, server)
+
+    def warm(self) -> None:
+        """Decode nothing, to know how long a block takes; not where sizes are free."""
+        if size := self._vae.config.picture.fixed_size:
+            self._pace.measure(lambda: self._vae.warm(*size))
 
     async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:
         rule = self._vae.config.picture
@@ -55,6 +61,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             block_frames=BLOCK_FRAMES,
             capacity=self._capacity.limit,
             active=self._capacity.active,
+            step_s=self._pace.step_s,
         )
 
     async def EncodeReference(self, request: pb.EncodeReferenceRequest, context: Context) -> pb.EncodeReferenceResponse:
@@ -100,6 +107,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             async with aclosing(stage(_blocks(opened, requests))) as chunks:
                 async for chunk in chunks:
                     telemetry.block_span("vae", chunk.index, usage.start_ns, usage.end_ns, parent=chunk.traceparent)
+                    self._pace.note(usage)
                     num_blocks += 1
                     for frame in chunk_to_pbs(chunk):
                         yield pb.DecodeResponse(frame=frame)

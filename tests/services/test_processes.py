@@ -30,7 +30,7 @@ from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_p
 from services.launch import ROOT, Suite, launched
 from tests.conftest import sound
 from tests.contract.refusals import refused
-from tests.product import answer, connected, new_session, opened, rest, speak, spoken
+from tests.product import answer, connected, frame, new_session, opened, rest, speak, spoken
 from tests.services.test_suite import SECONDS, rendered
 
 IDLE_S = 2.0
@@ -106,7 +106,7 @@ async def test_processes_give_the_same_frames_and_are_idle_when_a_client_vanishe
         for request in spoken(sound(SECONDS)):
             await call.write(request)
         await answer(call)
-        assert (await answer(call)).frame.index == 3
+        assert (await frame(call)).index == 3
         assert set((await active_streams(suite)).values()) == {1}
         call.cancel()
         vanished = time.monotonic()
