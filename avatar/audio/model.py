@@ -120,12 +120,11 @@ class AudioModel:
         check_piece(replace(piece, samples=behind))
         missing = (index + 1) * BLOCK_SAMPLES - state.num_samples
         given = piece.samples.shape[1] * SAMPLE_RATE_HZ / piece.rate_hz
-        # What a resampler holds back may be missing, too.
-        if index < state.next_block - 1 or missing > given + BLOCK_SAMPLES / 4 or missing < -BLOCK_SAMPLES / 4:
+        # What a resampler holds back is missing, too, and rates that are no multiple of 25 round.
+        if index < state.next_block - 1 or not given - 2 <= missing <= given + BLOCK_SAMPLES / 4:
             raise ValueError(f"block {index} cannot be completed by {given:g} samples after {state.num_samples}")
         sound = _resampled(torch.cat([piece.samples, behind], 1), state, replace(piece, is_last=True))
         room = window_end(index, state.right_frames) - state.num_samples
-        # Rates that 16 kHz is no multiple of give a sample more or less.
         blocks = self._listen(torch.nn.functional.pad(sound[:room], (0, max(0, room - len(sound)))), state)
         state.num_samples = (index + 1) * BLOCK_SAMPLES
         state.before = piece.samples[:, -(piece.rate_hz // 25) :] if piece.samples.shape[1] else None

@@ -156,13 +156,12 @@ async def test_speech_beyond_what_is_taken_is_refused_in_whole_pieces(
     most_s = (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).max_live_ahead_s
     session = await new_session(stub, portrait)
     async with talking(stub, session.id) as client:
+        piece = pb.AudioPiece(data=bytes(2 * int(most_s * 10000)))
         for _ in range(2):
-            await client.call.write(
-                pb.StreamAvatarRequest(audio=pb.AudioPiece(data=bytes(int(most_s * 20000) // 2 * 2)))
-            )
+            await client.call.write(pb.StreamAvatarRequest(audio=piece))
         await client.until(lambda got: "notice" in kinds(got))
         notice = next(event.notice for event in client.got.events if event.HasField("notice"))
-        assert (notice.kind, notice.num_samples) == (pb.Notice.KIND_AUDIO_REFUSED, int(most_s * 20000) // 2)
+        assert (notice.kind, notice.num_samples) == (pb.Notice.KIND_AUDIO_REFUSED, int(most_s * 10000))
         await client.call.write(INTERRUPT)  # it is read all the same
         await client.until(lambda got: got.interrupted)
         assert client.got.interrupted[0].was_speaking
