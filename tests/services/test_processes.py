@@ -70,6 +70,7 @@ async def suite(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector[1]}")
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        patch.setenv("AVATAR_RESUME_S", "0.2")
         async with launched(text_checkpoint, tmp_path_factory.mktemp("logs")) as suite:
             yield suite
 
