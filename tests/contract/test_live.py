@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -56,7 +57,7 @@ class Client:
 
 @asynccontextmanager
 async def talking(
-    stub: pb_grpc.AvatarServiceAsyncStub, session_id: str, **options: object
+    stub: pb_grpc.AvatarServiceAsyncStub, session_id: str, **options: Any
 ) -> AsyncGenerator[Client, None]:
     call = stub.StreamAvatar(timeout=60)
     await call.write(opened(session_id, mode=LIVE, **options))

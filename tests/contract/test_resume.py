@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -33,7 +34,7 @@ async def target(checkpoint: Path, store: SessionStore) -> AsyncGenerator[str, N
         yield target
 
 
-async def begun(stub: pb_grpc.AvatarServiceAsyncStub, session_id: str, **options: object) -> Call:
+async def begun(stub: pb_grpc.AvatarServiceAsyncStub, session_id: str, **options: Any) -> Call:
     call = stub.StreamAvatar(timeout=60)
     await call.write(opened(session_id, **options))
     await answer(call)
