@@ -239,10 +239,11 @@ class Conversation:
 
     async def _put(self, block: BlockSound) -> None:
         """Put the frames that are gathered on their way out, with their sound, once there is room."""
-        if self.outbox.is_full and self._choices.is_live and not self._is_reader_slow:
+        is_slow = self.outbox.is_full and self.attached.is_set()
+        if is_slow and self._choices.is_live and not self._is_reader_slow:
             limit_s = self._settings.max_unread_s
             self.tell(api.Notice.KIND_SLOW_READER, "frames are not read as fast as they are made", limit_s)
-        self._is_reader_slow = self.outbox.is_full
+        self._is_reader_slow = is_slow
         await self.outbox.until_room()
         frames, self._gathered = self._gathered, []
         if block.is_dropped:

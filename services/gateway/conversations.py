@@ -76,7 +76,7 @@ class Held:
 
     def fail(self, error: BaseException) -> None:
         """End the conversation."""
-        if not self._failure.done():
+        if not (self.over.done() or self._failure.done()):
             self._failure.set_exception(error)
 
     async def failure(self) -> None:
