@@ -24,6 +24,8 @@ from tests.contract.refusals import refused
 from tests.product import CLOSE, Call, Streamed, answer, connected, frame, new_session, opened, rest, speak, spoken
 
 LIVE = pb.OpenAvatar.MODE_LIVE
+# What a client takes before it reads.
+SMALL = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
 SETTINGS = GatewaySettings(listen="127.0.0.1:0", resume_s=2.0, max_unread_s=0.5)
 
 
@@ -138,10 +140,9 @@ async def test_a_client_that_does_not_read_is_told_and_let_go_and_others_go_on(
     checkpoint: Path, store: SessionStore, portrait: bytes, mode: pb.OpenAvatar.Mode.ValueType
 ) -> None:
     settings = replace(SETTINGS, max_unread_s=0.3)
-    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
     async with suite(checkpoint, store, settings) as target, connected(target) as stub:
         session = await new_session(stub, portrait)
-        async with grpc.aio.insecure_channel(target, options=options) as channel:
+        async with grpc.aio.insecure_channel(target, options=SMALL) as channel:
             slow: pb_grpc.AvatarServiceAsyncStub = pb_grpc.AvatarServiceStub(channel)
             call = await begun(slow, session.id, mode=mode)
             for request in spoken(sound(3.9), 1 << 15):
@@ -153,6 +154,24 @@ async def test_a_client_that_does_not_read_is_told_and_let_go_and_others_go_on(
                 while isinstance(response := await call.read(), pb.StreamAvatarResponse):
                     got.append(response)
             assert sum(each.HasField("frame") for each in got) < 40
+
+
+async def test_a_client_that_reads_late_is_told_and_has_every_frame(
+    checkpoint: Path, store: SessionStore, portrait: bytes
+) -> None:
+    async with AsyncExitStack() as stack:
+        target = await stack.enter_async_context(suite(checkpoint, store, replace(SETTINGS, max_unread_s=30.0)))
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(target, options=SMALL))
+        stub: pb_grpc.AvatarServiceAsyncStub = pb_grpc.AvatarServiceStub(channel)
+        call = await begun(stub, (await new_session(stub, portrait)).id, mode=LIVE)
+        await asyncio.sleep(4)
+        got = []
+        while not got or got[-1].event.notice.kind != pb.Notice.KIND_SLOW_READER:
+            got.append(await answer(call))
+        indexes = [each.frame.index for each in got if each.HasField("frame")]
+        assert indexes == list(range(3, 3 + len(indexes)))
+        assert got[-1].event.notice.within_s == 30.0
+        call.cancel()
 
 
 async def test_clients_are_told_when_the_gateway_stops(checkpoint: Path, store: SessionStore, portrait: bytes) -> None:
