@@ -11,6 +11,7 @@ Every stage closes the stream that it reads when it is closed itself, so closing
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager
@@ -57,6 +58,33 @@ class Usage:
         self.end_ns = self.start_ns + elapsed_ns
         self.busy_s += elapsed_ns / 1e9
         return out
+
+
+class Pace:
+    """How long a block takes at a worker: the time that nine of its last ten blocks stayed within."""
+
+    def __init__(self) -> None:
+        self._steps: deque[float] = deque(maxlen=50)
+
+    def note(self, usage: Usage) -> None:
+        """A block was made: count its step."""
+        self._steps.append((usage.end_ns - usage.start_ns) / 1e9)
+
+    def measure(self, warm: Callable[[], int]) -> None:
+        """Know a pace before the first stream.
+
+        warm: makes blocks, and says how many; called twice, the first time cold.
+        """
+        warm()
+        started_ns = time.perf_counter_ns()
+        num_blocks = warm()
+        self._steps.append((time.perf_counter_ns() - started_ns) / 1e9 / num_blocks)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds; 0 before the first block."""
+        ranked = sorted(self._steps)
+        return ranked[len(ranked) * 9 // 10] if ranked else 0.0
 
 
 def local(

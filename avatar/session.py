@@ -103,6 +103,11 @@ class SessionStore:
     async def session(self, session_id: str) -> pb.Session:
         return await self._field(session_id, "session", pb.Session)
 
+    async def put_session(self, session: pb.Session) -> None:
+        """Write what has changed of a session."""
+        if not await self._hashes.update(_session_key(session.id), {"session": _pack(session)}, None):
+            raise _gone(session.id)
+
     async def conditions(self, session_id: str, version: int) -> pb.Conditions:
         return await self._field(session_id, f"conditions/{version}", pb.Conditions)
 

@@ -149,6 +149,11 @@ class GatewaySettings(Settings):
     text: HOST:PORT of the text worker; empty if there is none, and prompts are refused.
     session_ttl_s, reference_ttl_s: seconds that a session or reference is kept when nothing happens.
     audio_ahead_s: seconds of sound that are taken ahead of the blocks that have been started.
+    live_ahead_s: the same in live mode, where more is not taken.
+    patience_s: seconds that a live block waits for the rest of its speech before it is idle, or filled with silence.
+    max_unread_s: seconds that a stream whose client takes nothing is kept.
+    resume_s: seconds that a session waits to be resumed after its connection broke; 0 if it does not.
+    kept_s, kept_bytes: how much of what was sent is kept to be sent again, in seconds of video and in bytes.
     max_picture_bytes, max_audio_bytes, max_prompt_bytes: largest picture, piece of sound and prompt.
     """
 
@@ -160,6 +165,12 @@ class GatewaySettings(Settings):
     session_ttl_s: float = 300.0
     reference_ttl_s: float = 86400.0
     audio_ahead_s: float = 4.0
+    live_ahead_s: float = 30.0
+    patience_s: float = 0.25
+    max_unread_s: float = 10.0
+    resume_s: float = 10.0
+    kept_s: float = 2.0
+    kept_bytes: int = 64 << 20
     max_picture_bytes: int = 8 << 20
     max_audio_bytes: int = 1 << 20
     max_prompt_bytes: int = 8 << 10

@@ -59,11 +59,15 @@ class AudioPiece:
     samples: (a, s) float32 in [-1, 1].
     rate_hz: samples per second.
     is_last: the sound ends here; what is left of a block is filled with silence.
+    completes: the block that the samples end, which is wanted at once; None where it waits for the sound behind it.
+    behind: (a, s) float32 sound behind that block, which is heard for it and comes again; None is silence.
     """
 
     samples: Tensor
     rate_hz: int
     is_last: bool = False
+    completes: int | None = None
+    behind: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

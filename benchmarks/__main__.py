@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import block, encoding, loading
+from benchmarks import block, encoding, live, loading
 from benchmarks.row import Row
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compiled layers too: takes minutes more")
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [*loading.rows(flags.checkpoint), *block.rows(flags.checkpoint, compiled=flags.compile), *encoding.rows()]
+    rows = [
+        *loading.rows(flags.checkpoint),
+        *block.rows(flags.checkpoint, compiled=flags.compile),
+        *encoding.rows(),
+        *live.rows(flags.checkpoint),
+    ]
     print(table(rows))
     flags.out.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine(), "rows": [asdict(row) for row in rows]}

@@ -23,6 +23,7 @@ from avatar.session import MemoryHashes, RedisHashes, SessionStore
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
+from services.gateway.conversations import Conversations
 from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
 from services.process import run
@@ -73,9 +74,11 @@ async def suite(
             text=text_target,
         )
         workers = await stack.enter_async_context(Workers(given))
-        servicer = AvatarServicer(given, store, workers)
+        conversations = await stack.enter_async_context(Conversations(given, store, workers))
+        servicer = AvatarServicer(given, store, workers, conversations)
         port = await stack.enter_async_context(serving(settings.listen, servicer, drain_s=settings.drain_s))
         yield f"127.0.0.1:{port}"
+        conversations.go_away()
 
 
 async def main() -> None:

@@ -127,10 +127,11 @@ async def speak(target: str, picture: bytes, samples: Sound, rate_hz: int, seed:
             frames: list[types.VideoFrame] = []
             first_s = 0.0
             with tqdm(total=num_blocks * capabilities.block_frames - 3, unit="frame", desc="frames") as progress:
-                while (response := await _answer(call)).WhichOneof("part") == "frame":
-                    first_s = first_s or time.perf_counter() - started
-                    frames.append(response.frame)
-                    progress.update()
+                while not (response := await _answer(call)).HasField("closed"):
+                    if response.HasField("frame"):
+                        first_s = first_s or time.perf_counter() - started
+                        frames.append(response.frame)
+                        progress.update()
             total_s = time.perf_counter() - started
             await sending
         finally:

@@ -39,15 +39,33 @@ class Streamed:
 
     frames: list[types.VideoFrame] = field(default_factory=list)
     interrupted: list[pb.AvatarInterrupted] = field(default_factory=list)
+    events: list[pb.AvatarEvent] = field(default_factory=list)
+    audio: list[types.AvatarAudio] = field(default_factory=list)
     closed: pb.AvatarClosed = field(default_factory=pb.AvatarClosed)
 
     @property
     def pixels(self) -> list[bytes]:
         return [frame.data for frame in self.frames]
 
+    def take(self, response: pb.StreamAvatarResponse) -> None:
+        """Note a message."""
+        match response.WhichOneof("part"):
+            case "frame":
+                self.frames.append(response.frame)
+            case "chunk":
+                self.frames += response.chunk.frames
+            case "interrupted":
+                self.interrupted.append(response.interrupted)
+            case "event":
+                self.events.append(response.event)
+            case "audio":
+                self.audio.append(response.audio)
+            case "closed":
+                self.closed = response.closed
 
-def opened(session_id: str, audio: types.AudioFormat = PCM16) -> pb.StreamAvatarRequest:
-    return pb.StreamAvatarRequest(open=pb.OpenAvatar(session_id=session_id, audio=audio))
+
+def opened(session_id: str, audio: types.AudioFormat = PCM16, **fields: Any) -> pb.StreamAvatarRequest:
+    return pb.StreamAvatarRequest(open=pb.OpenAvatar(session_id=session_id, audio=audio, **fields))
 
 
 def spoken(data: bytes, piece_bytes: int = PIECE_BYTES) -> Iterable[pb.StreamAvatarRequest]:
@@ -57,6 +75,8 @@ def spoken(data: bytes, piece_bytes: int = PIECE_BYTES) -> Iterable[pb.StreamAva
 
 
 CLOSE = pb.StreamAvatarRequest(close=pb.CloseAvatar())
+END_TURN = pb.StreamAvatarRequest(end_turn=pb.EndTurn())
+INTERRUPT = pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar())
 
 
 async def stream(
@@ -72,13 +92,7 @@ async def stream(
         await answer(call)  # sound may be sent once the stream is opened
         async with beside(_send(call, others)):
             for response in await rest(call):
-                match response.WhichOneof("part"):
-                    case "frame":
-                        out.frames.append(response.frame)
-                    case "interrupted":
-                        out.interrupted.append(response.interrupted)
-                    case "closed":
-                        out.closed = response.closed
+                out.take(response)
     except grpc.aio.AioRpcError as error:
         raise status.instead_of(error) from None
     return out
@@ -100,6 +114,13 @@ async def answer(call: Call) -> pb.StreamAvatarResponse:
     response = await call.read()
     assert isinstance(response, pb.StreamAvatarResponse), "the stream has ended"
     return response
+
+
+async def frame(call: Call) -> types.VideoFrame:
+    """The next frame on a call, past what comes before it."""
+    while not (response := await answer(call)).HasField("frame"):
+        pass
+    return response.frame
 
 
 async def rest(call: Call) -> list[pb.StreamAvatarResponse]:

@@ -4,7 +4,7 @@ A stream keeps the window of the next block, the resampler and four running numb
 not depend on how the sound was cut.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange
@@ -21,6 +21,7 @@ from avatar.types import AudioPiece, Block, Session
 
 # 2.56 s: twice what completes wav2vec2's positional convolution.
 MAX_RIGHT_FRAMES = 128
+WARM_BLOCKS = 2
 
 ENCODERS: dict[str, type[Encoder]] = {"whisper": Whisper, "wav2vec2": Wav2Vec2}
 
@@ -41,7 +42,9 @@ class AudioState:
     num_samples: how many samples at 16 kHz the stream has had.
     next_block: the block whose window is being filled.
     statistics: as of the last block.
-    resampler: None before the first piece, which says the rate.
+    rate_hz: None before the first piece.
+    resampler: None before the first piece, and after one that completed a block.
+    before: (a, s) the last sound of the block that such a piece completed, for the next resampler.
     right_frames: encoder frames of sound behind a block.
     """
 
@@ -50,7 +53,9 @@ class AudioState:
     num_samples: int = 0
     next_block: int = 0
     statistics: Statistics = field(default_factory=Statistics)
+    rate_hz: int | None = None
     resampler: Resampler | None = None
+    before: Tensor | None = None
     is_over: bool = False
 
 
@@ -84,21 +89,46 @@ class AudioModel:
         """The blocks that this piece completes, in order; their features are (l, d, f) float32.
 
         The last piece completes the block that it ends in, as if silence followed. ValueError if the sound cannot be
-        used, changes its rate, or comes after the last piece; the state is then as before.
+        used, changes its rate, comes after the last piece, or completes a block that it does not end; the state is then
+        as before.
         """
         if state.is_over:
             raise ValueError("the sound of this stream has ended; open another session for more")
         check_piece(piece)
-        resampler = state.resampler or Resampler(piece.rate_hz)
-        if piece.rate_hz != resampler.rate_hz:
-            raise ValueError(f"audio must keep its rate of {resampler.rate_hz} Hz, got {piece.rate_hz}")
-        state.resampler = resampler
-        blocks = self._listen(resampler(piece.samples, piece.is_last), state)
+        if state.rate_hz not in (None, piece.rate_hz):
+            raise ValueError(f"audio must keep its rate of {state.rate_hz} Hz, got {piece.rate_hz}")
+        if piece.completes is not None:
+            return self._complete(piece, piece.completes, state)
+        blocks = self._listen(_resampled(piece.samples, state, piece), state)
         if piece.is_last:
             state.is_over = True
             num_blocks = -(-state.num_samples // BLOCK_SAMPLES)
             end = window_end(num_blocks - 1, state.right_frames) if num_blocks else 0
             blocks += self._listen(torch.zeros(end - state.num_samples), state)
+        return blocks
+
+    def warm(self) -> int:
+        """Encode blocks of silence; how many."""
+        state = self.open(Session("warm", 0, torch.zeros(0)))
+        for index in range(WARM_BLOCKS):
+            self.step(AudioPiece(torch.zeros(1, BLOCK_SAMPLES), SAMPLE_RATE_HZ, completes=index), state)
+        return WARM_BLOCKS
+
+    def _complete(self, piece: AudioPiece, index: int, state: AudioState) -> list[Block]:
+        """The blocks up to this one, from what there is of the sound behind it; the stream goes on at its end."""
+        behind = torch.zeros(piece.samples.shape[0], 0) if piece.behind is None else piece.behind
+        check_piece(replace(piece, samples=behind))
+        missing = (index + 1) * BLOCK_SAMPLES - state.num_samples
+        given = piece.samples.shape[1] * SAMPLE_RATE_HZ / piece.rate_hz
+        # What a resampler holds back is missing, too, and rates that are no multiple of 25 round.
+        if index < state.next_block - 1 or not given - 2 <= missing <= given + BLOCK_SAMPLES / 4:
+            raise ValueError(f"block {index} cannot be completed by {given:g} samples after {state.num_samples}")
+        sound = _resampled(torch.cat([piece.samples, behind], 1), state, replace(piece, is_last=True))
+        room = window_end(index, state.right_frames) - state.num_samples
+        blocks = self._listen(torch.nn.functional.pad(sound[:room], (0, max(0, room - len(sound)))), state)
+        state.num_samples = (index + 1) * BLOCK_SAMPLES
+        state.before = piece.samples[:, -(piece.rate_hz // 25) :] if piece.samples.shape[1] else None
+        state.resampler = None
         return blocks
 
     def _listen(self, sound: Tensor, state: AudioState) -> list[Block]:
@@ -124,6 +154,16 @@ class AudioModel:
         state.window = state.window.roll(-BLOCK_SAMPLES)
         state.next_block += 1
         return Block(index, place(states, index).cpu())
+
+
+def _resampled(samples: Tensor, state: AudioState, piece: AudioPiece) -> Tensor:
+    """Samples (a, s) at 16 kHz, as far as they are ready."""
+    state.rate_hz = piece.rate_hz
+    if state.resampler is None:
+        if not samples.shape[1]:
+            return torch.zeros(0)
+        state.resampler = Resampler(piece.rate_hz, state.before)
+    return state.resampler(samples, piece.is_last)
 
 
 def place(states: Tensor, index: int) -> Tensor:

@@ -35,17 +35,26 @@ class Resampler:
 
     Output lags behind input by at most 0.12 s and does not depend on how the input is cut. Sound that has 16 kHz
     already passes through untouched.
+
+    before: (a, s) sound before the stream's, of which nothing comes out; None where there was none.
     """
 
-    def __init__(self, rate_hz: int) -> None:
+    def __init__(self, rate_hz: int, before: Tensor | None = None) -> None:
         self.rate_hz = rate_hz
         self._stream = None
+        self._hidden = 0
         if rate_hz != SAMPLE_RATE_HZ:
             self._stream = soxr.ResampleStream(rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32", quality="HQ")
+            if before is not None:
+                self._hidden = round(before.shape[1] * SAMPLE_RATE_HZ / rate_hz)
+                self(before, is_last=False)
 
     def __call__(self, samples: Tensor, is_last: bool) -> Tensor:
         """What is ready of the sound at 16 kHz, (s,); all of it if these samples (a, s) are the last."""
         mono = reduce(samples, "a s -> s", "mean")
         if self._stream is None:
             return mono
-        return torch.from_numpy(self._stream.resample_chunk(mono.numpy(), last=is_last))
+        sound = torch.from_numpy(self._stream.resample_chunk(mono.numpy(), last=is_last))
+        hidden = min(self._hidden, len(sound))
+        self._hidden -= hidden
+        return sound[hidden:]

@@ -180,8 +180,11 @@ class Denoiser:
             state.graph = captured(network, *constants, pose, state.cache, inputs)
         return state.graph(*inputs)
 
-    def warm(self, height: int, width: int) -> None:
-        """Step once through every shape that a stream of latents of this size has: a window of blocks, and one more."""
+    def warm(self, height: int, width: int) -> int:
+        """Step once through every shape that a stream of latents of this size has: a window of blocks, and one more.
+
+        Returns how many that were.
+        """
         config, channels = self.config, self.config.in_dim
         motion = torch.zeros(channels, 1, height, width)
         conditions = Conditions(0, motion, torch.zeros(0, config.text_dim))
@@ -190,6 +193,7 @@ class Denoiser:
         state = self.open(Session("warm", 0, motion))
         for index in range(config.window_blocks + 1):
             self.step(Block(index, features, latent, conditions), state)
+        return config.window_blocks + 1
 
     def _prefill(self, conditions: Conditions, state: DenoiserState) -> Prefilled:
         network, config = self.network, self.config

@@ -33,6 +33,7 @@ MOTION_LATENTS = 1 + (MOTION_FRAMES - 1) // TIME_STRIDE
 # Source: the reference implementation of arXiv 2512.04677.
 WARMUP_LATENTS = 7
 HIDDEN_FRAMES = 3
+WARM_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,15 @@ class Vae(Generic[State]):
         with torch.inference_mode():
             self.codec.decode(session.motion[None, :, :WARMUP_LATENTS], state.decoder)
         return state
+
+    def warm(self, width: int, height: int) -> int:
+        """Decode blocks of nothing for a video of this size; how many."""
+        stride = self.codec.space_stride
+        motion = torch.zeros(self.codec.channels, MOTION_LATENTS, height // stride, width // stride)
+        state = self.open(Session("warm", 0, motion))
+        for index in range(WARM_BLOCKS):
+            self.step(Block(index, torch.zeros(0), motion[:, :BLOCK_LATENTS]), state)
+        return WARM_BLOCKS
 
     def step(self, block: Block, state: VaeState[State]) -> FrameChunk:
         """The block's frames as bytes. ValueError as in `frames`."""

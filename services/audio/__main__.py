@@ -21,7 +21,9 @@ def build(settings: AudioSettings, executor: ThreadPoolExecutor) -> AudioService
     part = open_part(settings.checkpoint, "audio")
     device, dtype = device_and_dtype(settings)
     audio = load(part, device=device, dtype=dtype)
-    return AudioServicer(audio, part.config["encoder"], part.digest(), executor, settings.capacity)
+    servicer = AudioServicer(audio, part.config["encoder"], part.digest(), executor, settings.capacity)
+    executor.submit(servicer.warm).result()
+    return servicer
 
 
 async def main() -> None:

@@ -12,7 +12,7 @@ from avatar.audio.clock import BLOCK_PIXEL_FRAMES
 from avatar.audio.model import AudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
-from avatar.pipeline import Usage, flatten, local
+from avatar.pipeline import Pace, Usage, flatten, local
 from avatar.rpc.codec import block_to_pb, end_of_sound, piece_from_bytes, session_of_sound
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.types import AudioPiece
@@ -32,9 +32,14 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         self._digest = digest
         self._executor = executor
         self._capacity = Capacity(capacity, "audio")
+        self._pace = Pace()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         audio_pb2_grpc.add_AudioServiceServicer_to_server(self, server)
+
+    def warm(self) -> None:
+        """Encode silence, to know how long a block takes."""
+        self._pace.measure(self._audio.warm)
 
     async def GetInfo(self, request: pb.AudioServiceGetInfoRequest, context: Context) -> pb.AudioServiceGetInfoResponse:
         return pb.AudioServiceGetInfoResponse(
@@ -45,6 +50,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             capacity=self._capacity.limit,
             active=self._capacity.active,
             max_right_frames=self._audio.max_right_frames,
+            step_s=self._pace.step_s,
         )
 
     async def Encode(
@@ -62,6 +68,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
                     context_of_block = telemetry.block_span(
                         "audio", block.index, usage.start_ns, usage.end_ns, link=opened.traceparent
                     )
+                    self._pace.note(usage)
                     num_blocks += 1
                     yield pb.EncodeResponse(block=block_to_pb(replace(block, traceparent=context_of_block)))
             yield pb.EncodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
@@ -70,5 +77,10 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
 async def _pieces(opened: pb.OpenEncode, requests: AsyncIterator[pb.EncodeRequest]) -> AsyncGenerator[AudioPiece, None]:
     async with aclosing(parts(requests, "piece")) as pieces:
         async for piece in pieces:
-            yield piece_from_bytes(piece.data, opened.encoding, opened.rate_hz, opened.num_channels)
+            format_ = opened.encoding, opened.rate_hz, opened.num_channels
+            sound = piece_from_bytes(piece.data, *format_)
+            if piece.HasField("completes"):
+                behind = piece_from_bytes(piece.behind, *format_).samples
+                sound = replace(sound, completes=piece.completes, behind=behind)
+            yield sound
     yield end_of_sound(opened.rate_hz, opened.num_channels)

@@ -44,11 +44,11 @@ def build(settings: DenoiserSettings, store: SessionStore, executor: ThreadPoolE
             level: Denoiser(network, config, level, sizes=served, attention=attention, cuda_graphs=settings.cuda_graphs)
             for level in levels
         }
+    servicer = DenoiserServicer(denoisers, part.digest(), store, executor, settings.capacity)
     with naming("sizes"):
-        for denoiser in denoisers.values():
-            for size in sizes:
-                executor.submit(denoiser.warm, *size).result()
-    return DenoiserServicer(denoisers, part.digest(), store, executor, settings.capacity)
+        for size in sizes:
+            executor.submit(servicer.warm, *size).result()
+    return servicer
 
 
 def latent_sizes(settings: DenoiserSettings) -> list[tuple[int, int]]:
@@ -57,7 +57,7 @@ def latent_sizes(settings: DenoiserSettings) -> list[tuple[int, int]]:
     ValueError if the settings name none where code is compiled, and the checkpoint does not fix one.
     """
     pictures = settings.pictures()
-    if settings.compile and not pictures and (settings.checkpoint / "vae").is_dir():
+    if not pictures and (settings.checkpoint / "vae").is_dir():
         rule = open_part(settings.checkpoint, "vae").config.get("picture", {})
         pictures = [(rule["width"], rule["height"])] if rule.get("width") and rule.get("height") else []
     if settings.compile and not pictures:

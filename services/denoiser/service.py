@@ -3,13 +3,14 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing
+from functools import partial
 
 import grpc.aio
 
 from avatar import telemetry
 from avatar.denoiser.denoiser import Denoiser
 from avatar.errors import ConfigMismatch
-from avatar.pipeline import Usage, local
+from avatar.pipeline import Pace, Usage, local
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.session import SessionStore
@@ -34,6 +35,12 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         self._store = store
         self._executor = executor
         self._capacity = Capacity(capacity * len(denoisers), "denoiser")
+        self._pace = Pace()
+
+    def warm(self, height: int, width: int) -> None:
+        """Step through a session whose latents have this size at every level, and know how long a block takes."""
+        for denoiser in self._denoisers.values():
+            self._pace.measure(partial(denoiser.warm, height, width))
 
     def add_to(self, server: grpc.aio.Server) -> None:
         denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
@@ -50,6 +57,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             active=self._capacity.active,
             text_width=self._config.text_dim,
             text_rows=self._config.text_len,
+            step_s=self._pace.step_s,
         )
 
     async def Denoise(
@@ -76,6 +84,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                         level=opened.level,
                         parent=block.traceparent,
                     )
+                    self._pace.note(usage)
                     num_blocks += 1
                     yield pb.DenoiseResponse(block=latent_to_pb(block))
             yield pb.DenoiseResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))

@@ -1,6 +1,6 @@
-"""One session's stream: a client's sound in at one end of the pipeline, numbered frames out at the other.
+"""One session's pipeline: a client's sound in at one end, frames out at the other.
 
-    pieces -> audio -> admitted -> denoiser 0 .. N-1 -> finished -> vae -> frames
+    Sound -> audio -> admitted -> denoiser 0 .. N-1 -> finished -> vae -> Outbox
 
 Blocks are admitted in order and numbered here, and always run through to the end. An interrupt drops what is not yet
 admitted, and the frames of what is; it never reaches into the pipeline, whose states have no way back.
@@ -9,87 +9,127 @@ admitted, and the frames of what is; it never reaches into the pipeline, whose s
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from fractions import Fraction
 
 from avatar import telemetry
-from avatar.errors import ConnectionLost, InvalidAudio, MessageTooLarge, ProtocolOrder
+from avatar.errors import InvalidAudio, MessageTooLarge, ProtocolOrder
 from avatar.rpc.client import RemoteStage
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.v1 import types_pb2 as api_types
 from avatar.worker.v1 import audio_pb2, types_pb2
+from services.gateway.choices import Choices
+from services.gateway.clock import TOLERANCE_S, Grid, Playout
+from services.gateway.conditions import Versions
+from services.gateway.outbox import Item, Outbox
+from services.gateway.sound import BlockSound, Sound, Turn
 from services.gateway.workers import Streams
 
-SAMPLE_BYTES = {"pcm16": 2, "float32": 4}
-# A piece of a client may hold many seconds; the pipeline is given them in smaller ones.
-PIECE_S = 0.1
+# A session's first frames are the decoder's start, and not shown.
+FIRST_FRAME = 3
+# Each frame of these can be decoded alone.
+ALWAYS_KEY = ("rgb24", "jpeg")
+LATE_BLOCKS = 3
 
 
 class Conversation:
-    """The pipeline of one stream.
+    """The pipeline of one session.
 
-    sound: format of the client's sound. position: where the session is; kept up to date.
-    write: sends a message to the client.
+    position: where the session is; kept up to date. advanced: set when it has changed.
+    attached: set while a client is connected; nothing is admitted without one.
     """
 
     def __init__(
         self,
         streams: Streams,
-        sound: audio_pb2.OpenEncode,
+        choices: Choices,
         session: types_pb2.Session,
         position: types_pb2.Position,
         settings: GatewaySettings,
-        write: Callable[[api.StreamAvatarResponse], Awaitable[None]],
     ) -> None:
         self.position = position
-        self.num_frames = 0
         self.num_blocks = 0
-        self.advanced = asyncio.Event()
+        self.advanced, self.attached = asyncio.Event(), asyncio.Event()
+        self.versions = Versions(position.conditions, streams.sink_update_block)
         self._streams = streams
+        self._choices = choices
         self._settings = settings
-        self._write = write
-        self._writing = asyncio.Lock()
-        self._frame_rate_hz = session.frame_rate_hz
-        self._rate_hz = sound.rate_hz
-        self._sample_bytes = SAMPLE_BYTES[sound.encoding] * sound.num_channels
-        # Samples of one block's sound, as an exact fraction: 12 frames at 25 Hz are 12/25 s.
-        self._block_samples = Fraction(session.block_frames * sound.rate_hz, session.frame_rate_hz)
-        self._sent_samples = 0
-        self._encoded_blocks = 0
-        self._room = asyncio.Condition()
+        self._grid = Grid(choices.rate_hz, session.frame_rate_hz, session.block_frames)
+        self._sample_bytes = choices.sample_bytes
+        self.sound = Sound(self._grid, self._sample_bytes, time.monotonic)
+        self.playout = Playout(self._grid, streams.begun_s)
+        kept_frames = round(settings.kept_s * session.frame_rate_hz)
+        is_fragmented = choices.video == "fmp4"
+        self.outbox = Outbox(
+            self._grid, position.next_frame, kept_frames, settings.kept_bytes, is_fragmented=is_fragmented
+        )
         # As many as there are stages behind admission keeps each busy; one more waits at the door.
         self._slots = asyncio.Semaphore(len(streams.denoisers) + 2)
-        self._next_block = position.next_block
-        self._is_sink_written = asyncio.Event()
-        self._num_interrupts = 0
-        self._drop_encoded = 0
-        self._drop_blocks = position.next_block
+        self._room = asyncio.Event()
+        self._inside: deque[BlockSound] = deque()
+        self._gathered: list[api_types.VideoFrame] = []
         self._first_sound_s: float | None = None
+        self._num_late = 0
+        self._is_reader_slow = False
 
-    def interrupt(self) -> int:
-        """Drop sound that is not yet admitted and frames that are not yet sent; the next frame's number."""
-        self._num_interrupts += 1
-        self._drop_encoded = math.ceil(self._sent_samples / self._block_samples)
-        self._drop_blocks = self._next_block
-        return self.position.next_frame
+    def attach(self) -> None:
+        """A client is connected."""
+        if self._choices.is_live:
+            self.playout.restart(self.outbox.next_frame)
+        self.attached.set()
 
-    async def run(self, requests: AsyncIterator[api.StreamAvatarRequest]) -> None:
-        """Send frames as they are made, until the client has closed and all are sent."""
-        blocks = self._admitted(self._streams.audio(self._pieces(requests)))
+    async def hear(self, request: api.StreamAvatarRequest) -> bool:
+        """Take a message of the client; whether it was the last. Offline, waits until there is room for its sound."""
+        match request.WhichOneof("part"):
+            case "audio":
+                await self._take(request.audio.data)
+            case "end_turn":
+                self._end(self.sound.end_turn())
+            case "interrupt":
+                interrupted = self.interrupt()
+                told = api.AvatarInterrupted(position_us=interrupted.position_us, was_speaking=interrupted.was_speaking)
+                self.outbox.put(Item([api.StreamAvatarResponse(interrupted=told)]))
+            case "close":
+                if not self.sound.num_samples and not self._choices.is_live:
+                    raise InvalidAudio.at("audio.data", "the stream was closed before any sound came")
+                turn = self.sound.close()
+                if turn.num_samples:
+                    self._end(turn)
+                return True
+            case part:
+                raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream")
+        return False
+
+    def interrupt(self) -> api.InterruptResponse:
+        """Drop speech that is not yet admitted and frames that are not yet sent; what was shown of it."""
+        blocks = [block for block in self._inside if block.turn and not block.is_dropped]
+        if not (self.sound.is_speaking or blocks or self.outbox.has_speech):
+            return api.InterruptResponse(next_frame=self.outbox.next_frame)
+        self._gathered.clear()
+        for block in self._inside:
+            block.is_dropped = True
+        for turn in self.sound.interrupt():
+            self._finish(turn, interrupted=True)
+        shown_us = self._grid.duration_us(self.outbox.drop())
+        self.playout.restart(self.outbox.next_frame)
+        self._room.set()
+        return api.InterruptResponse(next_frame=self.outbox.next_frame, position_us=shown_us, was_speaking=True)
+
+    def tell(self, kind: api.Notice.Kind.ValueType, message: str, within_s: float = 0.0, num_samples: int = 0) -> None:
+        """Have the client told something."""
+        notice = api.Notice(kind=kind, message=message, within_s=within_s, num_samples=num_samples)
+        self.outbox.put(Item([api.StreamAvatarResponse(event=api.AvatarEvent(notice=notice))]))
+
+    async def run(self) -> None:
+        """Make frames until the client has closed and all are on their way out."""
+        blocks = self._admitted(self._streams.audio(self._live() if self._choices.is_live else self.sound.offline()))
         for denoiser in self._streams.denoisers:
             blocks = _with_features(denoiser, blocks)
         async with aclosing(self._streams.vae(self._finished(blocks))) as frames:
             async for frame in frames:
-                if frame.is_last:
-                    self._slots.release()
-                    self.num_blocks += 1
-                    self.position.next_block = frame.block + 1
-                    self.advanced.set()
-                async with self._writing:
-                    if frame.block >= self._drop_blocks:
-                        await self._write(api.StreamAvatarResponse(frame=self._numbered(frame)))
+                await self._made(frame)
 
     def usage(self) -> list[api_types.StageUsage]:
         """What each stage did, once all has been answered."""
@@ -98,90 +138,152 @@ class Conversation:
             for each in self._streams.all
         ]
 
-    def _numbered(self, frame: types_pb2.Frame) -> api_types.VideoFrame:
-        if not self.num_frames and self._first_sound_s is not None:
-            telemetry.TIME_TO_FIRST_FRAME.record(time.monotonic() - self._first_sound_s)
-        index = self.position.next_frame
-        self.position.next_frame += 1
-        self.num_frames += 1
-        return api_types.VideoFrame(index=index, pts_us=index * 1_000_000 // self._frame_rate_hz, data=frame.data)
-
-    async def _pieces(
-        self, requests: AsyncIterator[api.StreamAvatarRequest]
-    ) -> AsyncGenerator[audio_pb2.AudioPiece, None]:
-        """The client's sound, read no faster than blocks are admitted."""
-        async for request in requests:
-            if filling := self._to_block_end():
-                yield self._sent(bytes(filling * self._sample_bytes))
-            match request.WhichOneof("part"):
-                case "audio":
-                    self._first_sound_s = self._first_sound_s or time.monotonic()
-                    interrupts = self._num_interrupts
-                    for data in self._checked(request.audio.data):
-                        await self._until_room()
-                        if self._num_interrupts > interrupts:
-                            break
-                        yield self._sent(data)
-                case "interrupt":
-                    async with self._writing:
-                        interrupted = api.AvatarInterrupted(next_frame=self.interrupt())
-                        await self._write(api.StreamAvatarResponse(interrupted=interrupted))
-                case "close":
-                    if not self._sent_samples:
-                        raise InvalidAudio.at("audio.data", "the stream was closed before any sound came")
-                    return
-                case part:
-                    raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream")
-        raise ConnectionLost("the stream ended without close; what was in the pipeline is lost")
-
-    def _checked(self, data: bytes) -> list[bytes]:
-        """A piece as pieces of at most PIECE_S."""
+    async def _take(self, data: bytes) -> None:
         if len(data) > self._settings.max_audio_bytes:
             raise MessageTooLarge(f"{len(data)} bytes of sound at once, the limit is {self._settings.max_audio_bytes}")
         if len(data) % self._sample_bytes:
             raise InvalidAudio.at("audio.data", f"{len(data)} bytes are no multiple of {self._sample_bytes}")
-        size = max(1, int(self._rate_hz * PIECE_S)) * self._sample_bytes
-        return [data[i : i + size] for i in range(0, len(data), size)]
-
-    def _sent(self, data: bytes) -> audio_pb2.AudioPiece:
-        self._sent_samples += len(data) // self._sample_bytes
-        return audio_pb2.AudioPiece(data=data)
-
-    def _to_block_end(self) -> int:
-        """Samples of silence that keep sound from before an interrupt out of the block of the sound after it."""
-        return max(0, math.ceil(self._drop_encoded * self._block_samples) - self._sent_samples)
+        self._first_sound_s = self._first_sound_s or time.monotonic()
+        most, num_samples = self._settings.live_ahead_s * self._grid.rate_hz, len(data) // self._sample_bytes
+        if not self._choices.is_live:
+            await self._until_room()
+        elif self.sound.pending_samples + num_samples > most:
+            ahead = f"{self._settings.live_ahead_s:g} s of sound are waiting"
+            self.tell(api.Notice.KIND_AUDIO_REFUSED, ahead, num_samples=num_samples)
+            return
+        self.sound.take(data)
 
     async def _until_room(self) -> None:
-        most = self._settings.audio_ahead_s * self._rate_hz
-        async with self._room:
-            await self._room.wait_for(lambda: self._sent_samples - self._encoded_blocks * self._block_samples < most)
+        """Wait until less sound than the settings allow is ahead of the blocks that are admitted."""
+        most = self._settings.audio_ahead_s * self._grid.rate_hz
+        while self.sound.ahead_samples >= most:
+            self._room.clear()
+            await self._room.wait()
+
+    def _end(self, turn: Turn) -> None:
+        """The turn has all of its sound: it ends with its last frame, which may be out already."""
+        if turn.num_drawn == turn.num_samples:
+            self._finish(turn, interrupted=False)
+
+    def _finish(self, turn: Turn, *, interrupted: bool) -> None:
+        if turn in self.sound.unfinished:
+            self.sound.unfinished.remove(turn)
+        finished = api.PlaybackFinished(turn=turn.number, interrupted=interrupted)
+        message = api.StreamAvatarResponse(event=api.AvatarEvent(playback_finished=finished))
+        self.outbox.put(Item([message], turn=turn.number, num_samples=turn.num_samples))
+
+    def _live(self) -> AsyncGenerator[audio_pb2.AudioPiece, None]:
+        async def until_free() -> None:
+            await self._slots.acquire()
+            await self.attached.wait()
+
+        behind_samples = -(-self._streams.behind_ns * self._grid.rate_hz // 1_000_000_000)
+        self.playout.restart(self.position.next_frame)
+        return self.sound.live(self.playout, self._planned_frame, behind_samples, self._settings.patience_s, until_free)
+
+    def _planned_frame(self) -> int:
+        """Number of the first frame of the block that is begun next."""
+        ahead = sum(block.num_left for block in (*self._inside, *self.sound.begun) if not block.is_dropped)
+        return self.outbox.next_frame + self.outbox.num_waiting_frames + ahead
 
     async def _admitted(self, encoded: AsyncGenerator[types_pb2.Block, None]) -> AsyncGenerator[types_pb2.Block, None]:
         """The blocks that are denoised, numbered, as many at a time as keep every stage busy."""
         async with aclosing(encoded):
             async for block in encoded:
-                await self._slots.acquire()
-                if self._next_block == self._streams.sink_update_block:
-                    await self._is_sink_written.wait()
-                self._encoded_blocks += 1
-                async with self._room:
-                    self._room.notify_all()
-                if block.index < self._drop_encoded:
+                if not self._choices.is_live:
+                    await self._slots.acquire()
+                    await self.attached.wait()
+                sound = self.sound.begun.popleft()
+                self._room.set()
+                if sound.is_dropped:
                     self._slots.release()
                     continue
-                update = self._streams.sink_update_block
-                block.conditions = int(update is not None and self._next_block >= update)
-                block.index = self._next_block
-                self._next_block += 1
+                self._inside.append(sound)
+                block.index, block.conditions = await self.versions.admit()
+                if block.index == 0:
+                    sound.num_left -= FIRST_FRAME
                 yield block
 
     async def _finished(self, blocks: AsyncGenerator[types_pb2.Block, None]) -> AsyncGenerator[types_pb2.Block, None]:
         """Denoised blocks for the decoder; once block 0 is here, the last level has written the new sink."""
         async with aclosing(blocks):
             async for block in blocks:
-                self._is_sink_written.set()
+                self.versions.finished(block.index)
                 block.ClearField("features")
                 yield block
+
+    async def _made(self, frame: types_pb2.Frame) -> None:
+        """Put a frame, or all of its block, on its way out; nothing of a block that was dropped."""
+        block = self._inside[0]
+        if not block.is_dropped:
+            if not block.is_shown:
+                block.is_shown = True
+                self._note_time(block)
+            is_key = frame.is_key or self._choices.video in ALWAYS_KEY
+            shown = api_types.VideoFrame(
+                data=frame.data, is_idle=block.turn is None, is_key=is_key, num_frames=frame.num_frames or 1
+            )
+            self._gathered.append(shown)
+            if frame.is_last or not self._choices.is_per_block:
+                await self._put(block)
+        if frame.is_last:
+            self._inside.popleft()
+            self._slots.release()
+            self.num_blocks += 1
+            self.position.next_block = frame.block + 1
+            self.advanced.set()
+            if block.turn and not block.is_dropped:
+                block.turn.num_drawn += block.num_samples
+                if block.turn.is_ended:
+                    self._end(block.turn)
+
+    async def _put(self, block: BlockSound) -> None:
+        """Put the frames that are gathered on their way out, with their sound, once there is room."""
+        is_slow = self.outbox.is_full and self.attached.is_set()
+        if is_slow and self._choices.is_live and not self._is_reader_slow:
+            limit_s = self._settings.max_unread_s
+            self.tell(api.Notice.KIND_SLOW_READER, "frames are not read as fast as they are made", limit_s)
+        self._is_reader_slow = is_slow
+        await self.outbox.until_room()
+        frames, self._gathered = self._gathered, []
+        if block.is_dropped:
+            return
+        num_frames = sum(frame.num_frames for frame in frames)
+        start = self._grid.block_frames - block.num_left
+        block.num_left -= num_frames
+        messages = [api.StreamAvatarResponse(frame=frame) for frame in frames]
+        if self._choices.is_per_block:
+            messages = [api.StreamAvatarResponse(chunk=api_types.VideoChunk(frames=frames))]
+        end_sample = self._sample(block, start + num_frames)
+        if self._choices.returns_audio:
+            data = block.data[self._sample(block, start) * self._sample_bytes : end_sample * self._sample_bytes]
+            messages.insert(0, api.StreamAvatarResponse(audio=api_types.AvatarAudio(data=data)))
+        item = Item(messages, num_frames)
+        if (turn := block.turn) is not None:
+            if not turn.is_started:
+                turn.is_started = True
+                event = api.AvatarEvent(playback_started=api.PlaybackStarted(turn=turn.number))
+                self.outbox.put(Item([api.StreamAvatarResponse(event=event)], turn=turn.number))
+            item.turn, item.num_samples = turn.number, block.before + min(block.num_samples, end_sample)
+        self.outbox.put(item)
+
+    def _sample(self, block: BlockSound, frame: int) -> int:
+        """Where a frame of a block begins in the block's sound."""
+        first = block.index * self._grid.block_frames
+        return self._grid.sample(first + frame) - self._grid.sample(first)
+
+    def _note_time(self, block: BlockSound) -> None:
+        """The first frame of a block is here."""
+        if block.turn and self._first_sound_s:
+            telemetry.TIME_TO_FIRST_FRAME.record(time.monotonic() - self._first_sound_s)
+            self._first_sound_s = math.inf
+        if not self._choices.is_live:
+            return
+        frame = self.outbox.next_frame + self.outbox.num_waiting_frames
+        late_s = max(block.late_s, self.playout.came(frame, time.monotonic() - block.begun_s))
+        self._num_late = self._num_late + 1 if late_s > TOLERANCE_S else 0
+        if self._num_late == LATE_BLOCKS:
+            self.tell(api.Notice.KIND_DEGRADED, "frames come later than they are shown")
 
 
 async def _with_features(

@@ -3,43 +3,28 @@
 The gateway relays messages. It opens no tensor and decodes no picture.
 """
 
-import asyncio
-import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
 
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
-from avatar import telemetry
-from avatar.errors import (
-    InvalidAudio,
-    InvalidField,
-    MessageTooLarge,
-    NotStreaming,
-    SessionClosed,
-    SessionNotFound,
-    StoreUnavailable,
-)
-from avatar.rpc.server import Context, opening, reason_of
-from avatar.session import CLAIM_TTL_S, SessionStore
+from avatar.errors import ConnectionLost, InvalidField, MessageTooLarge, NotStreaming, SessionClosed
+from avatar.rpc.server import Context, opening
+from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc
 from avatar.v1 import types_pb2 as types
-from avatar.worker.v1 import audio_pb2, types_pb2, vae_pb2
-from services.gateway.choices import context_s, set_choices, show_choices
-from services.gateway.conversation import Conversation
+from avatar.worker.v1 import types_pb2, vae_pb2
+from services.gateway.choices import ENCODING_OF, MAX_RATE_HZ, MIN_RATE_HZ, context_s, set_choices, show_choices
+from services.gateway.conversation import FIRST_FRAME
+from services.gateway.conversations import Conversations
 from services.gateway.workers import Workers
 
-logger = logging.getLogger(__name__)
-
-MIN_RATE_HZ, MAX_RATE_HZ = 8000, 48000
 MIN_TTL_S, MAX_TTL_S = 1.0, 86400.0
-FIRST_FRAME = 3
-ENCODINGS = {types.SAMPLE_ENCODING_PCM16: "pcm16", types.SAMPLE_ENCODING_FLOAT32: "float32"}
+CHANGEABLE = {"prompt", "ttl"}
 FITS = {types.FIT_UNSPECIFIED: "", types.FIT_COVER: "cover", types.FIT_REFERENCE: "reference"}
 FIT_OF = {name: fit for fit, name in FITS.items()}
 
@@ -49,11 +34,13 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
 
     service_name = "avatar.v1.AvatarService"
 
-    def __init__(self, settings: GatewaySettings, store: SessionStore, workers: Workers) -> None:
+    def __init__(
+        self, settings: GatewaySettings, store: SessionStore, workers: Workers, conversations: Conversations
+    ) -> None:
         self._settings = settings
         self._store = store
         self._workers = workers
-        self._conversations: dict[str, Conversation] = {}
+        self._conversations = conversations
 
     def add_to(self, server: grpc.aio.Server) -> None:
         avatar_service_pb2_grpc.add_AvatarServiceServicer_to_server(self, server)
@@ -77,6 +64,12 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             max_audio_ahead_s=self._settings.audio_ahead_s,
             block_frames=workers.vae.block_frames,
             num_levels=workers.denoisers[0].num_levels,
+            encodings=[ENCODING_OF[name] for name in workers.encodings],
+            reaction_s=workers.reaction_s,
+            hold_s=workers.hold_s,
+            max_live_ahead_s=self._settings.live_ahead_s,
+            max_unread_s=self._settings.max_unread_s,
+            resume_s=self._settings.resume_s,
         )
 
     async def CreateReference(self, request: pb.CreateReferenceRequest, context: Context) -> pb.CreateReferenceResponse:
@@ -109,14 +102,11 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         return pb.DeleteReferenceResponse()
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
-        prompt_bytes, limit = len(request.prompt.encode()), self._settings.max_prompt_bytes
-        if prompt_bytes > limit:
-            raise MessageTooLarge(f"the prompt has {prompt_bytes} bytes, the limit is {limit}")
         if request.seed >= 1 << 63:
             raise InvalidField.at("seed", f"{request.seed} is not below 2^63")
         ttl_s = _ttl_s("ttl", request.ttl) if request.HasField("ttl") else None
         reference = await self._store.reference(request.reference_id)
-        text = await self._workers.embed(request.prompt) if request.prompt else None
+        text = await self._embedded(request.prompt)
         session = types_pb2.Session(
             id=secrets.token_urlsafe(24),
             seed=request.seed if request.HasField("seed") else secrets.randbits(63),
@@ -126,6 +116,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             motion=reference.motion,
             frame_rate_hz=reference.frame_rate_hz,
             block_frames=reference.block_frames,
+            prompt=request.prompt,
         )
         await set_choices(session, request, self._workers.max_right_frames)
         position = types_pb2.Position(next_frame=FIRST_FRAME, ttl_s=ttl_s or self._settings.session_ttl_s)
@@ -137,15 +128,52 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         return pb.GetSessionResponse(session=await self._session(request.session_id))
 
     async def UpdateSession(self, request: pb.UpdateSessionRequest, context: Context) -> pb.UpdateSessionResponse:
-        unknown = [path for path in request.update_mask.paths if path != "ttl"]
-        if unknown or not request.update_mask.paths:
-            raise InvalidField.at("update_mask", f"names {', '.join(unknown) or 'nothing'}; only ttl can be changed")
-        ttl_s = _ttl_s("session.ttl", request.session.ttl)
-        conversation = self._conversations.get(request.session.id)
-        position = conversation.position if conversation else await self._store.position(request.session.id)
-        position.ttl_s = ttl_s
-        await self._store.renew(request.session.id, position)
-        return pb.UpdateSessionResponse(session=await self._session(request.session.id))
+        paths, session_id = set(request.update_mask.paths), request.session.id
+        if not paths or paths - CHANGEABLE:
+            unknown = ", ".join(sorted(paths - CHANGEABLE)) or "nothing"
+            raise InvalidField.at("update_mask", f"names {unknown}; only {' and '.join(sorted(CHANGEABLE))} can change")
+        ttl_s = _ttl_s("session.ttl", request.session.ttl) if "ttl" in paths else None
+        first_block = await self._change_prompt(session_id, request.session.prompt) if "prompt" in paths else None
+        if ttl_s is not None:
+            conversation = self._conversations.get(session_id)
+            position = conversation.position if conversation else await self._store.position(session_id)
+            position.ttl_s = ttl_s
+            await self._store.renew(session_id, position)
+        return pb.UpdateSessionResponse(session=await self._session(session_id), first_block=first_block)
+
+    async def _change_prompt(self, session_id: str, prompt: str) -> int:
+        """Make new conditions with the embedding of a prompt; the first block that is made under them."""
+        session = await self._store.session(session_id)
+        text = await self._embedded(prompt)
+
+        async def write(newest: int, version: int) -> None:
+            conditions = await self._store.conditions(session_id, newest)
+            conditions.version = version
+            conditions.ClearField("text")
+            if text is not None:
+                conditions.text.CopyFrom(text)
+            await self._store.put_conditions(session_id, conditions)
+
+        conversation = self._conversations.get(session_id)
+        if conversation:
+            first_block = await conversation.versions.change(write)
+        else:
+            position = await self._store.position(session_id)
+            if position.is_closed:
+                raise SessionClosed(f"the stream of session {session_id!r} has ended; its prompt cannot be changed")
+            await write(position.conditions, position.conditions + 1)
+            first_block, position.conditions = position.next_block, position.conditions + 1
+            await self._store.renew(session_id, position)
+        session.prompt = prompt
+        await self._store.put_session(session)
+        return first_block
+
+    async def _embedded(self, prompt: str) -> types_pb2.Tensor | None:
+        """A prompt's embedding, None if it is empty."""
+        num_bytes, limit = len(prompt.encode()), self._settings.max_prompt_bytes
+        if num_bytes > limit:
+            raise MessageTooLarge(f"the prompt has {num_bytes} bytes, the limit is {limit}")
+        return await self._workers.embed(prompt) if prompt else None
 
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> pb.DeleteSessionResponse:
         await self._store.delete(request.session_id)
@@ -158,94 +186,25 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         if conversation is None:
             await self._store.expires_in_s(request.session_id)
             raise NotStreaming(f"no stream of session {request.session_id!r} is open at this gateway")
-        return pb.InterruptResponse(next_frame=conversation.interrupt())
+        return conversation.interrupt()
 
     async def StreamAvatar(  # type: ignore[override]  # writes through its context, from more than one task
         self, requests: AsyncIterator[pb.StreamAvatarRequest], context: Context
     ) -> None:
-        opened: pb.OpenAvatar = await opening(requests)
-        sound = _sound(opened)
-        session = await self._store.session(opened.session_id)
-        sound.traceparent = telemetry.session_span(session.id)
-        async with self._claimed(session.id) as owner:
-            if session.HasField("audio_right_frames"):
-                sound.right_frames = session.audio_right_frames
-            position = await self._store.position(session.id)
-            if position.is_closed:
-                raise SessionClosed(f"the stream of session {session.id!r} has ended; create another session")
-            async with self._workers.open(sound, first_block=0) as streams:
-                conversation = Conversation(streams, sound, session, position, self._settings, context.write)
-                self._conversations[session.id] = conversation
-                try:
-                    await self._converse(session.id, owner, conversation, requests, context)
-                finally:
-                    del self._conversations[session.id]
-
-    async def _converse(
-        self,
-        session_id: str,
-        owner: str,
-        conversation: Conversation,
-        requests: AsyncIterator[pb.StreamAvatarRequest],
-        context: Context,
-    ) -> None:
-        session = await self._session(session_id)
-        await context.write(pb.StreamAvatarResponse(opened=pb.AvatarOpened(session=session)))
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                keeping = tasks.create_task(self._keep(session_id, owner, conversation))
-                await conversation.run(requests)
-                keeping.cancel()
-        finally:
-            # However it ended, its history is gone: it cannot be streamed again.
-            conversation.position.is_closed = True
-            with suppress(StoreUnavailable, SessionNotFound):
-                await self._store.renew(session_id, conversation.position)
-        closed = pb.AvatarClosed(
-            num_frames=conversation.num_frames, num_blocks=conversation.num_blocks, stages=conversation.usage()
-        )
-        await context.write(pb.StreamAvatarResponse(closed=closed))
-
-    async def _keep(self, session_id: str, owner: str, conversation: Conversation) -> None:
-        """Renew the session with every block, and the claim on it. SessionNotFound ends the stream if it is gone."""
-        while True:
-            # Not asyncio.wait_for: before Python 3.12 it swallows a cancellation that comes with the event.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(CLAIM_TTL_S / 3):
-                    await conversation.advanced.wait()
+        async def write(response: pb.StreamAvatarResponse) -> None:
             try:
-                await self._store.claim(session_id, owner)
-                if conversation.advanced.is_set():
-                    conversation.advanced.clear()
-                    await self._store.renew(session_id, conversation.position)
-                else:
-                    await self._store.expires_in_s(session_id)
-            except StoreUnavailable:
-                # The workers have what they need; a stream that runs outlives its store.
-                logger.warning("session not renewed", extra={"session": telemetry.tag(session_id)})
-                await asyncio.sleep(1)
+                await context.write(response)
+            except grpc.aio.BaseError as error:
+                raise ConnectionLost("the client is gone") from error
 
-    @asynccontextmanager
-    async def _claimed(self, session_id: str) -> AsyncGenerator[str, None]:
-        """Be the session's only stream; gives the name it is claimed under. SessionBusy if there is another stream."""
-        owner = secrets.token_hex(8)
-        await self._store.claim(session_id, owner)
-        telemetry.SESSIONS_ACTIVE.add(1, {"service": "gateway"})
-        started, reason = time.monotonic(), "CLOSED"
-        try:
-            yield owner
-        except BaseException as error:
-            reason = reason_of(error)
-            raise
-        finally:
-            telemetry.SESSIONS_ACTIVE.add(-1, {"service": "gateway"})
-            telemetry.SESSIONS_CLOSED.add(1, {"reason": reason})
-            duration_s = round(time.monotonic() - started, 3)
-            logger.info(
-                "stream ended", extra={"session": telemetry.tag(session_id), "reason": reason, "duration_s": duration_s}
-            )
-            with suppress(StoreUnavailable):
-                await self._store.release(session_id, owner)
+        opened: pb.OpenAvatar = await opening(requests)
+        is_resumed = opened.HasField("resume")
+        held = await (self._conversations.resume(opened) if is_resumed else self._conversations.begin(opened))
+        next_frame = opened.resume.next_frame if is_resumed else None
+        await self._conversations.serve(held, self._opened, requests, write, next_frame)
+
+    async def _opened(self, session_id: str) -> pb.AvatarOpened:
+        return pb.AvatarOpened(session=await self._session(session_id))
 
     async def _session(self, session_id: str) -> types.Session:
         kept = await self._store.session(session_id)
@@ -254,7 +213,9 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         if position.is_closed:
             state = types.Session.STATE_CLOSED
         elif await self._store.is_claimed(session_id):
-            state = types.Session.STATE_STREAMING
+            conversation = self._conversations.get(session_id)
+            is_detached = conversation is not None and not conversation.attached.is_set()
+            state = types.Session.STATE_DETACHED if is_detached else types.Session.STATE_STREAMING
         session = types.Session(
             id=kept.id,
             state=state,
@@ -284,20 +245,3 @@ def _ttl_s(field: str, ttl: Duration) -> float:
     if not MIN_TTL_S <= seconds <= MAX_TTL_S or not 0 <= ttl.nanos < 1_000_000_000:
         raise InvalidField.at(field, f"{seconds:g} s, expected {MIN_TTL_S:g} to {MAX_TTL_S:g}")
     return seconds
-
-
-def _sound(opened: pb.OpenAvatar) -> audio_pb2.OpenEncode:
-    """The format of a client's sound. InvalidAudio if there is none such."""
-    given = opened.audio
-    if given.encoding not in ENCODINGS:
-        raise InvalidAudio.at("open.audio.encoding", "expected PCM16 or FLOAT32")
-    if not MIN_RATE_HZ <= given.rate_hz <= MAX_RATE_HZ:
-        raise InvalidAudio.at("open.audio.rate_hz", f"{given.rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
-    if given.num_channels not in (1, 2):
-        raise InvalidAudio.at("open.audio.num_channels", f"{given.num_channels}, expected 1 or 2")
-    return audio_pb2.OpenEncode(
-        session_id=opened.session_id,
-        encoding=ENCODINGS[given.encoding],
-        rate_hz=given.rate_hz,
-        num_channels=given.num_channels,
-    )

@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 from google.protobuf.message import Message
 
-from avatar.errors import ConfigMismatch, PromptUnsupported
+from avatar.errors import ConfigMismatch, InvalidField, PromptUnsupported
 from avatar.rpc.client import RemoteStage, channel, remote_audio, remote_denoiser, remote_vae, stage_error
 from avatar.settings import GatewaySettings
 from avatar.worker.v1 import (
@@ -24,10 +24,15 @@ from avatar.worker.v1 import (
     vae_pb2,
     vae_pb2_grpc,
 )
+from services.gateway.choices import FRAME_NS
 
 ENCODE_S = 60.0
 EMBED_S = 60.0
 INFO_S = 5.0
+# What the transport between the stages may take of a reaction.
+REACTION_SLACK_S = 0.03
+# How far an encoder frame hears beyond its end.
+OVERLAP_NS = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -37,17 +42,50 @@ class Description:
     audio: audio_pb2.AudioServiceGetInfoResponse
     denoisers: list[denoiser_pb2.DenoiserServiceGetInfoResponse]
     vae: vae_pb2.VaeServiceGetInfoResponse
-    text: text_pb2.TextServiceGetInfoResponse | None
+    text: text_pb2.TextServiceGetInfoResponse | None = None
+
+    @property
+    def encodings(self) -> list[str]:
+        """Of frames."""
+        return list(self.vae.encodings) or ["rgb24"]
+
+    @property
+    def hold_s(self) -> float:
+        """From the beginning of a block, once it is encoded, to its first frame, less one step."""
+        return len(self.denoisers) * self._step_s + self.vae.step_s
+
+    @property
+    def begun_s(self) -> float:
+        """The promise: from a block's sound, all of it, to its first frame; it may wait for another's step."""
+        return self.audio.step_s + self._step_s + self.hold_s
+
+    @property
+    def reaction_s(self) -> float:
+        """The promise: from the piece that carries a sound to the frame that shows it."""
+        block_s = self.vae.block_frames / self.vae.frame_rate_hz
+        return block_s + self.audio.lookahead_s + self.begun_s + REACTION_SLACK_S
+
+    @property
+    def _step_s(self) -> float:
+        return max(each.step_s for each in self.denoisers)
 
 
 @dataclass(frozen=True)
 class Streams:
-    """One session's opened streams at every stage."""
+    """One session's opened streams at every stage.
+
+    behind_ns: sound behind a block that the audio stage hears for it, in nanoseconds.
+    begun_s: how long a block takes from its sound to its first frame, as the workers have measured it.
+    init_segment: what comes before all frames.
+    """
 
     audio: RemoteStage[audio_pb2.AudioPiece, types_pb2.Block]
     denoisers: list[RemoteStage[types_pb2.Block, types_pb2.Block]]
     vae: RemoteStage[types_pb2.Block, types_pb2.Frame]
     sink_update_block: int | None = None
+    behind_ns: int = 0
+    begun_s: float = 0.0
+    init_segment: bytes = b""
 
     @property
     def all(self) -> list[RemoteStage[Any, Any]]:
@@ -78,13 +116,17 @@ class Workers:
 
     async def describe(self) -> Description:
         """Ask every worker what it serves. StageLost if one does not answer."""
-        audio, vae, text, *denoisers = await asyncio.gather(
+        stages, text = await asyncio.gather(self.describe_stages(), self._describe_text())
+        return replace(stages, text=text)
+
+    async def describe_stages(self) -> Description:
+        """The same of the workers that every stream needs."""
+        audio, vae, *denoisers = await asyncio.gather(
             self._describe_audio(),
             _ask("vae", vae_pb2_grpc.VaeServiceStub(self._vae).GetInfo, vae_pb2.VaeServiceGetInfoRequest()),
-            self._describe_text(),
             *(self._describe_denoiser(level) for level in range(len(self._denoisers))),
         )
-        return Description(audio, denoisers, vae, text)
+        return Description(audio, denoisers, vae)
 
     async def max_right_frames(self) -> int:
         """Most encoder frames behind a block that a session may choose."""
@@ -142,28 +184,34 @@ class Workers:
         return response.reference
 
     @asynccontextmanager
-    async def open(self, sound: audio_pb2.OpenEncode, first_block: int) -> AsyncGenerator[Streams, None]:
+    async def open(self, sound: audio_pb2.OpenEncode, video: vae_pb2.OpenDecode) -> AsyncGenerator[Streams, None]:
         """Open a session's stream at every stage at once, for as long as the body runs.
 
-        Raises what a worker that refuses says; ConfigMismatch if the workers do not fit together.
+        Raises what a worker that refuses says; InvalidField if the encoding of frames is none of the decoder's;
+        ConfigMismatch if the workers do not fit together.
         """
+        told = await self.describe_stages()
+        if video.encoding and video.encoding not in told.encodings:
+            allowed = ", ".join(told.encodings)
+            raise InvalidField.at("open.output.encoding", f"{video.encoding} cannot be had here, only {allowed}")
         streams = Streams(
             remote_audio(self._audio),
             [remote_denoiser(each, level) for level, each in enumerate(self._denoisers)],
             remote_vae(self._vae),
+            behind_ns=_behind_ns(sound, told.audio),
+            begun_s=told.begun_s,
         )
-        name = sound.session_id
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(streams.audio.open(sound))
-                tasks.create_task(streams.vae.open(vae_pb2.OpenDecode(session_id=name, first_block=first_block)))
+                decoder = tasks.create_task(streams.vae.open(video))
                 opened = [
-                    tasks.create_task(
-                        stage.open(denoiser_pb2.OpenDenoise(session_id=name, level=level, first_block=first_block))
-                    )
+                    tasks.create_task(stage.open(denoiser_pb2.OpenDenoise(session_id=sound.session_id, level=level)))
                     for level, stage in enumerate(streams.denoisers)
                 ]
-            yield replace(streams, sink_update_block=_sink_update([each.result() for each in opened]))
+            sink_update_block = _sink_update([each.result() for each in opened])
+            init_segment = decoder.result().init_segment
+            yield replace(streams, sink_update_block=sink_update_block, init_segment=init_segment)
         finally:
             for stage in streams.all:
                 stage.cancel()
@@ -184,3 +232,10 @@ def _sink_update(opened: list[denoiser_pb2.DenoiseOpened]) -> int | None:
     if digests := {each.digest for each in opened} - {first.digest}:
         raise ConfigMismatch(f"denoisers serve different checkpoints: {first.digest}, {', '.join(sorted(digests))}")
     return first.sink_update_block if first.HasField("sink_update_block") else None
+
+
+def _behind_ns(sound: audio_pb2.OpenEncode, audio: audio_pb2.AudioServiceGetInfoResponse) -> int:
+    """Nanoseconds of sound behind a block that are heard for it."""
+    if sound.HasField("right_frames"):
+        return OVERLAP_NS + sound.right_frames * FRAME_NS
+    return round(audio.lookahead_s * 1e9)

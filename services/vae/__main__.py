@@ -22,7 +22,9 @@ def build(settings: VaeSettings, store: SessionStore, executor: ThreadPoolExecut
     part = open_part(settings.checkpoint, "vae")
     device, dtype = device_and_dtype(settings)
     vae = load(part, device=device, dtype=dtype)
-    return VaeServicer(vae, part.digest(), store, executor, settings.capacity)
+    servicer = VaeServicer(vae, part.digest(), store, executor, settings.capacity)
+    executor.submit(servicer.warm).result()
+    return servicer
 
 
 async def main() -> None:

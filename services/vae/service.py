@@ -11,7 +11,7 @@ import grpc.aio
 
 from avatar import telemetry
 from avatar.errors import NoCapacity
-from avatar.pipeline import Usage, ahead, local
+from avatar.pipeline import Pace, Usage, ahead, local
 from avatar.rpc.codec import block_from_pb, session_from_pb, tensor_to_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.session import SessionStore
@@ -42,9 +42,15 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self._encoding = asyncio.Semaphore(MAX_ENCODING)
         # Frames are encoded beside the device, which decodes the next block meanwhile.
         self._encoder = ThreadPoolExecutor(1, "encode")
+        self._pace = Pace()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         vae_pb2_grpc.add_VaeServiceServicer_to_server(self, server)
+
+    def warm(self) -> None:
+        """Decode nothing, to know how long a block takes; not where sizes are free."""
+        if size := self._vae.config.picture.fixed_size:
+            self._pace.measure(lambda: self._vae.warm(*size))
 
     async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:
         rule = self._vae.config.picture
@@ -60,6 +66,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             capacity=self._capacity.limit,
             active=self._capacity.active,
             encodings=list(encodings.ENCODINGS),
+            step_s=self._pace.step_s,
         )
 
     async def EncodeReference(self, request: pb.EncodeReferenceRequest, context: Context) -> pb.EncodeReferenceResponse:
@@ -117,7 +124,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
 
             decoded, encoded, num_blocks = Usage(), Usage(), 0
             stage = local(self._vae, session_from_pb(session), self._executor, decoded)
-            async with aclosing(ahead(_traced(stage(_blocks(opened, requests)), decoded))) as chunks:
+            async with aclosing(ahead(self._traced(stage(_blocks(opened, requests)), decoded))) as chunks:
                 async for chunk in chunks:
                     frames = await loop.run_in_executor(self._encoder, encoded.timed, encode, chunk, None)
                     _trace("encode", chunk, encoded)
@@ -127,16 +134,16 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             busy_s = decoded.busy_s + encoded.busy_s
             yield pb.DecodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=busy_s))
 
+    async def _traced(self, chunks: AsyncGenerator[FrameChunk, None], usage: Usage) -> AsyncGenerator[FrameChunk, None]:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                _trace("vae", chunk, usage)
+                self._pace.note(usage)
+                yield chunk
+
 
 def _trace(stage: str, chunk: FrameChunk, usage: Usage) -> None:
     telemetry.block_span(stage, chunk.index, usage.start_ns, usage.end_ns, parent=chunk.traceparent)
-
-
-async def _traced(chunks: AsyncGenerator[FrameChunk, None], usage: Usage) -> AsyncGenerator[FrameChunk, None]:
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            _trace("vae", chunk, usage)
-            yield chunk
 
 
 def _frames(chunk: FrameChunk, encoded: list[Encoded]) -> list[Frame]:

@@ -1,4 +1,5 @@
 import gc
+import math
 import weakref
 from itertools import chain
 from pathlib import Path
@@ -198,3 +199,44 @@ def test_a_config_that_makes_no_encoder_is_refused(config: dict[str, object], me
     save(tmp_path, config, torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match=message):
         load(Part.read(tmp_path))
+
+
+@pytest.mark.parametrize("rate_hz", [16000, 44100, 11025])
+def test_blocks_that_are_given_with_the_sound_behind_them_are_those_of_the_stream(
+    model: AudioModel, session: Session, rate_hz: int
+) -> None:
+    """What a live session hears is what an offline one hears; a resampler begun anew differs by its settling."""
+    block = rate_hz * 12 // 25
+    samples = torch.randn(1, 5 * block, generator=torch.Generator().manual_seed(0)) * 0.1
+    streamed = model.step(AudioPiece(samples, rate_hz), model.open(session))
+    state = model.open(session)
+    behind = math.ceil(model.lookahead_s * rate_hz) + rate_hz // 25
+    given = []
+    for index in range(4):
+        start, end = index * block, (index + 1) * block
+        piece = AudioPiece(samples[:, start:end], rate_hz, completes=index, behind=samples[:, end : end + behind])
+        given += model.step(piece, state)
+    assert [each.index for each in given] == [0, 1, 2, 3]
+    for one, other in zip(given, streamed, strict=False):
+        if rate_hz == 16000:
+            assert torch.equal(one.features, other.features)
+        else:
+            torch.testing.assert_close(one.features, other.features, atol=2e-3, rtol=2e-3)
+
+
+def test_a_block_that_is_wanted_at_once_hears_silence_behind_it_and_the_next_begins_at_its_end(
+    model: AudioModel, session: Session
+) -> None:
+    samples = torch.randn(1, 2 * BLOCK_SAMPLES, generator=torch.Generator().manual_seed(0)) * 0.1
+    state = model.open(session)
+    first = model.step(AudioPiece(samples[:, :BLOCK_SAMPLES], 16000, completes=0), state)
+    second = model.step(AudioPiece(samples[:, BLOCK_SAMPLES:], 16000, is_last=True), state)
+    alone = model.step(AudioPiece(samples[:, :BLOCK_SAMPLES], 16000, is_last=True), model.open(session))
+    assert torch.equal(first[0].features, alone[0].features)
+    assert [block.index for block in second] == [1]
+
+
+def test_a_block_cannot_be_completed_by_too_little_sound_or_too_much(model: AudioModel, session: Session) -> None:
+    for num_samples in (100, 3 * BLOCK_SAMPLES):
+        with pytest.raises(ValueError, match="block 0 cannot be completed"):
+            model.step(AudioPiece(torch.zeros(1, num_samples), 16000, completes=0), model.open(session))

@@ -13,7 +13,7 @@ from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 from tests.conftest import sound
 from tests.contract.refusals import refused
-from tests.product import CLOSE, PCM16, answer, new_session, opened, rest, speak, spoken, stream
+from tests.product import CLOSE, PCM16, answer, frame, new_session, opened, rest, speak, spoken, stream
 
 FLOAT32 = types.AudioFormat(encoding=types.SAMPLE_ENCODING_FLOAT32, rate_hz=16000, num_channels=1)
 
@@ -27,9 +27,9 @@ async def serves(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
 async def test_frames_are_numbered_from_3_without_a_gap(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     streamed = await speak(stub, session.id, sound(1.5))
-    assert [frame.index for frame in streamed.frames] == list(range(3, 48))
-    assert [frame.pts_us for frame in streamed.frames] == [index * 40_000 for index in range(3, 48)]
-    assert {len(frame.data) for frame in streamed.frames} == {3 * session.video.width * session.video.height}
+    assert [each.index for each in streamed.frames] == list(range(3, 48))
+    assert [each.pts_us for each in streamed.frames] == [index * 40_000 for index in range(3, 48)]
+    assert {len(each.data) for each in streamed.frames} == {3 * session.video.width * session.video.height}
 
 
 async def test_close_is_answered_with_what_was_done(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
@@ -60,7 +60,7 @@ async def test_frames_come_before_the_sound_ends(stub: pb_grpc.AvatarServiceAsyn
     assert (await answer(call)).opened.session.state == types.Session.STATE_STREAMING
     for request in spoken(sound(2)):
         await call.write(request)
-    assert (await answer(call)).frame.index == 3
+    assert (await frame(call)).index == 3
     call.cancel()
 
 
@@ -118,7 +118,7 @@ async def test_a_session_has_one_stream(stub: pb_grpc.AvatarServiceAsyncStub, po
     for request in [*spoken(sound(0.48)), CLOSE]:
         await call.write(request)
     parts = [response.WhichOneof("part") for response in await rest(call)]
-    assert parts == ["frame"] * 9 + ["closed"]
+    assert parts == ["event"] + ["frame"] * 9 + ["event", "closed"]
 
 
 async def test_a_closed_session_cannot_stream_again(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
@@ -133,8 +133,8 @@ async def test_an_end_without_close_is_a_lost_connection(stub: pb_grpc.AvatarSer
     async with refused(StatusCode.CANCELLED, "CONNECTION_LOST"):
         await stream(stub, [opened(session.id), *spoken(sound(1))])
     kept = (await stub.GetSession(pb.GetSessionRequest(session_id=session.id), timeout=10)).session
-    assert kept.state == types.Session.STATE_CLOSED
-    async with refused(StatusCode.FAILED_PRECONDITION, "SESSION_CLOSED"):
+    assert kept.state == types.Session.STATE_DETACHED
+    async with refused(StatusCode.FAILED_PRECONDITION, "SESSION_BUSY"):
         await stream(stub, [opened(session.id)])
     await serves(stub, portrait)
 
@@ -217,7 +217,7 @@ async def test_an_interrupt_drops_what_was_said_and_keeps_numbers_whole(
     requests = [opened(session.id), *spoken(sound(0.96)), interrupt, *spoken(sound(0.96)), CLOSE]
     streamed = await stream(stub, requests)
     assert len(streamed.interrupted) == 1
-    assert [frame.index for frame in streamed.frames] == list(range(3, 3 + len(streamed.frames)))
+    assert [each.index for each in streamed.frames] == list(range(3, 3 + len(streamed.frames)))
     # What was said after it is shown in full, two blocks; of what was said before at most what had been sent.
     before = streamed.interrupted[0].next_frame - 3
     assert len(streamed.frames) - before in (21, 24)
@@ -232,7 +232,7 @@ async def test_an_interrupt_from_elsewhere_says_what_was_shown(
     await call.read()
     for request in spoken(sound(1.92)):
         await call.write(request)
-    assert (await answer(call)).frame.index == 3
+    assert (await frame(call)).index == 3
     interrupted = await stub.Interrupt(pb.InterruptRequest(session_id=session.id), timeout=10)
     await call.write(CLOSE)
     indexes = [response.frame.index for response in await rest(call) if response.WhichOneof("part") == "frame"]

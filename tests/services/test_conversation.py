@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any, cast
 
-import pytest
-
-from avatar.errors import ConnectionLost
 from avatar.pipeline import beside
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as api
-from avatar.worker.v1 import audio_pb2, types_pb2
+from avatar.worker.v1 import types_pb2
+from services.gateway.choices import Choices
 from services.gateway.conversation import Conversation
 from services.gateway.workers import Streams
-from tests.product import CLOSE, spoken
+from tests.product import CLOSE, END_TURN, spoken
 
 BLOCK_BYTES = 2 * 7680
-SOUND = audio_pb2.OpenEncode(encoding="pcm16", rate_hz=16000, num_channels=1)
+OFFLINE = Choices(encoding="pcm16", rate_hz=16000, num_channels=1, video="rgb24")
+LIVE = replace(OFFLINE, is_live=True, returns_audio=True)
 SESSION = types_pb2.Session(frame_rate_hz=25, block_frames=12)
 
 
@@ -66,7 +66,7 @@ class Decoder(Held):
 
 
 class Ear(Held):
-    """A stage that answers every 0.48 s of sound with a block; it needs no letting."""
+    """A stage that answers every 0.48 s of sound with a block, and what is wanted at once; it needs no letting."""
 
     async def __call__(self, items: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
         num_bytes = num_blocks = 0
@@ -74,6 +74,8 @@ class Ear(Held):
         async with aclosing(super().__call__(items)) as pieces:
             async for piece in pieces:
                 num_bytes += len(piece.data)
+                if piece.HasField("completes"):
+                    assert num_bytes == (piece.completes + 1) * BLOCK_BYTES
                 while num_bytes >= (num_blocks + 1) * BLOCK_BYTES:
                     yield types_pb2.Block(index=num_blocks, features=types_pb2.Tensor(dtype="float32"))
                     num_blocks += 1
@@ -85,18 +87,27 @@ class Ear(Held):
 class Pipeline:
     """A conversation over stand-ins: an ear, two denoisers, a decoder."""
 
-    def __init__(self, sink_update_block: int | None = None) -> None:
+    def __init__(self, sink_update_block: int | None = None, choices: Choices = OFFLINE, **settings: Any) -> None:
         self.ear, self.denoisers, self.decoder = Ear("audio"), [Held("denoiser-0"), Held("denoiser-1")], Decoder("vae")
         self.sent: list[api.StreamAvatarResponse] = []
-        self.requests: asyncio.Queue[api.StreamAvatarRequest | None] = asyncio.Queue()
+        self.requests: asyncio.Queue[api.StreamAvatarRequest] = asyncio.Queue()
         streams = Streams(cast(Any, self.ear), cast(Any, self.denoisers), cast(Any, self.decoder), sink_update_block)
         position = types_pb2.Position(next_frame=3)
-        settings = GatewaySettings(audio_ahead_s=2.0)
-        self.conversation = Conversation(streams, SOUND, SESSION, position, settings, self._write)
+        given = GatewaySettings(audio_ahead_s=2.0, **settings)
+        self.conversation = Conversation(streams, choices, SESSION, position, given)
 
     @property
     def admitted(self) -> list[types_pb2.Block]:
         return self.denoisers[0].seen
+
+    @property
+    def frames(self) -> list[int]:
+        return [response.frame.index for response in self.sent if response.HasField("frame")]
+
+    def let(self) -> None:
+        """Let all stages answer whatever comes."""
+        for stage in (*self.denoisers, self.decoder):
+            stage.let()
 
     def say(self, num_blocks: float) -> None:
         for request in spoken(bytes(int(num_blocks * BLOCK_BYTES) // 2 * 2)):
@@ -104,15 +115,18 @@ class Pipeline:
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[asyncio.Task[None], None]:
-        task = asyncio.ensure_future(self.conversation.run(self._requests()))
-        await settled()
-        yield task
+        """The pipeline's task, with a client that is connected."""
+        task = asyncio.ensure_future(self.conversation.run())
+        async with beside(self._hear()), beside(self.conversation.outbox.drain(self._write, 10.0)):
+            self.conversation.attach()
+            await settled()
+            yield task
         task.cancel()
         await asyncio.wait({task})
 
-    async def _requests(self) -> AsyncIterator[api.StreamAvatarRequest]:
-        while request := await self.requests.get():
-            yield request
+    async def _hear(self) -> None:
+        while not await self.conversation.hear(await self.requests.get()):
+            pass
 
     async def _write(self, response: api.StreamAvatarResponse) -> None:
         self.sent.append(response)
@@ -171,8 +185,7 @@ async def test_without_a_sink_update_no_block_waits() -> None:
 
 async def test_every_level_is_given_the_features_again() -> None:
     pipeline = Pipeline()
-    for stage in (*pipeline.denoisers, pipeline.decoder):
-        stage.let()
+    pipeline.let()
     pipeline.say(1)
     async with pipeline.running():
         assert [denoiser.seen[0].HasField("features") for denoiser in pipeline.denoisers] == [True, True]
@@ -185,33 +198,45 @@ async def test_an_interrupt_drops_what_is_not_admitted_and_starts_the_next_sound
     async with pipeline.running():
         pipeline.conversation.interrupt()
         pipeline.say(1)
-        for stage in (*pipeline.denoisers, pipeline.decoder):
-            stage.let()
+        pipeline.let()
         await settled()
         # Block 0 was admitted and runs through unseen; half of block 1 was said before, filled up and dropped.
         assert [block.index for block in pipeline.admitted] == [0, 1]
         assert sum(len(piece.data) for piece in pipeline.ear.seen) == 3 * BLOCK_BYTES
-        assert [response.frame.index for response in pipeline.sent] == [3]
+        assert pipeline.frames == [3]
 
 
-async def test_a_client_that_is_gone_ends_the_conversation() -> None:
+async def test_nothing_is_admitted_while_nobody_is_connected() -> None:
     pipeline = Pipeline()
-    for stage in (*pipeline.denoisers, pipeline.decoder):
-        stage.let()
-    pipeline.say(1)
-    pipeline.requests.put_nowait(None)
-    async with pipeline.running() as task:
-        with pytest.raises(ConnectionLost):
-            await task
+    pipeline.let()
+    async with pipeline.running():
+        pipeline.conversation.attached.clear()
+        pipeline.say(2)
+        await settled()
+        assert not pipeline.admitted
+        pipeline.conversation.attach()
+        await settled()
+        assert [block.index for block in pipeline.admitted] == [0, 1]
+
+
+async def test_the_end_of_a_turn_draws_its_last_block_at_once_and_the_next_turn_begins_with_a_block() -> None:
+    pipeline = Pipeline()
+    pipeline.let()
+    pipeline.say(0.5)
+    pipeline.requests.put_nowait(END_TURN)
+    async with pipeline.running():
+        assert [block.index for block in pipeline.admitted] == [0]
+        pipeline.say(1)
+        await settled()
+        assert [block.index for block in pipeline.admitted] == [0, 1]
 
 
 async def test_close_runs_to_the_end() -> None:
     pipeline = Pipeline()
-    for stage in (*pipeline.denoisers, pipeline.decoder):
-        stage.let()
+    pipeline.let()
     pipeline.say(3)
     pipeline.requests.put_nowait(CLOSE)
     async with pipeline.running() as task:
         await task
-    assert [response.frame.index for response in pipeline.sent] == [3, 4, 5]
+    assert pipeline.frames == [3, 4, 5]
     assert pipeline.conversation.position.next_block == 3

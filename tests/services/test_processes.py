@@ -36,7 +36,7 @@ from docs.tables import instruments
 from services.launch import ROOT, Suite, launched
 from tests.conftest import sound
 from tests.contract.refusals import refused
-from tests.product import answer, connected, new_session, opened, rest, speak, spoken
+from tests.product import answer, connected, frame, new_session, opened, rest, speak, spoken
 from tests.services.test_suite import SECONDS, rendered
 from tests.test_operations import rows
 
@@ -84,6 +84,7 @@ async def suite(
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector[1]}")
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         patch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "500")
+        patch.setenv("AVATAR_RESUME_S", "0.2")
         async with launched(text_checkpoint, tmp_path_factory.mktemp("logs")) as suite:
             yield suite
 
@@ -120,7 +121,7 @@ async def test_processes_give_the_same_frames_and_are_idle_when_a_client_vanishe
         for request in spoken(sound(SECONDS)):
             await call.write(request)
         await answer(call)
-        assert (await answer(call)).frame.index == 3
+        assert (await frame(call)).index == 3
         assert set((await active_streams(suite)).values()) == {1}
         call.cancel()
         vanished = time.monotonic()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 
 from avatar.layouts import open_part
@@ -12,11 +13,13 @@ from avatar.rpc.codec import tensor_from_pb
 from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
 from avatar.text.model import load
+from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
+from avatar.v1 import types_pb2 as types
 from services.__main__ import suite
 from tests.conftest import sound
 from tests.contract.refusals import refused
-from tests.product import connected, new_session, speak
+from tests.product import CLOSE, answer, connected, frame, new_session, opened, rest, speak, spoken
 from tests.services.test_suite import rendered
 from tests.text import tiny
 
@@ -59,6 +62,56 @@ async def test_a_text_encoder_that_the_network_cannot_read_is_refused(
             await new_session(stub, picture, prompt=PROMPT)
         assert "the text worker made 5 rows of width 16, denoisers read 1 of width 8" in refusal.message
         await new_session(stub, picture)
+
+
+async def test_a_prompt_that_changes_before_the_stream_is_as_if_it_had_been_first(
+    stub: "pb_grpc.AvatarServiceAsyncStub", picture: bytes
+) -> None:
+    one = await new_session(stub, picture, seed=7, prompt=PROMPT)
+    other = await new_session(stub, picture, seed=7, prompt="a person who weeps")
+    changed = await change(stub, other.id, PROMPT)
+    assert (changed.first_block, changed.session.prompt) == (0, PROMPT)
+    assert (await speak(stub, one.id, sound(1.92))).pixels == (await speak(stub, other.id, sound(1.92))).pixels
+
+
+async def test_a_prompt_changes_in_mid_stream_at_the_block_that_is_named_and_keeps_the_new_sink(
+    stub: "pb_grpc.AvatarServiceAsyncStub", store: SessionStore, picture: bytes
+) -> None:
+    plain = await new_session(stub, picture, seed=7)
+    session = await new_session(stub, picture, seed=7)
+    call = stub.StreamAvatar(timeout=60)
+    await call.write(opened(session.id))
+    await answer(call)
+    for request in spoken(sound(1.92)):
+        await call.write(request)
+    await frame(call)
+    changed = await change(stub, session.id, PROMPT)
+    for request in [*spoken(sound(1.92)), CLOSE]:
+        await call.write(request)
+    pixels = [response.frame.data for response in await rest(call) if response.HasField("frame")]
+    as_before = (await speak(stub, plain.id, sound(1.92) * 2)).pixels[1:]
+    same = 12 * changed.first_block - 4
+    assert changed.first_block >= 2, "the sink is updated at block 2, and the prompt is added to it"
+    assert pixels[:same] == as_before[:same]
+    assert pixels[same] != as_before[same]
+    sink, prompted = [await store.conditions(session.id, version) for version in (1, 2)]
+    assert sink.sink == prompted.sink
+    assert sink.text != prompted.text
+
+
+async def test_a_prompt_cannot_be_changed_once_the_stream_has_ended(
+    stub: "pb_grpc.AvatarServiceAsyncStub", picture: bytes
+) -> None:
+    session = await new_session(stub, picture)
+    await speak(stub, session.id, sound(0.48))
+    async with refused(StatusCode.FAILED_PRECONDITION, "SESSION_CLOSED"):
+        await change(stub, session.id, PROMPT)
+
+
+async def change(stub: "pb_grpc.AvatarServiceAsyncStub", session_id: str, prompt: str) -> pb.UpdateSessionResponse:
+    session = types.Session(id=session_id, prompt=prompt)
+    request = pb.UpdateSessionRequest(session=session, update_mask=FieldMask(paths=["prompt"]))
+    return await stub.UpdateSession(request, timeout=30)
 
 
 async def test_a_published_checkpoint_takes_prompts(published: Path, store: SessionStore, picture: bytes) -> None:

@@ -1,0 +1,332 @@
+"""The conversations of this gateway: each lives in a task of its own, and outlives its connection for a while.
+
+    begin -> serve -> (the connection breaks) -> resume -> serve -> ... -> all is sent
+
+A connection reads what its client sends and sends what is put into the outbox. When it breaks, the pipeline stays as it
+is and admits nothing, until another connection takes its place or the grace period ends.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from types import TracebackType
+
+from avatar import telemetry
+from avatar.errors import (
+    ConnectionLost,
+    InvalidField,
+    SessionBusy,
+    SessionClosed,
+    SessionNotFound,
+    StoreUnavailable,
+)
+from avatar.rpc.server import reason_of
+from avatar.session import CLAIM_TTL_S, SessionStore
+from avatar.settings import GatewaySettings
+from avatar.v1 import avatar_service_pb2 as pb
+from avatar.worker.v1 import audio_pb2, types_pb2, vae_pb2
+from services.gateway.choices import Choices, choices_of
+from services.gateway.conversation import Conversation
+from services.gateway.outbox import Item, Write
+from services.gateway.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+
+class Held:
+    """One conversation that is open, with or without a connection.
+
+    opened: what opened it. init_segment: what comes before all frames.
+    over: done when it has ended, with what ended it.
+    """
+
+    def __init__(self, opened: pb.OpenAvatar, conversation: Conversation, init_segment: bytes) -> None:
+        self.opened = opened
+        self.conversation = conversation
+        self.init_segment = init_segment
+        loop = asyncio.get_running_loop()
+        self.over: asyncio.Future[None] = loop.create_future()
+        # Looked at only where there is a connection; do not warn that nobody did.
+        self.over.add_done_callback(lambda over: over.exception())
+        self.is_drained = asyncio.Event()
+        self.serving = asyncio.Lock()
+        self._failure: asyncio.Future[None] = loop.create_future()
+        self._lost = asyncio.Event()
+        self._taken_over: asyncio.Future[None] | None = None
+
+    def take_over(self) -> None:
+        """End the connection that there may be."""
+        if self._taken_over and not self._taken_over.done():
+            self._taken_over.set_result(None)
+
+    def attach(self) -> asyncio.Future[None]:
+        """A connection is there; done when another takes its place."""
+        self._lost.clear()
+        self._taken_over = asyncio.get_running_loop().create_future()
+        self.conversation.attach()
+        return self._taken_over
+
+    def detach(self) -> None:
+        """The connection is lost."""
+        self.conversation.attached.clear()
+        self._lost.set()
+
+    def fail(self, error: BaseException) -> None:
+        """End the conversation."""
+        if not (self.over.done() or self._failure.done()):
+            self._failure.set_exception(error)
+
+    async def failure(self) -> None:
+        """Raise what the conversation is to end with."""
+        await self._failure
+
+    async def abandoned(self, resume_s: float) -> None:
+        """Raise ConnectionLost once there was no connection for so long."""
+        while True:
+            await self._lost.wait()
+            try:
+                async with asyncio.timeout(resume_s):
+                    await self.conversation.attached.wait()
+            except TimeoutError as error:
+                raise ConnectionLost(f"the connection broke, and nobody resumed in {resume_s:g} s") from error
+
+
+class Conversations:
+    """All conversations that are open at this gateway."""
+
+    def __init__(self, settings: GatewaySettings, store: SessionStore, workers: Workers) -> None:
+        self._settings = settings
+        self._store = store
+        self._workers = workers
+        self._tasks = asyncio.TaskGroup()
+        self._running: set[asyncio.Task[None]] = set()
+        self._held: dict[str, Held] = {}
+
+    async def __aenter__(self) -> "Conversations":
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._running:
+            task.cancel()
+        await self._tasks.__aexit__(None, None, None)
+
+    def get(self, session_id: str) -> Conversation | None:
+        """The session's conversation, if one is open here."""
+        held = self._held.get(session_id)
+        return held.conversation if held else None
+
+    def go_away(self) -> None:
+        """Tell every client that the gateway stops."""
+        within_s = self._settings.drain_s
+        for held in self._held.values():
+            held.conversation.tell(pb.Notice.KIND_GOING_AWAY, "the gateway stops", within_s)
+
+    async def begin(self, opened: pb.OpenAvatar) -> Held:
+        """Begin a session's conversation. Raises what stands in the way."""
+        choices = choices_of(opened)
+        session = await self._store.session(opened.session_id)
+        begun: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
+        task = self._tasks.create_task(self._hold(opened, choices, session, begun))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            return await begun
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait({task})
+            raise
+
+    async def resume(self, opened: pb.OpenAvatar) -> Held:
+        """The conversation that a client goes on with. Raises what stands in the way."""
+        held = self._held.get(opened.session_id)
+        if held is None:
+            await self._store.session(opened.session_id)
+            if await self._store.is_claimed(opened.session_id):
+                raise SessionBusy(f"session {opened.session_id!r} is open at another gateway; resume it there")
+            raise SessionClosed(f"session {opened.session_id!r} waits for nobody; create another session")
+        for name in ("audio", "mode", "output", "return_audio"):
+            given, first = getattr(opened, name), getattr(held.opened, name)
+            if given and given != first and given != type(given)():
+                raise InvalidField.at(f"open.{name}", "is not as it was opened first; leave it out")
+        held.conversation.outbox.kept_from(opened.resume.next_frame)
+        return held
+
+    async def serve(
+        self,
+        held: Held,
+        describe: Callable[[str], Awaitable[pb.AvatarOpened]],
+        requests: AsyncIterator[pb.StreamAvatarRequest],
+        write: Write,
+        next_frame: int | None,
+    ) -> None:
+        """Be the conversation's connection until all is sent. ConnectionLost if it breaks, or another takes its place.
+
+        describe: what a session of this name is told when it is opened. next_frame: the first frame that is sent, if
+        not the next.
+        """
+        held.take_over()
+        async with held.serving:
+            taken_over = held.attach()
+            try:
+                outbox = held.conversation.outbox
+                if next_frame is not None:
+                    outbox.again_from(next_frame)
+                opened = await describe(held.opened.session_id)
+                opened.init_segment, opened.num_samples = held.init_segment, held.conversation.sound.num_samples
+                await write(pb.StreamAvatarResponse(opened=opened))
+                async with asyncio.TaskGroup() as tasks:
+                    beside = [
+                        tasks.create_task(_read(held, requests)),
+                        tasks.create_task(self._send(held, write)),
+                        tasks.create_task(_until_taken_over(taken_over)),
+                    ]
+                    await asyncio.wait({held.over})
+                    held.over.result()
+                    for task in beside:
+                        task.cancel()
+            except BaseException as error:
+                held.detach()
+                if reason_of(error) != ConnectionLost.reason or not self._settings.resume_s:
+                    held.fail(error if isinstance(error, Exception) else ConnectionLost("the client is gone"))
+                    await asyncio.wait({held.over})
+                raise
+
+    async def _send(self, held: Held, write: Write) -> None:
+        await held.conversation.outbox.drain(write, self._settings.max_unread_s)
+        held.is_drained.set()
+
+    async def _hold(
+        self, opened: pb.OpenAvatar, choices: Choices, session: types_pb2.Session, begun: "asyncio.Future[Held]"
+    ) -> None:
+        """A conversation from its beginning to its end, with what it needs."""
+        held: Held | None = None
+        error: Exception | None = None
+        try:
+            async with self._claimed(session.id) as owner:
+                position = await self._store.position(session.id)
+                if position.is_closed:
+                    raise SessionClosed(f"the stream of session {session.id!r} has ended; create another session")
+                sound, video = _orders(session, choices)
+                async with self._workers.open(sound, video) as streams:
+                    conversation = Conversation(streams, choices, session, position, self._settings)
+                    held = self._held[session.id] = Held(opened, conversation, streams.init_segment)
+                    begun.set_result(held)
+                    try:
+                        await self._run(held, session.id, owner)
+                    finally:
+                        del self._held[session.id]
+                        conversation.versions.end()
+        except Exception as caught:
+            error = caught  # not for this task, but for who is connected
+        except asyncio.CancelledError:
+            error = ConnectionLost("the gateway stops")
+            raise
+        finally:
+            if error and not begun.done():
+                begun.set_exception(error)
+            if held and not held.over.done():
+                held.over.set_exception(error) if error else held.over.set_result(None)
+
+    async def _run(self, held: Held, session_id: str, owner: str) -> None:
+        conversation = held.conversation
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                beside = [
+                    tasks.create_task(self._keep(session_id, owner, conversation)),
+                    tasks.create_task(held.abandoned(self._settings.resume_s)),
+                    tasks.create_task(held.failure()),
+                ]
+                await conversation.run()
+                await self._close(session_id, conversation)
+                closed = pb.AvatarClosed(num_blocks=conversation.num_blocks, stages=conversation.usage())
+                conversation.outbox.put(Item([pb.StreamAvatarResponse(closed=closed)]))
+                conversation.outbox.finish()
+                await held.is_drained.wait()
+                for task in beside:
+                    task.cancel()
+        finally:
+            # However it ended, its history is gone: it cannot be streamed again.
+            await self._close(session_id, conversation)
+
+    async def _close(self, session_id: str, conversation: Conversation) -> None:
+        position = conversation.position
+        if position.is_closed and position.next_frame == conversation.outbox.next_frame:
+            return
+        position.is_closed, position.next_frame = True, conversation.outbox.next_frame
+        with suppress(StoreUnavailable, SessionNotFound):
+            await self._store.renew(session_id, position)
+
+    async def _keep(self, session_id: str, owner: str, conversation: Conversation) -> None:
+        """Renew the session with every block, and the claim on it. SessionNotFound ends the stream if it is gone."""
+        while True:
+            # Not asyncio.wait_for: before Python 3.12 it swallows a cancellation that comes with the event.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CLAIM_TTL_S / 3):
+                    await conversation.advanced.wait()
+            try:
+                await self._store.claim(session_id, owner)
+                if conversation.advanced.is_set():
+                    conversation.advanced.clear()
+                    conversation.position.next_frame = conversation.outbox.next_frame
+                    await self._store.renew(session_id, conversation.position)
+                else:
+                    await self._store.expires_in_s(session_id)
+            except StoreUnavailable:
+                # The workers have what they need; a stream that runs outlives its store.
+                logger.warning("session not renewed", extra={"session": telemetry.tag(session_id)})
+                await asyncio.sleep(1)
+
+    @asynccontextmanager
+    async def _claimed(self, session_id: str) -> AsyncGenerator[str, None]:
+        """Be the session's only stream; gives the name it is claimed under. SessionBusy if there is another stream."""
+        owner = secrets.token_hex(8)
+        await self._store.claim(session_id, owner)
+        telemetry.SESSIONS_ACTIVE.add(1, {"service": "gateway"})
+        started, reason = time.monotonic(), "CLOSED"
+        try:
+            yield owner
+        except BaseException as error:
+            reason = reason_of(error)
+            raise
+        finally:
+            telemetry.SESSIONS_ACTIVE.add(-1, {"service": "gateway"})
+            telemetry.SESSIONS_CLOSED.add(1, {"reason": reason})
+            duration_s = round(time.monotonic() - started, 3)
+            logger.info(
+                "stream ended", extra={"session": telemetry.tag(session_id), "reason": reason, "duration_s": duration_s}
+            )
+            with suppress(StoreUnavailable):
+                await self._store.release(session_id, owner)
+
+
+async def _read(held: Held, requests: AsyncIterator[pb.StreamAvatarRequest]) -> None:
+    """Hear what the client sends, until it closes. ConnectionLost if it stops without."""
+    async for request in requests:
+        if await held.conversation.hear(request):
+            return
+    raise ConnectionLost("the stream ended without close")
+
+
+async def _until_taken_over(taken_over: "asyncio.Future[None]") -> None:
+    await asyncio.wait({taken_over})
+    raise ConnectionLost("another connection resumed this session")
+
+
+def _orders(session: types_pb2.Session, choices: Choices) -> tuple[audio_pb2.OpenEncode, vae_pb2.OpenDecode]:
+    """What the stages of sound and of frames are opened with."""
+    sound = audio_pb2.OpenEncode(
+        session_id=session.id,
+        traceparent=telemetry.session_span(session.id),
+        encoding=choices.encoding,
+        rate_hz=choices.rate_hz,
+        num_channels=choices.num_channels,
+    )
+    if session.HasField("audio_right_frames"):
+        sound.right_frames = session.audio_right_frames
+    return sound, vae_pb2.OpenDecode(session_id=session.id, encoding=choices.video, quality=choices.quality)
