@@ -165,7 +165,7 @@ async def test_a_client_that_reads_late_is_told_and_has_every_frame(
         stub: pb_grpc.AvatarServiceAsyncStub = pb_grpc.AvatarServiceStub(channel)
         call = await begun(stub, (await new_session(stub, portrait)).id, mode=LIVE)
         await asyncio.sleep(4)
-        got = []
+        got: list[pb.StreamAvatarResponse] = []
         while not got or got[-1].event.notice.kind != pb.Notice.KIND_SLOW_READER:
             got.append(await answer(call))
         indexes = [each.frame.index for each in got if each.HasField("frame")]
