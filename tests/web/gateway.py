@@ -33,7 +33,8 @@ class StandIn(pb_grpc.AvatarServiceServicer):
     that are open. failure: what CreateReference ends with.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, live_ahead_s: float) -> None:
+        self._live_ahead_s = live_ahead_s
         self.received = bytearray()
         self.num_interrupts = self.num_turns = self.num_open = 0
         self.pictures: list[bytes] = []
@@ -54,7 +55,7 @@ class StandIn(pb_grpc.AvatarServiceServicer):
             block_frames=BLOCK_FRAMES,
             num_levels=4,
             reaction_s=REACTION_S,
-            max_live_ahead_s=10,
+            max_live_ahead_s=self._live_ahead_s,
             max_unread_s=10,
         )
 
@@ -198,10 +199,10 @@ class Talk:
 
 
 @asynccontextmanager
-async def standing_in() -> AsyncGenerator[tuple[str, StandIn], None]:
+async def standing_in(live_ahead_s: float) -> AsyncGenerator[tuple[str, StandIn], None]:
     """A stand-in that serves while the body runs, and its HOST:PORT."""
     server = grpc.aio.server()
-    stand_in = StandIn()  # type: ignore[abstract]  # what the page does not call is not there
+    stand_in = StandIn(live_ahead_s)  # type: ignore[abstract]  # what the page does not call is not there
     pb_grpc.add_AvatarServiceServicer_to_server(stand_in, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -39,10 +39,10 @@ class Page:
 
 
 @asynccontextmanager
-async def serving(target: str | None = None) -> AsyncGenerator[Page, None]:
-    """A page over a gateway: HOST:PORT, or a stand-in."""
+async def serving(target: str | None = None, live_ahead_s: float = 10.0) -> AsyncGenerator[Page, None]:
+    """A page over a gateway: HOST:PORT, or a stand-in that takes so much sound ahead."""
     async with AsyncExitStack() as stack:
-        standing, gateway = await stack.enter_async_context(standing_in())
+        standing, gateway = await stack.enter_async_context(standing_in(live_ahead_s))
         avatar = await stack.enter_async_context(connect(target or standing))
         synthesiser = Synthesiser(speech_command(), RATE_HZ)
         front = Front(avatar, await avatar.capabilities(), portraits(ASSETS), synthesiser, MAX_PEERS)

@@ -7,7 +7,7 @@ const STATES = {
   off: "Not connected", connecting: "Connecting …", idle: "Listening", speaking: "Speaking", interrupted: "Interrupted",
 };
 const PIECE_BYTES = 16000; // of a data channel's message
-const MAX_BUFFERED_BYTES = 1 << 20;
+const MAX_BUFFERED_BYTES = 48000; // a second of sound; an interrupt has to wait for it
 const FIGURES_MS = 1000;
 const MAX_EVENTS = 50;
 
@@ -63,7 +63,7 @@ async function connect() {
   const peer = new RTCPeerConnection();
   const channel = peer.createDataChannel("avatar");
   channel.binaryType = "arraybuffer";
-  channel.bufferedAmountLowThreshold = MAX_BUFFERED_BYTES / 4;
+  channel.bufferedAmountLowThreshold = MAX_BUFFERED_BYTES / 3;
   const sender = peer.addTransceiver("audio", { direction: "sendrecv" }).sender;
   peer.addTransceiver("video", { direction: "recvonly" });
   const mine = conversation = { peer, channel, sender, microphone: null };
