@@ -32,7 +32,7 @@ def samples(count: int, level: int) -> bytes:
 def played(playout: Playout, start: int, pieces: int) -> list[int]:
     """The samples of so many pieces of 20 ms."""
     data = b"".join(playout.sound(start + i * VOICE_SAMPLES) for i in range(pieces))
-    return np.frombuffer(data, "<i2").tolist()
+    return [int(each) for each in np.frombuffer(data, "<i2")]
 
 
 async def test_frames_wait_for_their_time() -> None:
