@@ -133,12 +133,11 @@ async def test_escape_interrupts_and_the_page_says_so(pytestconfig: pytest.Confi
         await tab.get_by_label("Drop a clip here, or choose one").set_input_files(ASSETS / "speech.wav")
         await state(tab, "Speaking")
         await asyncio.sleep(1)
-        interrupted = time.monotonic()
         await tab.keyboard.press("Escape")
         await state(tab, "Listening")
-        assert time.monotonic() - interrupted < 5  # seven more seconds would have been spoken
         await tab.get_by_text("What happened").click()
-        await expect(tab.get_by_role("listitem").filter(has_text="Interrupted after")).to_be_visible()
+        told = await tab.get_by_role("listitem").filter(has_text="Interrupted after").inner_text()
+        assert 0 < float(told.split()[-2]) < 7  # of the clip's nine seconds
 
 
 async def test_the_microphone_is_spoken_until_it_is_stopped(pytestconfig: pytest.Config) -> None:
@@ -153,15 +152,11 @@ async def test_the_microphone_is_spoken_until_it_is_stopped(pytestconfig: pytest
 
 async def test_keys_alone_are_enough() -> None:
     async with serving() as page, browsing(page) as tab:
-        await tab.keyboard.press("Tab")
-        assert await focused(tab) == "connect"
-        for _ in range(2):  # interrupt cannot be pressed yet; then the volume, then the faces
-            await tab.keyboard.press("Tab")
+        await press_until(tab, "Tab", "document.activeElement.name == 'portrait'")
         await tab.keyboard.press("ArrowRight")
         assert await tab.locator("[name=portrait]").nth(1).is_checked()
         assert await outlined(tab)
-        await tab.keyboard.press("Shift+Tab")
-        await tab.keyboard.press("Shift+Tab")
+        await press_until(tab, "Shift+Tab", "document.activeElement.id == 'connect'")
         await tab.keyboard.press("Enter")
         await state(tab, "Listening")
         assert len(page.gateway.pictures) == 1
@@ -172,8 +167,12 @@ async def test_keys_alone_are_enough() -> None:
         await state(tab, "Speaking")
 
 
-async def focused(tab: Tab) -> str:
-    return str(await tab.evaluate("document.activeElement.id"))
+async def press_until(tab: Tab, key: str, state: str) -> None:
+    for _ in range(12):
+        await tab.keyboard.press(key)
+        if await tab.evaluate(state):
+            return
+    pytest.fail(f"{key} does not lead to where {state}")
 
 
 async def outlined(tab: Tab) -> bool:
@@ -216,7 +215,7 @@ async def test_a_picture_of_the_page_can_be_taken(pytestconfig: pytest.Config) -
     path: Path | None = pytestconfig.getoption("--screenshot")
     if path is None:
         pytest.skip("--screenshot FILE takes one")
-    size = {"width": 1120, "height": 760}
+    size = {"width": 1120, "height": 800}
     async with serving(pytestconfig.getoption("--target")) as page, browsing(page, viewport=size) as tab:
         await start(tab)
         await tab.get_by_label("Drop a clip here, or choose one").set_input_files(ASSETS / "speech.wav")
