@@ -221,7 +221,7 @@ class Conversation:
             case PlaybackStarted() if self._begun:
                 self._tell("reaction", seconds=time.monotonic() - self._begun.popleft())
             case Notice(message=message):
-                self._tell("notice", text=message)
+                self._tell("notice", text=f"{message[:1].upper()}{message[1:].rstrip('.')}.")
 
     def _enter(self, state: str) -> None:
         if state != self._state:

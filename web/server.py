@@ -81,7 +81,6 @@ class Front:
         about = {
             "portraits": list(self._portraits),
             "max_picture_bytes": self._limits.max_picture_bytes,
-            "reaction_s": self._limits.reaction_s,
             "rate_hz": RATE_HZ,
             "max_clip_s": MAX_WAITING_S,
             "max_text": MAX_TEXT if self._synthesiser else 0,
@@ -96,7 +95,8 @@ class Front:
         return web.FileResponse(path, headers={"Cache-Control": "max-age=3600"})
 
     async def offer(self, request: web.Request) -> web.Response:
-        """Begin a conversation: a form with `sdp`, and `portrait` (a name) or `picture` (a file). Answers with `sdp`.
+        """Begin a conversation: a form with `sdp`, and `portrait` (a name) or `picture` (a file). Answers with `sdp`,
+        the picture's `notice` and the promised `reaction_s`.
 
         Whatever is refused is refused with JSON: `error` says why, in words.
         """
@@ -113,6 +113,7 @@ class Front:
             picture, sdp = self._picture(form), form.get("sdp")
             if picture is None or not isinstance(sdp, str):
                 return _refusal(HTTPStatus.BAD_REQUEST, "An offer needs `sdp`, and `portrait` or `picture`.")
+            promised = await self._avatar.capabilities()  # what was measured of late
             session = await self._avatar.create(picture)
             peer = RTCPeerConnection()
             conversation = Conversation(peer, session, self._synthesiser)
@@ -127,7 +128,8 @@ class Front:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             is_running = True
-            return web.json_response({"sdp": peer.localDescription.sdp, "notice": session.notice})
+            answer = {"sdp": peer.localDescription.sdp, "notice": session.notice, "reaction_s": promised.reaction_s}
+            return web.json_response(answer)
         except web.HTTPRequestEntityTooLarge:
             text = f"The picture is too large: at most {self._limits.max_picture_bytes >> 20} MB are taken."
             return _refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)

@@ -215,7 +215,7 @@ async def test_a_picture_of_the_page_can_be_taken(pytestconfig: pytest.Config) -
     path: Path | None = pytestconfig.getoption("--screenshot")
     if path is None:
         pytest.skip("--screenshot FILE takes one")
-    size = {"width": 1120, "height": 800}
+    size = {"width": 1120, "height": 856}
     async with serving(pytestconfig.getoption("--target")) as page, browsing(page, viewport=size) as tab:
         await start(tab)
         await tab.get_by_label("Drop a clip here, or choose one").set_input_files(ASSETS / "speech.wav")

@@ -103,7 +103,7 @@ async def test_only_portraits_that_ship_are_served() -> None:
 async def test_the_page_is_told_the_gateways_limits() -> None:
     async with serving() as page:
         about = json.loads((await get(f"{page.url}/about"))[2])
-    assert (about["max_picture_bytes"], about["reaction_s"], about["portraits"][0]) == (2 << 20, 0.62, "portrait")
+    assert (about["max_picture_bytes"], about["portraits"][0], about["max_text"]) == (2 << 20, "portrait", 500)
 
 
 @pytest.mark.parametrize(

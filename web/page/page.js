@@ -81,6 +81,7 @@ async function connect() {
     const answer = await offer(peer.localDescription.sdp);
     await peer.setRemoteDescription({ type: "answer", sdp: answer.sdp });
     if (answer.notice) say(answer.notice);
+    byId("promise").textContent = answer.reaction_s ? `${answer.reaction_s.toFixed(2)} s` : "–";
   } catch (error) {
     if (conversation === mine) leave(error.message);
   }
@@ -115,7 +116,7 @@ function leave(why = "") {
   peer.close();
   video.srcObject = null;
   byId("says").disabled = true;
-  for (const id of ["reaction", "rate", "network"]) byId(id).textContent = "–";
+  for (const id of ["reaction", "promise", "rate", "network"]) byId(id).textContent = "–";
   enter("off");
   note(why || "Left");
   say(why);
@@ -130,6 +131,7 @@ function told(item) {
     case "state":
       enter(item.state);
       note(STATES[item.state]);
+      if (item.state === "idle") say("");
       break;
     case "reaction":
       byId("reaction").textContent = `${item.seconds.toFixed(2)} s`;
@@ -323,6 +325,5 @@ setInterval(async () => {
 }, FIGURES_MS);
 
 addPortraits();
-byId("promise").textContent = about.reaction_s ? `${about.reaction_s.toFixed(2)} s` : "–";
 byId("text-form").hidden = !about.max_text;
 byId("text").maxLength = about.max_text || 0;
