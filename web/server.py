@@ -113,30 +113,36 @@ class Front:
             picture, sdp = self._picture(form), form.get("sdp")
             if picture is None or not isinstance(sdp, str):
                 return _refusal(HTTPStatus.BAD_REQUEST, "An offer needs `sdp`, and `portrait` or `picture`.")
-            promised = await self._avatar.capabilities()  # what was measured of late
-            session = await self._avatar.create(picture)
-            peer = RTCPeerConnection()
-            conversation = Conversation(peer, session, self._synthesiser)
-            try:
-                await peer.setRemoteDescription(RTCSessionDescription(sdp, "offer"))
-                await peer.setLocalDescription(await peer.createAnswer())
-            except (ValueError, InvalidStateError) as error:
-                await peer.close()
-                await session.delete()
-                return _refusal(HTTPStatus.BAD_REQUEST, f"The offer cannot be answered: {error}")
-            task = self._group.create_task(self._converse(conversation))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            answer = await self._begin(picture, sdp)
             is_running = True
-            answer = {"sdp": peer.localDescription.sdp, "notice": session.notice, "reaction_s": promised.reaction_s}
             return web.json_response(answer)
         except web.HTTPRequestEntityTooLarge:
             text = f"The picture is too large: at most {self._limits.max_picture_bytes >> 20} MB are taken."
             return _refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
         except AvatarError as error:
             return _refusal(STATUS.get(type(error), HTTPStatus.BAD_REQUEST), str(error))
+        except (ValueError, InvalidStateError) as error:
+            return _refusal(HTTPStatus.BAD_REQUEST, f"The offer cannot be answered: {error}")
         finally:
             self.num_peers -= not is_running
+
+    async def _begin(self, picture: bytes, sdp: str) -> dict[str, str | float]:
+        """Have a conversation run; the answer to its offer. ValueError or InvalidStateError for an unfit offer."""
+        promised = await self._avatar.capabilities()  # what was measured of late
+        session = await self._avatar.create(picture)
+        peer = RTCPeerConnection()
+        conversation = Conversation(peer, session, self._synthesiser)
+        try:
+            await peer.setRemoteDescription(RTCSessionDescription(sdp, "offer"))
+            await peer.setLocalDescription(await peer.createAnswer())
+        except BaseException:
+            await peer.close()
+            await session.delete()
+            raise
+        task = self._group.create_task(self._converse(conversation))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return {"sdp": peer.localDescription.sdp, "notice": session.notice, "reaction_s": promised.reaction_s}
 
     def _picture(self, form: Mapping[str, object]) -> bytes | None:
         picture, name = form.get("picture"), form.get("portrait")
