@@ -1,11 +1,13 @@
 # The whole interface. Every target prepares what it needs.
-.PHONY: install protos check docs alerts test test-slow demo bench
+.PHONY: install protos check docs alerts test test-slow test-web demo web bench
 
 VENV := .venv
 PYTHON ?= python3
 export NO_MKDOCS_2_WARNING := 1
 SPEECH ?= assets/speech.wav
 PORTRAIT ?= assets/portrait.png
+LISTEN ?= 127.0.0.1:8080
+TTS ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 PROTOS := $(shell find protos -name '*.proto')
@@ -68,8 +70,16 @@ test: install $(VENV)/evaluation $(VENV)/deployment $(VENV)/livekit
 test-slow: install
 	pytest -m slow --timeout 1800
 
+# In real Chromium: on Debian `apt-get install -y --no-install-recommends chromium`.
+test-web: install
+	pytest -m browser tests/web
+
 demo: install
 	python -m services.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)"
+
+# The page in the browser: TTS='flite -t {text} -o {wav}' makes it take text.
+web: install
+	python -m services.web --listen "$(LISTEN)" --tts "$(TTS)"
 
 bench: install
 	python -m benchmarks --compile

@@ -46,8 +46,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--target",
-        help="HOST:PORT of a running gateway for tests/contract; without it they start a suite themselves",
+        help="HOST:PORT of a running gateway for tests/contract and tests/web; without it they bring their own",
     )
+    parser.addoption("--screenshot", type=Path, help="PNG file that tests/web writes a picture of the page to")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,48 @@
+"""Serve the page in the browser for a gateway.
+
+python -m web --target 127.0.0.1:7000 [--listen 127.0.0.1:8080] [--tts "flite -t {text} -o {wav}"]
+"""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from avatar.client import AvatarError, connect
+from web.playout import RATE_HZ
+from web.server import Front, portraits
+from web.speech import Synthesiser
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m web", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
+    parser.add_argument("--listen", default="127.0.0.1:8080", help="HOST:PORT to serve the page at")
+    parser.add_argument("--tts", default="", metavar="COMMAND", help="speaks {text} into the sound file {wav}")
+    parser.add_argument("--max-peers", type=int, default=4, help="conversations at a time")
+    flags = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    host, _, port = flags.listen.rpartition(":")
+    task = asyncio.current_task()
+    assert task
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # as ctrl-C does
+    synthesiser = Synthesiser(flags.tts, RATE_HZ) if flags.tts else None
+    async with connect(flags.target) as avatar:
+        limits = await avatar.capabilities()
+        front = Front(avatar, limits, portraits(ASSETS), synthesiser, flags.max_peers)
+        async with front.serving(host, int(port)) as address:
+            print(f"the page is at {address}", flush=True)
+            await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(main())
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(130)
+    except (AvatarError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
