@@ -10,97 +10,66 @@ from avatar.v1 import avatar_service_pb2 as pb
 
 # What is under way is bounded by HTTP/2's windows; a connection that breaks loses no more.
 MAX_KEPT_BYTES = 8 << 20
-# What was written so long before the gateway was last heard has arrived.
-ARRIVED_S = 0.5
 
 
-@dataclass
+@dataclass(eq=False)
 class Kept:
-    """A request, the samples before it, and when it was taken to be written."""
+    """A request, and whether it was taken to be written or is no longer to be."""
 
-    start: int
     request: pb.StreamAvatarRequest
-    taken_at: float = float("inf")
+    is_taken: bool = False
 
 
 class Sent:
-    """What is to be written, and what was and may not have arrived, in order.
+    """What is to be written, and what was and may not have arrived, in order."""
 
-    num_samples: samples of each channel in all of it, from the first on. num_taken: requests that were taken to be
-    written, or are no longer to be. sample_bytes: bytes of one sample of every channel.
-    """
-
-    def __init__(self, sample_bytes: int) -> None:
-        self.num_samples = 0
-        self.num_taken = 0
-        self._num_added = 0
-        self._sample_bytes = sample_bytes
-        self._kept: deque[Kept] = deque()
+    def __init__(self) -> None:
+        self._waiting: deque[Kept] = deque()
+        # What was written last. Of all that was written, the first `_num_lost` are no longer kept and may be missed.
+        self._written: deque[Kept] = deque()
+        self._num_written = self._num_lost = 0
         self._num_bytes = 0
 
-    def add(self, request: pb.StreamAvatarRequest) -> int:
-        """Have a request written; its number. An interrupt drops what is before it."""
+    def add(self, request: pb.StreamAvatarRequest) -> Kept:
+        """Have a request written. An interrupt drops what is before it."""
         if request.HasField("interrupt"):
             self.forget()
-        self._kept.append(Kept(self.num_samples, request))
-        self.num_samples += self._length(request)
-        self._num_bytes += len(request.audio.data)
-        self._num_added += 1
-        return self._num_added - 1
+        self._waiting.append(kept := Kept(request))
+        return kept
 
     def has_next(self) -> bool:
         """Whether there is something to write."""
-        return self.num_taken < self._num_added
+        return bool(self._waiting)
 
     def take(self) -> pb.StreamAvatarRequest:
         """What to write next. The oldest of what was written is forgotten: it must have arrived."""
-        taken = self._kept[self.num_taken - self._num_added]
-        taken.taken_at = time.monotonic()
-        self.num_taken += 1
-        while self._num_bytes > MAX_KEPT_BYTES and len(self._kept) > self._num_added - self.num_taken + 1:
-            self._drop_first()
-        return taken.request
+        kept = self._waiting.popleft()
+        kept.is_taken = True
+        self._written.append(kept)
+        self._num_written += 1
+        self._num_bytes += len(kept.request.audio.data)
+        while self._num_bytes > MAX_KEPT_BYTES and len(self._written) > 1:
+            self._num_bytes -= len(self._written.popleft().request.audio.data)
+            self._num_lost = self._num_written - len(self._written)
+        return kept.request
 
     def forget(self) -> None:
         """What was written has arrived, or need not; what was not is not to be."""
-        if self.has_next():
-            self.num_samples = self._kept[self.num_taken - self._num_added].start
-        self._kept.clear()
+        for kept in self._waiting:
+            kept.is_taken = True
+        self._waiting.clear()
+        self._written.clear()
         self._num_bytes = 0
-        self.num_taken = self._num_added
 
-    def rewind(self, arrived: int, heard_at: float) -> None:
-        """Have what has not arrived written again. ConnectionLost if it is no longer kept.
-
-        arrived: samples of each channel that the gateway has. heard_at: when it was last heard, by time.monotonic. The
-        gateway counts no marks: of one behind the last sample, a turn's end say, that decides.
-        """
-        first = self._kept[0].start if self._kept else self.num_samples
-        if missing := max(0, first - arrived):
-            if not (self._kept and self._kept[0].request.HasField("interrupt")):
-                raise ConnectionLost(f"{missing} samples did not arrive and are no longer kept")
-            for each in self._kept:
-                each.start -= missing
-            self.num_samples -= missing
-        while self._kept and self._has_arrived(self._kept[0], arrived, heard_at):
-            self._drop_first()
-        if self._kept and (start := self._kept[0].start) < arrived:
-            data = self._kept[0].request.audio.data[(arrived - start) * self._sample_bytes :]
-            self._kept[0] = Kept(arrived, pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data)))
-        self.num_taken = self._num_added - len(self._kept)
-
-    def _has_arrived(self, kept: Kept, arrived: int, heard_at: float) -> bool:
-        if length := self._length(kept.request):
-            return kept.start + length <= arrived
-        if kept.request.HasField("end_turn") and kept.start == arrived:
-            return kept.taken_at + ARRIVED_S < heard_at
-        return kept.start < arrived
-
-    def _length(self, request: pb.StreamAvatarRequest) -> int:
-        return len(request.audio.data) // self._sample_bytes
-
-    def _drop_first(self) -> None:
-        self._num_bytes -= len(self._kept.popleft().request.audio.data)
+    def rewind(self, num_arrived: int) -> None:
+        """Have what has not arrived written again: all but so many. ConnectionLost if it is no longer kept."""
+        if num_arrived < self._num_lost:
+            raise ConnectionLost(f"{self._num_lost - num_arrived} messages did not arrive and are no longer kept")
+        first = self._num_written - len(self._written)
+        missing = [kept for number, kept in enumerate(self._written, first) if number >= num_arrived]
+        self._waiting.extendleft(reversed(missing))
+        self._written.clear()
+        self._num_written, self._num_lost, self._num_bytes = num_arrived, 0, 0
 
 
 class Lead:

@@ -69,10 +69,9 @@ class Stream:
         self._next_frame = 0
         self._next_event = 0
         self._last_audio_s = -1.0
-        self._heard_at = 0.0
         # Going out, one at a time.
         self._ordered = asyncio.Lock()
-        self._sent = Sent(self._sample_bytes)
+        self._sent = Sent()
         self._num_interrupts = 0
         self._is_interrupting = False
         self._interrupted: Interrupted | None = None
@@ -199,7 +198,6 @@ class Stream:
         """Read until the call ends; how it did. Raises what the gateway says, if it is that."""
         try:
             while isinstance(response := await self._call.read(), pb.StreamAvatarResponse):
-                self._heard_at = time.monotonic()
                 self._take(response)
                 self._changed.now()
                 await self._changed.until(
@@ -265,7 +263,7 @@ class Stream:
 
     async def _reopen(self, broken: ConnectionLost) -> None:
         """Open another call where the broken one ended. Raises `broken` once the gateway waits no longer."""
-        ends, wait_s, heard_at = time.monotonic() + self._resume_s, RETRY_S, self._heard_at
+        ends, wait_s = time.monotonic() + self._resume_s, RETRY_S
         while time.monotonic() < ends:
             try:
                 opened = await self.open(is_resume=True)
@@ -273,7 +271,7 @@ class Stream:
                 await asyncio.sleep(wait_s)
                 wait_s = min(2 * wait_s, MAX_RETRY_S)
             else:
-                self._sent.rewind(opened.num_samples, heard_at)
+                self._sent.rewind(opened.num_messages)
                 return
         raise broken
 
@@ -281,9 +279,9 @@ class Stream:
         """Have a request written. Raises how the stream ended if it has."""
         if self._is_closing and not self._failure:
             raise ProtocolOrder("the stream was closed: nothing can be sent on it")
-        number = self._sent.add(request)
+        kept = self._sent.add(request)
         self._changed.now()
-        await self._changed.until(lambda: self._sent.num_taken > number or self.has_ended)
+        await self._changed.until(lambda: kept.is_taken or self.has_ended)
         if self._failure:
             raise self._failure
 

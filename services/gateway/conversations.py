@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 class Held:
     """One conversation that is open, with or without a connection.
 
-    opened: what opened it. init_segment: what comes before all frames.
+    opened: what opened it. init_segment: what comes before all frames. num_messages: what has arrived behind `open`.
     over: done when it has ended, with what ended it.
     """
 
@@ -47,6 +47,7 @@ class Held:
         self.opened = opened
         self.conversation = conversation
         self.init_segment = init_segment
+        self.num_messages = 0
         loop = asyncio.get_running_loop()
         self.over: asyncio.Future[None] = loop.create_future()
         # Looked at only where there is a connection; do not warn that nobody did.
@@ -178,7 +179,8 @@ class Conversations:
                 if next_frame is not None:
                     outbox.again_from(next_frame)
                 opened = await describe(held.opened.session_id)
-                opened.init_segment, opened.num_samples = held.init_segment, held.conversation.sound.num_samples
+                opened.init_segment = held.init_segment
+                opened.num_samples, opened.num_messages = held.conversation.sound.num_samples, held.num_messages
                 await write(pb.StreamAvatarResponse(opened=opened))
                 async with asyncio.TaskGroup() as tasks:
                     beside = [
@@ -308,7 +310,9 @@ class Conversations:
 async def _read(held: Held, requests: AsyncIterator[pb.StreamAvatarRequest]) -> None:
     """Hear what the client sends, until it closes. ConnectionLost if it stops without."""
     async for request in requests:
-        if await held.conversation.hear(request):
+        is_last = await held.conversation.hear(request)
+        held.num_messages += 1
+        if is_last:
             return
     raise ConnectionLost("the stream ended without close")
 

@@ -43,6 +43,7 @@ class Talk:
     frame_bytes: int
     heard: bytearray = field(default_factory=bytearray)
     refused: int = 0
+    num_messages: int = 0
     log: list[pb.StreamAvatarResponse] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=lambda: [Turn(0)])
     num_sent: int = 0
@@ -72,6 +73,7 @@ class Talk:
         self.num_events += 1
 
     def take(self, request: pb.StreamAvatarRequest) -> None:
+        self.num_messages += 1
         match request.WhichOneof("part"):
             case "audio":
                 self.heard += request.audio.data
@@ -277,6 +279,7 @@ class Gateway(pb_grpc.AvatarServiceServicer):
             session=self.session(opened.session_id),
             init_segment=b"init",
             num_samples=len(talk.heard) // talk.sample_bytes,
+            num_messages=talk.num_messages,
         )
         await context.write(pb.StreamAvatarResponse(opened=told))
         talk.is_attached = True

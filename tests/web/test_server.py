@@ -17,7 +17,7 @@ from av import AudioFrame, VideoFrame
 from tests.web.page import ASSETS, MAX_PEERS, Page, serving
 from web.playout import RATE_HZ
 
-PICTURE = (ASSETS / "portraits/1049010.png").read_bytes()
+PICTURE = (ASSETS / "portraits/2.png").read_bytes()
 TONE = b"".join(round(8000 * ((i // 40) % 2 - 0.5)).to_bytes(2, "little", signed=True) for i in range(RATE_HZ))
 
 
@@ -87,7 +87,7 @@ async def connected(page: Page, **fields: Any) -> AsyncGenerator[Peer, None]:
 
 async def test_the_page_is_files_that_need_nothing_from_elsewhere() -> None:
     async with serving() as page:
-        for path in ("/", "/page.css", "/page.js", "/portraits/1049010"):
+        for path in ("/", "/page.css", "/page.js", "/portraits/2"):
             status, headers, body = await get(page.url + path)
             assert status == 200
             assert headers["Content-Security-Policy"].startswith("default-src 'self'")
