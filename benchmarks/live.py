@@ -69,7 +69,7 @@ class _Client:
         self.call = call
         self.came: list[tuple[types.VideoFrame, float]] = []
         self.offsets_us: list[int] = []
-        self._sound_us = 0
+        self._sound_us, self._interrupted_s = 0, 0.0
         self._spoke, self._interrupted = asyncio.Event(), asyncio.Event()
 
     @classmethod
@@ -111,7 +111,7 @@ class _Client:
         started = time.monotonic()
         await self.call.write(pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar()))
         await self._beside(self._interrupted.wait())
-        return time.monotonic() - started
+        return self._interrupted_s - started
 
     async def _beside(self, doing: Any) -> None:
         """Read until something is done. A read that is cancelled ends the call, so one is always left to finish."""
@@ -131,6 +131,7 @@ class _Client:
                 if not frame.is_idle:
                     self._spoke.set()
             case "interrupted":
+                self._interrupted_s = time.monotonic()
                 self._interrupted.set()
 
 
