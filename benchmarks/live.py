@@ -45,17 +45,21 @@ async def _measured(checkpoint: Path) -> list[Row]:
         block = told.block_frames
         came_s = [at for frame, at in client.came if frame.index % block == 0]
         jitter_ms = [abs(b - a - block / told.video.frame_rate_hz) * 1e3 for a, b in pairwise(came_s)]
-        reactions, acknowledged = [], []
+        reactions, acknowledged, held = [], [], []
         for trial in range(TRIALS):
             await client.idle(0.6 + 0.48 * trial / TRIALS)  # at every place in a block
             reactions.append(await client.click())
-            acknowledged.append(await client.interrupt() * 1e3)
+            acknowledged_s, held_s = await client.interrupt()
+            acknowledged.append(acknowledged_s * 1e3)
+            held.append(held_s)
         client.call.cancel()
     return [
         row("live: reaction to a click, p50", _rank(reactions, 50), "s", at_most=told.reaction_s),
         row("live: reaction to a click, p95", _rank(reactions, 95), "s", at_most=told.reaction_s),
         row("live: interrupt acknowledged, p50", _rank(acknowledged, 50), "ms"),
         row("live: interrupt acknowledged, p99", _rank(acknowledged, 99), "ms"),
+        row("live: last frame holds after an interrupt, p50", _rank(held, 50), "s", at_most=told.hold_s),
+        row("live: last frame holds after an interrupt, p95", _rank(held, 95), "s", at_most=told.hold_s),
         row("live: sound against picture, most", max(client.offsets_us, default=0) / 1e3, "ms", at_most=0.0),
         row("live: jitter of idle blocks, p50", _rank(jitter_ms, 50), "ms"),
         row("live: jitter of idle blocks, p95", _rank(jitter_ms, 95), "ms"),
@@ -105,13 +109,15 @@ class _Client:
         await self._beside(say())
         return next(at for frame, at in self.came if not frame.is_idle and at > started) - started
 
-    async def interrupt(self) -> float:
-        """Interrupt; seconds until it is acknowledged."""
+    async def interrupt(self) -> tuple[float, float]:
+        """Interrupt; seconds until it is acknowledged, and from there until there are idle frames."""
         self._interrupted.clear()
         started = time.monotonic()
         await self.call.write(pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar()))
         await self._beside(self._interrupted.wait())
-        return self._interrupted_s - started
+        while self.came[-1][1] < self._interrupted_s:
+            self._take(await self.call.read())
+        return self._interrupted_s - started, self.came[-1][1] - self._interrupted_s
 
     async def _beside(self, doing: Any) -> None:
         """Read until something is done. A read that is cancelled ends the call, so one is always left to finish."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from google.protobuf.duration_pb2 import Duration
 
 from avatar.audio.wav2vec2 import Wav2Vec2
+from avatar.denoiser.denoiser import Denoiser
 from avatar.render import Options, load, render
 from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
+from avatar.v1 import avatar_service_pb2 as pb
 from services.__main__ import suite
 from tests.conftest import RATE_HZ, sound
 from tests.contract.refusals import refused
@@ -185,3 +188,23 @@ async def test_a_full_worker_refuses_and_says_when_to_retry(
             await call.write(request)
         await rest(call)
         assert (await speak(stub, second.id, sound(0.48))).frames
+
+
+async def test_a_live_client_is_told_when_blocks_take_longer_than_they_last(
+    gateway: str, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Denoiser.step
+
+    def slow(self: Denoiser, *arguments: Any) -> Any:
+        time.sleep(0.25)  # three levels on one thread: 0.75 s for a block of 0.48 s
+        return step(self, *arguments)
+
+    async with connected(gateway) as stub, asyncio.timeout(30):
+        session = await new_session(stub, picture)
+        monkeypatch.setattr(Denoiser, "step", slow)
+        call = stub.StreamAvatar()
+        await call.write(opened(session.id, mode=pb.OpenAvatar.MODE_LIVE))
+        while (told := (await answer(call)).event.notice).kind != pb.Notice.KIND_DEGRADED:
+            pass
+        assert told.message
+        call.cancel()
