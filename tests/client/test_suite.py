@@ -2,8 +2,6 @@
 
 import asyncio
 
-import pytest
-
 from avatar.client import Audio, Frame, Item, PlaybackFinished, PlaybackStarted, Stream, connect
 from tests.client.gateway import wired
 from tests.conftest import sound
@@ -25,8 +23,6 @@ async def until(stream: Stream, kind: type[Item]) -> list[Item]:
 
 async def test_a_conversation_outlives_its_connection_and_an_interrupt(gateway: str, picture: bytes) -> None:
     async with wired(gateway) as (address, wire), connect(address) as avatar:
-        if not (await avatar.capabilities()).max_live_ahead_s:
-            pytest.skip("this gateway has no live mode")
         session = await avatar.create(picture, seed=7)
         async with session.stream(live=True, return_audio=True) as stream, asyncio.TaskGroup() as tasks:
             await said(stream, sound(2.5))
