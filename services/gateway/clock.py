@@ -53,6 +53,7 @@ class Playout:
         self._taken: deque[float] = deque(maxlen=8)
         self._start_s = 0.0
         self._is_fresh = True
+        self._overdue_s = 0.0
 
     @property
     def lead_s(self) -> float:
@@ -65,6 +66,11 @@ class Playout:
         """This frame would be shown now."""
         self._start_s = self.now() - frame / self._grid.frame_rate_hz
         self._is_fresh = True
+        self._overdue_s = 0.0
+
+    def overdue(self, frame: int) -> None:
+        """This frame, which is being made, has not come yet: it is not shown before now."""
+        self._overdue_s += max(0.0, self._not_before(frame, self.now()))
 
     def deadline_s(self, frame: int) -> float:
         """When the block that begins with this frame must be begun."""
@@ -82,7 +88,9 @@ class Playout:
     def came(self, frame: int, taken_s: float) -> float:
         """The first frame of a block came, so long after its beginning; by how much it is late, in seconds."""
         self._taken.append(taken_s)
-        return self._not_before(frame, self.now())
+        late_s = self._not_before(frame, self.now()) + self._overdue_s
+        self._overdue_s = 0.0
+        return late_s
 
     def _not_before(self, frame: int, shown_s: float) -> float:
         late_s = shown_s - (self._start_s + frame / self._grid.frame_rate_hz)

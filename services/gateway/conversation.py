@@ -183,8 +183,12 @@ class Conversation:
 
     def _planned_frame(self) -> int:
         """Number of the first frame of the block that is begun next."""
+        made = self.outbox.next_frame + self.outbox.num_waiting_frames
         ahead = sum(block.num_left for block in (*self._inside, *self.sound.begun) if not block.is_dropped)
-        return self.outbox.next_frame + self.outbox.num_waiting_frames + ahead
+        if ahead:
+            # Where blocks take longer than they last, no more are begun than are shown.
+            self.playout.overdue(made)
+        return made + ahead
 
     async def _admitted(self, encoded: AsyncGenerator[types_pb2.Block, None]) -> AsyncGenerator[types_pb2.Block, None]:
         """The blocks that are denoised, numbered, as many at a time as keep every stage busy."""
