@@ -100,7 +100,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("avatar.client", "avatar.errors", "avatar.v1"),
         *("web.conversation", "web.playout", "web.speech"),
     ),
-    "benchmarks": ("avatar",),
+    "benchmarks": ("avatar", "services.launch"),
 }
 
 _TENSORS = ("torch", "numpy", "einops", "transformers", "diffusers", "safetensors")
