@@ -6,6 +6,7 @@ workers.
 """
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -18,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 import grpc.aio
+import psutil
 from tqdm import tqdm
 
 from avatar.handoff.chain import Chain, Seat, joined
@@ -35,7 +37,7 @@ from services.launch import Suite, free_ports
 Blocks: TypeAlias = AsyncGenerator[types_pb2.Block, None]
 
 NUM_LEVELS, STEP_S = 4, 0.02
-NUM_BLOCKS, NUM_WARM = 60, 5
+NUM_TURNS, BLOCKS_A_TURN = 6, 10
 START_S = 120.0
 # As the public 14B network's at 720x400, in bfloat16.
 FEATURES = types_pb2.Tensor(dtype="bfloat16", shape=(25, 1024, 12), data=bytes(614_400))
@@ -93,16 +95,26 @@ class Way:
         self._given: asyncio.Queue[types_pb2.Block] = asyncio.Queue()
         self._answers = stage(self._blocks())
         self._index = 0
-        self.times_s: list[float] = []
+        self.hops_ms: list[float] = []
+        self.cpu_ms = 0.0
 
-    async def pass_block(self) -> None:
-        """Send a block, and note when it is through."""
-        started = time.perf_counter()
-        self._given.put_nowait(types_pb2.Block(index=self._index, features=FEATURES))
-        answer = await anext(self._answers)
-        self.times_s.append(time.perf_counter() - started)
-        assert tensor_from_pb(answer.latent).eq(NUM_LEVELS).all()
-        self._index += 1
+    async def turn(self, pids: list[int]) -> None:
+        """Pass some blocks, one after the other."""
+        cpu_s = cpu_seconds(pids)
+        for _ in range(BLOCKS_A_TURN):
+            started = time.perf_counter()
+            self._given.put_nowait(types_pb2.Block(index=self._index, features=FEATURES))
+            answer = await anext(self._answers)
+            self.hops_ms.append((time.perf_counter() - started - NUM_LEVELS * STEP_S) * 1000 / NUM_LEVELS)
+            assert tensor_from_pb(answer.latent).eq(NUM_LEVELS).all()
+            self._index += 1
+        self.cpu_ms += (cpu_seconds(pids) - cpu_s) * 1000
+
+    def rows(self, name: str) -> list[Row]:
+        """What a hop took and cost."""
+        num_hops = NUM_TURNS * BLOCKS_A_TURN * NUM_LEVELS
+        wall = row(f"hop, latents {name}", median(self.hops_ms), "ms")
+        return [wall, row(f"hop, latents {name}, processor", self.cpu_ms / num_hops, "ms")]
 
     async def close(self) -> None:
         await self._answers.aclose()
@@ -130,8 +142,13 @@ async def _with_features(answers: Blocks) -> Blocks:
             yield answer
 
 
-async def measure() -> dict[str, list[float]]:
-    """Seconds that blocks took beyond their levels' own time, by way."""
+def cpu_seconds(pids: list[int]) -> float:
+    """Time of the processor that these processes and this one have had."""
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in (*pids, os.getpid()))
+
+
+async def measure() -> dict[str, Way]:
+    """Both ways, with what was noted of them."""
     meeting, *ports = free_ports(1 + NUM_LEVELS)
     targets = {str(level): f"127.0.0.1:{port}" for level, port in enumerate(ports)}
     async with AsyncExitStack() as stack:
@@ -150,21 +167,24 @@ async def measure() -> dict[str, list[float]]:
         chain = RemoteChain(channels)
         await chain.open("handed over")
         ways = {"in messages": Way(in_messages(levels)), "handed over": Way(chain)}
-        for _ in tqdm(range(NUM_WARM + NUM_BLOCKS), desc="hops", disable=None):
+        pids = [process.pid for process in suite.processes.values()]
+        for way in ways.values():  # the first turn is not counted
+            await way.turn(pids)
+            way.hops_ms, way.cpu_ms = [], 0.0
+        for _ in tqdm(range(NUM_TURNS), desc="hops", disable=None):
             for way in ways.values():
-                await way.pass_block()
+                await way.turn(pids)
         for way in ways.values():
             await way.close()
-    return {name: [time_s - NUM_LEVELS * STEP_S for time_s in way.times_s[NUM_WARM:]] for name, way in ways.items()}
+        return ways
 
 
 def rows() -> list[Row]:
     """Milliseconds a hop each way, and how many times more messages take."""
-    taken_s = asyncio.run(measure())
-    hops_ms = {name: median(times_s) * 1000 / NUM_LEVELS for name, times_s in taken_s.items()}
-    ratio = hops_ms["in messages"] / hops_ms["handed over"]
-    made = [row(f"hop, latents {name}", value, "ms") for name, value in hops_ms.items()]
-    return [*made, row("hop, messages to hand-over", ratio, "")]
+    ways = asyncio.run(measure())
+    messages, handed = (median(way.hops_ms) for way in ways.values())
+    figures = [figure for name, way in ways.items() for figure in way.rows(name)]
+    return [*figures, row("hop, messages to hand-over", messages / handed, "")]
 
 
 if __name__ == "__main__":
