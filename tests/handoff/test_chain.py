@@ -2,15 +2,23 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from avatar.errors import InvalidField, StageLost
+from avatar.errors import ConfigMismatch, InvalidField, StageLost
 from avatar.handoff import chain as chains
 from avatar.handoff.chain import Chain, Seat, joined
+from avatar.handoff.client import RemoteChain
+from avatar.rpc.client import channel
+from avatar.rpc.server import serving
+from avatar.session import SessionStore
+from avatar.settings import DenoiserSettings
 from avatar.types import Block
+from services.denoiser.__main__ import build
 from services.launch import free_ports
 
 ALL = Seat([0, 1], 2, "digest", torch.float32, torch.device("cpu"))
@@ -125,3 +133,11 @@ async def test_a_level_that_does_not_come_ends_the_start(address: str, monkeypat
     with pytest.raises(ValueError, match=f"the chain did not meet at {address}"):
         async with joined(address, replace(ALL, levels=[0])):
             pass
+
+
+async def test_a_worker_in_no_chain_hands_nothing_over(checkpoint: Path, store: SessionStore) -> None:
+    with ThreadPoolExecutor(1) as executor:
+        servicer = build(DenoiserSettings(checkpoint=checkpoint), store, executor)
+        async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
+            with pytest.raises(ConfigMismatch, match="this worker is in no chain"):
+                await RemoteChain([connection]).open("any")

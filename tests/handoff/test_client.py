@@ -27,8 +27,8 @@ from tests.handoff.chains import (
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 EACH = ("0", "1", "2")
 SHARES = ("0", "1,2")
-# What is lost is noticed within 5 s, and the others drain for 5 s at most.
-ALL_GONE_S = 15.0
+# What is lost is noticed within 5 s, and the others drain for 5 s at most; the machine may be busy.
+ALL_GONE_S = 30.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["one process", "two processes"])
@@ -77,13 +77,13 @@ async def test_interleaved_equals_alone(chain: Chain, checkpoint: Path) -> None:
 
 async def test_a_session_that_is_opened_again_is_handed_nothing_of_before(chain: Chain, checkpoint: Path) -> None:
     session = await chain.new_session("again", 6)
-    for pulled in (1, 2):
-        stage = await chain.stage("again")
-        answers = stage(first_blocks(checkpoint, pulled + 1))
-        for _ in range(pulled):
-            await anext(answers)
-        await answers.aclose()
-    assert await made_there(await chain.stage("again"), checkpoint, session) == made_here(checkpoint, session)
+    stages = [await chain.stage("again") for _ in range(3)]
+    before = [stage(first_blocks(checkpoint, 3)) for stage in stages[:2]]
+    for answers in before:
+        await anext(answers)
+    await before[0].aclose()
+    assert await made_there(stages[2], checkpoint, session) == made_here(checkpoint, session)
+    await before[1].aclose()
 
 
 async def test_closing_a_stream_frees_state(chain: Chain, checkpoint: Path) -> None:
@@ -164,6 +164,7 @@ async def lose(chain: Chain, checkpoint: Path, lost: str, number: signal.Signals
     async with asyncio.timeout(ALL_GONE_S - raised_s):
         assert await asyncio.gather(*(each.wait() for each in processes.values())) == [1] * len(processes)
     print(f"{number.name} of {lost}: raised after {raised_s:.2f} s, all gone after {time.monotonic() - started:.2f} s")
-    gone.send_signal(signal.SIGCONT)  # one that was frozen finds the others gone
+    if number is signal.SIGSTOP:
+        gone.send_signal(signal.SIGCONT)  # it finds the others gone
     status = {signal.SIGKILL: -signal.SIGKILL, signal.SIGSTOP: 1, signal.SIGTERM: 0}[number]
     assert await asyncio.wait_for(gone.wait(), ALL_GONE_S) == status
