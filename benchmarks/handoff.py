@@ -165,7 +165,7 @@ async def measure() -> dict[str, Way]:
         for level, stage in enumerate(levels):
             await stage.open(pb.OpenDenoise(session_id="in messages", level=level))
         chain = RemoteChain(channels)
-        await chain.open("handed over")
+        await chain.open(pb.OpenDenoise(session_id="handed over"))
         ways = {"in messages": Way(in_messages(levels)), "handed over": Way(chain)}
         pids = [process.pid for process in suite.processes.values()]
         for way in ways.values():  # the first turn is not counted

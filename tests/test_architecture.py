@@ -87,7 +87,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "services.gateway": (
         *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.history", "avatar.rpc.lasting"),
         *("avatar.rpc.pool", "avatar.rpc.server", "avatar.session", "avatar.settings", "avatar.telemetry", "avatar.v1"),
-        *("avatar.worker", "services.process"),
+        *("avatar.handoff.client", "avatar.worker", "services.process"),
     ),
     "services": (
         "avatar",

@@ -4,43 +4,48 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
 
 import grpc.aio
 
 from avatar.pipeline import beside
 from avatar.rpc.client import remote_denoiser
 from avatar.worker.v1 import denoiser_pb2 as pb
-from avatar.worker.v1.types_pb2 import Block
+from avatar.worker.v1.types_pb2 import Block, Closed
 
 
 class RemoteChain:
     """One session's streams at all levels of a chain: open them, then call it with the blocks.
 
-    levels: the streams, from level 0; each says at its end what it has cost.
+    A block's slack is the whole chain's at every level.
     """
 
     def __init__(self, channels: Sequence[grpc.aio.Channel]) -> None:
-        """channels: of each level's worker; one that serves several is given for each."""
-        self.levels = [remote_denoiser(channel, level) for level, channel in enumerate(channels)]
+        """channels: of each level's worker, from level 0; one that serves several is given for each."""
+        self._levels = [remote_denoiser(channel, level) for level, channel in enumerate(channels)]
 
-    async def open(self, session_id: str, **fields: Any) -> list[pb.DenoiseOpened]:
-        """Open the streams at once; what each level answers. Raises what a worker says, or StageLost.
+    @property
+    def closed(self) -> Closed:
+        """What the levels said at their end: blocks of the chain, and the time of all."""
+        busy_s = sum(each.closed.busy_s for each in self._levels)
+        return Closed(num_blocks=self._levels[-1].closed.num_blocks, busy_s=busy_s)
 
-        fields: of OpenDenoise, the same at all levels.
+    async def open(self, message: pb.OpenDenoise) -> pb.DenoiseOpened:
+        """Open the streams at once; what the last level answers. Raises what a worker says, or StageLost.
+
+        message: the same for all levels, without the level and the name that latents are handed over under.
         """
         handoff = secrets.randbelow(2**63 - 1) + 1
-        opens = [
-            pb.OpenDenoise(session_id=session_id, level=level, handoff=handoff, **fields)
-            for level in range(len(self.levels))
-        ]
         try:
             async with asyncio.TaskGroup() as tasks:
-                opening = [tasks.create_task(stage.open(each)) for stage, each in zip(self.levels, opens, strict=True)]
+                for level, stage in enumerate(self._levels):
+                    level_message = pb.OpenDenoise(level=level, handoff=handoff)
+                    level_message.MergeFrom(message)
+                    opening = tasks.create_task(stage.open(level_message))
         except BaseException as error:
             self.cancel()
             raise _first(error) from None
-        return [each.result() for each in opening]
+        opened: pb.DenoiseOpened = opening.result()
+        return opened
 
     async def __call__(self, blocks: AsyncGenerator[Block, None]) -> AsyncGenerator[Block, None]:
         """The last level's answers to blocks without latents.
@@ -48,9 +53,9 @@ class RemoteChain:
         A block goes to all levels at once, and one more than there are levels at a time. What fails first, the blocks
         or a level, is what is raised.
         """
-        ways: list[asyncio.Queue[Block | None]] = [asyncio.Queue() for _ in self.levels]
+        ways: list[asyncio.Queue[Block | None]] = [asyncio.Queue() for _ in self._levels]
         answers: asyncio.Queue[Block | None] = asyncio.Queue()
-        room = asyncio.Semaphore(len(self.levels))
+        room = asyncio.Semaphore(len(self._levels))
 
         async def share() -> None:
             async with aclosing(blocks):
@@ -62,16 +67,16 @@ class RemoteChain:
                 way.put_nowait(None)
 
         async def work_at(level: int) -> None:
-            async with aclosing(self.levels[level](_waiting(ways[level]))) as answered:
+            async with aclosing(self._levels[level](_waiting(ways[level]))) as answered:
                 async for answer in answered:
-                    if level == len(self.levels) - 1:
+                    if level == len(self._levels) - 1:
                         answers.put_nowait(answer)
 
         async def work() -> None:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(share())
-                    for level in range(len(self.levels)):
+                    for level in range(len(self._levels)):
                         tasks.create_task(work_at(level))
             finally:
                 answers.put_nowait(None)
@@ -88,7 +93,7 @@ class RemoteChain:
 
     def cancel(self) -> None:
         """End the streams at once; nothing happens if they have ended."""
-        for stage in self.levels:
+        for stage in self._levels:
             stage.cancel()
 
 

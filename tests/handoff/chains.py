@@ -24,7 +24,7 @@ from avatar.settings import DenoiserSettings
 from avatar.types import Block, Conditions, Session
 from avatar.worker.v1 import denoiser_pb2_grpc
 from avatar.worker.v1 import types_pb2 as pb
-from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoRequest, DenoiserServiceGetInfoResponse
+from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoRequest, DenoiserServiceGetInfoResponse, OpenDenoise
 from services.denoiser.__main__ import build
 from services.launch import Suite, free_ports, until_healthy
 
@@ -38,9 +38,10 @@ LATENTS = (16, 3, 8, 8)
 class Chain:
     """A chain that serves the tests' checkpoint.
 
-    channels: of each level's worker. suite: its processes; none where one process, this, serves all levels.
+    targets, channels: of each level's worker. suite: its processes; none where this one serves all levels.
     """
 
+    targets: list[str]
     channels: list[grpc.aio.Channel]
     store: SessionStore
     suite: Suite | None = None
@@ -48,7 +49,7 @@ class Chain:
     async def stage(self, session_id: str) -> RemoteChain:
         """A session's open streams."""
         stage = RemoteChain(self.channels)
-        await stage.open(session_id)
+        await stage.open(OpenDenoise(session_id=session_id))
         return stage
 
     async def new_session(self, name: str, seed: int) -> Session:
@@ -130,8 +131,9 @@ async def in_this_process(checkpoint: Path, redis_url: str) -> AsyncGenerator[Ch
         servicer = build(DenoiserSettings(checkpoint=checkpoint, chain=address), store, executor)
         servicer.chain = await stack.enter_async_context(joined(address, servicer.seat))
         port = await stack.enter_async_context(serving("127.0.0.1:0", servicer))
-        one = await stack.enter_async_context(channel(f"127.0.0.1:{port}"))
-        yield Chain([one] * NUM_LEVELS, store)
+        target = f"127.0.0.1:{port}"
+        one = await stack.enter_async_context(channel(target))
+        yield Chain([target] * NUM_LEVELS, [one] * NUM_LEVELS, store)
 
 
 @asynccontextmanager
@@ -157,4 +159,5 @@ async def in_processes(
         opened = {levels: await stack.enter_async_context(channel(target)) for levels, target in targets.items()}
         store = SessionStore(RedisHashes(redis_url))
         stack.push_async_callback(store.aclose)
-        yield Chain([opened[levels] for levels in shares for _ in levels.split(",")], store, suite)
+        served = [levels for levels in shares for _ in levels.split(",")]
+        yield Chain([targets[each] for each in served], [opened[each] for each in served], store, suite)

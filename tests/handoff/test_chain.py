@@ -18,6 +18,7 @@ from avatar.rpc.server import serving
 from avatar.session import SessionStore
 from avatar.settings import DenoiserSettings
 from avatar.types import Block
+from avatar.worker.v1.denoiser_pb2 import OpenDenoise
 from services.denoiser.__main__ import build
 from services.launch import free_ports
 
@@ -140,4 +141,4 @@ async def test_a_worker_in_no_chain_hands_nothing_over(checkpoint: Path, store: 
         servicer = build(DenoiserSettings(checkpoint=checkpoint), store, executor)
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
             with pytest.raises(ConfigMismatch, match="this worker is in no chain"):
-                await RemoteChain([connection]).open("any")
+                await RemoteChain([connection]).open(OpenDenoise(session_id="any"))
