@@ -72,7 +72,7 @@ class LastingStage(Generic[Item, Answer]):
         self.stage = stage
         self.history = history
         self.closed = types_pb2.Closed()
-        self.on_rebuilt: Callable[[int], None] = lambda block: None
+        self.on_rebuilt: Callable[[int], None] = lambda _: None
         self._connect = connect
         self._patience = patience
         self._link: tuple[Worker[Any], Remote[Item, Answer]] | None = None

@@ -143,7 +143,7 @@ async def test_a_full_spare_is_asked_until_it_has_room() -> None:
         found[0].encode = breaking(1, StageLost("gone"))
         num_refused = 0
 
-        async def full(requests: Requests, context: Context) -> Responses:
+        async def full(_: Requests, __: Context) -> Responses:
             nonlocal num_refused
             num_refused += 1
             if num_refused > 2:
