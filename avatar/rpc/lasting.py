@@ -181,7 +181,7 @@ class LastingStage(Generic[Item, Answer]):
             self._timer.reschedule(due_at)
 
     async def _rebuild(self, lost: AvatarError) -> None:
-        """Open the stream anew. Raises what was lost, if it is lost again and again, or why it cannot be opened."""
+        """Open the stream anew. Raises what was lost, if it is lost again and again or cannot be opened in time."""
         started, pause_s = time.monotonic(), FIRST_PAUSE_S
         self._num_losses += 1
         if self._link:
@@ -193,9 +193,9 @@ class LastingStage(Generic[Item, Answer]):
             try:
                 await self.open()
                 break
-            except (StageLost, NoCapacity, StoreUnavailable):
+            except (StageLost, NoCapacity, StoreUnavailable) as error:
                 if time.monotonic() - started > self._patience.rebuild_s:
-                    raise
+                    raise lost from error
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         self._is_rebuilt = True
