@@ -90,6 +90,7 @@ class DenoiserSettings(WorkerSettings):
     compile: have torch.compile make the layers' code at the start; only `sizes` are served then.
     cuda_graphs: replay each stream's step as a CUDA graph.
     float8: keep the weights of linear maps in float8; needs the extra `float8` and a device that has it.
+    batch: most sessions whose blocks are stepped in one pass, where that pays; 1 keeps each session's bytes its own.
     """
 
     listen: str = "127.0.0.1:7010"
@@ -101,6 +102,12 @@ class DenoiserSettings(WorkerSettings):
     compile: bool = False
     cuda_graphs: bool = False
     float8: bool = False
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch < 1:
+            raise unusable("batch", self.batch, "at least 1")
 
     def served(self, num_levels: int) -> list[int]:
         """The levels as numbers. ValueError if the checkpoint has no such level."""

@@ -16,6 +16,7 @@ import torch
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from avatar.errors import REASONS, AvatarError, InvalidAudio, NoCapacity, SessionNotFound, StageLost
+from avatar.pace import Load, Pace
 from avatar.rpc.client import channel
 from avatar.rpc.server import Capacity, Context, blaming, opening, reason_of, status_of
 from avatar.worker.v1 import audio_pb2 as pb
@@ -235,11 +236,11 @@ async def test_open_comes_first_and_once_and_close_last(
 async def test_the_stream_one_too_many_is_refused_and_a_lost_one_makes_room(
     worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub
 ) -> None:
-    capacity, has_room = Capacity(2, "audio"), asyncio.Event()
+    capacity, has_room = Capacity(2, "audio", Load(), Pace()), asyncio.Event()
 
     async def limited(requests: Requests, context: Context) -> Responses:
         try:
-            with capacity.taken():
+            with capacity.taken("a", is_live=False):
                 async for response in numbered(requests, context):
                     yield response
         finally:
