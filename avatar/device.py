@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -64,7 +65,9 @@ class Device:
         self.load = Load()
         self._wait = wait
         self._jobs: list[Job] = []
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # What wakes the thread: one for every job that was put, whatever has become of it. A condition is slower.
+        self._calls: SimpleQueue[None] = SimpleQueue()
         self._num_jobs = 0
         self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
@@ -77,10 +80,10 @@ class Device:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the thread after the job that runs. What waits is cancelled."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
             waiting, self._jobs = self._jobs, []
-            self._changed.notify()
+        self._calls.put(None)
         for job in waiting:
             job.future.cancel()
         self._thread.join()
@@ -118,7 +121,7 @@ class Device:
         usage: Usage,
         batch: Batch | None = None,
     ) -> Job:
-        with self._changed:
+        with self._lock:
             if self._is_closed:
                 raise RuntimeError("the device is closed")
             self._num_jobs += 1
@@ -126,14 +129,14 @@ class Device:
             rank = (due_s is None, due_s or 0.0, self._num_jobs)
             job = Job(take, argument, rank, usage, batch, time.perf_counter_ns())
             self._jobs.append(job)
-            self._changed.notify()
+        self._calls.put(None)
         return job
 
     async def _done(self, job: Job) -> Any:
         try:
             return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
-            with self._changed:
+            with self._lock:
                 if job in self._jobs:
                     self._jobs.remove(job)
             raise
@@ -148,20 +151,21 @@ class Device:
 
     def _next(self) -> list[Job]:
         """Wait for jobs and take the most urgent out of the queue, with those that can be stepped with it."""
-        with self._changed:
-            while True:
-                while not self._jobs:
-                    if self._is_closed:
-                        return []
-                    self._changed.wait()
+        while True:
+            self._calls.get()
+            with self._lock:
+                if self._is_closed:
+                    return []
                 jobs = self._most_urgent()
                 for job in jobs:
                     self._jobs.remove(job)
-                if begun := [job for job in jobs if job.future.set_running_or_notify_cancel()]:
-                    return begun
+            if begun := [job for job in jobs if job.future.set_running_or_notify_cancel()]:
+                return begun
 
     def _most_urgent(self) -> list[Job]:
-        first = min(self._jobs, key=lambda job: job.rank)
+        first = min(self._jobs, key=lambda job: job.rank, default=None)
+        if first is None:
+            return []
         if first.batch is None:
             return [first]
         # Live blocks do not wait for offline ones, not even within a pass.

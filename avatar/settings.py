@@ -48,7 +48,7 @@ class WorkerSettings(Settings):
     """What all workers have in common.
 
     checkpoint: folder in our layout, with a folder for each part, or in the published one.
-    capacity: streams at a time; one more is refused.
+    capacity: streams at a time; one more is refused, and a live one that its device has no time for.
     threads: CPU threads of one computation.
     device: where it computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
     dtype: what weights and states are kept in: float32 or bfloat16.

@@ -2,10 +2,8 @@
 
 import asyncio
 import gc
-import threading
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -17,38 +15,13 @@ from avatar.device import Device
 from avatar.pace import BLOCK_S, Usage
 from avatar.pipeline import local
 from avatar.types import Session
-
-WAIT_S = 10.0
+from tests.busy import busy, until_waiting
 
 
 @pytest.fixture
 def device() -> Iterator[Device]:
     with Device() as device:
         yield device
-
-
-@contextmanager
-def busy(device: Device) -> Iterator[None]:
-    """The device computes until the body ends."""
-    begun, done = threading.Event(), threading.Event()
-
-    def compute() -> None:
-        begun.set()
-        assert done.wait(WAIT_S)
-
-    device.submit(compute)
-    assert begun.wait(WAIT_S)
-    try:
-        yield
-    finally:
-        done.set()
-
-
-async def until_waiting(device: Device, number: int) -> None:
-    """Until so many jobs wait."""
-    async with asyncio.timeout(WAIT_S):
-        while device.num_waiting != number:  # noqa: ASYNC110 - the device tells nobody
-            await asyncio.sleep(0)
 
 
 @dataclass(frozen=True)

@@ -150,11 +150,11 @@ class Denoiser:
     def batch(self, block: Block, state: DenoiserState) -> tuple[Hashable, int] | None:
         """With whom a block can be stepped, and how many at most: others of this level and size with full windows.
 
-        None, alone: what must be prefilled or is a mistake; what has masks, a pose or a graph of its own.
+        None, alone: what must be prefilled or is a mistake, and what has masks or a pose.
         """
         size = state.size
         most, prefilled = self.batches.get(size, 1), state.prefilled
-        is_plain = block.pose is None and state.masks is None and not self._cuda_graphs
+        is_plain = block.pose is None and state.masks is None
         if most == 1 or prefilled is None or not state.cache.is_full or not is_plain:
             return None
         try:

@@ -203,7 +203,7 @@ class Capacity:
         self._labels = {"service": service}
         self._told = 0
         load.serve(pace, num_levels)
-        self._tell()
+        self.tell()
 
     @property
     def total(self) -> int:
@@ -221,14 +221,15 @@ class Capacity:
         telemetry.SESSIONS_ACTIVE.add(1, self._labels)
         try:
             with self._load.live(session_id, self._pace) if is_live else nullcontext():
-                self._tell()
+                self.tell()
                 yield
         finally:
             self.active -= 1
             telemetry.SESSIONS_ACTIVE.add(-1, self._labels)
-            self._tell()
+            self.tell()
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Report the total where it has changed."""
         total = self.total
         telemetry.SESSIONS_CAPACITY.add(total - self._told, self._labels)
         self._told = total

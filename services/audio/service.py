@@ -41,6 +41,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
     def warm(self) -> None:
         """Encode silence, to know how long a block takes."""
         self._pace.measure(self._audio.warm)
+        self._capacity.tell()
 
     async def GetInfo(self, request: pb.AudioServiceGetInfoRequest, context: Context) -> pb.AudioServiceGetInfoResponse:
         return pb.AudioServiceGetInfoResponse(

@@ -59,6 +59,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         """
         for denoiser in self._denoisers.values():
             self._pace.measure(partial(denoiser.warm, height, width))
+        self._capacity.tell()
         if self._device.load.room >= self._sessions:
             return
         first, *_ = self._denoisers.values()

@@ -53,6 +53,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         """Decode nothing, to know how long a block takes; not where sizes are free."""
         if size := self._vae.config.picture.fixed_size:
             self._pace.measure(lambda: self._vae.warm(*size))
+            self._capacity.tell()
 
     async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:
         rule = self._vae.config.picture
