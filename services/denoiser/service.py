@@ -60,7 +60,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         for denoiser in self._denoisers.values():
             self._pace.measure(partial(denoiser.warm, height, width))
         self._capacity.tell()
-        if self._device.load.room >= self._sessions:
+        if self._batch == 1 or self._device.load.room >= self._sessions:
             return
         first, *_ = self._denoisers.values()
         most = batch_that_pays(first, height, width, self._batch)

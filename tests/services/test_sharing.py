@@ -100,6 +100,7 @@ async def test_blocks_go_by_the_slack_that_they_come_with(
 async def test_the_newest_live_stream_is_refused_before_the_others_come_late(
     worker: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("avatar.pace.BLOCK_S", 1e9)
     assert await told(worker) == (0, 5)
     monkeypatch.setattr("avatar.pace.BLOCK_S", 1e-9)
     assert await told(worker) == (0, 1), "a session that has the device to itself may try"
@@ -117,3 +118,23 @@ async def test_the_newest_live_stream_is_refused_before_the_others_come_late(
     await fourth.open(pb.OpenDecode(session_id="fourth", is_live=True))
     for stage in (third, fourth):
         stage.cancel()
+
+
+async def test_a_stream_that_ends_while_its_block_waits_takes_it_out_of_the_queue(
+    worker: grpc.aio.Channel, device: Device
+) -> None:
+    stage = remote_vae(worker)
+    await stage.open(pb.OpenDecode(session_id="first"))
+
+    async def blocks() -> AsyncGenerator[types.Block, None]:
+        yield types.Block(index=0, latent=tensor_to_pb(torch.zeros(16, 3, 8, 8)))
+        await asyncio.Event().wait()
+
+    await device.run(int)  # the stream's state is open
+    with busy(device):
+        frames = asyncio.ensure_future(anext(stage(blocks())))
+        await until_waiting(device, 1)
+        stage.cancel()
+        await until_waiting(device, 0)
+    await asyncio.wait({frames})
+    assert frames.cancelled() or frames.exception()
