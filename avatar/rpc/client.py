@@ -37,9 +37,15 @@ GONE = (
 )
 
 
-def channel(target: str) -> grpc.aio.Channel:
-    """A channel to HOST:PORT."""
-    return grpc.aio.insecure_channel(target, options=OPTIONS)
+def channel(target: str, credentials: grpc.ChannelCredentials | None = None, *, name: str = "") -> grpc.aio.Channel:
+    """A channel to HOST:PORT, in plain text without credentials.
+
+    name: what the peer's certificate must be for, where that is not the target's host: it may be one of its addresses.
+    """
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=OPTIONS)
+    named = [("grpc.ssl_target_name_override", name)] if name else []
+    return grpc.aio.secure_channel(target, credentials, options=[*OPTIONS, *named])
 
 
 class RemoteStage(Generic[Item, Answer]):

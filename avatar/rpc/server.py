@@ -8,7 +8,7 @@ import logging
 import signal
 import time
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -90,7 +90,10 @@ class Statuses(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        handler = await continuation(handler_call_details)
+        try:
+            handler = await continuation(handler_call_details)
+        except AvatarError as error:  # of another interceptor
+            handler = _refusing(error)
         if handler is None:
             return None
         method: str = handler_call_details.method
@@ -114,6 +117,15 @@ class Statuses(grpc.aio.ServerInterceptor):
 
             return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
         return handler
+
+
+def _refusing(error: AvatarError) -> Any:
+    """A handler that reads nothing and ends any kind of call with this error."""
+
+    async def refuse(_: AsyncIterator[Any], __: Any) -> None:
+        raise error
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 async def _write_all(answers: Any, context: Any) -> None:
@@ -251,13 +263,22 @@ def blaming(field: str, error: type[InvalidField] = InvalidField) -> Iterator[No
 
 
 @asynccontextmanager
-async def serving(listen: str, *servicers: Servicer, drain_s: float = 0.0) -> AsyncGenerator[int, None]:
+async def serving(
+    listen: str,
+    *servicers: Servicer,
+    drain_s: float = 0.0,
+    credentials: grpc.ServerCredentials | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> AsyncGenerator[int, None]:
     """Serve while the body runs, with health and reflection; gives the port.
 
     listen: HOST:PORT, port 0 for a free one. drain_s: seconds that open streams are given at the end.
-    ValueError if the address is taken.
+    credentials: for TLS; plain text without them. interceptors: what they raise becomes a status too.
+    max_message_bytes: largest message that is taken. ValueError if the address is taken.
     """
-    server = grpc.aio.server(interceptors=[Statuses()], options=SERVER_OPTIONS)
+    options = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]
+    server = grpc.aio.server(interceptors=[Statuses(), *interceptors], options=options)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     names = [servicer.service_name for servicer in servicers]
@@ -265,7 +286,7 @@ async def serving(listen: str, *servicers: Servicer, drain_s: float = 0.0) -> As
         servicer.add_to(server)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
     except RuntimeError as error:
         raise ValueError(f"cannot listen at {listen}: {error}") from error
     await server.start()

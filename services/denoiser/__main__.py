@@ -15,6 +15,7 @@ from avatar.rpc.server import serving, until_stopped
 from avatar.session import RedisHashes, SessionStore
 from avatar.settings import PREFIX, DenoiserSettings
 from avatar.settings import load as load_settings
+from avatar.tls import server_credentials
 from services.denoiser.service import DenoiserServicer
 from services.device import device_and_dtype, naming
 from services.process import run
@@ -70,10 +71,12 @@ def latent_sizes(settings: DenoiserSettings) -> list[tuple[int, int]]:
 async def main() -> None:
     settings = load_settings(DenoiserSettings, os.environ)
     telemetry.set_up("avatar-denoiser", settings.log_level)
+    credentials = server_credentials(settings)
     torch.set_num_threads(settings.threads)
     store = SessionStore(RedisHashes(settings.redis_url))
     with ThreadPoolExecutor(1, "device") as executor:
-        async with serving(settings.listen, build(settings, store, executor), drain_s=settings.drain_s):
+        servicer = build(settings, store, executor)
+        async with serving(settings.listen, servicer, drain_s=settings.drain_s, credentials=credentials):
             await until_stopped()
     await store.aclose()
 

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from avatar.errors import ConfigMismatch, InvalidField, PromptUnsupported
 from avatar.rpc.client import RemoteStage, channel, remote_audio, remote_denoiser, remote_vae, stage_error
 from avatar.settings import GatewaySettings
+from avatar.tls import worker_credentials
 from avatar.worker.v1 import (
     audio_pb2,
     audio_pb2_grpc,
@@ -98,10 +99,11 @@ class Workers:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._stack = AsyncExitStack()
-        self._audio = channel(settings.audio)
-        self._denoisers = [channel(target) for target in settings.denoisers]
-        self._vae = channel(settings.vae)
-        self._text = channel(settings.text) if settings.text else None
+        credentials = worker_credentials(settings)
+        self._audio = channel(settings.audio, credentials)
+        self._denoisers = [channel(target, credentials) for target in settings.denoisers]
+        self._vae = channel(settings.vae, credentials)
+        self._text = channel(settings.text, credentials) if settings.text else None
 
     async def __aenter__(self) -> "Workers":
         for each in (self._audio, *self._denoisers, self._vae, self._text):
