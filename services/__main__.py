@@ -18,14 +18,22 @@ import torch
 from avatar import telemetry
 from avatar.adapter import ALPHA
 from avatar.layouts import knows_text
-from avatar.rpc.server import serving, until_stopped
+from avatar.rpc.server import Servicer, serving, until_stopped
 from avatar.session import MemoryHashes, RedisHashes, SessionStore
-from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
+from avatar.settings import (
+    AudioSettings,
+    DenoiserSettings,
+    GatewaySettings,
+    TextSettings,
+    VaeSettings,
+    WorkerSettings,
+    load,
+)
+from avatar.tally import MemoryTally, RedisTally, Tally
+from avatar.tls import server_credentials
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
-from services.gateway.conversations import Conversations
-from services.gateway.service import AvatarServicer
-from services.gateway.workers import Workers
+from services.gateway.__main__ import gateway
 from services.process import run
 from services.text.__main__ import build as build_text
 from services.vae.__main__ import build as build_vae
@@ -39,6 +47,7 @@ async def suite(
     store: SessionStore,
     settings: GatewaySettings,
     *,
+    tally: Tally | None = None,
     denoisers: Sequence[str] = ("all",),
     adapter: Path | None = None,
     adapter_alpha: float = ALPHA,
@@ -46,39 +55,39 @@ async def suite(
 ) -> AsyncGenerator[str, None]:
     """All services over one checkpoint and one device thread while the body runs; gives the gateway's HOST:PORT.
 
-    denoisers: the levels of each denoiser, in order. worker: further settings of all workers.
+    tally: of what tenants use; kept in this process without one. denoisers: the levels of each denoiser, in order.
+    worker: further settings of all workers.
     """
     async with AsyncExitStack() as stack:
+
+        async def served(servicer: Servicer) -> str:
+            credentials = server_credentials(WorkerSettings(listen=ANY_PORT, **worker))
+            port = await stack.enter_async_context(serving(ANY_PORT, servicer, credentials=credentials))
+            return f"127.0.0.1:{port}"
+
         executor = stack.enter_context(ThreadPoolExecutor(1, "device"))
         audio = build_audio(AudioSettings(checkpoint=checkpoint, **worker), executor)
         vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, executor)
-        audio_port = await stack.enter_async_context(serving(ANY_PORT, audio))
-        vae_port = await stack.enter_async_context(serving(ANY_PORT, vae))
         addresses: list[str] = []
         for levels in denoisers:
             level_settings = DenoiserSettings(
                 checkpoint=checkpoint, levels=levels, adapter=adapter, adapter_alpha=adapter_alpha, **worker
             )
             denoiser = build_denoiser(level_settings, store, executor)
-            denoiser_port = await stack.enter_async_context(serving(ANY_PORT, denoiser))
-            addresses += [f"127.0.0.1:{denoiser_port}"] * len(denoiser.levels)
+            addresses += [await served(denoiser)] * len(denoiser.levels)
         text_target = ""
         if knows_text(checkpoint):
             text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, executor)
-            text_target = f"127.0.0.1:{await stack.enter_async_context(serving(ANY_PORT, text))}"
+            text_target = await served(text)
         given = replace(
             settings,
-            audio=f"127.0.0.1:{audio_port}",
+            audio=await served(audio),
             denoisers=tuple(addresses),
-            vae=f"127.0.0.1:{vae_port}",
+            vae=await served(vae),
             text=text_target,
         )
-        workers = await stack.enter_async_context(Workers(given))
-        conversations = await stack.enter_async_context(Conversations(given, store, workers))
-        servicer = AvatarServicer(given, store, workers, conversations)
-        port = await stack.enter_async_context(serving(settings.listen, servicer, drain_s=settings.drain_s))
+        port = await stack.enter_async_context(gateway(given, store, tally or MemoryTally()))
         yield f"127.0.0.1:{port}"
-        conversations.go_away()
 
 
 async def main() -> None:
@@ -86,11 +95,13 @@ async def main() -> None:
     telemetry.set_up("avatar", settings.log_level)
     torch.set_num_threads(1)
     models = load(DenoiserSettings, os.environ)
-    hashes = RedisHashes(settings.redis_url) if "AVATAR_REDIS_URL" in os.environ else MemoryHashes()
-    store = SessionStore(hashes)
+    is_kept = "AVATAR_REDIS_URL" in os.environ
+    store = SessionStore(RedisHashes(settings.redis_url) if is_kept else MemoryHashes())
+    tally = RedisTally(settings.redis_url) if is_kept else MemoryTally()
     switches = {name: getattr(models, name) for name in ("adapter", "adapter_alpha", "device", "dtype")}
-    async with suite(models.checkpoint, store, settings, **switches):
+    async with suite(models.checkpoint, store, settings, tally=tally, **switches):
         await until_stopped()
+    await tally.aclose()
     await store.aclose()
 
 

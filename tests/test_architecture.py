@@ -27,7 +27,7 @@ _WORKER = (
         "avatar.session",
         "avatar.settings",
     ),
-    *("avatar.telemetry", "avatar.types", "avatar.worker", "services.device", "services.process"),
+    *("avatar.telemetry", "avatar.tls", "avatar.types", "avatar.worker", "services.device", "services.process"),
 )
 
 # What each part of ours may import of ours; a name stands for the module and for all below it. A part may always import
@@ -39,6 +39,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.status": ("avatar.errors",),
     "avatar.telemetry": (),
     "avatar.session": ("avatar.errors", "avatar.worker"),  # a store's errors are what a client can act on
+    "avatar.tally": ("avatar.session",),
+    "avatar.tls": ("avatar.settings",),
     # Tensor code. The four never see each other.
     "avatar.types": (),
     "avatar.checkpoint": (),
@@ -56,7 +58,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.rpc.server": ("avatar.errors", "avatar.telemetry"),
     "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.status", "avatar.worker"),
     # What product teams use.
-    "avatar.client": ("avatar.errors", "avatar.pipeline", "avatar.status", "avatar.v1"),
+    "avatar.client": ("avatar.errors", "avatar.pipeline", "avatar.status", "avatar.tls", "avatar.v1"),
     "avatar.adapters": ("avatar.client",),
     # Files and the command line.
     "avatar.media": ("avatar.audio", "avatar.vae"),
@@ -78,7 +80,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.gateway": (
         *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.server", "avatar.session"),
-        *("avatar.settings", "avatar.telemetry", "avatar.v1", "avatar.worker", "services.process"),
+        *("avatar.settings", "avatar.tally", "avatar.telemetry", "avatar.tls", "avatar.v1", "avatar.worker"),
+        "services.process",
     ),
     "services": (
         "avatar",
@@ -112,6 +115,8 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("avatar.adapters", "avatar.client"), (*_TENSORS, "google.rpc", "grpc_status")),
     "avatar.telemetry": _TENSORS,
     "avatar.session": _TENSORS,
+    "avatar.tally": _TENSORS,
+    "avatar.tls": _TENSORS,
     "avatar.types": _STREAMS,
     **dict.fromkeys(("avatar.adapter", "avatar.checkpoint", "avatar.layouts", "avatar.part"), _STREAMS),
     "avatar.audio": _STREAMS,
