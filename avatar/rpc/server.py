@@ -28,9 +28,14 @@ logger = logging.getLogger(__name__)
 
 # The largest message between workers is a reference's motion latents: 20 bytes a pixel in float32, 18 MB at 1280x704.
 MAX_MESSAGE_BYTES = 64 << 20
+# gRPC's own default, which a status with details needs too.
+MAX_METADATA_BYTES = 8 << 10
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Over the first a call may be refused, over the second it is.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
     # A frozen peer is noticed after keepalive time + ping time-out; without the second it would take a minute.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 3_000),
@@ -277,7 +282,7 @@ async def serving(
     credentials: for TLS; plain text without them. interceptors: what they raise becomes a status too.
     max_message_bytes: largest message that is taken. ValueError if the address is taken.
     """
-    options = [*SERVER_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes)]
+    options = list({**dict(SERVER_OPTIONS), "grpc.max_receive_message_length": max_message_bytes}.items())
     server = grpc.aio.server(interceptors=[Statuses(), *interceptors], options=options)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
