@@ -125,10 +125,12 @@ class Authentication(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        if not handler_call_details.method.startswith(OPEN):
+        handler = await continuation(handler_call_details)
+        # A method that is not there is nobody's: it must not become a name among metrics.
+        if handler is not None and not handler_call_details.method.startswith(OPEN):
             # The handler runs in this very task.
             _CALLER.set(self._tokens.tenant(_token(handler_call_details.invocation_metadata)))
-        return await continuation(handler_call_details)
+        return handler
 
 
 def _token(metadata: Iterable[tuple[str, str | bytes]]) -> str:

@@ -25,6 +25,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from avatar.session import MemoryHashes, SessionStore
 from avatar.settings import GatewaySettings
@@ -171,6 +172,23 @@ async def test_nothing_can_be_called_without_a_token(gateway_of_tenants: Gateway
             for method in METHODS:
                 async with refused(StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"):
                     await call(stub, method, GetMessageClass(method.input_type)())
+
+
+async def test_a_method_that_is_not_there_is_not_counted(
+    gateway_of_tenants: Gateway, measured: InMemoryMetricReader
+) -> None:
+    async with grpc.aio.secure_channel(gateway_of_tenants.target, gateway_of_tenants.trust) as channel:
+        call: Any = channel.unary_unary("/avatar.v1.AvatarService/Invented")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"", timeout=10)
+        assert caught.value.code() is StatusCode.UNIMPLEMENTED
+        with pytest.raises(grpc.aio.AioRpcError):
+            await channel.unary_unary("/avatar.v1.AvatarService/GetCapabilities")(b"", timeout=10)
+    data = measured.get_metrics_data()
+    assert data
+    counted = data.to_json()
+    assert "/avatar.v1.AvatarService/GetCapabilities" in counted
+    assert "Invented" not in counted
 
 
 WRONG = [
