@@ -1,7 +1,4 @@
-"""Tenants: nobody calls without a token, none can tell another's from what is not there, and all have their quotas.
-
-The gateway is one of our own, over TLS, and its workers ask for certificates.
-"""
+"""Tenants: nobody calls without a token, and none can tell another's from what is not there."""
 
 from __future__ import annotations
 
@@ -9,12 +6,9 @@ import base64
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from io import StringIO
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -27,18 +21,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from avatar.session import MemoryHashes, SessionStore
-from avatar.settings import GatewaySettings
 from avatar.telemetry import JsonFormatter
-from avatar.tls import channel_credentials
 from avatar.v1 import avatar_service_pb2 as pb
-from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
-from services.__main__ import suite
-from tests.certificates import Authority
 from tests.conftest import sound
 from tests.contract.refusals import Refusal, refused
-from tests.contract.test_references import picture_file
-from tests.product import PCM16, connected, new_session, opened, speak, stream
+from tests.contract.tenants import ACME, Gateway, Stub
+from tests.product import PCM16, new_session, opened, speak, stream
 
 METHODS: list[MethodDescriptor] = list(pb.DESCRIPTOR.services_by_name["AvatarService"].methods)
 # What a request must have beside names, so that nothing else of it is refused. A new method may do without.
@@ -46,68 +34,6 @@ BESIDE: dict[str, dict[str, Any]] = {
     "UpdateSession": {"session": {"ttl": {"seconds": 60}}, "update_mask": {"paths": ["ttl"]}},
     "StreamAvatar": {"open": {"audio": PCM16}},
 }
-ACME, GLOBEX = "acme's token", "globex's token"
-Stub: TypeAlias = "pb_grpc.AvatarServiceAsyncStub"
-
-
-@dataclass
-class Gateway:
-    """A gateway with tenants. target: HOST:PORT. store: where its sessions are."""
-
-    target: str
-    store: SessionStore
-    trust: grpc.ChannelCredentials
-
-    def called(self, token: str | None) -> AbstractAsyncContextManager[Stub]:
-        """A stub whose calls carry a token."""
-        if token is None:
-            return connected(self.target, self.trust)
-        bearer = grpc.access_token_call_credentials(token)
-        return connected(self.target, grpc.composite_channel_credentials(self.trust, bearer))
-
-
-@pytest.fixture
-def quotas() -> str:
-    """Lines of acme's table."""
-    return ""
-
-
-@pytest.fixture
-async def gateway_of_tenants(
-    request: pytest.FixtureRequest, checkpoint: Path, tmp_path: Path, quotas: str
-) -> AsyncGenerator[Gateway, None]:
-    if request.config.getoption("--target"):
-        pytest.skip("of a gateway whose tokens are not known")
-    tenants = tmp_path / "tenants.toml"
-    acme, globex = (hashlib.sha256(token.encode()).hexdigest() for token in (ACME, GLOBEX))
-    tenants.write_text(f'[acme]\ntokens = ["{acme}"]\n{quotas}\n[globex]\ntokens = ["{globex}"]')
-    authority = Authority(tmp_path)
-    edge, worker, client = (authority.issue(name, "127.0.0.1") for name in ("edge", "worker", "client"))
-    settings = GatewaySettings(
-        listen="127.0.0.1:0",
-        tenants=tenants,
-        tls_cert=edge.cert,
-        tls_key=edge.key,
-        worker_ca=authority.ca,
-        worker_cert=client.cert,
-        worker_key=client.key,
-    )
-    of_workers: dict[str, Any] = {"tls_cert": worker.cert, "tls_key": worker.key, "tls_client_ca": authority.ca}
-    store = SessionStore(MemoryHashes())
-    async with suite(checkpoint, store, settings, **of_workers) as target:
-        yield Gateway(target, store, channel_credentials(authority.ca))
-
-
-@pytest.fixture
-async def acme(gateway_of_tenants: Gateway) -> AsyncGenerator[Stub, None]:
-    async with gateway_of_tenants.called(ACME) as stub:
-        yield stub
-
-
-@pytest.fixture
-async def globex(gateway_of_tenants: Gateway) -> AsyncGenerator[Stub, None]:
-    async with gateway_of_tenants.called(GLOBEX) as stub:
-        yield stub
 
 
 async def call(stub: Stub, method: MethodDescriptor, request: Message) -> Any:
@@ -178,12 +104,13 @@ async def test_a_method_that_is_not_there_is_not_counted(
     gateway_of_tenants: Gateway, measured: InMemoryMetricReader
 ) -> None:
     async with grpc.aio.secure_channel(gateway_of_tenants.target, gateway_of_tenants.trust) as channel:
-        call: Any = channel.unary_unary("/avatar.v1.AvatarService/Invented")
+        known: Any = channel.unary_unary("/avatar.v1.AvatarService/GetCapabilities")
+        invented: Any = channel.unary_unary("/avatar.v1.AvatarService/Invented")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(b"", timeout=10)
+            await invented(b"", timeout=10)
         assert caught.value.code() is StatusCode.UNIMPLEMENTED
         with pytest.raises(grpc.aio.AioRpcError):
-            await channel.unary_unary("/avatar.v1.AvatarService/GetCapabilities")(b"", timeout=10)
+            await known(b"", timeout=10)
     data = measured.get_metrics_data()
     assert data
     counted = data.to_json()
@@ -284,51 +211,6 @@ async def test_a_session_of_a_tenant_speaks_as_any(acme: Stub, portrait: bytes) 
     session = await new_session(acme, portrait, seed=7)
     streamed = await speak(acme, session.id, sound(1.0))
     assert len(streamed.frames) == 33
-
-
-@pytest.mark.parametrize("quotas", ["max_sessions = 2"])
-async def test_sessions_are_as_many_as_a_tenant_may_have(acme: Stub, globex: Stub, portrait: bytes) -> None:
-    first, second = [await new_session(acme, portrait) for _ in range(2)]
-    async with refused(StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED") as refusal:
-        await new_session(acme, portrait)
-    assert refusal.metadata == {"quota": "sessions"}
-    assert refusal.retries
-    assert await new_session(globex, portrait)
-    await speak(acme, first.id, sound(0.5))
-    third = await new_session(acme, portrait)
-    await acme.DeleteSession(pb.DeleteSessionRequest(session_id=second.id), timeout=10)
-    await new_session(acme, portrait)
-    async with refused(StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"):
-        await new_session(acme, portrait)
-    await speak(acme, third.id, sound(0.5))
-
-
-@pytest.mark.parametrize("quotas", ["max_references = 1"])
-async def test_references_are_as_many_as_a_tenant_may_keep(acme: Stub, globex: Stub, portrait: bytes) -> None:
-    mine, other = pb.CreateReferenceRequest(picture=portrait), pb.CreateReferenceRequest(picture=picture_file(64, 64))
-    reference = (await acme.CreateReference(mine, timeout=60)).reference
-    assert (await acme.CreateReference(mine, timeout=60)).reference.id == reference.id
-    async with refused(StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED") as refusal:
-        await acme.CreateReference(other, timeout=60)
-    assert refusal.metadata == {"quota": "references"}
-    assert not refusal.retries
-    assert await globex.CreateReference(other, timeout=60)
-    await acme.DeleteReference(pb.DeleteReferenceRequest(reference_id=reference.id), timeout=10)
-    assert await acme.CreateReference(other, timeout=60)
-
-
-@pytest.mark.parametrize("quotas", ["max_audio_s = 2"])
-async def test_sound_is_as_much_as_a_tenant_may_send(acme: Stub, globex: Stub, portrait: bytes) -> None:
-    await speak(acme, (await new_session(acme, portrait)).id, sound(1.5))
-    session = await new_session(acme, portrait)
-    async with refused(StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED") as refusal:
-        await speak(acme, session.id, sound(1.5))
-    assert refusal.metadata == {"quota": "audio"}
-    session = await new_session(acme, portrait)
-    async with refused(StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED") as refusal:
-        await stream(acme, [opened(session.id)])
-    assert 0 < refusal.retry_s <= 86400, "the day ends"
-    await speak(globex, (await new_session(globex, portrait)).id, sound(0.5))
 
 
 async def test_logs_hold_no_secret_and_no_media(

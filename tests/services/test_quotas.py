@@ -42,6 +42,7 @@ class Store:
 
     async def hold(self, held: str, name: str, ttl_s: float, most: int | None = None) -> bool:
         self._reached()
+        await asyncio.sleep(0)
         return await self._tally.hold(held, name, ttl_s, most)
 
     async def let_go(self, held: str, name: str) -> None:
@@ -93,7 +94,18 @@ async def test_a_stream_takes_one_place_until_it_ends(store: Store) -> None:
                 await elsewhere.take_session("b", 60.0)
             with calling(GLOBEX):
                 await elsewhere.take_session("c", 60.0)
+        await quotas.save()
         await elsewhere.take_session("b", 60.0)
+
+
+async def test_a_place_that_is_let_go_meanwhile_is_not_held_again(store: Store) -> None:
+    quotas = Quotas(store)
+    with calling(ACME):
+        async with quotas.streaming("a"):
+            saving = asyncio.ensure_future(quotas.save())
+            await asyncio.sleep(0)
+        await saving
+        await quotas.take_session("b", 60.0)
 
 
 async def test_the_place_of_a_gateway_that_died_is_free_after_its_claim(store: Store) -> None:
