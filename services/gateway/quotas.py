@@ -29,7 +29,7 @@ class Quotas:
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
         self._streaming: dict[str, Tenant] = {}
-        self._letting_go = asyncio.Lock()
+        self._holding = asyncio.Lock()
         # Seconds of each tenant's sound: not in the tally yet, and in it with the day it is of.
         self._unsaved: defaultdict[str, float] = defaultdict(float)
         self._saved: dict[str, tuple[int, float]] = {}
@@ -65,9 +65,10 @@ class Quotas:
             yield
         finally:
             del self._streaming[session_id]
-            async with self._letting_go:  # not in the middle of being held again
-                with suppress(StoreUnavailable):
-                    await self.return_session(session_id)
+            async with self._holding:
+                pass  # it is not being held again any more
+            with suppress(StoreUnavailable):
+                await self.return_session(session_id)
 
     async def metered(
         self, requests: AsyncIterator[pb.StreamAvatarRequest], bytes_per_s: int
@@ -90,7 +91,7 @@ class Quotas:
     async def save(self) -> None:
         """The same once."""
         for session_id, tenant in list(self._streaming.items()):
-            async with self._letting_go:
+            async with self._holding:
                 if session_id in self._streaming and tenant.max_sessions is not None:
                     # Whatever others have taken meanwhile: what runs is not ended.
                     await self._tally.hold(_held(tenant, "sessions"), session_id, CLAIM_TTL_S)
