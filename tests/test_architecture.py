@@ -98,7 +98,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("avatar.client", "avatar.errors", "avatar.v1"),
         *("web.conversation", "web.playout", "web.speech"),
     ),
-    "benchmarks": ("avatar",),
+    # The suite as processes is measured from outside; how they are started is the one thing taken from them.
+    "benchmarks": ("avatar", "services.launch"),
 }
 
 _TENSORS = ("torch", "numpy", "einops", "transformers", "diffusers", "safetensors")
