@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks import block, encoding, live, loading
+from benchmarks import block, encoding, live, loading, tiny
+from benchmarks.pipeline import crash, endurance, throughput
 from benchmarks.pipeline import live as pipeline_live
-from benchmarks.pipeline import throughput
 from benchmarks.row import Row, table
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +37,9 @@ def parts(flags: argparse.Namespace) -> dict[str, Callable[[], list[Row]]]:
         "hops": throughput.hop_rows,
         "sessions": pipeline_live.session_rows,
         "continuity": pipeline_live.continuity_rows,
+        "crash": crash.rows,
+        "endurance": endurance.rows,
+        "tiny": lambda: tiny.rows(flags.checkpoint),
     }
 
 

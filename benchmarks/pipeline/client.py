@@ -6,10 +6,12 @@ what was sent, in order, and each picture is what its sound becomes on the one r
 
 import asyncio
 import json
+import math
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -28,6 +30,7 @@ PIECE_S = content.BLOCK_S / 4
 VOICE_BYTES = 2 * 500_009
 FRAME_BYTES = content.SOUND_BYTES // content.BLOCK_FRAMES
 START_S = 1.0
+PORTRAIT = Path(__file__).parents[2] / "assets/portrait.png"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Job:
     pace: `alone`: a block is sent when the one before has come; `full`: offline, as fast as it goes; `live`: in real
         time, sessions begun evenly over a block. num_blocks: that each session speaks.
     pids: processes whose time of the processor is counted, beside the clients' own.
+    limit_s: at `full` pace, seconds after which no more is said. is_checked: stages stand in, so pictures are known.
     """
 
     target: str
@@ -44,6 +48,8 @@ class Job:
     num_blocks: int
     num_sessions: int = 1
     pids: list[int] = field(default_factory=list)
+    limit_s: float = math.inf
+    is_checked: bool = True
 
 
 @dataclass
@@ -51,7 +57,7 @@ class Heard:
     """What came to one session.
 
     arrivals: number of the first frame of each message, how many it holds, seconds of the monotonic clock, whether
-        nobody speaks. sent_s: when each block was sent (`alone`).
+        nobody speaks. sent_s: when each block was sent; not where it comes in pieces (`live`).
     wrong: pictures or sound that are not what they should be. refused: what the gateway ended the stream with.
     """
 
@@ -84,20 +90,22 @@ class Voice:
 class Client:
     """One session's stream."""
 
-    def __init__(self, stub: Any, number: int, is_live: bool) -> None:
+    def __init__(self, stub: Any, number: int, job: Job) -> None:
         self.heard = Heard()
+        self.job = job
         self._stub = stub
         self._voice = Voice(number)
-        self._is_live = is_live
         self._said = 0
         self._sound = b""
         self._place = 0
 
     async def open(self) -> None:
         """Open a stream of a new session."""
-        reference = (await self._stub.CreateReference(pb.CreateReferenceRequest(picture=b"any"))).reference
+        reference = (
+            await self._stub.CreateReference(pb.CreateReferenceRequest(picture=PORTRAIT.read_bytes()))
+        ).reference
         session = (await self._stub.CreateSession(pb.CreateSessionRequest(reference_id=reference.id))).session
-        mode = pb.OpenAvatar.MODE_LIVE if self._is_live else pb.OpenAvatar.MODE_OFFLINE
+        mode = pb.OpenAvatar.MODE_LIVE if self.job.pace == "live" else pb.OpenAvatar.MODE_OFFLINE
         opening = pb.OpenAvatar(
             session_id=session.id,
             audio=types.AudioFormat(encoding=types.SAMPLE_ENCODING_PCM16, rate_hz=content.RATE_HZ, num_channels=1),
@@ -128,7 +136,7 @@ class Client:
                 case "frame":
                     frame = response.frame
                     self.heard.arrivals.append((frame.index, frame.num_frames, time.monotonic(), frame.is_idle))
-                    self.heard.wrong += not self._is_right(frame)
+                    self.heard.wrong += self.job.is_checked and not self._is_right(frame)
                     yield frame
                 case "closed":
                     return
@@ -146,10 +154,10 @@ class Client:
         return is_heard and content.picture_of(frame.data) == content.expected(sound)
 
 
-async def alone(client: Client, num_blocks: int) -> None:
+async def alone(client: Client) -> None:
     """Say a block, wait for its frames, say the next."""
     frames = client.frames()
-    for _ in range(num_blocks):
+    for _ in range(client.job.num_blocks):
         client.heard.sent_s.append(time.monotonic())
         await client.say(content.SOUND_BYTES)
         await anext(frames)
@@ -158,23 +166,25 @@ async def alone(client: Client, num_blocks: int) -> None:
         pass
 
 
-async def full(client: Client, num_blocks: int) -> None:
+async def full(client: Client) -> None:
     """Say as much as is taken."""
 
     async def speak() -> None:
-        for _ in range(num_blocks):
+        until = time.monotonic() + client.job.limit_s
+        while len(client.heard.sent_s) < client.job.num_blocks and time.monotonic() < until:
+            client.heard.sent_s.append(time.monotonic())
             await client.say(content.SOUND_BYTES)
         await client.close()
 
     await _while_speaking(client, speak)
 
 
-async def live(client: Client, num_blocks: int) -> None:
+async def live(client: Client) -> None:
     """Say as a microphone does."""
 
     async def speak() -> None:
         began = time.monotonic()
-        for number in range(1, 4 * num_blocks + 1):
+        for number in range(1, 4 * client.job.num_blocks + 1):
             await asyncio.sleep(max(0.0, began + number * PIECE_S - time.monotonic()))
             await client.say(PIECE_BYTES)
         await client.close()
@@ -197,18 +207,17 @@ PACES = {"alone": alone, "full": full, "live": live}
 
 async def work(job: Job) -> Report:
     """Do a job."""
-    is_live = job.pace == "live"
     options = [("grpc.max_receive_message_length", 16 << 20)]
     async with grpc.aio.insecure_channel(job.target, options=options) as channel:
-        clients = [Client(pb_grpc.AvatarServiceStub(channel), n, is_live) for n in range(job.num_sessions)]
-        began = time.monotonic() + (START_S if is_live else 0.0)
+        clients = [Client(pb_grpc.AvatarServiceStub(channel), n, job) for n in range(job.num_sessions)]
+        began = time.monotonic() + (START_S if job.pace == "live" else 0.0)
         before = cpu_seconds(job.pids)
 
         async def converse(number: int, client: Client) -> None:
             try:
                 await asyncio.sleep(max(0.0, began + number * content.BLOCK_S / job.num_sessions - time.monotonic()))
                 await client.open()
-                await PACES[job.pace](client, job.num_blocks)
+                await PACES[job.pace](client)
             except grpc.aio.AioRpcError as error:
                 client.heard.refused = f"{error.code().name}: {error.details()}"
 
