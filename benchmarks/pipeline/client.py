@@ -28,7 +28,6 @@ PIECE_BYTES = content.SOUND_BYTES // 4
 PIECE_S = content.BLOCK_S / 4
 # A prime number of samples, so that no two blocks of a session sound alike.
 VOICE_BYTES = 2 * 500_009
-FRAME_BYTES = content.SOUND_BYTES // content.BLOCK_FRAMES
 START_S = 1.0
 PORTRAIT = Path(__file__).parents[2] / "assets/portrait.png"
 
@@ -58,7 +57,8 @@ class Heard:
 
     arrivals: number of the first frame of each message, how many it holds, seconds of the monotonic clock, whether
         nobody speaks. sent_s: when each block was sent; not where it comes in pieces (`live`).
-    wrong: pictures or sound that are not what they should be. refused: what the gateway ended the stream with.
+    wrong: pictures or sound that are not what they should be, or speech that never came.
+    refused: what the gateway ended the stream with.
     """
 
     arrivals: list[tuple[int, int, float, bool]] = field(default_factory=list)
@@ -79,7 +79,8 @@ class Voice:
     """A session's sound, without end."""
 
     def __init__(self, session: int) -> None:
-        self._data = np.random.default_rng(session).bytes(VOICE_BYTES)
+        loud = np.random.default_rng(session).integers(1, 256, VOICE_BYTES, dtype=np.uint8)
+        self._data = loud.tobytes()  # without a zero, which would be silence
 
     def at(self, start: int, size: int) -> bytes:
         start %= VOICE_BYTES
@@ -139,19 +140,19 @@ class Client:
                     self.heard.wrong += self.job.is_checked and not self._is_right(frame)
                     yield frame
                 case "closed":
+                    self.heard.wrong += self.job.is_checked and self._place != self._said
                     return
 
     def _is_right(self, frame: types.VideoFrame) -> bool:
-        sound, is_first = self._sound, len(self._sound) < content.SOUND_BYTES
-        if frame.is_idle:
-            return is_first or content.picture_of(frame.data) == content.expected(sound)
-        missing = content.FIRST_FRAME * FRAME_BYTES if is_first else 0
-        whole = self._voice.at(self._place, missing + len(sound))
-        self._place += len(whole)
-        spoken = max(0, len(whole) - max(0, self._place - self._said))  # the rest is silence
-        sound = (whole[:missing] + sound)[: len(whole)]
-        is_heard = sound[:spoken] == whole[:spoken] and not any(sound[spoken:])
-        return is_heard and content.picture_of(frame.data) == content.expected(sound)
+        """Whether the sound is what was said next, with silence behind what came late, and the picture is its own."""
+        sound = self._sound
+        if len(sound) < content.SOUND_BYTES:  # the sound of frames that are not shown
+            missing = content.SOUND_BYTES - len(sound)
+            sound = (bytes(missing) if frame.is_idle else self._voice.at(self._place, missing)) + sound
+        spoken = sound.rstrip(b"\0")
+        is_next = self._voice.at(self._place, len(spoken)) == spoken and frame.is_idle != bool(spoken)
+        self._place += len(spoken)
+        return is_next and content.picture_of(frame.data) == content.expected(sound)
 
 
 async def alone(client: Client) -> None:
