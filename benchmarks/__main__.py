@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -21,7 +20,7 @@ import torch
 from benchmarks import block, encoding, live, loading, tiny
 from benchmarks.pipeline import crash, endurance, throughput
 from benchmarks.pipeline import live as pipeline_live
-from benchmarks.row import Row, table
+from benchmarks.row import Row, row_of, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,20 +53,41 @@ def main() -> None:
     available = parts(flags)
     if unknown := set(flags.only) - set(available):
         raise ValueError(f"{', '.join(sorted(unknown))} cannot be measured, only {', '.join(available)}")
-    path = flags.out / "bench.json"
-    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if flags.only and path.is_file() else []
-    made: list[dict[str, Any]] = []
-    for name, measure in available.items():
-        if flags.only and name not in flags.only:
-            made += [each for each in kept if each.get("name") == name]
-            continue
-        started = time.monotonic()
-        rows = measure()
-        print(f"\n{name}, {time.monotonic() - started:.0f} s\n{table(rows)}", flush=True)
-        made += [{"name": name, **each.to_dict()} for each in rows]
     flags.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": made}, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{machine()}\nwrote {path}")
+    report = Report(flags.out / "bench.json", list(available), afresh=not flags.only)
+    failed = []
+    for name in flags.only or available:
+        started = time.monotonic()
+        try:
+            report.put(name, available[name]())
+        except (RuntimeError, TimeoutError) as error:  # of a process that was measured; the others can be, still
+            failed.append(f"{name}: {error or 'not done in time'}")
+        print(f"{name}, {time.monotonic() - started:.0f} s", flush=True)
+    print(f"\n{table(report.rows)}\n\n{machine()}\nwrote {report.path}")
+    if failed:
+        raise ValueError("; ".join(failed))
+
+
+class Report:
+    """Rows by the name of what was measured, kept in a file from each on.
+
+    names: in the order of the table. afresh: whether what the file has is forgotten.
+    """
+
+    def __init__(self, path: Path, names: list[str], *, afresh: bool) -> None:
+        self.path = path
+        kept = [] if afresh or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))["rows"]
+        self._rows = {name: [row_of(each) for each in kept if each["name"] == name] for name in names}
+
+    @property
+    def rows(self) -> list[Row]:
+        return [each for rows in self._rows.values() for each in rows]
+
+    def put(self, name: str, rows: list[Row]) -> None:
+        """Keep these rows in the place of those of the same name."""
+        self._rows[name] = rows
+        told = [{"name": name, **each.to_dict()} for name, rows in self._rows.items() for each in rows]
+        self.path.write_text(json.dumps({"machine": machine(), "rows": told}, indent=2) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, object]:

@@ -1,6 +1,6 @@
 """One measured figure, what it should be, and what others reach."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -40,8 +40,12 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """What `bench.json` keeps."""
-        kept = {"figure": self.figure, "value": self.value, "target": self.target, "met": self.met, "unit": self.unit}
-        return {**kept, "bound": self.bound, "beside": self.beside, "ahead": self.ahead, "note": self.note}
+        return {**asdict(self), "met": self.met, "ahead": self.ahead}
+
+
+def row_of(kept: dict[str, Any]) -> Row:
+    """The row that `bench.json` kept; `met` and `ahead` follow from the rest."""
+    return Row(**{each.name: kept[each.name] for each in fields(Row)})
 
 
 def row(

@@ -1,5 +1,6 @@
 """Who is measured side by side: the suite with stand-in stages, and its peers. Each does jobs, and reports."""
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,6 +16,7 @@ from benchmarks.pipeline.suite import standing_in
 
 # A job may take so much longer than its blocks would with one stage after another.
 SLACK_S = 60.0
+STOP_S = 5.0
 # client - audio - level 0 - 1 - 2 - 3 - vae - client; the gateway stands between each two.
 HOPS = 7
 OURS = "avatar"
@@ -79,6 +81,11 @@ class Peer:
             raise RuntimeError(f"{self._name} made {report.wrong} wrong pictures")
         return report
 
+    @property
+    def pid(self) -> int:
+        """Of its first process, whose children the others are."""
+        return self._process.pid
+
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
         """Its processes run while the body does."""
@@ -89,7 +96,12 @@ class Peer:
         finally:
             assert self._process.stdin
             self._process.stdin.close()
-            await self._process.wait()
+            try:
+                async with asyncio.timeout(STOP_S):
+                    await self._process.wait()
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
 
 
 @asynccontextmanager
