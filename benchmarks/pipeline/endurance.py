@@ -25,8 +25,8 @@ OTHER_BLOCKS = -int(-(MEDIA_S / BLOCK_S - LONG_BLOCKS) // OTHERS)
 # A slow machine is not waited for; the rows say how far it came.
 LIMIT_S, CLOSE_S = 270.0, 60.0
 SAMPLE_S = 1.0
-# Memory is measured once this share of the media is made: allocators fill, and connections are made, before.
-WARM = 0.25
+# Memory is measured once this share of the media is made: before, allocators fill, and the short sessions end.
+WARM = 0.4
 
 
 def rows() -> list[Row]:

@@ -22,7 +22,7 @@ from services.launch import Suite
 ROUNDS = 5
 STEP_S = 0.02
 # Blocks that each session speaks: 6 s, of which about 2 s do not count.
-NUM_BLOCKS = 13
+NUM_BLOCKS = 12
 SETTLE_S = 1.5
 BOUND = round(BLOCK_S / STEP_S)
 FEWEST = 17

@@ -20,8 +20,8 @@ STAGES = NUM_LEVELS + 1
 # Blocks until all stages are at work, and sessions beside each other.
 FILL, SESSIONS = 8, 4
 SHORT_S, LONG_S = 0.02, 0.265
-# With one stage after another a block takes five times as long.
-FEWER = {"loop": 5}
+# One stage after another: a block takes five times as long, and the first is as good as the last.
+SEQUENTIAL = "loop"
 EFFICIENCY = "pipeline efficiency"
 
 
@@ -36,8 +36,8 @@ def hop_rows() -> list[Row]:
 
 
 async def _efficiencies() -> list[Row]:
-    short, many, fair = await _efficiency(SHORT_S, num_blocks=150, is_many=True)
-    long, _, _ = await _efficiency(LONG_S, num_blocks=FILL + 16, is_many=False)
+    short, many, fair = await _efficiency(SHORT_S, num_blocks=FILL + 120, is_many=True)
+    long, _, _ = await _efficiency(LONG_S, num_blocks=FILL + 10, is_many=False)
     ours, ours_long = short.pop(OURS), long.pop(OURS)
     name = f"{EFFICIENCY}, stages of {SHORT_S * 1e3:g} ms"
     one = "one session; each block is handed on before the next is taken"
@@ -59,11 +59,13 @@ async def _efficiency(
     async with contenders(step_s) as (ours, everyone):
         for _ in tqdm(range(ROUNDS), desc=f"efficiency, {step_s * 1e3:g} ms", disable=None):
             for name, contender in everyone.items():
-                came = (await contender.work("full", max(FILL + 2, num_blocks // FEWER.get(name, 1)))).came_s
-                skip = 1 if name in FEWER else FILL
+                skip, count = (0, num_blocks // STAGES) if name == SEQUENTIAL else (FILL, num_blocks)
+                came = (await contender.work("full", count)).came_s
                 found[name].append(step_s * rate_hz(steady([came], skip)[0]))
             if is_many:
-                sessions = steady([each.came_s for each in await ours.sessions("full", 100, SESSIONS)], FILL)
+                sessions = steady(
+                    [each.came_s for each in await ours.sessions("full", num_blocks // 2, SESSIONS)], FILL
+                )
                 many.append(step_s * rate_hz([at for times in sessions for at in times]))
                 fair.append(fairness(sessions))
     return {name: median(values) for name, values in found.items()}, many, fair
