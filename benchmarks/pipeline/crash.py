@@ -24,8 +24,9 @@ from services.launch import Suite, until_healthy
 ROUNDS = 5
 STEP_S = 0.02
 SESSIONS = 4
-# Sessions have begun, and each loss is watched for so long before the next.
-SETTLE_S, WATCH_S, RESTART_S = 3.0, 2.5, 1.5
+# From when all sessions are open; each loss is watched for so long before the next.
+SETTLE_S, WATCH_S, RESTART_S = 1.5, 2.5, 0.5
+OPEN_S = 30.0
 NUM_BLOCKS = round((START_S + SETTLE_S + len(STAGES) * (WATCH_S + RESTART_S)) / BLOCK_S)
 LIMIT_S = 120.0
 
@@ -40,6 +41,7 @@ async def _rows() -> list[Row]:
     lost, doubled, ended = [], [], 0
     async with standing_in(STEP_S, workers=2) as suite:
         for _ in tqdm(range(ROUNDS), desc="crashes", disable=None):
+            await until_healthy(suite)
             job = Job(suite.gateway, "live", NUM_BLOCKS, SESSIONS)
             talking = asyncio.ensure_future(clients(job, LIMIT_S))
             try:
@@ -48,13 +50,13 @@ async def _rows() -> list[Row]:
             finally:
                 talking.cancel()
             for stage, at in killed.items():
-                pauses[stage] += [pause(heard, at) for heard in report.sessions]
+                pauses[stage] += [pause(heard, at) for heard in report.sessions if is_watched(heard, at)]
             counts = [lost_or_doubled(heard) for heard in report.sessions]
             lost.append(sum(count for count, _ in counts))
             doubled.append(sum(count for _, count in counts))
             ended += sum(bool(heard.refused) for heard in report.sessions)
     everything = [each for values in pauses.values() for each in values]
-    worst = ", ".join(f"{stage} {rank(values, 95):.2f}" for stage, values in pauses.items())
+    worst = ", ".join(f"{stage} {rank(values, 95):.2f}" for stage, values in pauses.items() if values)
     name = "crash, kill -9 of each stage: "
     note = f"from frame to frame, a block in it; p95 of {worst}; gloo: started again at once, its session lost"
     ring = {"gloo": await ring_again_s()}
@@ -87,22 +89,25 @@ async def ring_again_s() -> float:
 
 async def _kill_each(suite: Suite) -> dict[str, float]:
     """Kill the worker that each stage's streams are at, one after another; when."""
-    await asyncio.sleep(START_S + SETTLE_S)
+    until = time.monotonic() + OPEN_S
+    while sum((await _active(suite, STAGES[-1])).values()) < SESSIONS and time.monotonic() < until:  # noqa: ASYNC110
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(SETTLE_S)
     killed: dict[str, float] = {}
     for stage in STAGES:
-        name = await _busiest(suite, stage)
+        active = await _active(suite, stage)
+        name = max(active, key=lambda each: active[each])
         process = suite.processes[name]
         process.kill()
         killed[stage] = time.monotonic()
         await process.wait()
         await asyncio.sleep(WATCH_S)
         await start_worker(suite, name, STEP_S)
-        await until_healthy(suite)
     return killed
 
 
-async def _busiest(suite: Suite, stage: str) -> str:
-    """The worker of a stage that has the most streams."""
+async def _active(suite: Suite, stage: str) -> dict[str, int]:
+    """How many streams each worker of a stage has."""
     active: dict[str, int] = {}
     for name in workers_of(stage, 2):
         async with channel(suite.targets[name]) as to_it:
@@ -115,7 +120,12 @@ async def _busiest(suite: Suite, stage: str) -> str:
             else:
                 method = denoiser_pb2_grpc.DenoiserServiceStub(to_it).GetInfo
                 active[name] = (await method(denoiser_pb2.DenoiserServiceGetInfoRequest())).active
-    return max(active, key=lambda name: active[name])
+    return active
+
+
+def is_watched(heard: Heard, at: float) -> bool:
+    """Whether a session went on to the end of the watch, or was ended by what was done to it."""
+    return bool(heard.refused) or heard.arrivals[-1][2] >= at + WATCH_S
 
 
 def pause(heard: Heard, at: float) -> float:

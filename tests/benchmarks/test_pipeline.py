@@ -9,7 +9,7 @@ from avatar.v1 import types_pb2 as types
 from benchmarks import peers
 from benchmarks.pipeline.client import Client, Heard, Job, Voice
 from benchmarks.pipeline.contenders import Peer
-from benchmarks.pipeline.crash import NUM_BLOCKS, WATCH_S, lost_or_doubled, pause
+from benchmarks.pipeline.crash import NUM_BLOCKS, WATCH_S, is_watched, lost_or_doubled, pause
 from benchmarks.pipeline.endurance import growth
 from benchmarks.pipeline.live import share_on_time
 from benchmarks.pipeline.processes import clients
@@ -30,6 +30,12 @@ def test_a_pause_is_what_the_client_waits_for_its_next_frame() -> None:
 def test_a_session_that_ended_paused_for_all_of_the_watch() -> None:
     assert pause(heard([0.0, 1.0], refused="UNAVAILABLE"), at=1.2) == WATCH_S
     assert pause(heard([], refused="UNAVAILABLE"), at=1.2) == WATCH_S
+
+
+def test_a_session_that_was_over_before_the_watch_says_nothing_of_it() -> None:
+    assert is_watched(heard([0.0, 1.0, 1.2 + WATCH_S]), at=1.2)
+    assert not is_watched(heard([0.0, 1.0, 2.0]), at=1.2)
+    assert is_watched(heard([0.0], refused="UNAVAILABLE"), at=1.2)
 
 
 def test_a_session_that_ended_has_lost_what_it_did_not_show() -> None:
