@@ -9,7 +9,7 @@ from dataclasses import asdict
 from benchmarks.peers import NAMES
 from benchmarks.peers.work import Job
 from benchmarks.pipeline.processes import cpu_seconds
-from benchmarks.standin.device import wake_in_time
+from benchmarks.standin.step import wake_in_time
 
 
 def main() -> None:

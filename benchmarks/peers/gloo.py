@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from benchmarks.peers.work import AUDIO_STEP_S, DECODER, Job, Microphone, Peer, Report, processes
 from benchmarks.standin import content
-from benchmarks.standin.device import Device
+from benchmarks.standin.step import Step
 
 CLIP_BLOCKS = 4
 SILENT_BLOCKS = 2 * CLIP_BLOCKS
@@ -34,7 +34,7 @@ class Decoder:
     """Rank 4, where sound comes in and frames come out."""
 
     def __init__(self, step_s: float) -> None:
-        self._device, self._audio = Device(step_s), Device(AUDIO_STEP_S)
+        self._device, self._audio = Step(step_s), Step(AUDIO_STEP_S)
 
     def work(self, job: Job) -> Report:
         report = Report()
@@ -65,13 +65,13 @@ class Decoder:
 def serve(level: int, port: int, step_s: float) -> None:
     """Be the rank of a level."""
     _join(level, port)
-    device = Device(step_s)
+    device = Step(step_s)
     while True:
         dist.broadcast(total := torch.zeros(1, dtype=torch.int64), DECODER)
         for block in range(int(total)):
             if block == CLIP_BLOCKS:
                 dist.broadcast(torch.empty(SINK_BYTES, dtype=torch.uint8), DECODER)
-                Device(step_s * PREFILL_STEPS).take(lambda: None)
+                Step(step_s * PREFILL_STEPS).take(lambda: None)
             features = torch.zeros(content.FEATURES_BYTES, dtype=torch.uint8)
             if level or block >= SILENT_BLOCKS:
                 dist.recv(features, (level or DECODER + 1) - 1)

@@ -6,14 +6,14 @@ from functools import partial
 
 from benchmarks.peers.work import AUDIO_STEP_S, Job, Microphone, Peer, Report
 from benchmarks.standin import content
-from benchmarks.standin.device import Device
+from benchmarks.standin.step import Step
 
 
 class Loop:
     """Block after block, level after level."""
 
     def __init__(self, step_s: float) -> None:
-        self._device, self._audio = Device(step_s), Device(AUDIO_STEP_S)
+        self._device, self._audio = Step(step_s), Step(AUDIO_STEP_S)
 
     def work(self, job: Job) -> Report:
         report = Report()

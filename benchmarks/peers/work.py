@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from benchmarks.standin import content
-from benchmarks.standin.device import wake_in_time
+from benchmarks.standin.step import wake_in_time
 
 PR_SET_PDEATHSIG = 1
 DECODER = content.NUM_LEVELS

@@ -17,7 +17,7 @@ import zmq
 
 from benchmarks.peers.work import AUDIO_STEP_S, DECODER, Job, Microphone, Peer, Report, processes, sound_of
 from benchmarks.standin import content
-from benchmarks.standin.device import Device
+from benchmarks.standin.step import Step
 
 # Messages that wait at each end of a connection.
 WAITING = 1
@@ -28,7 +28,7 @@ class Ring:
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", first: str, last: str) -> None:
         self._source, self._sink = _sockets(context, last, first)
-        self._audio = Device(AUDIO_STEP_S)
+        self._audio = Step(AUDIO_STEP_S)
 
     def work(self, job: Job) -> Report:
         report = Report()
@@ -55,7 +55,7 @@ class Ring:
 def serve(stage: int, here: str, there: str, step_s: float) -> None:
     """Be a stage: a level, or the decoder."""
     source, sink = _sockets(zmq.Context(), here, there)
-    device = Device(step_s)
+    device = Step(step_s)
     while True:
         features, data = sink.recv_multipart(copy=False)
         if stage == DECODER:

@@ -2,12 +2,12 @@
 
 import argparse
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 
-from avatar.rpc.server import Capacity, Servicer, serving, until_stopped
+from avatar.device import Device
+from avatar.rpc.server import Servicer, serving, until_stopped
 from benchmarks.standin.content import NUM_LEVELS
-from benchmarks.standin.device import Device, wake_in_time
 from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
+from benchmarks.standin.step import Step, wake_in_time
 
 # What rebuilds a stream: as the public 14B network's window, and the decoder's past.
 HISTORY_BLOCKS = {"audio": 3, "denoiser": 3, "vae": 10}
@@ -22,9 +22,8 @@ async def main() -> None:
     parser.add_argument("--capacity", type=int, default=64, help="streams at a time")
     flags = parser.parse_args()
     wake_in_time()
-    with ThreadPoolExecutor(1, "device") as executor:
-        capacity = Capacity(flags.capacity, flags.stage)
-        stage = Stage(Device(flags.step_s), executor, capacity, HISTORY_BLOCKS[flags.stage])
+    with Device() as device:
+        stage = Stage(flags.stage, Step(flags.step_s), device, flags.capacity, HISTORY_BLOCKS[flags.stage])
         async with serving(flags.listen, _servicer(flags.stage, stage, flags.level)):
             await until_stopped()
 

@@ -2,13 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from avatar.worker.v1 import audio_pb2
 from avatar.worker.v1.types_pb2 import Block, Frame, Tensor
 from benchmarks.standin import content
-from benchmarks.standin.device import Device
+from benchmarks.standin.step import Step
+
+
+@dataclass(frozen=True)
+class Due:
+    """A message, and when it is due, in seconds of the monotonic clock; None if nobody waits."""
+
+    message: Any
+    due_s: float | None = None
 
 
 @dataclass
@@ -23,16 +32,16 @@ class Heard:
 class Hearing:
     """Sound to features. The end of the sound is a piece of None."""
 
-    def __init__(self, device: Device, open_: audio_pb2.OpenEncode) -> None:
-        self._device = device
+    def __init__(self, step: Step, open_: audio_pb2.OpenEncode) -> None:
+        self._step = step
         self._open = open_
 
     def open(self, session: object) -> Heard:
         return Heard(self._open.first_block, self._open.first_answer)
 
-    def step(self, piece: audio_pb2.AudioPiece | None, state: Heard) -> list[Block]:
+    def step(self, item: Due, state: Heard) -> list[Block]:
         """The blocks that a piece completes."""
-        made: list[Block] = []
+        piece, made = item.message, list[Block]()
         if piece is not None:
             state.data += piece.data
         while len(state.data) >= content.SOUND_BYTES:
@@ -49,7 +58,7 @@ class Hearing:
         state.next_block += 1
         if index < state.first_answer:
             return []
-        features = self._device.take(lambda: content.heard(sound))
+        features = self._step.take(lambda: content.heard(sound))
         tensor = Tensor(dtype="bfloat16", shape=content.FEATURES_SHAPE, data=features)
         return [Block(index=index, features=tensor, statistics=index.to_bytes(8, "little"))]
 
@@ -64,29 +73,30 @@ class Order:
 class _InOrder:
     """Takes blocks one after another, from the one that the stream was opened with."""
 
-    def __init__(self, device: Device, first_block: int) -> None:
-        self._device = device
+    def __init__(self, step: Step, first_block: int) -> None:
+        self._step = step
         self._first_block = first_block
 
     def open(self, session: object) -> Order:
         return Order(self._first_block)
 
     def _taken(self, block: Block, state: Order, work: Callable[[], bytes]) -> bytes:
-        """What the device makes of a block. ValueError if it is not the next one."""
+        """What the step makes of a block. ValueError if it is not the next one."""
         if block.index != state.next_block:
             raise ValueError(f"block {block.index} came, expected {state.next_block}")
         state.next_block += 1
-        return self._device.take(work)
+        return self._step.take(work)
 
 
 class Level(_InOrder):
     """Blocks with features in, latents out."""
 
-    def __init__(self, device: Device, first_block: int, level: int) -> None:
-        super().__init__(device, first_block)
+    def __init__(self, step: Step, first_block: int, level: int) -> None:
+        super().__init__(step, first_block)
         self._level = level
 
-    def step(self, block: Block, state: Order) -> Block:
+    def step(self, item: Due, state: Order) -> Block:
+        block = item.message
         if len(block.features.data) != content.FEATURES_BYTES:
             raise ValueError(f"{len(block.features.data)} bytes of features")
         data = self._taken(block, state, lambda: self._denoise(block))
@@ -103,7 +113,8 @@ class Level(_InOrder):
 class Decoding(_InOrder):
     """Latents in, one fragment a block out."""
 
-    def step(self, block: Block, state: Order) -> Frame:
+    def step(self, item: Due, state: Order) -> Frame:
+        block = item.message
         data = self._taken(block, state, lambda: self._decode(block))
         return Frame(
             block=block.index,

@@ -1,14 +1,16 @@
 """Stand-in workers on the wire: the real services' contract over the stand-in models."""
 
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import Executor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc.aio
 
-from avatar.pipeline import Usage, flatten, local
+from avatar.device import Device
+from avatar.pace import Pace, Usage
+from avatar.pipeline import ahead, flatten, local
 from avatar.rpc.server import Capacity, Context, opening, parts
 from avatar.worker.v1 import (
     audio_pb2,
@@ -20,8 +22,8 @@ from avatar.worker.v1 import (
     vae_pb2_grpc,
 )
 from benchmarks.standin import content
-from benchmarks.standin.device import Device
-from benchmarks.standin.models import Decoding, Hearing, Level
+from benchmarks.standin.models import Decoding, Due, Hearing, Level
+from benchmarks.standin.step import Step
 
 DIGEST = "stand-in"
 SIDE = 64
@@ -29,21 +31,44 @@ SIDE = 64
 
 @dataclass
 class Stage:
-    """What the three services have in common.
+    """What the three services have in common, the product's but for what a step does.
 
-    executor: the device's one thread, at which blocks wait in the order in which they come.
-    history_blocks: past blocks that rebuild a stream.
+    step: what a block takes. device: where blocks wait, the most urgent first. history_blocks: that rebuild a stream.
     """
 
+    name: str
+    step: Step
     device: Device
-    executor: Executor
-    capacity: Capacity
+    limit: int
     history_blocks: int
+    pace: Pace = field(default_factory=Pace)
 
-    def stream(self, model: Any, items: AsyncGenerator[Any, None], usage: Usage) -> AsyncGenerator[Any, None]:
+    def __post_init__(self) -> None:
+        self.pace.measure(self._warm)
+        self.capacity = Capacity(self.limit, self.name, self.device.load, self.pace)
+
+    def _warm(self) -> int:
+        self.step.take(lambda: None)
+        return 1
+
+    async def stream(
+        self, model: Any, items: AsyncGenerator[Any, None], usage: Usage, *, is_live: bool
+    ) -> AsyncGenerator[Any, None]:
         """One session's answers."""
         session: Any = None  # stand-ins know all from `open`
-        return local(model, session, self.executor, usage)(items)
+        stage = local(model, session, self.device, usage, is_live=is_live)
+        async with aclosing(stage(ahead(_due(items)))) as answers:
+            async for answer in answers:
+                self.pace.note(usage)
+                yield answer
+
+
+async def _due(messages: AsyncGenerator[Any, None]) -> AsyncGenerator[Due, None]:
+    """Each message, and when it is due."""
+    async with aclosing(messages):
+        async for message in messages:
+            is_awaited = message is not None and message.HasField("slack_s")
+            yield Due(message, time.monotonic() + message.slack_s if is_awaited else None)
 
 
 class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
@@ -64,9 +89,9 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             encoder=DIGEST,
             digest=DIGEST,
             block_frames=content.BLOCK_FRAMES,
-            capacity=self._stage.capacity.limit,
+            capacity=self._stage.capacity.total,
             active=self._stage.capacity.active,
-            step_s=self._stage.device.step_s,
+            step_s=self._stage.pace.step_s,
         )
 
     async def Encode(
@@ -75,11 +100,15 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         opened: audio_pb2.OpenEncode = await opening(requests)
         if (opened.encoding, opened.rate_hz, opened.num_channels) != ("pcm16", content.RATE_HZ, 1):
             raise ValueError(f"sound must be pcm16 at {content.RATE_HZ} Hz, one channel")
-        with self._stage.capacity.taken():
+        with self._stage.capacity.taken(opened.session_id, is_live=opened.is_live):
             history_s = self._stage.history_blocks * content.BLOCK_S
             yield audio_pb2.EncodeResponse(opened=audio_pb2.EncodeOpened(history_s=history_s))
             usage, num_blocks = Usage(), 0
-            answers = flatten(self._stage.stream(Hearing(self._stage.device, opened), _until_the_end(requests), usage))
+            answers = flatten(
+                self._stage.stream(
+                    Hearing(self._stage.step, opened), _until_the_end(requests), usage, is_live=opened.is_live
+                )
+            )
             async with aclosing(answers) as blocks:
                 async for block in blocks:
                     num_blocks += 1
@@ -115,9 +144,9 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             levels=[self._level],
             num_levels=content.NUM_LEVELS,
             digest=DIGEST,
-            capacity=self._stage.capacity.limit,
+            capacity=self._stage.capacity.total,
             active=self._stage.capacity.active,
-            step_s=self._stage.device.step_s,
+            step_s=self._stage.pace.step_s,
         )
 
     async def Denoise(
@@ -126,15 +155,17 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         opened: denoiser_pb2.OpenDenoise = await opening(requests)
         if opened.level != self._level:
             raise ValueError(f"level {opened.level} is not served here, only {self._level}")
-        with self._stage.capacity.taken():
+        with self._stage.capacity.taken(opened.session_id, is_live=opened.is_live):
             yield denoiser_pb2.DenoiseResponse(
                 opened=denoiser_pb2.DenoiseOpened(
                     history_blocks=self._stage.history_blocks, num_levels=content.NUM_LEVELS, digest=DIGEST
                 )
             )
             usage, num_blocks = Usage(), 0
-            level = Level(self._stage.device, opened.first_block, self._level)
-            async with aclosing(self._stage.stream(level, parts(requests, "block"), usage)) as blocks:
+            level = Level(self._stage.step, opened.first_block, self._level)
+            async with aclosing(
+                self._stage.stream(level, parts(requests, "block"), usage, is_live=opened.is_live)
+            ) as blocks:
                 async for block in blocks:
                     num_blocks += 1
                     yield denoiser_pb2.DenoiseResponse(block=block)
@@ -162,10 +193,10 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             fit="cover",
             frame_rate_hz=content.FRAME_RATE_HZ,
             block_frames=content.BLOCK_FRAMES,
-            capacity=self._stage.capacity.limit,
+            capacity=self._stage.capacity.total,
             active=self._stage.capacity.active,
             encodings=["fmp4"],
-            step_s=self._stage.device.step_s,
+            step_s=self._stage.pace.step_s,
         )
 
     async def EncodeReference(
@@ -189,13 +220,15 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self, requests: AsyncIterator[vae_pb2.DecodeRequest], context: Context
     ) -> AsyncGenerator[vae_pb2.DecodeResponse, None]:
         opened: vae_pb2.OpenDecode = await opening(requests)
-        with self._stage.capacity.taken():
+        with self._stage.capacity.taken(opened.session_id, is_live=opened.is_live):
             yield vae_pb2.DecodeResponse(
                 opened=vae_pb2.DecodeOpened(history_blocks=self._stage.history_blocks, init_segment=b"init")
             )
             usage, num_blocks = Usage(), 0
-            decoding = Decoding(self._stage.device, opened.first_block)
-            async with aclosing(self._stage.stream(decoding, parts(requests, "block"), usage)) as frames:
+            decoding = Decoding(self._stage.step, opened.first_block)
+            async with aclosing(
+                self._stage.stream(decoding, parts(requests, "block"), usage, is_live=opened.is_live)
+            ) as frames:
                 async for frame in frames:
                     num_blocks += 1
                     yield vae_pb2.DecodeResponse(frame=frame)

@@ -1,17 +1,20 @@
 """A denoiser on the wire: blocks in, blocks with one level less of noise out."""
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from concurrent.futures import Executor
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from functools import partial
 
 import grpc.aio
 
 from avatar import telemetry
+from avatar.denoiser.batching import batch_that_pays
 from avatar.denoiser.denoiser import Denoiser
+from avatar.device import Device
 from avatar.errors import ConfigMismatch, StoreUnavailable
-from avatar.pipeline import Pace, Usage, local
+from avatar.handoff.chain import Chain, Link, Seat
+from avatar.pace import Pace, Usage
+from avatar.pipeline import ahead, local
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.session import SessionStore
@@ -24,26 +27,57 @@ logger = logging.getLogger(__name__)
 
 
 class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
-    """Serves the levels that it is given, each to any number of sessions, together up to the worker's capacity."""
+    """Serves the levels that it is given, each to any number of sessions, together up to the worker's capacity.
+
+    chain: this process's place among those that hand latents to each other; None where they travel in messages alone.
+    """
 
     service_name = "avatar.worker.v1.DenoiserService"
 
     def __init__(
-        self, denoisers: Mapping[int, Denoiser], digest: str, store: SessionStore, executor: Executor, capacity: int
+        self,
+        denoisers: Mapping[int, Denoiser],
+        digest: str,
+        store: SessionStore,
+        device: Device,
+        capacity: int,
+        batch: int = 1,
     ) -> None:
+        """capacity: streams of each level. batch: most sessions in one pass."""
         self.levels = sorted(denoisers)
         self._denoisers = denoisers
         self._config = next(iter(denoisers.values())).config
         self._digest = digest
         self._store = store
-        self._executor = executor
-        self._capacity = Capacity(capacity * len(denoisers), "denoiser")
+        self._device = device
         self._pace = Pace()
+        self._sessions, self._batch = capacity, min(batch, capacity)
+        num_levels = len(denoisers)
+        self._capacity = Capacity(capacity * num_levels, "denoiser", device.load, self._pace, num_levels)
+        self.chain: Chain | None = None
+
+    @property
+    def seat(self) -> Seat:
+        """What this worker brings to a chain."""
+        network = next(iter(self._denoisers.values())).network
+        return Seat(self.levels, self._config.num_levels, self._digest, network.dtype, network.device)
 
     def warm(self, height: int, width: int) -> None:
-        """Step through a session whose latents have this size at every level, and know how long a block takes."""
+        """Step through a session whose latents have this size at every level, and know how long a block takes.
+
+        Blocks of several sessions share a pass from now on if the device could not keep up with as many sessions as it
+        takes, and saves time by it.
+        """
         for denoiser in self._denoisers.values():
             self._pace.measure(partial(denoiser.warm, height, width))
+        self._capacity.tell()
+        if self._batch == 1 or self._device.load.room >= self._sessions:
+            return
+        first, *_ = self._denoisers.values()
+        most = batch_that_pays(first, height, width, self._batch)
+        logger.info("batching", extra={"height": height, "width": width, "most": most})
+        for denoiser in self._denoisers.values():
+            denoiser.batches[height, width] = most
 
     def add_to(self, server: grpc.aio.Server) -> None:
         denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
@@ -56,11 +90,12 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             num_levels=self._config.num_levels,
             digest=self._digest,
             sink_update_block=self._config.sink_update_block,
-            capacity=self._capacity.limit,
+            capacity=self._capacity.total,
             active=self._capacity.active,
             text_width=self._config.text_dim,
             text_rows=self._config.text_len,
             step_s=self._pace.step_s,
+            chain=self.chain.name if self.chain else "",
         )
 
     async def Denoise(
@@ -70,12 +105,13 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         denoiser = self._denoisers.get(opened.level)
         if denoiser is None:
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
-        with self._capacity.taken(), blaming("block"):
+        taken = self._capacity.taken(opened.session_id, is_live=opened.is_live)
+        with taken, self._link(opened) as link, blaming("block"):
             session = session_from_pb(await self._store.session(opened.session_id))
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = Usage(), 0
-            stage = local(denoiser, session, self._executor, usage)
-            async with aclosing(stage(self._blocks(opened, requests))) as blocks:
+            stage = local(denoiser, session, self._device, usage, is_live=opened.is_live)
+            async with aclosing(stage(ahead(self._blocks(opened, requests, link)))) as blocks:
                 async for block in blocks:
                     carried = None
                     if denoiser.updates_sink(block, session):
@@ -83,14 +119,13 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                     telemetry.block_span(
                         "denoiser",
                         block.index,
-                        usage.start_ns,
-                        usage.end_ns,
+                        usage,
                         level=opened.level,
                         parent=block.traceparent,
                     )
                     self._pace.note(usage)
                     num_blocks += 1
-                    answer = latent_to_pb(block)
+                    answer = latent_to_pb(link.give(block) if link else block)
                     if carried is not None:
                         answer.carried.CopyFrom(carried)
                     yield pb.DenoiseResponse(block=answer)
@@ -104,8 +139,19 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             sink_update_block=denoiser.sink_update_block(session),
         )
 
+    @contextmanager
+    def _link(self, opened: pb.OpenDenoise) -> Iterator[Link | None]:
+        """The stream's end in the chain, where latents are handed over."""
+        if not opened.handoff:
+            yield None
+            return
+        if self.chain is None:
+            raise ConfigMismatch("latents are not handed over here; this worker is in no chain")
+        with self.chain.link(opened.handoff, opened.level) as link:
+            yield link
+
     async def _blocks(
-        self, opened: pb.OpenDenoise, requests: AsyncIterator[pb.DenoiseRequest]
+        self, opened: pb.OpenDenoise, requests: AsyncIterator[pb.DenoiseRequest], link: Link | None
     ) -> AsyncGenerator[Block, None]:
         """The stream's blocks, with the conditions that they name; a version that is new here is read once."""
         conditions: Conditions | None = None
@@ -118,7 +164,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                     if not block.HasField("carried"):
                         kept = await self._store.conditions(opened.session_id, block.conditions)
                     conditions = conditions_from_pb(kept)
-                yield block_from_pb(block, conditions)
+                received = block_from_pb(block, conditions)
+                yield await link.take(received) if link else received
 
     async def _write_sink(self, session_id: str, block: Block) -> types_pb2.Conditions:
         """Keep the conditions whose sink is this block's first frame, before anybody can be asked to use them.

@@ -42,7 +42,10 @@ def series() -> set[str]:
     """Every series that the suite's processes serve."""
     shown = {name for *_, name in instruments()}
     return shown | {
-        f"{name}_{part}" for name in shown if name.endswith("_seconds") for part in ("bucket", "sum", "count")
+        f"{name}_{part}"
+        for name in shown
+        if name.endswith(("_seconds", "_batch"))
+        for part in ("bucket", "sum", "count")
     }
 
 
@@ -99,7 +102,7 @@ def test_prometheus_asks_every_process_of_compose() -> None:
     (scrape,) = SCRAPES
     (found,) = scrape["dns_sd_configs"]
     served = {name for profile in ("cpu", "text") for name, _ in names(profile)}
-    assert set(found["names"]) == served
+    assert set(found["names"]) == served | {"denoiser"}, "and those of chains, in Kubernetes"
     for service in (each for each in ALL.values() if "build" in each):
         assert service["environment"]["OTEL_METRICS_EXPORTER"] == "prometheus"
         assert service["environment"]["OTEL_EXPORTER_PROMETHEUS_HOST"] == "0.0.0.0"

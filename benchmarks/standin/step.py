@@ -1,4 +1,4 @@
-"""A device that is not there: it takes a given time for a step, and does one at a time."""
+"""A step of a computation that is not there: it takes a given time."""
 
 import ctypes
 import sys
@@ -10,17 +10,14 @@ Out = TypeVar("Out")
 PR_SET_TIMERSLACK = 29
 
 
-class Device:
-    """Takes `step_s` seconds for each step, what the step computes included.
-
-    Steps are taken on one thread; the others wait, as they do for a device.
-    """
+class Step:
+    """Takes `step_s` seconds, what it does compute included."""
 
     def __init__(self, step_s: float) -> None:
         self.step_s = step_s
 
     def take(self, work: Callable[[], Out]) -> Out:
-        """What `work` gives, once the step's time is over."""
+        """What `work` gives, once the time is over."""
         until = time.monotonic() + self.step_s
         made = work()
         while (left := until - time.monotonic()) > 0:
