@@ -48,6 +48,7 @@ def test_sessions_count_together_once_all_have_begun() -> None:
     steady = heard([n * BLOCK_S for n in range(10)])
     stalling = heard([n * BLOCK_S + 0.19 * (n >= 8) for n in range(10)])
     assert share_on_time([steady]) == 1.0
+    assert share_on_time([]) == 0.0
     late = 4  # frames whose turn had passed by more than a frame
     counted = sum(n * BLOCK_S >= 1.5 for n in range(10)) * BLOCK_FRAMES
     assert share_on_time([steady, stalling]) == pytest.approx(1 - late / (2 * counted))
