@@ -81,5 +81,6 @@ demo: install
 web: install
 	python -m services.web --listen "$(LISTEN)" --tts "$(TTS)"
 
+# Minutes, on a machine that does nothing else; `python -m benchmarks --only NAME` for one figure.
 bench: install
-	python -m benchmarks --compile
+	python -m benchmarks

@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import grpc.aio
@@ -21,6 +20,7 @@ import grpc.aio
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
+from benchmarks.pipeline.figures import rank
 from benchmarks.row import Row, row
 
 RATE_HZ = 16000
@@ -54,15 +54,15 @@ async def _measured(checkpoint: Path) -> list[Row]:
             held.append(held_s)
         client.call.cancel()
     return [
-        row("live: reaction to a click, p50", _rank(reactions, 50), "s", at_most=told.reaction_s),
-        row("live: reaction to a click, p95", _rank(reactions, 95), "s", at_most=told.reaction_s),
-        row("live: interrupt acknowledged, p50", _rank(acknowledged, 50), "ms"),
-        row("live: interrupt acknowledged, p99", _rank(acknowledged, 99), "ms"),
-        row("live: last frame holds after an interrupt, p50", _rank(held, 50), "s", at_most=told.hold_s),
-        row("live: last frame holds after an interrupt, p95", _rank(held, 95), "s", at_most=told.hold_s),
+        row("live: reaction to a click, p50", rank(reactions, 50), "s", at_most=told.reaction_s),
+        row("live: reaction to a click, p95", rank(reactions, 95), "s", at_most=told.reaction_s),
+        row("live: interrupt acknowledged, p50", rank(acknowledged, 50), "ms"),
+        row("live: interrupt acknowledged, p99", rank(acknowledged, 99), "ms"),
+        row("live: last frame holds after an interrupt, p50", rank(held, 50), "s", at_most=told.hold_s),
+        row("live: last frame holds after an interrupt, p95", rank(held, 95), "s", at_most=told.hold_s),
         row("live: sound against picture, most", max(client.offsets_us, default=0) / 1e3, "ms", at_most=0.0),
-        row("live: jitter of idle blocks, p50", _rank(jitter_ms, 50), "ms"),
-        row("live: jitter of idle blocks, p95", _rank(jitter_ms, 95), "ms"),
+        row("live: jitter of idle blocks, p50", rank(jitter_ms, 50), "ms"),
+        row("live: jitter of idle blocks, p95", rank(jitter_ms, 95), "ms"),
     ]
 
 
@@ -139,10 +139,6 @@ class _Client:
             case "interrupted":
                 self._interrupted_s = time.monotonic()
                 self._interrupted.set()
-
-
-def _rank(values: list[float], percent: int) -> float:
-    return quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 @asynccontextmanager

@@ -1,22 +1,96 @@
-"""One measured figure."""
+"""One measured figure, what it should be, and what others reach."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure and what it should be.
+    """A figure and what it should be, all in the same unit.
 
-    target: the most that it may be, in the same unit; None where nothing is asked.
-    met: whether it is; None where nothing is asked.
+    target: the most that it may be, or the least where `is_least`; None where nothing is asked.
+    bound: the best that it could be; None where there is none to tell.
+    beside: what peers reached in the same run, by their names.
+    note: what else there is to know.
     """
 
     figure: str
     value: float
-    target: float | None
-    met: bool | None
     unit: str
+    target: float | None = None
+    is_least: bool = False
+    bound: float | None = None
+    beside: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether it is as it should be; None where nothing is asked."""
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.is_least else self.value <= self.target
+
+    @property
+    def ahead(self) -> dict[str, float]:
+        """How many times better than each peer; below 1 is behind. Peers at 0 are left out."""
+        pairs = {
+            name: (self.value, peer) if self.is_least else (peer, self.value) for name, peer in self.beside.items()
+        }
+        return {name: better / worse for name, (better, worse) in pairs.items() if worse}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `bench.json` keeps."""
+        return {**asdict(self), "met": self.met, "ahead": self.ahead}
 
 
-def row(figure: str, value: float, unit: str, *, at_most: float | None = None) -> Row:
-    return Row(figure, value, at_most, None if at_most is None else value <= at_most, unit)
+def row_of(kept: dict[str, Any]) -> Row:
+    """The row that `bench.json` kept; `met` and `ahead` follow from the rest."""
+    return Row(**{each.name: kept[each.name] for each in fields(Row)})
+
+
+def row(
+    figure: str,
+    value: float,
+    unit: str,
+    *,
+    at_most: float | None = None,
+    at_least: float | None = None,
+    bound: float | None = None,
+    beside: dict[str, float] | None = None,
+    note: str = "",
+) -> Row:
+    target, is_least = (at_most, False) if at_least is None else (at_least, True)
+    return Row(figure, value, unit, target, is_least, bound, beside or {}, note)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as people read them: for each peer what it reached, and how many times better we are."""
+    peers = list(dict.fromkeys(name for each in rows for name in each.beside))
+    heads = ["figure", "value", "", "bound", "target", "met", *peers, "note"]
+    lines = [heads, *([*_cells(each), *(_peer(each, name) for name in peers), each.note] for each in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    right = {1, 3, 4}
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _cells(each: Row) -> list[str]:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.4g}"
+
+    sign = ">= " if each.is_least else "<= "
+    target = "" if each.target is None else sign + number(each.target)
+    met = {None: "", True: "yes", False: "no"}[each.met]
+    return [each.figure, number(each.value), each.unit, number(each.bound), target, met]
+
+
+def _peer(each: Row, name: str) -> str:
+    if name not in each.beside:
+        return ""
+    factor = f" ({each.ahead[name]:.2g}x)" if each.target is not None and name in each.ahead else ""
+    return f"{each.beside[name]:.4g}{factor}"

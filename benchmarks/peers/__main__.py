@@ -1,0 +1,30 @@
+"""A peer's process: `python -m benchmarks.peers {gloo,loop,zeromq} --step-s SECONDS`; jobs come a line each."""
+
+import argparse
+import importlib
+import json
+import sys
+from dataclasses import asdict
+
+from benchmarks.peers import NAMES
+from benchmarks.peers.work import Job
+from benchmarks.pipeline.processes import cpu_seconds
+from benchmarks.standin.step import wake_in_time
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=(__doc__ or "").strip())
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--step-s", type=float, required=True, help="seconds that a block takes at a stage")
+    flags = parser.parse_args()
+    wake_in_time()
+    with importlib.import_module(f"benchmarks.peers.{flags.name}").peer(flags.step_s) as (peer, pids):
+        for line in sys.stdin:
+            before = cpu_seconds(pids)
+            report = peer.work(Job(**json.loads(line)))
+            report.cpu_s = cpu_seconds(pids) - before
+            print(json.dumps(asdict(report)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The gateway and Redis as they are, over stand-in workers, each a process of this machine."""
+
+import sys
+import tempfile
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from benchmarks.standin.content import NUM_LEVELS
+from services.launch import Suite, free_ports, start_redis, until_healthy
+
+# What an audio encoder takes where a level takes tens of milliseconds.
+AUDIO_STEP_S = 0.001
+STAGES = ("audio", *(f"denoiser-{level}" for level in range(NUM_LEVELS)), "vae")
+
+
+@asynccontextmanager
+async def standing_in(step_s: float, *, workers: int = 1) -> AsyncGenerator[Suite, None]:
+    """A suite whose levels and decoder take `step_s` seconds a block, while the body runs.
+
+    workers: of each stage, named `audio`, or `audio.0`, `audio.1` ... where there are several.
+    """
+    with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
+        names = [name for stage in STAGES for name in workers_of(stage, workers)]
+        redis_port, *ports = free_ports(2 + len(names))
+        targets = {name: f"127.0.0.1:{port}" for name, port in zip([*names, "gateway"], ports, strict=True)}
+        suite = Suite(Path(folder), f"redis://127.0.0.1:{redis_port}", targets)
+        try:
+            await start_redis(suite, redis_port)
+            for name in names:
+                await start_worker(suite, name, step_s)
+            await suite.start("gateway", sys.executable, "-m", "services.gateway", **_gateway(suite, workers))
+            await until_healthy(suite)
+            yield suite
+        finally:
+            await suite.stop()
+
+
+async def start_worker(suite: Suite, name: str, step_s: float) -> None:
+    """Start the worker of this name at its address."""
+    stage, _, level = name.partition(".")[0].partition("-")
+    step = AUDIO_STEP_S if stage == "audio" else step_s
+    program = ["-m", "benchmarks.standin", stage, "--listen", suite.targets[name], "--step-s", str(min(step, step_s))]
+    await suite.start(name, sys.executable, *program, "--level", level or "0", AVATAR_LOG_LEVEL="WARNING")
+
+
+def workers_of(stage: str, workers: int) -> list[str]:
+    """The names of a stage's workers."""
+    return [stage] if workers == 1 else [f"{stage}.{number}" for number in range(workers)]
+
+
+def _gateway(suite: Suite, workers: int) -> dict[str, str]:
+    def addresses(*stages: str) -> str:
+        return ",".join(suite.targets[name] for stage in stages for name in workers_of(stage, workers))
+
+    return {
+        "AVATAR_LISTEN": suite.gateway,
+        "AVATAR_REDIS_URL": suite.redis_url,
+        "AVATAR_AUDIO": addresses("audio"),
+        "AVATAR_DENOISERS": addresses(*STAGES[1:-1]),
+        "AVATAR_VAE": addresses("vae"),
+        "AVATAR_LOG_LEVEL": "WARNING",
+    }

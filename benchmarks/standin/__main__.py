@@ -1,0 +1,38 @@
+"""A stand-in worker's process: `python -m benchmarks.standin STAGE --listen HOST:PORT --step-s SECONDS [--level N]`."""
+
+import argparse
+import asyncio
+
+from avatar.device import Device
+from avatar.rpc.server import Servicer, serving, until_stopped
+from benchmarks.standin.content import NUM_LEVELS
+from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
+from benchmarks.standin.step import Step, wake_in_time
+
+# What rebuilds a stream: as the public 14B network's window, and the decoder's past.
+HISTORY_BLOCKS = {"audio": 3, "denoiser": 3, "vae": 10}
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.standin", description=(__doc__ or "").strip())
+    parser.add_argument("stage", choices=tuple(HISTORY_BLOCKS))
+    parser.add_argument("--listen", required=True, help="HOST:PORT to serve at")
+    parser.add_argument("--step-s", type=float, required=True, help="seconds that a block takes")
+    parser.add_argument("--level", type=int, default=0, choices=range(NUM_LEVELS), help="of a denoiser")
+    parser.add_argument("--capacity", type=int, default=64, help="streams at a time")
+    flags = parser.parse_args()
+    wake_in_time()
+    with Device() as device:
+        stage = Stage(flags.stage, Step(flags.step_s), device, flags.capacity, HISTORY_BLOCKS[flags.stage])
+        async with serving(flags.listen, _servicer(flags.stage, stage, flags.level)):
+            await until_stopped()
+
+
+def _servicer(name: str, stage: Stage, level: int) -> Servicer:
+    if name == "audio":
+        return AudioServicer(stage)
+    return VaeServicer(stage) if name == "vae" else DenoiserServicer(stage, level)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

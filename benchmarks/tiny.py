@@ -1,0 +1,50 @@
+"""What the embedded default does on this machine, all services as processes: frames a second, and live sessions."""
+
+import asyncio
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from tqdm import tqdm
+
+from benchmarks.pipeline.client import Job
+from benchmarks.pipeline.figures import most_that_pass, rate_hz, steady
+from benchmarks.pipeline.live import ENOUGH, conversed, share_on_time
+from benchmarks.pipeline.processes import clients
+from benchmarks.row import Row, row
+from benchmarks.standin.content import BLOCK_FRAMES, FRAME_RATE_HZ
+from services.launch import launched
+
+ROUNDS = 5
+OFFLINE_BLOCKS, LIVE_BLOCKS = 16, 9
+FILL = 4
+MOST = 8
+LIMIT_S = 120.0
+
+
+def rows(checkpoint: Path) -> list[Row]:
+    """Frames a second and time to the first frame of one offline session; live sessions whose frames come in time."""
+    return asyncio.run(_rows(checkpoint))
+
+
+async def _rows(checkpoint: Path) -> list[Row]:
+    rates, firsts, most = [], [], []
+    with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
+        async with launched(checkpoint, Path(folder)) as suite:
+            for _ in tqdm(range(ROUNDS), desc="tiny", disable=None):
+                job = Job(suite.gateway, "full", OFFLINE_BLOCKS, is_checked=False)
+                heard = (await clients(job, LIMIT_S)).sessions[0]
+                came = [at for _, _, at, _ in heard.arrivals]
+                firsts.append(came[0] - heard.sent_s[0])
+                rates.append(rate_hz(steady([came], FILL)[0]) * BLOCK_FRAMES)
+                ahead = int(rates[-1] / FRAME_RATE_HZ)  # more cannot be
+                tried: dict[int, bool] = {}
+                while (number := most_that_pass(tried, 0, min(ahead, MOST))) is not None:
+                    sessions = await conversed(suite, number, LIVE_BLOCKS, is_checked=False)
+                    tried[number] = share_on_time(sessions) >= ENOUGH
+                most.append(max((number for number, passes in tried.items() if passes), default=0))
+    return [
+        row("tiny model, frames a second", median(rates), "Hz", note="one offline session"),
+        row("tiny model, time to first frame", median(firsts), "s", note="from the first sound, offline"),
+        row("tiny model, sessions in real time", median(most), "sessions", note="99.5 % of frames on time"),
+    ]
