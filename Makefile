@@ -65,7 +65,7 @@ $(VENV)/bin/promtool: | $(VENV)/installed
 	rm -r $(VENV)/prometheus $(VENV)/prometheus_*.deb
 
 test: install $(VENV)/evaluation $(VENV)/deployment $(VENV)/livekit
-	pytest
+	pytest --numprocesses 2 --dist loadfile
 
 test-slow: install
 	pytest -m slow --timeout 1800

@@ -1,8 +1,10 @@
 """Options of the whole test suite, and what its tests share: a small real checkpoint, Redis, sound, a picture."""
 
 import asyncio
+import json
 import os
 import pickle
+import shutil
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import asdict, replace
 from io import BytesIO
@@ -62,9 +64,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def one_level(checkpoint: Path, tmp_path: Path) -> Path:
+    """The same with one level, which needs as few processes as there can be."""
+    shutil.copytree(checkpoint, tmp_path / "one-level")
+    config = tmp_path / "one-level/denoiser/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "schedule": [1.0, 0.0]}))
+    return tmp_path / "one-level"
+
+
 @pytest.fixture(scope="session")
 def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a text encoder, and a network that reads what it makes."""
+    """A checkpoint with a text encoder, and a network that reads what it makes."""
     folder = tmp_path_factory.mktemp("text-checkpoint")
     encoder = tiny_text.encoder()
     write_checkpoint(folder, encoder.width, encoder.config.max_tokens)
@@ -134,9 +145,8 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if url := os.environ.get("AVATAR_REDIS_URL"):
         yield url
         return
-    port = free_ports(1)[0]
-    suite = Suite(tmp_path_factory.mktemp("redis"), f"redis://127.0.0.1:{port}", {})
-    with asyncio.Runner() as runner:
+    with free_ports(1) as (port,), asyncio.Runner() as runner:
+        suite = Suite(tmp_path_factory.mktemp("redis"), f"redis://127.0.0.1:{port}", {})
         runner.run(start_redis(suite, port))
         runner.run(until_healthy(suite))
         yield suite.redis_url
