@@ -137,8 +137,16 @@ class SessionStore:
         if not await self._hashes.delete(_session_key(session_id)):
             raise _gone(session_id)
 
-    async def claim(self, session_id: str, owner: str) -> None:
-        """Become, or stay, the one stream of the session. SessionBusy if there is another."""
+    async def restore(self, session: pb.Session, conditions: pb.Conditions, position: pb.Position) -> None:
+        """Write a session that streams as it is now: the store was away, and may have lost some of it, or all."""
+        if not await self._hashes.expires_in_s(_session_key(session.id)):
+            await self.create(session, conditions, position)
+        await self.put_conditions(session.id, conditions)
+
+    async def claim(self, session_id: str, owner: str, *, takes_over: bool = False) -> None:
+        """Become, or stay, the one stream of the session. SessionBusy if there is another, unless it is taken over."""
+        if takes_over:
+            await self._hashes.delete(_stream_key(session_id))
         if not await self._hashes.claim(_stream_key(session_id), owner, CLAIM_TTL_S):
             raise SessionBusy(f"another stream of session {session_id!r} is open; close it first")
 

@@ -6,7 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -144,9 +144,11 @@ class TextSettings(WorkerSettings):
 class GatewaySettings(Settings):
     """The gateway's settings.
 
-    audio, vae: HOST:PORT of the stage's worker.
-    denoisers: HOST:PORT of the worker of each level, from level 0; a worker of several levels is named for each.
-    text: HOST:PORT of the text worker; empty if there is none, and prompts are refused.
+    audio, vae: HOST:PORT of each of the stage's workers; a name that has several addresses is several workers.
+    denoisers: HOST:PORT of all denoisers, in any order: each says which levels it serves.
+    text: HOST:PORT of each text worker; empty if there is none, and prompts are refused.
+    stall_s: seconds that a live block may be due at a worker, beside four times what a step takes; then it is lost.
+    rebuild_s: seconds in which the stream of a lost worker has to be open at another.
     session_ttl_s, reference_ttl_s: seconds that a session or reference is kept when nothing happens.
     audio_ahead_s: seconds of sound that are taken ahead of the blocks that have been started.
     live_ahead_s: the same in live mode, where more is not taken.
@@ -158,10 +160,12 @@ class GatewaySettings(Settings):
     """
 
     listen: str = "127.0.0.1:7000"
-    audio: str = "127.0.0.1:7001"
-    denoisers: tuple[str, ...] = field(default=("127.0.0.1:7010", "127.0.0.1:7011", "127.0.0.1:7012", "127.0.0.1:7013"))
-    vae: str = "127.0.0.1:7002"
-    text: str = ""
+    audio: tuple[str, ...] = ("127.0.0.1:7001",)
+    denoisers: tuple[str, ...] = ("127.0.0.1:7010", "127.0.0.1:7011", "127.0.0.1:7012", "127.0.0.1:7013")
+    vae: tuple[str, ...] = ("127.0.0.1:7002",)
+    text: tuple[str, ...] = ()
+    stall_s: float = 2.0
+    rebuild_s: float = 30.0
     session_ttl_s: float = 300.0
     reference_ttl_s: float = 86400.0
     audio_ahead_s: float = 4.0
@@ -177,10 +181,10 @@ class GatewaySettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_addresses("audio", self.audio)
-        check_addresses("denoisers", *self.denoisers)
-        check_addresses("vae", self.vae)
-        check_addresses("text", *filter(None, [self.text]))
+        for name in ("audio", "denoisers", "vae", "text"):
+            check_addresses(name, *getattr(self, name))
+            if name != "text" and not getattr(self, name):
+                raise unusable(name, "", "at least one HOST:PORT")
 
 
 def unusable(name: str, value: object, expected: str) -> ValueError:
@@ -189,7 +193,7 @@ def unusable(name: str, value: object, expected: str) -> ValueError:
 
 
 def check_addresses(name: str, *addresses: str) -> None:
-    """ValueError if one is not HOST:PORT; a scheme of gRPC's, as in `dns:///HOST:PORT`, may stand before it."""
+    """ValueError if one is not HOST:PORT; `dns:///` may stand before it, as gRPC has it."""
     for each in addresses:
         if not re.fullmatch(r"\S+:\d{1,5}", each):
             raise unusable(name, each, "HOST:PORT")
@@ -210,7 +214,8 @@ def load(cls: type[Loaded], environ: Mapping[str, str]) -> Loaded:
 
 def _parse(name: str, text: str, kind: Any) -> Any:
     if isinstance(kind, types.GenericAlias) and kind.__origin__ is tuple:
-        return tuple(_parse(name, part.strip(), kind.__args__[0]) for part in text.split(","))
+        parts = text.split(",") if text.strip() else []
+        return tuple(_parse(name, part.strip(), kind.__args__[0]) for part in parts)
     if isinstance(kind, types.UnionType):  # something, or None where it is not set
         kind = kind.__args__[0]
     if kind is bool:

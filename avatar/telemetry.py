@@ -37,6 +37,7 @@ BLOCK_DURATION = _durations("avatar.block.duration", "Computing one block at one
 SESSIONS_ACTIVE = _meter.create_up_down_counter("avatar.session.active", "{session}", "Streams open at a service")
 SESSIONS_CAPACITY = _meter.create_up_down_counter("avatar.session.capacity", "{session}", "Streams a worker takes")
 SESSIONS_CLOSED = _meter.create_counter("avatar.session.closed", "{session}", "Streams that ended, by reason")
+REBUILD_DURATION = _durations("avatar.rebuild.duration", "Opening a lost stream at another worker")
 TEXT_DURATION = _durations("avatar.text.duration", "Embedding one prompt, or finding it kept")
 TIME_TO_FIRST_FRAME = _durations("avatar.time_to_first_frame", "From the first sound to the first frame")
 RPC_DURATION = _durations("rpc.server.call.duration", "Duration of inbound calls")

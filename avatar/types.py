@@ -80,6 +80,7 @@ class Block:
     conditions: what the block is made under; None until it is admitted.
     traceparent: W3C trace context of this block; empty if it is not traced.
     pose: (c, t, h, w) latents of a pose video, None where there is none.
+    statistics: what the audio stage has accumulated up to this block, for a stream that is rebuilt behind it.
     """
 
     index: int
@@ -88,6 +89,7 @@ class Block:
     conditions: Conditions | None = None
     traceparent: str = ""
     pose: Tensor | None = None
+    statistics: bytes = b""
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import torch
 from avatar import telemetry
 from avatar.adapter import ALPHA
 from avatar.layouts import knows_text
-from avatar.rpc.server import serving, until_stopped
+from avatar.rpc.server import Servicer, serving, until_stopped
 from avatar.session import MemoryHashes, RedisHashes, SessionStore
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
 from services.audio.__main__ import build as build_audio
@@ -34,7 +34,7 @@ ANY_PORT = "127.0.0.1:0"
 
 
 @asynccontextmanager
-async def suite(
+async def workers(
     checkpoint: Path,
     store: SessionStore,
     settings: GatewaySettings,
@@ -43,42 +43,53 @@ async def suite(
     adapter: Path | None = None,
     adapter_alpha: float = ALPHA,
     **worker: Any,
-) -> AsyncGenerator[str, None]:
-    """All services over one checkpoint and one device thread while the body runs; gives the gateway's HOST:PORT.
+) -> AsyncGenerator[GatewaySettings, None]:
+    """The workers of one checkpoint on one device thread while the body runs; gives a gateway's settings over them.
 
-    denoisers: the levels of each denoiser, in order. worker: further settings of all workers.
+    denoisers: the levels of each denoiser. worker: further settings of all workers.
     """
     async with AsyncExitStack() as stack:
         executor = stack.enter_context(ThreadPoolExecutor(1, "device"))
+
+        async def served(servicer: Servicer) -> str:
+            return f"127.0.0.1:{await stack.enter_async_context(serving(ANY_PORT, servicer))}"
+
         audio = build_audio(AudioSettings(checkpoint=checkpoint, **worker), executor)
         vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, executor)
-        audio_port = await stack.enter_async_context(serving(ANY_PORT, audio))
-        vae_port = await stack.enter_async_context(serving(ANY_PORT, vae))
-        addresses: list[str] = []
+        targets = {"audio": (await served(audio),), "vae": (await served(vae),)}
         for levels in denoisers:
             level_settings = DenoiserSettings(
                 checkpoint=checkpoint, levels=levels, adapter=adapter, adapter_alpha=adapter_alpha, **worker
             )
             denoiser = build_denoiser(level_settings, store, executor)
-            denoiser_port = await stack.enter_async_context(serving(ANY_PORT, denoiser))
-            addresses += [f"127.0.0.1:{denoiser_port}"] * len(denoiser.levels)
-        text_target = ""
+            targets["denoisers"] = (*targets.get("denoisers", ()), await served(denoiser))
         if knows_text(checkpoint):
             text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, executor)
-            text_target = f"127.0.0.1:{await stack.enter_async_context(serving(ANY_PORT, text))}"
-        given = replace(
-            settings,
-            audio=f"127.0.0.1:{audio_port}",
-            denoisers=tuple(addresses),
-            vae=f"127.0.0.1:{vae_port}",
-            text=text_target,
-        )
-        workers = await stack.enter_async_context(Workers(given))
-        conversations = await stack.enter_async_context(Conversations(given, store, workers))
-        servicer = AvatarServicer(given, store, workers, conversations)
-        port = await stack.enter_async_context(serving(settings.listen, servicer, drain_s=settings.drain_s))
+            targets["text"] = (await served(text),)
+        yield replace(settings, **targets)
+
+
+@asynccontextmanager
+async def gateway(store: SessionStore, settings: GatewaySettings) -> AsyncGenerator[str, None]:
+    """A gateway while the body runs; gives its HOST:PORT."""
+    async with (
+        Workers(settings) as pools,
+        Conversations(settings, store, pools) as conversations,
+        serving(
+            settings.listen, AvatarServicer(settings, store, pools, conversations), drain_s=settings.drain_s
+        ) as port,
+    ):
         yield f"127.0.0.1:{port}"
         conversations.go_away()
+
+
+@asynccontextmanager
+async def suite(
+    checkpoint: Path, store: SessionStore, settings: GatewaySettings, **worker: Any
+) -> AsyncGenerator[str, None]:
+    """All services over one checkpoint while the body runs; gives the gateway's HOST:PORT. worker: as for `workers`."""
+    async with workers(checkpoint, store, settings, **worker) as given, gateway(store, given) as target:
+        yield target
 
 
 async def main() -> None:

@@ -55,6 +55,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.rpc.health": (),
     "avatar.rpc.server": ("avatar.errors", "avatar.telemetry"),
     "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.status", "avatar.worker"),
+    "avatar.rpc.pool": ("avatar.errors", "avatar.pipeline", "avatar.rpc.client"),
+    "avatar.rpc.history": ("avatar.worker",),
+    "avatar.rpc.lasting": (
+        *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.history", "avatar.rpc.pool"),
+        *("avatar.telemetry", "avatar.worker"),
+    ),
     # What product teams use.
     "avatar.client": ("avatar.errors", "avatar.pipeline", "avatar.status", "avatar.v1"),
     "avatar.adapters": ("avatar.client",),
@@ -77,8 +83,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "services.text": (*_WORKER, "avatar.text"),
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.gateway": (
-        *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.server", "avatar.session"),
-        *("avatar.settings", "avatar.telemetry", "avatar.v1", "avatar.worker", "services.process"),
+        *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.history", "avatar.rpc.lasting"),
+        *("avatar.rpc.pool", "avatar.rpc.server", "avatar.session", "avatar.settings", "avatar.telemetry", "avatar.v1"),
+        *("avatar.worker", "services.process"),
     ),
     "services": (
         "avatar",

@@ -31,8 +31,8 @@ def test_each_service_listens_at_a_port_of_its_own() -> None:
 
 def test_the_gateways_defaults_are_where_the_workers_listen() -> None:
     gateway = load(GatewaySettings, {})
-    assert gateway.audio == load(AudioSettings, {}).listen
-    assert gateway.vae == load(VaeSettings, {}).listen
+    assert gateway.audio == (load(AudioSettings, {}).listen,)
+    assert gateway.vae == (load(VaeSettings, {}).listen,)
     assert gateway.denoisers[0] == load(DenoiserSettings, {}).listen
 
 

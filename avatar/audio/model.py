@@ -4,6 +4,7 @@ A stream keeps the window of the next block, the resampler and four running numb
 not depend on how the sound was cut.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from avatar.audio.clock import BLOCK_FRAMES, BLOCK_SAMPLES, SAMPLE_RATE_HZ, placement, window_end
 from avatar.audio.encoder import Encoder
-from avatar.audio.resample import SETTLE_S, Resampler, check_piece
+from avatar.audio.resample import Resampler, check_piece
 from avatar.audio.statistics import Statistics
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.audio.whisper import Whisper
@@ -46,6 +47,7 @@ class AudioState:
     resampler: None before the first piece, and after one that completed a block.
     before: (a, s) the last sound of the block that such a piece completed, for the next resampler.
     right_frames: encoder frames of sound behind a block.
+    first_answer: the first block that is encoded; of those before it the sound is kept.
     """
 
     window: Tensor
@@ -56,20 +58,22 @@ class AudioState:
     rate_hz: int | None = None
     resampler: Resampler | None = None
     before: Tensor | None = None
+    first_answer: int = 0
     is_over: bool = False
 
 
 class AudioModel:
     """A streaming model (`avatar.pipeline.StreamingModel`) of sound, around an encoder.
 
-    history_s: seconds of sound before a block that rebuild a stream's state for it, beside its statistics.
+    history_s: seconds of sound before a block that rebuild a stream's state for it, with its statistics: whole blocks.
     lookahead_s: seconds of sound after a block that its features need, if the session does not say.
     max_right_frames: most encoder frames behind a block that sessions may ask for; 0 if they may not.
     """
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
-        self.history_s = encoder.left_samples / SAMPLE_RATE_HZ + SETTLE_S
+        # A resampler that begins there needs a block to settle.
+        self.history_s = (math.ceil(encoder.left_samples / BLOCK_SAMPLES) + 1) * BLOCK_SAMPLES / SAMPLE_RATE_HZ
         self.max_right_frames = MAX_RIGHT_FRAMES if encoder.right_is_free else 0
         self.lookahead_s = (window_end(0, encoder.right_frames) - BLOCK_SAMPLES) / SAMPLE_RATE_HZ
 
@@ -83,6 +87,23 @@ class AudioModel:
             if not 0 <= right_frames <= self.max_right_frames:
                 raise ValueError(f"right context must be 0 to {self.max_right_frames} frames, got {right_frames}")
         return AudioState(torch.zeros(self.encoder.left_samples + window_end(0, right_frames)), right_frames)
+
+    def reopen(self, session: Session, first_block: int, first_answer: int, statistics: bytes) -> AudioState:
+        """A stream that goes on where another one of the session was lost.
+
+        first_block: what the first piece begins with, `history_s` before first_answer or the session's beginning.
+        first_answer: the first block that is made. statistics: `Block.statistics` of the one before; empty for none.
+        From then on blocks are those of the lost stream, to the byte, if its rate is a multiple of 25 Hz.
+        ValueError if these do not fit together, or as in `open`.
+        """
+        if not 0 <= first_block <= first_answer:
+            raise ValueError(f"a stream cannot begin at block {first_block} to answer from block {first_answer} on")
+        state = self.open(session)
+        state.num_samples, state.next_block = first_block * BLOCK_SAMPLES, first_block
+        state.first_answer = first_answer
+        if statistics:
+            state.statistics = Statistics.from_bytes(statistics)
+        return state
 
     @torch.no_grad()
     def step(self, piece: AudioPiece, state: AudioState) -> list[Block]:
@@ -141,19 +162,36 @@ class AudioModel:
             state.window[start : start + len(heard)] = heard
             state.num_samples += len(heard)
             if len(heard) == room:
-                blocks.append(self._encode(state))
+                if state.next_block >= state.first_answer:
+                    blocks.append(self._encode(state))
+                state.window = state.window.roll(-BLOCK_SAMPLES)
+                state.next_block += 1
         return blocks
 
     def _encode(self, state: AudioState) -> Block:
-        """The block whose window is complete; the window moves on to the next one."""
+        """The block whose window is complete."""
         index = state.next_block
         window = state.window[max(0, len(state.window) - state.num_samples) :]
         new = window[-BLOCK_SAMPLES:] if index else window
         statistics = state.statistics.with_samples(new)
         states, state.statistics = self.encoder.encode(window, statistics, state.right_frames)
-        state.window = state.window.roll(-BLOCK_SAMPLES)
-        state.next_block += 1
-        return Block(index, place(states, index).cpu())
+        return Block(index, place(states, index).cpu(), statistics=state.statistics.to_bytes())
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """An audio model whose stream is rebuilt; see `AudioModel.reopen`."""
+
+    model: AudioModel
+    first_block: int
+    first_answer: int
+    statistics: bytes
+
+    def open(self, session: Session) -> AudioState:
+        return self.model.reopen(session, self.first_block, self.first_answer, self.statistics)
+
+    def step(self, piece: AudioPiece, state: AudioState) -> list[Block]:
+        return self.model.step(piece, state)
 
 
 def _resampled(samples: Tensor, state: AudioState, piece: AudioPiece) -> Tensor:

@@ -26,8 +26,8 @@ from avatar.worker.v1 import (
 Item = TypeVar("Item", bound=Message)
 Answer = TypeVar("Answer", bound=Message)
 
-# A worker whose device is busy opens a stream only after the steps that wait before it.
-OPEN_S = 30.0
+# A worker opens a stream before its device has to do with it; the store may keep it waiting.
+OPEN_S = 5.0
 # How a call ends when the worker does. OK is no better: a worker says `closed` before it ends a stream.
 GONE = (
     grpc.StatusCode.OK,
@@ -38,8 +38,9 @@ GONE = (
 
 
 def channel(target: str) -> grpc.aio.Channel:
-    """A channel to HOST:PORT."""
-    return grpc.aio.insecure_channel(target, options=OPTIONS)
+    """A channel to HOST:PORT, which looks soon whether a worker that went away is back."""
+    backoff = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
+    return grpc.aio.insecure_channel(target, options=[*OPTIONS, *backoff])
 
 
 class RemoteStage(Generic[Item, Answer]):
@@ -59,13 +60,18 @@ class RemoteStage(Generic[Item, Answer]):
 
     async def open(self, message: Message) -> Any:
         """Open the stream; the worker's `opened`. Raises what the worker says, or StageLost."""
+        is_open = False
         try:
             async with asyncio.timeout(OPEN_S):
                 await self._write(open=message)
-                return (await self._read()).opened
+                opened = (await self._read()).opened
+            is_open = True
+            return opened
         except TimeoutError as error:
-            self.cancel()
             raise StageLost(f"{self.stage} did not open a stream in {OPEN_S:g} s", metadata=self._where()) from error
+        finally:
+            if not is_open:
+                self.cancel()
 
     async def __call__(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Answer, None]:
         """The worker's answers, until it has answered all. If `items` fails, that is what is raised."""

@@ -73,6 +73,7 @@ def block_to_pb(block: Block) -> pb.Block:
         latent=None if block.latent is None else tensor_to_pb(block.latent),
         conditions=block.conditions.version if block.conditions else 0,
         traceparent=block.traceparent,
+        statistics=block.statistics,
     )
 
 

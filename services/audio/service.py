@@ -9,7 +9,7 @@ import grpc.aio
 
 from avatar import telemetry
 from avatar.audio.clock import BLOCK_PIXEL_FRAMES
-from avatar.audio.model import AudioModel
+from avatar.audio.model import AudioModel, Rebuilt
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
 from avatar.pipeline import Pace, Usage, flatten, local
@@ -62,7 +62,8 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         with self._capacity.taken(), blaming("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = Usage(), 0
-            stage = local(self._audio, session_of_sound(opened), self._executor, usage)
+            model = Rebuilt(self._audio, opened.first_block, opened.first_answer, opened.statistics)
+            stage = local(model, session_of_sound(opened), self._executor, usage)
             async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
                 async for block in blocks:
                     context_of_block = telemetry.block_span(

@@ -1,5 +1,6 @@
 """A denoiser on the wire: blocks in, blocks with one level less of noise out."""
 
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import Executor
 from contextlib import aclosing
@@ -9,15 +10,17 @@ import grpc.aio
 
 from avatar import telemetry
 from avatar.denoiser.denoiser import Denoiser
-from avatar.errors import ConfigMismatch
+from avatar.errors import ConfigMismatch, StoreUnavailable
 from avatar.pipeline import Pace, Usage, local
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.session import SessionStore
 from avatar.types import Block, Conditions, Session
 from avatar.worker.v1 import denoiser_pb2 as pb
-from avatar.worker.v1 import denoiser_pb2_grpc
+from avatar.worker.v1 import denoiser_pb2_grpc, types_pb2
 from avatar.worker.v1.types_pb2 import Closed
+
+logger = logging.getLogger(__name__)
 
 
 class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
@@ -74,8 +77,9 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             stage = local(denoiser, session, self._executor, usage)
             async with aclosing(stage(self._blocks(opened, requests))) as blocks:
                 async for block in blocks:
+                    carried = None
                     if denoiser.updates_sink(block, session):
-                        await self._write_sink(opened.session_id, block)
+                        carried = await self._write_sink(opened.session_id, block)
                     telemetry.block_span(
                         "denoiser",
                         block.index,
@@ -86,7 +90,10 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                     )
                     self._pace.note(usage)
                     num_blocks += 1
-                    yield pb.DenoiseResponse(block=latent_to_pb(block))
+                    answer = latent_to_pb(block)
+                    if carried is not None:
+                        answer.carried.CopyFrom(carried)
+                    yield pb.DenoiseResponse(block=answer)
             yield pb.DenoiseResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
 
     def _opened(self, denoiser: Denoiser, session: Session) -> pb.DenoiseOpened:
@@ -107,12 +114,22 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                 if conditions is None and block.index != opened.first_block:
                     raise ValueError(f"the first block is {block.index}, expected {opened.first_block} as opened")
                 if conditions is None or block.conditions != conditions.version:
-                    kept = await self._store.conditions(opened.session_id, block.conditions)
+                    kept = block.carried
+                    if not block.HasField("carried"):
+                        kept = await self._store.conditions(opened.session_id, block.conditions)
                     conditions = conditions_from_pb(kept)
                 yield block_from_pb(block, conditions)
 
-    async def _write_sink(self, session_id: str, block: Block) -> None:
-        """Keep the conditions whose sink is this block's first frame, before anybody can be asked to use them."""
+    async def _write_sink(self, session_id: str, block: Block) -> types_pb2.Conditions:
+        """Keep the conditions whose sink is this block's first frame, before anybody can be asked to use them.
+
+        The caller is given them too, and goes on without the store, which it tells when it is back.
+        """
         assert block.conditions is not None
         assert block.latent is not None
-        await self._store.put_conditions(session_id, conditions_to_pb(block.conditions.with_sink(block.latent)))
+        conditions = conditions_to_pb(block.conditions.with_sink(block.latent))
+        try:
+            await self._store.put_conditions(session_id, conditions)
+        except StoreUnavailable:
+            logger.warning("sink not kept", extra={"session": telemetry.tag(session_id)})
+        return conditions

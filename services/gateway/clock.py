@@ -74,7 +74,11 @@ class Playout:
 
     def deadline_s(self, frame: int) -> float:
         """When the block that begins with this frame must be begun."""
-        return self._start_s + frame / self._grid.frame_rate_hz - self.lead_s
+        return self.shown_s(frame) - self.lead_s
+
+    def shown_s(self, frame: int) -> float:
+        """When a frame is shown."""
+        return self._start_s + frame / self._grid.frame_rate_hz
 
     def begun(self, frame: int) -> float:
         """The block of this frame is begun now, and cannot be shown before it is made; by how much that is late.
@@ -93,6 +97,6 @@ class Playout:
         return late_s
 
     def _not_before(self, frame: int, shown_s: float) -> float:
-        late_s = shown_s - (self._start_s + frame / self._grid.frame_rate_hz)
+        late_s = shown_s - self.shown_s(frame)
         self._start_s += max(0.0, late_s)
         return late_s

@@ -9,39 +9,65 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from avatar.errors import SessionClosed
+from avatar.worker.v1 import types_pb2
 
 
 class Versions:
     """The versions of one session's conditions.
 
-    version: what block 0 is made under. sink_update_block: the first block under the sink's update, None for none.
-    next_block: index of the next block.
+    position: where the session begins, or goes on. conditions: the version that its next block is made under.
+    sink_update_block: the first block under the sink's update, None for none.
+    next_block: index of the next block. newest: the newest version that is known here.
     """
 
-    def __init__(self, version: int, sink_update_block: int | None) -> None:
-        self.next_block = 0
+    def __init__(
+        self, position: types_pb2.Position, conditions: types_pb2.Conditions, sink_update_block: int | None
+    ) -> None:
+        self.next_block = position.next_block
+        self.newest = conditions
         self._sink_update_block = sink_update_block
         # From which block on which version holds.
-        self._holds = [(0, version)]
-        self._first = version
+        self._holds = [(self.next_block, position.conditions)]
+        if position.coming_conditions:
+            self._holds.append((position.coming_block, position.coming_conditions))
+        self._first = position.conditions
         self._settled = asyncio.Event()
+        if self.next_block:
+            self._settled.set()
         self._admitting = asyncio.Lock()
         self._is_over = False
+        # What is carried to the levels with the first block of a version.
+        self._carried = {conditions.version: conditions}
 
-    async def admit(self) -> tuple[int, int]:
-        """The next block's index and version. Waits for the sink's update where it is due."""
+    async def admit(self, block: types_pb2.Block) -> None:
+        """Number a block, and say which version it is made under. Waits for the sink's update where it is due."""
         if self.next_block == self._sink_update_block:
             await self._settled.wait()
         async with self._admitting:
-            index = self.next_block
-            version = next(version for first, version in reversed(self._holds) if first <= index)
-            if index == 0:
-                self._first = version
+            block.index = self.next_block
+            block.conditions = self._version_at(self.next_block)
+            if (carried := self._carried.pop(block.conditions, None)) is not None:
+                block.carried.CopyFrom(carried)
+            if block.index == 0:
+                self._first = block.conditions
             self.next_block += 1
-            return index, version
+
+    def keep(self, conditions: types_pb2.Conditions) -> None:
+        """Have a version carried to the levels, so that they need not ask the store."""
+        self.newest = self._carried[conditions.version] = conditions
+
+    def note(self, position: types_pb2.Position) -> None:
+        """Write which versions hold from the position's next block on."""
+        position.conditions = self._version_at(position.next_block)
+        coming, version = self._holds[-1]
+        is_coming = coming > position.next_block
+        position.coming_block, position.coming_conditions = (coming, version) if is_coming else (0, 0)
+
+    def _version_at(self, index: int) -> int:
+        return next(version for first, version in reversed(self._holds) if first <= index)
 
     def finished(self, index: int) -> None:
-        """A block is denoised. Once block 0 is, the last level has written the sink's update."""
+        """A block is denoised. Once block 0 is, the last level has made the sink's update."""
         if index == 0:
             if self._sink_update_block is not None:
                 self._holds.append((self._sink_update_block, self._first + 1))
@@ -52,10 +78,11 @@ class Versions:
         self._is_over = True
         self._settled.set()
 
-    async def change(self, write: Callable[[int, int], Awaitable[None]]) -> int:
+    async def change(self, write: Callable[[int, int], Awaitable[types_pb2.Conditions]]) -> int:
         """Have a version written after the newest; the first block that is made under it.
 
-        write: is given the numbers of the newest version, and of the one to write. SessionClosed if it is too late.
+        write: is given the numbers of the newest version, and of the one to write, and returns that. SessionClosed if
+        it is too late.
         """
         while True:
             if self._is_sink_awaited():
@@ -66,7 +93,7 @@ class Versions:
                 if self._is_sink_awaited():
                     continue
                 first, newest = self._holds[-1]
-                await write(newest, newest + 1)
+                self.keep(await write(newest, newest + 1))
                 self._holds.append((max(first, self.next_block), newest + 1))
                 return self._holds[-1][0]
 

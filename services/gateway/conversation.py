@@ -15,7 +15,7 @@ from contextlib import aclosing
 
 from avatar import telemetry
 from avatar.errors import InvalidAudio, MessageTooLarge, ProtocolOrder
-from avatar.rpc.client import RemoteStage
+from avatar.rpc.lasting import LastingStage
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.v1 import types_pb2 as api_types
@@ -23,9 +23,10 @@ from avatar.worker.v1 import audio_pb2, types_pb2
 from services.gateway.choices import Choices
 from services.gateway.clock import TOLERANCE_S, Grid, Playout
 from services.gateway.conditions import Versions
+from services.gateway.heard import Heard
 from services.gateway.outbox import Item, Outbox
 from services.gateway.sound import BlockSound, Sound, Turn
-from services.gateway.workers import Streams
+from services.gateway.streams import Streams
 
 # A session's first frames are the decoder's start, and not shown.
 FIRST_FRAME = 3
@@ -47,31 +48,37 @@ class Conversation:
         choices: Choices,
         session: types_pb2.Session,
         position: types_pb2.Position,
+        conditions: types_pb2.Conditions,
         settings: GatewaySettings,
     ) -> None:
         self.position = position
         self.num_blocks = 0
         self.advanced, self.attached = asyncio.Event(), asyncio.Event()
-        self.versions = Versions(position.conditions, streams.sink_update_block)
+        self.versions = Versions(position, conditions, streams.sink_update_block)
+        self.heard = Heard(position)
         self._streams = streams
         self._choices = choices
         self._settings = settings
         self._grid = Grid(choices.rate_hz, session.frame_rate_hz, session.block_frames)
         self._sample_bytes = choices.sample_bytes
-        self.sound = Sound(self._grid, self._sample_bytes, time.monotonic)
+        shown = position.num_turn_samples
+        turn = Turn(position.turn, num_samples=shown, num_drawn=shown, is_started=shown > 0)
+        self.sound = Sound(self._grid, self._sample_bytes, time.monotonic, turn, position.num_samples)
         self.playout = Playout(self._grid, streams.begun_s)
         kept_frames = round(settings.kept_s * session.frame_rate_hz)
         is_fragmented = choices.video == "fmp4"
-        self.outbox = Outbox(
-            self._grid, position.next_frame, kept_frames, settings.kept_bytes, is_fragmented=is_fragmented
-        )
+        self.outbox = Outbox(self._grid, position, kept_frames, settings.kept_bytes, is_fragmented=is_fragmented)
         # As many as there are stages behind admission keeps each busy; one more waits at the door.
         self._slots = asyncio.Semaphore(len(streams.denoisers) + 2)
         self._room = asyncio.Event()
         self._inside: deque[BlockSound] = deque()
+        # Blocks that are the first of a rebuilt stream, and whose frames did not come yet.
+        self._jumps: set[int] = {position.next_block} if position.opened else set()
+        self._statistics: deque[bytes] = deque()
         self._gathered: list[api_types.VideoFrame] = []
         self._first_sound_s: float | None = None
         self._num_late = 0
+        self._is_jump = False
         self._is_reader_slow = False
 
     def attach(self) -> None:
@@ -84,17 +91,21 @@ class Conversation:
         """Take a message of the client; whether it was the last. Offline, waits until there is room for its sound."""
         match request.WhichOneof("part"):
             case "audio":
-                await self._take(request.audio.data)
+                self.heard.took(await self._take(request.audio.data))
             case "end_turn":
-                self._end(self.sound.end_turn())
+                turn = self.sound.end_turn()
+                self.heard.took(0, turn.number)
+                self._end(turn)
             case "interrupt":
                 interrupted = self.interrupt()
+                self.heard.took(0)
                 told = api.AvatarInterrupted(position_us=interrupted.position_us, was_speaking=interrupted.was_speaking)
                 self.outbox.put(Item([api.StreamAvatarResponse(interrupted=told)]))
             case "close":
                 if not self.sound.num_samples and not self._choices.is_live:
                     raise InvalidAudio.at("audio.data", "the stream was closed before any sound came")
                 turn = self.sound.close()
+                self.heard.took(0, turn.number)
                 if turn.num_samples:
                     self._end(turn)
                 return True
@@ -113,6 +124,7 @@ class Conversation:
         for turn in self.sound.interrupt():
             self._finish(turn, interrupted=True)
         shown_us = self._grid.duration_us(self.outbox.drop())
+        self.outbox.num_shown = self.sound.num_samples
         self.playout.restart(self.outbox.next_frame)
         self._room.set()
         return api.InterruptResponse(next_frame=self.outbox.next_frame, position_us=shown_us, was_speaking=True)
@@ -124,12 +136,22 @@ class Conversation:
 
     async def run(self) -> None:
         """Make frames until the client has closed and all are on their way out."""
-        blocks = self._admitted(self._streams.audio(self._live() if self._choices.is_live else self.sound.offline()))
-        for denoiser in self._streams.denoisers:
-            blocks = _with_features(denoiser, blocks)
-        async with aclosing(self._streams.vae(self._finished(blocks))) as frames:
+        streams = self._streams
+        for stage in streams.all[1:]:
+            stage.on_rebuilt = self._jumps.add
+        blocks = self._admitted(streams.audio(self._live() if self._choices.is_live else self.sound.offline()))
+        for denoiser, left_s in zip(streams.denoisers, streams.left_s[1:], strict=False):
+            blocks = self._denoised(denoiser, left_s, blocks)
+        async with aclosing(streams.vae(self._finished(blocks))) as frames:
             async for frame in frames:
                 await self._made(frame)
+
+    def note(self) -> types_pb2.Position:
+        """The position, as it is now."""
+        self.outbox.note(self.position)
+        self.heard.note(self.position, self.outbox.num_shown)
+        self.versions.note(self.position)
+        return self.position
 
     def usage(self) -> list[api_types.StageUsage]:
         """What each stage did, once all has been answered."""
@@ -138,7 +160,8 @@ class Conversation:
             for each in self._streams.all
         ]
 
-    async def _take(self, data: bytes) -> None:
+    async def _take(self, data: bytes) -> int:
+        """Take sound; how many samples of it count as taken."""
         if len(data) > self._settings.max_audio_bytes:
             raise MessageTooLarge(f"{len(data)} bytes of sound at once, the limit is {self._settings.max_audio_bytes}")
         if len(data) % self._sample_bytes:
@@ -150,8 +173,11 @@ class Conversation:
         elif self.sound.pending_samples + num_samples > most:
             ahead = f"{self._settings.live_ahead_s:g} s of sound are waiting"
             self.tell(api.Notice.KIND_AUDIO_REFUSED, ahead, num_samples=num_samples)
-            return
-        self.sound.take(data)
+            return 0
+        skip = min(self.heard.skip, num_samples)
+        self.heard.skip -= skip
+        self.sound.take(data[skip * self._sample_bytes :])
+        return num_samples
 
     async def _until_room(self) -> None:
         """Wait until less sound than the settings allow is ahead of the blocks that are admitted."""
@@ -179,7 +205,21 @@ class Conversation:
 
         behind_samples = -(-self._streams.behind_ns * self._grid.rate_hz // 1_000_000_000)
         self.playout.restart(self.position.next_frame)
-        return self.sound.live(self.playout, self._planned_frame, behind_samples, self._settings.patience_s, until_free)
+        pieces = self.sound.live(
+            self.playout, self._planned_frame, behind_samples, self._settings.patience_s, until_free
+        )
+        return self._hurried(pieces)
+
+    async def _hurried(
+        self, pieces: AsyncGenerator[audio_pb2.AudioPiece, None]
+    ) -> AsyncGenerator[audio_pb2.AudioPiece, None]:
+        """Pieces of a block each, which say how soon the block is needed."""
+        async with aclosing(pieces):
+            async for piece in pieces:
+                due_s = self.sound.begun[-1].due_s
+                assert due_s is not None
+                piece.slack_s = due_s - self._streams.left_s[0] - time.monotonic()
+                yield piece
 
     def _planned_frame(self) -> int:
         """Number of the first frame of the block that is begun next."""
@@ -193,6 +233,13 @@ class Conversation:
     async def _admitted(self, encoded: AsyncGenerator[types_pb2.Block, None]) -> AsyncGenerator[types_pb2.Block, None]:
         """The blocks that are denoised, numbered, as many at a time as keep every stage busy."""
         async with aclosing(encoded):
+            is_jump = False
+
+            def jumped(_: int) -> None:
+                nonlocal is_jump
+                is_jump = True
+
+            self._streams.audio.on_rebuilt = jumped
             async for block in encoded:
                 if not self._choices.is_live:
                     await self._slots.acquire()
@@ -203,9 +250,15 @@ class Conversation:
                     self._slots.release()
                     continue
                 self._inside.append(sound)
-                block.index, block.conditions = await self.versions.admit()
+                self._statistics.append(block.statistics)
+                block.ClearField("statistics")
+                await self.versions.admit(block)
+                sound.number = block.index
                 if block.index == 0:
                     sound.num_left -= FIRST_FRAME
+                if is_jump:
+                    is_jump = False
+                    self._jumps.add(block.index)
                 yield block
 
     async def _finished(self, blocks: AsyncGenerator[types_pb2.Block, None]) -> AsyncGenerator[types_pb2.Block, None]:
@@ -213,12 +266,50 @@ class Conversation:
         async with aclosing(blocks):
             async for block in blocks:
                 self.versions.finished(block.index)
-                block.ClearField("features")
+                finished = types_pb2.Block(index=block.index, latent=block.latent, traceparent=block.traceparent)
+                self._hurry(finished, self._streams.left_s[-1])
+                yield finished
+
+    async def _denoised(
+        self,
+        denoiser: LastingStage[types_pb2.Block, types_pb2.Block],
+        left_s: float,
+        blocks: AsyncGenerator[types_pb2.Block, None],
+    ) -> AsyncGenerator[types_pb2.Block, None]:
+        """A level's answers, with what it was given put back: it answers with the latent alone.
+
+        Each is a message of its own, since the level's history keeps what the level was given.
+        """
+        given: dict[int, types_pb2.Block] = {}
+
+        async def kept() -> AsyncGenerator[types_pb2.Block, None]:
+            async with aclosing(blocks):
+                async for block in blocks:
+                    self._hurry(block, left_s)
+                    given[block.index] = block
+                    yield block
+
+        async with aclosing(denoiser(kept())) as answers:
+            async for answer in answers:
+                if answer.HasField("carried"):
+                    self.versions.keep(answer.carried)
+                block = types_pb2.Block()
+                block.CopyFrom(given.pop(answer.index))
+                block.latent.CopyFrom(answer.latent)
                 yield block
+
+    def _hurry(self, block: types_pb2.Block, left_s: float) -> None:
+        """Say how soon a block is needed of the next stage, behind which it takes so long."""
+        due_s = next(each.due_s for each in self._inside if each.number == block.index)
+        if due_s is not None:
+            block.slack_s = due_s - left_s - time.monotonic()
 
     async def _made(self, frame: types_pb2.Frame) -> None:
         """Put a frame, or all of its block, on its way out; nothing of a block that was dropped."""
         block = self._inside[0]
+        if jumps := {index for index in self._jumps if index <= frame.block}:
+            self._jumps -= jumps
+            self._is_jump = True
         if not block.is_dropped:
             if not block.is_shown:
                 block.is_shown = True
@@ -235,6 +326,7 @@ class Conversation:
             self._slots.release()
             self.num_blocks += 1
             self.position.next_block = frame.block + 1
+            self.position.statistics = self._statistics.popleft()
             self.advanced.set()
             if block.turn and not block.is_dropped:
                 block.turn.num_drawn += block.num_samples
@@ -252,6 +344,9 @@ class Conversation:
         frames, self._gathered = self._gathered, []
         if block.is_dropped:
             return
+        if self._is_jump:
+            frames[0].is_discontinuity = True
+            self._is_jump = False
         num_frames = sum(frame.num_frames for frame in frames)
         start = self._grid.block_frames - block.num_left
         block.num_left -= num_frames
@@ -268,7 +363,9 @@ class Conversation:
                 turn.is_started = True
                 event = api.AvatarEvent(playback_started=api.PlaybackStarted(turn=turn.number))
                 self.outbox.put(Item([api.StreamAvatarResponse(event=event)], turn=turn.number))
-            item.turn, item.num_samples = turn.number, block.before + min(block.num_samples, end_sample)
+            num_samples = min(block.num_samples, end_sample)
+            item.turn, item.num_samples = turn.number, block.before + num_samples
+            item.num_shown = block.first_sample + num_samples
         self.outbox.put(item)
 
     def _sample(self, block: BlockSound, frame: int) -> int:
@@ -288,22 +385,3 @@ class Conversation:
         self._num_late = self._num_late + 1 if late_s > TOLERANCE_S else 0
         if self._num_late == LATE_BLOCKS:
             self.tell(api.Notice.KIND_DEGRADED, "frames come later than they are shown")
-
-
-async def _with_features(
-    denoiser: RemoteStage[types_pb2.Block, types_pb2.Block], blocks: AsyncGenerator[types_pb2.Block, None]
-) -> AsyncGenerator[types_pb2.Block, None]:
-    """A level's answers, with what it was given put back: it answers with the latent alone."""
-    given: dict[int, types_pb2.Block] = {}
-
-    async def kept() -> AsyncGenerator[types_pb2.Block, None]:
-        async with aclosing(blocks):
-            async for block in blocks:
-                given[block.index] = block
-                yield block
-
-    async with aclosing(denoiser(kept())) as answers:
-        async for answer in answers:
-            block = given.pop(answer.index)
-            block.latent.CopyFrom(answer.latent)
-            yield block

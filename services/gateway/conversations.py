@@ -31,15 +31,19 @@ from avatar.worker.v1 import audio_pb2, types_pb2, vae_pb2
 from services.gateway.choices import Choices, choices_of
 from services.gateway.conversation import Conversation
 from services.gateway.outbox import Item, Write
+from services.gateway.streams import Opening
 from services.gateway.workers import Workers
 
 logger = logging.getLogger(__name__)
+
+# A gateway's record is at most a block old, and what it had sent was on its way for no longer than a client waits.
+MAX_FRAMES_APART = 500
 
 
 class Held:
     """One conversation that is open, with or without a connection.
 
-    opened: what opened it. init_segment: what comes before all frames. num_messages: what has arrived behind `open`.
+    opened: what opened it. init_segment: what comes before all frames.
     over: done when it has ended, with what ended it.
     """
 
@@ -47,7 +51,6 @@ class Held:
         self.opened = opened
         self.conversation = conversation
         self.init_segment = init_segment
-        self.num_messages = 0
         loop = asyncio.get_running_loop()
         self.over: asyncio.Future[None] = loop.create_future()
         # Looked at only where there is a connection; do not warn that nobody did.
@@ -129,7 +132,7 @@ class Conversations:
             held.conversation.tell(pb.Notice.KIND_GOING_AWAY, "the gateway stops", within_s)
 
     async def begin(self, opened: pb.OpenAvatar) -> Held:
-        """Begin a session's conversation. Raises what stands in the way."""
+        """Begin a session's conversation, or go on with it where another gateway was. Raises what stands in the way."""
         choices = choices_of(opened)
         session = await self._store.session(opened.session_id)
         begun: asyncio.Future[Held] = asyncio.get_running_loop().create_future()
@@ -147,16 +150,25 @@ class Conversations:
         """The conversation that a client goes on with. Raises what stands in the way."""
         held = self._held.get(opened.session_id)
         if held is None:
-            await self._store.session(opened.session_id)
-            if await self._store.is_claimed(opened.session_id):
-                raise SessionBusy(f"session {opened.session_id!r} is open at another gateway; resume it there")
-            raise SessionClosed(f"session {opened.session_id!r} waits for nobody; create another session")
+            return await self._resume_from_elsewhere(opened)
         for name in ("audio", "mode", "output", "return_audio"):
             given, first = getattr(opened, name), getattr(held.opened, name)
             if given and given != first and given != type(given)():
                 raise InvalidField.at(f"open.{name}", "is not as it was opened first; leave it out")
         held.conversation.outbox.kept_from(opened.resume.next_frame)
         return held
+
+    async def _resume_from_elsewhere(self, opened: pb.OpenAvatar) -> Held:
+        """Go on with a session that was at another gateway: from its record, with the same format of everything."""
+        position = await self._store.position(opened.session_id)
+        if position.is_closed or not position.opened:
+            raise SessionClosed(f"session {opened.session_id!r} waits for nobody; create another session")
+        next_frame = opened.resume.next_frame
+        if abs(next_frame - position.next_frame) > MAX_FRAMES_APART:
+            raise InvalidField.at("open.resume.next_frame", f"{next_frame}, about {position.next_frame} is the next")
+        first = pb.OpenAvatar.FromString(position.opened)
+        first.resume.CopyFrom(opened.resume)
+        return await self.begin(first)
 
     async def serve(
         self,
@@ -180,7 +192,8 @@ class Conversations:
                     outbox.again_from(next_frame)
                 opened = await describe(held.opened.session_id)
                 opened.init_segment = held.init_segment
-                opened.num_samples, opened.num_messages = held.conversation.sound.num_samples, held.num_messages
+                heard = held.conversation.heard
+                opened.num_samples, opened.num_messages = heard.num_samples, heard.num_messages
                 await write(pb.StreamAvatarResponse(opened=opened))
                 async with asyncio.TaskGroup() as tasks:
                     beside = [
@@ -210,17 +223,22 @@ class Conversations:
         held: Held | None = None
         error: Exception | None = None
         try:
-            async with self._claimed(session.id) as owner:
+            async with self._claimed(session.id, takes_over=opened.HasField("resume")) as owner:
                 position = await self._store.position(session.id)
                 if position.is_closed:
                     raise SessionClosed(f"the stream of session {session.id!r} has ended; create another session")
-                sound, video = _orders(session, choices)
-                async with self._workers.open(sound, video) as streams:
-                    conversation = Conversation(streams, choices, session, position, self._settings)
+                if opened.HasField("resume"):
+                    position.next_frame = opened.resume.next_frame
+                elif position.opened:
+                    raise SessionClosed(f"a stream of session {session.id!r} was open; resume it")
+                conditions = await self._store.conditions(session.id, position.conditions)
+                async with self._workers.open(_opening(session, choices, position)) as streams:
+                    conversation = Conversation(streams, choices, session, position, conditions, self._settings)
+                    position.opened = opened.SerializeToString()
                     held = self._held[session.id] = Held(opened, conversation, streams.init_segment)
                     begun.set_result(held)
                     try:
-                        await self._run(held, session.id, owner)
+                        await self._run(held, session, owner)
                     finally:
                         del self._held[session.id]
                         conversation.versions.end()
@@ -235,37 +253,47 @@ class Conversations:
             if held and not held.over.done():
                 held.over.set_exception(error) if error else held.over.set_result(None)
 
-    async def _run(self, held: Held, session_id: str, owner: str) -> None:
+    async def _run(self, held: Held, session: types_pb2.Session, owner: str) -> None:
         conversation = held.conversation
+        is_elsewhere = False
         try:
             async with asyncio.TaskGroup() as tasks:
                 beside = [
-                    tasks.create_task(self._keep(session_id, owner, conversation)),
+                    tasks.create_task(self._keep(session, owner, conversation)),
                     tasks.create_task(held.abandoned(self._settings.resume_s)),
                     tasks.create_task(held.failure()),
                 ]
                 await conversation.run()
-                await self._close(session_id, conversation)
+                await self._close(session.id, conversation)
                 closed = pb.AvatarClosed(num_blocks=conversation.num_blocks, stages=conversation.usage())
                 conversation.outbox.put(Item([pb.StreamAvatarResponse(closed=closed)]))
                 conversation.outbox.finish()
                 await held.is_drained.wait()
                 for task in beside:
                     task.cancel()
+        except BaseException as error:
+            # A client may go on at another gateway where this one stops, and has where the claim is another's.
+            is_elsewhere = isinstance(error, asyncio.CancelledError) or reason_of(error) == SessionBusy.reason
+            raise
         finally:
-            # However it ended, its history is gone: it cannot be streamed again.
-            await self._close(session_id, conversation)
+            if not is_elsewhere:
+                await self._close(session.id, conversation)
 
     async def _close(self, session_id: str, conversation: Conversation) -> None:
         position = conversation.position
         if position.is_closed and position.next_frame == conversation.outbox.next_frame:
             return
-        position.is_closed, position.next_frame = True, conversation.outbox.next_frame
+        conversation.note().is_closed = True
         with suppress(StoreUnavailable, SessionNotFound):
             await self._store.renew(session_id, position)
 
-    async def _keep(self, session_id: str, owner: str, conversation: Conversation) -> None:
-        """Renew the session with every block, and the claim on it. SessionNotFound ends the stream if it is gone."""
+    async def _keep(self, session: types_pb2.Session, owner: str, conversation: Conversation) -> None:
+        """Renew the session with every block, and the claim on it. SessionNotFound ends the stream if it is gone.
+
+        A stream that runs outlives its store: the workers have what they need. What the store has forgotten when it is
+        back is written again.
+        """
+        session_id, was_away = session.id, False
         while True:
             # Not asyncio.wait_for: before Python 3.12 it swallows a cancellation that comes with the event.
             with suppress(TimeoutError):
@@ -273,22 +301,27 @@ class Conversations:
                     await conversation.advanced.wait()
             try:
                 await self._store.claim(session_id, owner)
+                if was_away:
+                    await self._store.restore(session, conversation.versions.newest, conversation.note())
+                    was_away = False
                 if conversation.advanced.is_set():
                     conversation.advanced.clear()
-                    conversation.position.next_frame = conversation.outbox.next_frame
-                    await self._store.renew(session_id, conversation.position)
+                    await self._store.renew(session_id, conversation.note())
                 else:
                     await self._store.expires_in_s(session_id)
             except StoreUnavailable:
-                # The workers have what they need; a stream that runs outlives its store.
+                was_away = True
                 logger.warning("session not renewed", extra={"session": telemetry.tag(session_id)})
                 await asyncio.sleep(1)
 
     @asynccontextmanager
-    async def _claimed(self, session_id: str) -> AsyncGenerator[str, None]:
-        """Be the session's only stream; gives the name it is claimed under. SessionBusy if there is another stream."""
+    async def _claimed(self, session_id: str, *, takes_over: bool) -> AsyncGenerator[str, None]:
+        """Be the session's only stream; gives the name it is claimed under. SessionBusy if there is another stream.
+
+        takes_over: the gateway of the other one is lost, or will see that the claim is no longer its own.
+        """
         owner = secrets.token_hex(8)
-        await self._store.claim(session_id, owner)
+        await self._store.claim(session_id, owner, takes_over=takes_over)
         telemetry.SESSIONS_ACTIVE.add(1, {"service": "gateway"})
         started, reason = time.monotonic(), "CLOSED"
         try:
@@ -310,9 +343,7 @@ class Conversations:
 async def _read(held: Held, requests: AsyncIterator[pb.StreamAvatarRequest]) -> None:
     """Hear what the client sends, until it closes. ConnectionLost if it stops without."""
     async for request in requests:
-        is_last = await held.conversation.hear(request)
-        held.num_messages += 1
-        if is_last:
+        if await held.conversation.hear(request):
             return
     raise ConnectionLost("the stream ended without close")
 
@@ -322,15 +353,17 @@ async def _until_taken_over(taken_over: "asyncio.Future[None]") -> None:
     raise ConnectionLost("another connection resumed this session")
 
 
-def _orders(session: types_pb2.Session, choices: Choices) -> tuple[audio_pb2.OpenEncode, vae_pb2.OpenDecode]:
-    """What the stages of sound and of frames are opened with."""
+def _opening(session: types_pb2.Session, choices: Choices, position: types_pb2.Position) -> Opening:
+    """What a session's streams are opened with."""
     sound = audio_pb2.OpenEncode(
         session_id=session.id,
         traceparent=telemetry.session_span(session.id),
         encoding=choices.encoding,
         rate_hz=choices.rate_hz,
         num_channels=choices.num_channels,
+        is_live=choices.is_live,
     )
     if session.HasField("audio_right_frames"):
         sound.right_frames = session.audio_right_frames
-    return sound, vae_pb2.OpenDecode(session_id=session.id, encoding=choices.video, quality=choices.quality)
+    video = vae_pb2.OpenDecode(session_id=session.id, encoding=choices.video, quality=choices.quality)
+    return Opening(sound, video, position.next_block, position.statistics)

@@ -15,6 +15,7 @@ from typing import TypeAlias
 from avatar.errors import InvalidField, ResumeImpossible, SlowReader
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.v1 import types_pb2 as api_types
+from avatar.worker.v1 import types_pb2
 from services.gateway.clock import Grid
 from services.gateway.fragments import renumbered
 
@@ -31,6 +32,7 @@ class Item:
     num_frames: that they hold; 0 in an event.
     turn, num_samples: the turn whose speech the frames show, and how much of it is shown by their end; or the turn that
         the event is about, and all of its speech.
+    num_shown: how much of all that the client sent is shown by the frames' end; None if they show nothing of it.
     first: number of the next frame when it was sent.
     """
 
@@ -38,6 +40,7 @@ class Item:
     num_frames: int = 0
     turn: int | None = None
     num_samples: int = 0
+    num_shown: int | None = None
     first: int = 0
     num_bytes: int = field(init=False)
 
@@ -50,19 +53,24 @@ class Outbox:
 
     next_frame: number of the next frame that is sent. num_frames: how many were.
     num_waiting_frames: frames that wait.
+    next_event: number of the next event. num_shown: samples of the client's whose frames were sent, or never will be.
     kept_frames, kept_bytes: how much of what was sent is kept.
     """
 
-    def __init__(self, grid: Grid, next_frame: int, kept_frames: int, kept_bytes: int, *, is_fragmented: bool) -> None:
-        self.next_frame = next_frame
+    def __init__(
+        self, grid: Grid, position: types_pb2.Position, kept_frames: int, kept_bytes: int, *, is_fragmented: bool
+    ) -> None:
+        self.next_frame = position.next_frame
+        self.next_event = position.next_event
+        self.num_shown = position.num_samples
         self.num_frames = 0
         self.num_waiting_frames = 0
         # The turn whose speech was sent last, and how many samples of it.
-        self._shown: tuple[int | None, int] = (None, 0)
+        self._shown: tuple[int | None, int] = (position.turn, position.num_turn_samples)
+        self._unfinished_turn = position.turn
         self._grid = grid
         self._kept_frames, self._kept_bytes = kept_frames, kept_bytes
         self._is_fragmented = is_fragmented
-        self._next_event = 0
         self._kept: deque[Item] = deque()
         self._waiting: deque[Item] = deque()
         self._again: deque[Item] = deque()
@@ -98,6 +106,11 @@ class Outbox:
         self._room.set()
         cut = [item.turn for item in self._waiting if _is_end(item) and self._shown_of(item.turn) < item.num_samples]
         return self._shown_of(cut[0]) if cut else 0
+
+    def note(self, position: types_pb2.Position) -> None:
+        """Write how far what was sent is."""
+        position.next_frame, position.next_event = self.next_frame, self.next_event
+        position.turn, position.num_turn_samples = self._unfinished_turn, self._shown_of(self._unfinished_turn)
 
     def finish(self) -> None:
         """Nothing more is put: `drain` returns when all is sent."""
@@ -159,16 +172,18 @@ class Outbox:
                 case "audio":
                     message.audio.pts_us = self._grid.pts_us(self.next_frame)
                 case "event":
-                    message.event.number = self._next_event
+                    message.event.number = self.next_event
                     message.event.pts_us = self._grid.pts_us(self.next_frame)
                     if message.event.HasField("playback_finished"):
                         self._finish(message.event.playback_finished, item)
-                    self._next_event += 1
+                    self.next_event += 1
                 case "interrupted":
                     message.interrupted.next_frame = self.next_frame
                 case "closed":
                     message.closed.num_frames = self.num_frames
         self.num_waiting_frames -= item.num_frames
+        if item.num_shown is not None:
+            self.num_shown = item.num_shown
         if item.num_frames and item.turn is not None:
             self._shown = (item.turn, item.num_samples)
 
@@ -178,6 +193,7 @@ class Outbox:
         finished.next_frame = self.next_frame
         finished.position_us = self._grid.duration_us(shown)
         finished.interrupted |= shown < item.num_samples
+        self._unfinished_turn = finished.turn + 1
 
     def _shown_of(self, turn: int | None) -> int:
         return self._shown[1] if self._shown[0] == turn else 0

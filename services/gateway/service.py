@@ -146,13 +146,14 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         session = await self._store.session(session_id)
         text = await self._embedded(prompt)
 
-        async def write(newest: int, version: int) -> None:
+        async def write(newest: int, version: int) -> types_pb2.Conditions:
             conditions = await self._store.conditions(session_id, newest)
             conditions.version = version
             conditions.ClearField("text")
             if text is not None:
                 conditions.text.CopyFrom(text)
             await self._store.put_conditions(session_id, conditions)
+            return conditions
 
         conversation = self._conversations.get(session_id)
         if conversation:

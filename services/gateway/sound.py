@@ -36,12 +36,13 @@ class Turn:
 class BlockSound:
     """The sound of one block, from the decision to draw it until its last frame is on its way out.
 
-    index: of the block, counted as the audio stage does.
+    index: of the block, counted as the audio stage does. number: its index once it is admitted.
     turn: whose speech it is; None where it is idle.
     before: samples of the turn before it. num_samples: of the turn in it; silence follows them.
     data: samples of the whole block.
+    first_sample: samples of the client's before it.
     num_left: its frames that are not on their way out yet.
-    begun_s, late_s: when it was begun, and by how much that was late.
+    begun_s, late_s: when it was begun, and by how much that was late. due_s: when it is shown; None where nobody waits.
     is_shown: its first frame came. is_dropped: its frames are not wanted.
     """
 
@@ -50,8 +51,11 @@ class BlockSound:
     before: int
     num_samples: int
     data: bytes
+    first_sample: int
     num_left: int
     begun_s: float
+    due_s: float | None = None
+    number: int | None = None
     late_s: float = 0.0
     is_shown: bool = False
     is_dropped: bool = False
@@ -60,14 +64,17 @@ class BlockSound:
 class Sound:
     """The sound of one session.
 
+    num_samples: of each channel, that were taken.
     begun: blocks that the audio stage has been given, or is being given, and that are not admitted yet.
     unfinished: turns whose end is not on its way out, the oldest first; the last is the one that is being said.
     """
 
-    def __init__(self, grid: Grid, sample_bytes: int, now: Callable[[], float]) -> None:
+    def __init__(
+        self, grid: Grid, sample_bytes: int, now: Callable[[], float], turn: Turn | None = None, num_samples: int = 0
+    ) -> None:
         self.begun: deque[BlockSound] = deque()
-        self.unfinished: list[Turn] = [Turn(0)]
-        self.num_samples = 0
+        self.unfinished: list[Turn] = [turn or Turn(0)]
+        self.num_samples = num_samples
         self.changed = asyncio.Event()
         self._grid = grid
         self._sample_bytes = sample_bytes
@@ -205,7 +212,9 @@ class Sound:
         if turn is not None:
             before = turn.num_samples - len(turn.pending) // self._sample_bytes - num_samples
         num_left = self._grid.block_frames
-        block = BlockSound(self._next_block, turn, before, num_samples, data, num_left, self._now())
+        waiting = sum(len(turn.pending) for turn in self._turns) // self._sample_bytes
+        first_sample = self.num_samples - waiting - num_samples
+        block = BlockSound(self._next_block, turn, before, num_samples, data, first_sample, num_left, self._now())
         self.begun.append(block)
         self._next_block += 1
         return block
@@ -239,9 +248,11 @@ class Sound:
             turn = self._pass_over()
             if self._is_closed and not turn.pending:
                 return
-            late_s = playout.begun(first_frame())
+            frame = first_frame()
+            late_s = playout.begun(frame)
+            due_s = playout.shown_s(frame)
             piece = self._whole_block(turn, behind_samples, patience_s)
-            self.begun[-1].late_s = late_s
+            self.begun[-1].late_s, self.begun[-1].due_s = late_s, due_s
             yield piece
 
     def _wait_s(self, deadline_s: float, behind_samples: int, patience_s: float) -> float:

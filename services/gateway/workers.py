@@ -1,17 +1,19 @@
-"""The workers that the gateway composes, one address a stage."""
+"""The workers of every stage: what they say of themselves, what they are asked, and where sessions' streams are opened.
 
-import asyncio
-from collections.abc import AsyncGenerator
+A pool a kind; see `avatar.rpc.pool`. Denoisers are one pool: each says which levels it serves, and of which checkpoint.
+"""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 import grpc.aio
-from google.protobuf.message import Message
 
-from avatar.errors import ConfigMismatch, InvalidField, PromptUnsupported
-from avatar.rpc.client import RemoteStage, channel, remote_audio, remote_denoiser, remote_vae, stage_error
+from avatar.errors import ConfigMismatch, InvalidField, PromptUnsupported, StageLost
+from avatar.rpc.client import stage_error
+from avatar.rpc.pool import ANSWER_S, Pool
 from avatar.settings import GatewaySettings
 from avatar.worker.v1 import (
     audio_pb2,
@@ -24,25 +26,27 @@ from avatar.worker.v1 import (
     vae_pb2,
     vae_pb2_grpc,
 )
-from services.gateway.choices import FRAME_NS
+from services.gateway.streams import Opening, Streams, lasting
 
 ENCODE_S = 60.0
 EMBED_S = 60.0
-INFO_S = 5.0
 # What the transport between the stages may take of a reaction.
 REACTION_SLACK_S = 0.03
-# How far an encoder frame hears beyond its end.
-OVERLAP_NS = 5_000_000
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the workers say of themselves."""
+    """What the workers say of themselves: of each stage the slowest, of the denoisers one a level."""
 
     audio: audio_pb2.AudioServiceGetInfoResponse
     denoisers: list[denoiser_pb2.DenoiserServiceGetInfoResponse]
     vae: vae_pb2.VaeServiceGetInfoResponse
     text: text_pb2.TextServiceGetInfoResponse | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of the network that all levels serve."""
+        return self.denoisers[0].digest
 
     @property
     def encodings(self) -> list[str]:
@@ -66,47 +70,44 @@ class Description:
         return block_s + self.audio.lookahead_s + self.begun_s + REACTION_SLACK_S
 
     @property
+    def left_s(self) -> list[float]:
+        """What a block takes behind each stage, to its first frame: audio, each level, the decoder."""
+        steps = [*(each.step_s for each in self.denoisers), self.vae.step_s]
+        return [sum(steps[at:]) for at in range(len(steps) + 1)]
+
+    @property
     def _step_s(self) -> float:
         return max(each.step_s for each in self.denoisers)
 
 
-@dataclass(frozen=True)
-class Streams:
-    """One session's opened streams at every stage.
-
-    behind_ns: sound behind a block that the audio stage hears for it, in nanoseconds.
-    begun_s: how long a block takes from its sound to its first frame, as the workers have measured it.
-    init_segment: what comes before all frames.
-    """
-
-    audio: RemoteStage[audio_pb2.AudioPiece, types_pb2.Block]
-    denoisers: list[RemoteStage[types_pb2.Block, types_pb2.Block]]
-    vae: RemoteStage[types_pb2.Block, types_pb2.Frame]
-    sink_update_block: int | None = None
-    behind_ns: int = 0
-    begun_s: float = 0.0
-    init_segment: bytes = b""
-
-    @property
-    def all(self) -> list[RemoteStage[Any, Any]]:
-        """In the order of the pipeline."""
-        return [self.audio, *self.denoisers, self.vae]
-
-
 class Workers:
-    """Channels to one audio worker, one denoiser a level, one VAE worker, and one text worker if there is text."""
+    """All workers of a deployment."""
 
     def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
         self._stack = AsyncExitStack()
-        self._audio = channel(settings.audio)
-        self._denoisers = [channel(target) for target in settings.denoisers]
-        self._vae = channel(settings.vae)
-        self._text = channel(settings.text) if settings.text else None
+        self.audio: Pool[audio_pb2.AudioServiceGetInfoResponse] = Pool(
+            "audio",
+            settings.audio,
+            _ask(audio_pb2_grpc.AudioServiceStub, audio_pb2.AudioServiceGetInfoRequest()),
+        )
+        self.denoisers: Pool[denoiser_pb2.DenoiserServiceGetInfoResponse] = Pool(
+            "denoiser",
+            settings.denoisers,
+            _ask(denoiser_pb2_grpc.DenoiserServiceStub, denoiser_pb2.DenoiserServiceGetInfoRequest()),
+        )
+        self.vae: Pool[vae_pb2.VaeServiceGetInfoResponse] = Pool(
+            "vae", settings.vae, _ask(vae_pb2_grpc.VaeServiceStub, vae_pb2.VaeServiceGetInfoRequest())
+        )
+        self.text: Pool[text_pb2.TextServiceGetInfoResponse] | None = None
+        if settings.text:
+            asking = _ask(text_pb2_grpc.TextServiceStub, text_pb2.TextServiceGetInfoRequest())
+            self.text = Pool("text", settings.text, asking)
 
     async def __aenter__(self) -> "Workers":
-        for each in (self._audio, *self._denoisers, self._vae, self._text):
-            if each is not None:
-                await self._stack.enter_async_context(each)
+        pools: list[Pool[Any]] = [self.audio, self.denoisers, self.vae, *filter(None, [self.text])]
+        for pool in pools:
+            await self._stack.enter_async_context(pool.running())
         return self
 
     async def __aexit__(
@@ -115,58 +116,54 @@ class Workers:
         await self._stack.aclose()
 
     async def describe(self) -> Description:
-        """Ask every worker what it serves. StageLost if one does not answer."""
-        stages, text = await asyncio.gather(self.describe_stages(), self._describe_text())
-        return replace(stages, text=text)
+        """What the workers serve. StageLost if none of a stage answers; ConfigMismatch if they do not fit together."""
+        text = _slowest(await self.text.workers()) if self.text else None
+        return replace(await self._describe_stages(), text=text)
 
-    async def describe_stages(self) -> Description:
+    async def _describe_stages(self) -> Description:
         """The same of the workers that every stream needs."""
-        audio, vae, *denoisers = await asyncio.gather(
-            self._describe_audio(),
-            _ask("vae", vae_pb2_grpc.VaeServiceStub(self._vae).GetInfo, vae_pb2.VaeServiceGetInfoRequest()),
-            *(self._describe_denoiser(level) for level in range(len(self._denoisers))),
-        )
-        return Description(audio, denoisers, vae)
+        audio, vae = _slowest(await self.audio.workers()), _slowest(await self.vae.workers())
+        return Description(audio, await self._describe_denoisers(), vae)
+
+    async def _describe_denoisers(self) -> list[denoiser_pb2.DenoiserServiceGetInfoResponse]:
+        """One denoiser a level, all of one checkpoint: that of the least loaded which has all levels."""
+        infos = [info for _, info in await self.denoisers.workers()]
+        digests = list(dict.fromkeys(info.digest for info in infos))
+        missing: dict[str, int] = {}
+        for digest in digests:
+            same = [info for info in infos if info.digest == digest]
+            levels = [[info for info in same if level in info.levels] for level in range(same[0].num_levels)]
+            if all(levels):
+                return [max(found, key=lambda info: info.step_s) for found in levels]
+            missing[digest] = next(level for level, found in enumerate(levels) if not found)
+        if len(digests) > 1:
+            raise ConfigMismatch(f"denoisers serve parts of different checkpoints: {', '.join(digests)}")
+        level = missing[digests[0]]
+        raise StageLost(f"no denoiser serves level {level}", metadata={"stage": f"denoiser-{level}"}, retry_s=1.0)
 
     async def max_right_frames(self) -> int:
         """Most encoder frames behind a block that a session may choose."""
-        return (await self._describe_audio()).max_right_frames
-
-    async def _describe_audio(self) -> audio_pb2.AudioServiceGetInfoResponse:
-        method = audio_pb2_grpc.AudioServiceStub(self._audio).GetInfo
-        told: audio_pb2.AudioServiceGetInfoResponse = await _ask(
-            "audio", method, audio_pb2.AudioServiceGetInfoRequest()
-        )
-        return told
-
-    async def _describe_text(self) -> text_pb2.TextServiceGetInfoResponse | None:
-        if self._text is None:
-            return None
-        told: text_pb2.TextServiceGetInfoResponse = await _ask(
-            "text", text_pb2_grpc.TextServiceStub(self._text).GetInfo, text_pb2.TextServiceGetInfoRequest()
-        )
-        return told
-
-    async def _describe_denoiser(self, level: int) -> denoiser_pb2.DenoiserServiceGetInfoResponse:
-        method = denoiser_pb2_grpc.DenoiserServiceStub(self._denoisers[level]).GetInfo
-        told: denoiser_pb2.DenoiserServiceGetInfoResponse = await _ask(
-            f"denoiser-{level}", method, denoiser_pb2.DenoiserServiceGetInfoRequest()
-        )
-        return told
+        told: audio_pb2.AudioServiceGetInfoResponse = _slowest(await self.audio.workers())
+        return told.max_right_frames
 
     async def embed(self, prompt: str) -> types_pb2.Tensor:
         """A prompt's embedding.
 
         PromptUnsupported if there is no text worker; ConfigMismatch if the denoisers cannot read what it makes.
         """
-        if self._text is None:
+        if not self.text:
             raise PromptUnsupported("this checkpoint knows no text; leave prompt empty")
-        reader = await self._describe_denoiser(0)
-        try:
-            method = text_pb2_grpc.TextServiceStub(self._text).Embed
-            text = (await method(text_pb2.EmbedRequest(prompt=prompt), timeout=EMBED_S)).text
-        except grpc.aio.AioRpcError as error:
-            raise stage_error("text", error, is_request=True) from error
+        reader = (await self._describe_denoisers())[0]
+
+        async def ask(worker: Any) -> types_pb2.Tensor:
+            method = text_pb2_grpc.TextServiceStub(worker.channel).Embed
+            try:
+                response: text_pb2.EmbedResponse = await method(text_pb2.EmbedRequest(prompt=prompt), timeout=EMBED_S)
+            except grpc.aio.AioRpcError as error:
+                raise stage_error("text", error, is_request=True) from error
+            return response.text
+
+        text = await self.text.call(ask)
         rows, width = text.shape
         if width != reader.text_width or rows > reader.text_rows:
             raise ConfigMismatch(
@@ -177,65 +174,47 @@ class Workers:
 
     async def encode_reference(self, request: vae_pb2.EncodeReferenceRequest) -> types_pb2.Reference:
         """Have a picture prepared."""
-        try:
-            response = await vae_pb2_grpc.VaeServiceStub(self._vae).EncodeReference(request, timeout=ENCODE_S)
-        except grpc.aio.AioRpcError as error:
-            raise stage_error("vae", error, is_request=True) from error
-        return response.reference
+
+        async def ask(worker: Any) -> types_pb2.Reference:
+            try:
+                method = vae_pb2_grpc.VaeServiceStub(worker.channel).EncodeReference
+                response: vae_pb2.EncodeReferenceResponse = await method(request, timeout=ENCODE_S)
+            except grpc.aio.AioRpcError as error:
+                raise stage_error("vae", error, is_request=True) from error
+            return response.reference
+
+        return await self.vae.call(ask)
 
     @asynccontextmanager
-    async def open(self, sound: audio_pb2.OpenEncode, video: vae_pb2.OpenDecode) -> AsyncGenerator[Streams, None]:
-        """Open a session's stream at every stage at once, for as long as the body runs.
+    async def open(self, opening: Opening) -> AsyncGenerator[Streams, None]:
+        """A session's stream at every stage, for as long as the body runs.
 
-        Raises what a worker that refuses says; InvalidField if the encoding of frames is none of the decoder's;
+        Raises what the workers that refuse say; InvalidField if the encoding of frames is none of the decoder's;
         ConfigMismatch if the workers do not fit together.
         """
-        told = await self.describe_stages()
-        if video.encoding and video.encoding not in told.encodings:
+        told = await self._describe_stages()
+        if opening.video.encoding not in ("", *told.encodings):
             allowed = ", ".join(told.encodings)
-            raise InvalidField.at("open.output.encoding", f"{video.encoding} cannot be had here, only {allowed}")
-        streams = Streams(
-            remote_audio(self._audio),
-            [remote_denoiser(each, level) for level, each in enumerate(self._denoisers)],
-            remote_vae(self._vae),
-            behind_ns=_behind_ns(sound, told.audio),
-            begun_s=told.begun_s,
-        )
+            raise InvalidField.at(
+                "open.output.encoding", f"{opening.video.encoding} cannot be had here, only {allowed}"
+            )
+        streams = lasting(self, told, opening, self._settings)
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(streams.audio.open(sound))
-                decoder = tasks.create_task(streams.vae.open(video))
-                opened = [
-                    tasks.create_task(stage.open(denoiser_pb2.OpenDenoise(session_id=sound.session_id, level=level)))
-                    for level, stage in enumerate(streams.denoisers)
-                ]
-            sink_update_block = _sink_update([each.result() for each in opened])
-            init_segment = decoder.result().init_segment
-            yield replace(streams, sink_update_block=sink_update_block, init_segment=init_segment)
+            await streams.open()
+            yield streams
         finally:
             for stage in streams.all:
                 stage.cancel()
 
 
-async def _ask(stage: str, method: Any, request: Message) -> Any:
-    try:
-        return await method(request, timeout=INFO_S)
-    except grpc.aio.AioRpcError as error:
-        raise stage_error(stage, error) from error
+def _ask(stub: Callable[[grpc.aio.Channel], Any], request: Any) -> Callable[[grpc.aio.Channel], Awaitable[Any]]:
+    """What asks a worker of this kind what it serves."""
+
+    async def ask(connection: grpc.aio.Channel) -> Any:
+        return await stub(connection).GetInfo(request, timeout=ANSWER_S)
+
+    return ask
 
 
-def _sink_update(opened: list[denoiser_pb2.DenoiseOpened]) -> int | None:
-    """The block at which all levels want the new sink."""
-    first = opened[0]
-    if len(opened) != first.num_levels:
-        raise ConfigMismatch(f"the checkpoint has {first.num_levels} levels, the gateway has {len(opened)} denoisers")
-    if digests := {each.digest for each in opened} - {first.digest}:
-        raise ConfigMismatch(f"denoisers serve different checkpoints: {first.digest}, {', '.join(sorted(digests))}")
-    return first.sink_update_block if first.HasField("sink_update_block") else None
-
-
-def _behind_ns(sound: audio_pb2.OpenEncode, audio: audio_pb2.AudioServiceGetInfoResponse) -> int:
-    """Nanoseconds of sound behind a block that are heard for it."""
-    if sound.HasField("right_frames"):
-        return OVERLAP_NS + sound.right_frames * FRAME_NS
-    return round(audio.lookahead_s * 1e9)
+def _slowest(workers: Any) -> Any:
+    return max((info for _, info in workers), key=lambda info: getattr(info, "step_s", 0.0))

@@ -12,7 +12,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from avatar.audio.clock import BLOCK_SAMPLES, window_end
 from avatar.audio.model import ENCODERS, AudioModel, AudioState, load, place
-from avatar.audio.resample import SETTLE_S
 from avatar.audio.statistics import Statistics
 from avatar.checkpoint import save
 from avatar.part import Part
@@ -163,16 +162,33 @@ def test_refused_sound_leaves_the_stream_as_it_was(model: AudioModel, session: S
     assert torch.equal(features(blocks), features(stream(model, session, pieces(speech[:, :16000], 1600))))
 
 
-def test_history_and_statistics_rebuild_a_stream(model: AudioModel, session: Session, speech: Tensor) -> None:
-    state, index = model.open(session), 12
-    model.step(AudioPiece(speech[:, : window_end(index - 1, model.encoder.right_frames)], 16000), state)
-    statistics = Statistics.from_bytes(state.statistics.to_bytes())
-    [expected] = model.step(AudioPiece(speech[:, state.num_samples :][:, :BLOCK_SAMPLES], 16000), state)
+@pytest.mark.parametrize("rate_hz", [16000, 24000, 44100])
+@pytest.mark.parametrize("is_live", [False, True])
+def test_history_and_statistics_rebuild_a_stream(
+    model: AudioModel, session: Session, rate_hz: int, is_live: bool
+) -> None:
+    """Pieces are of a block each: those that are sent again begin with a block."""
+    block, num_blocks = rate_hz * 12 // 25, 12
+    samples = torch.randn(1, num_blocks * block, generator=torch.Generator().manual_seed(0)) * 0.1
+    sound = [
+        AudioPiece(samples[:, start : start + block], rate_hz, completes=index if is_live else None)
+        for index, start in enumerate(range(0, samples.shape[1], block))
+    ]
+    blocks = stream(model, session, sound)
+    for first_answer in (1, 5, len(blocks) - 1):
+        first_block = max(0, first_answer - round(model.history_s / 0.48))
+        state = model.reopen(session, first_block, first_answer, blocks[first_answer - 1].statistics)
+        rebuilt = list(chain.from_iterable(model.step(piece, state) for piece in sound[first_block:]))
+        assert [each.index for each in rebuilt] == list(range(first_answer, len(blocks)))
+        assert torch.equal(features(rebuilt), features(blocks[first_answer:]))
+        assert [each.statistics for each in rebuilt] == [each.statistics for each in blocks[first_answer:]]
 
-    start = index * BLOCK_SAMPLES - round((model.history_s - SETTLE_S) * 16000)
-    rebuilt = AudioState(torch.zeros(window_samples(model)), model.encoder.right_frames, start, index, statistics)
-    [block] = model.step(AudioPiece(speech[:, start : window_end(index, model.encoder.right_frames)], 16000), rebuilt)
-    assert torch.equal(block.features, expected.features)
+
+def test_a_stream_is_not_rebuilt_behind_its_first_answer(model: AudioModel, session: Session) -> None:
+    with pytest.raises(ValueError, match="begin at block 3 to answer from block 2"):
+        model.reopen(session, 3, 2, b"")
+    with pytest.raises(ValueError, match="32 bytes, got 1"):
+        model.reopen(session, 1, 2, b"?")
 
 
 @pytest.mark.parametrize("name", ENCODERS)

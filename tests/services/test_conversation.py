@@ -14,7 +14,7 @@ from avatar.v1 import avatar_service_pb2 as api
 from avatar.worker.v1 import types_pb2
 from services.gateway.choices import Choices
 from services.gateway.conversation import Conversation
-from services.gateway.workers import Streams
+from services.gateway.streams import Streams
 from tests.product import CLOSE, END_TURN, spoken
 
 BLOCK_BYTES = 2 * 7680
@@ -30,6 +30,7 @@ class Held:
         self.stage = stage
         self.seen: list[Any] = []
         self.closed = types_pb2.Closed()
+        self.on_rebuilt: Any = None
         self.gate = asyncio.Semaphore(0)
 
     def let(self, count: int = 1000) -> None:
@@ -91,10 +92,11 @@ class Pipeline:
         self.ear, self.denoisers, self.decoder = Ear("audio"), [Held("denoiser-0"), Held("denoiser-1")], Decoder("vae")
         self.sent: list[api.StreamAvatarResponse] = []
         self.requests: asyncio.Queue[api.StreamAvatarRequest] = asyncio.Queue()
-        streams = Streams(cast(Any, self.ear), cast(Any, self.denoisers), cast(Any, self.decoder), sink_update_block)
+        stages = cast(Any, self.ear), cast(Any, self.denoisers), cast(Any, self.decoder)
+        streams = Streams(*stages, left_s=[0.0] * 4, sink_update_block=sink_update_block)
         position = types_pb2.Position(next_frame=3)
         given = GatewaySettings(audio_ahead_s=2.0, **settings)
-        self.conversation = Conversation(streams, choices, SESSION, position, given)
+        self.conversation = Conversation(streams, choices, SESSION, position, types_pb2.Conditions(), given)
 
     @property
     def admitted(self) -> list[types_pb2.Block]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from avatar.worker.v1 import audio_pb2
+from avatar.worker.v1 import audio_pb2, types_pb2
 from services.gateway.clock import Grid, Playout
 from services.gateway.conditions import Versions
 from services.gateway.fragments import renumbered
@@ -162,18 +162,24 @@ async def test_the_end_of_a_turn_is_not_waited_behind() -> None:
 
 
 async def test_a_prompt_waits_for_the_sinks_update_and_is_added_to_it() -> None:
-    versions, written = Versions(0, sink_update_block=3), []
+    versions, written = Versions(types_pb2.Position(), types_pb2.Conditions(), sink_update_block=3), []
 
-    async def write(newest: int, version: int) -> None:
+    async def write(newest: int, version: int) -> types_pb2.Conditions:
         written.append((newest, version))
+        return types_pb2.Conditions(version=version)
+
+    async def admitted() -> tuple[int, int, int]:
+        block = types_pb2.Block()
+        await versions.admit(block)
+        return block.index, block.conditions, block.carried.version
 
     assert await versions.change(write) == 0
-    assert await versions.admit() == (0, 1)
+    assert await admitted() == (0, 1, 1)
     changing = asyncio.ensure_future(versions.change(write))
-    assert await versions.admit() == (1, 1)
+    assert await admitted() == (1, 1, 0)
     await settled()
     assert not changing.done()
     versions.finished(0)
     assert await changing == 3
-    assert [await versions.admit() for _ in range(3)] == [(2, 1), (3, 3), (4, 3)]
+    assert [await admitted() for _ in range(3)] == [(2, 1, 0), (3, 3, 3), (4, 3, 0)]
     assert written == [(0, 1), (2, 3)], "2 is the sink's, which the last level wrote"

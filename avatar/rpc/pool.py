@@ -1,0 +1,192 @@
+"""The workers of one kind: where they are, what they say of themselves, and which takes the next stream.
+
+A name that resolves to several addresses is several workers. Each is asked once a second what it serves and how much
+it has to do; one that does not answer gets no stream, and those that it has are told. Workers come and go while streams
+run.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Generic, TypeVar
+
+import grpc.aio
+from google.protobuf.message import Message
+
+from avatar.errors import AvatarError, NoCapacity, StageLost
+from avatar.pipeline import beside
+from avatar.rpc.client import channel
+
+logger = logging.getLogger(__name__)
+Info = TypeVar("Info", bound=Message)
+Opened = TypeVar("Opened")
+
+ASK_EVERY_S = 1.0
+# Its loop answers within milliseconds however busy its device is; a process that is stopped does not.
+ANSWER_S = 2.0
+RETRY_S = 1.0
+
+
+class Worker(Generic[Info]):
+    """One worker, as this process sees it.
+
+    target: HOST:PORT. info: what it said last; None while it does not answer. num_open: streams of this process there.
+    on_silence: called when it has stopped answering, for the streams that it has.
+    """
+
+    def __init__(self, target: str, connection: grpc.aio.Channel) -> None:
+        self.target = target
+        self.channel = connection
+        self.info: Info | None = None
+        self.num_open = 0
+        self.on_silence: set[Callable[[], None]] = set()
+        self._num_others = 0
+
+    @property
+    def load(self) -> tuple[float, int]:
+        """The share of its streams that are taken, as far as is known here, and how many that are."""
+        taken = self._num_others + self.num_open
+        return taken / max(1, getattr(self.info, "capacity", 0)), taken
+
+    def heard(self, info: Info) -> None:
+        """It has answered."""
+        self.info = info
+        self._num_others = max(0, getattr(info, "active", 0) - self.num_open)
+
+    def lost(self) -> None:
+        """It cannot be reached: nothing is opened there until it answers again."""
+        self.info = None
+
+    def silent(self) -> None:
+        """It is there and does not answer."""
+        self.lost()
+        for tell in [*self.on_silence]:
+            tell()
+
+
+class Pool(Generic[Info]):
+    """All workers of a kind.
+
+    stage: what errors call them. targets: HOST:PORT or NAME:PORT of each. ask: what asks one at the end of a channel.
+    """
+
+    def __init__(self, stage: str, targets: Sequence[str], ask: Callable[[grpc.aio.Channel], Awaitable[Info]]) -> None:
+        self.stage = stage
+        self._targets = targets
+        self._ask_at = ask
+        self._workers: dict[str, Worker[Info]] = {}
+        self._asking = asyncio.Lock()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None, None]:
+        """Know the workers while the body runs."""
+        try:
+            async with beside(self._ask_on()):
+                yield
+        finally:
+            for worker in self._workers.values():
+                await worker.channel.close()
+
+    async def workers(self, serves: Callable[[Info], bool] = lambda _: True) -> list[tuple[Worker[Info], Info]]:
+        """Those that answer and serve what is asked, the least loaded first. StageLost if there is none."""
+        found = self._answering(serves)
+        if not found:
+            await self.ask()
+            found = self._answering(serves)
+        if not found:
+            raise StageLost(f"{self.stage}: no worker answers at {', '.join(self._targets)}", retry_s=RETRY_S)
+        return sorted(found, key=lambda each: each[0].load)
+
+    async def open(
+        self,
+        open_at: Callable[[Worker[Info]], Awaitable[Opened]],
+        serves: Callable[[Info], bool] = lambda _: True,
+    ) -> tuple[Worker[Info], Opened]:
+        """Open a stream at the least loaded worker that takes it.
+
+        Raises what the last one said if none does: NoCapacity if there was one that is full, else StageLost.
+        """
+        refusal: AvatarError | None = None
+        for worker, _ in await self.workers(serves):
+            worker.num_open += 1
+            is_open = False
+            try:
+                opened = await open_at(worker)
+                is_open = True
+                return worker, opened
+            except NoCapacity as error:
+                refusal = error
+            except StageLost as error:
+                worker.lost()
+                refusal = refusal or error
+            finally:
+                worker.num_open -= not is_open
+        assert refusal is not None
+        raise refusal
+
+    async def call(self, ask_at: Callable[[Worker[Info]], Awaitable[Opened]]) -> Opened:
+        """The answer of the least loaded worker that gives one. Raises as `open`."""
+        worker, answer = await self.open(ask_at)
+        worker.num_open -= 1
+        return answer
+
+    async def ask(self) -> None:
+        """Look where workers are and ask each. Returns when all have answered, or are known not to."""
+        async with self._asking:
+            await self._look()
+            await asyncio.gather(*(self._ask(worker) for worker in [*self._workers.values()]))
+
+    def _answering(self, serves: Callable[[Info], bool]) -> list[tuple[Worker[Info], Info]]:
+        return [
+            (worker, worker.info)
+            for worker in self._workers.values()
+            if worker.info is not None and serves(worker.info)
+        ]
+
+    async def _ask_on(self) -> None:
+        while True:
+            await self.ask()
+            await asyncio.sleep(ASK_EVERY_S)
+
+    async def _ask(self, worker: Worker[Info]) -> None:
+        try:
+            worker.heard(await self._ask_at(worker.channel))
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                worker.silent()
+            else:  # it is gone, which its streams notice, or it drains, and they end in peace
+                worker.lost()
+
+    async def _look(self) -> None:
+        """Workers at all addresses that the names have now. A name that cannot be resolved keeps those it had."""
+        found: list[str] = []
+        for target in self._targets:
+            try:
+                found += await _addresses(target)
+            except OSError:
+                logger.warning("name not resolved", extra={"target": target})
+                found += self._workers
+        for address in found:
+            if address not in self._workers:
+                self._workers[address] = Worker(address, channel(address))
+        for address in set(self._workers) - set(found):
+            if not self._workers[address].num_open:
+                await self._workers.pop(address).channel.close()
+            else:  # its streams run on
+                self._workers[address].lost()
+
+
+async def _addresses(target: str) -> list[str]:
+    """HOST:PORT of every address that a target's name has."""
+    host, _, port = target.removeprefix("dns:///").rpartition(":")
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        hosts = [f"[{where[0]}]" if family == socket.AF_INET6 else where[0] for family, *_, where in found]
+        return [f"{each}:{port}" for each in hosts]
+    return [f"{host}:{port}"]

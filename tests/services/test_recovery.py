@@ -1,0 +1,224 @@
+"""Workers, gateways and stores that are lost in the middle of a session, which goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grpc import StatusCode
+
+from avatar.errors import StoreUnavailable
+from avatar.session import MemoryHashes, SessionStore
+from avatar.settings import GatewaySettings
+from avatar.v1 import avatar_service_pb2 as pb
+from avatar.v1 import types_pb2 as types
+from services.__main__ import gateway, workers
+from tests.conftest import sound
+from tests.contract.refusals import refused
+from tests.product import CLOSE, PCM16, Streamed, answer, connected, new_session, opened, rest, spoken
+from tests.rpc.conftest import cuttable
+from tests.services.test_suite import SECONDS, rendered
+
+SETTINGS = GatewaySettings(listen="127.0.0.1:0", stall_s=60.0)
+# The checkpoint's window is three blocks: a stream this young is rebuilt from all that it was given.
+YOUNG_FRAME = 10
+STAGES = ["audio", "denoisers", "vae"]
+
+
+class Breakable:
+    """A gateway whose stages have two addresses each, the first of which can be cut off."""
+
+    def __init__(self, target: str, cuts: dict[str, Any]) -> None:
+        self.target = target
+        self.cuts = cuts
+
+
+@asynccontextmanager
+async def breakable(checkpoint: Path, store: SessionStore, stages: list[str]) -> AsyncGenerator[Breakable, None]:
+    async with workers(checkpoint, store, SETTINGS, denoisers=("0", "1", "2")) as given, AsyncExitStack() as stack:
+        cuts: dict[str, Any] = {}
+        for stage in stages:
+            first, *others = getattr(given, stage)
+            through, cuts[stage] = await stack.enter_async_context(cuttable(first))
+            given = replace(given, **{stage: (through, first, *others)})
+        yield Breakable(await stack.enter_async_context(gateway(store, given)), cuts)
+
+
+async def spoken_through(
+    target: str, picture: bytes, data: bytes, after: int, happens: Any, audio: Any = PCM16
+) -> Streamed:
+    """A whole session in which something happens after so many frames."""
+    out = Streamed()
+    async with connected(target) as stub:
+        session = await new_session(stub, picture, seed=7)
+        call = stub.StreamAvatar(timeout=60)
+        await call.write(opened(session.id, audio))
+        await answer(call)
+        for request in [*spoken(data), CLOSE]:
+            await call.write(request)
+        while len(out.frames) < after:
+            out.take(await answer(call))
+        happens()
+        for response in await rest(call):
+            out.take(response)
+    assert [each.index for each in out.frames] == list(range(3, 3 + len(out.frames))), "none is lost, none comes twice"
+    return out
+
+
+def jumps(streamed: Streamed) -> list[int]:
+    return [each.index for each in streamed.frames if each.is_discontinuity]
+
+
+@pytest.mark.parametrize("stage", ["audio", "vae"])
+@pytest.mark.parametrize("after", [YOUNG_FRAME, 50])
+async def test_frames_are_the_same_when_the_worker_of_sound_or_frames_is_lost(
+    checkpoint: Path, store: SessionStore, picture: bytes, stage: str, after: int
+) -> None:
+    async with breakable(checkpoint, store, [stage]) as suite:
+        streamed = await spoken_through(suite.target, picture, sound(SECONDS), after, suite.cuts[stage])
+    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+    assert len(jumps(streamed)) == 1
+    assert streamed.closed.num_blocks == 7
+    assert [each.num_blocks for each in streamed.closed.stages] == [7] * 5
+
+
+async def test_frames_are_the_same_when_a_level_of_a_young_session_is_lost(
+    checkpoint: Path, store: SessionStore, picture: bytes
+) -> None:
+    async with breakable(checkpoint, store, ["denoisers"]) as suite:
+        streamed = await spoken_through(suite.target, picture, sound(SECONDS), YOUNG_FRAME, suite.cuts["denoisers"])
+    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+    assert len(jumps(streamed)) == 1
+
+
+async def test_an_old_session_goes_on_when_a_level_is_lost(
+    checkpoint: Path, store: SessionStore, picture: bytes
+) -> None:
+    data = sound(2 * SECONDS)
+    async with breakable(checkpoint, store, ["denoisers"]) as suite:
+        streamed = await spoken_through(suite.target, picture, data, 80, suite.cuts["denoisers"])
+    whole = rendered(checkpoint, picture, data, seed=7)
+    [jump] = jumps(streamed)
+    assert len(streamed.pixels) == len(whole)
+    assert streamed.pixels[: jump - 3] == whole[: jump - 3]
+
+
+async def test_all_stages_are_lost_at_once(checkpoint: Path, store: SessionStore, picture: bytes) -> None:
+    async with breakable(checkpoint, store, STAGES) as suite:
+
+        def cut_all() -> None:
+            for cut in suite.cuts.values():
+                cut()
+
+        streamed = await spoken_through(suite.target, picture, sound(SECONDS), YOUNG_FRAME, cut_all)
+    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+    assert 1 <= len(jumps(streamed)) <= 3
+
+
+async def test_a_session_goes_on_at_another_gateway(checkpoint: Path, store: SessionStore, picture: bytes) -> None:
+    """It hears again what was not shown; its frames go on, and its window begins anew."""
+    requests = [*spoken(sound(2 * SECONDS)), CLOSE]
+    out = Streamed()
+    async with (
+        workers(checkpoint, store, SETTINGS) as given,
+        gateway(store, given) as first,
+        gateway(store, given) as second,
+        connected(first) as stub,
+        connected(second) as other,
+    ):
+        session = await new_session(stub, picture, seed=7)
+        lost = stub.StreamAvatar(timeout=60)
+        await lost.write(opened(session.id))
+        await answer(lost)
+        for request in requests:
+            await lost.write(request)
+        while len(out.frames) < 80:
+            out.take(await answer(lost))
+        call = other.StreamAvatar(timeout=60)
+        next_frame = out.frames[-1].index + 1
+        await call.write(opened(session.id, resume=pb.ResumeAvatar(next_frame=next_frame)))
+        told = (await answer(call)).opened
+        assert 0 < told.num_messages < len(requests)
+        for request in requests[told.num_messages :]:
+            await call.write(request)
+        for response in await rest(call):
+            out.take(response)
+        async with refused(StatusCode.FAILED_PRECONDITION, "SESSION_BUSY"):
+            await rest(lost)
+        state = (await other.GetSession(pb.GetSessionRequest(session_id=session.id))).session.state
+    assert [each.index for each in out.frames] == list(range(3, 3 + len(out.frames)))
+    assert jumps(out) == [next_frame]
+    # Frames that the first gateway had sent and the client had not read are not made again.
+    assert 0 <= 13 * 12 - (3 + len(out.frames)) <= 48
+    assert out.pixels[:80] == rendered(checkpoint, picture, sound(2 * SECONDS), seed=7)[:80]
+    assert state == types.Session.STATE_CLOSED
+
+
+class LostStore(MemoryHashes):
+    """A store that cannot be reached for a while, and has forgotten everything then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_lost = False
+
+    def lose(self) -> None:
+        self.is_lost = True
+        self._hashes.clear()
+
+    def _reached(self) -> None:
+        if self.is_lost:
+            raise StoreUnavailable("the session store cannot be reached", retry_s=1.0)
+
+    async def create(self, key: str, fields: Mapping[str, bytes], ttl_s: float) -> None:
+        self._reached()
+        await super().create(key, fields, ttl_s)
+
+    async def update(self, key: str, fields: Mapping[str, bytes], ttl_s: float | None) -> bool:
+        self._reached()
+        return await super().update(key, fields, ttl_s)
+
+    async def read(self, key: str, field: str) -> bytes | None:
+        self._reached()
+        return await super().read(key, field)
+
+    async def expires_in_s(self, key: str) -> float:
+        self._reached()
+        return await super().expires_in_s(key)
+
+
+async def test_a_session_that_runs_does_not_miss_its_store(checkpoint: Path, picture: bytes) -> None:
+    """Not even for the sink's update; and it is there again, with everything, when the store is back."""
+    hashes = LostStore()
+    store, data = SessionStore(hashes), sound(SECONDS)
+    out = Streamed()
+    async with (
+        workers(checkpoint, store, SETTINGS) as given,
+        gateway(store, given) as target,
+        connected(target) as stub,
+    ):
+        session = await new_session(stub, picture, seed=7)
+        call = stub.StreamAvatar(timeout=60)
+        await call.write(opened(session.id))
+        await answer(call)
+        hashes.lose()
+        async with refused(StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"):
+            await stub.GetSession(pb.GetSessionRequest(session_id=session.id), timeout=10)
+        for request in spoken(data):
+            await call.write(request)
+        while len(out.frames) < 48:
+            out.take(await answer(call))
+        hashes.is_lost = False
+        async with asyncio.timeout(20):
+            while not await hashes.expires_in_s(f"avatar:session:{{{session.id}}}"):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)  # it happens in the gateway: there is no event to wait for
+        assert (await store.conditions(session.id, 1)).version == 1, "the sink's update"
+        await call.write(CLOSE)
+        for response in await rest(call):
+            out.take(response)
+    assert out.pixels == rendered(checkpoint, picture, data, seed=7)
+    assert not jumps(out)
