@@ -20,6 +20,8 @@ from typing import Protocol, TypeVar
 
 import redis.asyncio
 from google.protobuf.message import Message
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from avatar.errors import ReferenceNotFound, SessionBusy, SessionNotFound, StateCorrupt, StoreUnavailable
@@ -245,7 +247,9 @@ class RedisHashes:
     def __init__(self, url: str, timeout_s: float = 2.0) -> None:
         # No socket_timeout: redis-py keeps it with asyncio.wait_for, which before Python 3.12 swallows a cancellation
         # that comes as the command is sent; a stream that ended would then wait for ever. `_reached` bounds the wait.
-        self._redis = redis.asyncio.from_url(url, socket_timeout=None, socket_connect_timeout=timeout_s)
+        # A server that was restarted has closed the connections that are kept here: the second attempt makes another.
+        again = Retry(NoBackoff(), 1)
+        self._redis = redis.asyncio.from_url(url, socket_timeout=None, socket_connect_timeout=timeout_s, retry=again)
         self._timeout_s = timeout_s
         self._update = self._redis.register_script(_UPDATE)
         self._claim = self._redis.register_script(_CLAIM)
