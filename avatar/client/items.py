@@ -15,6 +15,7 @@ class Frame:
 
     index: number of the frame in the session, the first is 3. pts_s: when it is shown on the session's media clock.
     data: the frame in the stream's encoding. is_idle: nobody speaks. is_key: it can be decoded without those before it.
+    is_discontinuity: the picture may jump here, since what makes it was lost and rebuilt; no frame is missing.
     """
 
     index: int
@@ -23,6 +24,7 @@ class Frame:
     is_idle: bool
     is_key: bool
     num_frames: int
+    is_discontinuity: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,8 @@ def items_of(response: pb.StreamAvatarResponse) -> Iterator[Item]:
 
 def frame_of(frame: types.VideoFrame) -> Frame:
     """A frame; a gateway that says nothing of keys and numbers sends raw frames."""
-    return Frame(frame.index, frame.pts_us / 1e6, frame.data, frame.is_idle, frame.is_key, frame.num_frames or 1)
+    pts_s, num_frames = frame.pts_us / 1e6, frame.num_frames or 1
+    return Frame(frame.index, pts_s, frame.data, frame.is_idle, frame.is_key, num_frames, frame.is_discontinuity)
 
 
 def events_of(event: pb.AvatarEvent) -> Iterator[Item]:
