@@ -56,7 +56,7 @@ async def workers(
 
         audio = build_audio(AudioSettings(checkpoint=checkpoint, **worker), executor)
         vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, executor)
-        targets = {"audio": (await served(audio),), "vae": (await served(vae),)}
+        targets: dict[str, Any] = {"audio": (await served(audio),), "vae": (await served(vae),)}
         for levels in denoisers:
             level_settings = DenoiserSettings(
                 checkpoint=checkpoint, levels=levels, adapter=adapter, adapter_alpha=adapter_alpha, **worker

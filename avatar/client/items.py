@@ -15,7 +15,7 @@ class Frame:
 
     index: number of the frame in the session, the first is 3. pts_s: when it is shown on the session's media clock.
     data: the frame in the stream's encoding. is_idle: nobody speaks. is_key: it can be decoded without those before it.
-    is_discontinuity: the picture may jump here, since what makes it was lost and rebuilt; no frame is missing.
+    is_discontinuity: the picture may jump here, since what makes it was lost and rebuilt.
     """
 
     index: int
@@ -114,8 +114,8 @@ def items_of(response: pb.StreamAvatarResponse) -> Iterator[Item]:
 
 def frame_of(frame: types.VideoFrame) -> Frame:
     """A frame; a gateway that says nothing of keys and numbers sends raw frames."""
-    pts_s, num_frames = frame.pts_us / 1e6, frame.num_frames or 1
-    return Frame(frame.index, pts_s, frame.data, frame.is_idle, frame.is_key, num_frames, frame.is_discontinuity)
+    num_frames, jumps = frame.num_frames or 1, frame.is_discontinuity
+    return Frame(frame.index, frame.pts_us / 1e6, frame.data, frame.is_idle, frame.is_key, num_frames, jumps)
 
 
 def events_of(event: pb.AvatarEvent) -> Iterator[Item]:

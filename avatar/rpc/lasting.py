@@ -59,7 +59,7 @@ class LastingStage(Generic[Item, Answer]):
         self.stage = stage
         self.history = history
         self.closed = types_pb2.Closed()
-        self.on_rebuilt: Callable[[int], None] = lambda block: None
+        self.on_rebuilt: Callable[[int], None] = lambda _: None
         self._connect = connect
         self._patience = patience
         self._link: tuple[Worker[Any], RemoteStage[Item, Answer]] | None = None
@@ -171,8 +171,8 @@ class LastingStage(Generic[Item, Answer]):
         """Open the stream anew. Raises what was lost, if it is lost again and again, or why it cannot be opened."""
         started, pause_s = time.monotonic(), FIRST_PAUSE_S
         self._num_losses += 1
-        if self._link and isinstance(lost, StageLost):
-            self._link[0].lost()
+        if self._link:
+            self._link[0].lost()  # until it is asked again: a spare goes first
         self.cancel()
         if self._num_losses > MAX_LOSSES:
             raise lost

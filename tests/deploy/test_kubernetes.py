@@ -110,7 +110,7 @@ def test_settings_are_those_of_the_classes(overlay: str) -> None:
         assert settings.drain_s < pod(deployment)["terminationGracePeriodSeconds"]
         assert container(deployment)["command"] == ["python", "-m", f"services.{name.partition('-')[0]}"]
         if name == "gateway":
-            addresses = [settings.audio, *settings.denoisers, settings.vae, *filter(None, [settings.text])]
+            addresses = [*settings.audio, *settings.denoisers, *settings.vae, *settings.text]
             assert {address.removesuffix(":7000") for address in addresses} == set(stages(overlay)) - {"gateway"}
         if name.startswith("denoiser"):
             assert settings.levels == name[-1]

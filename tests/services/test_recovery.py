@@ -45,7 +45,8 @@ async def breakable(checkpoint: Path, store: SessionStore, stages: list[str]) ->
         for stage in stages:
             first, *others = getattr(given, stage)
             through, cuts[stage] = await stack.enter_async_context(cuttable(first))
-            given = replace(given, **{stage: (through, first, *others)})
+            addresses: dict[str, Any] = {stage: (through, first, *others)}
+            given = replace(given, **addresses)
         yield Breakable(await stack.enter_async_context(gateway(store, given)), cuts)
 
 
