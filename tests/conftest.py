@@ -121,7 +121,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def picture() -> bytes:
     """A small PNG."""
     rows, columns = torch.meshgrid(torch.arange(80), torch.arange(60), indexing="ij")
