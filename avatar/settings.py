@@ -90,6 +90,8 @@ class DenoiserSettings(WorkerSettings):
     compile: have torch.compile make the layers' code at the start; only `sizes` are served then.
     cuda_graphs: replay each stream's step as a CUDA graph.
     float8: keep the weights of linear maps in float8; needs the extra `float8` and a device that has it.
+    chain: HOST:PORT where the denoisers of a chain meet, to hand latents to each other: the one of level 0 listens
+        there; none where latents travel through the gateway.
     """
 
     listen: str = "127.0.0.1:7010"
@@ -101,6 +103,12 @@ class DenoiserSettings(WorkerSettings):
     compile: bool = False
     cuda_graphs: bool = False
     float8: bool = False
+    chain: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chain:
+            check_addresses("chain", self.chain)
 
     def served(self, num_levels: int) -> list[int]:
         """The levels as numbers. ValueError if the checkpoint has no such level."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import block, encoding, live, loading
+from benchmarks import block, encoding, handoff, live, loading
 from benchmarks.row import Row
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,7 @@ def main() -> None:
         *loading.rows(flags.checkpoint),
         *block.rows(flags.checkpoint, compiled=flags.compile),
         *encoding.rows(),
+        *handoff.rows(),
         *live.rows(flags.checkpoint),
     ]
     print(table(rows))

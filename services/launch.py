@@ -12,8 +12,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "67108864",
     "OMP_NUM_THREADS": "1",
 }
+# Sockets of the ports that were given out.
+_kept: list[socket.socket] = []
 
 
 @dataclass(frozen=True)
@@ -111,22 +113,22 @@ async def launched(checkpoint: Path, folder: Path, *, redis_url: str | None = No
     num_levels = NetworkConfig.from_dict(open_part(checkpoint, "denoiser").config).num_levels
     text = ["text"] if knows_text(checkpoint) else []
     names = ["audio", *(f"denoiser-{level}" for level in range(num_levels)), "vae", *text, "gateway"]
-    with free_ports(1 + len(names)) as (redis_port, *ports):
-        targets = {name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)}
-        suite = Suite(folder, redis_url or f"redis://127.0.0.1:{redis_port}", targets)
-        try:
-            if redis_url is None:
-                await start_redis(suite, redis_port)
-            worker = {"AVATAR_CHECKPOINT": str(checkpoint.absolute()), "AVATAR_REDIS_URL": suite.redis_url}
-            for name in names[:-1]:
-                service, _, level = name.partition("-")
-                settings = {**worker, "AVATAR_LISTEN": targets[name], "AVATAR_LEVELS": level or "0"}
-                await suite.start(name, sys.executable, "-m", f"services.{service}", **settings)
-            await suite.start("gateway", sys.executable, "-m", "services.gateway", **gateway_environment(suite))
-            await until_healthy(suite)
-            yield suite
-        finally:
-            await suite.stop()
+    redis_port, *ports = free_ports(1 + len(names))
+    targets = {name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)}
+    suite = Suite(folder, redis_url or f"redis://127.0.0.1:{redis_port}", targets)
+    try:
+        if redis_url is None:
+            await start_redis(suite, redis_port)
+        worker = {"AVATAR_CHECKPOINT": str(checkpoint.absolute()), "AVATAR_REDIS_URL": suite.redis_url}
+        for name in names[:-1]:
+            service, _, level = name.partition("-")
+            settings = {**worker, "AVATAR_LISTEN": targets[name], "AVATAR_LEVELS": level or "0"}
+            await suite.start(name, sys.executable, "-m", f"services.{service}", **settings)
+        await suite.start("gateway", sys.executable, "-m", "services.gateway", **gateway_environment(suite))
+        await until_healthy(suite)
+        yield suite
+    finally:
+        await suite.stop()
 
 
 async def start_redis(suite: Suite, port: int) -> None:
@@ -149,16 +151,15 @@ def gateway_environment(suite: Suite) -> Mapping[str, str]:
     }
 
 
-@contextmanager
-def free_ports(count: int) -> Iterator[list[int]]:
-    """Ports of the loopback interface that nobody listens at, kept for servers of ours while the body runs."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-            # Who asks for the port by its number may listen beside this socket, if it sets this too, as servers do.
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        yield [each.getsockname()[1] for each in sockets]
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody listens at, kept for servers of ours until this process ends."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+        # Who asks for the port by its number may listen beside this socket, if it sets this too, as servers do.
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _kept.extend(sockets)
+    return [each.getsockname()[1] for each in sockets]
 
 
 async def until_healthy(suite: Suite) -> None:

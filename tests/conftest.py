@@ -145,8 +145,9 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if url := os.environ.get("AVATAR_REDIS_URL"):
         yield url
         return
-    with free_ports(1) as (port,), asyncio.Runner() as runner:
-        suite = Suite(tmp_path_factory.mktemp("redis"), f"redis://127.0.0.1:{port}", {})
+    port = free_ports(1)[0]
+    suite = Suite(tmp_path_factory.mktemp("redis"), f"redis://127.0.0.1:{port}", {})
+    with asyncio.Runner() as runner:
         runner.run(start_redis(suite, port))
         runner.run(until_healthy(suite))
         yield suite.redis_url

@@ -74,6 +74,7 @@ def test_other_variables_are_left_alone() -> None:
         (DenoiserSettings, "AVATAR_CUDA_GRAPHS", "yes", "true or false"),
         (Settings, "AVATAR_LOG_LEVEL", "LOUD", "DEBUG, INFO, WARNING or ERROR"),
         (Settings, "AVATAR_REDIS_URL", "127.0.0.1:6379", "redis://HOST:PORT"),
+        (DenoiserSettings, "AVATAR_CHAIN", "one", "HOST:PORT"),
         (GatewaySettings, "AVATAR_AUDIO", "worker", "HOST:PORT"),
         (GatewaySettings, "AVATAR_DENOISERS", "one:1,,two:2", "HOST:PORT"),
         (GatewaySettings, "AVATAR_TEXT", "text:", "HOST:PORT"),

@@ -309,8 +309,8 @@ except ValueError as error:
 
 
 async def test_metrics_can_be_read_without_a_collector() -> None:
-    with free_ports(1) as (port,):
-        program = f"""
+    (port,) = free_ports(1)
+    program = f"""
 import urllib.request
 from avatar import telemetry
 telemetry.set_up("avatar-test", "info")
@@ -318,7 +318,7 @@ telemetry.block_span("denoiser", 0, 0, 10**9 // 4, level=2)
 with urllib.request.urlopen("http://127.0.0.1:{port}/metrics") as answer:
     print(answer.read().decode())
 """
-        out, _ = await run(program, OTEL_METRICS_EXPORTER="prometheus", OTEL_EXPORTER_PROMETHEUS_PORT=str(port))
+    out, _ = await run(program, OTEL_METRICS_EXPORTER="prometheus", OTEL_EXPORTER_PROMETHEUS_PORT=str(port))
     lines = [line for line in out.splitlines() if line.startswith("avatar_block_duration_seconds_bucket")]
     counted = {line.partition('le="')[2].partition('"')[0]: line.rpartition(" ")[2] for line in lines}
     assert (counted["0.2"], counted["0.3"], counted["0.48"]) == ("0.0", "1.0", "1.0")

@@ -78,9 +78,9 @@ def block_to_pb(block: Block) -> pb.Block:
 
 
 def latent_to_pb(block: Block) -> pb.Block:
-    """A denoiser's answer: the latent alone, since the caller keeps the features."""
-    assert block.latent is not None
-    return pb.Block(index=block.index, latent=tensor_to_pb(block.latent), traceparent=block.traceparent)
+    """A denoiser's answer: the latent alone, since the caller keeps the features; without it if it was handed over."""
+    latent = None if block.latent is None else tensor_to_pb(block.latent)
+    return pb.Block(index=block.index, latent=latent, traceparent=block.traceparent)
 
 
 def block_from_pb(message: pb.Block, conditions: Conditions | None) -> Block:

@@ -13,21 +13,34 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any, Generic, Protocol, TypeVar
 
 from avatar import telemetry
 from avatar.errors import AvatarError, NoCapacity, StageFailed, StageLost, StoreUnavailable
 from avatar.pipeline import beside
-from avatar.rpc.client import Answer, Item, RemoteStage
+from avatar.rpc.client import Answer, Item
 from avatar.rpc.history import History
 from avatar.rpc.pool import Worker
 from avatar.worker.v1 import types_pb2
 
 logger = logging.getLogger(__name__)
+Item_contra = TypeVar("Item_contra", contravariant=True)
+Answer_co = TypeVar("Answer_co", covariant=True)
 
 # A block that ends the stream wherever it is sent is not sent for ever.
 MAX_LOSSES = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 0.5
+
+
+class Remote(Protocol[Item_contra, Answer_co]):
+    """A stream that is open: a `RemoteStage`, or several that are one."""
+
+    @property
+    def closed(self) -> types_pb2.Closed: ...
+
+    def __call__(self, items: AsyncGenerator[Item_contra, None]) -> AsyncGenerator[Answer_co, None]: ...
+
+    def cancel(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class LastingStage(Generic[Item, Answer]):
         self,
         stage: str,
         history: History[Item, Answer],
-        connect: Callable[[], Awaitable[tuple[Worker[Any], RemoteStage[Item, Answer], Any]]],
+        connect: Callable[[], Awaitable[tuple[Worker[Any], Remote[Item, Answer], Any]]],
         patience: Patience,
     ) -> None:
         self.stage = stage
@@ -62,7 +75,7 @@ class LastingStage(Generic[Item, Answer]):
         self.on_rebuilt: Callable[[int], None] = lambda _: None
         self._connect = connect
         self._patience = patience
-        self._link: tuple[Worker[Any], RemoteStage[Item, Answer]] | None = None
+        self._link: tuple[Worker[Any], Remote[Item, Answer]] | None = None
         self._waiting: asyncio.Queue[list[Item]] = asyncio.Queue()
         self._room = asyncio.Semaphore(1)
         self._due_at: float | None = None
@@ -168,7 +181,7 @@ class LastingStage(Generic[Item, Answer]):
             self._timer.reschedule(due_at)
 
     async def _rebuild(self, lost: AvatarError) -> None:
-        """Open the stream anew. Raises what was lost, if it is lost again and again, or why it cannot be opened."""
+        """Open the stream anew. Raises what was lost, if it is lost again and again or cannot be opened in time."""
         started, pause_s = time.monotonic(), FIRST_PAUSE_S
         self._num_losses += 1
         if self._link:
@@ -180,9 +193,9 @@ class LastingStage(Generic[Item, Answer]):
             try:
                 await self.open()
                 break
-            except (StageLost, NoCapacity, StoreUnavailable):
+            except (StageLost, NoCapacity, StoreUnavailable) as error:
                 if time.monotonic() - started > self._patience.rebuild_s:
-                    raise
+                    raise lost from error
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         self._is_rebuilt = True

@@ -92,10 +92,10 @@ class Pool(Generic[Info]):
 
     async def workers(self, serves: Callable[[Info], bool] = lambda _: True) -> list[tuple[Worker[Info], Info]]:
         """Those that answer and serve what is asked, the least loaded first. StageLost if there is none."""
-        found = self._answering(serves)
+        found = self.answering(serves)
         if not found:
             await self.ask()
-            found = self._answering(serves)
+            found = self.answering(serves)
         if not found:
             raise StageLost(f"{self.stage}: no worker answers at {', '.join(self._targets)}", retry_s=RETRY_S)
         return sorted(found, key=lambda each: each[0].load)
@@ -139,7 +139,8 @@ class Pool(Generic[Info]):
             await self._look()
             await asyncio.gather(*(self._ask(worker) for worker in [*self._workers.values()]))
 
-    def _answering(self, serves: Callable[[Info], bool]) -> list[tuple[Worker[Info], Info]]:
+    def answering(self, serves: Callable[[Info], bool]) -> list[tuple[Worker[Info], Info]]:
+        """Those that answered when they were asked last, and serve what is asked."""
         return [
             (worker, worker.info)
             for worker in self._workers.values()

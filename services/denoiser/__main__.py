@@ -1,7 +1,9 @@
 """A denoiser's process: `python -m services.denoiser`."""
 
+import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 
 import torch
 
@@ -10,7 +12,9 @@ from avatar.adapter import Adapter
 from avatar.denoiser import speed
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
+from avatar.handoff.chain import Chain, joined
 from avatar.layouts import open_part
+from avatar.pipeline import beside
 from avatar.rpc.server import serving, until_stopped
 from avatar.session import RedisHashes, SessionStore
 from avatar.settings import PREFIX, DenoiserSettings
@@ -72,10 +76,25 @@ async def main() -> None:
     telemetry.set_up("avatar-denoiser", settings.log_level)
     torch.set_num_threads(settings.threads)
     store = SessionStore(RedisHashes(settings.redis_url))
-    with ThreadPoolExecutor(1, "device") as executor:
-        async with serving(settings.listen, build(settings, store, executor), drain_s=settings.drain_s):
-            await until_stopped()
-    await store.aclose()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(store.aclose)
+        servicer = build(settings, store, stack.enter_context(ThreadPoolExecutor(1, "device")))
+        if settings.chain:
+            with naming("chain"):
+                servicer.chain = await stack.enter_async_context(joined(settings.chain, servicer.seat))
+        await stack.enter_async_context(serving(settings.listen, servicer, drain_s=settings.drain_s))
+        await until_over(servicer.chain)
+
+
+async def until_over(chain: Chain | None) -> None:
+    """Wait for SIGTERM or SIGINT. StageLost if the chain breaks first: it is made anew by processes that are new."""
+    if chain is None:
+        await until_stopped()
+        return
+    async with beside(until_stopped()) as stopping, beside(chain.until_lost()) as losing:
+        await asyncio.wait({stopping, losing}, return_when=asyncio.FIRST_COMPLETED)
+        if not stopping.done():
+            chain.check()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """A denoiser on the wire: blocks in, blocks with one level less of noise out."""
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from functools import partial
 
 import grpc.aio
@@ -11,6 +11,7 @@ import grpc.aio
 from avatar import telemetry
 from avatar.denoiser.denoiser import Denoiser
 from avatar.errors import ConfigMismatch, StoreUnavailable
+from avatar.handoff.chain import Chain, Link, Seat
 from avatar.pipeline import Pace, Usage, local
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
@@ -24,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
-    """Serves the levels that it is given, each to any number of sessions, together up to the worker's capacity."""
+    """Serves the levels that it is given, each to any number of sessions, together up to the worker's capacity.
+
+    chain: this process's place among those that hand latents to each other; None where they travel in messages alone.
+    """
 
     service_name = "avatar.worker.v1.DenoiserService"
 
@@ -39,6 +43,13 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         self._executor = executor
         self._capacity = Capacity(capacity * len(denoisers), "denoiser")
         self._pace = Pace()
+        self.chain: Chain | None = None
+
+    @property
+    def seat(self) -> Seat:
+        """What this worker brings to a chain."""
+        network = next(iter(self._denoisers.values())).network
+        return Seat(self.levels, self._config.num_levels, self._digest, network.dtype, network.device)
 
     def warm(self, height: int, width: int) -> None:
         """Step through a session whose latents have this size at every level, and know how long a block takes."""
@@ -61,6 +72,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             text_width=self._config.text_dim,
             text_rows=self._config.text_len,
             step_s=self._pace.step_s,
+            chain=self.chain.name if self.chain else "",
         )
 
     async def Denoise(
@@ -70,12 +82,12 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         denoiser = self._denoisers.get(opened.level)
         if denoiser is None:
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
-        with self._capacity.taken(), blaming("block"):
+        with self._capacity.taken(), self._link(opened) as link, blaming("block"):
             session = session_from_pb(await self._store.session(opened.session_id))
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = Usage(), 0
             stage = local(denoiser, session, self._executor, usage)
-            async with aclosing(stage(self._blocks(opened, requests))) as blocks:
+            async with aclosing(stage(self._blocks(opened, requests, link))) as blocks:
                 async for block in blocks:
                     carried = None
                     if denoiser.updates_sink(block, session):
@@ -90,7 +102,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                     )
                     self._pace.note(usage)
                     num_blocks += 1
-                    answer = latent_to_pb(block)
+                    answer = latent_to_pb(link.give(block) if link else block)
                     if carried is not None:
                         answer.carried.CopyFrom(carried)
                     yield pb.DenoiseResponse(block=answer)
@@ -104,8 +116,19 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             sink_update_block=denoiser.sink_update_block(session),
         )
 
+    @contextmanager
+    def _link(self, opened: pb.OpenDenoise) -> Iterator[Link | None]:
+        """The stream's end in the chain, where latents are handed over."""
+        if not opened.handoff:
+            yield None
+            return
+        if self.chain is None:
+            raise ConfigMismatch("latents are not handed over here; this worker is in no chain")
+        with self.chain.link(opened.handoff, opened.level) as link:
+            yield link
+
     async def _blocks(
-        self, opened: pb.OpenDenoise, requests: AsyncIterator[pb.DenoiseRequest]
+        self, opened: pb.OpenDenoise, requests: AsyncIterator[pb.DenoiseRequest], link: Link | None
     ) -> AsyncGenerator[Block, None]:
         """The stream's blocks, with the conditions that they name; a version that is new here is read once."""
         conditions: Conditions | None = None
@@ -118,7 +141,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                     if not block.HasField("carried"):
                         kept = await self._store.conditions(opened.session_id, block.conditions)
                     conditions = conditions_from_pb(kept)
-                yield block_from_pb(block, conditions)
+                received = block_from_pb(block, conditions)
+                yield await link.take(received) if link else received
 
     async def _write_sink(self, session_id: str, block: Block) -> types_pb2.Conditions:
         """Keep the conditions whose sink is this block's first frame, before anybody can be asked to use them.

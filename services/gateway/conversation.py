@@ -69,7 +69,7 @@ class Conversation:
         is_fragmented = choices.video == "fmp4"
         self.outbox = Outbox(self._grid, position, kept_frames, settings.kept_bytes, is_fragmented=is_fragmented)
         # As many as there are stages behind admission keeps each busy; one more waits at the door.
-        self._slots = asyncio.Semaphore(len(streams.denoisers) + 2)
+        self._slots = asyncio.Semaphore(len(streams.left_s))
         self._room = asyncio.Event()
         self._inside: deque[BlockSound] = deque()
         # Blocks that are the first of a rebuilt stream, and whose frames did not come yet.
@@ -141,7 +141,8 @@ class Conversation:
         for stage in streams.all[1:]:
             stage.on_rebuilt = self._jumps.add
         blocks = self._admitted(streams.audio(self._live() if self._choices.is_live else self.sound.offline()))
-        for denoiser, left_s in zip(streams.denoisers, streams.left_s[1:], strict=False):
+        behind = streams.left_s[-1 - len(streams.denoisers) : -1]
+        for denoiser, left_s in zip(streams.denoisers, behind, strict=True):
             blocks = self._denoised(denoiser, left_s, blocks)
         async with aclosing(streams.vae(self._finished(blocks))) as frames:
             async for frame in frames:

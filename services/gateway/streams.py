@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from google.protobuf.message import Message
 
-from avatar.errors import ConfigMismatch
-from avatar.rpc.client import RemoteStage, remote_audio, remote_denoiser, remote_vae
+from avatar.errors import ConfigMismatch, StageLost
+from avatar.handoff.client import RemoteChain
+from avatar.rpc.client import remote_audio, remote_denoiser, remote_vae
 from avatar.rpc.history import BlockHistory, History, SoundHistory
-from avatar.rpc.lasting import LastingStage, Patience
+from avatar.rpc.lasting import LastingStage, Patience, Remote
 from avatar.rpc.pool import Pool, Worker
 from avatar.settings import GatewaySettings
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 OVERLAP_NS = 5_000_000
 # Nobody waits for an offline block, and live ones go first: only a worker that hangs takes so many times longer.
 OFFLINE_PATIENCE = 10
-Connect: TypeAlias = Callable[[], Awaitable[tuple[Worker[Any], RemoteStage[Any, Any], Any]]]
+Connect: TypeAlias = Callable[[], Awaitable[tuple[Worker[Any], Remote[Any, Any], Any]]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Opening:
 class Streams:
     """One session's streams.
 
-    left_s: what a block takes behind each stage. behind_ns: sound behind a block that the audio stage hears for it.
+    denoisers: one a level, or one in all where levels hand latents to each other.
+    left_s: what a block takes behind each stage and level.
+    behind_ns: sound behind a block that the audio stage hears for it.
     begun_s: how long a block takes from its sound to its first frame, as the workers have measured it.
     sink_update_block: the first block under a sink of the session's own; None if it stays the picture.
     init_segment: what comes before all frames.
@@ -83,10 +86,13 @@ def lasting(pools: "Workers", told: "Description", opening: Opening, settings: G
     stall_s = settings.stall_s * (1 if opening.sound.is_live else OFFLINE_PATIENCE)
     patience = Patience(stall_s, settings.rebuild_s)
     audio = LastingStage("audio", *_sound(pools.audio, told, opening, behind_ns), patience)
-    denoisers = [
-        LastingStage(f"denoiser-{level}", *_level(pools.denoisers, told.digest, level, opening), patience)
-        for level in range(len(told.denoisers))
-    ]
+    if told.hands_over:
+        denoisers = [LastingStage("denoiser", *_chain(pools.denoisers, told, opening), patience)]
+    else:
+        denoisers = [
+            LastingStage(f"denoiser-{level}", *_level(pools.denoisers, told.digest, level, opening), patience)
+            for level in range(len(told.denoisers))
+        ]
     vae = LastingStage("vae", *_frames(pools.vae, opening), patience)
     return Streams(audio, denoisers, vae, told.left_s, told.begun_s, behind_ns)
 
@@ -106,11 +112,44 @@ def _sound(
     def heard(opened: audio_pb2.EncodeOpened) -> None:
         history.keep_s(opened.history_s, behind_ns / 1e9)
 
-    return history, _connect(pool, remote_audio, again, heard)
+    return history, _connect(pool, lambda worker: remote_audio(worker.channel), again, heard)
 
 
 def _level(
     pool: Pool[Any], digest: str, level: int, opening: Opening
+) -> tuple[History[types_pb2.Block, types_pb2.Block], Connect]:
+    def serves(info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
+        return level in info.levels and info.digest == digest
+
+    return _denoising(pool, lambda worker: remote_denoiser(worker.channel, level), opening, serves, level)
+
+
+def _chain(
+    pool: Pool[Any], told: "Description", opening: Opening
+) -> tuple[History[types_pb2.Block, types_pb2.Block], Connect]:
+    """All levels, at the workers of one chain; the one of level 0 stands for it, since a chain is lost as one."""
+
+    def remote(head: Worker[Any]) -> RemoteChain:
+        assert head.info is not None
+        name = head.info.chain
+        members = pool.answering(lambda info: info.chain == name)
+        channels = {level: worker.channel for worker, info in members for level in info.levels}
+        if len(channels) < len(told.denoisers):
+            raise StageLost(f"denoiser: not all of chain {name} answer", metadata={"stage": "denoiser"}, retry_s=1.0)
+        return RemoteChain([channels[level] for level in range(len(told.denoisers))])
+
+    def serves(info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
+        return bool(info.chain) and 0 in info.levels and info.digest == told.digest
+
+    return _denoising(pool, remote, opening, serves)
+
+
+def _denoising(
+    pool: Pool[Any],
+    remote: Callable[[Worker[Any]], Any],
+    opening: Opening,
+    serves: Callable[[denoiser_pb2.DenoiserServiceGetInfoResponse], bool],
+    level: int = 0,
 ) -> tuple[History[types_pb2.Block, types_pb2.Block], Connect]:
     history = BlockHistory(opening.next_block)
     message = denoiser_pb2.OpenDenoise(session_id=opening.sound.session_id, level=level, is_live=opening.sound.is_live)
@@ -122,10 +161,7 @@ def _level(
     def heard(opened: denoiser_pb2.DenoiseOpened) -> None:
         history.num_past = opened.history_blocks
 
-    def serves(info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
-        return level in info.levels and info.digest == digest
-
-    return history, _connect(pool, lambda connection: remote_denoiser(connection, level), again, heard, serves)
+    return history, _connect(pool, remote, again, heard, serves)
 
 
 def _frames(pool: Pool[Any], opening: Opening) -> tuple[History[types_pb2.Block, types_pb2.Frame], Connect]:
@@ -138,27 +174,28 @@ def _frames(pool: Pool[Any], opening: Opening) -> tuple[History[types_pb2.Block,
     def heard(opened: vae_pb2.DecodeOpened) -> None:
         history.num_past = opened.history_blocks
 
-    return history, _connect(pool, remote_vae, again, heard)
+    return history, _connect(pool, lambda worker: remote_vae(worker.channel), again, heard)
 
 
 def _connect(
     pool: Pool[Any],
-    remote: Callable[[Any], RemoteStage[Any, Any]],
+    remote: Callable[[Worker[Any]], Any],
     again: Callable[[], Message],
     heard: Callable[[Any], None],
     serves: Callable[[Any], bool] = lambda _: True,
 ) -> Connect:
     """What opens a stream at a worker of a pool: always at one of the same checkpoint.
 
-    again: the opening as the stream's history has it now. heard: told what the worker answers.
+    remote: the stage at a worker, not open yet. again: the opening as the stream's history has it now.
+    heard: told what the worker answers.
     """
     digest: str | None = None
 
-    async def connect() -> tuple[Worker[Any], RemoteStage[Any, Any], Any]:
-        async def open_at(worker: Worker[Any]) -> tuple[RemoteStage[Any, Any], Any, str]:
+    async def connect() -> tuple[Worker[Any], Remote[Any, Any], Any]:
+        async def open_at(worker: Worker[Any]) -> tuple[Remote[Any, Any], Any, str]:
             assert worker.info is not None
             served = worker.info.digest
-            stage = remote(worker.channel)
+            stage = remote(worker)
             return stage, await stage.open(again()), served
 
         nonlocal digest

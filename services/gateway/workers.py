@@ -49,6 +49,11 @@ class Description:
         return self.denoisers[0].digest
 
     @property
+    def hands_over(self) -> bool:
+        """Whether levels hand latents to each other: where their workers are in chains."""
+        return all(each.chain for each in self.denoisers)
+
+    @property
     def encodings(self) -> list[str]:
         """Of frames."""
         return list(self.vae.encodings) or ["rgb24"]

@@ -116,14 +116,14 @@ async def spared(checkpoint: Path, folder: Path) -> AsyncGenerator[Spared, None]
     workers = [name for names in WORKERS.values() for name in names]
     names = [*workers, *GATEWAYS]
     folder.mkdir(parents=True, exist_ok=True)
-    with free_ports(1 + len(names)) as (redis_port, *ports):
-        targets = {name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)}
-        chaos = Spared(checkpoint, Suite(folder, f"redis://127.0.0.1:{redis_port}", targets))
-        async with AsyncExitStack() as stack:
-            for name in workers:
-                chaos.proxies[name] = await stack.enter_async_context(proxied(targets[name]))
-            stack.push_async_callback(chaos.suite.stop)
-            for name in (REDIS, *names):
-                await chaos.start(name)
-            await chaos.until_whole()
-            yield chaos
+    redis_port, *ports = free_ports(1 + len(names))
+    targets = {name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)}
+    chaos = Spared(checkpoint, Suite(folder, f"redis://127.0.0.1:{redis_port}", targets))
+    async with AsyncExitStack() as stack:
+        for name in workers:
+            chaos.proxies[name] = await stack.enter_async_context(proxied(targets[name]))
+        stack.push_async_callback(chaos.suite.stop)
+        for name in (REDIS, *names):
+            await chaos.start(name)
+        await chaos.until_whole()
+        yield chaos

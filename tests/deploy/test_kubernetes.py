@@ -19,7 +19,7 @@ OVERLAYS = Path(__file__).parents[2] / "deploy/kubernetes/overlays"
 BIN = Path(sys.executable).parent
 SUITES = ["cpu", "gpu"]
 STAGES = {"gateway", "audio", "denoiser-0", "denoiser-1", "denoiser-2", "denoiser-3", "vae"}
-UNKNOWN = {"ScaledObject"}  # of which no schema is at hand
+UNKNOWN = {"LeaderWorkerSet", "ScaledObject"}  # of which no schema is at hand
 
 
 @functools.cache
@@ -92,6 +92,41 @@ def test_each_stage_and_level_is_found_under_its_name(overlay: str) -> None:
             alike = [each for each, other in deployments.items() if selector.items() <= labels_of(other).items()]
             assert alike == [name]
             assert selector.items() <= labels.items()
+
+
+def chain() -> dict[str, Any]:
+    """The spec of a pod of the LeaderWorkerSet, in the place that it has in a Deployment."""
+    spec = objects("chain", "LeaderWorkerSet")["chain"]["spec"]["leaderWorkerTemplate"]
+    return {"spec": {"template": spec["workerTemplate"]}, "size": spec["size"], "restarts": spec["restartPolicy"]}
+
+
+def test_pods_of_a_chain_are_the_levels_own_and_meet_at_level_0(tmp_path: Path) -> None:
+    set_of_pods, of_levels = chain(), stages("gpu")
+    given = environment("chain", set_of_pods)
+    assert given.pop("AVATAR_CHAIN").startswith("$(LWS_LEADER_ADDRESS):")
+    assert given.pop("AVATAR_LEVELS") == "$(LWS_WORKER_INDEX)"
+    for level in range(set_of_pods["size"]):
+        name = f"denoiser-{level}"
+        assert environment("gpu", of_levels.pop(name)) == given | {"AVATAR_LEVELS": str(level)}
+        assert load(SERVICES["denoiser"], given | {"AVATAR_LEVELS": str(level), "AVATAR_CHAIN": "chain-0:7100"})
+    assert set(stages("chain")) == set(of_levels)
+    assert set_of_pods["restarts"] == "RecreateGroupOnPodRestart", "a chain is never joined again"
+    file = tmp_path / "pod.yaml"
+    pod_alone = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "chain"}, "spec": pod(set_of_pods)}
+    file.write_text(yaml.safe_dump(pod_alone), encoding="utf-8")
+    subprocess.run([BIN / "kubernetes-validate", "--strict", file], check=True)
+
+
+def test_pods_of_a_chain_reach_each_other_and_are_found_by_the_gateway() -> None:
+    labels = labels_of(chain())
+    services, policies = objects("chain", "Service"), objects("chain", "NetworkPolicy")
+    (address,) = environment("chain", stages("chain")["gateway"])["AVATAR_DENOISERS"].split(",")
+    assert services[address.removesuffix(":7000")]["spec"]["selector"].items() <= labels.items()
+    assert services["chain"]["spec"]["publishNotReadyAddresses"], "they meet before they are ready"
+    (rule,) = policies["chain"]["spec"]["ingress"]
+    assert "ports" not in rule
+    for selector in (policies["chain"]["spec"]["podSelector"], rule["from"][0]["podSelector"]):
+        assert selector["matchLabels"].items() <= labels.items()
 
 
 def labels_of(deployment: dict[str, Any]) -> dict[str, str]:

@@ -43,8 +43,8 @@ async def test_a_server_that_drains_is_not() -> None:
 
 
 async def test_nobody_is_not_healthy() -> None:
-    with free_ports(1) as (port,):
-        status, said = await asked(f"127.0.0.1:{port}")
+    (port,) = free_ports(1)
+    status, said = await asked(f"127.0.0.1:{port}")
     assert status == 1
     assert said.startswith(f"127.0.0.1:{port}: UNAVAILABLE")
     assert said.count("\n") == 1

@@ -86,6 +86,7 @@ async def suite(
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         patch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "500")
         patch.setenv("AVATAR_RESUME_S", "0.2")
+        patch.setenv("AVATAR_REBUILD_S", "1")
         async with launched(text_checkpoint, tmp_path_factory.mktemp("logs")) as suite:
             yield suite
 
@@ -206,7 +207,7 @@ async def test_prompts_need_the_text_worker_and_nothing_else_does(suite: Suite, 
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_killed_worker_is_named_and_frees_the_others(suite: Suite, picture: bytes) -> None:
+async def test_a_killed_worker_that_has_no_spare_is_named_and_frees_the_others(suite: Suite, picture: bytes) -> None:
     async with connected(suite.gateway) as stub:
         session = await new_session(stub, picture)
         call = stub.StreamAvatar(timeout=30)

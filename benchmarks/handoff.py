@@ -1,0 +1,191 @@
+"""What a hop from level to level costs: latents in messages through the caller, beside latents handed over.
+
+`rows` starts a chain of stand-in workers, `python -m benchmarks.handoff LEVEL LISTEN MEETING`, which wait STEP_S for
+each block; what a block takes longer than that is the hops'. Blocks pass one at a time, each way in turns, at the same
+workers.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import TypeAlias
+
+import grpc.aio
+import psutil
+from tqdm import tqdm
+
+from avatar.handoff.chain import Chain, Seat, joined
+from avatar.handoff.client import RemoteChain
+from avatar.pipeline import Stage
+from avatar.rpc.client import RemoteStage, channel, remote_denoiser
+from avatar.rpc.codec import block_from_pb, latent_to_pb, tensor_from_pb
+from avatar.rpc.server import Context, opening, parts, serving, until_stopped
+from avatar.types import Block
+from avatar.worker.v1 import denoiser_pb2 as pb
+from avatar.worker.v1 import denoiser_pb2_grpc, types_pb2
+from benchmarks.row import Row, row
+from services.launch import Suite, free_ports
+
+Blocks: TypeAlias = AsyncGenerator[types_pb2.Block, None]
+
+NUM_LEVELS, STEP_S = 4, 0.02
+NUM_TURNS, BLOCKS_A_TURN = 6, 10
+START_S = 120.0
+# As the public 14B network's at 720x400, in bfloat16.
+FEATURES = types_pb2.Tensor(dtype="bfloat16", shape=(25, 1024, 12), data=bytes(614_400))
+LATENT = tensor_from_pb(types_pb2.Tensor(dtype="bfloat16", shape=(16, 3, 50, 90), data=bytes(432_000)))
+
+
+class Level(denoiser_pb2_grpc.DenoiserServiceServicer):
+    """A level that waits, and adds one to every number."""
+
+    service_name = "avatar.worker.v1.DenoiserService"
+
+    def __init__(self, level: int, chain: Chain) -> None:
+        self._level, self._chain = level, chain
+        self._device = ThreadPoolExecutor(1)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
+
+    async def GetInfo(  # noqa: N802
+        self, _: pb.DenoiserServiceGetInfoRequest, __: Context
+    ) -> pb.DenoiserServiceGetInfoResponse:
+        return pb.DenoiserServiceGetInfoResponse(levels=[self._level], num_levels=NUM_LEVELS, chain=self._chain.name)
+
+    async def Denoise(  # noqa: N802
+        self, requests: AsyncIterator[pb.DenoiseRequest], _: Context
+    ) -> AsyncGenerator[pb.DenoiseResponse, None]:
+        opened: pb.OpenDenoise = await opening(requests)
+        with self._chain.link(opened.handoff, opened.level) if opened.handoff else nullcontext() as link:
+            yield pb.DenoiseResponse(opened=pb.DenoiseOpened())
+            async for message in parts(requests, "block"):
+                block = block_from_pb(message, None)
+                block = await link.take(block) if link else block
+                block = await asyncio.get_running_loop().run_in_executor(self._device, self._step, block)
+                yield pb.DenoiseResponse(block=latent_to_pb(link.give(block) if link else block))
+            yield pb.DenoiseResponse(closed=types_pb2.Closed())
+
+    def _step(self, block: Block) -> Block:
+        until = time.monotonic() + STEP_S
+        latent = (block.latent if self._level and block.latent is not None else LATENT) + 1
+        time.sleep(max(0.0, until - time.monotonic()))
+        return replace(block, latent=latent)
+
+
+async def work(level: int, listen: str, meeting: str) -> None:
+    """A worker's process."""
+    seat = Seat([level], NUM_LEVELS, "stand-in", LATENT.dtype, LATENT.device)
+    async with joined(meeting, seat) as chain, serving(listen, Level(level, chain)):
+        await until_stopped()
+
+
+class Way:
+    """One way through the levels, a block at a time."""
+
+    def __init__(self, stage: Stage[types_pb2.Block, types_pb2.Block]):
+        self._given: asyncio.Queue[types_pb2.Block] = asyncio.Queue()
+        self._answers = stage(self._blocks())
+        self._index = 0
+        self.hops_ms: list[float] = []
+        self.cpu_ms = 0.0
+
+    async def turn(self, pids: list[int]) -> None:
+        """Pass some blocks, one after the other."""
+        cpu_s = cpu_seconds(pids)
+        for _ in range(BLOCKS_A_TURN):
+            started = time.perf_counter()
+            self._given.put_nowait(types_pb2.Block(index=self._index, features=FEATURES))
+            answer = await anext(self._answers)
+            self.hops_ms.append((time.perf_counter() - started - NUM_LEVELS * STEP_S) * 1000 / NUM_LEVELS)
+            assert tensor_from_pb(answer.latent).eq(NUM_LEVELS).all()
+            self._index += 1
+        self.cpu_ms += (cpu_seconds(pids) - cpu_s) * 1000
+
+    def rows(self, name: str) -> list[Row]:
+        """What a hop took and cost."""
+        num_hops = NUM_TURNS * BLOCKS_A_TURN * NUM_LEVELS
+        wall = row(f"hop, latents {name}", median(self.hops_ms), "ms")
+        return [wall, row(f"hop, latents {name}, processor", self.cpu_ms / num_hops, "ms")]
+
+    async def close(self) -> None:
+        await self._answers.aclose()
+
+    async def _blocks(self) -> Blocks:
+        while True:
+            yield await self._given.get()
+
+
+def in_messages(levels: list[RemoteStage[types_pb2.Block, types_pb2.Block]]) -> Stage[types_pb2.Block, types_pb2.Block]:
+    """Levels one behind the other, as the gateway composes them."""
+
+    def stage(blocks: Blocks) -> Blocks:
+        for level in levels:
+            blocks = _with_features(level(blocks))
+        return blocks
+
+    return stage
+
+
+async def _with_features(answers: Blocks) -> Blocks:
+    async with aclosing(answers):
+        async for answer in answers:
+            answer.features.CopyFrom(FEATURES)
+            yield answer
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    """Time of the processor that these processes and this one have had."""
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in (*pids, os.getpid()))
+
+
+async def measure() -> dict[str, Way]:
+    """Both ways, with what was noted of them."""
+    meeting, *ports = free_ports(1 + NUM_LEVELS)
+    targets = {str(level): f"127.0.0.1:{port}" for level, port in enumerate(ports)}
+    async with AsyncExitStack() as stack:
+        suite = Suite(Path(stack.enter_context(TemporaryDirectory())), "", targets)
+        stack.push_async_callback(suite.stop)
+        for name, target in targets.items():
+            program = (sys.executable, "-m", "benchmarks.handoff", name, target, f"127.0.0.1:{meeting}")
+            await suite.start(name, *program)
+        channels = [await stack.enter_async_context(channel(target)) for target in targets.values()]
+        async with asyncio.timeout(START_S):
+            for each in channels:
+                await each.channel_ready()
+        levels = [remote_denoiser(each, level) for level, each in enumerate(channels)]
+        for level, stage in enumerate(levels):
+            await stage.open(pb.OpenDenoise(session_id="in messages", level=level))
+        chain = RemoteChain(channels)
+        await chain.open(pb.OpenDenoise(session_id="handed over"))
+        ways = {"in messages": Way(in_messages(levels)), "handed over": Way(chain)}
+        pids = [process.pid for process in suite.processes.values()]
+        for way in ways.values():  # the first turn is not counted
+            await way.turn(pids)
+            way.hops_ms, way.cpu_ms = [], 0.0
+        for _ in tqdm(range(NUM_TURNS), desc="hops", disable=None):
+            for way in ways.values():
+                await way.turn(pids)
+        for way in ways.values():
+            await way.close()
+        return ways
+
+
+def rows() -> list[Row]:
+    """Milliseconds a hop each way, and how many times more messages take."""
+    ways = asyncio.run(measure())
+    messages, handed = (median(way.hops_ms) for way in ways.values())
+    figures = [figure for name, way in ways.items() for figure in way.rows(name)]
+    return [*figures, row("hop, messages to hand-over", messages / handed, "")]
+
+
+if __name__ == "__main__":
+    asyncio.run(work(int(sys.argv[1]), *sys.argv[2:]))

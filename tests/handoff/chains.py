@@ -1,0 +1,163 @@
+"""Chains of real denoisers, in one process and in several, and what they are given."""
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc.aio
+import torch
+
+from avatar.denoiser.denoiser import Denoiser
+from avatar.denoiser.model import load
+from avatar.handoff.chain import joined
+from avatar.handoff.client import RemoteChain
+from avatar.layouts import open_part
+from avatar.rpc.client import channel
+from avatar.rpc.codec import block_to_pb, conditions_to_pb, tensor_to_pb
+from avatar.rpc.server import serving
+from avatar.session import RedisHashes, SessionStore
+from avatar.settings import DenoiserSettings
+from avatar.types import Block, Conditions, Session
+from avatar.worker.v1 import denoiser_pb2_grpc
+from avatar.worker.v1 import types_pb2 as pb
+from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoRequest, DenoiserServiceGetInfoResponse, OpenDenoise
+from services.denoiser.__main__ import build
+from services.launch import Suite, free_ports, until_healthy
+
+NUM_LEVELS = 3
+SINK_UPDATE_BLOCK = 2
+NUM_BLOCKS = 6  # past the sink's update and the window
+LATENTS = (16, 3, 8, 8)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain that serves the tests' checkpoint.
+
+    targets, channels: of each level's worker. suite: its processes; none where this one serves all levels.
+    """
+
+    targets: list[str]
+    channels: list[grpc.aio.Channel]
+    store: SessionStore
+    suite: Suite | None = None
+
+    async def stage(self, session_id: str) -> RemoteChain:
+        """A session's open streams."""
+        stage = RemoteChain(self.channels)
+        await stage.open(OpenDenoise(session_id=session_id))
+        return stage
+
+    async def new_session(self, name: str, seed: int) -> Session:
+        """A session that the workers find."""
+        session = random_session(name, seed)
+        message = pb.Session(id=name, seed=seed, motion=tensor_to_pb(session.motion))
+        conditions = conditions_to_pb(first_conditions(session))
+        await self.store.create(message, conditions, pb.Position(ttl_s=60.0))
+        return session
+
+    async def infos(self) -> list[DenoiserServiceGetInfoResponse]:
+        """What each level's worker says of itself."""
+        stubs = [denoiser_pb2_grpc.DenoiserServiceStub(each) for each in self.channels]
+        return [await stub.GetInfo(DenoiserServiceGetInfoRequest(), timeout=5) for stub in stubs]
+
+
+def random_session(name: str, seed: int) -> Session:
+    return Session(name, seed, torch.randn(LATENTS, generator=torch.Generator().manual_seed(seed)))
+
+
+def first_conditions(session: Session) -> Conditions:
+    return Conditions(0, session.motion[:, :1], torch.zeros(0, 8))
+
+
+def blocks_of(session: Session, checkpoint: Path) -> list[Block]:
+    """Blocks of noise as features; their conditions are still to come."""
+    config = open_part(checkpoint, "denoiser").config
+    generator = torch.Generator().manual_seed(session.seed)
+    shape = config["num_encoder_layers"], config["audio_dim"], 12
+    return [Block(index, torch.randn(shape, generator=generator)) for index in range(NUM_BLOCKS)]
+
+
+def made_here(checkpoint: Path, session: Session) -> list[bytes]:
+    """The latents of the session's blocks, of the levels called in a row."""
+    network, config = load(open_part(checkpoint, "denoiser"))
+    levels = [Denoiser(network, config, level) for level in range(NUM_LEVELS)]
+    states = [level.open(session) for level in levels]
+    conditions, made = [first_conditions(session)], []
+    for block in blocks_of(session, checkpoint):
+        block = replace(block, conditions=conditions[block.index >= SINK_UPDATE_BLOCK])
+        for level, state in zip(levels, states, strict=True):
+            block = level.step(block, state)
+        assert block.latent is not None
+        if block.index == 0:
+            conditions.append(conditions[0].with_sink(block.latent))
+        made.append(tensor_to_pb(block.latent).data)
+    return made
+
+
+async def made_there(stage: RemoteChain, checkpoint: Path, session: Session, pause_s: float = 0.0) -> list[bytes]:
+    """The same by a stage."""
+    is_updated = asyncio.Event()
+    made: list[bytes] = []
+
+    async def blocks() -> AsyncGenerator[pb.Block, None]:
+        for block in blocks_of(session, checkpoint):
+            await asyncio.sleep(pause_s)
+            if block.index == SINK_UPDATE_BLOCK:
+                await is_updated.wait()
+            message = block_to_pb(block)
+            message.conditions = int(block.index >= SINK_UPDATE_BLOCK)
+            yield message
+
+    async for answer in stage(blocks()):
+        assert answer.index == len(made)
+        is_updated.set()
+        made.append(answer.latent.data)
+    return made
+
+
+@asynccontextmanager
+async def in_this_process(checkpoint: Path, redis_url: str) -> AsyncGenerator[Chain, None]:
+    """A chain of one process, which hands over in memory."""
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    async with AsyncExitStack() as stack:
+        executor = stack.enter_context(ThreadPoolExecutor(1))
+        store = SessionStore(RedisHashes(redis_url))
+        stack.push_async_callback(store.aclose)
+        servicer = build(DenoiserSettings(checkpoint=checkpoint, chain=address), store, executor)
+        servicer.chain = await stack.enter_async_context(joined(address, servicer.seat))
+        port = await stack.enter_async_context(serving("127.0.0.1:0", servicer))
+        target = f"127.0.0.1:{port}"
+        one = await stack.enter_async_context(channel(target))
+        yield Chain([target] * NUM_LEVELS, [one] * NUM_LEVELS, store)
+
+
+@asynccontextmanager
+async def in_processes(
+    checkpoint: Path, redis_url: str, folder: Path, shares: tuple[str, ...]
+) -> AsyncGenerator[Chain, None]:
+    """A chain of one process for each share of the levels, such as `0,1`."""
+    meeting, *ports = free_ports(1 + len(shares))
+    targets = {levels: f"127.0.0.1:{port}" for levels, port in zip(shares, ports, strict=True)}
+    suite = Suite(folder, redis_url, targets)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(suite.stop)
+        for levels, target in targets.items():
+            settings = {
+                "AVATAR_CHECKPOINT": str(checkpoint),
+                "AVATAR_REDIS_URL": redis_url,
+                "AVATAR_LISTEN": target,
+                "AVATAR_LEVELS": levels,
+                "AVATAR_CHAIN": f"127.0.0.1:{meeting}",
+            }
+            await suite.start(levels, sys.executable, "-m", "services.denoiser", **settings)
+        await until_healthy(suite)
+        opened = {levels: await stack.enter_async_context(channel(target)) for levels, target in targets.items()}
+        store = SessionStore(RedisHashes(redis_url))
+        stack.push_async_callback(store.aclose)
+        served = [levels for levels in shares for _ in levels.split(",")]
+        yield Chain([targets[each] for each in served], [opened[each] for each in served], store, suite)
