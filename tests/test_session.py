@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from redis.asyncio import Redis
 
 from avatar.errors import ReferenceNotFound, SessionBusy, SessionNotFound, StateCorrupt, StoreUnavailable
 from avatar.session import Hashes, MemoryHashes, RedisHashes, SessionStore
@@ -397,15 +396,3 @@ async def test_a_cancellation_is_never_lost_in_the_store(kept: Kept, name: str) 
         task.cancel()
         _, waiting = await asyncio.wait({task}, timeout=1)
         assert not waiting, "the store swallowed a cancellation"
-
-
-async def test_connections_that_a_restarted_server_has_closed_are_made_anew(redis: str) -> None:
-    hashes = RedisHashes(redis)
-    await hashes.create("again", {"a": b"1"}, 10.0)
-    async with Redis.from_url(redis) as server:
-        for client in await server.client_list():
-            if client["id"] != str(await server.client_id()):
-                await server.client_kill_filter(_id=client["id"])
-    assert await hashes.read("again", "a") == b"1"
-    await hashes.delete("again")
-    await hashes.aclose()

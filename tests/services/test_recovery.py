@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from grpc import StatusCode
+from redis.asyncio import Redis
 
 from avatar.errors import StoreUnavailable
-from avatar.session import MemoryHashes, SessionStore
+from avatar.session import MemoryHashes, RedisHashes, SessionStore
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
@@ -223,3 +224,12 @@ async def test_a_session_that_runs_does_not_miss_its_store(checkpoint: Path, pic
             out.take(response)
     assert out.pixels == rendered(checkpoint, picture, data, seed=7)
     assert not jumps(out)
+
+
+async def test_a_connection_that_a_restarted_store_has_closed_is_made_anew(redis: str) -> None:
+    hashes = RedisHashes(redis)
+    number = await hashes._redis.client_id()
+    async with Redis.from_url(redis) as server:
+        await server.client_kill_filter(_id=str(number))
+    assert await hashes.read("nothing", "field") is None
+    await hashes.aclose()
