@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from tests.chaos.suite import Spared
+from tests.chaos.suite import WORKERS, Spared
 
 Change: TypeAlias = Callable[[Spared, str], Awaitable[None]]
 ENDED_S = 20.0
@@ -22,6 +22,14 @@ async def _revive(suite: Spared, name: str) -> None:
     async with asyncio.timeout(ENDED_S):
         await suite.suite.processes[name].wait()
     await suite.start(name)
+
+
+async def _raze(suite: Spared, name: str) -> None:
+    names = WORKERS[name.partition("-")[0]]
+    for each in names:
+        await _kill(suite, each)
+    for each in names:
+        await suite.start(each)
 
 
 async def _freeze(suite: Spared, name: str) -> None:
@@ -48,8 +56,13 @@ async def _mend(suite: Spared, name: str) -> None:
     suite.proxies[name].mend()
 
 
+async def _nothing(suite: Spared, name: str) -> None:
+    pass
+
+
 WAYS: dict[str, tuple[Change, Change]] = {
     "kill": (_kill, _revive),
+    "raze": (_raze, _nothing),
     "freeze": (_freeze, _thaw),
     "drain": (_drain, _revive),
     "cut": (_cut, _mend),
@@ -61,7 +74,8 @@ WAYS: dict[str, tuple[Change, Change]] = {
 class Fault:
     """A way in which a service breaks.
 
-    way: of WAYS. service: a stage, `redis` or `gateway`.
+    way: of WAYS; what is razed has no spare, and is missed until it has started again. service: a stage, `redis` or
+    `gateway`.
     """
 
     way: str
@@ -87,7 +101,7 @@ class Fault:
 
 
 FAULTS = [
-    *(Fault(way, stage) for way in WAYS for stage in ("audio", "denoiser", "vae")),
+    *(Fault(way, stage) for way in WAYS for stage in WORKERS),
     *(Fault(way, "redis") for way in ("kill", "freeze")),
     *(Fault(way, "gateway") for way in ("kill", "drain")),
 ]

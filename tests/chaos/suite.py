@@ -45,8 +45,10 @@ class Spared:
         return "ipv4:" + ",".join(self.suite.targets[name] for name in GATEWAYS)
 
     async def start(self, name: str) -> None:
-        """Start a process, in place of one that has ended."""
+        """Start a process, in place of one that has ended, whose output is kept under its number."""
         service = name.partition("-")[0]
+        if former := self.suite.processes.get(name):
+            self.suite.log_of(name).rename(self.suite.log_of(f"{name}.{former.pid}"))
         if service == REDIS:
             await start_redis(self.suite, int(self.suite.redis_url.rpartition(":")[2]))
         else:
