@@ -11,12 +11,12 @@ Every stage closes the stream that it reads when it is closed itself, so closing
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+
+from avatar.device import Device
+from avatar.pace import BLOCK_S, Usage
 
 if TYPE_CHECKING:  # the gateway composes stages and has no torch
     from avatar.types import Session
@@ -38,70 +38,30 @@ class StreamingModel(Protocol[In_contra, Out_co, State]):
     def step(self, item: In_contra, state: State) -> Out_co: ...
 
 
-@dataclass
-class Usage:
-    """What a stream has cost.
-
-    busy_s: seconds spent computing. start_ns, end_ns: wall clock of the last step, nanoseconds.
-    """
-
-    busy_s: float = 0.0
-    start_ns: int = 0
-    end_ns: int = 0
-
-    def timed(self, step: Callable[[In, State], Out], item: In, state: State) -> Out:
-        """Take a step and note what it cost."""
-        self.start_ns = time.time_ns()
-        started = time.perf_counter_ns()
-        out = step(item, state)
-        elapsed_ns = time.perf_counter_ns() - started
-        self.end_ns = self.start_ns + elapsed_ns
-        self.busy_s += elapsed_ns / 1e9
-        return out
-
-
-class Pace:
-    """How long a block takes at a worker: the time that nine of its last ten blocks stayed within."""
-
-    def __init__(self) -> None:
-        self._steps: deque[float] = deque(maxlen=50)
-
-    def note(self, usage: Usage) -> None:
-        """A block was made: count its step."""
-        self._steps.append((usage.end_ns - usage.start_ns) / 1e9)
-
-    def measure(self, warm: Callable[[], int]) -> None:
-        """Know a pace before the first stream.
-
-        warm: makes blocks, and says how many; called twice, the first time cold.
-        """
-        warm()
-        started_ns = time.perf_counter_ns()
-        num_blocks = warm()
-        self._steps.append((time.perf_counter_ns() - started_ns) / 1e9 / num_blocks)
-
-    @property
-    def step_s(self) -> float:
-        """Seconds; 0 before the first block."""
-        ranked = sorted(self._steps)
-        return ranked[len(ranked) * 9 // 10] if ranked else 0.0
-
-
 def local(
-    model: StreamingModel[In, Out, State], session: "Session", executor: Executor, usage: Usage | None = None
+    model: StreamingModel[In, Out, State],
+    session: "Session",
+    device: Device,
+    usage: Usage | None = None,
+    *,
+    is_live: bool = False,
 ) -> Stage[In, Out]:
     """One session's stream at a model in this process. Its state lives exactly as long as the stream.
 
-    executor: one thread per device; all sessions of the device share it.
+    device: where it computes; all sessions of the device share it, and an item goes by its `due_s` if it has one.
+    is_live: somebody waits for every item: one that does not say when it is due, is due a block from now.
     """
     cost = usage or Usage()
 
+    def due_s(item: In | None = None) -> float | None:
+        said: float | None = getattr(item, "due_s", None)
+        return time.monotonic() + BLOCK_S if said is None and is_live else said
+
     async def stage(items: AsyncGenerator[In, None]) -> AsyncGenerator[Out, None]:
-        loop = asyncio.get_running_loop()
         async with aclosing(items):
-            state = await loop.run_in_executor(executor, model.open, session)
+            state = await device.run(model.open, session, due_s=due_s())
             async for item in items:
-                yield await loop.run_in_executor(executor, cost.timed, model.step, item, state)
+                yield await device.step(model, item, state, cost, due_s(item))
 
     return stage
 

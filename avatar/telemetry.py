@@ -19,6 +19,8 @@ from opentelemetry import metrics, trace
 from opentelemetry.trace import Link, SpanContext
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from avatar.pace import Usage
+
 _tracer = trace.get_tracer("avatar")
 _meter = metrics.get_meter("avatar")
 _propagator = TraceContextTextMapPropagator()
@@ -33,7 +35,11 @@ def _durations(name: str, description: str) -> metrics.Histogram:
 
 # Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae, encode), `level`, `reason`, `kept`, and
 # those of the RPC conventions; never a session's name.
-BLOCK_DURATION = _durations("avatar.block.duration", "Computing one block at one stage")
+BLOCK_DURATION = _durations("avatar.block.duration", "Computing one block at one stage, its share of a pass of several")
+BLOCK_WAIT = _durations("avatar.block.queue_wait", "Waiting of one block for its stage's device")
+BLOCK_BATCH = _meter.create_histogram(
+    "avatar.block.batch", "{block}", "Blocks in one block's pass", explicit_bucket_boundaries_advisory=(1, 2, 4, 8, 16)
+)
 SESSIONS_ACTIVE = _meter.create_up_down_counter("avatar.session.active", "{session}", "Streams open at a service")
 SESSIONS_CAPACITY = _meter.create_up_down_counter("avatar.session.capacity", "{session}", "Streams a worker takes")
 SESSIONS_CLOSED = _meter.create_counter("avatar.session.closed", "{session}", "Streams that ended, by reason")
@@ -133,23 +139,32 @@ def session_span(session_id: str) -> str:
 
 
 def block_span(
-    stage: str, index: int, start_ns: int, end_ns: int, *, level: int | None = None, parent: str = "", link: str = ""
+    stage: str,
+    index: int,
+    usage: Usage,
+    *,
+    level: int | None = None,
+    parent: str = "",
+    link: str = "",
 ) -> str:
     """Record what one stage did with one block; its traceparent, empty if traces are off.
 
-    start_ns, end_ns: wall clock, nanoseconds. parent, link: traceparents of the block and of the session.
+    usage: of the block's stream, as this block left it. parent, link: traceparents of the block and of the session.
     """
     labels: dict[str, str | int] = {"stage": stage} if level is None else {"stage": stage, "level": level}
-    BLOCK_DURATION.record((end_ns - start_ns) / 1e9, labels)
+    BLOCK_DURATION.record(usage.cost_s, labels)
+    if usage.waited_s is not None:
+        BLOCK_WAIT.record(usage.waited_s, labels)
+    BLOCK_BATCH.record(usage.shared_by, labels)
     links = [Link(context)] if (context := _span_context(link)).is_valid else []
     span = _tracer.start_span(
         f"avatar.{stage}",
         context=_propagator.extract({"traceparent": parent}) if parent else None,
         links=links,
-        start_time=start_ns,
+        start_time=usage.start_ns,
         attributes={**{f"avatar.{key}": value for key, value in labels.items()}, "avatar.block.index": index},
     )
-    span.end(end_ns)
+    span.end(usage.end_ns)
     return parent or _traceparent(span)
 
 

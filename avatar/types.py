@@ -61,6 +61,7 @@ class AudioPiece:
     is_last: the sound ends here; what is left of a block is filled with silence.
     completes: the block that the samples end, which is wanted at once; None where it waits for the sound behind it.
     behind: (a, s) float32 sound behind that block, which is heard for it and comes again; None is silence.
+    due_s: when that block must leave the stage, in seconds of this process's `time.monotonic`; None if nobody waits.
     """
 
     samples: Tensor
@@ -68,6 +69,7 @@ class AudioPiece:
     is_last: bool = False
     completes: int | None = None
     behind: Tensor | None = None
+    due_s: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +82,7 @@ class Block:
     conditions: what the block is made under; None until it is admitted.
     traceparent: W3C trace context of this block; empty if it is not traced.
     pose: (c, t, h, w) latents of a pose video, None where there is none.
+    due_s: when it must leave the stage, in seconds of this process's `time.monotonic`; None if nobody waits.
     statistics: what the audio stage has accumulated up to this block, for a stream that is rebuilt behind it.
     """
 
@@ -89,6 +92,7 @@ class Block:
     conditions: Conditions | None = None
     traceparent: str = ""
     pose: Tensor | None = None
+    due_s: float | None = None
     statistics: bytes = b""
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import block, encoding, handoff, live, loading
+from benchmarks import block, encoding, handoff, live, loading, sharing
 from benchmarks.row import Row
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +29,7 @@ def main() -> None:
     rows = [
         *loading.rows(flags.checkpoint),
         *block.rows(flags.checkpoint, compiled=flags.compile),
+        *sharing.rows(flags.checkpoint),
         *encoding.rows(),
         *handoff.rows(),
         *live.rows(flags.checkpoint),

@@ -1,13 +1,12 @@
 """All services in one process, for development: `python -m services`.
 
 The gateway listens where AVATAR_LISTEN says (127.0.0.1:7000); the workers take free ports of the loopback interface and
-share one device thread, AVATAR_DEVICE and AVATAR_DTYPE. Sessions are kept in this process unless AVATAR_REDIS_URL names
-a server.
+share one device thread, AVATAR_DEVICE, AVATAR_DTYPE and AVATAR_BATCH. Sessions are kept in this process unless
+AVATAR_REDIS_URL names a server.
 """
 
 import os
 from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from avatar.session import MemoryHashes, RedisHashes, SessionStore
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
+from services.device import device_of
 from services.gateway.conversations import Conversations
 from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
@@ -40,31 +40,38 @@ async def workers(
     settings: GatewaySettings,
     *,
     denoisers: Sequence[str] = ("all",),
+    batch: int = 1,
     adapter: Path | None = None,
     adapter_alpha: float = ALPHA,
     **worker: Any,
 ) -> AsyncGenerator[GatewaySettings, None]:
     """The workers of one checkpoint on one device thread while the body runs; gives a gateway's settings over them.
 
-    denoisers: the levels of each denoiser. worker: further settings of all workers.
+    denoisers: the levels of each denoiser. batch, adapter: theirs. worker: further settings of all workers.
     """
     async with AsyncExitStack() as stack:
-        executor = stack.enter_context(ThreadPoolExecutor(1, "device"))
+        audio_settings = AudioSettings(checkpoint=checkpoint, **worker)
+        device = stack.enter_context(device_of(audio_settings))
 
         async def served(servicer: Servicer) -> str:
             return f"127.0.0.1:{await stack.enter_async_context(serving(ANY_PORT, servicer))}"
 
-        audio = build_audio(AudioSettings(checkpoint=checkpoint, **worker), executor)
-        vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, executor)
+        audio = build_audio(audio_settings, device)
+        vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, device)
         targets: dict[str, Any] = {"audio": (await served(audio),), "vae": (await served(vae),)}
         for levels in denoisers:
             level_settings = DenoiserSettings(
-                checkpoint=checkpoint, levels=levels, adapter=adapter, adapter_alpha=adapter_alpha, **worker
+                checkpoint=checkpoint,
+                levels=levels,
+                batch=batch,
+                adapter=adapter,
+                adapter_alpha=adapter_alpha,
+                **worker,
             )
-            denoiser = build_denoiser(level_settings, store, executor)
+            denoiser = build_denoiser(level_settings, store, device)
             targets["denoisers"] = (*targets.get("denoisers", ()), await served(denoiser))
         if knows_text(checkpoint):
-            text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, executor)
+            text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, device)
             targets["text"] = (await served(text),)
         yield replace(settings, **targets)
 
@@ -99,7 +106,7 @@ async def main() -> None:
     models = load(DenoiserSettings, os.environ)
     hashes = RedisHashes(settings.redis_url) if "AVATAR_REDIS_URL" in os.environ else MemoryHashes()
     store = SessionStore(hashes)
-    switches = {name: getattr(models, name) for name in ("adapter", "adapter_alpha", "device", "dtype")}
+    switches = {name: getattr(models, name) for name in ("batch", "adapter", "adapter_alpha", "device", "dtype")}
     async with suite(models.checkpoint, store, settings, **switches):
         await until_stopped()
     await store.aclose()

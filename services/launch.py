@@ -119,7 +119,12 @@ async def launched(checkpoint: Path, folder: Path, *, redis_url: str | None = No
     try:
         if redis_url is None:
             await start_redis(suite, redis_port)
-        worker = {"AVATAR_CHECKPOINT": str(checkpoint.absolute()), "AVATAR_REDIS_URL": suite.redis_url}
+        worker = {
+            "AVATAR_CHECKPOINT": str(checkpoint.absolute()),
+            "AVATAR_REDIS_URL": suite.redis_url,
+            # Each session's bytes are its own, whoever else is there.
+            "AVATAR_BATCH": os.environ.get("AVATAR_BATCH", "1"),
+        }
         for name in names[:-1]:
             service, _, level = name.partition("-")
             settings = {**worker, "AVATAR_LISTEN": targets[name], "AVATAR_LEVELS": level or "0"}

@@ -20,8 +20,10 @@ ROOT = Path(__file__).parents[1]
 _WORKER = (
     *(
         "avatar.adapter",
+        "avatar.device",
         "avatar.errors",
         "avatar.layouts",
+        "avatar.pace",
         "avatar.pipeline",
         "avatar.rpc",
         "avatar.session",
@@ -37,7 +39,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.errors": (),
     "avatar.settings": (),
     "avatar.status": ("avatar.errors",),
-    "avatar.telemetry": (),
+    "avatar.pace": (),
+    "avatar.telemetry": ("avatar.pace",),
     "avatar.session": ("avatar.errors", "avatar.worker"),  # a store's errors are what a client can act on
     # Tensor code. The four never see each other.
     "avatar.types": (),
@@ -50,10 +53,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.text": ("avatar.checkpoint", "avatar.part"),
     "avatar.vae": ("avatar.part", "avatar.types"),
     # Streams.
-    "avatar.pipeline": ("avatar.types",),
+    "avatar.device": ("avatar.pace",),
+    "avatar.pipeline": ("avatar.device", "avatar.pace", "avatar.types"),
     "avatar.rpc.codec": ("avatar.types", "avatar.worker"),
     "avatar.rpc.health": (),
-    "avatar.rpc.server": ("avatar.errors", "avatar.telemetry"),
+    "avatar.rpc.server": ("avatar.errors", "avatar.pace", "avatar.telemetry"),
     "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.status", "avatar.worker"),
     "avatar.rpc.pool": ("avatar.errors", "avatar.pipeline", "avatar.rpc.client"),
     "avatar.rpc.history": ("avatar.worker",),
@@ -79,7 +83,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.__main__": ("avatar.adapter", "avatar.inspect", "avatar.media", "avatar.render", "avatar.vae"),
     # Processes. Nobody imports them.
     "services.process": ("avatar.errors",),
-    "services.device": ("avatar.settings",),
+    "services.device": ("avatar.device", "avatar.settings"),
     "services.audio": (*_WORKER, "avatar.audio"),
     "services.denoiser": (*_WORKER, "avatar.denoiser", "avatar.handoff.chain"),
     "services.text": (*_WORKER, "avatar.text"),
@@ -127,7 +131,9 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "avatar.denoiser": (*_STREAMS, "transformers", "diffusers"),
     "avatar.text": _STREAMS,
     "avatar.vae": _STREAMS,
-    "avatar.pipeline": (*_TENSORS, "grpc", "redis", "google.protobuf"),
+    **dict.fromkeys(
+        ("avatar.device", "avatar.pace", "avatar.pipeline"), (*_TENSORS, "grpc", "redis", "google.protobuf")
+    ),
     "avatar.handoff.client": _TENSORS,
     "avatar.rpc.client": _TENSORS,
     "avatar.rpc.server": _TENSORS,
@@ -273,13 +279,13 @@ def test_the_client_loads_grpcio_and_protobuf_alone() -> None:
 
 
 BUILD = """
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from avatar.device import Device
 from avatar.session import MemoryHashes, SessionStore
 from avatar.settings import {settings}
 from services.{service}.__main__ import build
-with ThreadPoolExecutor(1) as executor:
-    build({settings}(checkpoint=Path({checkpoint!r})), SessionStore(MemoryHashes()), executor)
+with Device() as device:
+    build({settings}(checkpoint=Path({checkpoint!r})), SessionStore(MemoryHashes()), device)
 """
 
 

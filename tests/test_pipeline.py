@@ -5,7 +5,6 @@ import gc
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -13,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from avatar.pipeline import Stage, Usage, ahead, beside, flatten, local
+from avatar.device import Device
+from avatar.pace import Usage
+from avatar.pipeline import Stage, ahead, beside, flatten, local
 from avatar.types import Session
 
 WAIT_S = 10.0
@@ -84,55 +85,54 @@ class Source:
 
 
 @pytest.fixture
-def executor() -> Iterator[ThreadPoolExecutor]:
-    """A device's thread."""
-    with ThreadPoolExecutor(1, "device") as executor:
-        yield executor
+def device() -> Iterator[Device]:
+    with Device() as device:
+        yield device
 
 
-async def settled(executor: ThreadPoolExecutor) -> None:
+async def settled(device: Device) -> None:
     """Wait until the thread has let go of the step before."""
-    await asyncio.get_running_loop().run_in_executor(executor, int)
+    await device.run(int)
 
 
-def row(model: Summing, executor: ThreadPoolExecutor, length: int) -> Stage[int, int]:
+def row(model: Summing, device: Device, length: int) -> Stage[int, int]:
     """Stages in a row, all at one model."""
 
     def stage(items: AsyncGenerator[int, None]) -> AsyncGenerator[int, None]:
         for _ in range(length):
-            items = local(model, SESSION, executor)(items)
+            items = local(model, SESSION, device)(items)
         return items
 
     return stage
 
 
-async def test_items_are_answered_in_order(executor: ThreadPoolExecutor) -> None:
-    stage = local(Summing(), Session("a", seed=10, motion=torch.zeros(0)), executor)
+async def test_items_are_answered_in_order(device: Device) -> None:
+    stage = local(Summing(), Session("a", seed=10, motion=torch.zeros(0)), device)
     assert [out async for out in stage(Source([1, 2, 3]).stream())] == [11, 13, 16]
 
 
-async def test_stages_in_a_row_pass_items_on(executor: ThreadPoolExecutor) -> None:
-    assert [out async for out in row(Summing(), executor, 2)(Source([1, 1, 1]).stream())] == [1, 3, 6]
+async def test_stages_in_a_row_pass_items_on(device: Device) -> None:
+    assert [out async for out in row(Summing(), device, 2)(Source([1, 1, 1]).stream())] == [1, 3, 6]
 
 
-async def test_tensor_code_never_runs_on_the_event_loop(executor: ThreadPoolExecutor) -> None:
+async def test_tensor_code_never_runs_on_the_event_loop(device: Device) -> None:
     model = Summing()
-    assert [out async for out in local(model, SESSION, executor)(Source([1, 2]).stream())]
+    assert [out async for out in local(model, SESSION, device)(Source([1, 2]).stream())]
     assert len(model.threads) == 1
     assert threading.get_ident() not in model.threads
 
 
-async def test_interleaved_equals_alone(executor: ThreadPoolExecutor) -> None:
+async def test_interleaved_equals_alone(device: Device) -> None:
     model = Summing()
-    streams = [local(model, SESSION, executor)(Source(range(n, n + 5)).stream()) for n in range(3)]
+    streams = [local(model, SESSION, device)(Source(range(n, n + 5)).stream()) for n in range(3)]
     interleaved = [[await anext(stream) for stream in streams] for _ in range(5)]
-    alone = [[out async for out in local(model, SESSION, executor)(Source(range(n, n + 5)).stream())] for n in range(3)]
+    alone = [[out async for out in local(model, SESSION, device)(Source(range(n, n + 5)).stream())] for n in range(3)]
     assert [list(outs) for outs in zip(*interleaved, strict=True)] == alone
 
 
-async def test_closing_a_stream_frees_state(executor: ThreadPoolExecutor) -> None:
+async def test_closing_a_stream_frees_state(device: Device) -> None:
     model = Summing()
-    stage = local(model, SESSION, executor)
+    stage = local(model, SESSION, device)
     assert not model.opened, "a state is opened when its stream is"
     gc.disable()
     try:
@@ -140,46 +140,46 @@ async def test_closing_a_stream_frees_state(executor: ThreadPoolExecutor) -> Non
         assert (await anext(stream), await anext(other)) == (1, 1)
         assert model.num_states == 2
         await stream.aclose()
-        await settled(executor)
+        await settled(device)
         assert model.num_states == 1
         assert [out async for out in other] == [3]
-        await settled(executor)
+        await settled(device)
         assert model.num_states == 0
     finally:
         gc.enable()
 
 
-async def test_closing_the_last_stage_closes_all(executor: ThreadPoolExecutor) -> None:
+async def test_closing_the_last_stage_closes_all(device: Device) -> None:
     model, source = Summing(), Source([1, 2, 3])
-    stream = row(model, executor, 3)(source.stream())
+    stream = row(model, device, 3)(source.stream())
     await anext(stream)
     assert model.num_states == 3
     assert not source.is_closed
     await stream.aclose()
-    await settled(executor)
+    await settled(device)
     assert model.num_states == 0
     assert source.is_closed
     assert source.taken == [1]
 
 
-async def test_an_error_upstream_surfaces_downstream_and_closes_all(executor: ThreadPoolExecutor) -> None:
+async def test_an_error_upstream_surfaces_downstream_and_closes_all(device: Device) -> None:
     async def failing() -> AsyncGenerator[int, None]:
         yield 1
         raise ConnectionError("the sound is gone")
 
     model = Summing()
-    stream = row(model, executor, 3)(failing())
+    stream = row(model, device, 3)(failing())
     assert await anext(stream) == 1
     with pytest.raises(ConnectionError, match="the sound is gone"):
         await anext(stream)
-    await settled(executor)
+    await settled(device)
     gc.collect()  # the error's traceback goes round in circles
     assert model.num_states == 0
 
 
-async def test_an_error_in_a_step_surfaces_and_closes_the_source(executor: ThreadPoolExecutor) -> None:
+async def test_an_error_in_a_step_surfaces_and_closes_the_source(device: Device) -> None:
     source = Source([1, -1, 1])
-    stream = row(Summing(), executor, 2)(source.stream())
+    stream = row(Summing(), device, 2)(source.stream())
     assert await anext(stream) == 1
     with pytest.raises(ValueError, match="-1 is below 0"):
         await anext(stream)
@@ -187,21 +187,21 @@ async def test_an_error_in_a_step_surfaces_and_closes_the_source(executor: Threa
     assert source.taken == [1, -1]
 
 
-async def test_an_error_in_open_surfaces_before_an_item_is_taken(executor: ThreadPoolExecutor) -> None:
+async def test_an_error_in_open_surfaces_before_an_item_is_taken(device: Device) -> None:
     class Broken(Summing):
         def open(self, session: Session) -> Sum:
             raise MemoryError(f"no room for {session.id}")
 
     source = Source([1])
     with pytest.raises(MemoryError, match="no room for a"):
-        await anext(local(Broken(), SESSION, executor)(source.stream()))
+        await anext(local(Broken(), SESSION, device)(source.stream()))
     assert source.taken == []
 
 
-async def test_a_busy_thread_loses_no_result(executor: ThreadPoolExecutor) -> None:
+async def test_a_busy_thread_loses_no_result(device: Device) -> None:
     released = threading.Event()
-    busy = executor.submit(released.wait, WAIT_S)
-    streams = [local(Summing(), SESSION, executor)(Source([1, 2, 3]).stream()) for _ in range(3)]
+    busy = device.submit(released.wait, WAIT_S)
+    streams = [local(Summing(), SESSION, device)(Source([1, 2, 3]).stream()) for _ in range(3)]
 
     async def drain(stream: AsyncGenerator[int, None]) -> list[int]:
         return [out async for out in stream]
@@ -215,9 +215,9 @@ async def test_a_busy_thread_loses_no_result(executor: ThreadPoolExecutor) -> No
     assert [each.result() for each in drained] == [[1, 3, 6]] * 3
 
 
-async def test_cancelling_in_the_middle_of_a_step_leaves_the_thread_to_others(executor: ThreadPoolExecutor) -> None:
+async def test_cancelling_in_the_middle_of_a_step_leaves_the_thread_to_others(device: Device) -> None:
     model, source = Gated(), Source([1, 2, 3])
-    stream = local(model, SESSION, executor)(source.stream())
+    stream = local(model, SESSION, device)(source.stream())
     waiting = asyncio.ensure_future(anext(stream))
     await asyncio.to_thread(model.is_stepping.wait, WAIT_S)
     waiting.cancel()
@@ -225,27 +225,32 @@ async def test_cancelling_in_the_middle_of_a_step_leaves_the_thread_to_others(ex
         await waiting
     assert source.is_closed, "the source does not wait for the step"
     model.gate.set()
-    other = local(Summing(), SESSION, executor)(Source([4]).stream())
+    other = local(Summing(), SESSION, device)(Source([4]).stream())
     assert [out async for out in other] == [4]
     assert source.taken == [1]
     del waiting
     await stream.aclose()
-    await settled(executor)
+    await settled(device)
     gc.collect()  # the cancelled task and its error refer to each other
     assert model.num_states == 0
 
 
-async def test_usage_adds_up(executor: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0, 500_000_000, 1_000_000_000, 1_250_000_000])
-    wall = iter([10_000_000_000, 20_000_000_000])
-    clock = SimpleNamespace(perf_counter_ns=lambda: next(ticks), time_ns=lambda: next(wall))
-    monkeypatch.setattr("avatar.pipeline.time", clock)
+async def test_usage_adds_up(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = SimpleNamespace(s=10)
+    clock = SimpleNamespace(perf_counter_ns=lambda: now.s * 10**9, time_ns=lambda: now.s * 10**9)
+    monkeypatch.setattr("avatar.device.time", clock)
+
+    class Slow(Summing):
+        def step(self, item: int, state: Sum) -> int:
+            now.s += item
+            return super().step(item, state)
+
     usage = Usage()
-    stream = local(Summing(), SESSION, executor, usage)(Source([1, 1]).stream())
+    stream = local(Slow(), SESSION, device, usage)(Source([1, 2]).stream())
     await anext(stream)
-    assert usage == Usage(busy_s=0.5, start_ns=10_000_000_000, end_ns=10_500_000_000)
+    assert usage == Usage(busy_s=1, waited_s=0, start_ns=10 * 10**9, end_ns=11 * 10**9)
     await anext(stream)
-    assert usage == Usage(busy_s=0.75, start_ns=20_000_000_000, end_ns=20_250_000_000)
+    assert usage == Usage(busy_s=3, waited_s=0, start_ns=11 * 10**9, end_ns=13 * 10**9)
     await stream.aclose()
 
 
@@ -346,10 +351,10 @@ async def test_what_is_made_ahead_is_bounded_and_in_order() -> None:
     assert source.is_closed
 
 
-async def test_the_next_item_is_made_while_one_is_worked_on(executor: ThreadPoolExecutor) -> None:
+async def test_the_next_item_is_made_while_one_is_worked_on(device: Device) -> None:
     model = Gated()
     model.gate.set()
-    stream = ahead(local(model, SESSION, executor)(Source([1, 1, 1]).stream()))
+    stream = ahead(local(model, SESSION, device)(Source([1, 1, 1]).stream()))
     assert await anext(stream) == 1
     model.is_stepping.clear()
     assert await asyncio.to_thread(model.is_stepping.wait, WAIT_S)

@@ -28,9 +28,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext
 
 from avatar import telemetry
+from avatar.pace import Usage
 from avatar.telemetry import JsonFormatter, block_span, session_span, set_up, tag, text_span
 from services.launch import free_ports
 
+METRICS = ["avatar.block.duration", "avatar.block.batch"]  # of a block that waited for no device
 SECOND_NS = 1_000_000_000
 WAIT_S = 30.0
 
@@ -97,7 +99,7 @@ def ids_of(traceparent: str) -> tuple[str, ...]:
 
 
 def test_a_block_of_the_first_stage_begins_a_trace(spans: InMemorySpanExporter) -> None:
-    given = block_span("audio", 7, 3 * SECOND_NS, 4 * SECOND_NS)
+    given = block_span("audio", 7, Usage(start_ns=3 * SECOND_NS, end_ns=4 * SECOND_NS))
     span = only(spans)
     assert span.name == "avatar.audio"
     assert span.parent is None
@@ -108,10 +110,10 @@ def test_a_block_of_the_first_stage_begins_a_trace(spans: InMemorySpanExporter) 
 
 
 def test_later_stages_hang_below_the_first_and_pass_its_context_on(spans: InMemorySpanExporter) -> None:
-    parent = block_span("audio", 7, 0, 1)
+    parent = block_span("audio", 7, Usage())
     first = only(spans)
     spans.clear()
-    assert block_span("denoiser", 7, 2, 3, level=2, parent=parent) == parent
+    assert block_span("denoiser", 7, Usage(), level=2, parent=parent) == parent
     span = only(spans)
     assert span.name == "avatar.denoiser"
     assert dict(span.attributes or {}) == {"avatar.stage": "denoiser", "avatar.level": 2, "avatar.block.index": 7}
@@ -125,7 +127,7 @@ def test_a_block_links_to_its_session(spans: InMemorySpanExporter) -> None:
     assert dict(opened.attributes or {}) == {"avatar.session": telemetry.tag("abc")}
     assert ids_of(session) == ids(opened.context)
     spans.clear()
-    block_span("audio", 0, 0, 1, link=session)
+    block_span("audio", 0, Usage(), link=session)
     span = only(spans)
     assert [ids(link.context) for link in span.links] == [ids(opened.context)]
     assert ids(span.context)[0] != ids(opened.context)[0], "a conversation would be a trace of hours"
@@ -133,7 +135,7 @@ def test_a_block_links_to_its_session(spans: InMemorySpanExporter) -> None:
 
 @pytest.mark.parametrize("text", ["nonsense", "00-0-0-00", "00-" + "0" * 32 + "-" + "0" * 16 + "-01"])
 def test_a_trace_context_that_is_none_is_left_out(spans: InMemorySpanExporter, text: str) -> None:
-    block_span("audio", 0, 0, 1, parent=text, link=text)
+    block_span("audio", 0, Usage(), parent=text, link=text)
     span = only(spans)
     assert span.parent is None
     assert not span.links
@@ -167,12 +169,20 @@ def test_every_metric_has_a_name_of_ours_and_a_unit(measured: InMemoryMetricRead
         assert metric.description
 
 
-def test_the_time_of_a_block_is_measured_by_stage_and_level(measured: InMemoryMetricReader) -> None:
-    block_span("denoiser", 0, 0, SECOND_NS // 4, level=63)
-    points = recorded(measured)["avatar.block.duration"].data.data_points
-    (point,) = (point for point in points if point.attributes.get("level") == 63)
-    assert dict(point.attributes) == {"stage": "denoiser", "level": 63}
-    assert (point.count, point.sum) == (1, 0.25)
+def test_what_a_block_took_is_measured_by_stage_and_level(measured: InMemoryMetricReader) -> None:
+    block_span("denoiser", 0, Usage(waited_s=0.5, end_ns=SECOND_NS // 4, shared_by=2), level=63)
+    found = recorded(measured)
+    for name, value in (("duration", 0.125), ("queue_wait", 0.5), ("batch", 2)):
+        points = found[f"avatar.block.{name}"].data.data_points
+        (point,) = (point for point in points if point.attributes.get("level") == 63)
+        assert dict(point.attributes) == {"stage": "denoiser", "level": 63}
+        assert (point.count, point.sum) == (1, value)
+
+
+def test_what_no_device_was_waited_for_has_not_waited(measured: InMemoryMetricReader) -> None:
+    block_span("encode", 0, Usage(), level=62)
+    points = recorded(measured)["avatar.block.queue_wait"].data.data_points
+    assert not [point for point in points if point.attributes.get("level") == 62]
 
 
 def test_the_time_of_a_prompt_is_measured_apart_from_what_was_kept(
@@ -253,11 +263,12 @@ async def run(program: str, **environment: str) -> tuple[str, list[dict[str, Any
 PROGRAM = """
 import logging, sys
 from avatar import telemetry
+from avatar.pace import Usage
 telemetry.set_up("avatar-test", "info")
 logging.getLogger("avatar.tests").debug("unheard")
 logging.getLogger("avatar.tests").info("heard", extra={"port": 7000})
 session = telemetry.session_span("abc")
-print(repr(telemetry.block_span("audio", 0, 0, 1, link=session)))
+print(repr(telemetry.block_span("audio", 0, Usage(), link=session)))
 print("opentelemetry.sdk" in sys.modules)
 """
 
@@ -274,7 +285,7 @@ async def test_spans_and_metrics_are_exported_where_the_environment_says() -> No
     assert re.fullmatch(r"'00-[0-9a-f]{32}-[0-9a-f]{16}-0[13]'\nTrue\n", out)
     assert collected.services == {"avatar-test"}
     assert collected.spans == ["avatar.session", "avatar.audio"]
-    assert collected.metrics == ["avatar.block.duration"]
+    assert collected.metrics == METRICS
 
 
 @pytest.mark.parametrize(
@@ -290,9 +301,9 @@ async def test_a_service_can_be_given_another_name(variable: str, value: str) ->
 async def test_traces_and_metrics_can_be_left_out() -> None:
     async with collecting() as (collected, endpoint):
         await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_TRACES_EXPORTER="none")
-        assert (collected.spans, collected.metrics) == ([], ["avatar.block.duration"])
+        assert (collected.spans, collected.metrics) == ([], METRICS)
         await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_METRICS_EXPORTER="none")
-    assert (collected.spans, collected.metrics) == (["avatar.session", "avatar.audio"], ["avatar.block.duration"])
+    assert (collected.spans, collected.metrics) == (["avatar.session", "avatar.audio"], METRICS)
 
 
 async def test_another_protocol_than_grpc_is_refused() -> None:
@@ -313,8 +324,9 @@ async def test_metrics_can_be_read_without_a_collector() -> None:
     program = f"""
 import urllib.request
 from avatar import telemetry
+from avatar.pace import Usage
 telemetry.set_up("avatar-test", "info")
-telemetry.block_span("denoiser", 0, 0, 10**9 // 4, level=2)
+telemetry.block_span("denoiser", 0, Usage(end_ns=10**9 // 4), level=2)
 with urllib.request.urlopen("http://127.0.0.1:{port}/metrics") as answer:
     print(answer.read().decode())
 """

@@ -2,12 +2,14 @@
 
 import math
 import sys
+import time
 
 import torch
 from torch import Tensor
 
 from avatar.types import AudioPiece, Block, Conditions, Session
 from avatar.worker.v1 import types_pb2 as pb
+from avatar.worker.v1.audio_pb2 import AudioPiece as AudioPieceMessage
 from avatar.worker.v1.audio_pb2 import OpenEncode
 
 assert sys.byteorder == "little", "tensors travel as they lie in memory, and the wire is little-endian"
@@ -91,7 +93,13 @@ def block_from_pb(message: pb.Block, conditions: Conditions | None) -> Block:
         latent=tensor_from_pb(message.latent) if message.HasField("latent") else None,
         conditions=conditions,
         traceparent=message.traceparent,
+        due_s=due_s(message),
     )
+
+
+def due_s(message: pb.Block | AudioPieceMessage) -> float | None:
+    """When a message that has just come is due, in seconds of this process's `time.monotonic`; None if nobody waits."""
+    return time.monotonic() + message.slack_s if message.HasField("slack_s") else None
 
 
 def piece_from_bytes(data: bytes, encoding: str, rate_hz: int, num_channels: int) -> AudioPiece:

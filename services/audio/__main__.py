@@ -1,28 +1,28 @@
 """The audio worker's process: `python -m services.audio`."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from avatar import telemetry
 from avatar.audio.model import load
+from avatar.device import Device
 from avatar.layouts import open_part
 from avatar.rpc.server import serving, until_stopped
 from avatar.settings import AudioSettings
 from avatar.settings import load as load_settings
 from services.audio.service import AudioServicer
-from services.device import device_and_dtype
+from services.device import device_and_dtype, device_of
 from services.process import run
 
 
-def build(settings: AudioSettings, executor: ThreadPoolExecutor) -> AudioServicer:
+def build(settings: AudioSettings, device: Device) -> AudioServicer:
     """The service over the checkpoint's audio encoder."""
     part = open_part(settings.checkpoint, "audio")
-    device, dtype = device_and_dtype(settings)
-    audio = load(part, device=device, dtype=dtype)
-    servicer = AudioServicer(audio, part.config["encoder"], part.digest(), executor, settings.capacity)
-    executor.submit(servicer.warm).result()
+    where, dtype = device_and_dtype(settings)
+    audio = load(part, device=where, dtype=dtype)
+    servicer = AudioServicer(audio, part.config["encoder"], part.digest(), device, settings.capacity)
+    device.submit(servicer.warm).result()
     return servicer
 
 
@@ -30,8 +30,8 @@ async def main() -> None:
     settings = load_settings(AudioSettings, os.environ)
     telemetry.set_up("avatar-audio", settings.log_level)
     torch.set_num_threads(settings.threads)
-    with ThreadPoolExecutor(1, "device") as executor:
-        async with serving(settings.listen, build(settings, executor), drain_s=settings.drain_s):
+    with device_of(settings) as device:
+        async with serving(settings.listen, build(settings, device), drain_s=settings.drain_s):
             await until_stopped()
 
 

@@ -1,7 +1,6 @@
 """The audio worker on the wire: pieces of sound in, blocks of features out."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -11,9 +10,11 @@ from avatar import telemetry
 from avatar.audio.clock import BLOCK_PIXEL_FRAMES
 from avatar.audio.model import AudioModel, Rebuilt
 from avatar.audio.resample import check_piece
+from avatar.device import Device
 from avatar.errors import InvalidAudio
-from avatar.pipeline import Pace, Usage, flatten, local
-from avatar.rpc.codec import block_to_pb, end_of_sound, piece_from_bytes, session_of_sound
+from avatar.pace import Pace, Usage
+from avatar.pipeline import ahead, flatten, local
+from avatar.rpc.codec import block_to_pb, due_s, end_of_sound, piece_from_bytes, session_of_sound
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.types import AudioPiece
 from avatar.worker.v1 import audio_pb2 as pb
@@ -26,13 +27,13 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
 
     service_name = "avatar.worker.v1.AudioService"
 
-    def __init__(self, audio: AudioModel, encoder: str, digest: str, executor: Executor, capacity: int) -> None:
+    def __init__(self, audio: AudioModel, encoder: str, digest: str, device: Device, capacity: int) -> None:
         self._audio = audio
         self._encoder = encoder
         self._digest = digest
-        self._executor = executor
-        self._capacity = Capacity(capacity, "audio")
+        self._device = device
         self._pace = Pace()
+        self._capacity = Capacity(capacity, "audio", device.load, self._pace)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         audio_pb2_grpc.add_AudioServiceServicer_to_server(self, server)
@@ -40,6 +41,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
     def warm(self) -> None:
         """Encode silence, to know how long a block takes."""
         self._pace.measure(self._audio.warm)
+        self._capacity.tell()
 
     async def GetInfo(self, request: pb.AudioServiceGetInfoRequest, context: Context) -> pb.AudioServiceGetInfoResponse:
         return pb.AudioServiceGetInfoResponse(
@@ -47,7 +49,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             digest=self._digest,
             block_frames=BLOCK_PIXEL_FRAMES,
             lookahead_s=self._audio.lookahead_s,
-            capacity=self._capacity.limit,
+            capacity=self._capacity.total,
             active=self._capacity.active,
             max_right_frames=self._audio.max_right_frames,
             step_s=self._pace.step_s,
@@ -59,16 +61,15 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         opened: pb.OpenEncode = await opening(requests)
         with blaming("open.audio", InvalidAudio):
             check_piece(piece_from_bytes(b"", opened.encoding, opened.rate_hz, opened.num_channels))
-        with self._capacity.taken(), blaming("audio.data", InvalidAudio):
+        taken = self._capacity.taken(opened.session_id, is_live=opened.is_live)
+        with taken, blaming("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = Usage(), 0
             model = Rebuilt(self._audio, opened.first_block, opened.first_answer, opened.statistics)
-            stage = local(model, session_of_sound(opened), self._executor, usage)
-            async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
+            stage = local(model, session_of_sound(opened), self._device, usage, is_live=opened.is_live)
+            async with aclosing(flatten(stage(ahead(_pieces(opened, requests))))) as blocks:
                 async for block in blocks:
-                    context_of_block = telemetry.block_span(
-                        "audio", block.index, usage.start_ns, usage.end_ns, link=opened.traceparent
-                    )
+                    context_of_block = telemetry.block_span("audio", block.index, usage, link=opened.traceparent)
                     self._pace.note(usage)
                     num_blocks += 1
                     yield pb.EncodeResponse(block=block_to_pb(replace(block, traceparent=context_of_block)))
@@ -82,6 +83,6 @@ async def _pieces(opened: pb.OpenEncode, requests: AsyncIterator[pb.EncodeReques
             sound = piece_from_bytes(piece.data, *format_)
             if piece.HasField("completes"):
                 behind = piece_from_bytes(piece.behind, *format_).samples
-                sound = replace(sound, completes=piece.completes, behind=behind)
+                sound = replace(sound, completes=piece.completes, behind=behind, due_s=due_s(piece))
             yield sound
     yield end_of_sound(opened.rate_hz, opened.num_channels)

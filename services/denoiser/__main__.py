@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
 import torch
@@ -12,6 +11,7 @@ from avatar.adapter import Adapter
 from avatar.denoiser import speed
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
+from avatar.device import Device
 from avatar.handoff.chain import Chain, joined
 from avatar.layouts import open_part
 from avatar.pipeline import beside
@@ -20,19 +20,19 @@ from avatar.session import RedisHashes, SessionStore
 from avatar.settings import PREFIX, DenoiserSettings
 from avatar.settings import load as load_settings
 from services.denoiser.service import DenoiserServicer
-from services.device import device_and_dtype, naming
+from services.device import device_and_dtype, device_of, naming
 from services.process import run
 
 # Pixels on a side of one latent, whatever the codec.
 SPACE_STRIDE = 8
 
 
-def build(settings: DenoiserSettings, store: SessionStore, executor: ThreadPoolExecutor) -> DenoiserServicer:
+def build(settings: DenoiserSettings, store: SessionStore, device: Device) -> DenoiserServicer:
     """The service over the checkpoint's network, warm for the settings' sizes; all its levels share the weights."""
     adapter = Adapter(settings.adapter, settings.adapter_alpha) if settings.adapter else None
     part = open_part(settings.checkpoint, "denoiser", adapter)
-    device, dtype = device_and_dtype(settings)
-    network, config = load(part, device=device, dtype=dtype)
+    where, dtype = device_and_dtype(settings)
+    network, config = load(part, device=where, dtype=dtype)
     sizes = latent_sizes(settings)
     with naming("attention"):
         attention = speed.attention_kernel(settings.attention, network)
@@ -48,10 +48,12 @@ def build(settings: DenoiserSettings, store: SessionStore, executor: ThreadPoolE
             level: Denoiser(network, config, level, sizes=served, attention=attention, cuda_graphs=settings.cuda_graphs)
             for level in levels
         }
-    servicer = DenoiserServicer(denoisers, part.digest(), store, executor, settings.capacity)
+    # Compiled code and graphs are made for one session's shapes; others would be made while streams wait.
+    batch = 1 if settings.compile or settings.cuda_graphs else settings.batch
+    servicer = DenoiserServicer(denoisers, part.digest(), store, device, settings.capacity, batch)
     with naming("sizes"):
         for size in sizes:
-            executor.submit(servicer.warm, *size).result()
+            device.submit(servicer.warm, *size).result()
     return servicer
 
 
@@ -78,7 +80,7 @@ async def main() -> None:
     store = SessionStore(RedisHashes(settings.redis_url))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.aclose)
-        servicer = build(settings, store, stack.enter_context(ThreadPoolExecutor(1, "device")))
+        servicer = build(settings, store, stack.enter_context(device_of(settings)))
         if settings.chain:
             with naming("chain"):
                 servicer.chain = await stack.enter_async_context(joined(settings.chain, servicer.seat))

@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from concurrent.futures import Executor
 from contextlib import aclosing, contextmanager
 from functools import partial
 
 import grpc.aio
 
 from avatar import telemetry
+from avatar.denoiser.batching import batch_that_pays
 from avatar.denoiser.denoiser import Denoiser
+from avatar.device import Device
 from avatar.errors import ConfigMismatch, StoreUnavailable
 from avatar.handoff.chain import Chain, Link, Seat
-from avatar.pipeline import Pace, Usage, local
+from avatar.pace import Pace, Usage
+from avatar.pipeline import ahead, local
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.session import SessionStore
@@ -33,16 +35,25 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
     service_name = "avatar.worker.v1.DenoiserService"
 
     def __init__(
-        self, denoisers: Mapping[int, Denoiser], digest: str, store: SessionStore, executor: Executor, capacity: int
+        self,
+        denoisers: Mapping[int, Denoiser],
+        digest: str,
+        store: SessionStore,
+        device: Device,
+        capacity: int,
+        batch: int = 1,
     ) -> None:
+        """capacity: streams of each level. batch: most sessions in one pass."""
         self.levels = sorted(denoisers)
         self._denoisers = denoisers
         self._config = next(iter(denoisers.values())).config
         self._digest = digest
         self._store = store
-        self._executor = executor
-        self._capacity = Capacity(capacity * len(denoisers), "denoiser")
+        self._device = device
         self._pace = Pace()
+        self._sessions, self._batch = capacity, min(batch, capacity)
+        num_levels = len(denoisers)
+        self._capacity = Capacity(capacity * num_levels, "denoiser", device.load, self._pace, num_levels)
         self.chain: Chain | None = None
 
     @property
@@ -52,9 +63,21 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         return Seat(self.levels, self._config.num_levels, self._digest, network.dtype, network.device)
 
     def warm(self, height: int, width: int) -> None:
-        """Step through a session whose latents have this size at every level, and know how long a block takes."""
+        """Step through a session whose latents have this size at every level, and know how long a block takes.
+
+        Blocks of several sessions share a pass from now on if the device could not keep up with as many sessions as it
+        takes, and saves time by it.
+        """
         for denoiser in self._denoisers.values():
             self._pace.measure(partial(denoiser.warm, height, width))
+        self._capacity.tell()
+        if self._batch == 1 or self._device.load.room >= self._sessions:
+            return
+        first, *_ = self._denoisers.values()
+        most = batch_that_pays(first, height, width, self._batch)
+        logger.info("batching", extra={"height": height, "width": width, "most": most})
+        for denoiser in self._denoisers.values():
+            denoiser.batches[height, width] = most
 
     def add_to(self, server: grpc.aio.Server) -> None:
         denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
@@ -67,7 +90,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             num_levels=self._config.num_levels,
             digest=self._digest,
             sink_update_block=self._config.sink_update_block,
-            capacity=self._capacity.limit,
+            capacity=self._capacity.total,
             active=self._capacity.active,
             text_width=self._config.text_dim,
             text_rows=self._config.text_len,
@@ -82,12 +105,13 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         denoiser = self._denoisers.get(opened.level)
         if denoiser is None:
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
-        with self._capacity.taken(), self._link(opened) as link, blaming("block"):
+        taken = self._capacity.taken(opened.session_id, is_live=opened.is_live)
+        with taken, self._link(opened) as link, blaming("block"):
             session = session_from_pb(await self._store.session(opened.session_id))
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = Usage(), 0
-            stage = local(denoiser, session, self._executor, usage)
-            async with aclosing(stage(self._blocks(opened, requests, link))) as blocks:
+            stage = local(denoiser, session, self._device, usage, is_live=opened.is_live)
+            async with aclosing(stage(ahead(self._blocks(opened, requests, link)))) as blocks:
                 async for block in blocks:
                     carried = None
                     if denoiser.updates_sink(block, session):
@@ -95,8 +119,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                     telemetry.block_span(
                         "denoiser",
                         block.index,
-                        usage.start_ns,
-                        usage.end_ns,
+                        usage,
                         level=opened.level,
                         parent=block.traceparent,
                     )

@@ -1,28 +1,28 @@
 """The text worker's process: `python -m services.text`."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from avatar import telemetry
+from avatar.device import Device
 from avatar.layouts import open_part
 from avatar.rpc.server import serving, until_stopped
 from avatar.session import RedisHashes, SessionStore
 from avatar.settings import TextSettings
 from avatar.settings import load as load_settings
 from avatar.text.model import load
-from services.device import device_and_dtype
+from services.device import device_and_dtype, device_of
 from services.process import run
 from services.text.service import TextServicer
 
 
-def build(settings: TextSettings, store: SessionStore, executor: ThreadPoolExecutor) -> TextServicer:
+def build(settings: TextSettings, store: SessionStore, device: Device) -> TextServicer:
     """The service over the checkpoint's text encoder. ValueError if the checkpoint knows no text."""
     part = open_part(settings.checkpoint, "text")
-    device, dtype = device_and_dtype(settings)
-    text = load(part, device=device, dtype=dtype)
-    return TextServicer(text, part.digest(), store, executor, settings.capacity, settings.embedding_ttl_s)
+    where, dtype = device_and_dtype(settings)
+    text = load(part, device=where, dtype=dtype)
+    return TextServicer(text, part.digest(), store, device, settings.capacity, settings.embedding_ttl_s)
 
 
 async def main() -> None:
@@ -30,8 +30,8 @@ async def main() -> None:
     telemetry.set_up("avatar-text", settings.log_level)
     torch.set_num_threads(settings.threads)
     store = SessionStore(RedisHashes(settings.redis_url))
-    with ThreadPoolExecutor(1, "device") as executor:
-        async with serving(settings.listen, build(settings, store, executor), drain_s=settings.drain_s):
+    with device_of(settings) as device:
+        async with serving(settings.listen, build(settings, store, device), drain_s=settings.drain_s):
             await until_stopped()
     await store.aclose()
 

@@ -1,29 +1,29 @@
 """The VAE worker's process: `python -m services.vae`."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from avatar import telemetry
+from avatar.device import Device
 from avatar.layouts import open_part
 from avatar.rpc.server import serving, until_stopped
 from avatar.session import RedisHashes, SessionStore
 from avatar.settings import VaeSettings
 from avatar.settings import load as load_settings
 from avatar.vae.vae import load
-from services.device import device_and_dtype
+from services.device import device_and_dtype, device_of
 from services.process import run
 from services.vae.service import VaeServicer
 
 
-def build(settings: VaeSettings, store: SessionStore, executor: ThreadPoolExecutor) -> VaeServicer:
+def build(settings: VaeSettings, store: SessionStore, device: Device) -> VaeServicer:
     """The service over the checkpoint's codec."""
     part = open_part(settings.checkpoint, "vae")
-    device, dtype = device_and_dtype(settings)
-    vae = load(part, device=device, dtype=dtype)
-    servicer = VaeServicer(vae, part.digest(), store, executor, settings.capacity)
-    executor.submit(servicer.warm).result()
+    where, dtype = device_and_dtype(settings)
+    vae = load(part, device=where, dtype=dtype)
+    servicer = VaeServicer(vae, part.digest(), store, device, settings.capacity)
+    device.submit(servicer.warm).result()
     return servicer
 
 
@@ -32,8 +32,8 @@ async def main() -> None:
     telemetry.set_up("avatar-vae", settings.log_level)
     torch.set_num_threads(settings.threads)
     store = SessionStore(RedisHashes(settings.redis_url))
-    with ThreadPoolExecutor(1, "device") as executor:
-        async with serving(settings.listen, build(settings, store, executor), drain_s=settings.drain_s):
+    with device_of(settings) as device:
+        async with serving(settings.listen, build(settings, store, device), drain_s=settings.drain_s):
             await until_stopped()
     await store.aclose()
 

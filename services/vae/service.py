@@ -3,15 +3,17 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, cast
 
 import grpc.aio
 
 from avatar import telemetry
+from avatar.device import Device
 from avatar.errors import NoCapacity
-from avatar.pipeline import Pace, Usage, ahead, local
+from avatar.pace import Pace, Usage
+from avatar.pipeline import ahead, local
 from avatar.rpc.codec import block_from_pb, session_from_pb, tensor_to_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.session import SessionStore
@@ -33,16 +35,16 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
 
     service_name = "avatar.worker.v1.VaeService"
 
-    def __init__(self, vae: Vae[Any], digest: str, store: SessionStore, executor: Executor, capacity: int) -> None:
+    def __init__(self, vae: Vae[Any], digest: str, store: SessionStore, device: Device, capacity: int) -> None:
         self._vae = vae
         self._digest = digest
         self._store = store
-        self._executor = executor
-        self._capacity = Capacity(capacity, "vae")
+        self._device = device
+        self._pace = Pace()
+        self._capacity = Capacity(capacity, "vae", device.load, self._pace)
         self._encoding = asyncio.Semaphore(MAX_ENCODING)
         # Frames are encoded beside the device, which decodes the next block meanwhile.
         self._encoder = ThreadPoolExecutor(1, "encode")
-        self._pace = Pace()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         vae_pb2_grpc.add_VaeServiceServicer_to_server(self, server)
@@ -51,6 +53,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         """Decode nothing, to know how long a block takes; not where sizes are free."""
         if size := self._vae.config.picture.fixed_size:
             self._pace.measure(lambda: self._vae.warm(*size))
+            self._capacity.tell()
 
     async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:
         rule = self._vae.config.picture
@@ -63,7 +66,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             fit=rule.fit,
             frame_rate_hz=self._vae.config.frame_rate_hz,
             block_frames=BLOCK_FRAMES,
-            capacity=self._capacity.limit,
+            capacity=self._capacity.total,
             active=self._capacity.active,
             encodings=list(encodings.ENCODINGS),
             step_s=self._pace.step_s,
@@ -73,7 +76,8 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         if self._encoding.locked():
             raise NoCapacity(f"{MAX_ENCODING} pictures are being prepared already", retry_s=1.0)
         async with self._encoding:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, self._encode, request)
+            # Behind every block that somebody waits for, and in turn with the others: last of all would be never.
+            return await self._device.run(self._encode, request)
 
     def _encode(self, request: pb.EncodeReferenceRequest) -> pb.EncodeReferenceResponse:
         size = (request.width, request.height) if request.width or request.height else request.area or None
@@ -110,7 +114,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             encodings.check_encoding(encoding)
         with blaming("open.quality"):
             encodings.check_quality(quality)
-        with self._capacity.taken(), blaming("block"):
+        with self._capacity.taken(opened.session_id, is_live=opened.is_live), blaming("block"):
             session = await self._store.session(opened.session_id)
             loop = asyncio.get_running_loop()
             init = await loop.run_in_executor(
@@ -118,15 +122,15 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             )
             yield pb.DecodeResponse(opened=pb.DecodeOpened(history_blocks=self._vae.history_blocks, init_segment=init))
 
-            def encode(chunk: FrameChunk, _: None) -> list[Frame]:
+            def encode(chunk: FrameChunk) -> list[Frame]:
                 pixels = chunk.frames.numpy()
                 return _frames(chunk, encodings.encode(pixels, encoding, rate_hz, quality, chunk.first_frame))
 
             decoded, encoded, num_blocks = Usage(), Usage(), 0
-            stage = local(self._vae, session_from_pb(session), self._executor, decoded)
-            async with aclosing(ahead(self._traced(stage(_blocks(opened, requests)), decoded))) as chunks:
+            stage = local(self._vae, session_from_pb(session), self._device, decoded, is_live=opened.is_live)
+            async with aclosing(ahead(self._traced(stage(ahead(_blocks(opened, requests))), decoded))) as chunks:
                 async for chunk in chunks:
-                    frames = await loop.run_in_executor(self._encoder, encoded.timed, encode, chunk, None)
+                    frames = await loop.run_in_executor(self._encoder, encoded.timed, encode, chunk)
                     _trace("encode", chunk, encoded)
                     num_blocks += 1
                     for frame in frames:
@@ -143,7 +147,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
 
 
 def _trace(stage: str, chunk: FrameChunk, usage: Usage) -> None:
-    telemetry.block_span(stage, chunk.index, usage.start_ns, usage.end_ns, parent=chunk.traceparent)
+    telemetry.block_span(stage, chunk.index, usage, parent=chunk.traceparent)
 
 
 def _frames(chunk: FrameChunk, encoded: list[Encoded]) -> list[Frame]:

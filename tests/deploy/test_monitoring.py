@@ -42,7 +42,10 @@ def series() -> set[str]:
     """Every series that the suite's processes serve."""
     shown = {name for *_, name in instruments()}
     return shown | {
-        f"{name}_{part}" for name in shown if name.endswith("_seconds") for part in ("bucket", "sum", "count")
+        f"{name}_{part}"
+        for name in shown
+        if name.endswith(("_seconds", "_batch"))
+        for part in ("bucket", "sum", "count")
     }
 
 

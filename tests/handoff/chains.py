@@ -3,7 +3,6 @@
 import asyncio
 import sys
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
+from avatar.device import Device
 from avatar.handoff.chain import joined
 from avatar.handoff.client import RemoteChain
 from avatar.layouts import open_part
@@ -125,10 +125,10 @@ async def in_this_process(checkpoint: Path, redis_url: str) -> AsyncGenerator[Ch
     """A chain of one process, which hands over in memory."""
     address = f"127.0.0.1:{free_ports(1)[0]}"
     async with AsyncExitStack() as stack:
-        executor = stack.enter_context(ThreadPoolExecutor(1))
+        device = stack.enter_context(Device())
         store = SessionStore(RedisHashes(redis_url))
         stack.push_async_callback(store.aclose)
-        servicer = build(DenoiserSettings(checkpoint=checkpoint, chain=address), store, executor)
+        servicer = build(DenoiserSettings(checkpoint=checkpoint, chain=address, batch=1), store, device)
         servicer.chain = await stack.enter_async_context(joined(address, servicer.seat))
         port = await stack.enter_async_context(serving("127.0.0.1:0", servicer))
         target = f"127.0.0.1:{port}"
@@ -153,6 +153,7 @@ async def in_processes(
                 "AVATAR_LISTEN": target,
                 "AVATAR_LEVELS": levels,
                 "AVATAR_CHAIN": f"127.0.0.1:{meeting}",
+                "AVATAR_BATCH": "1",
             }
             await suite.start(levels, sys.executable, "-m", "services.denoiser", **settings)
         await until_healthy(suite)

@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from avatar.device import Device
 from avatar.errors import ConfigMismatch, InvalidField, StageLost
 from avatar.handoff import chain as chains
 from avatar.handoff.chain import Chain, Seat, joined
@@ -137,8 +137,8 @@ async def test_a_level_that_does_not_come_ends_the_start(address: str, monkeypat
 
 
 async def test_a_worker_in_no_chain_hands_nothing_over(checkpoint: Path, store: SessionStore) -> None:
-    with ThreadPoolExecutor(1) as executor:
-        servicer = build(DenoiserSettings(checkpoint=checkpoint), store, executor)
+    with Device() as device:
+        servicer = build(DenoiserSettings(checkpoint=checkpoint), store, device)
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
             with pytest.raises(ConfigMismatch, match="this worker is in no chain"):
                 await RemoteChain([connection]).open(OpenDenoise(session_id="any"))

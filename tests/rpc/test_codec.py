@@ -1,6 +1,7 @@
 """Tests of avatar.rpc.codec."""
 
 import struct
+from types import SimpleNamespace
 from typing import TypeVar
 
 import pytest
@@ -14,6 +15,7 @@ from avatar.rpc.codec import (
     block_to_pb,
     conditions_from_pb,
     conditions_to_pb,
+    due_s,
     end_of_sound,
     latent_to_pb,
     piece_from_bytes,
@@ -25,7 +27,7 @@ from avatar.rpc.codec import (
 from avatar.session import ITEM_BYTES
 from avatar.types import Block, Conditions
 from avatar.worker.v1 import types_pb2 as pb
-from avatar.worker.v1.audio_pb2 import OpenEncode
+from avatar.worker.v1.audio_pb2 import AudioPiece, OpenEncode
 
 Sent = TypeVar("Sent", bound=Message)
 SHAPES = [(), (1,), (0,), (3, 0, 2), (2, 3, 4, 5)]
@@ -228,3 +230,11 @@ def test_the_end_of_sound_is_a_last_piece_without_samples() -> None:
     assert piece.is_last
     assert piece.rate_hz == 44100
     assert piece.samples.shape == (2, 0)
+
+
+def test_slack_counts_from_when_a_message_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("avatar.rpc.codec.time", SimpleNamespace(monotonic=lambda: 100.0))
+    assert [due_s(pb.Block(slack_s=slack_s)) for slack_s in (0.5, 0.0, -1.0)] == [100.5, 100.0, 99.0]
+    assert due_s(AudioPiece(slack_s=2)) == 102
+    assert block_from_pb(pb.Block(slack_s=3), None).due_s == 103
+    assert due_s(AudioPiece()) is block_from_pb(pb.Block(), None).due_s is None

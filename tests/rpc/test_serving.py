@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from avatar.device import Device
 from avatar.rpc.client import channel
 from avatar.rpc.server import Context, Servicer, serving, until_stopped
 from avatar.session import SessionStore
@@ -74,12 +74,12 @@ async def test_open_streams_are_given_time_to_end() -> None:
 async def test_every_service_answers_health_and_reflection(text_checkpoint: Path, store: SessionStore) -> None:
     settings = GatewaySettings()
     workers = Workers(settings)
-    with ThreadPoolExecutor(1) as executor:
+    with Device() as device:
         services: list[Servicer] = [
-            build_audio(AudioSettings(checkpoint=text_checkpoint), executor),
-            build_denoiser(DenoiserSettings(checkpoint=text_checkpoint), store, executor),
-            build_text(TextSettings(checkpoint=text_checkpoint), store, executor),
-            build_vae(VaeSettings(checkpoint=text_checkpoint), store, executor),
+            build_audio(AudioSettings(checkpoint=text_checkpoint), device),
+            build_denoiser(DenoiserSettings(checkpoint=text_checkpoint), store, device),
+            build_text(TextSettings(checkpoint=text_checkpoint), store, device),
+            build_vae(VaeSettings(checkpoint=text_checkpoint), store, device),
             AvatarServicer(settings, store, workers, Conversations(settings, store, workers)),
         ]
         names = [service.service_name for service in services]

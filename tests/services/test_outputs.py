@@ -3,7 +3,6 @@
 import asyncio
 import io
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from avatar.device import Device
 from avatar.rpc.client import channel, remote_vae
 from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import serving
@@ -32,8 +32,8 @@ NUM_BLOCKS = 3
 @pytest.fixture
 async def worker(checkpoint: Path, store: SessionStore, picture: bytes) -> AsyncGenerator[grpc.aio.Channel, None]:
     """A channel to a VAE worker; the store has a session."""
-    with ThreadPoolExecutor(1) as executor:
-        servicer = build(VaeSettings(checkpoint=checkpoint, capacity=2), store, executor)
+    with Device() as device:
+        servicer = build(VaeSettings(checkpoint=checkpoint, capacity=2), store, device)
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as target:
             encoded = await vae_pb2_grpc.VaeServiceStub(target).EncodeReference(
                 pb.EncodeReferenceRequest(picture=picture)

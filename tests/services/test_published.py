@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from avatar.adapter import Adapter
+from avatar.device import Device
 from avatar.render import Options, embed, load, render
 from avatar.session import MemoryHashes, SessionStore
 from avatar.settings import DenoiserSettings, GatewaySettings
@@ -73,6 +74,7 @@ def test_a_partly_matching_adapter_stops_the_start(published: Path, store: Sessi
 
 def test_levels_in_one_process_share_one_set_of_weights(published: Path) -> None:
     settings = DenoiserSettings(checkpoint=published, adapter=published / ADAPTER)
-    servicer = build(settings, SessionStore(MemoryHashes()), None)  # type: ignore[arg-type]
+    with Device() as device:
+        servicer = build(settings, SessionStore(MemoryHashes()), device)
     assert servicer.levels == [0, 1, 2, 3]
     assert len({id(denoiser.network) for denoiser in servicer._denoisers.values()}) == 1

@@ -1,6 +1,5 @@
 """Switches of precision and speed: what a worker cannot do stops its start, and its words say which setting it was."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from avatar.denoiser.denoiser import Denoiser
+from avatar.device import Device
 from avatar.session import SessionStore
 from avatar.settings import AudioSettings, DenoiserSettings, VaeSettings
 from services.audio.__main__ import build as build_audio
@@ -18,8 +18,8 @@ from services.vae.__main__ import build as build_vae
 
 
 def built(checkpoint: Path, store: SessionStore, **settings: Any) -> DenoiserServicer:
-    with ThreadPoolExecutor(1) as executor:
-        return build_denoiser(DenoiserSettings(checkpoint=checkpoint, **settings), store, executor)
+    with Device() as device:
+        return build_denoiser(DenoiserSettings(checkpoint=checkpoint, **settings), store, device)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ async def test_a_compiled_denoiser_is_warm_for_the_checkpoints_size_at_every_lev
 ) -> None:
     with (
         patch("avatar.denoiser.speed.compile_layers") as compile_layers,
-        patch.object(Denoiser, "warm", autospec=True) as warm,
+        patch.object(Denoiser, "warm", autospec=True, return_value=1) as warm,
     ):
         built(checkpoint, store, compile=True)
     assert compile_layers.call_count == 1
@@ -65,11 +65,11 @@ async def test_a_compiled_denoiser_is_warm_for_the_checkpoints_size_at_every_lev
 
 
 async def test_other_workers_refuse_a_device_that_is_not_there(checkpoint: Path, store: SessionStore) -> None:
-    with ThreadPoolExecutor(1) as executor:
+    with Device() as device:
         with pytest.raises(ValueError, match="AVATAR_DEVICE is 'cuda:99'"):
-            build_audio(AudioSettings(checkpoint=checkpoint, device="cuda:99"), executor)
+            build_audio(AudioSettings(checkpoint=checkpoint, device="cuda:99"), device)
         with pytest.raises(ValueError, match="AVATAR_DEVICE is 'cuda:99'"):
-            build_vae(VaeSettings(checkpoint=checkpoint, device="cuda:99"), store, executor)
+            build_vae(VaeSettings(checkpoint=checkpoint, device="cuda:99"), store, device)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

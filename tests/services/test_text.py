@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -14,6 +13,7 @@ import torch
 from grpc import StatusCode
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from avatar.device import Device
 from avatar.layouts import open_part
 from avatar.rpc.client import channel
 from avatar.rpc.codec import tensor_from_pb
@@ -36,8 +36,8 @@ async def working(
 ) -> "AsyncGenerator[pb_grpc.TextServiceAsyncStub, None]":
     """A text worker over a store."""
     settings = TextSettings(checkpoint=checkpoint, capacity=capacity)
-    with ThreadPoolExecutor(1) as executor:
-        servicer = build(settings, SessionStore(hashes), executor)
+    with Device() as device:
+        servicer = build(settings, SessionStore(hashes), device)
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
             yield pb_grpc.TextServiceStub(connection)
 
@@ -213,7 +213,7 @@ async def test_an_embedding_leaves_a_span(text_checkpoint: Path, spans: InMemory
 
 def test_a_checkpoint_without_text_does_not_start(checkpoint: Path) -> None:
     with (
-        ThreadPoolExecutor(1) as executor,
+        Device() as device,
         pytest.raises(ValueError, match="knows no text: expected a folder text"),
     ):
-        build(TextSettings(checkpoint=checkpoint), SessionStore(MemoryHashes()), executor)
+        build(TextSettings(checkpoint=checkpoint), SessionStore(MemoryHashes()), device)

@@ -1,0 +1,140 @@
+"""Facts about streams that share a worker's device, over real gRPC: whose block goes first, and who is refused."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+import torch
+
+from avatar.device import Device
+from avatar.errors import NoCapacity
+from avatar.rpc.client import channel, remote_vae
+from avatar.rpc.codec import tensor_to_pb
+from avatar.rpc.server import serving
+from avatar.session import SessionStore
+from avatar.settings import VaeSettings
+from avatar.types import Block, FrameChunk
+from avatar.vae.vae import Vae, VaeState
+from avatar.worker.v1 import types_pb2 as types
+from avatar.worker.v1 import vae_pb2 as pb
+from avatar.worker.v1 import vae_pb2_grpc
+from services.vae.__main__ import build
+from tests.busy import WAIT_S, busy, until_waiting
+
+SESSIONS = ["first", "second", "third", "fourth"]
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    with Device() as device:
+        yield device
+
+
+@pytest.fixture
+async def worker(
+    checkpoint: Path, store: SessionStore, picture: bytes, device: Device
+) -> AsyncGenerator[grpc.aio.Channel, None]:
+    """A channel to a VAE worker of that device; the store has sessions."""
+    servicer = build(VaeSettings(checkpoint=checkpoint, capacity=5), store, device)
+    async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as target:
+        stub = vae_pb2_grpc.VaeServiceStub(target)
+        reference = (await stub.EncodeReference(pb.EncodeReferenceRequest(picture=picture))).reference
+        for name in SESSIONS:
+            session = types.Session(id=name, width=reference.width, height=reference.height, motion=reference.motion)
+            await store.create(session, types.Conditions(sink=reference.sink), types.Position(ttl_s=60))
+        yield target
+
+
+async def told(worker: grpc.aio.Channel) -> tuple[int, int]:
+    """Streams that are open, and capacity, as the worker says."""
+    info = await vae_pb2_grpc.VaeServiceStub(worker).GetInfo(pb.VaeServiceGetInfoRequest())
+    return info.active, info.capacity
+
+
+async def test_blocks_go_by_the_slack_that_they_come_with(
+    worker: grpc.aio.Channel, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    step = Vae.step
+
+    def noting(self: Vae[object], block: Block, state: VaeState[object]) -> FrameChunk:
+        order.append(block.traceparent)
+        return step(self, block, state)
+
+    monkeypatch.setattr(Vae, "step", noting)
+
+    async def decode(name: str, begun: asyncio.Event, *, is_live: bool = False, slack_s: float | None = None) -> None:
+        stage = remote_vae(worker)
+        await stage.open(pb.OpenDecode(session_id=name, is_live=is_live))
+
+        async def blocks() -> AsyncGenerator[types.Block, None]:
+            await begun.wait()
+            latent = tensor_to_pb(torch.zeros(16, 3, 8, 8))
+            yield types.Block(index=0, latent=latent, traceparent=name, slack_s=slack_s)
+
+        assert [frame async for frame in stage(blocks())]
+
+    events = {name: asyncio.Event() for name in SESSIONS}
+    streams = [
+        decode("first", events["first"]),
+        decode("second", events["second"], is_live=True),  # due a block from now
+        decode("third", events["third"], slack_s=60),
+        decode("fourth", events["fourth"], is_live=True, slack_s=-1),
+    ]
+    async with asyncio.TaskGroup() as tasks, asyncio.timeout(WAIT_S):
+        for each in streams:
+            tasks.create_task(each)
+        while (await told(worker))[0] < len(streams):
+            pass
+        await device.run(int)  # the streams' states are open
+        with busy(device):
+            for number, name in enumerate(SESSIONS, 1):
+                events[name].set()
+                await until_waiting(device, number)
+    assert order == ["fourth", "second", "third", "first"]
+
+
+async def test_the_newest_live_stream_is_refused_before_the_others_come_late(
+    worker: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avatar.pace.BLOCK_S", 1e9)
+    assert await told(worker) == (0, 5)
+    monkeypatch.setattr("avatar.pace.BLOCK_S", 1e-9)
+    assert await told(worker) == (0, 1), "a session that has the device to itself may try"
+    first, second, third, fourth = (remote_vae(worker) for _ in SESSIONS)
+    await first.open(pb.OpenDecode(session_id="first", is_live=True))
+    with pytest.raises(NoCapacity, match="no time for another live stream") as refusal:
+        await second.open(pb.OpenDecode(session_id="second", is_live=True))
+    assert refusal.value.retry_s
+    await third.open(pb.OpenDecode(session_id="third"))  # offline, it takes what is left
+    assert await told(worker) == (2, 2)
+    first.cancel()
+    async with asyncio.timeout(WAIT_S):
+        while (await told(worker))[0] > 1:
+            pass
+    await fourth.open(pb.OpenDecode(session_id="fourth", is_live=True))
+    for stage in (third, fourth):
+        stage.cancel()
+
+
+async def test_a_stream_that_ends_while_its_block_waits_takes_it_out_of_the_queue(
+    worker: grpc.aio.Channel, device: Device
+) -> None:
+    stage = remote_vae(worker)
+    await stage.open(pb.OpenDecode(session_id="first"))
+
+    async def blocks() -> AsyncGenerator[types.Block, None]:
+        yield types.Block(index=0, latent=tensor_to_pb(torch.zeros(16, 3, 8, 8)))
+        await asyncio.Event().wait()
+
+    await device.run(int)  # the stream's state is open
+    with busy(device):
+        frames = asyncio.ensure_future(anext(stage(blocks())))
+        await until_waiting(device, 1)
+        stage.cancel()
+        await until_waiting(device, 0)
+    await asyncio.wait({frames})
+    assert frames.cancelled() or frames.exception()

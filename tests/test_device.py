@@ -1,0 +1,198 @@
+"""Tests of avatar.device: who goes first, who goes together, and who goes away."""
+
+import asyncio
+import gc
+import weakref
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from avatar.device import Device
+from avatar.pace import BLOCK_S, Usage
+from avatar.pipeline import local
+from avatar.types import Session
+from tests.busy import busy, until_waiting
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    with Device() as device:
+        yield device
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a stream carries; due_s as a block's."""
+
+    name: str
+    due_s: float | None = None
+
+
+class Noting:
+    """A streaming model that notes what it is asked for; a session's state is a list of its name."""
+
+    def __init__(self) -> None:
+        self.steps: list[Any] = []
+
+    def open(self, session: Session) -> list[str]:
+        return [session.id]
+
+    def step(self, item: Item, _: list[str]) -> str:
+        self.steps.append(item.name)
+        return item.name.upper()
+
+
+class Together(Noting):
+    """The same, and steps up to three items of one initial together; an item in capitals is a mistake."""
+
+    def batch(self, item: Item, _: list[str]) -> tuple[str, int] | None:
+        return None if item.name.isupper() else (item.name[0], 3)
+
+    def step(self, item: Item, _: list[str]) -> str:
+        raise ValueError(f"{item.name} is a mistake")
+
+    def step_many(self, items: Sequence[Item], states: Sequence[list[str]]) -> list[str]:
+        self.steps.append([item.name for item in items])
+        return [item.name + state[0] for item, state in zip(items, states, strict=True)]
+
+
+def session(name: str) -> Session:
+    return Session(name, seed=0, motion=torch.zeros(0))
+
+
+async def stream(*items: Item) -> AsyncGenerator[Item, None]:
+    for item in items:
+        yield item
+
+
+async def test_what_will_be_missed_first_goes_first_and_what_nobody_waits_for_last(device: Device) -> None:
+    order: list[str] = []
+    async with asyncio.TaskGroup() as tasks:
+        with busy(device):
+            for name, due_s in (("offline", None), ("later", 30.0), ("next", None), ("soon", 10.0), ("late", -5.0)):
+                tasks.create_task(device.run(order.append, name, due_s=due_s))
+            await until_waiting(device, 5)
+            assert order == []
+    assert order == ["late", "soon", "later", "offline", "next"]
+
+
+async def test_streams_without_a_hurry_take_turns(device: Device) -> None:
+    """No stream waits for another's second block, however many it has."""
+    model = Noting()
+
+    async def drain(name: str) -> None:
+        blocks = [Item(f"{name}{index}") for index in range(4)]
+        assert [each async for each in local(model, session(name), device)(stream(*blocks))]
+
+    async with asyncio.TaskGroup() as tasks:
+        with busy(device):
+            for name in "abc":
+                tasks.create_task(drain(name))
+            await until_waiting(device, 3)
+    places = {name: [i for i, step in enumerate(model.steps) if step[0] == name] for name in "abc"}
+    for index in range(4):
+        turn = [places[name][index] for name in "abc"]
+        assert max(turn) - min(turn) < 3, f"block {index} of all is stepped before block {index + 1} of any"
+
+
+async def test_a_block_goes_by_its_own_time_and_that_of_a_live_stream_without_one_by_a_blocks(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avatar.pipeline.time", SimpleNamespace(monotonic=lambda: 100.0))
+    model = Noting()
+    opened = [
+        (Item("offline"), False),
+        (Item("undated"), True),
+        (Item("after", 100 + BLOCK_S + 0.01), True),
+        (Item("before", 100 + BLOCK_S - 0.01), False),
+    ]
+    streams = []
+    for first, is_live in opened:
+        streams.append(local(model, session("a"), device, is_live=is_live)(stream(Item("first"), first)))
+        await anext(streams[-1])
+    model.steps.clear()
+    async with asyncio.TaskGroup() as tasks:
+        with busy(device):
+            for number, each in enumerate(streams, 1):
+                tasks.create_task(anext(each))
+                await until_waiting(device, number)
+    assert model.steps == ["before", "undated", "after", "offline"]
+    for each in streams:
+        await each.aclose()
+
+
+async def test_what_is_cancelled_while_it_waits_is_not_computed_and_holds_nothing(device: Device) -> None:
+    model, items = Noting(), [Item("first"), Item("second")]
+    second = weakref.ref(items[1])
+    waiting = asyncio.ensure_future(anext(running := local(model, session("a"), device)(stream(*items))))
+    await waiting
+    del items
+    with busy(device):
+        waiting = asyncio.ensure_future(anext(running))
+        await until_waiting(device, 1)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert waiting.cancelled()
+        del waiting, running
+        gc.collect()  # the cancelled task and its error refer to each other
+        assert device.num_waiting == 0
+        assert second() is None
+    await device.run(int)
+    assert model.steps == ["first"]
+
+
+async def test_an_error_reaches_who_asked_and_nobody_else(device: Device) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        with busy(device):
+            wrong = asyncio.ensure_future(device.run(int, "no number"))
+            right = tasks.create_task(device.run(int, "7"))
+            await until_waiting(device, 2)
+    assert right.result() == 7
+    with pytest.raises(ValueError, match="no number"):
+        await wrong
+
+
+async def test_what_waits_together_is_stepped_together_up_to_the_most(device: Device) -> None:
+    model, usages = Together(), {name: Usage() for name in ("a1", "b1", "a2", "a3", "a4", "A5", "a6")}
+    dues = {"a1": 4.0, "b1": 3.0, "a2": 2.0, "a3": 1.0, "a4": 5.0, "a6": None}
+
+    async def step(name: str) -> Any:
+        return await device.step(model, Item(name), [f" of {name}"], usages[name], dues.get(name))
+
+    with busy(device):
+        steps = {name: asyncio.ensure_future(step(name)) for name in usages}
+        await until_waiting(device, 7)
+    done = await asyncio.gather(*steps.values(), return_exceptions=True)
+    assert model.steps == [["a3", "a2", "a1"], ["b1"], ["a4"], ["a6"]], "a pass holds nobody who is not waited for"
+    answers = dict(zip(steps, done, strict=True))
+    assert isinstance(answers.pop("A5"), ValueError), "a mistake goes alone, and is nobody else's"
+    assert answers == {name: f"{name} of {name}" for name in answers}
+    assert [usages[name].shared_by for name in ("a1", "a2", "a3", "a4", "b1")] == [3, 3, 3, 1, 1]
+    shared = usages["a1"]
+    assert shared.busy_s == pytest.approx(shared.step_s / 3), "a stream pays its share"
+
+
+async def test_closing_a_device_ends_what_waits() -> None:
+    order: list[str] = []
+    with Device() as other, busy(other):
+        waiting = asyncio.ensure_future(other.run(order.append, "never"))
+        await until_waiting(other, 1)
+        closing = asyncio.create_task(asyncio.to_thread(other.__exit__, None, None, None))
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+    await closing
+    assert order == []
+    with pytest.raises(RuntimeError, match="closed"):
+        other.submit(int)
+
+
+async def test_a_step_lasts_until_the_device_has_done_it() -> None:
+    """A GPU's work is only begun when its call returns."""
+    done: list[str] = []
+    with Device(wait=lambda: done.append("waited")) as device:
+        await device.run(done.append, "called")
+    assert done == ["called", "waited"]
