@@ -230,6 +230,28 @@ async def test_a_session_that_runs_does_not_miss_its_store(checkpoint: Path, pic
     assert not jumps(out)
 
 
+async def test_a_store_that_is_emptied_between_two_blocks_is_told_again(checkpoint: Path, picture: bytes) -> None:
+    hashes = MemoryHashes()
+    store, data = SessionStore(hashes), sound(SECONDS)
+    async with (
+        workers(checkpoint, store, SETTINGS) as given,
+        gateway(store, given) as target,
+        connected(target) as stub,
+    ):
+        session = await new_session(stub, picture, seed=7)
+        call = stub.StreamAvatar(timeout=60)
+        await call.write(opened(session.id))
+        await answer(call)
+        hashes._hashes.clear()
+        out = Streamed()
+        for request in [*spoken(data), CLOSE]:
+            await call.write(request)
+        for response in await rest(call):
+            out.take(response)
+        assert (await store.session(session.id)).seed == 7
+    assert out.pixels == rendered(checkpoint, picture, data, seed=7)
+
+
 async def test_a_connection_that_a_restarted_store_has_closed_is_made_anew(redis: str) -> None:
     hashes = RedisHashes(redis)
     number = await hashes._redis.client_id()
