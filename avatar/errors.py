@@ -54,6 +54,13 @@ class InvalidAudio(InvalidField):
     reason = "INVALID_AUDIO"
 
 
+class Unauthenticated(AvatarError):
+    """The call carries no token that is known."""
+
+    reason = "UNAUTHENTICATED"
+    code = StatusCode.UNAUTHENTICATED
+
+
 class ReferenceNotFound(AvatarError):
     """No reference of this name is kept."""
 
@@ -138,6 +145,13 @@ class NoCapacity(AvatarError):
     code = StatusCode.RESOURCE_EXHAUSTED
 
 
+class QuotaExceeded(AvatarError):
+    """The caller uses all that it may; metadata `quota` names what of."""
+
+    reason = "QUOTA_EXCEEDED"
+    code = StatusCode.RESOURCE_EXHAUSTED
+
+
 class MessageTooLarge(AvatarError):
     """A message has more bytes than the limits allow."""
 
@@ -178,6 +192,7 @@ REASONS: dict[str, type[AvatarError]] = {
     for each in (
         InvalidField,
         InvalidAudio,
+        Unauthenticated,
         ReferenceNotFound,
         SessionNotFound,
         SessionBusy,
@@ -190,6 +205,7 @@ REASONS: dict[str, type[AvatarError]] = {
         SlowReader,
         ResumeImpossible,
         NoCapacity,
+        QuotaExceeded,
         MessageTooLarge,
         StageLost,
         StageFailed,

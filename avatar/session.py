@@ -15,7 +15,7 @@ import math
 import time
 import zlib
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol, TypeVar
 
 import redis.asyncio
@@ -75,7 +75,7 @@ class SessionStore:
     async def reference(self, reference_id: str) -> pb.Reference:
         value = await self._hashes.read(_reference_key(reference_id), "reference")
         if value is None:
-            raise ReferenceNotFound(f"there is no reference {reference_id!r}; create it again")
+            raise no_reference(reference_id)
         return _unpack(value, pb.Reference, "reference")
 
     async def reference_expires_in_s(self, reference_id: str) -> float:
@@ -83,7 +83,7 @@ class SessionStore:
 
     async def delete_reference(self, reference_id: str) -> None:
         if not await self._hashes.delete(_reference_key(reference_id)):
-            raise ReferenceNotFound(f"there is no reference {reference_id!r}")
+            raise no_reference(reference_id)
 
     async def put_embedding(self, name: str, embedding: EmbedResponse, ttl_s: float) -> None:
         """Keep the embedding of a prompt under a name that prompt and encoder alone decide."""
@@ -108,7 +108,7 @@ class SessionStore:
     async def put_session(self, session: pb.Session) -> None:
         """Write what has changed of a session."""
         if not await self._hashes.update(_session_key(session.id), {"session": _pack(session)}, None):
-            raise _gone(session.id)
+            raise no_session(session.id)
 
     async def conditions(self, session_id: str, version: int) -> pb.Conditions:
         return await self._field(session_id, f"conditions/{version}", pb.Conditions)
@@ -117,7 +117,7 @@ class SessionStore:
         """Write a version of the conditions, before any block names it."""
         fields = {f"conditions/{conditions.version}": _pack(conditions)}
         if not await self._hashes.update(_session_key(session_id), fields, None):
-            raise _gone(session_id)
+            raise no_session(session_id)
 
     async def position(self, session_id: str) -> pb.Position:
         return await self._field(session_id, "position", pb.Position)
@@ -126,18 +126,18 @@ class SessionStore:
         """Write how far the session is, and start its time to live anew."""
         fields = {"position": _pack(position)}
         if not await self._hashes.update(_session_key(session_id), fields, position.ttl_s):
-            raise _gone(session_id)
+            raise no_session(session_id)
 
     async def expires_in_s(self, session_id: str) -> float:
         """Seconds until the session is forgotten. SessionNotFound if it already is."""
         left = await self._hashes.expires_in_s(_session_key(session_id))
         if not left:
-            raise _gone(session_id)
+            raise no_session(session_id)
         return left
 
     async def delete(self, session_id: str) -> None:
         if not await self._hashes.delete(_session_key(session_id)):
-            raise _gone(session_id)
+            raise no_session(session_id)
 
     async def restore(self, session: pb.Session, conditions: pb.Conditions, position: pb.Position) -> None:
         """Write a session that streams as it is now: the store was away, and may have lost some of it, or all."""
@@ -164,7 +164,7 @@ class SessionStore:
     async def _field(self, session_id: str, field: str, kind: type[Kept]) -> Kept:
         value = await self._hashes.read(_session_key(session_id), field)
         if value is None:
-            raise _gone(session_id)
+            raise no_session(session_id)
         return _unpack(value, kind, f"{field} of session {session_id!r}")
 
 
@@ -245,11 +245,7 @@ class RedisHashes:
     """Hashes in a Redis or Valkey server. Belongs to the event loop that first uses it."""
 
     def __init__(self, url: str, timeout_s: float = 2.0) -> None:
-        # No socket_timeout: redis-py keeps it with asyncio.wait_for, which before Python 3.12 swallows a cancellation
-        # that comes as the command is sent; a stream that ended would then wait for ever. `_reached` bounds the wait.
-        # A server that was restarted has closed the connections that are kept here: the second attempt makes another.
-        again = Retry(NoBackoff(), 1)
-        self._redis = redis.asyncio.from_url(url, socket_timeout=None, socket_connect_timeout=timeout_s, retry=again)
+        self._redis = open_redis(url, timeout_s)
         self._timeout_s = timeout_s
         self._update = self._redis.register_script(_UPDATE)
         self._claim = self._redis.register_script(_CLAIM)
@@ -292,16 +288,30 @@ class RedisHashes:
     async def aclose(self) -> None:
         await self._redis.aclose()
 
-    @asynccontextmanager
-    async def _reached(self) -> AsyncGenerator[None, None]:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                yield
-        except TimeoutError as error:
-            message = f"the session store did not answer in {self._timeout_s:g} s"
-            raise StoreUnavailable(message, retry_s=1.0) from error
-        except RedisError as error:
-            raise StoreUnavailable(f"the session store cannot be reached: {error}", retry_s=1.0) from error
+    def _reached(self) -> AbstractAsyncContextManager[None]:
+        return reached(self._timeout_s)
+
+
+def open_redis(url: str, timeout_s: float) -> redis.asyncio.Redis:
+    """A client of a Redis or Valkey server. Belongs to the event loop that first uses it."""
+    # No socket_timeout: redis-py keeps it with asyncio.wait_for, which before Python 3.12 swallows a cancellation
+    # that comes as the command is sent; a stream that ended would then wait for ever. `reached` bounds the wait.
+    # A server that was restarted has closed the connections that are kept here: the second attempt makes another.
+    again = Retry(NoBackoff(), 1)
+    return redis.asyncio.from_url(url, socket_timeout=None, socket_connect_timeout=timeout_s, retry=again)
+
+
+@asynccontextmanager
+async def reached(timeout_s: float) -> AsyncGenerator[None, None]:
+    """Bounds what a Redis client does in the body. StoreUnavailable if the server cannot be reached."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        message = f"the session store did not answer in {timeout_s:g} s"
+        raise StoreUnavailable(message, retry_s=1.0) from error
+    except RedisError as error:
+        raise StoreUnavailable(f"the session store cannot be reached: {error}", retry_s=1.0) from error
 
 
 def _ms(seconds: float) -> int:
@@ -324,8 +334,12 @@ def _text_key(name: str) -> str:
     return f"avatar:text:{{{name}}}"
 
 
-def _gone(session_id: str) -> SessionNotFound:
+def no_session(session_id: str) -> SessionNotFound:
     return SessionNotFound(f"there is no session {session_id!r}: it was never created, was deleted or has expired")
+
+
+def no_reference(reference_id: str) -> ReferenceNotFound:
+    return ReferenceNotFound(f"there is no reference {reference_id!r}: create it again")
 
 
 def _pack(message: Message) -> bytes:

@@ -14,6 +14,8 @@ Loaded = TypeVar("Loaded", bound="Settings")
 PREFIX = "AVATAR_"
 BOOLEANS = {"true": True, "false": False}
 DTYPES = ("float32", "bfloat16")
+# Of a client's message: names, numbers and tags beside a picture, a piece of sound or a prompt.
+OTHER_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +26,17 @@ class Settings:
     redis_url: where sessions are kept.
     log_level: DEBUG, INFO, WARNING or ERROR.
     drain_s: seconds that open streams are given when the process is asked to stop.
+    tls_cert, tls_key: PEM files of the server's certificate and its key; plain text without them.
+    tls_client_ca: PEM file of the authority that signs clients' certificates; callers without one are then refused.
     """
 
     listen: str
     redis_url: str = "redis://127.0.0.1:6379"
     log_level: str = "INFO"
     drain_s: float = 5.0
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -39,8 +46,16 @@ class Settings:
         if self.log_level.upper() not in logging.getLevelNamesMapping():
             raise unusable("log_level", self.log_level, "DEBUG, INFO, WARNING or ERROR")
         if not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
-            raise unusable("redis_url", self.redis_url, "redis://HOST:PORT, rediss:// or unix://")
+            host = self.redis_url.rpartition("@")[2]  # before it stands a password
+            raise unusable("redis_url", host, "redis://HOST:PORT, rediss:// or unix://")
         check_addresses("listen", self.listen)
+        self._check_needs("tls_cert", "tls_key")
+        self._check_needs("tls_key", "tls_cert")
+        self._check_needs("tls_client_ca", "tls_cert")
+
+    def _check_needs(self, name: str, other: str) -> None:
+        if getattr(self, name) is not None and getattr(self, other) is None:
+            raise ValueError(f"{PREFIX}{name.upper()} is set and {PREFIX}{other.upper()} is not; it needs both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +184,9 @@ class GatewaySettings(Settings):
     resume_s: seconds that a session waits to be resumed after its connection broke; 0 if it does not.
     kept_s, kept_bytes: how much of what was sent is kept to be sent again, in seconds of video and in bytes.
     max_picture_bytes, max_audio_bytes, max_prompt_bytes: largest picture, piece of sound and prompt.
+    worker_ca: PEM file of the authority that signed the workers' certificates; they are sent plain text without it.
+    worker_cert, worker_key: PEM files of the certificate that the gateway shows to workers, and of its key.
+    tenants: TOML file of who may call, and how much each; everybody may, any amount, without it.
     """
 
     listen: str = "127.0.0.1:7000"
@@ -190,6 +208,10 @@ class GatewaySettings(Settings):
     max_picture_bytes: int = 8 << 20
     max_audio_bytes: int = 1 << 20
     max_prompt_bytes: int = 8 << 10
+    worker_ca: Path | None = None
+    worker_cert: Path | None = None
+    worker_key: Path | None = None
+    tenants: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,6 +219,14 @@ class GatewaySettings(Settings):
             check_addresses(name, *getattr(self, name))
             if name != "text" and not getattr(self, name):
                 raise unusable(name, "", "at least one HOST:PORT")
+        self._check_needs("worker_cert", "worker_key")
+        self._check_needs("worker_key", "worker_cert")
+        self._check_needs("worker_cert", "worker_ca")
+
+    @property
+    def max_message_bytes(self) -> int:
+        """The largest message of a client: the largest of what it carries, and everything else in it."""
+        return max(self.max_picture_bytes, self.max_audio_bytes, self.max_prompt_bytes) + OTHER_BYTES
 
 
 def unusable(name: str, value: object, expected: str) -> ValueError:
@@ -228,7 +258,9 @@ def _parse(name: str, text: str, kind: Any) -> Any:
     if isinstance(kind, types.GenericAlias) and kind.__origin__ is tuple:
         parts = text.split(",") if text.strip() else []
         return tuple(_parse(name, part.strip(), kind.__args__[0]) for part in parts)
-    if isinstance(kind, types.UnionType):  # something, or None where it is not set
+    if isinstance(kind, types.UnionType):  # something, or None where it is not set or empty
+        if not text:
+            return None
         kind = kind.__args__[0]
     if kind is bool:
         if text not in BOOLEANS:

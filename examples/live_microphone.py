@@ -5,10 +5,11 @@ python examples/live_microphone.py assets/speech.wav assets/portrait.png --inter
 
 import argparse
 import asyncio
+import os
 import wave
 from collections import Counter
 
-from avatar.client import Frame, Stream, connect
+from avatar.client import Frame, Stream, channel_credentials, connect
 
 PIECE_S = 0.04
 
@@ -38,12 +39,15 @@ async def main() -> None:
     parser.add_argument("speech", help="WAV file, 16 bit, one channel")
     parser.add_argument("portrait", help="PNG, JPEG or WebP file")
     parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
+    parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="speak TLS; file of who signed it, if private")
+    parser.add_argument("--token", default=os.environ.get("AVATAR_TOKEN", ""), help="bearer token; or AVATAR_TOKEN")
     parser.add_argument("--interrupt-after", type=float, default=2.0, help="seconds of speech before the interrupt")
     flags = parser.parse_args()
     with wave.open(flags.speech) as file:
         rate_hz, speech = file.getframerate(), file.readframes(file.getnframes())
 
-    async with connect(flags.target) as avatar:
+    credentials = None if flags.tls is None else channel_credentials(flags.tls)
+    async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
         session = await avatar.create(flags.portrait)
         async with session.stream(rate_hz=rate_hz, live=True, video="jpeg") as stream, asyncio.TaskGroup() as tasks:
             tasks.create_task(show(stream))

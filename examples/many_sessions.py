@@ -5,10 +5,11 @@ python examples/many_sessions.py assets/speech.wav assets/portrait.png --session
 
 import argparse
 import asyncio
+import os
 import time
 import wave
 
-from avatar.client import Avatar, AvatarError, connect
+from avatar.client import Avatar, AvatarError, channel_credentials, connect
 
 
 async def converse(avatar: Avatar, number: int, portrait: str, speech: bytes, rate_hz: int) -> None:
@@ -36,12 +37,18 @@ async def main() -> None:
     parser.add_argument("speech", help="WAV file, 16 bit, one channel")
     parser.add_argument("portrait", help="PNG, JPEG or WebP file")
     parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
+    parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="speak TLS; file of who signed it, if private")
+    parser.add_argument("--token", default=os.environ.get("AVATAR_TOKEN", ""), help="bearer token; or AVATAR_TOKEN")
     parser.add_argument("--sessions", type=int, default=4)
     flags = parser.parse_args()
     with wave.open(flags.speech) as file:
         rate_hz, speech = file.getframerate(), file.readframes(file.getnframes())
 
-    async with connect(flags.target) as avatar, asyncio.TaskGroup() as tasks:
+    credentials = None if flags.tls is None else channel_credentials(flags.tls)
+    async with (
+        connect(flags.target, credentials=credentials, token=flags.token) as avatar,
+        asyncio.TaskGroup() as tasks,
+    ):
         for number in range(flags.sessions):
             tasks.create_task(converse(avatar, number, flags.portrait, speech, rate_hz))
 

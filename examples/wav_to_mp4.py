@@ -7,13 +7,14 @@ Needs av and numpy beside the client, to write the file.
 
 import argparse
 import asyncio
+import os
 import wave
 from fractions import Fraction
 
 import av
 import numpy as np
 
-from avatar.client import connect
+from avatar.client import channel_credentials, connect
 
 
 async def main() -> None:
@@ -22,13 +23,16 @@ async def main() -> None:
     parser.add_argument("portrait", help="PNG, JPEG or WebP file")
     parser.add_argument("out", help="MP4 file to write")
     parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
+    parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="speak TLS; file of who signed it, if private")
+    parser.add_argument("--token", default=os.environ.get("AVATAR_TOKEN", ""), help="bearer token; or AVATAR_TOKEN")
     parser.add_argument("--seed", type=int, help="the same seed gives the same frames")
     flags = parser.parse_args()
 
     with wave.open(flags.speech) as file:
         rate_hz, speech = file.getframerate(), file.readframes(file.getnframes())
 
-    async with connect(flags.target) as avatar:
+    credentials = None if flags.tls is None else channel_credentials(flags.tls)
+    async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
         session = await avatar.create(flags.portrait, seed=flags.seed)
         width, height, frame_rate_hz = session.video.width, session.video.height, session.video.frame_rate_hz
         with av.open(flags.out, "w") as film:

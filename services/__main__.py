@@ -19,13 +19,21 @@ from avatar.adapter import ALPHA
 from avatar.layouts import knows_text
 from avatar.rpc.server import Servicer, serving, until_stopped
 from avatar.session import MemoryHashes, RedisHashes, SessionStore
-from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
+from avatar.settings import (
+    AudioSettings,
+    DenoiserSettings,
+    GatewaySettings,
+    TextSettings,
+    VaeSettings,
+    WorkerSettings,
+    load,
+)
+from avatar.tally import MemoryTally, RedisTally, Tally
+from avatar.tls import server_credentials
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.device import device_of
-from services.gateway.conversations import Conversations
-from services.gateway.service import AvatarServicer
-from services.gateway.workers import Workers
+from services.gateway.__main__ import gateway as serving_gateway
 from services.process import run
 from services.text.__main__ import build as build_text
 from services.vae.__main__ import build as build_vae
@@ -54,7 +62,9 @@ async def workers(
         device = stack.enter_context(device_of(audio_settings))
 
         async def served(servicer: Servicer) -> str:
-            return f"127.0.0.1:{await stack.enter_async_context(serving(ANY_PORT, servicer))}"
+            credentials = server_credentials(WorkerSettings(listen=ANY_PORT, **worker))
+            port = await stack.enter_async_context(serving(ANY_PORT, servicer, credentials=credentials))
+            return f"127.0.0.1:{port}"
 
         audio = build_audio(audio_settings, device)
         vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, device)
@@ -77,25 +87,20 @@ async def workers(
 
 
 @asynccontextmanager
-async def gateway(store: SessionStore, settings: GatewaySettings) -> AsyncGenerator[str, None]:
-    """A gateway while the body runs; gives its HOST:PORT."""
-    async with (
-        Workers(settings) as pools,
-        Conversations(settings, store, pools) as conversations,
-        serving(
-            settings.listen, AvatarServicer(settings, store, pools, conversations), drain_s=settings.drain_s
-        ) as port,
-    ):
+async def gateway(
+    store: SessionStore, settings: GatewaySettings, tally: Tally | None = None
+) -> AsyncGenerator[str, None]:
+    """A gateway while the body runs; gives its HOST:PORT. tally: of what tenants use; in this process without one."""
+    async with serving_gateway(settings, store, tally or MemoryTally()) as port:
         yield f"127.0.0.1:{port}"
-        conversations.go_away()
 
 
 @asynccontextmanager
 async def suite(
-    checkpoint: Path, store: SessionStore, settings: GatewaySettings, **worker: Any
+    checkpoint: Path, store: SessionStore, settings: GatewaySettings, *, tally: Tally | None = None, **worker: Any
 ) -> AsyncGenerator[str, None]:
     """All services over one checkpoint while the body runs; gives the gateway's HOST:PORT. worker: as for `workers`."""
-    async with workers(checkpoint, store, settings, **worker) as given, gateway(store, given) as target:
+    async with workers(checkpoint, store, settings, **worker) as given, gateway(store, given, tally) as target:
         yield target
 
 
@@ -104,11 +109,13 @@ async def main() -> None:
     telemetry.set_up("avatar", settings.log_level)
     torch.set_num_threads(1)
     models = load(DenoiserSettings, os.environ)
-    hashes = RedisHashes(settings.redis_url) if "AVATAR_REDIS_URL" in os.environ else MemoryHashes()
-    store = SessionStore(hashes)
+    is_kept = "AVATAR_REDIS_URL" in os.environ
+    store = SessionStore(RedisHashes(settings.redis_url) if is_kept else MemoryHashes())
+    tally = RedisTally(settings.redis_url) if is_kept else MemoryTally()
     switches = {name: getattr(models, name) for name in ("batch", "adapter", "adapter_alpha", "device", "dtype")}
-    async with suite(models.checkpoint, store, settings, **switches):
+    async with suite(models.checkpoint, store, settings, tally=tally, **switches):
         await until_stopped()
+    await tally.aclose()
     await store.aclose()
 
 

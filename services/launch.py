@@ -39,6 +39,11 @@ ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "67108864",
     "OMP_NUM_THREADS": "1",
 }
+# On loopback all is in plain text and for everybody, whatever this process was given.
+PLAIN = {
+    **dict.fromkeys(("AVATAR_TLS_CERT", "AVATAR_TLS_KEY", "AVATAR_TLS_CLIENT_CA", "AVATAR_TENANTS"), ""),
+    **dict.fromkeys(("AVATAR_WORKER_CA", "AVATAR_WORKER_CERT", "AVATAR_WORKER_KEY"), ""),
+}
 # Sockets of the ports that were given out.
 _kept: list[socket.socket] = []
 
@@ -69,7 +74,7 @@ class Suite:
             self.processes[name] = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "services.child", str(os.getpid()), *program),
                 cwd=ROOT,
-                env={**os.environ, **ENVIRONMENT, **environment},
+                env={**os.environ, **ENVIRONMENT, **PLAIN, **environment},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

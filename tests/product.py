@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import grpc
 import grpc.aio
 
 from avatar.pipeline import beside
@@ -19,10 +20,16 @@ PCM16 = types.AudioFormat(encoding=types.SAMPLE_ENCODING_PCM16, rate_hz=16000, n
 
 
 @asynccontextmanager
-async def connected(target: str) -> "AsyncGenerator[pb_grpc.AvatarServiceAsyncStub, None]":
-    """A stub of the gateway at HOST:PORT."""
+async def connected(
+    target: str, credentials: grpc.ChannelCredentials | None = None
+) -> "AsyncGenerator[pb_grpc.AvatarServiceAsyncStub, None]":
+    """A stub of the gateway at HOST:PORT, in plain text without credentials."""
     options = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 64 << 20)]
-    async with grpc.aio.insecure_channel(target, options=options) as channel:
+    async with (
+        grpc.aio.secure_channel(target, credentials, options=options)
+        if credentials
+        else grpc.aio.insecure_channel(target, options=options)
+    ) as channel:
         yield pb_grpc.AvatarServiceStub(channel)
 
 

@@ -29,7 +29,7 @@ _WORKER = (
         "avatar.session",
         "avatar.settings",
     ),
-    *("avatar.telemetry", "avatar.types", "avatar.worker", "services.device", "services.process"),
+    *("avatar.telemetry", "avatar.tls", "avatar.types", "avatar.worker", "services.device", "services.process"),
 )
 
 # What each part of ours may import of ours; a name stands for the module and for all below it. A part may always import
@@ -42,6 +42,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.pace": (),
     "avatar.telemetry": ("avatar.pace",),
     "avatar.session": ("avatar.errors", "avatar.worker"),  # a store's errors are what a client can act on
+    "avatar.tally": ("avatar.session",),
+    "avatar.tls": ("avatar.settings",),
     # Tensor code. The four never see each other.
     "avatar.types": (),
     "avatar.checkpoint": (),
@@ -68,7 +70,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.handoff.chain": ("avatar.errors", "avatar.types"),
     "avatar.handoff.client": ("avatar.pipeline", "avatar.rpc.client", "avatar.worker"),
     # What product teams use.
-    "avatar.client": ("avatar.errors", "avatar.pipeline", "avatar.status", "avatar.v1"),
+    "avatar.client": ("avatar.errors", "avatar.pipeline", "avatar.status", "avatar.tls", "avatar.v1"),
     "avatar.adapters": ("avatar.client",),
     # Files and the command line.
     "avatar.media": ("avatar.audio", "avatar.vae"),
@@ -90,7 +92,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.gateway": (
         *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.history", "avatar.rpc.lasting"),
-        *("avatar.rpc.pool", "avatar.rpc.server", "avatar.session", "avatar.settings", "avatar.telemetry", "avatar.v1"),
+        *("avatar.rpc.pool", "avatar.rpc.server", "avatar.session", "avatar.settings", "avatar.tally"),
+        *("avatar.telemetry", "avatar.tls", "avatar.v1"),
         *("avatar.handoff.client", "avatar.worker", "services.process"),
     ),
     "services": (
@@ -125,6 +128,8 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("avatar.adapters", "avatar.client"), (*_TENSORS, "google.rpc", "grpc_status")),
     "avatar.telemetry": _TENSORS,
     "avatar.session": _TENSORS,
+    "avatar.tally": _TENSORS,
+    "avatar.tls": _TENSORS,
     "avatar.types": _STREAMS,
     **dict.fromkeys(("avatar.adapter", "avatar.checkpoint", "avatar.layouts", "avatar.part"), _STREAMS),
     "avatar.audio": _STREAMS,

@@ -85,6 +85,12 @@ def test_a_value_that_cannot_be_used_is_named(cls: type[Settings], name: str, te
         load(cls, {"AVATAR_LISTEN": "127.0.0.1:0", name: text})
 
 
+def test_a_password_is_not_repeated() -> None:
+    with pytest.raises(ValueError, match=r"AVATAR_REDIS_URL is 'redis:6379', expected redis://") as caught:
+        load(GatewaySettings, {"AVATAR_REDIS_URL": "redis:/user:se@cret@redis:6379"})
+    assert "cret" not in str(caught.value)
+
+
 NUMBERS = [(cls, each.name) for cls in SERVICES for each in fields(cls) if each.type in (int, float)]
 
 

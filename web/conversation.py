@@ -102,7 +102,7 @@ class Conversation:
             async with self._session.stream(rate_hz=RATE_HZ, live=True, return_audio=True) as stream:
                 await self._converse(stream)
         except TimeoutError:
-            logger.info("a browser did not connect", extra={"session": self._session.id})
+            logger.info("a browser did not connect")
         except AvatarError as error:
             self._tell("ended", text=str(error), reason=error.reason)
             await asyncio.sleep(FAREWELL_S)

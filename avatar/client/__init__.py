@@ -6,6 +6,8 @@
             async for frame in stream.frames():
                 show(frame.data)
 
+To a deployment of tenants: `connect(target, credentials=channel_credentials(ca="ca.pem"), token=token)`.
+
 Needs grpcio and protobuf alone. Everything raises `AvatarError`, whose `reason` is one of the table in
 protos/avatar/v1/avatar_service.proto; `ConnectionLost` is one of them, and is raised if there is no gateway at all.
 """
@@ -23,6 +25,7 @@ from avatar.client.items import (
 from avatar.client.session import Avatar, Session, connect
 from avatar.client.stream import Sound, Stream
 from avatar.errors import AvatarError
+from avatar.tls import channel_credentials
 
 __all__ = [
     "Audio",
@@ -38,5 +41,6 @@ __all__ = [
     "Session",
     "Sound",
     "Stream",
+    "channel_credentials",
     "connect",
 ]

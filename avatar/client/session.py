@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_address
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -55,13 +56,23 @@ FITS = {"": types.FIT_UNSPECIFIED, "cover": types.FIT_COVER, "reference": types.
 
 @asynccontextmanager
 async def connect(
-    target: str, *, credentials: grpc.ChannelCredentials | None = None, token: str = ""
+    target: str,
+    *,
+    credentials: grpc.ChannelCredentials | None = None,
+    token: str = "",
+    plaintext_token: bool = False,
 ) -> AsyncGenerator["Avatar", None]:
     """A gateway, while the body runs. Nothing is asked of it before the first call.
 
-    target: HOST:PORT. credentials: for TLS, such as grpc.ssl_channel_credentials(); plain text without them.
+    target: HOST:PORT. credentials: for TLS, such as `channel_credentials(ca="ca.pem")`; plain text without them.
     token: sent with every call as `authorization: Bearer TOKEN`, if there is one.
+    plaintext_token: send it in plain text to another machine too, where something else encrypts what lies between.
+    ValueError if a token would leave this machine in plain text.
     """
+    if token and not credentials and not plaintext_token and not _is_here(target):
+        raise ValueError(
+            f"the token would be sent to {target} in plain text; give credentials, or plaintext_token=True"
+        )
     channel = (
         grpc.aio.secure_channel(target, credentials, options=OPTIONS)
         if credentials
@@ -70,6 +81,15 @@ async def connect(
     async with channel:
         metadata = [("authorization", f"Bearer {token}")] if token else []
         yield Avatar(pb_grpc.AvatarServiceStub(channel), metadata)
+
+
+def _is_here(target: str) -> bool:
+    """Whether what is sent to HOST:PORT stays on this machine."""
+    host = target.rpartition(":")[0].rpartition("/")[2].strip("[]")
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return target.startswith("unix:")
 
 
 class Avatar:

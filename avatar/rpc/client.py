@@ -37,10 +37,16 @@ GONE = (
 )
 
 
-def channel(target: str) -> grpc.aio.Channel:
-    """A channel to HOST:PORT, which looks soon whether a worker that went away is back."""
-    backoff = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
-    return grpc.aio.insecure_channel(target, options=[*OPTIONS, *backoff])
+def channel(target: str, credentials: grpc.ChannelCredentials | None = None, *, name: str = "") -> grpc.aio.Channel:
+    """A channel to HOST:PORT, in plain text without credentials, which looks soon whether a lost peer is back.
+
+    name: what the peer's certificate must be for, where that is not the target's host: it may be one of its addresses.
+    """
+    options = [*OPTIONS, ("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    named = [("grpc.ssl_target_name_override", name)] if name else []
+    return grpc.aio.secure_channel(target, credentials, options=[*options, *named])
 
 
 class RemoteStage(Generic[Item, Answer]):

@@ -2,9 +2,16 @@
 
 Exit status 0 if it does; 1, with one line that says why, if not. SERVICE is the full name of one of its services, such
 as avatar.v1.AvatarService; without it, all of the server is meant.
+
+Where AVATAR_TLS_CERT and AVATAR_TLS_KEY are set, as they are for the server, it must show this very certificate, under
+whatever name; the same one is shown to a server that asks for clients' certificates.
 """
 
+import os
+import socket
+import ssl
 import sys
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,20 +20,51 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 ANSWER_S = 3.0
 
 
-def problem(target: str, service: str = "") -> str:
-    """Why the service at HOST:PORT does not serve; empty if it does."""
+def problem(target: str, service: str = "", *, cert: Path | None = None, key: Path | None = None) -> str:
+    """Why the service at HOST:PORT does not serve; empty if it does. cert, key: files of a server that speaks TLS."""
     request = health_pb2.HealthCheckRequest(service=service)
-    with grpc.insecure_channel(target) as channel:
-        stub: Any = health_pb2_grpc.HealthStub(channel)  # comes without types
-        try:
+    try:
+        with _channel(target, cert, key) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)  # comes without types
             answer = stub.Check(request, timeout=ANSWER_S)
-        except grpc.RpcError as error:
-            return f"{target}: {error.code().name}: {error.details()}"
+    except grpc.RpcError as error:
+        return f"{target}: {error.code().name}: {error.details()}"
+    except OSError as error:
+        return f"{target}: {error}"
     status: str = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     return "" if status == "SERVING" else f"{target}: {status}"
+
+
+def _channel(target: str, cert: Path | None, key: Path | None) -> grpc.Channel:
+    if not cert or not key:
+        return grpc.insecure_channel(target)
+    chain = cert.read_bytes()
+    credentials = grpc.ssl_channel_credentials(chain, key.read_bytes(), chain)
+    return grpc.secure_channel(target, credentials, [("grpc.ssl_target_name_override", _name(target, cert, key))])
+
+
+def _name(target: str, cert: Path, key: Path) -> str:
+    """One of the names that the server's certificate is for; it is asked at an address that is none of them."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(cert)
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is trusted, not who signed it
+    context.load_cert_chain(cert, key)
+    host, _, port = target.rpartition(":")
+    with (
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S) as plain,
+        context.wrap_socket(plain) as connection,
+    ):
+        names: Any = (connection.getpeercert() or {}).get("subjectAltName", ())
+    return next((value.replace("*", "any") for _, value in names), "")
+
+
+def _file(variable: str) -> Path | None:
+    name = os.environ.get(variable)
+    return Path(name) if name else None
 
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    sys.exit(problem(*sys.argv[1:]) or None)
+    sys.exit(problem(*sys.argv[1:], cert=_file("AVATAR_TLS_CERT"), key=_file("AVATAR_TLS_KEY")) or None)

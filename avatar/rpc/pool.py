@@ -71,12 +71,20 @@ class Pool(Generic[Info]):
     """All workers of a kind.
 
     stage: what errors call them. targets: HOST:PORT or NAME:PORT of each. ask: what asks one at the end of a channel.
+    credentials: for TLS; a certificate is for the target's name, whichever of its addresses shows it.
     """
 
-    def __init__(self, stage: str, targets: Sequence[str], ask: Callable[[grpc.aio.Channel], Awaitable[Info]]) -> None:
+    def __init__(
+        self,
+        stage: str,
+        targets: Sequence[str],
+        ask: Callable[[grpc.aio.Channel], Awaitable[Info]],
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
         self.stage = stage
         self._targets = targets
         self._ask_at = ask
+        self._credentials = credentials
         self._workers: dict[str, Worker[Info]] = {}
         self._asking = asyncio.Lock()
 
@@ -163,16 +171,16 @@ class Pool(Generic[Info]):
 
     async def _look(self) -> None:
         """Workers at all addresses that the names have now. A name that cannot be resolved keeps those it had."""
-        found: list[str] = []
+        found: dict[str, str] = {}
         for target in self._targets:
             try:
-                found += await _addresses(target)
+                found |= await _addresses(target)
             except OSError:
                 logger.warning("name not resolved", extra={"target": target})
-                found += self._workers
-        for address in found:
+                found |= dict.fromkeys(self._workers, "")
+        for address, name in found.items():
             if address not in self._workers:
-                self._workers[address] = Worker(address, channel(address))
+                self._workers[address] = Worker(address, channel(address, self._credentials, name=name))
         for address in set(self._workers) - set(found):
             if not self._workers[address].num_open:
                 await self._workers.pop(address).channel.close()
@@ -180,8 +188,8 @@ class Pool(Generic[Info]):
                 self._workers[address].lost()
 
 
-async def _addresses(target: str) -> list[str]:
-    """HOST:PORT of every address that a target's name has."""
+async def _addresses(target: str) -> dict[str, str]:
+    """HOST:PORT of every address that a target's name has, and the name."""
     host, _, port = target.removeprefix("dns:///").rpartition(":")
     try:
         ipaddress.ip_address(host.strip("[]"))
@@ -189,5 +197,5 @@ async def _addresses(target: str) -> list[str]:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
         hosts = [f"[{where[0]}]" if family == socket.AF_INET6 else where[0] for family, *_, where in found]
-        return [f"{each}:{port}" for each in hosts]
-    return [f"{host}:{port}"]
+        return {f"{each}:{port}": host for each in hosts}
+    return {f"{host}:{port}": ""}

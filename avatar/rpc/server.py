@@ -8,7 +8,7 @@ import logging
 import signal
 import time
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -29,9 +29,14 @@ logger = logging.getLogger(__name__)
 
 # The largest message between workers is a reference's motion latents: 20 bytes a pixel in float32, 18 MB at 1280x704.
 MAX_MESSAGE_BYTES = 64 << 20
+# gRPC's own default, which a status with details needs too.
+MAX_METADATA_BYTES = 8 << 10
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Over the first a call may be refused, over the second it is.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", 2 * MAX_METADATA_BYTES),
     # A frozen peer is noticed after keepalive time + ping time-out; without the second it would take a minute.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 3_000),
@@ -91,7 +96,10 @@ class Statuses(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        handler = await continuation(handler_call_details)
+        try:
+            handler = await continuation(handler_call_details)
+        except AvatarError as error:  # of another interceptor
+            handler = _refusing(error)
         if handler is None:
             return None
         method: str = handler_call_details.method
@@ -115,6 +123,15 @@ class Statuses(grpc.aio.ServerInterceptor):
 
             return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
         return handler
+
+
+def _refusing(error: AvatarError) -> Any:
+    """A handler that reads nothing and ends any kind of call with this error."""
+
+    async def refuse(_: AsyncIterator[Any], __: Any) -> None:
+        raise error
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 async def _write_all(answers: Any, context: Any) -> None:
@@ -275,13 +292,22 @@ def blaming(field: str, error: type[InvalidField] = InvalidField) -> Iterator[No
 
 
 @asynccontextmanager
-async def serving(listen: str, *servicers: Servicer, drain_s: float = 0.0) -> AsyncGenerator[int, None]:
+async def serving(
+    listen: str,
+    *servicers: Servicer,
+    drain_s: float = 0.0,
+    credentials: grpc.ServerCredentials | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> AsyncGenerator[int, None]:
     """Serve while the body runs, with health and reflection; gives the port.
 
     listen: HOST:PORT, port 0 for a free one. drain_s: seconds that open streams are given at the end.
-    ValueError if the address is taken.
+    credentials: for TLS; plain text without them. interceptors: what they raise becomes a status too.
+    max_message_bytes: largest message that is taken. ValueError if the address is taken.
     """
-    server = grpc.aio.server(interceptors=[Statuses()], options=SERVER_OPTIONS)
+    options = list({**dict(SERVER_OPTIONS), "grpc.max_receive_message_length": max_message_bytes}.items())
+    server = grpc.aio.server(interceptors=[Statuses(), *interceptors], options=options)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     names = [servicer.service_name for servicer in servicers]
@@ -289,7 +315,7 @@ async def serving(listen: str, *servicers: Servicer, drain_s: float = 0.0) -> As
         servicer.add_to(server)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
     except RuntimeError as error:
         raise ValueError(f"cannot listen at {listen}: {error}") from error
     await server.start()

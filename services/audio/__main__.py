@@ -11,6 +11,7 @@ from avatar.layouts import open_part
 from avatar.rpc.server import serving, until_stopped
 from avatar.settings import AudioSettings
 from avatar.settings import load as load_settings
+from avatar.tls import server_credentials
 from services.audio.service import AudioServicer
 from services.device import device_and_dtype, device_of
 from services.process import run
@@ -29,9 +30,11 @@ def build(settings: AudioSettings, device: Device) -> AudioServicer:
 async def main() -> None:
     settings = load_settings(AudioSettings, os.environ)
     telemetry.set_up("avatar-audio", settings.log_level)
+    credentials = server_credentials(settings)
     torch.set_num_threads(settings.threads)
     with device_of(settings) as device:
-        async with serving(settings.listen, build(settings, device), drain_s=settings.drain_s):
+        servicer = build(settings, device)
+        async with serving(settings.listen, servicer, drain_s=settings.drain_s, credentials=credentials):
             await until_stopped()
 
 

@@ -19,6 +19,7 @@ from avatar.rpc.server import serving, until_stopped
 from avatar.session import RedisHashes, SessionStore
 from avatar.settings import PREFIX, DenoiserSettings
 from avatar.settings import load as load_settings
+from avatar.tls import server_credentials
 from services.denoiser.service import DenoiserServicer
 from services.device import device_and_dtype, device_of, naming
 from services.process import run
@@ -76,6 +77,7 @@ def latent_sizes(settings: DenoiserSettings) -> list[tuple[int, int]]:
 async def main() -> None:
     settings = load_settings(DenoiserSettings, os.environ)
     telemetry.set_up("avatar-denoiser", settings.log_level)
+    credentials = server_credentials(settings)
     torch.set_num_threads(settings.threads)
     store = SessionStore(RedisHashes(settings.redis_url))
     async with AsyncExitStack() as stack:
@@ -84,7 +86,8 @@ async def main() -> None:
         if settings.chain:
             with naming("chain"):
                 servicer.chain = await stack.enter_async_context(joined(settings.chain, servicer.seat))
-        await stack.enter_async_context(serving(settings.listen, servicer, drain_s=settings.drain_s))
+        server = serving(settings.listen, servicer, drain_s=settings.drain_s, credentials=credentials)
+        await stack.enter_async_context(server)
         await until_over(servicer.chain)
 
 

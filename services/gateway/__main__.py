@@ -1,26 +1,52 @@
 """The gateway's process: `python -m services.gateway`."""
 
 import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 
 from avatar import telemetry
 from avatar.rpc.server import serving, until_stopped
 from avatar.session import RedisHashes, SessionStore
 from avatar.settings import GatewaySettings, load
+from avatar.tally import RedisTally, Tally
+from avatar.tls import server_credentials
 from services.gateway.conversations import Conversations
+from services.gateway.quotas import counted
 from services.gateway.service import AvatarServicer
+from services.gateway.tenants import Authentication, Tokens
 from services.gateway.workers import Workers
 from services.process import run
+
+
+@asynccontextmanager
+async def gateway(settings: GatewaySettings, store: SessionStore, tally: Tally) -> AsyncGenerator[int, None]:
+    """A gateway while the body runs; gives its port. ValueError names a setting whose file is of no use."""
+    credentials = server_credentials(settings)
+    authentication = [Authentication(Tokens(settings.tenants))] if settings.tenants else []
+    async with (
+        counted(tally) as quotas,
+        Workers(settings) as workers,
+        Conversations(settings, store, workers, quotas) as conversations,
+        serving(
+            settings.listen,
+            AvatarServicer(settings, store, workers, conversations, quotas),
+            drain_s=settings.drain_s,
+            credentials=credentials,
+            interceptors=authentication,
+            max_message_bytes=settings.max_message_bytes,
+        ) as port,
+    ):
+        yield port
+        conversations.go_away()
 
 
 async def main() -> None:
     settings = load(GatewaySettings, os.environ)
     telemetry.set_up("avatar-gateway", settings.log_level)
-    store = SessionStore(RedisHashes(settings.redis_url))
-    async with Workers(settings) as workers, Conversations(settings, store, workers) as conversations:
-        servicer = AvatarServicer(settings, store, workers, conversations)
-        async with serving(settings.listen, servicer, drain_s=settings.drain_s):
-            await until_stopped()
-            conversations.go_away()
+    store, tally = SessionStore(RedisHashes(settings.redis_url)), RedisTally(settings.redis_url)
+    async with gateway(settings, store, tally):
+        await until_stopped()
+    await tally.aclose()
     await store.aclose()
 
 

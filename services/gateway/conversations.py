@@ -31,6 +31,7 @@ from avatar.worker.v1 import audio_pb2, types_pb2, vae_pb2
 from services.gateway.choices import Choices, choices_of
 from services.gateway.conversation import Conversation
 from services.gateway.outbox import Item, Write
+from services.gateway.quotas import Quotas
 from services.gateway.streams import Opening
 from services.gateway.workers import Workers
 
@@ -101,10 +102,11 @@ class Held:
 class Conversations:
     """All conversations that are open at this gateway."""
 
-    def __init__(self, settings: GatewaySettings, store: SessionStore, workers: Workers) -> None:
+    def __init__(self, settings: GatewaySettings, store: SessionStore, workers: Workers, quotas: Quotas) -> None:
         self._settings = settings
         self._store = store
         self._workers = workers
+        self._quotas = quotas
         self._tasks = asyncio.TaskGroup()
         self._running: set[asyncio.Task[None]] = set()
         self._held: dict[str, Held] = {}
@@ -223,7 +225,11 @@ class Conversations:
         held: Held | None = None
         error: Exception | None = None
         try:
-            async with self._claimed(session.id, takes_over=opened.HasField("resume")) as owner:
+            is_resumed = opened.HasField("resume")
+            async with (
+                self._claimed(session.id, takes_over=is_resumed) as owner,
+                self._quotas.streaming(session.id),
+            ):
                 position = await self._store.position(session.id)
                 if position.is_closed:
                     raise SessionClosed(f"the stream of session {session.id!r} has ended; create another session")

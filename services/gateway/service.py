@@ -6,6 +6,7 @@ The gateway relays messages. It opens no tensor and decodes no picture.
 import secrets
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
@@ -18,9 +19,19 @@ from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc
 from avatar.v1 import types_pb2 as types
 from avatar.worker.v1 import types_pb2, vae_pb2
-from services.gateway.choices import ENCODING_OF, MAX_RATE_HZ, MIN_RATE_HZ, context_s, set_choices, show_choices
+from services.gateway.choices import (
+    ENCODING_OF,
+    MAX_RATE_HZ,
+    MIN_RATE_HZ,
+    choices_of,
+    context_s,
+    set_choices,
+    show_choices,
+)
 from services.gateway.conversation import FIRST_FRAME
 from services.gateway.conversations import Conversations
+from services.gateway.quotas import Quotas
+from services.gateway.tenants import caller
 from services.gateway.workers import Workers
 
 MIN_TTL_S, MAX_TTL_S = 1.0, 86400.0
@@ -35,12 +46,18 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
     service_name = "avatar.v1.AvatarService"
 
     def __init__(
-        self, settings: GatewaySettings, store: SessionStore, workers: Workers, conversations: Conversations
+        self,
+        settings: GatewaySettings,
+        store: SessionStore,
+        workers: Workers,
+        conversations: Conversations,
+        quotas: Quotas,
     ) -> None:
         self._settings = settings
         self._store = store
         self._workers = workers
         self._conversations = conversations
+        self._quotas = quotas
 
     def add_to(self, server: grpc.aio.Server) -> None:
         avatar_service_pb2_grpc.add_AvatarServiceServicer_to_server(self, server)
@@ -89,26 +106,30 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
                 area=request.area,
             )
         )
+        reference.id = caller().mark + reference.id[len(caller().mark) :]
+        await self._quotas.take_reference(reference.id, self._settings.reference_ttl_s)
         await self._store.put_reference(reference, self._settings.reference_ttl_s)
         return pb.CreateReferenceResponse(reference=_reference(reference, self._settings.reference_ttl_s))
 
     async def GetReference(self, request: pb.GetReferenceRequest, context: Context) -> pb.GetReferenceResponse:
-        reference = await self._store.reference(request.reference_id)
-        left_s = await self._store.reference_expires_in_s(request.reference_id)
+        reference = await self._store.reference(caller().reference(request.reference_id))
+        left_s = await self._store.reference_expires_in_s(reference.id)
         return pb.GetReferenceResponse(reference=_reference(reference, left_s))
 
     async def DeleteReference(self, request: pb.DeleteReferenceRequest, context: Context) -> pb.DeleteReferenceResponse:
-        await self._store.delete_reference(request.reference_id)
+        reference_id = caller().reference(request.reference_id)
+        await self._store.delete_reference(reference_id)
+        await self._quotas.return_reference(reference_id)
         return pb.DeleteReferenceResponse()
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
         if request.seed >= 1 << 63:
             raise InvalidField.at("seed", f"{request.seed} is not below 2^63")
         ttl_s = _ttl_s("ttl", request.ttl) if request.HasField("ttl") else None
-        reference = await self._store.reference(request.reference_id)
+        reference = await self._store.reference(caller().reference(request.reference_id))
         text = await self._embedded(request.prompt)
         session = types_pb2.Session(
-            id=secrets.token_urlsafe(24),
+            id=caller().mark + secrets.token_urlsafe(24),
             seed=request.seed if request.HasField("seed") else secrets.randbits(63),
             reference_id=reference.id,
             width=reference.width,
@@ -117,21 +138,23 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             frame_rate_hz=reference.frame_rate_hz,
             block_frames=reference.block_frames,
             prompt=request.prompt,
+            tenant=caller().name,
         )
         await set_choices(session, request, self._workers.max_right_frames)
         position = types_pb2.Position(next_frame=FIRST_FRAME, ttl_s=ttl_s or self._settings.session_ttl_s)
         conditions = types_pb2.Conditions(version=0, sink=reference.sink, text=text)
+        await self._quotas.take_session(session.id, position.ttl_s)
         await self._store.create(session, conditions, position)
         return pb.CreateSessionResponse(session=await self._session(session.id))
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
-        return pb.GetSessionResponse(session=await self._session(request.session_id))
+        return pb.GetSessionResponse(session=await self._session(caller().session(request.session_id)))
 
     async def UpdateSession(self, request: pb.UpdateSessionRequest, context: Context) -> pb.UpdateSessionResponse:
-        paths, session_id = set(request.update_mask.paths), request.session.id
-        if not paths or paths - CHANGEABLE:
-            unknown = ", ".join(sorted(paths - CHANGEABLE)) or "nothing"
-            raise InvalidField.at("update_mask", f"names {unknown}; only {' and '.join(sorted(CHANGEABLE))} can change")
+        paths, session_id = set(request.update_mask.paths), caller().session(request.session.id)
+        if not paths or paths - CHANGEABLE or len(request.update_mask.paths) > len(CHANGEABLE):
+            expected = f"expected {' and '.join(sorted(CHANGEABLE))}, or one of them"
+            raise InvalidField.at("update_mask", f"{len(request.update_mask.paths)} paths, {expected}")
         ttl_s = _ttl_s("session.ttl", request.session.ttl) if "ttl" in paths else None
         first_block = await self._change_prompt(session_id, request.session.prompt) if "prompt" in paths else None
         if ttl_s is not None:
@@ -139,6 +162,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             position = conversation.position if conversation else await self._store.position(session_id)
             position.ttl_s = ttl_s
             await self._store.renew(session_id, position)
+            if not position.is_closed:
+                await self._quotas.take_session(session_id, ttl_s)
         return pb.UpdateSessionResponse(session=await self._session(session_id), first_block=first_block)
 
     async def _change_prompt(self, session_id: str, prompt: str) -> int:
@@ -177,16 +202,19 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         return await self._workers.embed(prompt) if prompt else None
 
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> pb.DeleteSessionResponse:
-        await self._store.delete(request.session_id)
-        if conversation := self._conversations.get(request.session_id):
+        session_id = caller().session(request.session_id)
+        await self._store.delete(session_id)
+        await self._quotas.return_session(session_id)
+        if conversation := self._conversations.get(session_id):
             conversation.advanced.set()  # its stream looks at the store, and ends
         return pb.DeleteSessionResponse()
 
     async def Interrupt(self, request: pb.InterruptRequest, context: Context) -> pb.InterruptResponse:
-        conversation = self._conversations.get(request.session_id)
+        session_id = caller().session(request.session_id)
+        conversation = self._conversations.get(session_id)
         if conversation is None:
-            await self._store.expires_in_s(request.session_id)
-            raise NotStreaming(f"no stream of session {request.session_id!r} is open at this gateway")
+            await self._store.expires_in_s(session_id)
+            raise NotStreaming(f"no stream of session {session_id!r} is open at this gateway")
         return conversation.interrupt()
 
     async def StreamAvatar(  # type: ignore[override]  # writes through its context, from more than one task
@@ -199,10 +227,13 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
                 raise ConnectionLost("the client is gone") from error
 
         opened: pb.OpenAvatar = await opening(requests)
+        caller().session(opened.session_id)
         is_resumed = opened.HasField("resume")
         held = await (self._conversations.resume(opened) if is_resumed else self._conversations.begin(opened))
         next_frame = opened.resume.next_frame if is_resumed else None
-        await self._conversations.serve(held, self._opened, requests, write, next_frame)
+        sound = choices_of(held.opened)
+        async with aclosing(self._quotas.metered(requests, sound.rate_hz * sound.sample_bytes)) as metered:
+            await self._conversations.serve(held, self._opened, metered, write, next_frame)
 
     async def _opened(self, session_id: str) -> pb.AvatarOpened:
         return pb.AvatarOpened(session=await self._session(session_id))

@@ -15,6 +15,7 @@ from avatar.errors import ConfigMismatch, InvalidField, PromptUnsupported, Stage
 from avatar.rpc.client import stage_error
 from avatar.rpc.pool import ANSWER_S, Pool
 from avatar.settings import GatewaySettings
+from avatar.tls import worker_credentials
 from avatar.worker.v1 import (
     audio_pb2,
     audio_pb2_grpc,
@@ -91,23 +92,29 @@ class Workers:
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
         self._stack = AsyncExitStack()
+        credentials = worker_credentials(settings)
         self.audio: Pool[audio_pb2.AudioServiceGetInfoResponse] = Pool(
             "audio",
             settings.audio,
             _ask(audio_pb2_grpc.AudioServiceStub, audio_pb2.AudioServiceGetInfoRequest()),
+            credentials,
         )
         self.denoisers: Pool[denoiser_pb2.DenoiserServiceGetInfoResponse] = Pool(
             "denoiser",
             settings.denoisers,
             _ask(denoiser_pb2_grpc.DenoiserServiceStub, denoiser_pb2.DenoiserServiceGetInfoRequest()),
+            credentials,
         )
         self.vae: Pool[vae_pb2.VaeServiceGetInfoResponse] = Pool(
-            "vae", settings.vae, _ask(vae_pb2_grpc.VaeServiceStub, vae_pb2.VaeServiceGetInfoRequest())
+            "vae",
+            settings.vae,
+            _ask(vae_pb2_grpc.VaeServiceStub, vae_pb2.VaeServiceGetInfoRequest()),
+            credentials,
         )
         self.text: Pool[text_pb2.TextServiceGetInfoResponse] | None = None
         if settings.text:
             asking = _ask(text_pb2_grpc.TextServiceStub, text_pb2.TextServiceGetInfoRequest())
-            self.text = Pool("text", settings.text, asking)
+            self.text = Pool("text", settings.text, asking, credentials)
 
     async def __aenter__(self) -> "Workers":
         pools: list[Pool[Any]] = [self.audio, self.denoisers, self.vae, *filter(None, [self.text])]

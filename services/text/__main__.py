@@ -12,6 +12,7 @@ from avatar.session import RedisHashes, SessionStore
 from avatar.settings import TextSettings
 from avatar.settings import load as load_settings
 from avatar.text.model import load
+from avatar.tls import server_credentials
 from services.device import device_and_dtype, device_of
 from services.process import run
 from services.text.service import TextServicer
@@ -28,10 +29,12 @@ def build(settings: TextSettings, store: SessionStore, device: Device) -> TextSe
 async def main() -> None:
     settings = load_settings(TextSettings, os.environ)
     telemetry.set_up("avatar-text", settings.log_level)
+    credentials = server_credentials(settings)
     torch.set_num_threads(settings.threads)
     store = SessionStore(RedisHashes(settings.redis_url))
     with device_of(settings) as device:
-        async with serving(settings.listen, build(settings, store, device), drain_s=settings.drain_s):
+        servicer = build(settings, store, device)
+        async with serving(settings.listen, servicer, drain_s=settings.drain_s, credentials=credentials):
             await until_stopped()
     await store.aclose()
 

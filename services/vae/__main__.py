@@ -11,6 +11,7 @@ from avatar.rpc.server import serving, until_stopped
 from avatar.session import RedisHashes, SessionStore
 from avatar.settings import VaeSettings
 from avatar.settings import load as load_settings
+from avatar.tls import server_credentials
 from avatar.vae.vae import load
 from services.device import device_and_dtype, device_of
 from services.process import run
@@ -30,10 +31,12 @@ def build(settings: VaeSettings, store: SessionStore, device: Device) -> VaeServ
 async def main() -> None:
     settings = load_settings(VaeSettings, os.environ)
     telemetry.set_up("avatar-vae", settings.log_level)
+    credentials = server_credentials(settings)
     torch.set_num_threads(settings.threads)
     store = SessionStore(RedisHashes(settings.redis_url))
     with device_of(settings) as device:
-        async with serving(settings.listen, build(settings, store, device), drain_s=settings.drain_s):
+        servicer = build(settings, store, device)
+        async with serving(settings.listen, servicer, drain_s=settings.drain_s, credentials=credentials):
             await until_stopped()
     await store.aclose()
 

@@ -1,11 +1,14 @@
 """Contract tests run against any gateway: `pytest tests/contract --target HOST:PORT`; else against one of their own."""
 
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import pytest
 
+from avatar.session import SessionStore
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from tests.conftest import ASSETS
+from tests.contract.tenants import ACME, GLOBEX, Gateway, Stub, tenanted
 from tests.product import connected
 
 
@@ -27,3 +30,31 @@ async def stub(target: str) -> "AsyncGenerator[pb_grpc.AvatarServiceAsyncStub, N
 def portrait() -> bytes:
     """The portrait that ships."""
     return (ASSETS / "portrait.png").read_bytes()
+
+
+@pytest.fixture
+def quotas() -> str:
+    """Lines of acme's table."""
+    return ""
+
+
+@pytest.fixture
+async def gateway_of_tenants(
+    request: pytest.FixtureRequest, checkpoint: Path, store: SessionStore, tmp_path: Path, quotas: str
+) -> AsyncGenerator[Gateway, None]:
+    if request.config.getoption("--target"):
+        pytest.skip("of a gateway whose tokens are not known")
+    async with tenanted(checkpoint, tmp_path, quotas, store) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+async def acme(gateway_of_tenants: Gateway) -> AsyncGenerator[Stub, None]:
+    async with gateway_of_tenants.called(ACME) as stub:
+        yield stub
+
+
+@pytest.fixture
+async def globex(gateway_of_tenants: Gateway) -> AsyncGenerator[Stub, None]:
+    async with gateway_of_tenants.called(GLOBEX) as stub:
+        yield stub

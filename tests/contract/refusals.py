@@ -18,7 +18,11 @@ class Refusal:
     message: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
     fields: list[str] = field(default_factory=list)
-    retries: bool = False
+    retry_s: float = 0.0
+
+    @property
+    def retries(self) -> bool:
+        return self.retry_s > 0
 
 
 @asynccontextmanager
@@ -39,7 +43,7 @@ async def refused(code: grpc.StatusCode, reason: str) -> AsyncGenerator[Refusal,
         elif detail.Unpack(bad):
             refusal.fields = [violation.field for violation in bad.field_violations]
         elif detail.Unpack(retry):
-            refusal.retries = True
+            refusal.retry_s = retry.retry_delay.ToMilliseconds() / 1000
     assert [(info.domain, info.reason) for info in infos] == [("avatar", reason)]
     refusal.message = error.details() or ""
     refusal.metadata = dict(infos[0].metadata)

@@ -1,5 +1,6 @@
 """docker-compose.yml fits the code: its variables are settings, its addresses services, and little of it is open."""
 
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tests.deploy.test_images import STAGES
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+TRUST: dict[str, Any] = yaml.safe_load((ROOT / "deploy/compose.trust.yaml").read_text(encoding="utf-8"))
 ALL: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in ALL.items() if "build" in service}
 RUNNING = ["cpu", "gpu", "one-gpu"]
@@ -130,6 +132,27 @@ def test_what_is_mounted_is_there() -> None:
     volumes = [volume for service in ALL.values() for volume in service.get("volumes", [])]
     folders = {volume.partition(":")[0] for volume in volumes if volume.startswith(".")}
     assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
+
+
+def test_trust_is_for_every_service_of_ours() -> None:
+    assert set(TRUST["services"]) == set(OURS)
+    for name, service in TRUST["services"].items():
+        fields = set(SERVICES[served_by(OURS[name])].__dataclass_fields__)
+        assert {variable.removeprefix("AVATAR_").lower() for variable in service["environment"]} <= fields
+        (mounted,) = service["volumes"]
+        assert mounted.endswith(":/secrets:ro")
+        assert {str(Path(file).parent) for file in service["environment"].values()} == {"/secrets"}
+        assert ("AVATAR_TLS_CLIENT_CA" in service["environment"]) is (name != "gateway")
+
+
+def test_compose_itself_takes_trust(tmp_path: Path) -> None:
+    compose = Path(sys.executable).with_name("docker-compose")
+    files = ("-f", "docker-compose.yml", "-f", "deploy/compose.trust.yaml", "--profile", "cpu")
+    environment = {**os.environ, "AVATAR_SECRETS": str(tmp_path)}
+    done = subprocess.run(
+        [compose, *files, "config", "--quiet"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("profiles", ["cpu", "gpu,text", "one-gpu", "cpu,observability"])

@@ -164,6 +164,24 @@ def test_pods_may_do_no_more_than_they_must(overlay: str) -> None:
             assert container(deployment)[probe]["grpc"] == {"port": 7000}
 
 
+OF_WORKERS = {"TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA"}
+OF_THE_GATEWAY = {"TENANTS", "TLS_CERT", "TLS_KEY", "WORKER_CA", "WORKER_CERT", "WORKER_KEY"}
+
+
+def test_with_trust_every_file_that_a_setting_names_is_mounted() -> None:
+    for name, deployment in stages("trust").items():
+        files = {key: Path(value) for key, value in environment("trust", deployment).items() if value.startswith("/")}
+        wanted = OF_THE_GATEWAY if name == "gateway" else OF_WORKERS
+        assert set(files) == {f"AVATAR_{field}" for field in wanted}
+        assert {field.lower() for field in wanted} <= set(SERVICES[name.partition("-")[0]].__dataclass_fields__)
+        mounted = {each["mountPath"]: each["name"] for each in container(deployment)["volumeMounts"]}
+        secret = {each["name"] for each in pod(deployment)["volumes"] if "secret" in each}
+        assert {mounted[str(path.parent)] for path in files.values()} == secret
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert "grpc" not in container(deployment)[probe], "Kubernetes' own speaks no TLS"
+            assert container(deployment)[probe]["exec"]["command"][2] == "avatar.rpc.health"
+
+
 def test_levels_and_decoder_have_a_device_each() -> None:
     devices = {
         name: container(deployment)["resources"].get("limits", {}).get("nvidia.com/gpu", 0)

@@ -18,10 +18,12 @@ from avatar.rpc.client import channel
 from avatar.rpc.server import Context, Servicer, serving, until_stopped
 from avatar.session import SessionStore
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings
+from avatar.tally import MemoryTally
 from avatar.worker.v1 import audio_pb2_grpc
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.conversations import Conversations
+from services.gateway.quotas import Quotas
 from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
 from services.text.__main__ import build as build_text
@@ -73,14 +75,14 @@ async def test_open_streams_are_given_time_to_end() -> None:
 
 async def test_every_service_answers_health_and_reflection(text_checkpoint: Path, store: SessionStore) -> None:
     settings = GatewaySettings()
-    workers = Workers(settings)
+    workers, quotas = Workers(settings), Quotas(MemoryTally())
     with Device() as device:
         services: list[Servicer] = [
             build_audio(AudioSettings(checkpoint=text_checkpoint), device),
             build_denoiser(DenoiserSettings(checkpoint=text_checkpoint), store, device),
             build_text(TextSettings(checkpoint=text_checkpoint), store, device),
             build_vae(VaeSettings(checkpoint=text_checkpoint), store, device),
-            AvatarServicer(settings, store, workers, Conversations(settings, store, workers)),
+            AvatarServicer(settings, store, workers, Conversations(settings, store, workers, quotas), quotas),
         ]
         names = [service.service_name for service in services]
         async with serving("127.0.0.1:0", *services) as port, channel(f"127.0.0.1:{port}") as connection:

@@ -1,0 +1,67 @@
+"""The client of a gateway that speaks TLS and has tenants, and what it does not do with a token."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from avatar.client import AvatarError, channel_credentials, connect
+from avatar.session import SessionStore
+from avatar.settings import GatewaySettings
+from services.__main__ import suite
+from tests.certificates import Authority
+from tests.conftest import sound
+
+TOKEN = "a token"
+
+
+async def test_a_client_with_certificate_and_token_speaks(
+    checkpoint: Path, store: SessionStore, picture: bytes, tmp_path: Path
+) -> None:
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text(f'[acme]\ntokens = ["{hashlib.sha256(TOKEN.encode()).hexdigest()}"]\nmax_sessions = 1')
+    authority = Authority(tmp_path)
+    edge, client = authority.issue("edge", "127.0.0.1"), authority.issue("client")
+    settings = GatewaySettings(
+        listen="127.0.0.1:0", tenants=tenants, tls_cert=edge.cert, tls_key=edge.key, tls_client_ca=authority.ca
+    )
+    credentials = channel_credentials(authority.ca, *client)
+    async with suite(checkpoint, store, settings) as target:
+        async with connect(target, credentials=credentials, token=TOKEN) as avatar:
+            session = await avatar.create(picture, seed=7)
+            async with session.stream(sound=sound(0.5)) as stream:
+                assert len([frame async for frame in stream.frames()]) == 21
+            session = await avatar.create(picture)
+            with pytest.raises(AvatarError) as caught:
+                await avatar.create(picture)
+            assert (caught.value.reason, caught.value.metadata) == ("QUOTA_EXCEEDED", {"quota": "sessions"})
+            await session.delete()
+        async with connect(target, credentials=credentials, token="another") as avatar:
+            with pytest.raises(AvatarError) as caught:
+                await avatar.capabilities()
+            assert caught.value.reason == "UNAUTHENTICATED"
+        async with connect(target, credentials=channel_credentials(authority.ca), token=TOKEN) as avatar:
+            with pytest.raises(AvatarError) as caught:
+                await avatar.capabilities()
+            assert caught.value.reason == "CONNECTION_LOST", "it shows no certificate"
+
+
+@pytest.mark.parametrize(
+    "target", ["avatar.example.com:7000", "10.0.0.1:7000", "dns:///gateway:7000", "[fe80::1]:7000"]
+)
+async def test_a_token_does_not_leave_the_machine_in_plain_text(target: str) -> None:
+    with pytest.raises(ValueError, match=r"the token would be sent to .* in plain text"):
+        async with connect(target, token=TOKEN):
+            pass
+    async with connect(target, token=TOKEN, plaintext_token=True), connect(target):
+        pass
+    async with connect(target, token=TOKEN, credentials=channel_credentials()):
+        pass
+
+
+@pytest.mark.parametrize(
+    "target", ["localhost:7000", "127.0.0.1:7000", "[::1]:7000", "dns:///localhost:7000", "unix:x"]
+)
+async def test_a_token_may_be_sent_to_this_machine(target: str) -> None:
+    async with connect(target, token=TOKEN):
+        pass

@@ -1,0 +1,234 @@
+"""Tests of services.gateway.quotas: gateways that count together, die, and lose their store."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from avatar.errors import QuotaExceeded, StoreUnavailable
+from avatar.session import CLAIM_TTL_S
+from avatar.tally import MemoryTally
+from avatar.v1 import avatar_service_pb2 as pb
+from services.gateway import quotas as module
+from services.gateway import tenants
+from services.gateway.quotas import Quotas, counted
+from services.gateway.tenants import Tenant
+
+ACME = Tenant("acme", max_sessions=1, max_audio_s=10.0, max_references=1)
+GLOBEX = Tenant("globex", max_sessions=1, max_audio_s=10.0)
+BYTES_PER_S = 100
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Store:
+    """A tally that can be away."""
+
+    clock: Clock = field(default_factory=Clock)
+    is_away: bool = False
+
+    def __post_init__(self) -> None:
+        self._tally = MemoryTally(self.clock)
+
+    async def hold(self, held: str, name: str, ttl_s: float, most: int | None = None) -> bool:
+        self._reached()
+        await asyncio.sleep(0)
+        return await self._tally.hold(held, name, ttl_s, most)
+
+    async def let_go(self, held: str, name: str) -> None:
+        self._reached()
+        await self._tally.let_go(held, name)
+
+    async def spend(self, purse: str, amount: float, ttl_s: float) -> float:
+        self._reached()
+        await asyncio.sleep(0)
+        return await self._tally.spend(purse, amount, ttl_s)
+
+    async def aclose(self) -> None: ...
+
+    def _reached(self) -> None:
+        if self.is_away:
+            raise StoreUnavailable("away", retry_s=1.0)
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@contextmanager
+def calling(tenant: Tenant) -> Iterator[None]:
+    """It is this tenant whose call is handled."""
+    token = tenants._CALLER.set(tenant)
+    yield
+    tenants._CALLER.reset(token)
+
+
+async def hear(quotas: Quotas, seconds: int) -> None:
+    """A stream that sends so many pieces of a second."""
+
+    async def pieces() -> AsyncIterator[pb.StreamAvatarRequest]:
+        for _ in range(seconds):
+            yield pb.StreamAvatarRequest(audio=pb.AudioPiece(data=bytes(BYTES_PER_S)))
+        yield pb.StreamAvatarRequest(close=pb.CloseAvatar())
+
+    assert [request async for request in quotas.metered(pieces(), BYTES_PER_S)]
+
+
+async def test_a_stream_takes_one_place_until_it_ends(store: Store) -> None:
+    quotas, elsewhere = Quotas(store), Quotas(store)
+    with calling(ACME):
+        await quotas.take_session("a", 60.0)
+        async with quotas.streaming("a"):
+            with pytest.raises(QuotaExceeded):
+                await elsewhere.take_session("b", 60.0)
+            with calling(GLOBEX):
+                await elsewhere.take_session("c", 60.0)
+        await quotas.save()
+        await elsewhere.take_session("b", 60.0)
+
+
+async def test_a_place_that_is_let_go_meanwhile_is_not_held_again(store: Store) -> None:
+    quotas = Quotas(store)
+    with calling(ACME):
+        async with quotas.streaming("a"):
+            saving = asyncio.ensure_future(quotas.save())
+            await asyncio.sleep(0)
+        await saving
+        await quotas.take_session("b", 60.0)
+
+
+async def test_the_place_of_a_gateway_that_died_is_free_after_its_claim(store: Store) -> None:
+    dying, living = Quotas(store), Quotas(store)
+    with calling(ACME):
+        async with AsyncExitStack() as never_closed:
+            await never_closed.enter_async_context(dying.streaming("a"))
+            for _ in range(10):
+                store.clock.now += CLAIM_TTL_S / 3
+                await dying.save()
+                with pytest.raises(QuotaExceeded):
+                    await living.take_session("b", 60.0)
+            store.clock.now += CLAIM_TTL_S + 0.1
+            await living.take_session("b", 60.0)
+            await dying.save()  # it was only slow: what runs is not ended
+
+
+async def test_a_session_that_nobody_streams_is_free_once_it_is_forgotten(store: Store) -> None:
+    quotas = Quotas(store)
+    with calling(ACME):
+        await quotas.take_session("a", 60.0)
+        await quotas.take_session("a", 90.0)
+        store.clock.now += 61
+        with pytest.raises(QuotaExceeded):
+            await quotas.take_session("b", 60.0)
+        store.clock.now += 30
+        await quotas.take_session("b", 60.0)
+
+
+async def test_sound_is_counted_over_all_gateways(store: Store) -> None:
+    here, there = Quotas(store), Quotas(store)
+    with calling(ACME):
+        await hear(here, 6)
+        await hear(there, 4)
+        await here.save()
+        await there.save()
+        for quotas in (here, there):
+            with pytest.raises(QuotaExceeded) as caught:
+                async with quotas.streaming("a"):
+                    pass
+            assert caught.value.metadata == {"quota": "audio"}
+            assert caught.value.retry_s
+            assert 0 < caught.value.retry_s <= 86400
+    with calling(GLOBEX):
+        await hear(here, 9)
+
+
+async def test_a_stream_ends_with_the_days_sound(store: Store) -> None:
+    quotas = Quotas(store)
+    with calling(ACME):
+        await hear(quotas, 10)
+        with pytest.raises(QuotaExceeded):
+            await hear(quotas, 1)
+
+
+async def test_the_next_day_begins_anew(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    quotas, today = Quotas(store), 20_000 * 86400.0
+    with calling(ACME):
+        monkeypatch.setattr(time, "time", lambda: today + 86399)
+        await hear(quotas, 10)
+        await quotas.save()
+        with pytest.raises(QuotaExceeded) as caught:
+            await hear(quotas, 1)
+        assert caught.value.retry_s == pytest.approx(1.0)
+        monkeypatch.setattr(time, "time", lambda: today + 86400)
+        await hear(quotas, 10)
+
+
+async def test_a_store_that_is_away_hurts_nobody_who_streams(store: Store) -> None:
+    quotas = Quotas(store)
+    with calling(ACME):
+        async with quotas.streaming("a"):
+            store.is_away = True
+            with pytest.raises(StoreUnavailable):
+                await quotas.save()
+            await hear(quotas, 4)
+            with pytest.raises(StoreUnavailable):
+                await quotas.save()
+        with pytest.raises(StoreUnavailable):
+            await quotas.take_session("b", 60.0)
+        with pytest.raises(StoreUnavailable):
+            async with quotas.streaming("b"):
+                pass
+        store.is_away = False
+        await quotas.save()
+        assert await store.spend(f"acme/audio/{module._today()}", 0.0, 1.0) == 4.0
+
+
+async def test_sound_is_added_once_however_many_add_it(store: Store) -> None:
+    quotas = Quotas(store)
+    with calling(ACME):
+        await hear(quotas, 3)
+        await asyncio.gather(*(quotas.save() for _ in range(5)))
+        assert await store.spend(f"acme/audio/{module._today()}", 0.0, 1.0) == 3.0
+
+
+async def test_what_was_heard_last_is_saved_at_the_end(store: Store) -> None:
+    with calling(ACME):
+        async with counted(store) as quotas:
+            await hear(quotas, 3)
+    assert await store.spend(f"acme/audio/{module._today()}", 0.0, 1.0) == 3.0
+
+
+async def test_counting_goes_on_while_nobody_calls(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAVE_S", 0.01)
+    with calling(ACME):
+        async with counted(store) as quotas:
+            await hear(quotas, 3)
+            store.is_away = True
+            await asyncio.sleep(0.05)
+            store.is_away = False
+            async with asyncio.timeout(5):
+                while not await store.spend(f"acme/audio/{module._today()}", 0.0, 1.0):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+
+
+async def test_where_there_are_no_tenants_nothing_is_asked_of_the_store(store: Store) -> None:
+    store.is_away = True
+    quotas = Quotas(store)
+    await quotas.take_reference("r", 60.0)
+    await quotas.return_reference("r")
+    await quotas.take_session("a", 60.0)
+    async with quotas.streaming("a"):
+        await hear(quotas, 100)
+        await quotas.save()
+    await quotas.return_session("a")
