@@ -1,5 +1,5 @@
 # The whole interface. Every target prepares what it needs.
-.PHONY: install protos check docs alerts test test-slow test-web demo web bench
+.PHONY: install protos check docs alerts test test-slow test-web chaos demo web bench
 
 VENV := .venv
 PYTHON ?= python3
@@ -8,6 +8,8 @@ SPEECH ?= assets/speech.wav
 PORTRAIT ?= assets/portrait.png
 LISTEN ?= 127.0.0.1:8080
 TTS ?=
+MINUTES ?= 10
+SEED ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 PROTOS := $(shell find protos -name '*.proto')
@@ -65,7 +67,7 @@ $(VENV)/bin/promtool: | $(VENV)/installed
 	rm -r $(VENV)/prometheus $(VENV)/prometheus_*.deb
 
 test: install $(VENV)/evaluation $(VENV)/deployment $(VENV)/livekit
-	pytest
+	pytest --numprocesses 2 --dist loadfile
 
 test-slow: install
 	pytest -m slow --timeout 1800
@@ -73,6 +75,10 @@ test-slow: install
 # In real Chromium: on Debian `apt-get install -y --no-install-recommends chromium`.
 test-web: install
 	pytest -m browser tests/web
+
+# Breaks a suite at random while sessions speak: make chaos MINUTES=60 SEED=7.
+chaos: install
+	python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 demo: install
 	python -m services.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)"

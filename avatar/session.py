@@ -20,6 +20,8 @@ from typing import Protocol, TypeVar
 
 import redis.asyncio
 from google.protobuf.message import Message
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from avatar.errors import ReferenceNotFound, SessionBusy, SessionNotFound, StateCorrupt, StoreUnavailable
@@ -294,7 +296,9 @@ def open_redis(url: str, timeout_s: float) -> redis.asyncio.Redis:
     """A client of a Redis or Valkey server. Belongs to the event loop that first uses it."""
     # No socket_timeout: redis-py keeps it with asyncio.wait_for, which before Python 3.12 swallows a cancellation
     # that comes as the command is sent; a stream that ended would then wait for ever. `reached` bounds the wait.
-    return redis.asyncio.from_url(url, socket_timeout=None, socket_connect_timeout=timeout_s)
+    # A server that was restarted has closed the connections that are kept here: the second attempt makes another.
+    again = Retry(NoBackoff(), 1)
+    return redis.asyncio.from_url(url, socket_timeout=None, socket_connect_timeout=timeout_s, retry=again)
 
 
 @asynccontextmanager

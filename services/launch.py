@@ -44,6 +44,8 @@ PLAIN = {
     **dict.fromkeys(("AVATAR_TLS_CERT", "AVATAR_TLS_KEY", "AVATAR_TLS_CLIENT_CA", "AVATAR_TENANTS"), ""),
     **dict.fromkeys(("AVATAR_WORKER_CA", "AVATAR_WORKER_CERT", "AVATAR_WORKER_KEY"), ""),
 }
+# Sockets of the ports that were given out.
+_kept: list[socket.socket] = []
 
 
 @dataclass(frozen=True)
@@ -160,15 +162,14 @@ def gateway_environment(suite: Suite) -> Mapping[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody listens at."""
+    """Ports of the loopback interface that nobody listens at, kept for servers of ours until this process ends."""
     sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+        # Who asks for the port by its number may listen beside this socket, if it sets this too, as servers do.
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _kept.extend(sockets)
+    return [each.getsockname()[1] for each in sockets]
 
 
 async def until_healthy(suite: Suite) -> None:

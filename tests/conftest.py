@@ -1,8 +1,10 @@
 """Options of the whole test suite, and what its tests share: a small real checkpoint, Redis, sound, a picture."""
 
 import asyncio
+import json
 import os
 import pickle
+import shutil
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import asdict, replace
 from io import BytesIO
@@ -62,9 +64,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def one_level(checkpoint: Path, tmp_path: Path) -> Path:
+    """The same with one level, which needs as few processes as there can be."""
+    shutil.copytree(checkpoint, tmp_path / "one-level")
+    config = tmp_path / "one-level/denoiser/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "schedule": [1.0, 0.0]}))
+    return tmp_path / "one-level"
+
+
 @pytest.fixture(scope="session")
 def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a text encoder, and a network that reads what it makes."""
+    """A checkpoint with a text encoder, and a network that reads what it makes."""
     folder = tmp_path_factory.mktemp("text-checkpoint")
     encoder = tiny_text.encoder()
     write_checkpoint(folder, encoder.width, encoder.config.max_tokens)
@@ -110,7 +121,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def picture() -> bytes:
     """A small PNG."""
     rows, columns = torch.meshgrid(torch.arange(80), torch.arange(60), indexing="ij")

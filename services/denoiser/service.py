@@ -11,7 +11,7 @@ from avatar import telemetry
 from avatar.denoiser.batching import batch_that_pays
 from avatar.denoiser.denoiser import Denoiser
 from avatar.device import Device
-from avatar.errors import ConfigMismatch, StoreUnavailable
+from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, Link, Seat
 from avatar.pace import Pace, Usage
 from avatar.pipeline import ahead, local
@@ -177,6 +177,6 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         conditions = conditions_to_pb(block.conditions.with_sink(block.latent))
         try:
             await self._store.put_conditions(session_id, conditions)
-        except StoreUnavailable:
+        except (StoreUnavailable, SessionNotFound):  # an emptied store is told again by the caller
             logger.warning("sink not kept", extra={"session": telemetry.tag(session_id)})
         return conditions

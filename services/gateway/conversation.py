@@ -79,6 +79,7 @@ class Conversation:
         self._first_sound_s: float | None = None
         self._num_late = 0
         self._is_jump = False
+        self._last_jump: int | None = None
         self._is_reader_slow = False
 
     def attach(self) -> None:
@@ -310,7 +311,9 @@ class Conversation:
         block = self._inside[0]
         if jumps := {index for index in self._jumps if index <= frame.block}:
             self._jumps -= jumps
-            self._is_jump = True
+            # Stages that are lost at once, each with another block, are one jump.
+            if self._last_jump is None or min(jumps) > self._last_jump + len(self._streams.all):
+                self._is_jump, self._last_jump = True, min(jumps)
         if not block.is_dropped:
             if not block.is_shown:
                 block.is_shown = True

@@ -306,6 +306,8 @@ class Conversations:
                 async with asyncio.timeout(CLAIM_TTL_S / 3):
                     await conversation.advanced.wait()
             try:
+                # Emptied between two blocks, it has forgotten the claim too; a session that is deleted keeps it.
+                was_away = was_away or not await self._store.is_claimed(session_id)
                 await self._store.claim(session_id, owner)
                 if was_away:
                     await self._store.restore(session, conversation.versions.newest, conversation.note())

@@ -1,5 +1,7 @@
 """`pytest tests/parity --goldens DIR` runs every golden that DIR holds and is understood, and prints a row for each."""
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,11 +24,7 @@ NOT_KEPT = {
     "rollout_single_online": "the sink and the motion latents are encoded anew from frames",
     "rollout_blockwise": "sound is encoded chunk by chunk, without what came before",
 }
-REPORTS = pytest.StashKey[list[Report]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[REPORTS] = []
+GOLDEN = "golden"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -45,14 +43,17 @@ def held(folder: Path) -> set[str]:
 
 
 @pytest.fixture
-def report(golden: Golden, request: pytest.FixtureRequest) -> Report:
+def report(golden: Golden, request: pytest.FixtureRequest) -> Iterator[Report]:
     report = Report(golden.name)
-    request.config.stash[REPORTS].append(report)
-    return report
+    yield report
+    # A property of the test reaches the process that prints the table, whichever ran the test.
+    request.node.user_properties.append((GOLDEN, asdict(report)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    reports = config.stash[REPORTS]
+    ended = [each for kind in terminalreporter.stats.values() for each in kind]
+    ended = [each for each in ended if getattr(each, "when", None) == "teardown"]
+    reports = [Report(**value) for each in ended for name, value in each.user_properties if name == GOLDEN]
     if not reports:
         return
     write = terminalreporter.write_line

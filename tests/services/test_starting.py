@@ -1,32 +1,47 @@
-"""What cannot be used of its settings ends a service's start, in one line that names it."""
+"""What cannot be used of its settings or checkpoint ends a service's start, in one line that names it."""
 
-import asyncio
 import os
+import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
+from avatar import telemetry
 from services.launch import ROOT
+from services.process import run
 
 
 @pytest.mark.parametrize(
     ("service", "name", "value", "expected"),
     [
-        ("gateway", "AVATAR_DRAIN_S", "soon", "expected float"),
+        ("gateway", "AVATAR_DRAIN_S", "soon", "AVATAR_DRAIN_S is 'soon', expected float"),
         ("gateway", "AVATAR_REDIS_URL", "localhost", "expected redis://HOST:PORT, rediss:// or unix://"),
-        ("denoiser", "AVATAR_CAPACITY", "0", "expected at least 1"),
+        ("denoiser", "AVATAR_CAPACITY", "lots", "AVATAR_CAPACITY is 'lots', expected int"),
+        ("denoiser", "AVATAR_CAPACITY", "0", "AVATAR_CAPACITY is 0, expected at least 1"),
+        ("denoiser", "AVATAR_CHECKPOINT", "nowhere", "no checkpoint at nowhere"),
+        ("denoiser", "AVATAR_LEVELS", "9", "names level 9, the checkpoint has 0 to 2"),
     ],
 )
-async def test_a_setting_that_cannot_be_used_ends_the_start(service: str, name: str, value: str, expected: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", f"services.{service}"),
-        cwd=ROOT,
-        env={**os.environ, "AVATAR_LISTEN": "127.0.0.1:0", name: value},
-        stderr=asyncio.subprocess.PIPE,
-    )
-    _, said = await process.communicate()
-    assert process.returncode == 1
-    (line,) = said.decode().splitlines()
-    assert line.startswith(f"error: {name} is ")
-    assert value in line
-    assert line.endswith(expected)
+def test_a_setting_that_cannot_be_used_ends_the_start(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, service: str, name: str, value: str, expected: str
+) -> None:
+    monkeypatch.setattr(telemetry, "set_up", lambda *_: None)  # it is set up once a process
+    for variable, given in {"CHECKPOINT": str(checkpoint), "LISTEN": "127.0.0.1:0"}.items():
+        monkeypatch.setenv(f"AVATAR_{variable}", given)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        run(import_module(f"services.{service}.__main__").main)
+    line = str(ended.value.code)
+    assert line.startswith("error: ")
+    assert expected in line
+    assert len(line.splitlines()) == 1
+
+
+def test_a_process_says_nothing_else_and_fails() -> None:
+    environment = {**os.environ, "AVATAR_LISTEN": "127.0.0.1:0", "AVATAR_DRAIN_S": "soon"}
+    program = [sys.executable, "-m", "services.gateway"]
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: AVATAR_DRAIN_S is 'soon', expected float\n"

@@ -1,5 +1,6 @@
 """Two processes that train together for test_strategy and test_base, and what they do."""
 
+import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.optim import Optimizer
 
 from avatar.denoiser.model import load
@@ -129,7 +130,9 @@ def trains(strategy: Strategy, clips: Sequence[StoredClip], root: Path) -> dict[
 
 def of_two(task: Task, kind: str, folder: Path) -> list[dict[str, Any]]:
     """What two processes get from a task under a strategy; the clips are in folder/latents."""
-    spawn(process, (task, kind, folder), nprocs=2)  # type: ignore[no-untyped-call]
+    # A server that has loaded torch is forked twice; each would load it for seconds otherwise.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "torch._dynamo"])
+    start_processes(process, (task, kind, folder), nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(2)]
 
 
