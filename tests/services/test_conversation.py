@@ -154,7 +154,7 @@ async def test_blocks_in_flight_are_bounded() -> None:
         denoiser.let()
     pipeline.say(8)
     async with pipeline.running():
-        inside = len(pipeline.denoisers) + 2
+        inside = len(pipeline.denoisers) + 4
         assert len(pipeline.admitted) == inside
         pipeline.decoder.let(1)
         await settled()
