@@ -14,7 +14,7 @@ import asyncio
 import math
 import time
 import zlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol, TypeVar
 
@@ -53,8 +53,8 @@ class Hashes(Protocol):
     async def delete(self, key: str) -> bool:
         """Forget a hash; False if it was gone."""
 
-    async def claim(self, key: str, owner: str, ttl_s: float) -> bool:
-        """Become, or stay, the owner of a key; False if it has another one."""
+    async def claim(self, key: str, owner: str, ttl_s: float, *, takes_over: bool = False) -> bool:
+        """Become, or stay, the owner of a key; False if it has another one, which is not to be taken over."""
 
     async def release(self, key: str, owner: str) -> None:
         """Stop being the owner of a key."""
@@ -139,17 +139,19 @@ class SessionStore:
         if not await self._hashes.delete(_session_key(session_id)):
             raise no_session(session_id)
 
-    async def restore(self, session: pb.Session, conditions: pb.Conditions, position: pb.Position) -> None:
-        """Write a session that streams as it is now: the store was away, and may have lost some of it, or all."""
+    async def restore(self, session: pb.Session, versions: Sequence[pb.Conditions], position: pb.Position) -> None:
+        """Write a session that streams as it is now: the store was away, and may have lost some of it, or all.
+
+        versions: of its conditions, those that are in use.
+        """
         if not await self._hashes.expires_in_s(_session_key(session.id)):
-            await self.create(session, conditions, position)
-        await self.put_conditions(session.id, conditions)
+            await self.create(session, versions[-1], position)
+        for conditions in versions:
+            await self.put_conditions(session.id, conditions)
 
     async def claim(self, session_id: str, owner: str, *, takes_over: bool = False) -> None:
         """Become, or stay, the one stream of the session. SessionBusy if there is another, unless it is taken over."""
-        if takes_over:
-            await self._hashes.delete(_stream_key(session_id))
-        if not await self._hashes.claim(_stream_key(session_id), owner, CLAIM_TTL_S):
+        if not await self._hashes.claim(_stream_key(session_id), owner, CLAIM_TTL_S, takes_over=takes_over):
             raise SessionBusy(f"another stream of session {session_id!r} is open; close it first")
 
     async def is_claimed(self, session_id: str) -> bool:
@@ -201,9 +203,9 @@ class MemoryHashes:
         self._hashes.pop(key, None)
         return found is not None
 
-    async def claim(self, key: str, owner: str, ttl_s: float) -> bool:
+    async def claim(self, key: str, owner: str, ttl_s: float, *, takes_over: bool = False) -> bool:
         found = self._live(key)
-        if found and found[0]["owner"] != owner.encode():
+        if found and found[0]["owner"] != owner.encode() and not takes_over:
             return False
         await self.create(key, {"owner": owner.encode()}, ttl_s)
         return True
@@ -232,7 +234,7 @@ return 1
 """
 _CLAIM = """
 local owner = redis.call('GET', KEYS[1])
-if owner and owner ~= ARGV[1] then return 0 end
+if owner and owner ~= ARGV[1] and ARGV[3] == '0' then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
@@ -277,9 +279,9 @@ class RedisHashes:
         async with self._reached():
             return bool(await self._redis.delete(key))
 
-    async def claim(self, key: str, owner: str, ttl_s: float) -> bool:
+    async def claim(self, key: str, owner: str, ttl_s: float, *, takes_over: bool = False) -> bool:
         async with self._reached():
-            return bool(await self._claim(keys=[key], args=[owner, _ms(ttl_s)]))
+            return bool(await self._claim(keys=[key], args=[owner, _ms(ttl_s), int(takes_over)]))
 
     async def release(self, key: str, owner: str) -> None:
         async with self._reached():

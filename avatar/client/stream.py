@@ -15,7 +15,7 @@ import grpc.aio
 
 from avatar.client.items import Audio, Frame, Interrupted, Item, interrupted_of, items_of
 from avatar.client.sent import Lead, Sent
-from avatar.errors import AvatarError, ConnectionLost, ProtocolOrder, SessionBusy, StoreUnavailable
+from avatar.errors import AvatarError, ConnectionLost, NoCapacity, ProtocolOrder, SessionBusy, StoreUnavailable
 from avatar.pipeline import beside
 from avatar.status import ENDED_EARLY, CallStatus, error_of
 from avatar.v1 import avatar_service_pb2 as pb
@@ -267,7 +267,7 @@ class Stream:
         while time.monotonic() < ends:
             try:
                 opened = await self.open(is_resume=True)
-            except (ConnectionLost, SessionBusy, StoreUnavailable):  # busy: the gateway has not noticed yet
+            except (ConnectionLost, NoCapacity, SessionBusy, StoreUnavailable):  # the gateway has not noticed yet
                 await asyncio.sleep(wait_s)
                 wait_s = min(2 * wait_s, MAX_RETRY_S)
             else:

@@ -9,6 +9,7 @@ comes twice.
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from avatar import telemetry
-from avatar.errors import AvatarError, NoCapacity, StageFailed, StageLost, StoreUnavailable
+from avatar.errors import AvatarError, NoCapacity, SessionNotFound, StageFailed, StageLost, StoreUnavailable
 from avatar.pipeline import beside
 from avatar.rpc.client import Answer, Item
 from avatar.rpc.history import History
@@ -28,7 +29,7 @@ Item_contra = TypeVar("Item_contra", contravariant=True)
 Answer_co = TypeVar("Answer_co", covariant=True)
 
 # A block that ends the stream wherever it is sent is not sent for ever.
-MAX_LOSSES = 3
+MAX_LOSSES, FORGET_S = 3, 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 0.5
 
 
@@ -79,6 +80,9 @@ class LastingStage(Generic[Item, Answer]):
         self._waiting: asyncio.Queue[list[Item]] = asyncio.Queue()
         self._room = asyncio.Semaphore(1)
         self._due_at: float | None = None
+        self._silent_at: float | None = None
+        self._is_ending = False
+        self._lost_at = -math.inf
         self._timer: asyncio.Timeout | None = None
         self._num_losses = 0
         self._is_rebuilt = False
@@ -86,7 +90,7 @@ class LastingStage(Generic[Item, Answer]):
     async def open(self) -> Any:
         """Open the stream; the worker's `opened`. Raises what the workers say."""
         worker, remote, opened = await self._connect()
-        self._link, self._due_at = (worker, remote), None
+        self._link, self._silent_at = (worker, remote), None
         worker.on_silence.add(self._give_up)
         return opened
 
@@ -144,6 +148,8 @@ class LastingStage(Generic[Item, Answer]):
             self._watch()
             yield waiting[0]
         self._waiting.put_nowait([])  # for the stream that may have to follow this one
+        self._is_ending = True
+        self._watch()
         await pulling
 
     async def _answers(self, pulling: asyncio.Task[None]) -> AsyncGenerator[Answer, None]:
@@ -151,6 +157,8 @@ class LastingStage(Generic[Item, Answer]):
         assert self._link is not None
         async with aclosing(self._link[1](self._given(pulling))) as answers:
             while True:
+                # The time that a consumer takes is not the worker's.
+                self._due_at = self._silent_at
                 self._watch()
                 try:
                     async with asyncio.timeout_at(self._due_at) as self._timer:
@@ -162,18 +170,18 @@ class LastingStage(Generic[Item, Answer]):
                     raise StageLost(message, metadata={"stage": self.stage}, retry_s=1.0) from error
                 finally:
                     self._timer = None
-                self._due_at = None
                 yield answer
 
     def _watch(self) -> None:
         """Let the time begin in which an answer is due, if one is and it has not begun."""
-        if self._link and self._due_at is None and self.history.is_waiting:
+        if self._link and self._due_at is None and (self.history.is_waiting or self._is_ending):
             step_s = getattr(self._link[0].info, "step_s", 0.0)
             self._await_until(asyncio.get_running_loop().time() + self._patience.stall_s + 4 * step_s)
 
     def _give_up(self) -> None:
         """The worker is silent: wait no longer."""
-        self._await_until(asyncio.get_running_loop().time())
+        self._silent_at = asyncio.get_running_loop().time()
+        self._await_until(self._silent_at)
 
     def _await_until(self, due_at: float) -> None:
         self._due_at = due_at
@@ -183,7 +191,9 @@ class LastingStage(Generic[Item, Answer]):
     async def _rebuild(self, lost: AvatarError) -> None:
         """Open the stream anew. Raises what was lost, if it is lost again and again or cannot be opened in time."""
         started, pause_s = time.monotonic(), FIRST_PAUSE_S
-        self._num_losses += 1
+        # A session that idles may well outlive many workers.
+        self._num_losses = self._num_losses + 1 if started - self._lost_at < FORGET_S else 1
+        self._lost_at = started
         if self._link:
             self._link[0].lost()  # until it is asked again: a spare goes first
         self.cancel()
@@ -193,7 +203,8 @@ class LastingStage(Generic[Item, Answer]):
             try:
                 await self.open()
                 break
-            except (StageLost, NoCapacity, StoreUnavailable) as error:
+            # Not found: the store was emptied, and is told again by who keeps the session, or ends it.
+            except (StageLost, StageFailed, NoCapacity, StoreUnavailable, SessionNotFound) as error:
                 if time.monotonic() - started > self._patience.rebuild_s:
                     raise lost from error
             await asyncio.sleep(pause_s)

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 import grpc.aio
 from google.protobuf.message import Message
 
-from avatar.errors import AvatarError, NoCapacity, StageLost
+from avatar.errors import AvatarError, NoCapacity, StageFailed, StageLost, StoreUnavailable
 from avatar.pipeline import beside
 from avatar.rpc.client import channel
 
@@ -34,7 +34,8 @@ class Worker(Generic[Info]):
     """One worker, as this process sees it.
 
     target: HOST:PORT. info: what it said last; None while it does not answer. num_open: streams of this process there.
-    on_silence: called when it has stopped answering, for the streams that it has.
+    on_silence: called when it has stopped answering, for the streams that it has. is_listed: it is at an address of
+    the pool's. chain: that it belongs to; a chain's streams are counted at one of its workers.
     """
 
     def __init__(self, target: str, connection: grpc.aio.Channel) -> None:
@@ -43,6 +44,8 @@ class Worker(Generic[Info]):
         self.info: Info | None = None
         self.num_open = 0
         self.on_silence: set[Callable[[], None]] = set()
+        self.is_listed = True
+        self.chain = ""
         self._num_others = 0
 
     @property
@@ -53,7 +56,7 @@ class Worker(Generic[Info]):
 
     def heard(self, info: Info) -> None:
         """It has answered."""
-        self.info = info
+        self.info, self.chain = info, getattr(info, "chain", "")
         self._num_others = max(0, getattr(info, "active", 0) - self.num_open)
 
     def lost(self) -> None:
@@ -115,10 +118,13 @@ class Pool(Generic[Info]):
     ) -> tuple[Worker[Info], Opened]:
         """Open a stream at the least loaded worker that takes it.
 
-        Raises what the last one said if none does: NoCapacity if there was one that is full, else StageLost.
+        Raises what one of them said if none does: NoCapacity if there was one that is full.
         """
         refusal: AvatarError | None = None
         for worker, _ in await self.workers(serves):
+            if worker.info is None:  # since it was looked up
+                refusal = refusal or StageLost(f"{self.stage}: {worker.target} is gone", retry_s=RETRY_S)
+                continue
             worker.num_open += 1
             is_open = False
             try:
@@ -127,8 +133,8 @@ class Pool(Generic[Info]):
                 return worker, opened
             except NoCapacity as error:
                 refusal = error
-            except StageLost as error:
-                worker.lost()
+            except (StageLost, StageFailed, StoreUnavailable) as error:
+                worker.lost()  # until it is asked again: others go first
                 refusal = refusal or error
             finally:
                 worker.num_open -= not is_open
@@ -152,7 +158,7 @@ class Pool(Generic[Info]):
         return [
             (worker, worker.info)
             for worker in self._workers.values()
-            if worker.info is not None and serves(worker.info)
+            if worker.is_listed and worker.info is not None and serves(worker.info)
         ]
 
     async def _ask_on(self) -> None:
@@ -181,11 +187,11 @@ class Pool(Generic[Info]):
         for address, name in found.items():
             if address not in self._workers:
                 self._workers[address] = Worker(address, channel(address, self._credentials, name=name))
-        for address in set(self._workers) - set(found):
-            if not self._workers[address].num_open:
+        busy = {worker.chain for worker in self._workers.values() if worker.num_open and worker.chain}
+        for address, worker in [*self._workers.items()]:
+            worker.is_listed = address in found
+            if not (worker.is_listed or worker.num_open or worker.chain in busy):
                 await self._workers.pop(address).channel.close()
-            else:  # its streams run on
-                self._workers[address].lost()
 
 
 async def _addresses(target: str) -> dict[str, str]:
@@ -195,7 +201,8 @@ async def _addresses(target: str) -> dict[str, str]:
         ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        async with asyncio.timeout(ANSWER_S):  # TimeoutError is an OSError
+            found = await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
         hosts = [f"[{where[0]}]" if family == socket.AF_INET6 else where[0] for family, *_, where in found]
         return {f"{each}:{port}": host for each in hosts}
     return {f"{host}:{port}": ""}

@@ -17,14 +17,13 @@ class Versions:
 
     position: where the session begins, or goes on. conditions: the version that its next block is made under.
     sink_update_block: the first block under the sink's update, None for none.
-    next_block: index of the next block. newest: the newest version that is known here.
+    next_block: index of the next block.
     """
 
     def __init__(
         self, position: types_pb2.Position, conditions: types_pb2.Conditions, sink_update_block: int | None
     ) -> None:
         self.next_block = position.next_block
-        self.newest = conditions
         self._sink_update_block = sink_update_block
         # From which block on which version holds.
         self._holds = [(self.next_block, position.conditions)]
@@ -34,31 +33,47 @@ class Versions:
         self._settled = asyncio.Event()
         if self.next_block:
             self._settled.set()
-        self._admitting = asyncio.Lock()
+        self._changing = asyncio.Lock()
         self._is_over = False
         # What is carried to the levels with the first block of a version.
-        self._carried = {conditions.version: conditions}
+        self._known = {conditions.version: conditions}
+        self._admitted: int | None = None
 
     async def admit(self, block: types_pb2.Block) -> None:
         """Number a block, and say which version it is made under. Waits for the sink's update where it is due."""
         if self.next_block == self._sink_update_block:
             await self._settled.wait()
-        async with self._admitting:
-            block.index = self.next_block
-            block.conditions = self._version_at(self.next_block)
-            if (carried := self._carried.pop(block.conditions, None)) is not None:
+        if self.next_block:
+            self._number(block)
+            return
+        async with self._changing:  # the sink's update is the version after block 0's
+            self._number(block)
+            self._first = block.conditions
+
+    def _number(self, block: types_pb2.Block) -> None:
+        block.index = self.next_block
+        block.conditions = self._version_at(self.next_block)
+        if block.conditions != self._admitted:
+            if (carried := self._known.get(block.conditions)) is not None:
                 block.carried.CopyFrom(carried)
-            if block.index == 0:
-                self._first = block.conditions
-            self.next_block += 1
+            self._admitted = block.conditions
+        self.next_block += 1
+
+    @property
+    def kept(self) -> list[types_pb2.Conditions]:
+        """The versions that streams may ask the store for, the newest last."""
+        return [self._known[version] for version in sorted(self._known)]
 
     def keep(self, conditions: types_pb2.Conditions) -> None:
         """Have a version carried to the levels, so that they need not ask the store."""
-        self.newest = self._carried[conditions.version] = conditions
+        self._known[conditions.version] = conditions
 
     def note(self, position: types_pb2.Position) -> None:
-        """Write which versions hold from the position's next block on."""
+        """Write which versions hold from the position's next block on; older ones are forgotten."""
         position.conditions = self._version_at(position.next_block)
+        self._holds = [each for each in self._holds if each[1] >= position.conditions]
+        # Streams that are rebuilt begin a window before, which may be under the version before.
+        self._known = {version: each for version, each in self._known.items() if version >= position.conditions - 1}
         coming, version = self._holds[-1]
         is_coming = coming > position.next_block
         position.coming_block, position.coming_conditions = (coming, version) if is_coming else (0, 0)
@@ -87,7 +102,7 @@ class Versions:
         while True:
             if self._is_sink_awaited():
                 await self._settled.wait()
-            async with self._admitting:
+            async with self._changing:
                 if self._is_over:
                     raise SessionClosed("the session's stream has ended; its prompt cannot be changed")
                 if self._is_sink_awaited():

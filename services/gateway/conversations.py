@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # A gateway's record is at most a block old, and what it had sent was on its way for no longer than a client waits.
 MAX_FRAMES_APART = 500
+# What ends a connection and leaves its conversation as it is.
+OF_A_CONNECTION = (ConnectionLost.reason, StoreUnavailable.reason)
 
 
 class Held:
@@ -209,7 +211,7 @@ class Conversations:
                         task.cancel()
             except BaseException as error:
                 held.detach()
-                if reason_of(error) != ConnectionLost.reason or not self._settings.resume_s:
+                if reason_of(error) not in OF_A_CONNECTION or not self._settings.resume_s:
                     held.fail(error if isinstance(error, Exception) else ConnectionLost("the client is gone"))
                     await asyncio.wait({held.over})
                 raise
@@ -242,11 +244,13 @@ class Conversations:
                     conversation = Conversation(streams, choices, session, position, conditions, self._settings)
                     position.opened = opened.SerializeToString()
                     held = self._held[session.id] = Held(opened, conversation, streams.init_segment)
-                    begun.set_result(held)
                     try:
+                        if not begun.done():  # who began it may be gone
+                            begun.set_result(held)
                         await self._run(held, session, owner)
                     finally:
-                        del self._held[session.id]
+                        if self._held.get(session.id) is held:
+                            del self._held[session.id]
                         conversation.versions.end()
         except Exception as caught:
             error = caught  # not for this task, but for who is connected
@@ -310,12 +314,13 @@ class Conversations:
                 was_away = was_away or not await self._store.is_claimed(session_id)
                 await self._store.claim(session_id, owner)
                 if was_away:
-                    await self._store.restore(session, conversation.versions.newest, conversation.note())
+                    await self._store.restore(session, conversation.versions.kept, conversation.note())
                     was_away = False
                 if conversation.advanced.is_set():
                     conversation.advanced.clear()
                     await self._store.renew(session_id, conversation.note())
                 else:
+                    conversation.note()
                     await self._store.expires_in_s(session_id)
             except StoreUnavailable:
                 was_away = True
@@ -353,6 +358,7 @@ async def _read(held: Held, requests: AsyncIterator[pb.StreamAvatarRequest]) -> 
     async for request in requests:
         if await held.conversation.hear(request):
             return
+        await held.conversation.outbox.until_few()
     raise ConnectionLost("the stream ended without close")
 
 
@@ -373,5 +379,7 @@ def _opening(session: types_pb2.Session, choices: Choices, position: types_pb2.P
     )
     if session.HasField("audio_right_frames"):
         sound.right_frames = session.audio_right_frames
-    video = vae_pb2.OpenDecode(session_id=session.id, encoding=choices.video, quality=choices.quality)
+    video = vae_pb2.OpenDecode(
+        session_id=session.id, encoding=choices.video, quality=choices.quality, is_live=choices.is_live
+    )
     return Opening(sound, video, position.next_block, position.statistics)

@@ -22,6 +22,9 @@ from services.gateway.fragments import renumbered
 Write: TypeAlias = Callable[[api.StreamAvatarResponse], Awaitable[None]]
 # Blocks of frames that may wait: one that is sent, one that is made, and one between.
 MAX_WAITING_BLOCKS = 3
+# Messages of events and frames that wait before no more are taken of a client, and that are kept; a block of frames,
+# one by one with their sound, is two dozen.
+MAX_WAITING_ITEMS, MAX_KEPT_ITEMS = 500, 2000
 
 
 @dataclass(eq=False)
@@ -70,6 +73,7 @@ class Outbox:
         self._unfinished_turn = position.turn
         self._grid = grid
         self._kept_frames, self._kept_bytes = kept_frames, kept_bytes
+        self._num_kept_frames = self._num_kept_bytes = 0
         self._is_fragmented = is_fragmented
         self._kept: deque[Item] = deque()
         self._waiting: deque[Item] = deque()
@@ -90,6 +94,12 @@ class Outbox:
     async def until_room(self) -> None:
         """Wait until frames may be put."""
         while self.is_full:
+            self._room.clear()
+            await self._room.wait()
+
+    async def until_few(self) -> None:
+        """Wait until what a client causes by its messages may be put: events wait no less than frames."""
+        while len(self._waiting) >= MAX_WAITING_ITEMS:
             self._room.clear()
             await self._room.wait()
 
@@ -209,10 +219,16 @@ class Outbox:
 
     def _keep(self, item: Item) -> None:
         self._kept.append(item)
-        frames, size = sum(each.num_frames for each in self._kept), sum(each.num_bytes for each in self._kept)
-        while len(self._kept) > 1 and (frames > self._kept_frames or size > self._kept_bytes):
+        self._num_kept_frames += item.num_frames
+        self._num_kept_bytes += item.num_bytes
+        while len(self._kept) > 1 and (
+            self._num_kept_frames > self._kept_frames
+            or self._num_kept_bytes > self._kept_bytes
+            or len(self._kept) > MAX_KEPT_ITEMS
+        ):
             oldest = self._kept.popleft()
-            frames, size = frames - oldest.num_frames, size - oldest.num_bytes
+            self._num_kept_frames -= oldest.num_frames
+            self._num_kept_bytes -= oldest.num_bytes
 
 
 def _is_start(item: Item) -> bool:

@@ -185,6 +185,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             first_block = await conversation.versions.change(write)
         else:
             position = await self._store.position(session_id)
+            if await self._store.is_claimed(session_id):
+                raise NotStreaming(f"session {session_id!r} streams at another gateway; change its prompt there")
             if position.is_closed:
                 raise SessionClosed(f"the stream of session {session_id!r} has ended; its prompt cannot be changed")
             await write(position.conditions, position.conditions + 1)

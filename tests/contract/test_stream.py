@@ -13,7 +13,7 @@ from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 from tests.conftest import sound
 from tests.contract.refusals import refused
-from tests.product import CLOSE, PCM16, answer, frame, new_session, opened, rest, speak, spoken, stream
+from tests.product import CLOSE, END_TURN, PCM16, answer, frame, new_session, opened, rest, speak, spoken, stream
 
 FLOAT32 = types.AudioFormat(encoding=types.SAMPLE_ENCODING_FLOAT32, rate_hz=16000, num_channels=1)
 
@@ -244,3 +244,19 @@ async def test_many_sessions_stream_at_a_time(stub: pb_grpc.AvatarServiceAsyncSt
     sessions = [await new_session(stub, portrait, seed=1) for _ in range(3)]
     streamed = await asyncio.gather(*(speak(stub, session.id, sound(0.96)) for session in sessions))
     assert streamed[0].pixels == streamed[1].pixels == streamed[2].pixels
+
+
+async def test_every_turn_has_an_end_however_many_come_at_once(
+    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
+) -> None:
+    """There are more than wait at a time, and than are kept."""
+    session = await new_session(stub, portrait)
+    call = stub.StreamAvatar(timeout=60)
+    await call.write(opened(session.id))
+    await answer(call)
+    for _ in range(2500):
+        await call.write(END_TURN)
+    for request in [*spoken(sound(0.5)), CLOSE]:
+        await call.write(request)
+    turns = [each.event.playback_finished.turn for each in await rest(call) if each.HasField("event")]
+    assert turns[:2500] == list(range(2500))

@@ -236,3 +236,29 @@ def test_a_history_of_sound_keeps_whole_blocks_of_pieces() -> None:
     assert history.is_waiting, "block 4 was asked for"
     assert history.took(Block(index=4)) == 4
     assert not history.is_waiting
+
+
+async def test_the_time_that_a_reader_takes_is_not_the_workers() -> None:
+    async with workers(1) as found, lasting(found, HASTY) as stage:
+        rebuilt: list[int] = []
+        stage.on_rebuilt = rebuilt.append
+        got = []
+        async for each in stage(Source(range(4)).stream()):
+            got.append(each.index)
+            await asyncio.sleep(0.5)
+        assert got == [0, 1, 2, 3]
+        assert not rebuilt
+
+
+async def test_a_worker_that_never_says_that_it_is_done_is_left() -> None:
+    async def endless(requests: Requests, _: Context) -> Responses:
+        await opening(requests)
+        yield OPENED
+        async for each in parts(requests, "piece"):
+            yield block(int(each.data))
+        await asyncio.Event().wait()
+
+    async with workers(2) as found:
+        found[0].encode = endless
+        async with lasting(found, HASTY) as stage:
+            assert await all_of(stage, Source(range(3))) == [0, 1, 2]

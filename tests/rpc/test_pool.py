@@ -155,3 +155,18 @@ async def test_streams_of_a_worker_that_hangs_are_told(monkeypatch: pytest.Monke
             monkeypatch.setattr(audio, "_ask_at", unanswered)
             await audio.ask()
             assert told.is_set()
+
+
+async def test_a_worker_that_is_lost_while_another_is_tried_is_passed_over() -> None:
+    async with workers(2) as found:
+        audio: Audio = Pool("audio", [each.target for each in found], ask)
+        async with audio.running():
+
+            async def open_at(worker: Known[Any]) -> str:
+                assert worker.info is not None
+                for other, _ in await audio.workers():
+                    other.lost()
+                raise StageLost("gone")
+
+            with pytest.raises(StageLost, match="gone"):
+                await audio.open(open_at)
