@@ -25,7 +25,7 @@ from tqdm import tqdm
 from avatar.handoff.chain import Chain, Seat, joined
 from avatar.handoff.client import RemoteChain
 from avatar.pipeline import Stage
-from avatar.rpc.client import RemoteStage, channel, remote_denoiser
+from avatar.rpc.client import Relayable, RemoteStage, channel, remote_denoiser
 from avatar.rpc.codec import block_from_pb, latent_to_pb, tensor_from_pb
 from avatar.rpc.server import Context, opening, parts, serving, until_stopped
 from avatar.types import Block
@@ -124,7 +124,7 @@ class Way:
             yield await self._given.get()
 
 
-def in_messages(levels: list[RemoteStage[types_pb2.Block, types_pb2.Block]]) -> Stage[types_pb2.Block, types_pb2.Block]:
+def in_messages(levels: list[RemoteStage[Relayable, types_pb2.Block]]) -> Stage[types_pb2.Block, types_pb2.Block]:
     """Levels one behind the other, as the gateway composes them."""
 
     def stage(blocks: Blocks) -> Blocks:

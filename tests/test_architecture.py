@@ -60,9 +60,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.rpc.codec": ("avatar.types", "avatar.worker"),
     "avatar.rpc.health": (),
     "avatar.rpc.server": ("avatar.errors", "avatar.pace", "avatar.telemetry"),
-    "avatar.rpc.client": ("avatar.errors", "avatar.pipeline", "avatar.rpc.server", "avatar.status", "avatar.worker"),
+    "avatar.rpc.relay": ("avatar.worker",),
+    "avatar.rpc.client": (
+        *("avatar.errors", "avatar.pipeline", "avatar.rpc.relay", "avatar.rpc.server", "avatar.status"),
+        "avatar.worker",
+    ),
     "avatar.rpc.pool": ("avatar.errors", "avatar.pipeline", "avatar.rpc.client"),
-    "avatar.rpc.history": ("avatar.worker",),
+    "avatar.rpc.history": ("avatar.rpc.relay", "avatar.worker"),
     "avatar.rpc.lasting": (
         *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.history", "avatar.rpc.pool"),
         *("avatar.telemetry", "avatar.worker"),
@@ -92,7 +96,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.gateway": (
         *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.history", "avatar.rpc.lasting"),
-        *("avatar.rpc.pool", "avatar.rpc.server", "avatar.session", "avatar.settings", "avatar.tally"),
+        *(
+            "avatar.rpc.pool",
+            "avatar.rpc.relay",
+            "avatar.rpc.server",
+            "avatar.session",
+            "avatar.settings",
+            "avatar.tally",
+        ),
         *("avatar.telemetry", "avatar.tls", "avatar.v1"),
         *("avatar.handoff.client", "avatar.worker", "services.process"),
     ),

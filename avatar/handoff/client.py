@@ -4,13 +4,16 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import TypeVar
 
 import grpc.aio
 
 from avatar.pipeline import beside
-from avatar.rpc.client import remote_denoiser
+from avatar.rpc.client import Relayable, remote_denoiser
 from avatar.worker.v1 import denoiser_pb2 as pb
 from avatar.worker.v1.types_pb2 import Block, Closed
+
+Queued = TypeVar("Queued")
 
 
 class RemoteChain:
@@ -47,13 +50,13 @@ class RemoteChain:
         opened: pb.DenoiseOpened = opening.result()
         return opened
 
-    async def __call__(self, blocks: AsyncGenerator[Block, None]) -> AsyncGenerator[Block, None]:
+    async def __call__(self, blocks: AsyncGenerator[Relayable, None]) -> AsyncGenerator[Block, None]:
         """The last level's answers to blocks without latents.
 
         A block goes to all levels at once, and one more than there are levels at a time. What fails first, the blocks
         or a level, is what is raised.
         """
-        ways: list[asyncio.Queue[Block | None]] = [asyncio.Queue() for _ in self._levels]
+        ways: list[asyncio.Queue[Relayable | None]] = [asyncio.Queue() for _ in self._levels]
         answers: asyncio.Queue[Block | None] = asyncio.Queue()
         room = asyncio.Semaphore(len(self._levels))
 
@@ -97,7 +100,7 @@ class RemoteChain:
             stage.cancel()
 
 
-async def _waiting(items: asyncio.Queue[Block | None]) -> AsyncGenerator[Block, None]:
+async def _waiting(items: asyncio.Queue[Queued | None]) -> AsyncGenerator[Queued, None]:
     while (item := await items.get()) is not None:
         yield item
 

@@ -3,27 +3,23 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from avatar.errors import REASONS, AvatarError, ConfigMismatch, InvalidField, StageFailed, StageLost
 from avatar.pipeline import beside
+from avatar.rpc.relay import RelayedBlock, field, written
 from avatar.rpc.server import OPTIONS
 from avatar.status import ENDED_EARLY, CallStatus, told
-from avatar.worker.v1 import (
-    audio_pb2,
-    audio_pb2_grpc,
-    denoiser_pb2,
-    denoiser_pb2_grpc,
-    types_pb2,
-    vae_pb2,
-    vae_pb2_grpc,
-)
+from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 
-Item = TypeVar("Item", bound=Message)
+Relayable: TypeAlias = types_pb2.Block | RelayedBlock
+Item = TypeVar("Item", bound=Message | RelayedBlock)
 Answer = TypeVar("Answer", bound=Message)
 
 # A worker opens a stream before its device has to do with it; the store may keep it waiting.
@@ -52,16 +48,22 @@ def channel(target: str, credentials: grpc.ChannelCredentials | None = None, *, 
 class RemoteStage(Generic[Item, Answer]):
     """One session's stream at a worker: open it, then call it with the stream of items.
 
-    stage: name that errors carry. item, answer: which part of requests and answers carries items.
+    stage: name that errors carry. method: of the worker's service. item, answer: which part of its requests and answers
+    carries items.
     """
 
-    def __init__(self, stage: str, method: Any, request: type[Message], item: str, answer: str) -> None:
+    def __init__(
+        self, stage: str, connection: grpc.aio.Channel, method: MethodDescriptor, item: str, answer: str
+    ) -> None:
         self.stage = stage
         self.closed = types_pb2.Closed()
-        self._call = method()
+        self._request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+        path = f"/{method.containing_service.full_name}/{method.name}"
+        # Not the generated stub, which writes nothing but whole messages.
+        open_call: Any = connection.stream_stream(path, written, response.FromString)
+        self._call = open_call()
         self._status = CallStatus(self._call)
-        self._request = request
-        self._item = item
+        self._item = method.input_type.fields_by_name[item].number
         self._answer = answer
 
     async def open(self, message: Message) -> Any:
@@ -69,7 +71,7 @@ class RemoteStage(Generic[Item, Answer]):
         is_open = False
         try:
             async with asyncio.timeout(OPEN_S):
-                await self._write(open=message)
+                await self._write(self._request(open=message))
                 opened = (await self._read()).opened
             is_open = True
             return opened
@@ -102,16 +104,16 @@ class RemoteStage(Generic[Item, Answer]):
         try:
             async with aclosing(items):
                 async for item in items:
-                    await self._write(**{self._item: item})
-            await self._write(close={})
+                    await self._write(field(self._item, item))
+            await self._write(self._request(close={}))
             await self._call.done_writing()
         except BaseException:
             self.cancel()
             raise
 
-    async def _write(self, **part: Any) -> None:
+    async def _write(self, request: Any) -> None:
         try:
-            await self._call.write(self._request(**part))
+            await self._call.write(request)
         except asyncio.InvalidStateError:  # the call has ended; reading tells how
             await self._read()
         except grpc.aio.AioRpcError as error:
@@ -131,18 +133,18 @@ class RemoteStage(Generic[Item, Answer]):
 
 
 def remote_audio(channel: grpc.aio.Channel) -> RemoteStage[audio_pb2.AudioPiece, types_pb2.Block]:
-    return RemoteStage(
-        "audio", audio_pb2_grpc.AudioServiceStub(channel).Encode, audio_pb2.EncodeRequest, "piece", "block"
-    )
+    method = audio_pb2.DESCRIPTOR.services_by_name["AudioService"].methods_by_name["Encode"]
+    return RemoteStage("audio", channel, method, "piece", "block")
 
 
-def remote_denoiser(channel: grpc.aio.Channel, level: int) -> RemoteStage[types_pb2.Block, types_pb2.Block]:
-    method = denoiser_pb2_grpc.DenoiserServiceStub(channel).Denoise
-    return RemoteStage(f"denoiser-{level}", method, denoiser_pb2.DenoiseRequest, "block", "block")
+def remote_denoiser(channel: grpc.aio.Channel, level: int) -> RemoteStage[Relayable, types_pb2.Block]:
+    method = denoiser_pb2.DESCRIPTOR.services_by_name["DenoiserService"].methods_by_name["Denoise"]
+    return RemoteStage(f"denoiser-{level}", channel, method, "block", "block")
 
 
-def remote_vae(channel: grpc.aio.Channel) -> RemoteStage[types_pb2.Block, types_pb2.Frame]:
-    return RemoteStage("vae", vae_pb2_grpc.VaeServiceStub(channel).Decode, vae_pb2.DecodeRequest, "block", "frame")
+def remote_vae(channel: grpc.aio.Channel) -> RemoteStage[Relayable, types_pb2.Frame]:
+    method = vae_pb2.DESCRIPTOR.services_by_name["VaeService"].methods_by_name["Decode"]
+    return RemoteStage("vae", channel, method, "block", "frame")
 
 
 def stage_error(stage: str, error: grpc.aio.AioRpcError, *, is_request: bool = False) -> AvatarError:

@@ -6,15 +6,16 @@ A history keeps messages unopened, and knows by their numbers which answers are 
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
+from avatar.rpc.relay import RelayedBlock
 from avatar.worker.v1 import audio_pb2, types_pb2
 
 Item_contra = TypeVar("Item_contra", contravariant=True)
 Item_co = TypeVar("Item_co", covariant=True)
-Item = TypeVar("Item", bound=Message)
+Item = TypeVar("Item", bound=Message | RelayedBlock)
 Answer_contra = TypeVar("Answer_contra", contravariant=True)
 
 
@@ -45,7 +46,7 @@ class BlockHistory:
         self.next_block = next_block
         self.num_past = 0
         self._next_frame = 0
-        self._kept: deque[types_pb2.Block] = deque()
+        self._kept: deque[types_pb2.Block | RelayedBlock] = deque()
 
     @property
     def first_block(self) -> int:
@@ -56,10 +57,10 @@ class BlockHistory:
     def is_waiting(self) -> bool:
         return bool(self._kept) and self._kept[-1].index >= self.next_block
 
-    def sent(self, block: types_pb2.Block) -> None:
+    def sent(self, block: types_pb2.Block | RelayedBlock) -> None:
         self._kept.append(block)
 
-    def again(self) -> Sequence[types_pb2.Block]:
+    def again(self) -> Sequence[types_pb2.Block | RelayedBlock]:
         return [_urgent(block) for block in self._kept]
 
     def took(self, answer: types_pb2.Block | types_pb2.Frame) -> int | None:
@@ -141,6 +142,7 @@ class SoundHistory:
 
 def _urgent(item: Item) -> Item:
     """An item that is sent again: what was not in a hurry then is late now."""
-    if item.HasField("slack_s"):
-        item.slack_s = 0.0  # type: ignore[attr-defined]  # what is sent to a stage has it
+    message: Any = item.head if isinstance(item, RelayedBlock) else item
+    if message.HasField("slack_s"):
+        message.slack_s = 0.0
     return item

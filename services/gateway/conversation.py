@@ -15,7 +15,9 @@ from contextlib import aclosing
 
 from avatar import telemetry
 from avatar.errors import InvalidAudio, MessageTooLarge, ProtocolOrder
+from avatar.rpc.client import Relayable
 from avatar.rpc.lasting import LastingStage
+from avatar.rpc.relay import RelayedBlock
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.v1 import types_pb2 as api_types
@@ -68,8 +70,9 @@ class Conversation:
         kept_frames = round(settings.kept_s * session.frame_rate_hz)
         is_fragmented = choices.video == "fmp4"
         self.outbox = Outbox(self._grid, position, kept_frames, settings.kept_bytes, is_fragmented=is_fragmented)
-        # As many as there are stages behind admission keeps each busy; one more waits at the door.
-        self._slots = asyncio.Semaphore(len(streams.left_s))
+        # One for each stage behind admission keeps each busy, and one waits at the door; as many as two are on their way
+        # between stages, which is a step's time where steps are as short as 20 ms.
+        self._slots = asyncio.Semaphore(len(streams.left_s) + 2)
         self._room = asyncio.Event()
         self._inside: deque[BlockSound] = deque()
         # Blocks that are the first of a rebuilt stream, and whose frames did not come yet.
@@ -232,7 +235,7 @@ class Conversation:
             self.playout.overdue(made)
         return made + ahead
 
-    async def _admitted(self, encoded: AsyncGenerator[types_pb2.Block, None]) -> AsyncGenerator[types_pb2.Block, None]:
+    async def _admitted(self, encoded: AsyncGenerator[types_pb2.Block, None]) -> AsyncGenerator[RelayedBlock, None]:
         """The blocks that are denoised, numbered, as many at a time as keep every stage busy."""
         async with aclosing(encoded):
             is_jump = False
@@ -261,33 +264,30 @@ class Conversation:
                 if is_jump:
                     is_jump = False
                     self._jumps.add(block.index)
-                yield block
+                yield RelayedBlock.of(block)
 
-    async def _finished(self, blocks: AsyncGenerator[types_pb2.Block, None]) -> AsyncGenerator[types_pb2.Block, None]:
+    async def _finished(self, blocks: AsyncGenerator[RelayedBlock, None]) -> AsyncGenerator[RelayedBlock, None]:
         """Denoised blocks for the decoder; once block 0 is here, the last level has written the new sink."""
         async with aclosing(blocks):
             async for block in blocks:
                 self.versions.finished(block.index)
-                finished = types_pb2.Block(index=block.index, latent=block.latent, traceparent=block.traceparent)
-                self._hurry(finished, self._streams.left_s[-1])
-                yield finished
+                head = types_pb2.Block(index=block.index, traceparent=block.head.traceparent)
+                self._hurry(head, self._streams.left_s[-1])
+                yield RelayedBlock(head, latent=block.latent)
 
     async def _denoised(
         self,
-        denoiser: LastingStage[types_pb2.Block, types_pb2.Block],
+        denoiser: LastingStage[Relayable, types_pb2.Block],
         left_s: float,
-        blocks: AsyncGenerator[types_pb2.Block, None],
-    ) -> AsyncGenerator[types_pb2.Block, None]:
-        """A level's answers, with what it was given put back: it answers with the latent alone.
+        blocks: AsyncGenerator[RelayedBlock, None],
+    ) -> AsyncGenerator[RelayedBlock, None]:
+        """A level's answers, with what it was given put back: it answers with the latent alone."""
+        given: dict[int, RelayedBlock] = {}
 
-        Each is a message of its own, since the level's history keeps what the level was given.
-        """
-        given: dict[int, types_pb2.Block] = {}
-
-        async def kept() -> AsyncGenerator[types_pb2.Block, None]:
+        async def kept() -> AsyncGenerator[RelayedBlock, None]:
             async with aclosing(blocks):
                 async for block in blocks:
-                    self._hurry(block, left_s)
+                    self._hurry(block.head, left_s)
                     given[block.index] = block
                     yield block
 
@@ -295,10 +295,7 @@ class Conversation:
             async for answer in answers:
                 if answer.HasField("carried"):
                     self.versions.keep(answer.carried)
-                block = types_pb2.Block()
-                block.CopyFrom(given.pop(answer.index))
-                block.latent.CopyFrom(answer.latent)
-                yield block
+                yield given.pop(answer.index).with_latent(answer.latent)
 
     def _hurry(self, block: types_pb2.Block, left_s: float) -> None:
         """Say how soon a block is needed of the next stage, behind which it takes so long."""

@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from avatar.errors import ConfigMismatch, StageLost
 from avatar.handoff.client import RemoteChain
-from avatar.rpc.client import remote_audio, remote_denoiser, remote_vae
+from avatar.rpc.client import Relayable, remote_audio, remote_denoiser, remote_vae
 from avatar.rpc.history import BlockHistory, History, SoundHistory
 from avatar.rpc.lasting import LastingStage, Patience, Remote
 from avatar.rpc.pool import Pool, Worker
@@ -54,8 +54,8 @@ class Streams:
     """
 
     audio: LastingStage[audio_pb2.AudioPiece, types_pb2.Block]
-    denoisers: list[LastingStage[types_pb2.Block, types_pb2.Block]]
-    vae: LastingStage[types_pb2.Block, types_pb2.Frame]
+    denoisers: list[LastingStage[Relayable, types_pb2.Block]]
+    vae: LastingStage[Relayable, types_pb2.Frame]
     left_s: list[float]
     begun_s: float = 0.0
     behind_ns: int = 0
@@ -117,7 +117,7 @@ def _sound(
 
 def _level(
     pool: Pool[Any], digest: str, level: int, opening: Opening
-) -> tuple[History[types_pb2.Block, types_pb2.Block], Connect]:
+) -> tuple[History[Relayable, types_pb2.Block], Connect]:
     def serves(info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
         return level in info.levels and info.digest == digest
 
@@ -126,7 +126,7 @@ def _level(
 
 def _chain(
     pool: Pool[Any], told: "Description", opening: Opening
-) -> tuple[History[types_pb2.Block, types_pb2.Block], Connect]:
+) -> tuple[History[Relayable, types_pb2.Block], Connect]:
     """All levels, at the workers of one chain; the one of level 0 stands for it, since a chain is lost as one."""
 
     def remote(head: Worker[Any]) -> RemoteChain:
@@ -150,7 +150,7 @@ def _denoising(
     opening: Opening,
     serves: Callable[[denoiser_pb2.DenoiserServiceGetInfoResponse], bool],
     level: int = 0,
-) -> tuple[History[types_pb2.Block, types_pb2.Block], Connect]:
+) -> tuple[History[Relayable, types_pb2.Block], Connect]:
     history = BlockHistory(opening.next_block)
     message = denoiser_pb2.OpenDenoise(session_id=opening.sound.session_id, level=level, is_live=opening.sound.is_live)
 
@@ -164,7 +164,7 @@ def _denoising(
     return history, _connect(pool, remote, again, heard, serves)
 
 
-def _frames(pool: Pool[Any], opening: Opening) -> tuple[History[types_pb2.Block, types_pb2.Frame], Connect]:
+def _frames(pool: Pool[Any], opening: Opening) -> tuple[History[Relayable, types_pb2.Frame], Connect]:
     history, message = BlockHistory(opening.next_block), opening.video
 
     def again() -> vae_pb2.OpenDecode:

@@ -5,7 +5,7 @@ import gc
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from types import EllipsisType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
 import grpc.aio
@@ -21,10 +21,10 @@ from avatar.errors import (
     StageFailed,
     StageLost,
 )
-from avatar.rpc.client import RemoteStage, channel, remote_audio, stage_error
+from avatar.rpc.client import RemoteStage, channel, remote_audio, remote_vae, stage_error
 from avatar.rpc.server import Context, opening, parts
 from avatar.worker.v1 import audio_pb2 as pb
-from avatar.worker.v1 import audio_pb2_grpc
+from avatar.worker.v1 import audio_pb2_grpc, vae_pb2
 from avatar.worker.v1.types_pb2 import Block, Closed
 from tests.rpc.conftest import OPENED, Requests, Responses, Source, Worker, block, cuttable, numbered, piece
 
@@ -231,14 +231,9 @@ async def test_a_status_without_details_is_read_by_its_code(
 
 
 async def test_a_worker_of_another_kind_does_not_fit(connection: grpc.aio.Channel) -> None:
-    method: Any = connection.stream_stream(
-        "/avatar.worker.v1.VaeService/Decode",
-        request_serializer=pb.EncodeRequest.SerializeToString,
-        response_deserializer=pb.EncodeResponse.FromString,
-    )
-    stage: Audio = RemoteStage("vae", method, pb.EncodeRequest, "piece", "block")
+    stage = remote_vae(connection)
     with pytest.raises(ConfigMismatch, match="vae: "):
-        await stage.open(OPEN)
+        await stage.open(vae_pb2.OpenDecode(session_id="a"))
 
 
 async def test_a_worker_that_is_not_there_is_lost() -> None:

@@ -203,7 +203,8 @@ def test_a_history_keeps_what_is_not_answered_and_so_many_before() -> None:
     assert history.is_waiting
     assert [history.took(Block(index=index)) for index in (4, 5, 6, 7)] == [4, 5, 6, 7]
     assert history.first_block == 6
-    assert [(each.index, each.slack_s) for each in history.again()] == [(6, 0), (7, 0), (8, 0), (9, 0)]
+    again = [each for each in history.again() if isinstance(each, Block)]
+    assert [(each.index, each.slack_s) for each in again] == [(6, 0), (7, 0), (8, 0), (9, 0)]
     assert history.took(Block(index=7)) is None
 
 
