@@ -70,7 +70,7 @@ class Conversation:
         kept_frames = round(settings.kept_s * session.frame_rate_hz)
         is_fragmented = choices.video == "fmp4"
         self.outbox = Outbox(self._grid, position, kept_frames, settings.kept_bytes, is_fragmented=is_fragmented)
-        # One for each stage behind admission keeps each busy, and one waits at the door; as many as two are on their way
+        # One for each stage behind admission keeps each busy, and one waits at the door; up to two are on their way
         # between stages, which is a step's time where steps are as short as 20 ms.
         self._most_inside = len(streams.left_s) + 2
         self._slots = asyncio.Semaphore(self._most_inside)
