@@ -70,9 +70,10 @@ class Conversation:
         kept_frames = round(settings.kept_s * session.frame_rate_hz)
         is_fragmented = choices.video == "fmp4"
         self.outbox = Outbox(self._grid, position, kept_frames, settings.kept_bytes, is_fragmented=is_fragmented)
-        # One for each stage behind admission keeps each busy, and one waits at the door; as many as two are on their
-        # way between stages, which is a step's time where steps are as short as 20 ms.
-        self._slots = asyncio.Semaphore(len(streams.left_s) + 2)
+        # One for each stage behind admission keeps each busy, and one waits at the door; up to two are on their way
+        # between stages, which is a step's time where steps are as short as 20 ms.
+        self._most_inside = len(streams.left_s) + 2
+        self._slots = asyncio.Semaphore(self._most_inside)
         self._room = asyncio.Event()
         self._inside: deque[BlockSound] = deque()
         # Blocks that are the first of a rebuilt stream, and whose frames did not come yet.
@@ -309,7 +310,7 @@ class Conversation:
         if jumps := {index for index in self._jumps if index <= frame.block}:
             self._jumps -= jumps
             # Stages that are lost at once, each with another block, are one jump.
-            if self._last_jump is None or min(jumps) > self._last_jump + len(self._streams.all):
+            if self._last_jump is None or min(jumps) > self._last_jump + self._most_inside:
                 self._is_jump, self._last_jump = True, min(jumps)
         if not block.is_dropped:
             if not block.is_shown:

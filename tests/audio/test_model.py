@@ -78,7 +78,8 @@ def test_streamed_equals_whole(model: AudioModel, session: Session, speech: Tens
 def test_cutting_the_sound_changes_no_byte(rate_hz: int, model: AudioModel, session: Session, speech: Tensor) -> None:
     sound = speech[:, : int(rate_hz * 0.7)]
     expected = features(stream(model, session, [AudioPiece(sound, rate_hz, is_last=True)]))
-    for piece_samples in (1, 320, 1600, 7680):
+    least = 1 if rate_hz == 8000 else 17  # sample by sample takes seconds
+    for piece_samples in (least, 320, 1600, 7680):
         assert torch.equal(features(stream(model, session, pieces(sound, piece_samples, rate_hz))), expected)
 
 

@@ -18,7 +18,8 @@ def resampled(samples: Tensor, rate_hz: int, piece_samples: int) -> Tensor:
 @pytest.mark.parametrize("rate_hz", [8000, 11025, 12345, 22050, 24000, 44100, 48000])
 def test_cutting_the_sound_changes_nothing(rate_hz: int, speech: Tensor) -> None:
     samples = speech[:, : rate_hz * 3 // 2]
-    pieces = [resampled(samples, rate_hz, piece_samples) for piece_samples in (1, 320, 1600, 7680)]
+    least = 1 if rate_hz == 8000 else 17  # sample by sample takes seconds
+    pieces = [resampled(samples, rate_hz, piece_samples) for piece_samples in (least, 320, 1600, 7680)]
     for other in pieces[1:]:
         assert torch.equal(pieces[0], other)
 
