@@ -79,7 +79,7 @@ class Report:
     def __init__(self, path: Path, names: list[str], *, afresh: bool) -> None:
         self.path = path
         kept = [] if afresh or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))["rows"]
-        self._rows = {name: [row_of(each) for each in kept if each["name"] == name] for name in names}
+        self._rows = {name: [row_of(each) for each in kept if each.get("name") == name] for name in names}
 
     @property
     def rows(self) -> list[Row]:

@@ -11,13 +11,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CLIENT = """
+import asyncio
 import sys
-import grpc
-from avatar.v1 import avatar_service_pb2 as pb, avatar_service_pb2_grpc as pb_grpc
-with grpc.insecure_channel(sys.argv[1]) as channel:
-    print(pb_grpc.AvatarServiceStub(channel).GetCapabilities(pb.GetCapabilitiesRequest()).num_levels)
 import avatar
-print(avatar.__file__)
+from avatar.client import connect
+
+async def main(gateway, picture):
+    async with connect(gateway) as suite:
+        session = await suite.create(picture)
+        async with session.stream(sound=bytes(46080)) as stream:
+            num_frames = len([frame async for frame in stream.frames()])
+    print(num_frames, avatar.__file__)
+
+asyncio.run(main(*sys.argv[1:]))
 """
 
 
@@ -38,7 +44,7 @@ async def run(*program: object, cwd: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-async def test_the_wheel_alone_is_a_client_of_a_running_suite(gateway: str, tmp_path: Path) -> None:
+async def test_the_wheel_alone_is_a_client_of_a_running_suite(gateway: str, picture: bytes, tmp_path: Path) -> None:
     build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "dist")
     await run(sys.executable, *build, ROOT, cwd=ROOT)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
@@ -50,8 +56,9 @@ async def test_the_wheel_alone_is_a_client_of_a_running_suite(gateway: str, tmp_
     await run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv/bin/python"
     await run(python, "-m", "pip", "install", "--quiet", wheel, cwd=tmp_path)
-    num_levels, file = (await run(python, "-c", CLIENT, gateway, cwd=tmp_path)).split()
-    assert num_levels == "3"
+    (tmp_path / "face.png").write_bytes(picture)
+    num_frames, file = (await run(python, "-c", CLIENT, gateway, "face.png", cwd=tmp_path)).split()
+    assert num_frames == "33", "of three blocks, the first has nine"
     assert Path(file).is_relative_to(tmp_path)
     installed = set((await run(python, "-m", "pip", "list", "--format", "freeze", cwd=tmp_path)).splitlines())
     found = {line.partition("==")[0].lower().replace("_", "-") for line in installed}

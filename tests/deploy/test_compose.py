@@ -69,6 +69,13 @@ def test_the_gateway_finds_every_stage(profile: str) -> None:
         assert given(denoiser)["AVATAR_LEVELS"] in (str(level), "all")
 
 
+def test_workers_can_be_multiplied() -> None:
+    for name in set(OURS) - {"gateway"}:
+        assert OURS[name].keys() & {"container_name", "hostname", "ports"} == set(), name
+        for network in OURS[name].get("networks", {}).values():
+            assert network.keys() <= {"aliases"}, "an address of its own is of one replica"
+
+
 @pytest.mark.parametrize("profile", RUNNING)
 def test_the_gateway_starts_after_all_that_it_needs(profile: str) -> None:
     needs = {name for name, how in ALL["gateway"]["depends_on"].items() if how["condition"] == "service_healthy"}
@@ -107,7 +114,6 @@ def test_a_container_may_do_no_more_than_it_must(name: str) -> None:
     assert service["read_only"]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
-    assert "container_name" not in service, "it could not be multiplied"
     assert "privileged" not in service
     assert ":latest" not in service["image"]
     assert ":" in service["image"]

@@ -65,4 +65,5 @@ def test_images_have_the_allocators_settings_of_the_launcher() -> None:
 
 def test_every_base_is_pinned_to_a_release() -> None:
     bases = {base for base in re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE) if base not in STAGES}
-    assert [base for base in bases if not re.fullmatch(r"[a-z/]+:\d+\.\d+\.\d+[\w.-]*", base)] == []
+    release = r"[a-z/]+:\d+\.\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?"
+    assert [base for base in bases if not re.fullmatch(release, base)] == []

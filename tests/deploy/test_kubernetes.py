@@ -12,6 +12,7 @@ import yaml
 
 from avatar.settings import load
 from docs.tables import SERVICES
+from services import deletion_cost
 from tests.deploy.test_compose import COMPOSE
 from tests.deploy.test_monitoring import FOREIGN_LABELS, series, spoken_of
 
@@ -210,8 +211,30 @@ def test_a_stage_is_scaled_by_the_sessions_that_it_has() -> None:
         names, labels = spoken_of(trigger["metadata"]["query"])
         assert names == {"avatar_session_active", "avatar_session_capacity"} <= series()
         assert labels <= FOREIGN_LABELS
-        host, _, port = trigger["metadata"]["serverAddress"].removeprefix("http://").partition(":")
-        assert int(port) in [port["port"] for port in objects("observability", "Service")[host]["spec"]["ports"]]
+        assert_is_served(trigger["metadata"]["serverAddress"])
+
+
+def assert_is_served(url: str) -> None:
+    """A Service of the overlay observability has the URL's host and port."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    assert int(port) in [each["port"] for each in objects("observability", "Service")[host]["spec"]["ports"]]
+
+
+def test_what_marks_pods_finds_them_and_may_do_no_more() -> None:
+    asker = objects("autoscaling", "CronJob")["deletion-cost"]["spec"]["jobTemplate"]
+    assert container(asker)["command"] == ["python", "-m", deletion_cost.__name__]
+    account = objects("autoscaling", "ServiceAccount")[pod(asker)["serviceAccountName"]]["metadata"]
+    binding = objects("autoscaling", "RoleBinding")["deletion-cost"]
+    assert binding["subjects"] == [
+        {"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}
+    ]
+    role = objects("autoscaling", "Role")[binding["roleRef"]["name"]]
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "patch"]}]
+    assert all(deletion_cost.PODS["labelSelector"] in labels_of(each) for each in stages("cpu").values())
+    names, labels = spoken_of(deletion_cost.STREAMS)
+    assert names <= series()
+    assert labels <= FOREIGN_LABELS
+    assert_is_served(deletion_cost.PROMETHEUS)
 
 
 def test_compose_and_kubernetes_run_the_same_images() -> None:
@@ -219,13 +242,13 @@ def test_compose_and_kubernetes_run_the_same_images() -> None:
     for overlay in (*SUITES, "observability"):
         for deployment in objects(overlay, "Deployment").values():
             assert container(deployment)["image"] in composed
+    assert set(re.findall(r"image: (\S+)", rendered("autoscaling"))) == {COMPOSE["services"]["gateway"]["image"]}
     assert container(objects("cpu", "StatefulSet")["redis"])["image"] in composed
 
 
 def test_the_suite_is_told_where_traces_are_taken() -> None:
     (told,) = objects("observability", "ConfigMap")["telemetry"]["data"].values()
-    host, _, port = told.removeprefix("http://").partition(":")
-    assert int(port) in [each["port"] for each in objects("observability", "Service")[host]["spec"]["ports"]]
+    assert_is_served(told)
     optional = [
         source["configMapRef"]["name"]
         for deployment in stages("cpu").values()
