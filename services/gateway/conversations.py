@@ -236,7 +236,7 @@ class Conversations:
                 if position.is_closed:
                     raise SessionClosed(f"the stream of session {session.id!r} has ended; create another session")
                 if opened.HasField("resume"):
-                    position.next_frame = opened.resume.next_frame
+                    _go_on(position, opened.resume.next_frame, session, choices)
                 elif position.opened:
                     raise SessionClosed(f"a stream of session {session.id!r} was open; resume it")
                 conditions = await self._store.conditions(session.id, position.conditions)
@@ -351,6 +351,18 @@ class Conversations:
             )
             with suppress(StoreUnavailable):
                 await self._store.release(session_id, owner)
+
+
+def _go_on(position: types_pb2.Position, next_frame: int, session: types_pb2.Session, choices: Choices) -> None:
+    """Bring a record to what the client has: it may have had more frames than were written down.
+
+    Offline all of them show sound, which is not said again. Live they may have been idle.
+    """
+    missed = max(0, next_frame - position.next_frame) if not choices.is_live else 0
+    num_samples = missed * choices.rate_hz // session.frame_rate_hz
+    position.next_frame = next_frame
+    position.num_samples += num_samples
+    position.num_turn_samples += num_samples
 
 
 async def _read(held: Held, requests: AsyncIterator[pb.StreamAvatarRequest]) -> None:

@@ -43,9 +43,11 @@ def served(answer: Answer, pair: Pair | None = None) -> Iterator[str]:
             server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http{'s' if pair else ''}://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http{'s' if pair else ''}://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class Cluster:
