@@ -111,9 +111,8 @@ async def test_workers_of_a_chain_say_one_name_and_every_level_once(chain: Chain
     assert all(info.chain for info in infos)
 
 
+@pytest.mark.parametrize("chain", ["two processes"], indirect=True)  # nobody is its own neighbour
 async def test_a_neighbour_that_stands_still_for_a_while_mixes_up_no_sessions(chain: Chain, checkpoint: Path) -> None:
-    if chain.suite is None:
-        pytest.skip("a process cannot be its own neighbour")
     sessions = [await chain.new_session(f"slow {seed}", seed) for seed in (10, 11)]
     stages = [await chain.stage(session.id) for session in sessions]
 
@@ -130,9 +129,8 @@ async def test_a_neighbour_that_stands_still_for_a_while_mixes_up_no_sessions(ch
     assert made == [made_here(checkpoint, session) for session in sessions]
 
 
+@pytest.mark.parametrize("chain", ["two processes"], indirect=True)  # nobody is its own neighbour
 async def test_a_killed_rank_ends_streams_and_every_process(chain: Chain, checkpoint: Path) -> None:
-    if chain.suite is None:
-        pytest.skip("a process cannot be its own neighbour")
     await lose(chain, checkpoint, "0", signal.SIGKILL)
 
 
