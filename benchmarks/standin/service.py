@@ -27,6 +27,8 @@ from benchmarks.standin.step import Step
 
 DIGEST = "stand-in"
 SIDE = 64
+# What a step takes is known; steps that others' work on this machine lengthens refuse nobody until they are the rule.
+WARM_STEPS = 50
 
 
 @dataclass
@@ -44,12 +46,11 @@ class Stage:
     pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
-        self.pace.measure(self._warm)
+        usage = Usage()
+        usage.note(0, round(self.step.step_s * 1e9))
+        for _ in range(WARM_STEPS):
+            self.pace.note(usage)
         self.capacity = Capacity(self.limit, self.name, self.device.load, self.pace)
-
-    def _warm(self) -> int:
-        self.step.take(lambda: None)
-        return 1
 
     async def stream(
         self, model: Any, items: AsyncGenerator[Any, None], usage: Usage, *, is_live: bool
