@@ -17,11 +17,15 @@ from avatar.errors import StoreUnavailable
 from avatar.session import MemoryHashes, RedisHashes, SessionStore
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as pb
+from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
+from avatar.worker.v1 import types_pb2
 from services.__main__ import gateway, workers
+from services.gateway.clock import Grid
+from services.gateway.outbox import MAX_WAITING_ITEMS, Item, Outbox
 from tests.conftest import RATE_HZ, sound
 from tests.contract.refusals import refused
-from tests.product import CLOSE, PCM16, Streamed, answer, connected, new_session, opened, rest, spoken
+from tests.product import CLOSE, PCM16, Call, Streamed, answer, connected, new_session, opened, rest, spoken
 from tests.rpc.conftest import cuttable
 from tests.services.test_suite import SECONDS, rendered
 
@@ -74,6 +78,15 @@ async def spoken_through(
             out.take(response)
     assert [each.index for each in out.frames] == list(range(3, 3 + len(out.frames))), "none is lost, none comes twice"
     return out
+
+
+async def begun(stub: pb_grpc.AvatarServiceAsyncStub, picture: bytes) -> tuple[types.Session, Call]:
+    """A session whose stream is open."""
+    session = await new_session(stub, picture, seed=7)
+    call = stub.StreamAvatar(timeout=60)
+    await call.write(opened(session.id))
+    await answer(call)
+    return session, call
 
 
 def jumps(streamed: Streamed) -> list[int]:
@@ -137,10 +150,7 @@ async def test_a_session_goes_on_at_another_gateway(checkpoint: Path, store: Ses
         connected(first) as stub,
         connected(second) as other,
     ):
-        session = await new_session(stub, picture, seed=7)
-        lost = stub.StreamAvatar(timeout=60)
-        await lost.write(opened(session.id))
-        await answer(lost)
+        session, lost = await begun(stub, picture)
         for request in requests:
             await lost.write(request)
         while len(out.frames) < 80:
@@ -207,10 +217,7 @@ async def test_a_session_that_runs_does_not_miss_its_store(checkpoint: Path, pic
         gateway(store, given) as target,
         connected(target) as stub,
     ):
-        session = await new_session(stub, picture, seed=7)
-        call = stub.StreamAvatar(timeout=60)
-        await call.write(opened(session.id))
-        await answer(call)
+        session, call = await begun(stub, picture)
         hashes.lose()
         async with refused(StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"):
             await stub.GetSession(pb.GetSessionRequest(session_id=session.id), timeout=10)
@@ -238,10 +245,7 @@ async def test_a_store_that_is_emptied_between_two_blocks_is_told_again(checkpoi
         gateway(store, given) as target,
         connected(target) as stub,
     ):
-        session = await new_session(stub, picture, seed=7)
-        call = stub.StreamAvatar(timeout=60)
-        await call.write(opened(session.id))
-        await answer(call)
+        session, call = await begun(stub, picture)
         hashes._hashes.clear()
         out = Streamed()
         for request in [*spoken(data), CLOSE]:
@@ -259,3 +263,21 @@ async def test_a_connection_that_a_restarted_store_has_closed_is_made_anew(redis
         await server.client_kill_filter(_id=str(number))
     assert await hashes.read("nothing", "field") is None
     await hashes.aclose()
+
+
+async def test_no_more_is_taken_of_a_client_than_waits_for_it() -> None:
+    """Events are bounded as frames are, though a client causes them by messages of a few bytes."""
+    outbox = Outbox(Grid(16000, 25, 12), types_pb2.Position(), 50, 1 << 20, is_fragmented=False)
+    for _ in range(MAX_WAITING_ITEMS):
+        await outbox.until_few()
+        outbox.put(Item([pb.StreamAvatarResponse(event=pb.AvatarEvent())]))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await outbox.until_few()
+    outbox.finish()
+
+    async def read(_: pb.StreamAvatarResponse) -> None:
+        pass
+
+    await outbox.drain(read, 1.0)
+    await outbox.until_few()
