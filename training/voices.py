@@ -9,6 +9,7 @@ nothing that we ship runs them. Some voices are held out: training never hears t
 import _ctypes
 import ctypes
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -164,7 +165,8 @@ def patch_piper(folder: Path) -> Path:
         model = onnx.load(model_path())
         add_alignment_output(model)
         (folder / config_path().name).write_bytes(config_path().read_bytes())
-        partial = target.with_suffix(".partial")
+        # Programs that share the work may all find it missing.
+        partial = target.with_suffix(f".{os.getpid()}.partial")
         onnx.save(model, partial)
         partial.rename(target)
     return target
