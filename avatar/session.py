@@ -16,7 +16,9 @@ import time
 import zlib
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Protocol, TypeVar
 
 import redis.asyncio
 from google.protobuf.message import Message
@@ -33,6 +35,24 @@ VERSION = b"\x01"
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 # A stream's owner renews its claim about three times in this many seconds; a gateway that dies frees its sessions then.
 CLAIM_TTL_S = 10.0
+
+
+class Hold(IntEnum):
+    """What has become of a claim, and of the hash that it is on."""
+
+    HELD = 0
+    FORGOTTEN = 1
+    TAKEN = 2
+    GONE = 3
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Who may be the only one at something, under a key of its own, and for how many seconds if it is not renewed."""
+
+    key: str
+    owner: str
+    ttl_s: float
 
 
 class Hashes(Protocol):
@@ -53,11 +73,14 @@ class Hashes(Protocol):
     async def delete(self, key: str) -> bool:
         """Forget a hash; False if it was gone."""
 
-    async def claim(self, key: str, owner: str, ttl_s: float, *, takes_over: bool = False) -> bool:
-        """Become, or stay, the owner of a key; False if it has another one, which is not to be taken over."""
+    async def claim(self, claim: Claim, *, takes_over: bool = False) -> bool:
+        """Become, or stay, the owner; False if there is another one, which is not to be taken over."""
 
-    async def release(self, key: str, owner: str) -> None:
-        """Stop being the owner of a key."""
+    async def keep(self, claim: Claim, key: str, fields: Mapping[str, bytes], ttl_s: float | None) -> Hold:
+        """Stay the owner and then update the hash, in one step. Nothing is written where another or none owns it."""
+
+    async def release(self, claim: Claim) -> None:
+        """Stop being the owner."""
 
     async def aclose(self) -> None:
         """Let go of connections."""
@@ -151,14 +174,28 @@ class SessionStore:
 
     async def claim(self, session_id: str, owner: str, *, takes_over: bool = False) -> None:
         """Become, or stay, the one stream of the session. SessionBusy if there is another, unless it is taken over."""
-        if not await self._hashes.claim(_stream_key(session_id), owner, CLAIM_TTL_S, takes_over=takes_over):
-            raise SessionBusy(f"another stream of session {session_id!r} is open; close it first")
+        if not await self._hashes.claim(_claim(session_id, owner), takes_over=takes_over):
+            raise session_busy(session_id)
 
     async def is_claimed(self, session_id: str) -> bool:
         return await self._hashes.expires_in_s(_stream_key(session_id)) > 0
 
+    async def keep(self, session_id: str, owner: str, position: pb.Position | None = None) -> bool:
+        """Stay the one stream of the session, and `renew` it where a position is given.
+
+        False if the claim is forgotten, and nothing written: the store was emptied, since a session that is deleted
+        keeps its claim. SessionBusy if there is another stream, SessionNotFound if the session is deleted.
+        """
+        fields, ttl_s = ({"position": _pack(position)}, position.ttl_s) if position else ({}, None)
+        hold = await self._hashes.keep(_claim(session_id, owner), _session_key(session_id), fields, ttl_s)
+        if hold is Hold.TAKEN:
+            raise session_busy(session_id)
+        if hold is Hold.GONE:
+            raise no_session(session_id)
+        return hold is Hold.HELD
+
     async def release(self, session_id: str, owner: str) -> None:
-        await self._hashes.release(_stream_key(session_id), owner)
+        await self._hashes.release(_claim(session_id, owner))
 
     async def aclose(self) -> None:
         await self._hashes.aclose()
@@ -203,16 +240,23 @@ class MemoryHashes:
         self._hashes.pop(key, None)
         return found is not None
 
-    async def claim(self, key: str, owner: str, ttl_s: float, *, takes_over: bool = False) -> bool:
-        found = self._live(key)
-        if found and found[0]["owner"] != owner.encode() and not takes_over:
+    async def claim(self, claim: Claim, *, takes_over: bool = False) -> bool:
+        owner = await self.read(claim.key, "owner")
+        if owner not in (None, claim.owner.encode()) and not takes_over:
             return False
-        await self.create(key, {"owner": owner.encode()}, ttl_s)
+        await self.create(claim.key, {"owner": claim.owner.encode()}, claim.ttl_s)
         return True
 
-    async def release(self, key: str, owner: str) -> None:
-        if await self.read(key, "owner") == owner.encode():
-            await self.delete(key)
+    async def keep(self, claim: Claim, key: str, fields: Mapping[str, bytes], ttl_s: float | None) -> Hold:
+        if not self._live(claim.key):
+            return Hold.FORGOTTEN
+        if not await self.claim(claim):
+            return Hold.TAKEN
+        return Hold.HELD if await self.update(key, fields, ttl_s) else Hold.GONE
+
+    async def release(self, claim: Claim) -> None:
+        if await self.read(claim.key, "owner") == claim.owner.encode():
+            await self.delete(claim.key)
 
     async def aclose(self) -> None:
         """Nothing to let go of."""
@@ -238,6 +282,16 @@ if owner and owner ~= ARGV[1] and ARGV[3] == '0' then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
+_KEEP = """
+local owner = redis.call('GET', KEYS[1])
+if not owner then return 1 end
+if owner ~= ARGV[1] then return 2 end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+if redis.call('EXISTS', KEYS[2]) == 0 then return 3 end
+for i = 4, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+if tonumber(ARGV[3]) > 0 then redis.call('PEXPIRE', KEYS[2], ARGV[3]) end
+return 0
+"""
 _RELEASE = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
 """
@@ -251,19 +305,19 @@ class RedisHashes:
         self._timeout_s = timeout_s
         self._update = self._redis.register_script(_UPDATE)
         self._claim = self._redis.register_script(_CLAIM)
+        self._keep = self._redis.register_script(_KEEP)
         self._release = self._redis.register_script(_RELEASE)
 
     async def create(self, key: str, fields: Mapping[str, bytes], ttl_s: float) -> None:
         async with self._reached(), self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(key)
-            pipe.hset(key, items=[part for pair in fields.items() for part in pair])
+            pipe.hset(key, items=_flat(fields))
             pipe.pexpire(key, _ms(ttl_s))
             await pipe.execute()
 
     async def update(self, key: str, fields: Mapping[str, bytes], ttl_s: float | None) -> bool:
-        arguments = [part for pair in fields.items() for part in pair]
         async with self._reached():
-            return bool(await self._update(keys=[key], args=[0 if ttl_s is None else _ms(ttl_s), *arguments]))
+            return bool(await self._update(keys=[key], args=_written(fields, ttl_s)))
 
     async def read(self, key: str, field: str) -> bytes | None:
         async with self._reached():
@@ -279,13 +333,18 @@ class RedisHashes:
         async with self._reached():
             return bool(await self._redis.delete(key))
 
-    async def claim(self, key: str, owner: str, ttl_s: float, *, takes_over: bool = False) -> bool:
+    async def claim(self, claim: Claim, *, takes_over: bool = False) -> bool:
         async with self._reached():
-            return bool(await self._claim(keys=[key], args=[owner, _ms(ttl_s), int(takes_over)]))
+            return bool(await self._claim(keys=[claim.key], args=[claim.owner, _ms(claim.ttl_s), int(takes_over)]))
 
-    async def release(self, key: str, owner: str) -> None:
+    async def keep(self, claim: Claim, key: str, fields: Mapping[str, bytes], ttl_s: float | None) -> Hold:
+        arguments = [claim.owner, _ms(claim.ttl_s), *_written(fields, ttl_s)]
         async with self._reached():
-            await self._release(keys=[key], args=[owner])
+            return Hold(await self._keep(keys=[claim.key, key], args=arguments))
+
+    async def release(self, claim: Claim) -> None:
+        async with self._reached():
+            await self._release(keys=[claim.key], args=[claim.owner])
 
     async def aclose(self) -> None:
         await self._redis.aclose()
@@ -316,6 +375,15 @@ async def reached(timeout_s: float) -> AsyncGenerator[None, None]:
         raise StoreUnavailable(f"the session store cannot be reached: {error}", retry_s=1.0) from error
 
 
+def _written(fields: Mapping[str, bytes], ttl_s: float | None) -> list[Any]:
+    """What the scripts that write fields are given: milliseconds to live or 0, names and values."""
+    return [0 if ttl_s is None else _ms(ttl_s), *_flat(fields)]
+
+
+def _flat(fields: Mapping[str, bytes]) -> list[Any]:
+    return [part for pair in fields.items() for part in pair]
+
+
 def _ms(seconds: float) -> int:
     return math.ceil(seconds * 1000)
 
@@ -328,6 +396,10 @@ def _stream_key(session_id: str) -> str:
     return f"avatar:stream:{{{session_id}}}"
 
 
+def _claim(session_id: str, owner: str) -> Claim:
+    return Claim(_stream_key(session_id), owner, CLAIM_TTL_S)
+
+
 def _reference_key(reference_id: str) -> str:
     return f"avatar:reference:{{{reference_id}}}"
 
@@ -338,6 +410,10 @@ def _text_key(name: str) -> str:
 
 def no_session(session_id: str) -> SessionNotFound:
     return SessionNotFound(f"there is no session {session_id!r}: it was never created, was deleted or has expired")
+
+
+def session_busy(session_id: str) -> SessionBusy:
+    return SessionBusy(f"another stream of session {session_id!r} is open; close it first")
 
 
 def no_reference(reference_id: str) -> ReferenceNotFound:

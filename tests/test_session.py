@@ -215,6 +215,53 @@ async def test_a_session_has_one_owner_at_a_time(kept: Kept, name: str) -> None:
     assert await kept.store.is_claimed(name)
 
 
+async def test_who_keeps_a_session_writes_how_far_it_is_and_stays_its_owner(
+    kept: Kept, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avatar.session.CLAIM_TTL_S", 1.0)
+    await kept.store.create(session(name), conditions(0), position())
+    await kept.store.claim(name, "one")
+    for block in (3, 4):
+        await kept.passing(0.6)
+        assert await kept.store.keep(name, "one", position(next_block=block))
+    assert await kept.store.position(name) == position(next_block=4)
+    await kept.passing(0.6)
+    assert await kept.store.keep(name, "one")
+    assert await kept.store.position(name) == position(next_block=4)
+    await kept.passing(0.6)
+    assert await kept.store.is_claimed(name)
+
+
+async def test_who_keeps_a_session_renews_it_only_with_a_position(kept: Kept, name: str) -> None:
+    await kept.store.create(session(name), conditions(0), position(ttl_s=10.0))
+    await kept.store.claim(name, "one")
+    await kept.store.keep(name, "one")
+    assert await kept.store.expires_in_s(name) <= 10.0
+    await kept.store.keep(name, "one", position(ttl_s=90.0))
+    assert await kept.store.expires_in_s(name) > 10.0
+
+
+async def test_what_another_stream_owns_is_not_written(kept: Kept, name: str) -> None:
+    await kept.store.create(session(name), conditions(0), position())
+    await kept.store.claim(name, "one")
+    await kept.store.claim(name, "other", takes_over=True)
+    with pytest.raises(SessionBusy, match=f"'{name}'"):
+        await kept.store.keep(name, "one", position(next_block=5))
+    assert await kept.store.position(name) == position()
+
+
+async def test_a_session_that_is_deleted_is_told_from_a_store_that_was_emptied(kept: Kept, name: str) -> None:
+    await kept.store.create(session(name), conditions(0), position())
+    await kept.store.claim(name, "one")
+    await kept.store.delete(name)
+    with pytest.raises(SessionNotFound, match=f"'{name}'"):
+        await kept.store.keep(name, "one", position())
+    await kept.store.release(name, "one")
+    assert not await kept.store.keep(name, "one", position())
+    with pytest.raises(SessionNotFound):
+        await kept.store.position(name)
+
+
 async def test_only_the_owner_releases(kept: Kept, name: str) -> None:
     await kept.store.claim(name, "one")
     await kept.store.release(name, "other")

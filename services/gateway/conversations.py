@@ -310,18 +310,12 @@ class Conversations:
                 async with asyncio.timeout(CLAIM_TTL_S / 3):
                     await conversation.advanced.wait()
             try:
-                # Emptied between two blocks, it has forgotten the claim too; a session that is deleted keeps it.
-                was_away = was_away or not await self._store.is_claimed(session_id)
-                await self._store.claim(session_id, owner)
-                if was_away:
-                    await self._store.restore(session, conversation.versions.kept, conversation.note())
+                has_advanced, position = conversation.advanced.is_set(), conversation.note()
+                conversation.advanced.clear()
+                while was_away or not await self._store.keep(session_id, owner, position if has_advanced else None):
+                    await self._store.claim(session_id, owner)
+                    await self._store.restore(session, conversation.versions.kept, position)
                     was_away = False
-                if conversation.advanced.is_set():
-                    conversation.advanced.clear()
-                    await self._store.renew(session_id, conversation.note())
-                else:
-                    conversation.note()
-                    await self._store.expires_in_s(session_id)
             except StoreUnavailable:
                 was_away = True
                 logger.warning("session not renewed", extra={"session": telemetry.tag(session_id)})
