@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 from avatar.worker.v1 import audio_pb2
 from services.gateway.clock import Grid, Playout
 
-# The audio stage is given what a client sent at once in pieces of so many seconds.
-PIECE_S = 0.1
-
 
 @dataclass(eq=False)
 class Turn:
@@ -179,9 +176,8 @@ class Sound:
         """The turn's next sound, at most up to the end of the block."""
         self._filled_of = turn
         room = self._block_bytes() - len(self._filling)
-        size = min(room, max(1, int(self._grid.rate_hz * PIECE_S)) * self._sample_bytes)
-        data = bytes(turn.pending[:size])
-        del turn.pending[:size]
+        data = bytes(turn.pending[:room])
+        del turn.pending[:room]
         self._filling += data
         if len(self._filling) == self._block_bytes():
             self._settle()
