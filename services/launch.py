@@ -44,8 +44,6 @@ PLAIN = {
     **dict.fromkeys(("AVATAR_TLS_CERT", "AVATAR_TLS_KEY", "AVATAR_TLS_CLIENT_CA", "AVATAR_TENANTS"), ""),
     **dict.fromkeys(("AVATAR_WORKER_CA", "AVATAR_WORKER_CERT", "AVATAR_WORKER_KEY"), ""),
 }
-# Sockets of the ports that were given out.
-_kept: list[socket.socket] = []
 
 
 @dataclass(frozen=True)
@@ -168,8 +166,10 @@ def free_ports(count: int) -> list[int]:
         each.bind(("127.0.0.1", 0))
         # Who asks for the port by its number may listen beside this socket, if it sets this too, as servers do.
         each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    _kept.extend(sockets)
-    return [each.getsockname()[1] for each in sockets]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.detach()  # open, and nobody's to close
+    return ports
 
 
 async def until_healthy(suite: Suite) -> None:
