@@ -31,11 +31,12 @@ def tensor_from_pb(message: pb.Tensor) -> Tensor:
     if dtype is None:
         raise ValueError(f"dtype is {message.dtype!r}, expected one of {', '.join(DTYPES)}")
     expected = math.prod(message.shape) * dtype.itemsize
-    if len(message.data) != expected:
-        raise ValueError(f"{len(message.data)} bytes for shape {tuple(message.shape)}, expected {expected}")
+    data = message.data  # a copy, each time that it is asked for
+    if len(data) != expected:
+        raise ValueError(f"{len(data)} bytes for shape {tuple(message.shape)}, expected {expected}")
     if not expected:
         return torch.empty(tuple(message.shape), dtype=dtype)
-    return torch.frombuffer(bytearray(message.data), dtype=dtype).reshape(tuple(message.shape))
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(tuple(message.shape))
 
 
 def session_from_pb(message: pb.Session) -> Session:

@@ -97,8 +97,9 @@ class Level(_InOrder):
 
     def step(self, item: Due, state: Order) -> Block:
         block = item.message
-        if len(block.features.data) != content.FEATURES_BYTES:
-            raise ValueError(f"{len(block.features.data)} bytes of features")
+        # Not `features.data`, which would be another copy of them.
+        if (size := block.features.ByteSize()) < content.FEATURES_BYTES:
+            raise ValueError(f"{size} bytes of features, expected {content.FEATURES_BYTES} at least")
         data = self._taken(block, state, lambda: self._denoise(block))
         latent = Tensor(dtype="bfloat16", shape=content.LATENT_SHAPE, data=data)
         return Block(index=block.index, latent=latent, traceparent=block.traceparent)

@@ -58,7 +58,12 @@ class Stage:
         """One session's answers."""
         session: Any = None  # stand-ins know all from `open`
         stage = local(model, session, self.device, usage, is_live=is_live)
-        async with aclosing(stage(ahead(_due(items)))) as answers:
+        async with aclosing(ahead(self._noted(stage(ahead(_due(items))), usage))) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def _noted(self, answers: AsyncGenerator[Any, None], usage: Usage) -> AsyncGenerator[Any, None]:
+        async with aclosing(answers):
             async for answer in answers:
                 self.pace.note(usage)
                 yield answer

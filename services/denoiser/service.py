@@ -111,25 +111,27 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = Usage(), 0
             stage = local(denoiser, session, self._device, usage, is_live=opened.is_live)
-            async with aclosing(stage(ahead(self._blocks(opened, requests, link)))) as blocks:
+            made = self._traced(stage(ahead(self._blocks(opened, requests, link))), opened.level, usage)
+            async with aclosing(ahead(made)) as blocks:
                 async for block in blocks:
                     carried = None
                     if denoiser.updates_sink(block, session):
                         carried = await self._write_sink(opened.session_id, block)
-                    telemetry.block_span(
-                        "denoiser",
-                        block.index,
-                        usage,
-                        level=opened.level,
-                        parent=block.traceparent,
-                    )
-                    self._pace.note(usage)
                     num_blocks += 1
                     answer = latent_to_pb(link.give(block) if link else block)
                     if carried is not None:
                         answer.carried.CopyFrom(carried)
                     yield pb.DenoiseResponse(block=answer)
             yield pb.DenoiseResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
+
+    async def _traced(
+        self, blocks: AsyncGenerator[Block, None], level: int, usage: Usage
+    ) -> AsyncGenerator[Block, None]:
+        async with aclosing(blocks):
+            async for block in blocks:
+                telemetry.block_span("denoiser", block.index, usage, level=level, parent=block.traceparent)
+                self._pace.note(usage)
+                yield block
 
     def _opened(self, denoiser: Denoiser, session: Session) -> pb.DenoiseOpened:
         return pb.DenoiseOpened(
