@@ -8,9 +8,11 @@ figure that could not be had says why. `--json FILE` writes all of it.
 import argparse
 import json
 import math
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,8 +90,8 @@ class Extent:
     """How much is looked at.
 
     clips: held out. others: of those, how many also say another's sound. people: who have long sessions, of so many
-    blocks, or as many as there are in session_s. limit_s: on a machine so busy that this would not do, fewer clips and
-    blocks are looked at.
+    blocks, or as many as there are in session_s, and so many at a time. limit_s: on a machine so busy that this would
+    not do, fewer clips and blocks are looked at.
     """
 
     clips: int
@@ -98,6 +100,7 @@ class Extent:
     blocks: int
     limit_s: float | None = None
     session_s: float | None = None
+    at_a_time: int = 1
 
     def deadline(self, share: float) -> float:
         """When so much of the time from now on is over, seconds of time.monotonic."""
@@ -164,13 +167,29 @@ def on_held_out(checkpoint: Path, clips: Sequence[StoredClip], extent: Extent, s
     people = [models.picture(np.array(clip.array("reference"))) for clip in spread(clips, extent.people)]
     sound = sound_from(*read_sound(SPEECH))
     speeches = [score(speak(models, person, sound), landmarks) for person in people[:SPEAKERS]]
-    sessions = [endure(models, person, sound, extent.blocks, extent.session_deadline()) for person in people]
+    sessions = long_sessions(checkpoint, people, extent)
     return {
         **figures,
         **speech_figures([each.openings[0] for each in speeches if each.openings is not None], sound),
         "drift_ratio": drift_figure(sessions),
         **cost_figures(checkpoint, people[0]),
     }
+
+
+def long_sessions(checkpoint: Path, people: Sequence[Pixels], extent: Extent) -> list[list[float]]:
+    """How far each block of each person's long session is from the person's picture."""
+    if extent.at_a_time == 1:
+        return [_long_session(checkpoint, person, extent) for person in people]
+    # Not forked: torch has threads by now.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(extent.at_a_time, context) as pool:
+        return list(pool.map(_long_session, *zip(*((checkpoint, person, extent) for person in people), strict=True)))
+
+
+def _long_session(checkpoint: Path, person: Pixels, extent: Extent) -> list[float]:
+    torch.set_num_threads(1)
+    sound = sound_from(*read_sound(SPEECH))
+    return endure(rollouts.load(checkpoint), person, sound, extent.blocks, extent.session_deadline())
 
 
 def on_any(checkpoint: Path, speech: Path, portrait: Path) -> dict[str, Figure]:
@@ -226,8 +245,11 @@ def extent_of(flags: argparse.Namespace, num_people: int) -> Extent:
         extent = replace(extent, people=2, blocks=HOUR_BLOCKS)
     if flags.people is not None:
         extent = replace(extent, people=num_people if flags.people == "all" else int(flags.people))
+    if flags.at_a_time is not None:
+        extent = replace(extent, at_a_time=flags.at_a_time)
     if flags.minutes is not None:
-        extent = replace(extent, session_s=60 * flags.minutes / min(extent.people, num_people))
+        rounds = -(-min(extent.people, num_people) // extent.at_a_time)
+        extent = replace(extent, session_s=60 * flags.minutes / rounds)
     return extent
 
 
@@ -239,6 +261,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, help=f"held-out clips (default {FULL.clips})")
     parser.add_argument("--people", help="who have long sessions: so many held-out people, or `all`")
     parser.add_argument("--hour", action="store_true", help=f"long sessions of {HOUR_BLOCKS} blocks, of two people")
+    parser.add_argument("--at-a-time", type=int, help="long sessions beside each other, a core each (default 1)")
     parser.add_argument("--minutes", type=float, help="the most that long sessions take, all together")
     parser.add_argument("--speech", type=Path, help="evaluate this sound, said by --portrait, and no held-out clips")
     parser.add_argument("--portrait", type=Path, help="a PNG, JPEG or WebP picture of a person")
