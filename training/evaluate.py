@@ -22,6 +22,7 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
+from avatar.checkpoint import is_native
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
 from avatar.media import read_sound
@@ -213,8 +214,18 @@ def on_any(checkpoint: Path, speech: Path, portrait: Path) -> dict[str, Figure]:
 
 
 def cost_figures(checkpoint: Path, person: Pixels) -> dict[str, Figure]:
-    """What a block costs in each precision."""
-    return {name: block_cost(rollouts.load(checkpoint, dtype), person) for name, dtype in DTYPES.items()}
+    """What a block costs in each precision. Where the processor cannot compute in one, nobody would: float32 counts."""
+    costs: dict[torch.dtype, Figure] = {}
+    figures = {}
+    for name, asked in DTYPES.items():
+        dtype = asked if is_native(asked, torch.device("cpu")) else torch.float32
+        if dtype not in costs:
+            costs[dtype] = block_cost(rollouts.load(checkpoint, dtype), person)
+        figure = costs[dtype]
+        figures[name] = (
+            figure if dtype == asked else replace(figure, note=f"in float32, no {asked} here; {figure.note}")
+        )
+    return figures
 
 
 def table(figures: Mapping[str, Figure]) -> str:

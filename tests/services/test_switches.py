@@ -78,3 +78,26 @@ async def test_a_denoisers_weights_are_kept_in_its_dtype(dtype: str, checkpoint:
         built(checkpoint, store, dtype=dtype)
     weights = made.call_args.args[0].parameters()
     assert {weight.dtype for weight in weights} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "instructions", "is_said"),
+    [
+        ("bfloat16", {"avx2": True}, True),
+        ("bfloat16", {"avx2": True, "avx512_bw": True}, False),
+        ("bfloat16", {"neon": True, "bf16": True}, False),
+        ("float32", {"avx2": True}, False),
+    ],
+)
+async def test_a_processor_that_has_no_instructions_for_a_dtype_is_said(
+    dtype: str,
+    instructions: dict[str, bool],
+    checkpoint: Path,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    is_said: bool,
+) -> None:
+    with Device() as device, patch("torch.cpu.get_capabilities", return_value=instructions):
+        build_audio(AudioSettings(checkpoint=checkpoint, dtype=dtype), device)
+    hints = [getattr(record, "hint", "") for record in caplog.records]
+    assert any("AVATAR_DTYPE=float32" in hint for hint in hints) == is_said

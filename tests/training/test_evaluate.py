@@ -2,6 +2,7 @@ import json
 import math
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,30 +15,16 @@ from PIL import Image
 from avatar.denoiser import model as denoiser_model
 from avatar.layouts import open_part
 from tests.conftest import ASSETS
+from tests.training.test_figures import curve
 from training import evaluate, rollouts
 from training.data import Clip, StoredClip, read_shard, write_shard
 from training.figures import (
     Figure,
-    above_chance,
-    best_lag,
-    corners,
-    correlation,
-    distance,
-    edge_energy,
-    flicker,
-    ratio_figure,
-    sharpness,
-    stillness_db,
 )
 from training.identity import Identity
 from training.landmarks import Landmarks, mouth_opening
 from training.takes import Take, held_out_figures, score, sound_of, take_of
 from training.trials import block_cost, drift_figure, endure, speech_figures
-
-
-def curve(num_frames: int = 60, seed: int = 0) -> NDArray[np.float64]:
-    """A mouth's: smooth noise."""
-    return np.convolve(np.random.default_rng(seed).normal(size=num_frames + 4), np.ones(5) / 5, "valid")
 
 
 @pytest.fixture
@@ -56,53 +43,6 @@ def clips(tmp_path: Path) -> list[StoredClip]:
 
     write_shard(tmp_path / "0.tar", [clip(0, 0), clip(1, 12)])
     return read_shard(tmp_path / "0.tar")
-
-
-def test_truth_agrees_with_itself() -> None:
-    assert correlation(curve(), curve()) == pytest.approx(1)
-    assert abs(correlation(curve(400), curve(400, seed=1))) < 0.3
-
-
-def test_a_still_curve_agrees_with_nothing() -> None:
-    assert correlation(np.ones(60), curve()) == 0
-
-
-@pytest.mark.parametrize("lag", [-3, 0, 2])
-def test_a_late_mouth_has_a_positive_lag(lag: int) -> None:
-    truths = [curve(seed=seed) for seed in range(3)]
-    assert best_lag([(np.roll(truth, lag), truth) for truth in truths]) == lag
-
-
-def test_a_mouth_that_never_agrees_has_no_lag() -> None:
-    assert best_lag([(np.ones(60), curve())]) is None
-
-
-def test_a_ratio_needs_a_truth() -> None:
-    assert ratio_figure([(1, 2), (2, 4)]).value == 0.5
-    assert ratio_figure([(1, 0)]) == Figure(None, "the truth is still")
-
-
-def test_edges_are_counted_in_grey_levels() -> None:
-    frames = np.zeros((2, 8, 8, 3), np.uint8)
-    frames[:, :, ::2] = 10
-    assert edge_energy(frames) == 10
-    assert edge_energy(np.full((2, 8, 8, 3), 200, np.uint8)) == 0
-
-
-def test_stillness_is_of_the_places_that_are_asked_for() -> None:
-    frames = np.zeros((9, 8, 8, 3), np.uint8)
-    frames[::2, :4] = 255
-    left = np.zeros((8, 8), bool)
-    left[4:] = True
-    assert stillness_db(frames, left) == 99
-    assert stillness_db(frames, ~left) == pytest.approx(0, abs=0.1)
-
-
-def test_the_background_is_looked_for_in_the_upper_corners() -> None:
-    places = corners(64, 80)
-    assert places[:16, :10].all()
-    assert places[:16, -10:].all()
-    assert places.sum() == 2 * 16 * 10
 
 
 def test_frames_are_compared_with_those_of_their_own_time(checkpoint: Path, clips: list[StoredClip]) -> None:
@@ -228,24 +168,6 @@ def test_missing_packages_cost_their_figures_and_say_so() -> None:
         assert "training/requirements-evaluate.txt" in figures[name].note
 
 
-def test_blur_lowers_sharpness_and_flicker_is_not_motion() -> None:
-    sharp = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
-    blurred = ((sharp.astype(int) + np.roll(sharp, 1, 1) + np.roll(sharp, 1, 2)) // 3).astype(np.uint8)
-    assert sharpness(blurred) < 0.7 * sharpness(sharp)
-    ramp = np.tile(np.arange(0, 90, 10, dtype=np.uint8)[:, None, None, None], (1, 4, 4, 3))
-    assert flicker(ramp) == 0
-    ramp[::2] += 5
-    assert flicker(ramp) == 10
-
-
-def test_distance_to_the_reference_is_in_grey_levels_and_blind_to_detail() -> None:
-    reference = np.full((64, 64, 3), 100, np.uint8)
-    assert distance(np.stack([reference + 7] * 4), reference) == pytest.approx(7)
-    detailed = reference.copy()
-    detailed[::2, ::2], detailed[1::2, 1::2] = 110, 90
-    assert distance(detailed[None], reference) == pytest.approx(0)
-
-
 def test_a_session_that_leaves_its_reference_drifts() -> None:
     assert drift_figure([[2.0] * 40]).value == 1
     leaving = [*[2.0] * 20, *[3.0] * 20]
@@ -268,15 +190,6 @@ def test_lips_that_follow_loudness_are_told_from_lips_that_do_not() -> None:
     other = speech_figures([np.roll(envelope, 77)[3:]], sound)
     assert other["speech_ratio"].value is not None
     assert other["speech_ratio"].value < 1.5
-
-
-def test_chance_is_what_a_shifted_sound_gives() -> None:
-    pair = curve(300), curve(300)
-    assert above_chance([pair]) == pytest.approx(1 / np.sqrt(chance_squared(pair[0])), rel=1e-6)
-
-
-def chance_squared(one: NDArray[np.float64]) -> float:
-    return float(np.mean([correlation(one, np.roll(one, shift)) ** 2 for shift in range(25, 276)]))
 
 
 def test_a_block_s_cost_has_all_stages(checkpoint: Path) -> None:
@@ -322,13 +235,42 @@ def test_the_program_prints_a_table_and_writes_its_figures(
 
 def test_long_sessions_are_of_whom_and_as_long_as_is_asked() -> None:
     def extent(**flags: object) -> evaluate.Extent:
-        given = {"quick": False, "clips": None, "people": None, "hour": False, "minutes": None, **flags}
+        given = {
+            "quick": False,
+            "clips": None,
+            "people": None,
+            "hour": False,
+            "minutes": None,
+            "at_a_time": None,
+            **flags,
+        }
         return evaluate.extent_of(Namespace(**given), 50)
 
     assert extent() == evaluate.FULL
     assert (extent(people="all").people, extent(people="all").blocks) == (50, evaluate.FULL.blocks)
     hour = extent(hour=True, minutes=80.0)
     assert (hour.people, hour.blocks, hour.session_s) == (2, 7500, 2400)
+    assert extent(hour=True, minutes=80.0, at_a_time=2).session_s == 4800
+
+
+def test_sessions_beside_each_other_are_those_one_after_the_other(checkpoint: Path, clips: list[StoredClip]) -> None:
+    people = [np.array(clip.array("reference")) for clip in clips[:2]]
+    extent = evaluate.Extent(clips=1, others=1, people=2, blocks=4)
+    alone = evaluate.long_sessions(checkpoint, people, extent)
+    assert evaluate.long_sessions(checkpoint, people, replace(extent, at_a_time=2)) == alone
+    assert alone[0] != alone[1]
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_a_block_costs_what_it_would_where_the_processor_can_compute(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, *, has_instructions: bool
+) -> None:
+    monkeypatch.setattr("training.evaluate.is_native", lambda dtype, _: dtype == torch.float32 or has_instructions)
+    monkeypatch.setattr("training.evaluate.block_cost", lambda models, _: Figure(models.network.dtype.itemsize, "own"))
+    costs = evaluate.cost_figures(checkpoint, np.zeros((64, 64, 3), np.uint8))
+    assert costs["block_ms"].value == (2 if has_instructions else 4)
+    assert costs["block_ms"].note == ("own" if has_instructions else "in float32, no torch.bfloat16 here; own")
+    assert costs["block_ms_float32"] == Figure(4, "own")
 
 
 def read_again(clips: list[StoredClip]) -> list[Clip]:
