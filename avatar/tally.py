@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from avatar.session import open_redis, reached
+from avatar.hashes import open_redis, reached
 
 
 class Tally(Protocol):

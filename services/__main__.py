@@ -16,9 +16,10 @@ import torch
 
 from avatar import telemetry
 from avatar.adapter import ALPHA
+from avatar.hashes import MemoryHashes, RedisHashes
 from avatar.layouts import knows_text
 from avatar.rpc.server import Servicer, serving, until_stopped
-from avatar.session import MemoryHashes, RedisHashes, SessionStore
+from avatar.session import SessionStore
 from avatar.settings import (
     AudioSettings,
     DenoiserSettings,

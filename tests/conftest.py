@@ -24,7 +24,8 @@ from avatar import checkpoint as checkpoints
 from avatar.audio.whisper import Whisper
 from avatar.denoiser import config as denoiser_config
 from avatar.denoiser.model import Network
-from avatar.session import MemoryHashes, SessionStore
+from avatar.hashes import MemoryHashes
+from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
 from avatar.vae import light, vae
 from avatar.vae.picture import PictureRule

@@ -22,6 +22,7 @@ _WORKER = (
         "avatar.adapter",
         "avatar.device",
         "avatar.errors",
+        "avatar.hashes",
         "avatar.layouts",
         "avatar.pace",
         "avatar.pipeline",
@@ -41,8 +42,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.status": ("avatar.errors",),
     "avatar.pace": (),
     "avatar.telemetry": ("avatar.pace",),
-    "avatar.session": ("avatar.errors", "avatar.worker"),  # a store's errors are what a client can act on
-    "avatar.tally": ("avatar.session",),
+    "avatar.hashes": ("avatar.errors",),  # a store's errors are what a client can act on
+    "avatar.session": ("avatar.errors", "avatar.hashes", "avatar.worker"),
+    "avatar.tally": ("avatar.hashes",),
     "avatar.tls": ("avatar.settings",),
     # Tensor code. The four never see each other.
     "avatar.types": (),
@@ -89,14 +91,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.__main__": ("avatar.adapter", "avatar.inspect", "avatar.media", "avatar.render", "avatar.vae"),
     # Processes. Nobody imports them.
     "services.process": ("avatar.errors",),
-    "services.device": ("avatar.device", "avatar.settings"),
+    "services.device": ("avatar.checkpoint", "avatar.device", "avatar.settings"),
     "services.audio": (*_WORKER, "avatar.audio"),
     "services.denoiser": (*_WORKER, "avatar.denoiser", "avatar.handoff.chain"),
     "services.text": (*_WORKER, "avatar.text"),
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.gateway": (
-        *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.history", "avatar.rpc.lasting"),
+        *("avatar.errors", "avatar.hashes", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.history"),
         *(
+            "avatar.rpc.lasting",
             "avatar.rpc.pool",
             "avatar.rpc.relay",
             "avatar.rpc.server",
@@ -139,6 +142,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "avatar.status": (*_TENSORS, "google.rpc", "grpc_status"),
     **dict.fromkeys(("avatar.adapters", "avatar.client"), (*_TENSORS, "google.rpc", "grpc_status")),
     "avatar.telemetry": _TENSORS,
+    "avatar.hashes": _TENSORS,
     "avatar.session": _TENSORS,
     "avatar.tally": _TENSORS,
     "avatar.tls": _TENSORS,
@@ -298,7 +302,8 @@ def test_the_client_loads_grpcio_and_protobuf_alone() -> None:
 BUILD = """
 from pathlib import Path
 from avatar.device import Device
-from avatar.session import MemoryHashes, SessionStore
+from avatar.hashes import MemoryHashes
+from avatar.session import SessionStore
 from avatar.settings import {settings}
 from services.{service}.__main__ import build
 with Device() as device:

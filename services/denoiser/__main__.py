@@ -13,10 +13,11 @@ from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
 from avatar.device import Device
 from avatar.handoff.chain import Chain, joined
+from avatar.hashes import RedisHashes
 from avatar.layouts import open_part
 from avatar.pipeline import beside
 from avatar.rpc.server import serving, until_stopped
-from avatar.session import RedisHashes, SessionStore
+from avatar.session import SessionStore
 from avatar.settings import PREFIX, DenoiserSettings
 from avatar.settings import load as load_settings
 from avatar.tls import server_credentials

@@ -5,8 +5,9 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from avatar import telemetry
+from avatar.hashes import RedisHashes
 from avatar.rpc.server import serving, until_stopped
-from avatar.session import RedisHashes, SessionStore
+from avatar.session import SessionStore
 from avatar.settings import GatewaySettings, load
 from avatar.tally import RedisTally, Tally
 from avatar.tls import server_credentials

@@ -6,9 +6,10 @@ import torch
 
 from avatar import telemetry
 from avatar.device import Device
+from avatar.hashes import RedisHashes
 from avatar.layouts import open_part
 from avatar.rpc.server import serving, until_stopped
-from avatar.session import RedisHashes, SessionStore
+from avatar.session import SessionStore
 from avatar.settings import TextSettings
 from avatar.settings import load as load_settings
 from avatar.text.model import load

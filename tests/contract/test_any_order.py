@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from avatar.errors import REASONS
-from avatar.session import MemoryHashes, SessionStore
+from avatar.hashes import MemoryHashes
+from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types

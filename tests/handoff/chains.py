@@ -15,11 +15,12 @@ from avatar.denoiser.model import load
 from avatar.device import Device
 from avatar.handoff.chain import joined
 from avatar.handoff.client import RemoteChain
+from avatar.hashes import RedisHashes
 from avatar.layouts import open_part
 from avatar.rpc.client import channel
 from avatar.rpc.codec import block_to_pb, conditions_to_pb, tensor_to_pb
 from avatar.rpc.server import serving
-from avatar.session import RedisHashes, SessionStore
+from avatar.session import SessionStore
 from avatar.settings import DenoiserSettings
 from avatar.types import Block, Conditions, Session
 from avatar.worker.v1 import denoiser_pb2_grpc

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from avatar.adapter import Adapter
 from avatar.device import Device
+from avatar.hashes import MemoryHashes
 from avatar.render import Options, embed, load, render
-from avatar.session import MemoryHashes, SessionStore
+from avatar.session import SessionStore
 from avatar.settings import DenoiserSettings, GatewaySettings
 from services.__main__ import suite
 from services.denoiser.__main__ import build

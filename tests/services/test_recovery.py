@@ -14,7 +14,8 @@ from grpc import StatusCode
 from redis.asyncio import Redis
 
 from avatar.errors import StoreUnavailable
-from avatar.session import MemoryHashes, RedisHashes, SessionStore
+from avatar.hashes import MemoryHashes, RedisHashes
+from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc

@@ -14,11 +14,12 @@ from grpc import StatusCode
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from avatar.device import Device
+from avatar.hashes import Hashes, MemoryHashes, RedisHashes
 from avatar.layouts import open_part
 from avatar.rpc.client import channel
 from avatar.rpc.codec import tensor_from_pb
 from avatar.rpc.server import serving
-from avatar.session import Hashes, MemoryHashes, RedisHashes, SessionStore
+from avatar.session import SessionStore
 from avatar.settings import TextSettings
 from avatar.text.model import TextEncoder, load
 from avatar.worker.v1 import text_pb2 as pb
