@@ -18,9 +18,7 @@ from tests.conftest import ASSETS
 from tests.training.test_figures import curve
 from training import evaluate, rollouts
 from training.data import Clip, StoredClip, read_shard, write_shard
-from training.figures import (
-    Figure,
-)
+from training.figures import Figure
 from training.identity import Identity
 from training.landmarks import Landmarks, mouth_opening
 from training.takes import Take, held_out_figures, score, sound_of, take_of
