@@ -1,8 +1,8 @@
 """The arithmetic of figures: from when blocks came to rates, shares and percentiles. Times are seconds."""
 
 from collections.abc import Sequence
-from itertools import pairwise
-from statistics import linear_regression, pstdev, quantiles
+from itertools import combinations, pairwise
+from statistics import median, pstdev, quantiles
 
 from benchmarks.standin.content import FRAME_RATE_HZ
 
@@ -74,8 +74,14 @@ def lost_and_doubled(arrivals: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 def slope_per_hour(media_s: Sequence[float], megabytes: Sequence[float]) -> float:
-    """By how much memory grows in an hour of media: the slope of the straight line nearest to the samples."""
-    return linear_regression(media_s, megabytes).slope * HOUR_S
+    """By how much memory grows in an hour of media: the median slope from sample to sample (Theil and Sen).
+
+    What leaks grows throughout. An allocator takes some megabytes at one moment and keeps them, which the slope of the
+    nearest straight line would take for a leak.
+    """
+    samples = list(zip(media_s, megabytes, strict=True))
+    slopes = [(more - less) / (later - sooner) for (sooner, less), (later, more) in combinations(samples, 2)]
+    return median(slopes) * HOUR_S
 
 
 def most_that_pass(tried: dict[int, bool], low: int, high: int) -> int | None:

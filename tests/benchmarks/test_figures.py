@@ -84,6 +84,12 @@ def test_a_slope_is_by_the_hour_of_media() -> None:
     assert slope_per_hour([0.0, 1800.0, 3600.0], [50.0, 51.0, 52.0]) == pytest.approx(2.0)
 
 
+def test_what_is_taken_once_is_no_leak_and_what_is_taken_bit_by_bit_is() -> None:
+    minutes = [60.0 * n for n in range(100)]
+    assert slope_per_hour(minutes, [50.0 + 14.0 * (n > 40) for n in range(100)]) == 0
+    assert slope_per_hour(minutes, [50.0 + 2.0 * (n // 10) for n in range(100)]) == pytest.approx(12, rel=0.1)
+
+
 @pytest.mark.parametrize("most", range(11, 25))
 def test_the_search_finds_the_last_number_that_passes(most: int) -> None:
     tried: dict[int, bool] = {}
