@@ -29,8 +29,8 @@ from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.worker.v1 import audio_pb2, types_pb2, vae_pb2
 from services.gateway.choices import Choices, choices_of
-from services.gateway.conversation import Conversation
-from services.gateway.outbox import Item, Write
+from services.gateway.conversation.conversation import Conversation
+from services.gateway.conversation.outbox import Item, Write
 from services.gateway.quotas import Quotas
 from services.gateway.streams import Opening
 from services.gateway.workers import Workers

@@ -28,7 +28,7 @@ from services.gateway.choices import (
     set_choices,
     show_choices,
 )
-from services.gateway.conversation import FIRST_FRAME
+from services.gateway.conversation.conversation import FIRST_FRAME
 from services.gateway.conversations import Conversations
 from services.gateway.quotas import Quotas
 from services.gateway.tenants import caller

@@ -14,7 +14,7 @@ from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.worker.v1 import types_pb2
 from services.gateway.choices import Choices
-from services.gateway.conversation import Conversation
+from services.gateway.conversation.conversation import Conversation
 from services.gateway.streams import Streams
 from tests.product import CLOSE, END_TURN, spoken
 

@@ -10,10 +10,10 @@ from itertools import pairwise
 import pytest
 
 from avatar.worker.v1 import audio_pb2, types_pb2
-from services.gateway.clock import Grid, Playout
-from services.gateway.conditions import Versions
-from services.gateway.fragments import renumbered
-from services.gateway.sound import Sound
+from services.gateway.conversation.clock import Grid, Playout
+from services.gateway.conversation.conditions import Versions
+from services.gateway.conversation.fragments import renumbered
+from services.gateway.conversation.sound import Sound
 from tests.services.test_conversation import settled
 
 RATES = [8000, 11025, 12345, 16000, 22050, 44100, 48000]

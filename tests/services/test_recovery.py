@@ -22,8 +22,8 @@ from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 from avatar.worker.v1 import types_pb2
 from services.__main__ import gateway, workers
-from services.gateway.clock import Grid
-from services.gateway.outbox import MAX_WAITING_ITEMS, Item, Outbox
+from services.gateway.conversation.clock import Grid
+from services.gateway.conversation.outbox import MAX_WAITING_ITEMS, Item, Outbox
 from tests.conftest import RATE_HZ, sound
 from tests.contract.refusals import refused
 from tests.product import CLOSE, PCM16, Call, Streamed, answer, connected, new_session, opened, rest, spoken

@@ -23,11 +23,11 @@ from avatar.v1 import avatar_service_pb2 as api
 from avatar.v1 import types_pb2 as api_types
 from avatar.worker.v1 import audio_pb2, types_pb2
 from services.gateway.choices import Choices
-from services.gateway.clock import TOLERANCE_S, Grid, Playout
-from services.gateway.conditions import Versions
-from services.gateway.heard import Heard
-from services.gateway.outbox import Item, Outbox
-from services.gateway.sound import BlockSound, Sound, Turn
+from services.gateway.conversation.clock import TOLERANCE_S, Grid, Playout
+from services.gateway.conversation.conditions import Versions
+from services.gateway.conversation.heard import Heard
+from services.gateway.conversation.outbox import Item, Outbox
+from services.gateway.conversation.sound import BlockSound, Sound, Turn
 from services.gateway.streams import Streams
 
 # A session's first frames are the decoder's start, and not shown.

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from avatar.worker.v1 import audio_pb2
-from services.gateway.clock import Grid, Playout
+from services.gateway.conversation.clock import Grid, Playout
 
 
 @dataclass(eq=False)

@@ -16,8 +16,8 @@ from avatar.errors import InvalidField, ResumeImpossible, SlowReader
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.v1 import types_pb2 as api_types
 from avatar.worker.v1 import types_pb2
-from services.gateway.clock import Grid
-from services.gateway.fragments import renumbered
+from services.gateway.conversation.clock import Grid
+from services.gateway.conversation.fragments import renumbered
 
 Write: TypeAlias = Callable[[api.StreamAvatarResponse], Awaitable[None]]
 # Blocks of frames that may wait: one that is sent, one that is made, and one between.
