@@ -66,7 +66,7 @@ class WorkerSettings(Settings):
     capacity: streams at a time; one more is refused, and a live one that its device has no time for.
     threads: CPU threads of one computation.
     device: where it computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
-    dtype: what weights and states are kept in: float32 or bfloat16.
+    dtype: what weights and states are kept in: float32, or bfloat16 where the device has instructions for it.
     """
 
     checkpoint: Path = Path("models/tiny")

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from avatar.audio import model as audio_model
 from avatar.audio.clock import BLOCK_SAMPLES, SAMPLE_RATE_HZ
+from avatar.checkpoint import is_native
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.speed import compile_layers
@@ -24,6 +25,8 @@ Out = TypeVar("Out")
 NUM_BLOCKS = 15
 BLOCK_MS = BLOCK_SAMPLES / SAMPLE_RATE_HZ * 1000
 PARTS = ("audio", "denoiser", "decoding")
+# What this processor has instructions for; without them bfloat16 takes minutes, and nobody would use it.
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if is_native(dtype, torch.device("cpu"))]
 
 
 @dataclass
@@ -81,7 +84,7 @@ class Stream:
 
 def rows(checkpoint: Path, *, compiled: bool) -> list[Row]:
     """Milliseconds a block of each part and of all, for each variant; blocks of the variants take turns."""
-    variants = [(dtype, is_compiled) for is_compiled in (False, True) for dtype in (torch.float32, torch.bfloat16)]
+    variants = [(dtype, is_compiled) for is_compiled in (False, True) for dtype in DTYPES]
     made: list[Row] = []
     streams: list[Stream] = []
     for dtype, is_compiled in variants:

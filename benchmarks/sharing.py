@@ -4,12 +4,12 @@ import time
 from pathlib import Path
 from statistics import median
 
-import torch
 from tqdm import tqdm
 
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.denoiser import Denoiser, DenoiserState, blank_block, blank_session
 from avatar.layouts import open_part
+from benchmarks.block import DTYPES
 from benchmarks.row import Row, row
 
 NUM_PASSES = 5
@@ -20,7 +20,7 @@ SESSIONS = (1, 2, 4, 8)
 def rows(checkpoint: Path) -> list[Row]:
     """The time of a block in a pass of several sessions over that of a block alone; passes take turns."""
     made: list[Row] = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         network, config = denoiser_model.load(open_part(checkpoint, "denoiser"), dtype=dtype)
         denoiser = Denoiser(network, config, level=1)
         streams = [denoiser.open(blank_session(config, *SIZE)) for _ in range(max(SESSIONS))]
