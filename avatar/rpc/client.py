@@ -89,8 +89,10 @@ class RemoteStage(Generic[Item, Answer]):
                     yield getattr(response, self._answer)
                 self.closed = response.closed
             except asyncio.CancelledError:
-                # A failure before this stage cancels its call; tell which it was.
-                if feeding.done() and not feeding.cancelled() and (failure := feeding.exception()):
+                # A failure before this stage cancels its call, and not this task; tell which it was.
+                task = asyncio.current_task()
+                is_asked = task is not None and task.cancelling() > 0
+                if not is_asked and feeding.done() and not feeding.cancelled() and (failure := feeding.exception()):
                     raise failure from None
                 raise
             finally:

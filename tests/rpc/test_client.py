@@ -343,6 +343,23 @@ async def test_cancelling_the_reader_is_a_cancellation_and_closes_the_items(conn
     assert source.closed.is_set()
 
 
+async def test_cancelling_the_reader_as_the_items_fail_is_a_cancellation(connection: grpc.aio.Channel) -> None:
+    failing = asyncio.Event()
+
+    async def items() -> AsyncGenerator[pb.AudioPiece, None]:
+        await failing.wait()
+        raise StageLost("another stage")
+        yield pb.AudioPiece()
+
+    reading = asyncio.ensure_future(indexes((await opened(connection))(items())))
+    await asyncio.sleep(0.01)
+    failing.set()
+    await asyncio.sleep(0)  # the items fail, and nobody has heard of it
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+
 async def test_cancelling_a_stage_that_has_ended_does_nothing(connection: grpc.aio.Channel) -> None:
     stage = await opened(connection)
     assert await indexes(stage(Source([1]).stream())) == [1]
