@@ -65,7 +65,8 @@ WAYS: dict[str, tuple[Change, Change]] = {
     "raze": (_raze, _nothing),
     "freeze": (_freeze, _thaw),
     "drain": (_drain, _revive),
-    "cut": (_cut, _mend),
+    # Whoever was cut off may connect again at once: mending would cut off those who have.
+    "cut": (_cut, _nothing),
     "swallow": (_swallow, _mend),
 }
 
