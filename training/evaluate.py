@@ -2,7 +2,7 @@
 
 Held-out people say held-out sentences through the library, and are compared with what was really to be seen. With
 `--speech FILE --portrait FILE` any person says anything, and the table holds what can be known without the truth. A
-figure that could not be had says why. `--json FILE` writes all of it.
+figure that could not be had says why. `--json FILE` has all of it, written as it becomes known.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,6 +47,7 @@ NEEDS_TRUTH = (
     *("codec_psnr", "codec_psnr_mouth", "codec_lip_sync_r", "codec_mouth_amplitude", "codec_edge_energy"),
 )
 SHEET_ROWS, SHEET_COLUMNS = 12, 10
+NOT_YET = Figure(None, "not measured yet")
 Tool = TypeVar("Tool")
 
 
@@ -143,8 +144,10 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def on_held_out(checkpoint: Path, clips: Sequence[StoredClip], extent: Extent, sheet: Path | None) -> dict[str, Figure]:
-    """Every figure of the table. clips: all that are held out.
+def on_held_out(
+    checkpoint: Path, clips: Sequence[StoredClip], extent: Extent, sheet: Path | None
+) -> Iterator[dict[str, Figure]]:
+    """Every figure of the table, some at a time as they are known. clips: all that are held out.
 
     sheet: where to write the truth, and below it what was made, of the first clips.
     """
@@ -159,32 +162,32 @@ def on_held_out(checkpoint: Path, clips: Sequence[StoredClip], extent: Extent, s
             rows += [np.stack(spread(list(frames), SHEET_COLUMNS)) for frames in (take.truth, take.made)]
     if sheet is not None:
         save_sheet(sheet, [rearrange(torch.from_numpy(row), "n h w c -> n c h w") / 127.5 - 1 for row in rows])
-    figures = held_out_figures(scores)
+    yield held_out_figures(scores)
     chosen = chosen[: len(scores)]
-    figures["lip_sync_r_other"] = other_figure(
-        models, chosen[: extent.others], scores[: extent.others], landmarks, extent.deadline(0.2)
-    )
-    figures |= codec_figures(models, chosen, landmarks, extent.deadline(0.15))
+    others = chosen[: extent.others], scores[: extent.others]
+    yield {"lip_sync_r_other": other_figure(models, *others, landmarks, extent.deadline(0.2))}
+    yield codec_figures(models, chosen, landmarks, extent.deadline(0.15))
     people = [models.picture(np.array(clip.array("reference"))) for clip in spread(clips, extent.people)]
     sound = sound_from(*read_sound(SPEECH))
     speeches = [score(speak(models, person, sound), landmarks) for person in people[:SPEAKERS]]
-    sessions = long_sessions(checkpoint, people, extent)
-    return {
-        **figures,
-        **speech_figures([each.openings[0] for each in speeches if each.openings is not None], sound),
-        "drift_ratio": drift_figure(sessions),
-        **cost_figures(checkpoint, people[0]),
-    }
+    yield speech_figures([each.openings[0] for each in speeches if each.openings is not None], sound)
+    yield cost_figures(checkpoint, people[0])
+    sessions: list[list[float]] = []
+    for session in long_sessions(checkpoint, people, extent):
+        sessions.append(session)
+        yield {"drift_ratio": drift_figure(sessions)}
 
 
-def long_sessions(checkpoint: Path, people: Sequence[Pixels], extent: Extent) -> list[list[float]]:
+def long_sessions(checkpoint: Path, people: Sequence[Pixels], extent: Extent) -> Iterator[list[float]]:
     """How far each block of each person's long session is from the person's picture."""
+    sessions = [(checkpoint, person, extent) for person in people]
     if extent.at_a_time == 1:
-        return [_long_session(checkpoint, person, extent) for person in people]
+        yield from (_long_session(*session) for session in sessions)
+        return
     # Not forked: torch has threads by now.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(extent.at_a_time, context) as pool:
-        return list(pool.map(_long_session, *zip(*((checkpoint, person, extent) for person in people), strict=True)))
+        yield from pool.map(_long_session, *zip(*sessions, strict=True))
 
 
 def _long_session(checkpoint: Path, person: Pixels, extent: Extent) -> list[float]:
@@ -282,20 +285,26 @@ def main() -> None:
     if (flags.speech is None) != (flags.portrait is None):
         parser.error("--speech and --portrait go together")
     torch.set_num_threads(1)
+    figures = {row.key: NOT_YET for row in TABLE}
     try:
-        if flags.speech is not None:
-            about = {"speech": str(flags.speech), "portrait": str(flags.portrait)}
-            figures = on_any(flags.checkpoint, flags.speech, flags.portrait)
-        else:
-            clips = read_clips(flags.data, "held_out")
-            extent = extent_of(flags, len(clips))
-            about = asdict(extent)
-            figures = on_held_out(flags.checkpoint, clips, extent, flags.sheet)
+        about, measured = asked_for(flags)
+        for known in measured:
+            figures |= known
+            if flags.json is not None:
+                write_json(flags.json, figures, {"checkpoint": str(flags.checkpoint), **about})
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(table(figures))
-    if flags.json is not None:
-        write_json(flags.json, figures, {"checkpoint": str(flags.checkpoint), **about})
+
+
+def asked_for(flags: argparse.Namespace) -> tuple[dict[str, Any], Iterable[dict[str, Figure]]]:
+    """What the flags ask to be looked at, and its figures. ValueError or OSError if that is not there."""
+    if flags.speech is not None:
+        about = {"speech": str(flags.speech), "portrait": str(flags.portrait)}
+        return about, [on_any(flags.checkpoint, flags.speech, flags.portrait)]
+    clips = read_clips(flags.data, "held_out")
+    extent = extent_of(flags, len(clips))
+    return asdict(extent), on_held_out(flags.checkpoint, clips, extent, flags.sheet)
 
 
 if __name__ == "__main__":

@@ -231,6 +231,28 @@ def test_the_program_prints_a_table_and_writes_its_figures(
     assert sheet.exists()
 
 
+def test_what_is_known_when_it_is_stopped_is_in_the_file(
+    checkpoint: Path, clips: list[StoredClip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path / "data" / "held_out" / "0.tar", [*read_again(clips)])
+    monkeypatch.setattr("training.evaluate.QUICK", evaluate.Extent(clips=1, others=1, people=2, blocks=4))
+    monkeypatch.setattr("training.evaluate.available", lambda tool: BrightMouths() if tool is Landmarks else None)
+    sessions = [[1.0] * 20]
+
+    def long_session(*_: object) -> list[float]:
+        if not sessions:
+            raise KeyboardInterrupt
+        return sessions.pop()
+
+    monkeypatch.setattr("training.evaluate._long_session", long_session)
+    out = tmp_path / "figures.json"
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, str(checkpoint), "--data", str(tmp_path / "data"), "--quick", "--json", str(out))
+    figures = json.loads(out.read_text())
+    assert isinstance(figures["edge_energy"], float)
+    assert figures["drift_ratio"] == 1.0
+
+
 def test_long_sessions_are_of_whom_and_as_long_as_is_asked() -> None:
     def extent(**flags: object) -> evaluate.Extent:
         given = {
@@ -254,8 +276,8 @@ def test_long_sessions_are_of_whom_and_as_long_as_is_asked() -> None:
 def test_sessions_beside_each_other_are_those_one_after_the_other(checkpoint: Path, clips: list[StoredClip]) -> None:
     people = [np.array(clip.array("reference")) for clip in clips[:2]]
     extent = evaluate.Extent(clips=1, others=1, people=2, blocks=4)
-    alone = evaluate.long_sessions(checkpoint, people, extent)
-    assert evaluate.long_sessions(checkpoint, people, replace(extent, at_a_time=2)) == alone
+    alone = [*evaluate.long_sessions(checkpoint, people, extent)]
+    assert [*evaluate.long_sessions(checkpoint, people, replace(extent, at_a_time=2))] == alone
     assert alone[0] != alone[1]
 
 
