@@ -309,15 +309,17 @@ class Conversations:
             with suppress(TimeoutError):
                 async with asyncio.timeout(CLAIM_TTL_S / 3):
                     await conversation.advanced.wait()
+            has_advanced, position = conversation.advanced.is_set(), conversation.note()
+            conversation.advanced.clear()
             try:
-                has_advanced, position = conversation.advanced.is_set(), conversation.note()
-                conversation.advanced.clear()
                 while was_away or not await self._store.keep(session_id, owner, position if has_advanced else None):
                     await self._store.claim(session_id, owner)
                     await self._store.restore(session, conversation.versions.kept, position)
                     was_away = False
             except StoreUnavailable:
                 was_away = True
+                if has_advanced:  # which is still to be written, though no other block may come
+                    conversation.advanced.set()
                 logger.warning("session not renewed", extra={"session": telemetry.tag(session_id)})
                 await asyncio.sleep(1)
 

@@ -14,7 +14,7 @@ from grpc import StatusCode
 from redis.asyncio import Redis
 
 from avatar.errors import StoreUnavailable
-from avatar.hashes import MemoryHashes, RedisHashes
+from avatar.hashes import Claim, Hold, MemoryHashes, RedisHashes
 from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as pb
@@ -207,6 +207,10 @@ class LostStore(MemoryHashes):
         self._reached()
         return await super().expires_in_s(key)
 
+    async def keep(self, claim: Claim, key: str, fields: Mapping[str, bytes], ttl_s: float | None) -> Hold:
+        self._reached()
+        return await super().keep(claim, key, fields, ttl_s)
+
 
 async def test_a_session_that_runs_does_not_miss_its_store(checkpoint: Path, picture: bytes) -> None:
     """Not even for the sink's update; and it is there again, with everything, when the store is back."""
@@ -236,6 +240,30 @@ async def test_a_session_that_runs_does_not_miss_its_store(checkpoint: Path, pic
             out.take(response)
     assert out.pixels == rendered(checkpoint, picture, data, seed=7)
     assert not jumps(out)
+
+
+async def test_a_store_that_is_back_is_told_how_far_a_session_came_meanwhile(checkpoint: Path, picture: bytes) -> None:
+    """Also if no other block comes."""
+    hashes = LostStore()
+    store, out = SessionStore(hashes), Streamed()
+    async with (
+        workers(checkpoint, store, SETTINGS) as given,
+        gateway(store, given) as target,
+        connected(target) as stub,
+    ):
+        session, call = await begun(stub, picture)
+        hashes.is_lost = True
+        for request in spoken(sound(SECONDS)):
+            await call.write(request)
+        while len(out.frames) < 48:
+            out.take(await answer(call))
+        await asyncio.sleep(1.5)  # the gateway has tried to write the last of them, and not succeeded
+        hashes.is_lost = False
+        async with asyncio.timeout(10):
+            while (await store.position(session.id)).next_frame < 48:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)  # it happens in the gateway: there is no event to wait for
+        await call.write(CLOSE)
+        await rest(call)
 
 
 async def test_a_store_that_is_emptied_between_two_blocks_is_told_again(checkpoint: Path, picture: bytes) -> None:
