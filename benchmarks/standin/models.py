@@ -11,6 +11,9 @@ from avatar.worker.v1.types_pb2 import Block, Frame, Tensor
 from benchmarks.standin import content
 from benchmarks.standin.step import Step
 
+# Of a message of features, with its dtype and shape.
+FEATURES_WRITTEN = Tensor(dtype="bfloat16", shape=content.FEATURES_SHAPE, data=bytes(content.FEATURES_BYTES)).ByteSize()
+
 
 @dataclass(frozen=True)
 class Due:
@@ -98,8 +101,8 @@ class Level(_InOrder):
     def step(self, item: Due, state: Order) -> Block:
         block = item.message
         # Not `features.data`, which would be another copy of them.
-        if (size := block.features.ByteSize()) < content.FEATURES_BYTES:
-            raise ValueError(f"{size} bytes of features, expected {content.FEATURES_BYTES} at least")
+        if (size := block.features.ByteSize()) != FEATURES_WRITTEN:
+            raise ValueError(f"features are written in {size} bytes, expected {FEATURES_WRITTEN}")
         data = self._taken(block, state, lambda: self._denoise(block))
         latent = Tensor(dtype="bfloat16", shape=content.LATENT_SHAPE, data=data)
         return Block(index=block.index, latent=latent, traceparent=block.traceparent)
