@@ -26,6 +26,7 @@ from training.batches import BatchRule, ClipBatch, Share, batch_of
 from training.clips import per_frame, predict
 from training.data import StoredClip
 from training.losses import draw_distance, draw_sigmas, flow_loss, noised_each, with_noise
+from training.muon import Muon
 from training.run import arguments, average_into, carry_out, chosen, cosine
 from training.state import Progress
 from training.strategy import SINGLE, Strategy, join, recomputing
@@ -91,7 +92,7 @@ PRESETS: dict[str, tuple[Callable[[], NetworkConfig], Callable[[], Recipe]]] = {
 
 
 def optimisers(network: Network, recipe: Recipe) -> dict[str, Optimizer]:
-    """Muon for the matrices inside the layers (K. Jordan 2024, scaled as in arXiv 2502.16982), AdamW for the rest."""
+    """Muon for the matrices inside the layers, AdamW for the rest."""
     matrices: list[nn.Parameter] = []
     audio: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -110,8 +111,7 @@ def optimisers(network: Network, recipe: Recipe) -> dict[str, Optimizer]:
         groups.append({"params": audio, "lr": recipe.audio_rate})
     found: dict[str, Optimizer] = {"adamw": torch.optim.AdamW(groups, recipe.rate, (0.9, 0.98), weight_decay=0.01)}
     if matrices:
-        muon = torch.optim.Muon(matrices, recipe.matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        found = {"muon": muon, **found}
+        found = {"muon": Muon(matrices, recipe.matrix_rate, weight_decay=0.01), **found}
     return found
 
 

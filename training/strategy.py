@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from avatar.checkpoint import is_native
 from avatar.denoiser.attention import Attention
 from avatar.denoiser.layers import Layer
 from avatar.denoiser.model import Network
@@ -77,7 +78,8 @@ class Spread:
 class Strategy:
     """One process of a run.
 
-    precision: of matrix products; weights, gradients and their sums are float32. mesh: of FSDP2's processes.
+    precision: of matrix products, float32 where the device has no instructions for what was asked; weights, gradients
+        and their sums are float32. mesh: of FSDP2's processes.
     """
 
     kind: str = "single"
@@ -85,6 +87,10 @@ class Strategy:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: torch.dtype = torch.bfloat16
     mesh: DeviceMesh | None = None
+
+    def __post_init__(self) -> None:
+        if not is_native(self.precision, self.device):
+            object.__setattr__(self, "precision", torch.float32)
 
     @property
     def is_first(self) -> bool:

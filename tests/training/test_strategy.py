@@ -76,3 +76,12 @@ def test_strategies_need_their_launcher() -> None:
         join("ddp")
     with pytest.raises(ValueError, match="strategy must be one of"):
         join("zero")
+
+
+def test_a_device_without_bfloat16_is_asked_for_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_native, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("training.strategy.is_native", lambda *_, answer=is_native: answer)
+        strategy = Strategy()
+        with strategy.autocast():
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert strategy.precision == product.dtype == expected
