@@ -103,7 +103,8 @@ class Rollout:
         caches = [self.cache() for _ in range(exit_level)]
         entered = []
         for block in range(self.num_blocks):
-            x = self.share.noise((b, c, config.num_frames_per_block, h, w), generator).to(self.batch.motion)
+            drawn = self.share.noise((b, c, config.num_frames_per_block, h, w), generator)
+            x = config.noise_scale * drawn.to(self.batch.motion)
             for level, cache in enumerate(caches):
                 velocity = self.velocity(x, block, level, cache)
                 x = SAMPLERS[config.sampler](x, velocity, *config.schedule[level : level + 2])

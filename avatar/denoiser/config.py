@@ -76,6 +76,8 @@ class NetworkConfig:
     # Descending sigmas, the last one 0: level i moves a block from schedule[i] to schedule[i + 1].
     schedule: tuple[float, ...] = flow_match_schedule(4, shift=3.0)
     sampler: str = "euler"
+    # The standard deviation of the noise that a block starts from: below 1, blocks differ less from what is likeliest.
+    noise_scale: float = 1.0
     # Latent frames from a block's first frame to the sink ahead of it: fixed, or drawn from low..high.
     sink_distance: int | tuple[int, int] = (4, 30)
     # The first block made under a sink taken from block 0's result; None keeps the reference for ever.
@@ -100,6 +102,7 @@ class NetworkConfig:
             (len(sigmas) > 1 and ascends(sigmas[::-1]), "schedule must descend"),
             (sigmas[-1:] == (0,) and sigmas[0] <= 1, "schedule must begin with at most 1 and end with 0"),
             (self.sampler in SAMPLERS, f"sampler must be one of {sorted(SAMPLERS)}"),
+            (0 <= self.noise_scale <= 1, "noise_scale must be 0 to 1"),
             (is_distance(distance), "sink_distance must be a number or (low, high)"),
             (update is None or update > 0, "sink_update_block must be after block 0"),
             (self.pose in ("zeros", "reference"), "pose must be zeros or reference"),
@@ -176,6 +179,7 @@ def tiny() -> NetworkConfig:
         audio_inject_layers=(0, 2, 4, 6),
         num_encoder_layers=5,
         schedule=(1.0, 0.9, 0.75, 0.5, 0.0),
+        noise_scale=0.5,
         sink_distance=4,
         sink_update_block=None,
         pose="reference",

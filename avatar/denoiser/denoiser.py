@@ -205,7 +205,7 @@ class Denoiser:
     def _start(self, block: Block, state: DenoiserState) -> Tensor:
         """(c, t, h, w): what this level begins with."""
         if self.level == 0:
-            return self._noise(state.session, block.index, self.config.num_frames_per_block)
+            return self.config.noise_scale * self._noise(state.session, block.index, self.config.num_frames_per_block)
         assert block.latent is not None
         return block.latent
 

@@ -75,6 +75,8 @@ def test_another_network_is_refused(name: str, value: Any) -> None:
         ({"schedule": ()}, "schedule"),
         ({"schedule": (1.5, 0.0)}, "schedule"),
         ({"sampler": "heun"}, "sampler"),
+        ({"noise_scale": 1.5}, "noise_scale"),
+        ({"noise_scale": -0.5}, "noise_scale"),
         ({"sink_distance": (5, 4)}, "sink_distance"),
         ({"sink_distance": (4,)}, "sink_distance"),
         ({"sink_update_block": 0}, "sink_update_block"),

@@ -53,6 +53,17 @@ def test_level_0_starts_from_the_sessions_noise(
     assert not torch.equal(answers[0], latents(denoiser, replace(session, seed=2), bare)[0])
 
 
+def test_a_block_starts_from_as_much_noise_as_the_checkpoint_says(
+    network: Network, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    blocks = blocks_of(config, conditions, 0)
+    little, whole = (replace(config, noise_scale=scale) for scale in (0.25, 1.0))
+    answer = latents(Denoiser(network, little, level=0), session, blocks)[0]
+    by_hand = Denoiser(network, whole, level=0, noise=lambda *what: 0.25 * noise(*what))
+    assert torch.equal(answer, latents(by_hand, session, blocks)[0])
+    assert not torch.allclose(answer, latents(Denoiser(network, whole, level=0), session, blocks)[0])
+
+
 def test_later_levels_continue_the_level_before(
     network: Network, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
@@ -335,7 +346,7 @@ def test_an_untrained_tiny_network_shows_the_reference_held_still() -> None:
         denoiser = Denoiser(network, config, level)
         block = denoiser.step(block, denoiser.open(session))
         if level == 0:
-            expected = 0.1 * motion[:, :1] + 0.9 * noise(session, 0, 3)
+            expected = 0.1 * motion[:, :1] + 0.9 * config.noise_scale * noise(session, 0, 3)
             torch.testing.assert_close(latent_of(block), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(latent_of(block), motion[:, :1].expand(-1, 3, -1, -1), atol=1e-5, rtol=0)
 
