@@ -35,7 +35,10 @@ from training.rollouts import Models
 from training.takes import held_out_figures, score, take_of
 from training.trials import drift_figure, endure, sound_from
 
-FIGURES = ("lip_sync_r", "mouth_amplitude", "edge_energy", "flicker", "drift_ratio", "block_passes")
+FIGURES = (
+    *("lip_sync_r", "mouth_amplitude", "head_motion", "edge_energy", "flicker"),
+    *("drift_ratio", "block_passes"),
+)
 # Almost 0, which a level's sigma cannot be.
 CLEAN = 1e-4
 
@@ -90,10 +93,13 @@ class CleanCache(Drawing):
 
 @dataclass(frozen=True)
 class Variant:
-    """A rule to try. schedule: sigmas in place of the checkpoint's. update: block at which the sink is replaced."""
+    """A rule to try. schedule: sigmas in place of the checkpoint's. noise: its scale in place of the checkpoint's.
+    update: block at which the sink is replaced.
+    """
 
     about: str
     schedule: tuple[float, ...] | None = None
+    noise: float | None = None
     update: int | None = None
     drawing: type[Drawing] = Drawing
 
@@ -102,6 +108,7 @@ class Variant:
         config = replace(
             config,
             schedule=self.schedule or config.schedule,
+            noise_scale=config.noise_scale if self.noise is None else self.noise,
             sink_update_block=self.update or config.sink_update_block,
         )
         return replace(models, config=config, drawing=self.drawing)
@@ -114,6 +121,8 @@ def variants(schedule: tuple[float, ...]) -> dict[str, Variant]:
         "as it ships": Variant("four levels, noisy cache of the same level, sink kept"),
         "3 levels": Variant("without the second", (*sigmas[:1], *sigmas[2:], end)),
         "2 levels": Variant("the first and the third", (*sigmas[:3:2], end)),
+        "all noise": Variant("blocks start from noise of deviation 1, as in training", noise=1.0),
+        "no noise": Variant("blocks start from zeros", noise=0.0),
         "clean cache": Variant("finished blocks are kept clean, one pass more", drawing=CleanCache),
         "sink update": Variant("block 0's first latent is the sink from block 4 on", update=4),
         "no sink": Variant("no block attends to the picture", drawing=NoSink),
@@ -144,7 +153,7 @@ def row(models: Models, clips: Sequence[StoredClip], extent: Extent) -> dict[str
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows, as Markdown."""
-    lines = ["| rule | r | amplitude | edges | flicker | drift | passes | about |", "|" + " --- |" * 8]
+    lines = ["| rule | r | amplitude | head | edges | flicker | drift | passes | about |", "|" + " --- |" * 9]
     for name, figures in rows.items():
         values = ["-" if figures[key] is None else f"{figures[key]:.2f}" for key in FIGURES[:-1]]
         lines.append(f"| {name} | {' | '.join(values)} | {figures['block_passes']} | {figures['about']} |")

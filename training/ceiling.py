@@ -13,7 +13,7 @@ from avatar.vae.codec import TIME_STRIDE
 from training.codec_report import mouth_boxes, psnr
 from training.crops import to_pixels
 from training.data import StoredClip
-from training.figures import Figure, correlation, edge_energy, mean_figure, ratio_figure
+from training.figures import Figure, correlation, edge_energy, flicker, mean_figure, ratio_figure
 from training.landmarks import Landmarks, mouth_opening
 from training.rollouts import Models, until
 
@@ -21,11 +21,11 @@ from training.rollouts import Models, until
 def codec_figures(
     models: Models, clips: Sequence[StoredClip], landmarks: Landmarks | None, deadline: float
 ) -> dict[str, Figure]:
-    """PSNR of whole frames and round the lips, and what is left of the mouth and of edges.
+    """PSNR of whole frames and round the lips, what is left of the mouth and of edges, and what flickers.
 
     deadline: no clip but the first three is begun after it, seconds of time.monotonic.
     """
-    whole, mouth, edges, openings, agreements = [], [], [], [], []
+    whole, mouth, edges, flickers, openings, agreements = [], [], [], [], [], []
     for clip in until(clips, deadline):
         count = 1 + (len(clip.array("frames")) - 1) // TIME_STRIDE * TIME_STRIDE
         truth = np.array(clip.array("frames")[:count])
@@ -39,6 +39,7 @@ def codec_figures(
             mouth.append(reduce(mouth_boxes(error, clip.array("lips")[:count]), "f c h w -> 1", "mean"))
         shown = rearrange(((decoded + 1) * 127.5).to(torch.uint8), "c f h w -> f h w c").numpy()
         edges.append((edge_energy(shown), edge_energy(truth)))
+        flickers.append((flicker(shown), flicker(truth)))
         if landmarks is not None:
             ours, theirs = (mouth_opening(landmarks.points(frames)) for frames in (shown, truth))
             openings.append((float(ours.std()), float(theirs.std())))
@@ -50,4 +51,5 @@ def codec_figures(
         "codec_lip_sync_r": mean_figure(agreements) if agreements else unread,
         "codec_mouth_amplitude": ratio_figure(openings) if openings else unread,
         "codec_edge_energy": ratio_figure(edges),
+        "codec_flicker": ratio_figure(flickers),
     }

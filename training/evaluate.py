@@ -43,8 +43,9 @@ HOUR_BLOCKS = 7500
 # Who say the recording.
 SPEAKERS = 3
 NEEDS_TRUTH = (
-    *("lip_sync_r", "lip_sync_r_other", "best_lag_frames", "mouth_amplitude", "flicker"),
+    *("lip_sync_r", "lip_sync_r_other", "best_lag_frames", "mouth_amplitude", "head_motion", "flicker"),
     *("codec_psnr", "codec_psnr_mouth", "codec_lip_sync_r", "codec_mouth_amplitude", "codec_edge_energy"),
+    "codec_flicker",
 )
 SHEET_ROWS, SHEET_COLUMNS = 12, 10
 NOT_YET = Figure(None, "not measured yet")
@@ -68,6 +69,7 @@ TABLE = (
     Row("lip_sync_r_other", "the same with another clip's sound", 2, "below .10", high=0.15),
     Row("best_lag_frames", "best lag, frames (positive: late)", 0, "0", -1, 1),
     Row("mouth_amplitude", "mouth's amplitude by the truth's", 2, ".9 to 1.1", 0.8, 1.25),
+    Row("head_motion", "head's motion by the truth's", 2),
     Row("edge_energy", "edge energy by the truth's", 2, ".9 to 1.1", 0.8, 1.25),
     Row("sharpness", "sharpness by the truth's", 2),
     Row("flicker", "second differences in time by the truth's", 2),
@@ -77,6 +79,7 @@ TABLE = (
     Row("codec_lip_sync_r", "codec, lips against the truth, r", 2),
     Row("codec_mouth_amplitude", "codec, mouth's amplitude by the truth's", 2),
     Row("codec_edge_energy", "codec, edge energy by the truth's", 2),
+    Row("codec_flicker", "codec, second differences by the truth's", 2),
     Row("face_found", "frames with a face", 4, ".999", low=0.99),
     Row("identity_distance", "identity, embedding to the reference", 2),
     Row("drift_ratio", "drift, last 10 blocks by first 10", 2, "1.0", high=1.1),

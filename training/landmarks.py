@@ -128,3 +128,15 @@ def mouth_opening(points: Floats) -> Floats:
     frames = np.arange(len(points))
     opening: Floats = np.interp(frames, frames[known], apart[known] / scale).astype(np.float32)
     return opening
+
+
+def head_motion(points: Floats) -> float:
+    """How far the middle between the eyes strays, a standard deviation in distances between them; NaN without faces.
+
+    points: (f, n, 2).
+    """
+    left, right = points[found(points)][:, [LEFT_EYE, RIGHT_EYE]].swapaxes(0, 1)
+    if not len(left):
+        return float("nan")
+    scale = np.median(np.linalg.norm(left - right, axis=1))
+    return float(np.linalg.norm((left + right).std(0) / 2) / scale)

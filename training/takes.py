@@ -24,7 +24,7 @@ from training.figures import (
     stillness_db,
 )
 from training.identity import Identity
-from training.landmarks import MISSING, Floats, Landmarks, found, mouth_opening
+from training.landmarks import MISSING, Floats, Landmarks, found, head_motion, mouth_opening
 from training.rollouts import Models, Pixels, Rollout, Sound, spoken, until
 
 # Frames between two that are embedded.
@@ -83,12 +83,14 @@ class Scores:
 
     openings: (f,) each, the lips' opening as it is read; None if it could not be read in the truth.
     jaw: (f,) what the first is compared with: the jaw's curve where that is known, else the second.
+    head: how far the heads stray; None if either has no face.
     faces: share of the made frames with a face; None if nobody could look for faces.
     identity: mean distance to the reference's embedding; None if no faces could be compared.
     """
 
     openings: tuple[Floats, Floats] | None
     jaw: Floats
+    head: tuple[float, float] | None
     faces: float | None
     identity: tuple[float, float] | None
     edges: tuple[float, float]
@@ -99,13 +101,14 @@ class Scores:
 
 def score(take: Take, landmarks: Landmarks | None, identity: Identity | None = None) -> Scores:
     """Look at a take. landmarks, identity: None where their packages are missing."""
-    openings = faces = people = None
+    openings = head = faces = people = None
     jaw = take.jaw
     if landmarks is not None:
         points, true_points = landmarks.points(take.made), landmarks.points(take.truth)
         faces = float(found(points).mean())
         opening, true_opening = readable_opening(points), mouth_opening(true_points)
         openings = (opening, true_opening) if np.isfinite(true_opening).all() else None
+        head = head_motion(points), head_motion(true_points)
         if identity is not None:
             own = landmarks.points(take.reference[None])
             home = identity.embed(take.reference, own[0])
@@ -115,6 +118,7 @@ def score(take: Take, landmarks: Landmarks | None, identity: Identity | None = N
     return Scores(
         openings,
         jaw,
+        head if head and np.isfinite(head).all() else None,
         faces,
         people if people and np.isfinite(people).all() else None,
         _both(edge_energy, take),
@@ -144,6 +148,7 @@ def held_out_figures(scores: Sequence[Scores]) -> dict[str, Figure]:
     """Figures of all takes together."""
     heard = [(each.openings, each.jaw) for each in scores if each.openings is not None]
     faces = [each.faces for each in scores if each.faces is not None]
+    heads = [each.head for each in scores if each.head is not None]
     pairs = [(openings[0], jaw) for openings, jaw in heard]
     unread = Figure(None, "the truth has too few faces" if faces else f"no landmarks: reading lips {MISSING}")
     people = [each.identity for each in scores if each.identity is not None]
@@ -151,6 +156,7 @@ def held_out_figures(scores: Sequence[Scores]) -> dict[str, Figure]:
         "lip_sync_r": mean_figure([correlation(*pair) for pair in pairs]) if pairs else unread,
         "best_lag_frames": lag_figure(pairs) if pairs else unread,
         "mouth_amplitude": ratio_figure([(float(a.std()), float(b.std())) for (a, b), _ in heard]) if heard else unread,
+        "head_motion": ratio_figure(heads) if heads else unread,
         "edge_energy": ratio_figure([each.edges for each in scores]),
         "face_found": mean_figure(faces) if faces else unread,
         "identity_distance": _identity_figure(people),

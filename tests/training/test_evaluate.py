@@ -20,7 +20,7 @@ from training import evaluate, rollouts
 from training.data import Clip, StoredClip, read_shard, write_shard
 from training.figures import Figure
 from training.identity import Identity
-from training.landmarks import Landmarks, mouth_opening
+from training.landmarks import Landmarks, head_motion, mouth_opening
 from training.takes import Take, held_out_figures, score, sound_of, take_of
 from training.trials import block_cost, drift_figure, endure, speech_figures
 
@@ -104,6 +104,17 @@ def test_a_frame_without_a_face_lies_between_its_neighbours() -> None:
     np.testing.assert_allclose(mouth_opening(points), [0.1, 0.2, 0.3, 0.3], rtol=1e-6)
     points[2:] = np.nan
     assert np.isnan(mouth_opening(points)).all()
+
+
+def test_a_head_strays_in_distances_between_the_eyes() -> None:
+    points = face(np.zeros(4))
+    assert head_motion(points) == 0
+    points[::2] += (6, 8)
+    assert head_motion(points) == pytest.approx(0.25)
+    points[0] = np.nan
+    points[2] = np.nan
+    assert head_motion(points) == 0
+    assert np.isnan(head_motion(np.full_like(points, np.nan)))
 
 
 def flashes(openings: NDArray[np.floating]) -> NDArray[np.uint8]:
