@@ -1,9 +1,10 @@
 """Train the light codec: `python -m training.codec --data runs/data --out runs/codec`.
 
-One thread, small batches of crops, bf16 where it pays. The decoder sees latents with a little noise on them, because a
-network that makes latents never makes them exactly. A run that is stopped goes on from its last checkpoint as if
-nothing had happened, bit for bit; clips that have arrived meanwhile join at checkpoints. Nothing is shipped by itself:
-`--export FOLDER` writes the averaged weights as a checkpoint's vae folder, with their figures on standard output.
+One thread, small batches of crops, bf16 where the processor has instructions for it. The decoder sees latents with a
+little noise on them, because a network that makes latents never makes them exactly. A run that is stopped goes on from
+its last checkpoint as if nothing had happened, bit for bit; clips that have arrived meanwhile join at checkpoints.
+Nothing is shipped by itself: `--export FOLDER` writes the averaged weights as a checkpoint's vae folder, with their
+figures on standard output.
 
 `--decoder-of FOLDER` trains the decoder of a finished codec further and leaves its encoder alone: latents stay what
 they are, and so networks that make them, and prepared data, stay good.
@@ -24,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from avatar import checkpoint
+from avatar.checkpoint import is_native
 from avatar.part import Part, load_weights
 from avatar.vae import light, vae
 from avatar.vae.light import LightCodec
@@ -43,7 +45,9 @@ class Recipe:
     """What decides a run, beside its data.
 
     steps: of the whole run; the learning rate falls to zero along half a cosine. noise: at most this much of the
-    latents' deviation is added, by chance for each crop. evenness: weight of the spread of the channels' variances.
+    latents' deviation is added, by chance for each crop. edges, motion: weights of errors in differences between
+    neighbours, and between frames: a latent's frames, decoded together, otherwise part from the next one's by a jump.
+    evenness: weight of the spread of the channels' variances.
     average: how much of itself the average of the weights keeps each step. decoder_of: the vae folder whose decoder
     alone is trained further; `start` says nothing then.
     """
@@ -55,6 +59,7 @@ class Recipe:
     noise: float = 0.2
     evenness: float = 5e-3
     edges: float = 0.3
+    motion: float = 0.5
     average: float = 0.999
     seed: int = 0
     crops: CropRule = field(default_factory=CropRule)
@@ -116,11 +121,12 @@ class Run:
     def advance(self, clips: Sequence[StoredClip]) -> dict[str, float]:
         """One step of the optimiser; returns the parts of its loss."""
         recipe = self.recipe
-        frames, weights = batch_of(clips[: self.num_clips], recipe.crops, recipe.seed + 1, self.step)
+        frames, pixel_weights = batch_of(clips[: self.num_clips], recipe.crops, recipe.seed + 1, self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = recipe.rate_at(self.step)
-        parts = losses(self.codec, frames, weights, recipe, torch.Generator().manual_seed(self.step))
-        loss = parts["picture"] + recipe.edges * parts["edges"] + recipe.evenness * parts["spread"]
+        parts = losses(self.codec, frames, pixel_weights, recipe, torch.Generator().manual_seed(self.step))
+        weights = {"picture": 1.0, "edges": recipe.edges, "motion": recipe.motion, "spread": recipe.evenness}
+        loss = torch.stack([weight * parts[name] for name, weight in weights.items()]).sum()
         self.optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.codec.parameters(), 1.0)
@@ -139,10 +145,11 @@ def losses(
 ) -> dict[str, Tensor]:
     """What is wrong with the reconstruction of frames (b, 3, f, h, w), and with their latents.
 
-    weights: (b, 1, f, h, w) how much a pixel's error counts. picture: absolute and squared error. edges: absolute error
-    of differences between neighbours. spread: mean square of the channels' log variances, less their mean.
+    weights: (b, 1, f, h, w) how much a pixel's error counts. picture: absolute and squared error. edges, motion:
+    absolute error of differences between neighbours, and between frames. spread: mean square of the channels' log
+    variances, less their mean.
     """
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16, frames.device)):
         latents = codec.encode(frames).float()
         amount = recipe.noise * torch.rand(len(frames), 1, 1, 1, 1, generator=generator) * latents.std()
         noise = amount * torch.randn(latents.shape, generator=generator)
@@ -152,6 +159,7 @@ def losses(
     return {
         "picture": ((error.abs() + 2 * error**2) * weights).mean(),
         "edges": error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
+        "motion": error.diff(dim=2).abs().mean(),
         "spread": (logs - logs.mean()).pow(2).mean(),
     }
 
@@ -214,7 +222,8 @@ def note(out: Path, entry: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps({name: round(value, 5) for name, value in entry.items()}) + "\n")
     entries = [json.loads(line) for line in path.read_text().splitlines()]
-    for plot, names in (("psnr", ("psnr", "psnr_mouth", "psnr_noisy")), ("loss", ("loss", "picture", "edges"))):
+    plots = {"psnr": ("psnr", "psnr_mouth", "psnr_noisy"), "loss": ("loss", "picture", "edges", "motion")}
+    for plot, names in plots.items():
         curves = {name: [(e["step"], e[name]) for e in entries if name in e] for name in names}
         save_plot(out / f"{plot}.png", curves)
 
@@ -239,6 +248,7 @@ def main() -> None:
     parser.add_argument("--decoder-of", help="a vae folder: train its decoder further, and nothing else")
     parser.add_argument("--rate", type=float, default=Recipe.rate, help="the highest learning rate")
     parser.add_argument("--lips", type=float, default=CropRule.lips, help="how much more errors count at the lips")
+    parser.add_argument("--motion", type=float, default=Recipe.motion, help="weight of errors from frame to frame")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="length of the whole run")
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long; the next call goes on")
     parser.add_argument("--save-minutes", type=float, default=4, help="between two checkpoints")
@@ -249,6 +259,7 @@ def main() -> None:
         start=flags.start,
         steps=flags.steps,
         rate=flags.rate,
+        motion=flags.motion,
         crops=CropRule(lips=flags.lips),
         decoder_of=flags.decoder_of,
     )

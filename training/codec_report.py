@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from avatar.checkpoint import is_native
 from avatar.vae.light import LightCodec
 from training.crops import to_pixels
 from training.data import StoredClip
@@ -41,16 +42,18 @@ def mouth_boxes(values: Tensor, lips: NDArray[np.float32]) -> Tensor:
 
 @torch.no_grad()
 def report(codec: LightCodec, clips: Sequence[StoredClip], sheet: Path | None = None) -> dict[str, float]:
-    """PSNR of reconstructions in dB, of whole frames and of the box, also with noise on the latents; what latents are.
+    """PSNR of reconstructions in dB, of whole frames and of the box, also with noise on the latents; second differences
+    in time by the truth's; what latents are.
 
     sheet: where to write truth, reconstruction and four times the difference of one frame a clip.
     """
     whole, mouth, noisy, latents = [], [], [], []
+    seconds = torch.zeros(2)
     columns: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
     for clip in clips:
         frames = to_pixels(clip.array("frames")[:NUM_FRAMES])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16, frames.device)):
             latent = codec.encode(frames[None]).float()
             noise = torch.randn(latent.shape, generator=generator) * NOISE * latent.std()
             result, degraded = (
@@ -61,6 +64,7 @@ def report(codec: LightCodec, clips: Sequence[StoredClip], sheet: Path | None = 
         if clip.has("lips"):
             mouth.append(mouth_boxes(error, clip.array("lips")[:NUM_FRAMES]).mean())
         noisy.append(((degraded - frames) ** 2).mean())
+        seconds += torch.stack([each.diff(n=2, dim=1).abs().mean() for each in (result, frames)])
         latents.append(latent[0, :, 1:].flatten(1))
         if len(columns) < 10:
             shown = NUM_FRAMES // 2
@@ -72,6 +76,7 @@ def report(codec: LightCodec, clips: Sequence[StoredClip], sheet: Path | None = 
         "psnr": psnr(torch.stack(whole)),
         **({"psnr_mouth": psnr(torch.stack(mouth))} if mouth else {}),
         "psnr_noisy": psnr(torch.stack(noisy)),
+        "flicker": float(seconds[0] / seconds[1].clamp_min(1e-9)),
         "latent_std": float(torch.cat(latents, 1).std()),
         "latent_std_least": float(deviations.min()),
         "latent_std_most": float(deviations.max()),

@@ -119,6 +119,17 @@ def test_latents_get_noise_in_training(clips: list[StoredClip]) -> None:
     assert loud > quiet
 
 
+def test_errors_that_stay_are_no_errors_of_motion(clips: list[StoredClip], monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = light.initialise(light.tiny(), 0)
+    frames, weights = batch_of(clips, RULE, 0, 0)
+    leaving = 0.5 * torch.arange(frames.shape[2]).reshape(-1, 1, 1) / frames.shape[2]
+    for error, expected in ((0.5, 0.0), (leaving, 0.5 / frames.shape[2])):
+        monkeypatch.setattr(codec, "decode", lambda *_, error=error: frames + error)
+        parts = losses(codec, frames, weights, replace(RECIPE, noise=0.0), torch.Generator())
+        assert float(parts["motion"]) == pytest.approx(expected, abs=1e-6)
+        assert float(parts["picture"]) > 0.1
+
+
 def test_a_resumed_run_equals_one_that_never_stopped(clips: list[StoredClip], tmp_path: Path) -> None:
     whole, first = Run(RECIPE, clips), Run(RECIPE, clips)
     for _ in range(4):
