@@ -69,7 +69,7 @@ class Heard:
 
 @dataclass
 class Report:
-    """What came of a job. cpu_s: time of the processor that its pids and the clients had meanwhile."""
+    """What came of a job. cpu_s: time of the processor that its pids and the clients had with all streams open."""
 
     sessions: list[Heard]
     cpu_s: float = 0.0
@@ -212,12 +212,13 @@ async def work(job: Job) -> Report:
     async with grpc.aio.insecure_channel(job.target, options=options) as channel:
         clients = [Client(pb_grpc.AvatarServiceStub(channel), n, job) for n in range(job.num_sessions)]
         began = time.monotonic() + (START_S if job.pace == "live" else 0.0)
-        before = cpu_seconds(job.pids)
+        cpu_s: list[float] = []
 
         async def converse(number: int, client: Client) -> None:
             try:
                 await asyncio.sleep(max(0.0, began + number * content.BLOCK_S / job.num_sessions - time.monotonic()))
                 await client.open()
+                cpu_s.append(cpu_seconds(job.pids))
                 await PACES[job.pace](client)
             except grpc.aio.AioRpcError as error:
                 client.heard.refused = f"{error.code().name}: {error.details()}"
@@ -225,7 +226,7 @@ async def work(job: Job) -> Report:
         async with asyncio.TaskGroup() as tasks:
             for number, client in enumerate(clients):
                 tasks.create_task(converse(number, client))
-        return Report([client.heard for client in clients], cpu_seconds(job.pids) - before)
+        return Report([client.heard for client in clients], cpu_seconds(job.pids) - max(cpu_s, default=0.0))
 
 
 def main() -> None:
