@@ -2,9 +2,10 @@
 
 import sys
 import tempfile
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from benchmarks.standin.content import NUM_LEVELS
 from services.launch import Suite, free_ports, start_redis, until_healthy
@@ -15,10 +16,13 @@ STAGES = ("audio", *(f"denoiser-{level}" for level in range(NUM_LEVELS)), "vae")
 
 
 @asynccontextmanager
-async def standing_in(step_s: float, *, workers: int = 1) -> AsyncGenerator[Suite, None]:
+async def standing_in(
+    step_s: float, *, workers: int = 1, environment: Mapping[str, str] = MappingProxyType({})
+) -> AsyncGenerator[Suite, None]:
     """A suite whose levels and decoder take `step_s` seconds a block, while the body runs.
 
-    workers: of each stage, named `audio`, or `audio.0`, `audio.1` ... where there are several.
+    workers: of each stage, named `audio`, or `audio.0`, `audio.1` ... where there are several. environment: of all but
+    Redis.
     """
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
         names = [name for stage in STAGES for name in workers_of(stage, workers)]
@@ -28,20 +32,24 @@ async def standing_in(step_s: float, *, workers: int = 1) -> AsyncGenerator[Suit
         try:
             await start_redis(suite, redis_port)
             for name in names:
-                await start_worker(suite, name, step_s)
-            await suite.start("gateway", sys.executable, "-m", "services.gateway", **_gateway(suite, workers))
+                await start_worker(suite, name, step_s, environment)
+            program = [sys.executable, "-m", "services.gateway"]
+            await suite.start("gateway", *program, **_gateway(suite, workers), **environment)
             await until_healthy(suite)
             yield suite
         finally:
             await suite.stop()
 
 
-async def start_worker(suite: Suite, name: str, step_s: float) -> None:
+async def start_worker(
+    suite: Suite, name: str, step_s: float, environment: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Start the worker of this name at its address."""
     stage, _, level = name.partition(".")[0].partition("-")
     step = AUDIO_STEP_S if stage == "audio" else step_s
     program = ["-m", "benchmarks.standin", stage, "--listen", suite.targets[name], "--step-s", str(min(step, step_s))]
-    await suite.start(name, sys.executable, *program, "--level", level or "0", AVATAR_LOG_LEVEL="WARNING")
+    program += ["--level", level or "0"]
+    await suite.start(name, sys.executable, *program, AVATAR_LOG_LEVEL="WARNING", **environment)
 
 
 def workers_of(stage: str, workers: int) -> list[str]:
