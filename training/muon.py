@@ -23,8 +23,8 @@ class Muon(Optimizer):
     """Momentum, made orthogonal, so that every direction of a matrix moves as far as any other.
 
     Steps are as long as AdamW's, 0.2 in the root mean square times the rate, so that both take the same rates.
-    torch.optim.Muon does the same sums in bfloat16 alone, which takes a processor without such instructions ten times
-    as long as all of a training step, and one matrix after the other.
+    torch.optim.Muon does the same sums in bfloat16 alone, which takes a processor without such instructions four times
+    as long as the rest of a training step, and one matrix after the other.
     Source: K. Jordan 2024 (Nesterov's momentum, Newton-Schulz), scaled as in arXiv 2502.16982.
     """
 
