@@ -25,7 +25,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from avatar import checkpoint
-from avatar.checkpoint import is_native
 from avatar.part import Part, load_weights
 from avatar.vae import light, vae
 from avatar.vae.light import LightCodec
@@ -34,6 +33,7 @@ from training.codec_start import normalised, principal_components
 from training.crops import CropRule, batch_of
 from training.data import StoredClip, read_clips
 from training.sheets import save_plot
+from training.strategy import SINGLE
 
 STARTS = ("pca", "cosine")
 # Held-out clips that a report looks at.
@@ -149,7 +149,7 @@ def losses(
     absolute error of differences between neighbours, and between frames. spread: mean square of the channels' log
     variances, less their mean.
     """
-    with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16, frames.device)):
+    with SINGLE.autocast():
         latents = codec.encode(frames).float()
         amount = recipe.noise * torch.rand(len(frames), 1, 1, 1, 1, generator=generator) * latents.std()
         noise = amount * torch.randn(latents.shape, generator=generator)

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avatar.checkpoint import is_native
 from avatar.vae.light import LightCodec
 from training.crops import to_pixels
 from training.data import StoredClip
 from training.sheets import save_sheet
+from training.strategy import SINGLE
 
 # Height and width of the box that follows the lips, pixels.
 MOUTH_BOX = (28, 36)
@@ -53,7 +53,7 @@ def report(codec: LightCodec, clips: Sequence[StoredClip], sheet: Path | None = 
     generator = torch.Generator().manual_seed(0)
     for clip in clips:
         frames = to_pixels(clip.array("frames")[:NUM_FRAMES])
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16, frames.device)):
+        with SINGLE.autocast():
             latent = codec.encode(frames[None]).float()
             noise = torch.randn(latent.shape, generator=generator) * NOISE * latent.std()
             result, degraded = (
