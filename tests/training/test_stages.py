@@ -89,6 +89,15 @@ def test_a_batch_is_decided_by_its_step(config: NetworkConfig, clips: list[Store
     assert first.weight.mean((1, 2, 3, 4)).allclose(torch.ones(2), atol=0.05)
 
 
+def test_a_rollout_starts_from_as_much_noise_as_a_stream_does(config: NetworkConfig, batch: ClipBatch) -> None:
+    little, whole = (
+        Rollout(network_of(changed), changed, batch, distance=4).inputs(0, Generator().manual_seed(0))
+        for changed in (replace(config, noise_scale=0.25), replace(config, noise_scale=1.0))
+    )
+    assert all(torch.equal(one, 0.25 * other) for one, other in zip(little, whole, strict=True))
+    assert torch.cat(whole).std() > 0.9
+
+
 def test_a_rollout_at_one_level_equals_the_whole_clip(config: NetworkConfig, batch: ClipBatch) -> None:
     network = network_of(config)
     x = torch.randn(batch.latents.shape, generator=Generator().manual_seed(1))
