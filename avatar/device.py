@@ -1,9 +1,10 @@
 """A device: one thread that computes, and the jobs that wait for it.
 
 All sessions, levels and services of a device wait in one queue. Where somebody waits for a block, the block that will
-be missed first goes first; all other work follows in the order in which it came. A stream has one item at a device at a
-time, so no more jobs wait than streams are open, and no session waits for another's future. A job whose caller is gone
-leaves the queue; one that runs is finished, and the next is not begun before.
+be missed first goes first; all other work follows in the order in which it came. A stream's item is put behind the one
+before it and enters the queue when that is done: no more jobs wait than streams are open, no session waits for
+another's future, and the device waits for no event loop. A job whose caller is gone leaves the queue; one that runs is
+finished, and the next is not begun before. What is put behind a job that fails is never done.
 
 Blocks of several sessions that wait at the same time are stepped in one pass where their model says that it pays
 (`BatchingModel`).
@@ -21,7 +22,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
-from avatar.pace import Load, Usage
+from avatar.pace import Load
 
 Out = TypeVar("Out")
 
@@ -43,15 +44,25 @@ class BatchingModel(Protocol):
 
 @dataclass(eq=False)
 class Job:
-    """One item that waits. take: results of several arguments, in their order. rank: the least goes first."""
+    """One item that waits.
 
-    take: Callable[[list[Any]], list[Any]]
-    argument: Any
-    rank: tuple[bool, float, int]
-    usage: Usage
-    batch: Batch | None
-    came_ns: int
+    take: what it gives, alone. model, item, state: with which it can be stepped together with others.
+    due_s: None if nobody waits. behind: the stream's next job. cost: what `Usage.note` is told of it.
+    rank, batch, came_ns: from when it enters the queue; the least rank goes first.
+    """
+
+    take: Callable[[], Any]
+    due_s: float | None = None
+    model: BatchingModel | None = None
+    item: Any = None
+    state: Any = None
     future: Future[Any] = field(default_factory=Future)
+    behind: "Job | None" = None
+    is_done: bool = False
+    cost: tuple[int, int, float, int] = (0, 0, 0.0, 1)
+    rank: tuple[bool, float, int] = (True, 0.0, 0)
+    batch: Batch | None = None
+    came_ns: int = 0
 
 
 class Device:
@@ -94,52 +105,59 @@ class Device:
 
     def submit(self, work: Callable[..., Out], *arguments: Any) -> Future[Out]:
         """Have something done for which nobody waits, from any thread."""
-        return self._put(_call(work, arguments), None, None, Usage()).future
+        return self._put(Job(lambda: work(*arguments))).future
 
     async def run(self, work: Callable[..., Out], *arguments: Any, due_s: float | None = None) -> Out:
         """What the work gives, done by `due_s` if it can be."""
-        out: Out = await self._done(self._put(_call(work, arguments), None, due_s, Usage()))
+        out: Out = await self.done(self._put(Job(lambda: work(*arguments), due_s)))
         return out
 
-    async def step(self, model: Any, item: Any, state: Any, usage: Usage, due_s: float | None = None) -> Any:
-        """What a streaming model makes of an item, alone or together with others'; usage notes what it cost."""
-        batch = model.batch(item, state) if isinstance(model, BatchingModel) else None
-        if batch is None:
-            return await self._done(self._put(lambda _: [model.step(item, state)], None, due_s, usage))
+    def step(self, model: Any, item: Any, state: Any, due_s: float | None = None, *, after: Job | None = None) -> Job:
+        """Have a streaming model make something of an item, alone or together with others' items.
 
-        def take(pairs: list[tuple[Any, Any]]) -> list[Any]:
-            items, states = zip(*pairs, strict=True)
-            return model.step_many(items, states)  # type: ignore[no-any-return]
+        after: the stream's item before it, which is done first.
+        """
+        batching = model if isinstance(model, BatchingModel) else None
+        return self._put(Job(lambda: model.step(item, state), due_s, batching, item, state), after)
 
-        return await self._done(self._put(take, (item, state), due_s, usage, batch))
-
-    def _put(
-        self,
-        take: Callable[[list[Any]], list[Any]],
-        argument: Any,
-        due_s: float | None,
-        usage: Usage,
-        batch: Batch | None = None,
-    ) -> Job:
-        with self._lock:
-            if self._is_closed:
-                raise RuntimeError("the device is closed")
-            self._num_jobs += 1
-            # Nobody waits: in the order in which they came.
-            rank = (due_s is None, due_s or 0.0, self._num_jobs)
-            job = Job(take, argument, rank, usage, batch, time.perf_counter_ns())
-            self._jobs.append(job)
-        self._calls.put(None)
-        return job
-
-    async def _done(self, job: Job) -> Any:
+    async def done(self, job: Job) -> Any:
+        """What a job gives. It is dropped when its caller is cancelled."""
         try:
             return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
-            with self._lock:
-                if job in self._jobs:
-                    self._jobs.remove(job)
+            self.drop(job)
             raise
+
+    def drop(self, job: Job) -> None:
+        """Nobody wants this job any more: it is not done, unless it is begun."""
+        job.future.cancel()
+        with self._lock:
+            if job in self._jobs:
+                self._jobs.remove(job)
+
+    def _put(self, job: Job, after: Job | None = None) -> Job:
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("the device is closed")
+            if after is None or after.is_done:
+                self._enter(job)
+            else:
+                after.behind = job
+        return job
+
+    def _enter(self, job: Job) -> None:
+        """A job enters the queue. The lock is held."""
+        self._num_jobs += 1
+        # Nobody waits: in the order in which they came.
+        job.rank = (job.due_s is None, job.due_s or 0.0, self._num_jobs)
+        job.came_ns = time.perf_counter_ns()
+        # Only now: the state is the one that the job before it has left.
+        try:
+            job.batch = job.model.batch(job.item, job.state) if job.model else None
+        except Exception:  # its step tells what is wrong, and to nobody else
+            job.batch = None
+        self._jobs.append(job)
+        self._calls.put(None)
 
     def _work(self) -> None:
         while True:
@@ -176,7 +194,7 @@ class Device:
     def _take(self, jobs: list[Job]) -> None:
         start_ns, started = time.time_ns(), time.perf_counter_ns()
         try:
-            results = jobs[0].take([job.argument for job in jobs])
+            results = _results(jobs)
             if self._wait is not None:
                 self._wait()
         except BaseException as error:
@@ -185,9 +203,28 @@ class Device:
             return
         elapsed_ns = time.perf_counter_ns() - started
         for job, result in zip(jobs, results, strict=True):
-            job.usage.note(start_ns, elapsed_ns, (started - job.came_ns) / 1e9, len(jobs))
+            job.cost = start_ns, elapsed_ns, (started - job.came_ns) / 1e9, len(jobs)
             job.future.set_result(result)
+        with self._lock:
+            for job in jobs:
+                self._let_in_behind(job)
+
+    def _let_in_behind(self, job: Job) -> None:
+        """A job is done: the stream's next one enters the queue. The lock is held."""
+        job.is_done = True
+        following, job.behind = job.behind, None
+        if following is None:
+            return
+        if self._is_closed:
+            following.future.cancel()
+        else:
+            self._enter(following)
 
 
-def _call(work: Callable[..., Out], arguments: tuple[Any, ...]) -> Callable[[list[Any]], list[Any]]:
-    return lambda _: [work(*arguments)]
+def _results(jobs: list[Job]) -> list[Any]:
+    """What jobs give that are taken together, or one alone."""
+    first = jobs[0]
+    if first.batch is None:
+        return [first.take()]
+    assert first.model is not None
+    return first.model.step_many([job.item for job in jobs], [job.state for job in jobs])

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
-from avatar.device import Device
+from avatar.device import Device, Job
 from avatar.pace import BLOCK_S, Usage
 
 if TYPE_CHECKING:  # the gateway composes stages and has no torch
@@ -48,6 +48,9 @@ def local(
 ) -> Stage[In, Out]:
     """One session's stream at a model in this process. Its state lives exactly as long as the stream.
 
+    An item is at the device before the one ahead of it is done, so that the device need not wait for the event loop; no
+    more than two are read before the caller has come back for another.
+
     device: where it computes; all sessions of the device share it, and an item goes by its `due_s` if it has one.
     is_live: somebody waits for every item: one that does not say when it is due, is due a block from now.
     """
@@ -58,10 +61,35 @@ def local(
         return time.monotonic() + BLOCK_S if said is None and is_live else said
 
     async def stage(items: AsyncGenerator[In, None]) -> AsyncGenerator[Out, None]:
+        jobs: asyncio.Queue[Job | None] = asyncio.Queue()
+        # One that is worked on or taken by the caller, and the next.
+        room = asyncio.Semaphore(2)
+
+        async def submit() -> None:
+            try:
+                last = None
+                await room.acquire()
+                async for item in items:
+                    last = device.step(model, item, state, due_s(item), after=last)
+                    jobs.put_nowait(last)
+                    await room.acquire()
+            finally:
+                jobs.put_nowait(None)
+
         async with aclosing(items):
             state = await device.run(model.open, session, due_s=due_s())
-            async for item in items:
-                yield await device.step(model, item, state, cost, due_s(item))
+            async with beside(submit()) as submitting:
+                try:
+                    while job := await jobs.get():
+                        made = await device.done(job)
+                        cost.note(*job.cost)
+                        yield made
+                        room.release()
+                    await submitting
+                finally:
+                    while not jobs.empty():
+                        if job := jobs.get_nowait():
+                            device.drop(job)
 
     return stage
 
@@ -72,30 +100,6 @@ async def flatten(lists: AsyncGenerator[list[Out], None]) -> AsyncGenerator[Out,
         async for items in lists:
             for item in items:
                 yield item
-
-
-async def ahead(items: AsyncGenerator[Out, None]) -> AsyncGenerator[Out, None]:
-    """The same items, made while the one before is worked on: one waits here, and one more to be let in.
-
-    What `items` raises is raised behind those that came before it.
-    """
-    waiting: asyncio.Queue[list[Out]] = asyncio.Queue()
-    room = asyncio.Semaphore(1)
-
-    async def make() -> None:
-        try:
-            async with aclosing(items):
-                async for item in items:
-                    await room.acquire()
-                    waiting.put_nowait([item])
-        finally:
-            waiting.put_nowait([])
-
-    async with beside(make()) as making:
-        while item := await waiting.get():
-            room.release()
-            yield item[0]
-        await making
 
 
 @asynccontextmanager

@@ -37,7 +37,7 @@ def hop_rows() -> list[Row]:
 
 async def _efficiencies() -> list[Row]:
     short, many, fair = await _efficiency(SHORT_S, num_blocks=FILL + 120, is_many=True)
-    long, _, _ = await _efficiency(LONG_S, num_blocks=FILL + 10, is_many=False)
+    long, _, _ = await _efficiency(LONG_S, num_blocks=FILL + 30, is_many=False)
     ours, ours_long = short.pop(OURS), long.pop(OURS)
     name = f"{EFFICIENCY}, stages of {SHORT_S * 1e3:g} ms"
     one = "one session; each block is handed on before the next is taken"

@@ -10,7 +10,7 @@ import grpc.aio
 
 from avatar.device import Device
 from avatar.pace import Pace, Usage
-from avatar.pipeline import ahead, flatten, local
+from avatar.pipeline import flatten, local
 from avatar.rpc.server import Capacity, Context, opening, parts
 from avatar.worker.v1 import (
     audio_pb2,
@@ -58,7 +58,7 @@ class Stage:
         """One session's answers."""
         session: Any = None  # stand-ins know all from `open`
         stage = local(model, session, self.device, usage, is_live=is_live)
-        async with aclosing(ahead(self._noted(stage(ahead(_due(items))), usage))) as answers:
+        async with aclosing(self._noted(stage(_due(items)), usage)) as answers:
             async for answer in answers:
                 yield answer
 

@@ -13,7 +13,7 @@ from avatar.audio.resample import check_piece
 from avatar.device import Device
 from avatar.errors import InvalidAudio
 from avatar.pace import Pace, Usage
-from avatar.pipeline import ahead, flatten, local
+from avatar.pipeline import flatten, local
 from avatar.rpc.codec import block_to_pb, due_s, end_of_sound, piece_from_bytes, session_of_sound
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.types import AudioPiece, Block
@@ -67,8 +67,8 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             usage, num_blocks = Usage(), 0
             model = Rebuilt(self._audio, opened.first_block, opened.first_answer, opened.statistics)
             stage = local(model, session_of_sound(opened), self._device, usage, is_live=opened.is_live)
-            made = self._traced(flatten(stage(ahead(_pieces(opened, requests)))), opened.traceparent, usage)
-            async with aclosing(ahead(made)) as blocks:
+            made = self._traced(flatten(stage(_pieces(opened, requests))), opened.traceparent, usage)
+            async with aclosing(made) as blocks:
                 async for block in blocks:
                     num_blocks += 1
                     yield pb.EncodeResponse(block=block_to_pb(block))

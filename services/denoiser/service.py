@@ -14,7 +14,7 @@ from avatar.device import Device
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, Link, Seat
 from avatar.pace import Pace, Usage
-from avatar.pipeline import ahead, local
+from avatar.pipeline import local
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.session import SessionStore
@@ -111,8 +111,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = Usage(), 0
             stage = local(denoiser, session, self._device, usage, is_live=opened.is_live)
-            made = self._traced(stage(ahead(self._blocks(opened, requests, link))), opened.level, usage)
-            async with aclosing(ahead(made)) as blocks:
+            made = self._traced(stage(self._blocks(opened, requests, link)), opened.level, usage)
+            async with aclosing(made) as blocks:
                 async for block in blocks:
                     carried = None
                     if denoiser.updates_sink(block, session):

@@ -13,7 +13,7 @@ from avatar import telemetry
 from avatar.device import Device
 from avatar.errors import NoCapacity
 from avatar.pace import Pace, Usage
-from avatar.pipeline import ahead, local
+from avatar.pipeline import local
 from avatar.rpc.codec import block_from_pb, session_from_pb, tensor_to_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
 from avatar.session import SessionStore
@@ -128,7 +128,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
 
             decoded, encoded, num_blocks = Usage(), Usage(), 0
             stage = local(self._vae, session_from_pb(session), self._device, decoded, is_live=opened.is_live)
-            async with aclosing(ahead(self._traced(stage(ahead(_blocks(opened, requests))), decoded))) as chunks:
+            async with aclosing(self._traced(stage(_blocks(opened, requests)), decoded)) as chunks:
                 async for chunk in chunks:
                     frames = await loop.run_in_executor(self._encoder, encoded.timed, encode, chunk)
                     _trace("encode", chunk, encoded)
