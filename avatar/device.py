@@ -46,8 +46,9 @@ class BatchingModel(Protocol):
 class Job:
     """One item that waits.
 
-    take: what it gives, alone. model, item, state: with which it can be stepped together with others.
-    due_s: None if nobody waits. behind: the stream's next job. cost: what `Usage.note` is told of it.
+    take: what it gives, alone. model, item, state: with which it can be stepped together with others. then: what is
+    made of its result before another is begun. due_s: None if nobody waits. behind: the stream's next job. cost: what
+    `Usage.note` is told of it.
     rank, batch, came_ns: from when it enters the queue; the least rank goes first.
     """
 
@@ -56,6 +57,7 @@ class Job:
     model: BatchingModel | None = None
     item: Any = None
     state: Any = None
+    then: Callable[[Any], Any] | None = None
     future: Future[Any] = field(default_factory=Future)
     behind: "Job | None" = None
     is_done: bool = False
@@ -90,7 +92,7 @@ class Device:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the thread after the job that runs. What waits is cancelled."""
+        """End the thread after the job that runs. What waits in the queue is cancelled."""
         with self._lock:
             self._is_closed = True
             waiting, self._jobs = self._jobs, []
@@ -112,13 +114,23 @@ class Device:
         out: Out = await self.done(self._put(Job(lambda: work(*arguments), due_s)))
         return out
 
-    def step(self, model: Any, item: Any, state: Any, due_s: float | None = None, *, after: Job | None = None) -> Job:
+    def step(
+        self,
+        model: Any,
+        item: Any,
+        state: Any,
+        due_s: float | None = None,
+        *,
+        then: Callable[[Any], Any] | None = None,
+        after: Job | None = None,
+    ) -> Job:
         """Have a streaming model make something of an item, alone or together with others' items.
 
-        after: the stream's item before it, which is done first.
+        then: what is made of the result before the device begins anything else. after: the stream's item before it; if
+        that fails or is dropped, this one is never done, and not to be waited for.
         """
         batching = model if isinstance(model, BatchingModel) else None
-        return self._put(Job(lambda: model.step(item, state), due_s, batching, item, state), after)
+        return self._put(Job(lambda: model.step(item, state), due_s, batching, item, state, then), after)
 
     async def done(self, job: Job) -> Any:
         """What a job gives. It is dropped when its caller is cancelled."""
@@ -179,6 +191,7 @@ class Device:
                     self._jobs.remove(job)
             if begun := [job for job in jobs if job.future.set_running_or_notify_cancel()]:
                 return begun
+            del jobs  # and with them their states, while the thread waits
 
     def _most_urgent(self) -> list[Job]:
         first = min(self._jobs, key=lambda job: job.rank, default=None)
@@ -194,9 +207,14 @@ class Device:
     def _take(self, jobs: list[Job]) -> None:
         start_ns, started = time.time_ns(), time.perf_counter_ns()
         try:
-            results = _results(jobs)
+            if jobs[0].batch is None:
+                results = [jobs[0].take()]
+            else:
+                assert jobs[0].model is not None
+                results = jobs[0].model.step_many([job.item for job in jobs], [job.state for job in jobs])
             if self._wait is not None:
                 self._wait()
+            results = [job.then(result) if job.then else result for job, result in zip(jobs, results, strict=True)]
         except BaseException as error:
             while jobs:  # the traceback refers to this frame, and jobs to the error
                 jobs.pop().future.set_exception(error)
@@ -213,18 +231,9 @@ class Device:
         """A job is done: the stream's next one enters the queue. The lock is held."""
         job.is_done = True
         following, job.behind = job.behind, None
-        if following is None:
+        if following is None or following.future.cancelled():
             return
         if self._is_closed:
             following.future.cancel()
         else:
             self._enter(following)
-
-
-def _results(jobs: list[Job]) -> list[Any]:
-    """What jobs give that are taken together, or one alone."""
-    first = jobs[0]
-    if first.batch is None:
-        return [first.take()]
-    assert first.model is not None
-    return first.model.step_many([job.item for job in jobs], [job.state for job in jobs])

@@ -44,14 +44,16 @@ def local(
     device: Device,
     usage: Usage | None = None,
     *,
+    then: Callable[[Out], Out] | None = None,
     is_live: bool = False,
 ) -> Stage[In, Out]:
     """One session's stream at a model in this process. Its state lives exactly as long as the stream.
 
     An item is at the device before the one ahead of it is done, so that the device need not wait for the event loop; no
-    more than two are read before the caller has come back for another.
+    more than three are read before the caller comes back for another.
 
     device: where it computes; all sessions of the device share it, and an item goes by its `due_s` if it has one.
+    then: what is made of an answer before the device begins anything else.
     is_live: somebody waits for every item: one that does not say when it is due, is due a block from now.
     """
     cost = usage or Usage()
@@ -62,34 +64,34 @@ def local(
 
     async def stage(items: AsyncGenerator[In, None]) -> AsyncGenerator[Out, None]:
         jobs: asyncio.Queue[Job | None] = asyncio.Queue()
-        # One that is worked on or taken by the caller, and the next.
-        room = asyncio.Semaphore(2)
+        # One that the caller has, one that is worked on, and the next.
+        room = asyncio.Semaphore(3)
 
         async def submit() -> None:
+            last = None
             try:
-                last = None
-                await room.acquire()
-                async for item in items:
-                    last = device.step(model, item, state, due_s(item), after=last)
-                    jobs.put_nowait(last)
+                async with aclosing(items):
+                    state = await device.run(model.open, session, due_s=due_s())
                     await room.acquire()
+                    async for item in items:
+                        last = device.step(model, item, state, due_s(item), then=then, after=last)
+                        jobs.put_nowait(last)
+                        await room.acquire()
             finally:
                 jobs.put_nowait(None)
 
-        async with aclosing(items):
-            state = await device.run(model.open, session, due_s=due_s())
-            async with beside(submit()) as submitting:
-                try:
-                    while job := await jobs.get():
-                        made = await device.done(job)
-                        cost.note(*job.cost)
-                        yield made
-                        room.release()
-                    await submitting
-                finally:
-                    while not jobs.empty():
-                        if job := jobs.get_nowait():
-                            device.drop(job)
+        async with beside(submit()) as submitting:
+            try:
+                while job := await jobs.get():
+                    made = await device.done(job)
+                    cost.note(*job.cost)
+                    yield made
+                    room.release()
+                await submitting
+            finally:
+                while not jobs.empty():
+                    if job := jobs.get_nowait():
+                        device.drop(job)
 
     return stage
 

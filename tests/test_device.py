@@ -253,6 +253,23 @@ async def test_who_cannot_say_with_whom_it_goes_goes_alone(device: Device) -> No
     assert model.steps == [["a"], ["b"]]
 
 
+async def test_what_is_made_of_a_result_is_made_before_the_next_begins(device: Device) -> None:
+    model, other = Noting(), Together()
+
+    def noted(result: str) -> str:
+        model.steps.append(f"then {result}")
+        return f"{result}!"
+
+    with busy(device):
+        first = device.step(model, Item("a0"), [], then=noted)
+        second = device.step(model, Item("a1"), [], then=noted, after=first)
+        pair = [device.step(other, Item("x"), [" of x"], then=noted) for _ in range(2)]
+    assert [await device.done(job) for job in (first, second)] == ["A0!", "A1!"]
+    assert [await device.done(job) for job in pair] == ["x of x!"] * 2
+    assert model.steps == ["a0", "then A0", "then x of x", "then x of x", "a1", "then A1"]
+    assert other.steps == [["x", "x"]]
+
+
 async def test_behind_what_failed_or_was_dropped_nothing_is_done(device: Device) -> None:
     model = Together()
     with busy(device):
@@ -267,15 +284,25 @@ async def test_behind_what_failed_or_was_dropped_nothing_is_done(device: Device)
     assert model.steps == ["WRONG"]
 
 
-async def test_what_is_dropped_while_the_item_before_it_runs_is_not_done(device: Device) -> None:
-    model = Noting()
+async def test_what_is_dropped_behind_another_item_never_enters_the_queue(device: Device) -> None:
+    asked = []
+
+    class Asked(Together):
+        def batch(self, item: Item, state: list[str]) -> tuple[str, int] | None:
+            asked.append(item.name)
+            return super().batch(item, state)
+
+    model, item = Asked(), Item("a1")
+    dropped = weakref.ref(item)
     with busy(device):
-        first = device.step(model, Item("a0"), [])
-        second = device.step(model, Item("a1"), [], after=first)
+        first = device.step(model, Item("a0"), ["a"])
+        second = device.step(model, item, ["a"], after=first)
         device.drop(second)
+        del second, item
     await device.done(first)
     await device.run(int)
-    assert model.steps == ["a0"]
+    assert asked == ["a0"]
+    assert dropped() is None
 
 
 async def test_closing_a_device_ends_what_waits() -> None:

@@ -168,7 +168,9 @@ class Chain:
 
     def _guarded(self, work: Callable[[int], None], rank: int) -> None:
         try:
-            work(rank)
+            # A transfer waits for what its stream was told before: not the steps' own, which are a block ahead of it.
+            with torch.cuda.stream(_stream_of(self._seat.device)):
+                work(rank)
         except Exception as error:  # torch raises RuntimeError for what a neighbour does, and for its own defects
             self._loop.call_soon_threadsafe(self._lose, str(error))
 
@@ -194,7 +196,7 @@ class Chain:
             numbers, latent = handed
             _wait(dist.isend(torch.tensor(numbers), rank + 1))
             if latent.numel():
-                _wait(dist.isend(latent.contiguous(), rank + 1))
+                _wait(dist.isend(latent := latent.contiguous(), rank + 1), latent)
 
     def _receive(self, rank: int) -> None:
         header = torch.zeros(HEADER_NUMBERS, dtype=torch.int64)
@@ -203,7 +205,7 @@ class Chain:
             handoff, level, index, *shape = header.tolist()
             if handoff:
                 latent = torch.empty(shape, dtype=self._seat.dtype, device=self._seat.device)
-                _wait(dist.irecv(latent, rank - 1))
+                _wait(dist.irecv(latent, rank - 1), latent)
                 self._loop.call_soon_threadsafe(self._deliver, (handoff, level), index, latent)
 
 
@@ -260,6 +262,13 @@ def _make_group(store: TCPStore, rank: int, size: int, device: torch.device) -> 
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=limit)
 
 
-def _wait(work: Any) -> None:
+def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream of one's own on a CUDA device; None elsewhere."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+def _wait(work: Any, latent: Tensor | None = None) -> None:
     """Wait for a transfer. RuntimeError if the neighbour has gone or does not take part within SILENCE_S."""
     work.wait(timedelta(seconds=SILENCE_S))
+    if latent is not None and latent.is_cuda:  # NCCL has only told the stream to wait
+        torch.cuda.current_stream(latent.device).synchronize()

@@ -58,12 +58,7 @@ class Stage:
         """One session's answers."""
         session: Any = None  # stand-ins know all from `open`
         stage = local(model, session, self.device, usage, is_live=is_live)
-        async with aclosing(self._noted(stage(_due(items)), usage)) as answers:
-            async for answer in answers:
-                yield answer
-
-    async def _noted(self, answers: AsyncGenerator[Any, None], usage: Usage) -> AsyncGenerator[Any, None]:
-        async with aclosing(answers):
+        async with aclosing(stage(_due(items))) as answers:
             async for answer in answers:
                 self.pace.note(usage)
                 yield answer

@@ -16,7 +16,7 @@ from avatar.pace import Pace, Usage
 from avatar.pipeline import flatten, local
 from avatar.rpc.codec import block_to_pb, due_s, end_of_sound, piece_from_bytes, session_of_sound
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
-from avatar.types import AudioPiece, Block
+from avatar.types import AudioPiece
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from avatar.worker.v1.types_pb2 import Closed
@@ -67,21 +67,13 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             usage, num_blocks = Usage(), 0
             model = Rebuilt(self._audio, opened.first_block, opened.first_answer, opened.statistics)
             stage = local(model, session_of_sound(opened), self._device, usage, is_live=opened.is_live)
-            made = self._traced(flatten(stage(_pieces(opened, requests))), opened.traceparent, usage)
-            async with aclosing(made) as blocks:
+            async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
                 async for block in blocks:
+                    span = telemetry.block_span("audio", block.index, usage, link=opened.traceparent)
+                    self._pace.note(usage)
                     num_blocks += 1
-                    yield pb.EncodeResponse(block=block_to_pb(block))
+                    yield pb.EncodeResponse(block=block_to_pb(replace(block, traceparent=span)))
             yield pb.EncodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
-
-    async def _traced(
-        self, blocks: AsyncGenerator[Block, None], session_span: str, usage: Usage
-    ) -> AsyncGenerator[Block, None]:
-        async with aclosing(blocks):
-            async for block in blocks:
-                context_of_block = telemetry.block_span("audio", block.index, usage, link=session_span)
-                self._pace.note(usage)
-                yield replace(block, traceparent=context_of_block)
 
 
 async def _pieces(opened: pb.OpenEncode, requests: AsyncIterator[pb.EncodeRequest]) -> AsyncGenerator[AudioPiece, None]:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import grpc.aio
@@ -110,10 +111,13 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             session = session_from_pb(await self._store.session(opened.session_id))
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = Usage(), 0
-            stage = local(denoiser, session, self._device, usage, is_live=opened.is_live)
-            made = self._traced(stage(self._blocks(opened, requests, link)), opened.level, usage)
-            async with aclosing(made) as blocks:
+            # Copied in its turn: a GPU would have begun the next block before the event loop came to it.
+            then = None if link and not denoiser.is_last else on_host
+            stage = local(denoiser, session, self._device, usage, then=then, is_live=opened.is_live)
+            async with aclosing(stage(self._blocks(opened, requests, link))) as blocks:
                 async for block in blocks:
+                    telemetry.block_span("denoiser", block.index, usage, level=opened.level, parent=block.traceparent)
+                    self._pace.note(usage)
                     carried = None
                     if denoiser.updates_sink(block, session):
                         carried = await self._write_sink(opened.session_id, block)
@@ -123,15 +127,6 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                         answer.carried.CopyFrom(carried)
                     yield pb.DenoiseResponse(block=answer)
             yield pb.DenoiseResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
-
-    async def _traced(
-        self, blocks: AsyncGenerator[Block, None], level: int, usage: Usage
-    ) -> AsyncGenerator[Block, None]:
-        async with aclosing(blocks):
-            async for block in blocks:
-                telemetry.block_span("denoiser", block.index, usage, level=level, parent=block.traceparent)
-                self._pace.note(usage)
-                yield block
 
     def _opened(self, denoiser: Denoiser, session: Session) -> pb.DenoiseOpened:
         return pb.DenoiseOpened(
@@ -182,3 +177,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         except (StoreUnavailable, SessionNotFound):  # an emptied store is told again by the caller
             logger.warning("sink not kept", extra={"session": telemetry.tag(session_id)})
         return conditions
+
+
+def on_host(block: Block) -> Block:
+    """The block with its latent in the host's memory."""
+    return block if block.latent is None else replace(block, latent=block.latent.cpu())

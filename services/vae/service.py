@@ -128,8 +128,10 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
 
             decoded, encoded, num_blocks = Usage(), Usage(), 0
             stage = local(self._vae, session_from_pb(session), self._device, decoded, is_live=opened.is_live)
-            async with aclosing(self._traced(stage(_blocks(opened, requests)), decoded)) as chunks:
+            async with aclosing(stage(_blocks(opened, requests))) as chunks:
                 async for chunk in chunks:
+                    _trace("vae", chunk, decoded)
+                    self._pace.note(decoded)
                     frames = await loop.run_in_executor(self._encoder, encoded.timed, encode, chunk)
                     _trace("encode", chunk, encoded)
                     num_blocks += 1
@@ -137,13 +139,6 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                         yield pb.DecodeResponse(frame=frame)
             busy_s = decoded.busy_s + encoded.busy_s
             yield pb.DecodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=busy_s))
-
-    async def _traced(self, chunks: AsyncGenerator[FrameChunk, None], usage: Usage) -> AsyncGenerator[FrameChunk, None]:
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                _trace("vae", chunk, usage)
-                self._pace.note(usage)
-                yield chunk
 
 
 def _trace(stage: str, chunk: FrameChunk, usage: Usage) -> None:
