@@ -108,7 +108,7 @@ class Pool(Generic[Info]):
             await self.ask()
             found = self.answering(serves)
         if not found:
-            raise StageLost(f"{self.stage}: no worker answers at {', '.join(self._targets)}", retry_s=RETRY_S)
+            raise self._lost(f"no worker answers at {', '.join(self._targets)}")
         return sorted(found, key=lambda each: each[0].load)
 
     async def open(
@@ -123,7 +123,7 @@ class Pool(Generic[Info]):
         refusal: AvatarError | None = None
         for worker, _ in await self.workers(serves):
             if worker.info is None:  # since it was looked up
-                refusal = refusal or StageLost(f"{self.stage}: {worker.target} is gone", retry_s=RETRY_S)
+                refusal = refusal or self._lost(f"{worker.target} is gone")
                 continue
             worker.num_open += 1
             is_open = False
@@ -160,6 +160,9 @@ class Pool(Generic[Info]):
             for worker in self._workers.values()
             if worker.is_listed and worker.info is not None and serves(worker.info)
         ]
+
+    def _lost(self, why: str) -> StageLost:
+        return StageLost(f"{self.stage}: {why}", metadata={"stage": self.stage}, retry_s=RETRY_S)
 
     async def _ask_on(self) -> None:
         while True:

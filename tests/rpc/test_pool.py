@@ -106,8 +106,9 @@ async def test_a_worker_that_is_gone_is_passed_over_and_one_that_comes_is_found(
     port = free_ports(1)[0]
     audio: Audio = Pool("audio", [f"127.0.0.1:{port}"], ask)
     async with audio.running():
-        with pytest.raises(StageLost, match=rf"audio: no worker answers at 127.0.0.1:{port}"):
+        with pytest.raises(StageLost, match=rf"audio: no worker answers at 127.0.0.1:{port}") as none:
             await audio.workers()
+        assert none.value.metadata == {"stage": "audio"}
         worker = Worker()
         async with serving(f"127.0.0.1:{port}", worker), asyncio.timeout(20):
             while True:
