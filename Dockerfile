@@ -31,6 +31,7 @@ ENV MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP
     AVATAR_LISTEN=0.0.0.0:7000
 WORKDIR /app
 COPY services services
+COPY deploy/deletion_cost.py deploy/
 USER 10001:10001
 EXPOSE 7000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --start-interval=2s --retries=3 \

@@ -33,8 +33,8 @@ $(VENV)/deployment: deploy/requirements.txt | $(VENV)/installed
 	touch $@
 
 # What the LiveKit adapter is tested against: 60 MB that running the suite does without.
-$(VENV)/livekit: tests/adapters/requirements-livekit.txt | $(VENV)/installed
-	python -m pip install --quiet --no-deps --requirement tests/adapters/requirements-livekit.txt
+$(VENV)/livekit: tests/integrations/requirements-livekit.txt | $(VENV)/installed
+	python -m pip install --quiet --no-deps --requirement tests/integrations/requirements-livekit.txt
 	touch $@
 
 # Generates avatar/v1 and avatar/worker/v1 from protos/.
@@ -81,11 +81,11 @@ chaos: install
 	python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 demo: install
-	python -m services.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)"
+	python -m services.local.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)"
 
 # The page in the browser: TTS='flite -t {text} -o {wav}' makes it take text.
 web: install
-	python -m services.web --listen "$(LISTEN)" --tts "$(TTS)"
+	python -m services.local.browser_demo --listen "$(LISTEN)" --tts "$(TTS)"
 
 # Minutes, on a machine that does nothing else; `python -m benchmarks --only NAME` for one figure.
 bench: install

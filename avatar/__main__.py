@@ -1,7 +1,7 @@
 """Render one clip in one process, without any transport: `python -m avatar SPEECH PORTRAIT OUT.mp4`.
 
 docs/reference_options.md says which of the reference implementation's options each flag is. `python -m avatar inspect`
-and `python -m avatar pack` are `avatar/inspect.py`.
+and `python -m avatar pack` are `avatar/checkpoints/inspect.py`.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from avatar import inspect
-from avatar.adapter import Adapter
+from avatar.checkpoints import inspect
+from avatar.checkpoints.lora import Adapter
 from avatar.media import read_sound, read_video, write_mp4
 from avatar.render import Models, Options, embed, in_clips, load, render
 from avatar.vae.picture import Size

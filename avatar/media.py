@@ -15,7 +15,7 @@ from av.container import OutputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from avatar.audio.clock import MAX_RATE_HZ, MIN_RATE_HZ
+from avatar.audio.alignment import MAX_RATE_HZ, MIN_RATE_HZ
 from avatar.vae.encodings import describe_picture, picture_frame
 
 FILM_RATE_HZ = 48000

@@ -21,21 +21,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from avatar.adapter import Adapter
 from avatar.audio import model as audio_model
-from avatar.audio.clock import BLOCK_SAMPLES, SAMPLE_RATE_HZ
+from avatar.audio.alignment import BLOCK_SAMPLES, SAMPLE_RATE_HZ
 from avatar.audio.model import AudioModel
-from avatar.audio.offline import file_blocks
+from avatar.audio.whole_file import file_blocks
+from avatar.checkpoints.layouts import open_part
+from avatar.checkpoints.lora import Adapter
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.config import PATCH, NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import NoiseSource, noise, noise_of_clips
-from avatar.layouts import open_part
 from avatar.text import model as text_model
 from avatar.types import AudioPiece, Block, Conditions, FrameChunk, Session
-from avatar.vae import offline
 from avatar.vae import vae as vae_model
+from avatar.vae import whole_clip
 from avatar.vae.picture import Fit, Size, read_mask
 from avatar.vae.pose import pose_latents
 from avatar.vae.vae import HIDDEN_FRAMES, Vae, to_bytes
@@ -159,7 +159,7 @@ def open_session(vae: Vae[Any], rgb: Tensor, picture: bytes, options: Options) -
     """The session of a picture (h, w, 3) uint8, and its first sink (c, 1, h, w)."""
     update = options.sink_update_block
     if options.schedule == "offline":
-        (motion, sink), update = offline.encode_picture(vae, rgb), 0
+        (motion, sink), update = whole_clip.encode_picture(vae, rgb), 0
     else:
         motion = vae.encode_picture(rgb)
         sink = motion[:, :1]
@@ -262,6 +262,6 @@ def decoded_in_clips(vae: Vae[Any], rgb: Tensor, blocks: Iterator[Block], clip_b
             yield torch.cat(clip, dim=1)
 
     first_frame = HIDDEN_FRAMES
-    for clip, frames in enumerate(offline.decode_clips(vae, rgb, clips())):
+    for clip, frames in enumerate(whole_clip.decode_clips(vae, rgb, clips())):
         yield FrameChunk(clip * clip_blocks, first_frame, to_bytes(frames))
         first_frame += frames.shape[1]

@@ -19,7 +19,7 @@ from opentelemetry import metrics, trace
 from opentelemetry.trace import Link, SpanContext
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from avatar.pace import Usage
+from avatar.runtime.admission import Usage
 
 _tracer = trace.get_tracer("avatar")
 _meter = metrics.get_meter("avatar")

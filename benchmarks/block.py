@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 
 from avatar.audio import model as audio_model
-from avatar.audio.clock import BLOCK_SAMPLES, SAMPLE_RATE_HZ
-from avatar.checkpoint import is_native
+from avatar.audio.alignment import BLOCK_SAMPLES, SAMPLE_RATE_HZ
+from avatar.checkpoints.files import is_native
+from avatar.checkpoints.layouts import open_part
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.speed import compile_layers
-from avatar.layouts import open_part
 from avatar.types import AudioPiece, Block, Conditions, Session
 from avatar.vae import vae as vae_model
 from benchmarks.row import Row, row

@@ -24,15 +24,15 @@ from tqdm import tqdm
 
 from avatar.handoff.chain import Chain, Seat, joined
 from avatar.handoff.client import RemoteChain
-from avatar.pipeline import Stage
 from avatar.rpc.client import Relayable, RemoteStage, channel, remote_denoiser
 from avatar.rpc.codec import block_from_pb, latent_to_pb, tensor_from_pb
 from avatar.rpc.server import Context, opening, parts, serving, until_stopped
+from avatar.runtime.pipeline import Stage
 from avatar.types import Block
 from avatar.worker.v1 import denoiser_pb2 as pb
 from avatar.worker.v1 import denoiser_pb2_grpc, types_pb2
 from benchmarks.row import Row, row
-from services.launch import Suite, free_ports
+from services.local.launch import Suite, free_ports
 
 Blocks: TypeAlias = AsyncGenerator[types_pb2.Block, None]
 

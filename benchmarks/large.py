@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from avatar.adapter import TARGET, Adapter
-from avatar.checkpoint import save_shards
+from avatar.checkpoints.files import save_shards
+from avatar.checkpoints.layouts import open_part
+from avatar.checkpoints.lora import TARGET, Adapter
 from avatar.denoiser.config import base, tiny
 from avatar.denoiser.model import Network, load
-from avatar.layouts import open_part
 
 ADAPTER = "adapter.safetensors"
 RANK = 16

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from avatar.layouts import open_part
+from avatar.checkpoints.layouts import open_part
 from benchmarks.row import Row, row
 
 ROUNDS = 3

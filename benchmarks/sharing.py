@@ -6,9 +6,9 @@ from statistics import median
 
 from tqdm import tqdm
 
+from avatar.checkpoints.layouts import open_part
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.denoiser import Denoiser, DenoiserState, blank_block, blank_session
-from avatar.layouts import open_part
 from benchmarks.block import DTYPES
 from benchmarks.row import Row, row
 

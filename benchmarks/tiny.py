@@ -13,7 +13,7 @@ from benchmarks.pipeline.live import ENOUGH, conversed, share_on_time
 from benchmarks.pipeline.processes import clients
 from benchmarks.row import Row, row
 from benchmarks.standin.content import BLOCK_FRAMES, FRAME_RATE_HZ
-from services.launch import launched
+from services.local.launch import launched
 
 ROUNDS = 5
 OFFLINE_BLOCKS, LIVE_BLOCKS = 16, 9

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from avatar.device import Device
+from avatar.runtime.device_queue import Device
 
 WAIT_S = 10.0
 

@@ -20,17 +20,17 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from PIL import Image
 
-from avatar import checkpoint as checkpoints
 from avatar.audio.whisper import Whisper
+from avatar.checkpoints import files as checkpoints
 from avatar.denoiser import config as denoiser_config
 from avatar.denoiser.model import Network
-from avatar.hashes import MemoryHashes
-from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
+from avatar.store.redis import MemoryHashes
+from avatar.store.sessions import SessionStore
 from avatar.vae import light, vae
 from avatar.vae.picture import PictureRule
-from services.__main__ import suite as services_suite
-from services.launch import Suite, free_ports, start_redis, until_healthy
+from services.local.launch import Suite, free_ports, start_redis, until_healthy
+from services.local.suite import suite as services_suite
 from tests import published as as_published
 from tests.text import tiny as tiny_text
 

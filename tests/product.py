@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-from avatar.pipeline import beside
-from avatar.status import CallStatus
+from avatar.aio import background
+from avatar.rpc.status import CallStatus
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
@@ -97,7 +97,7 @@ async def stream(
     try:
         await call.write(first)
         await answer(call)  # sound may be sent once the stream is opened
-        async with beside(_send(call, others)):
+        async with background(_send(call, others)):
             for response in await rest(call):
                 out.take(response)
     except grpc.aio.AioRpcError as error:

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from avatar.adapter import TARGET
 from avatar.audio.wav2vec2 import Wav2Vec2, Wav2Vec2Config, large
+from avatar.checkpoints.layouts import AUDIO_FOLDER, CLASS_NAME, VAE_FILE, vae_name
+from avatar.checkpoints.lora import TARGET
 from avatar.denoiser.config import NetworkConfig, base
 from avatar.denoiser.model import Network
-from avatar.layouts import AUDIO_FOLDER, CLASS_NAME, VAE_FILE, vae_name
 from avatar.vae.wan import WanCodec, WanConfig
 
 ADAPTER = "liveavatar.safetensors"

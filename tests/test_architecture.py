@@ -1,6 +1,6 @@
 """Holds imports to the one direction, processes to what they need, and files to a size that can be read.
 
-services, training, benchmarks -> avatar.rpc -> avatar.pipeline
+services, training, benchmarks -> avatar.rpc -> avatar.runtime.pipeline
                                -> avatar.audio | denoiser | text | vae -> avatar.types
 """
 
@@ -19,117 +19,91 @@ ROOT = Path(__file__).parents[1]
 
 _WORKER = (
     *(
-        "avatar.adapter",
-        "avatar.device",
+        "avatar.aio",
+        "avatar.checkpoints",
         "avatar.errors",
-        "avatar.hashes",
-        "avatar.layouts",
-        "avatar.pace",
-        "avatar.pipeline",
         "avatar.rpc",
-        "avatar.session",
+        "avatar.runtime",
         "avatar.settings",
+        "avatar.store",
     ),
-    *("avatar.telemetry", "avatar.tls", "avatar.types", "avatar.worker", "services.device", "services.process"),
+    *("avatar.telemetry", "avatar.types", "avatar.worker", "services.compute", "services.process"),
 )
+
+# The narrow end of avatar.checkpoints: what a model is loaded from.
+_FILES = ("avatar.checkpoints.files", "avatar.checkpoints.part")
 
 # What each part of ours may import of ours; a name stands for the module and for all below it. A part may always import
 # its own modules. What is under `if TYPE_CHECKING` counts here, since it points the same way.
 ALLOWED: dict[str, tuple[str, ...]] = {
     # Leaves. No tensors.
+    "avatar.aio": (),
     "avatar.errors": (),
     "avatar.settings": (),
-    "avatar.status": ("avatar.errors",),
-    "avatar.pace": (),
-    "avatar.telemetry": ("avatar.pace",),
-    "avatar.hashes": ("avatar.errors",),  # a store's errors are what a client can act on
-    "avatar.session": ("avatar.errors", "avatar.hashes", "avatar.worker"),
-    "avatar.tally": ("avatar.hashes",),
-    "avatar.tls": ("avatar.settings",),
+    "avatar.telemetry": ("avatar.runtime.admission",),
+    "avatar.store": ("avatar.errors", "avatar.worker"),  # a store's errors are what a client can act on
     # Tensor code. The four never see each other.
     "avatar.types": (),
-    "avatar.checkpoint": (),
-    "avatar.adapter": ("avatar.checkpoint",),
-    "avatar.part": ("avatar.adapter", "avatar.checkpoint"),
-    "avatar.layouts": ("avatar.adapter", "avatar.checkpoint", "avatar.part"),
-    "avatar.audio": ("avatar.checkpoint", "avatar.part", "avatar.types"),
-    "avatar.denoiser": ("avatar.part", "avatar.types"),
-    "avatar.text": ("avatar.checkpoint", "avatar.part"),
-    "avatar.vae": ("avatar.part", "avatar.types"),
+    "avatar.checkpoints": (),
+    "avatar.audio": (*_FILES, "avatar.types"),
+    "avatar.denoiser": (*_FILES, "avatar.types"),
+    "avatar.text": _FILES,
+    "avatar.vae": (*_FILES, "avatar.types"),
     # Streams.
-    "avatar.device": ("avatar.pace",),
-    "avatar.pipeline": ("avatar.device", "avatar.pace", "avatar.types"),
+    "avatar.runtime.admission": (),
+    "avatar.runtime": ("avatar.aio", "avatar.runtime.admission", "avatar.types"),
     "avatar.rpc.codec": ("avatar.types", "avatar.worker"),
     "avatar.rpc.health": (),
-    "avatar.rpc.server": ("avatar.errors", "avatar.pace", "avatar.telemetry"),
-    "avatar.rpc.relay": ("avatar.worker",),
-    "avatar.rpc.client": (
-        *("avatar.errors", "avatar.pipeline", "avatar.rpc.relay", "avatar.rpc.server", "avatar.status"),
+    "avatar.rpc.status": ("avatar.errors",),
+    "avatar.rpc.tls": ("avatar.settings",),
+    "avatar.rpc.wire": ("avatar.worker",),
+    "avatar.rpc": (
+        *("avatar.aio", "avatar.errors", "avatar.rpc.status", "avatar.rpc.wire", "avatar.runtime", "avatar.telemetry"),
         "avatar.worker",
     ),
-    "avatar.rpc.pool": ("avatar.errors", "avatar.pipeline", "avatar.rpc.client"),
-    "avatar.rpc.history": ("avatar.rpc.relay", "avatar.worker"),
-    "avatar.rpc.lasting": (
-        *("avatar.errors", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.history", "avatar.rpc.pool"),
-        *("avatar.telemetry", "avatar.worker"),
-    ),
+    "avatar.failover": ("avatar.aio", "avatar.errors", "avatar.rpc", "avatar.telemetry", "avatar.worker"),
     "avatar.handoff.chain": ("avatar.errors", "avatar.types"),
-    "avatar.handoff.client": ("avatar.pipeline", "avatar.rpc.client", "avatar.worker"),
+    "avatar.handoff.client": ("avatar.aio", "avatar.rpc.client", "avatar.worker"),
     # What product teams use.
-    "avatar.client": ("avatar.errors", "avatar.pipeline", "avatar.status", "avatar.tls", "avatar.v1"),
-    "avatar.adapters": ("avatar.client",),
+    "avatar.client": ("avatar.aio", "avatar.errors", "avatar.rpc.status", "avatar.rpc.tls", "avatar.v1"),
+    "avatar.integrations": ("avatar.client",),
     # Files and the command line.
     "avatar.media": ("avatar.audio", "avatar.vae"),
-    "avatar.inspect": (
-        *("avatar.adapter", "avatar.audio", "avatar.checkpoint", "avatar.denoiser", "avatar.layouts", "avatar.part"),
+    "avatar.checkpoints.inspect": (
+        *("avatar.audio", *_FILES, "avatar.checkpoints.layouts", "avatar.checkpoints.lora", "avatar.denoiser"),
         *("avatar.text", "avatar.vae"),
     ),
     "avatar.render": (
-        *("avatar.adapter", "avatar.audio", "avatar.denoiser", "avatar.layouts", "avatar.text", "avatar.types"),
-        "avatar.vae",
+        *("avatar.audio", "avatar.checkpoints", "avatar.denoiser", "avatar.text", "avatar.types", "avatar.vae"),
     ),
-    "avatar.__main__": ("avatar.adapter", "avatar.inspect", "avatar.media", "avatar.render", "avatar.vae"),
+    "avatar.__main__": ("avatar.checkpoints", "avatar.media", "avatar.render", "avatar.vae"),
     # Processes. Nobody imports them.
     "services.process": ("avatar.errors",),
-    "services.device": ("avatar.checkpoint", "avatar.device", "avatar.settings"),
+    "services.compute": ("avatar.checkpoints", "avatar.runtime", "avatar.settings"),
     "services.audio": (*_WORKER, "avatar.audio"),
     "services.denoiser": (*_WORKER, "avatar.denoiser", "avatar.handoff.chain"),
     "services.text": (*_WORKER, "avatar.text"),
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.gateway": (
-        *("avatar.errors", "avatar.hashes", "avatar.pipeline", "avatar.rpc.client", "avatar.rpc.history"),
-        *(
-            "avatar.rpc.lasting",
-            "avatar.rpc.pool",
-            "avatar.rpc.relay",
-            "avatar.rpc.server",
-            "avatar.session",
-            "avatar.settings",
-            "avatar.tally",
-        ),
-        *("avatar.telemetry", "avatar.tls", "avatar.v1"),
-        *("avatar.handoff.client", "avatar.worker", "services.process"),
+        *("avatar.aio", "avatar.errors", "avatar.failover", "avatar.handoff.client", "avatar.rpc"),
+        *("avatar.settings", "avatar.store", "avatar.telemetry", "avatar.v1", "avatar.worker", "services.process"),
     ),
-    "services": (
-        "avatar",
-        "services.audio",
-        "services.denoiser",
-        "services.device",
-        "services.gateway",
-        "services.process",
-        "services.text",
-        "services.vae",
+    "services.local": (
+        *("avatar", "services.audio", "services.compute", "services.denoiser", "services.gateway"),
+        *("services.process", "services.text", "services.vae"),
     ),
+    "services.__main__": ("services.local", "services.process"),
+    "services": (),
     "training": ("avatar",),
     "web.playout": ("avatar.client",),
-    "web.speech": (),
-    "web.conversation": ("avatar.client", "avatar.pipeline", "web.playout", "web.speech"),
+    "web.text_to_speech": (),
+    "web.browser_session": ("avatar.aio", "avatar.client", "web.playout", "web.text_to_speech"),
     "web": (
         *("avatar.client", "avatar.errors", "avatar.v1"),
-        *("web.conversation", "web.playout", "web.speech"),
+        *("web.browser_session", "web.playout", "web.text_to_speech"),
     ),
     # The suite as processes is measured from outside; how they are started is the one thing taken from them.
-    "benchmarks": ("avatar", "services.launch"),
+    "benchmarks": ("avatar", "services.local.launch"),
 }
 
 _TENSORS = ("torch", "numpy", "einops", "transformers", "diffusers", "safetensors")
@@ -137,27 +111,16 @@ _STREAMS = ("asyncio", "grpc", "redis", "google.protobuf", "opentelemetry")
 
 # What of other people's each part must do without.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
-    "avatar.errors": _TENSORS,
-    "avatar.settings": _TENSORS,
-    "avatar.status": (*_TENSORS, "google.rpc", "grpc_status"),
-    **dict.fromkeys(("avatar.adapters", "avatar.client"), (*_TENSORS, "google.rpc", "grpc_status")),
+    **dict.fromkeys(("avatar.aio", "avatar.errors", "avatar.settings", "avatar.store"), _TENSORS),
     "avatar.telemetry": _TENSORS,
-    "avatar.hashes": _TENSORS,
-    "avatar.session": _TENSORS,
-    "avatar.tally": _TENSORS,
-    "avatar.tls": _TENSORS,
+    "avatar.rpc.status": (*_TENSORS, "google.rpc", "grpc_status"),
+    **dict.fromkeys(("avatar.integrations", "avatar.client"), (*_TENSORS, "google.rpc", "grpc_status")),
     "avatar.types": _STREAMS,
-    **dict.fromkeys(("avatar.adapter", "avatar.checkpoint", "avatar.layouts", "avatar.part"), _STREAMS),
-    "avatar.audio": _STREAMS,
+    **dict.fromkeys(("avatar.audio", "avatar.checkpoints", "avatar.text", "avatar.vae"), _STREAMS),
     "avatar.denoiser": (*_STREAMS, "transformers", "diffusers"),
-    "avatar.text": _STREAMS,
-    "avatar.vae": _STREAMS,
-    **dict.fromkeys(
-        ("avatar.device", "avatar.pace", "avatar.pipeline"), (*_TENSORS, "grpc", "redis", "google.protobuf")
-    ),
-    "avatar.handoff.client": _TENSORS,
-    "avatar.rpc.client": _TENSORS,
-    "avatar.rpc.server": _TENSORS,
+    **dict.fromkeys(("avatar.runtime", "avatar.runtime.admission"), (*_TENSORS, "grpc", "redis", "google.protobuf")),
+    **dict.fromkeys(("avatar.failover", "avatar.handoff.client"), _TENSORS),
+    **dict.fromkeys(("avatar.rpc", "avatar.rpc.tls", "avatar.rpc.wire"), _TENSORS),
     "services.gateway": _TENSORS,
 }
 
@@ -231,7 +194,7 @@ def test_the_walk_sees_imports_wherever_they_stand() -> None:
     seen = {(each.module, each.name) for each in imports()}
     assert ("avatar.audio.whisper", "transformers.models.whisper.modeling_whisper.WhisperEncoder") in seen
     assert ("services.gateway.service", "services.gateway.workers.Workers") in seen
-    assert [str(each) for each in imports() if each.is_for_types and each.module == "avatar.pipeline"]
+    assert [str(each) for each in imports() if each.is_for_types and each.module == "avatar.runtime.pipeline"]
 
 
 def test_every_module_has_a_place() -> None:
@@ -301,9 +264,9 @@ def test_the_client_loads_grpcio_and_protobuf_alone() -> None:
 
 BUILD = """
 from pathlib import Path
-from avatar.device import Device
-from avatar.hashes import MemoryHashes
-from avatar.session import SessionStore
+from avatar.runtime.device_queue import Device
+from avatar.store.redis import MemoryHashes
+from avatar.store.sessions import SessionStore
 from avatar.settings import {settings}
 from services.{service}.__main__ import build
 with Device() as device:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from avatar import __main__ as command
 from avatar.audio.model import AudioModel
-from avatar.audio.offline import file_blocks
 from avatar.audio.wav2vec2 import Wav2Vec2
+from avatar.audio.whole_file import file_blocks
 from avatar.media import read_video, write_mp4
 from avatar.render import Models, Options, in_clips, load, render
 from avatar.types import FrameChunk
-from avatar.vae.familiar import FIELDS, Familiar
+from avatar.vae.out_of_distribution import FIELDS, Familiar
 from avatar.vae.picture import PictureRule
 from avatar.vae.vae import Vae
 from tests.conftest import RATE_HZ, sound

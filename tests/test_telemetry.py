@@ -28,9 +28,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext
 
 from avatar import telemetry
-from avatar.pace import Usage
+from avatar.runtime.admission import Usage
 from avatar.telemetry import JsonFormatter, block_span, session_span, set_up, tag, text_span
-from services.launch import free_ports
+from services.local.launch import free_ports
 
 METRICS = ["avatar.block.duration", "avatar.block.batch"]  # of a block that waited for no device
 SECOND_NS = 1_000_000_000
@@ -263,7 +263,7 @@ async def run(program: str, **environment: str) -> tuple[str, list[dict[str, Any
 PROGRAM = """
 import logging, sys
 from avatar import telemetry
-from avatar.pace import Usage
+from avatar.runtime.admission import Usage
 telemetry.set_up("avatar-test", "info")
 logging.getLogger("avatar.tests").debug("unheard")
 logging.getLogger("avatar.tests").info("heard", extra={"port": 7000})
@@ -324,7 +324,7 @@ async def test_metrics_can_be_read_without_a_collector() -> None:
     program = f"""
 import urllib.request
 from avatar import telemetry
-from avatar.pace import Usage
+from avatar.runtime.admission import Usage
 telemetry.set_up("avatar-test", "info")
 telemetry.block_span("denoiser", 0, Usage(end_ns=10**9 // 4), level=2)
 with urllib.request.urlopen("http://127.0.0.1:{port}/metrics") as answer:

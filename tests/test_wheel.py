@@ -50,7 +50,9 @@ async def test_the_wheel_alone_is_a_client_of_a_running_suite(gateway: str, pict
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert re.fullmatch(r"avatar_suite-\d+\.\d+\.\d+-py3-none-any\.whl", wheel.name)
     names = ZipFile(wheel).namelist()
-    assert {"avatar/v1/avatar_service_pb2.py", "avatar/v1/avatar_service_pb2.pyi", "avatar/session.py"} <= set(names)
+    assert {"avatar/v1/avatar_service_pb2.py", "avatar/v1/avatar_service_pb2.pyi", "avatar/store/sessions.py"} <= set(
+        names
+    )
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"avatar", "avatar_suite"}
 
     await run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avatar.checkpoint import weight_files
-from avatar.part import Part
+from avatar.checkpoints.files import weight_files
+from avatar.checkpoints.part import Part
 
 
 class Toy(nn.Module):

@@ -17,23 +17,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from avatar.checkpoints.layouts import open_part
+from avatar.checkpoints.part import Part
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
-from avatar.layouts import open_part
 from avatar.media import read_sound
-from avatar.part import Part
 from avatar.render import Drawing
 from avatar.types import Block, Conditions, Session
-from training import rollouts
 from training.data import StoredClip, read_clips
+from training.eval import inference
+from training.eval.held_out import held_out_figures, score, take_of
+from training.eval.inference import Models
+from training.eval.landmarks import Landmarks
+from training.eval.robustness import drift_figure, endure, sound_from
 from training.evaluate import SPEECH, available, spread
-from training.landmarks import Landmarks
-from training.rollouts import Models
-from training.takes import held_out_figures, score, take_of
-from training.trials import drift_figure, endure, sound_from
 
 FIGURES = (
     *("lip_sync_r", "mouth_amplitude", "head_motion", "edge_energy", "flicker"),
@@ -182,7 +182,7 @@ def main() -> None:
 
 def made(flags: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """All rows that were asked for or are there already; the file is written after each."""
-    models, clips = rollouts.load(flags.checkpoint), read_clips(flags.data, "held_out")
+    models, clips = inference.load(flags.checkpoint), read_clips(flags.data, "held_out")
     extent = Extent(flags.clips, flags.people, flags.blocks)
     digest = open_part(flags.checkpoint, "denoiser").digest()
     tried: dict[str, tuple[str, Models, str]] = {

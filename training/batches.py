@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from avatar.denoiser.config import FRAMES_PER_LATENT, NetworkConfig
 from avatar.denoiser.layers import MOTION_FRAMES
-from training.crops import lips_weight
+from training.codec.crops import lips_weight
 from training.data import StoredClip
 
 LATENT_PIXELS = 8

@@ -18,20 +18,20 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from avatar.checkpoints.part import Part
 from avatar.denoiser.model import Network, load
 from avatar.denoiser.schedule import shifted
-from avatar.part import Part
 from avatar.vae.vae import Vae
-from training.adapters import AdapterRule, kept_in, made_trainable
 from training.batches import BatchRule, ClipBatch, batch_of
+from training.checkpointing import Progress
 from training.clips import clean_of, per_frame, predict
 from training.data import StoredClip
+from training.eval.previews import read_codec, rollout_rows
+from training.loop import arguments, average_into, carry_out, chosen
+from training.lora import AdapterRule, kept_in, made_trainable
 from training.losses import dmd_gradient, draw_distance, flow_loss, moved_loss, with_noise
-from training.rollout import Rollout
-from training.run import arguments, average_into, carry_out, chosen
-from training.state import Progress
+from training.self_forcing import Rollout
 from training.strategy import SINGLE, Spread, Strategy, join, recomputing
-from training.watch import read_codec, rollout_rows
 
 LOWEST, HIGHEST = 0.02, 0.98
 

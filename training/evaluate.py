@@ -22,21 +22,21 @@ import torch
 from einops import rearrange
 from tqdm import tqdm
 
-from avatar.checkpoint import is_native
+from avatar.checkpoints.files import is_native
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
 from avatar.media import read_sound
 from avatar.vae.vae import BLOCK_FRAMES
-from training import rollouts
-from training.ceiling import codec_figures
 from training.data import StoredClip, read_clips
-from training.figures import Figure, distance
-from training.identity import Identity
-from training.landmarks import Landmarks
-from training.rollouts import Pixels, until
-from training.sheets import save_sheet
-from training.takes import Scores, held_out_figures, other_figure, score, speak, take_of
-from training.trials import DTYPES, block_cost, drift_figure, endure, sound_from, speech_figures
+from training.eval import inference
+from training.eval.codec_bound import codec_figures
+from training.eval.contact_sheets import save_sheet
+from training.eval.held_out import Scores, held_out_figures, other_figure, score, speak, take_of
+from training.eval.identity import Identity
+from training.eval.inference import Pixels, until
+from training.eval.landmarks import Landmarks
+from training.eval.metrics import Figure, distance
+from training.eval.robustness import DTYPES, block_cost, drift_figure, endure, sound_from, speech_figures
 
 SPEECH = Path(__file__).parents[1] / "assets" / "speech.wav"
 HOUR_BLOCKS = 7500
@@ -128,7 +128,7 @@ def quick(
 
     denoiser: a network and its configuration in place of the checkpoint's. A figure without faces to read is None.
     """
-    models, landmarks = rollouts.load(checkpoint, denoiser=denoiser), available(Landmarks)
+    models, landmarks = inference.load(checkpoint, denoiser=denoiser), available(Landmarks)
     figures = held_out_figures([score(take_of(models, clip), landmarks) for clip in clips])
     return {name: figures[name].value for name in ("lip_sync_r", "mouth_amplitude", "edge_energy")}
 
@@ -154,7 +154,7 @@ def on_held_out(
 
     sheet: where to write the truth, and below it what was made, of the first clips.
     """
-    models, landmarks, identity = rollouts.load(checkpoint), available(Landmarks), available(Identity)
+    models, landmarks, identity = inference.load(checkpoint), available(Landmarks), available(Identity)
     chosen: list[StoredClip] = spread(clips, extent.clips)
     scores: list[Scores] = []
     rows: list[Pixels] = []
@@ -196,12 +196,12 @@ def long_sessions(checkpoint: Path, people: Sequence[Pixels], extent: Extent) ->
 def _long_session(checkpoint: Path, person: Pixels, extent: Extent) -> list[float]:
     torch.set_num_threads(1)
     sound = sound_from(*read_sound(SPEECH))
-    return endure(rollouts.load(checkpoint), person, sound, extent.blocks, extent.session_deadline())
+    return endure(inference.load(checkpoint), person, sound, extent.blocks, extent.session_deadline())
 
 
 def on_any(checkpoint: Path, speech: Path, portrait: Path) -> dict[str, Figure]:
     """What can be known of a person who says something if nobody knows how that should look."""
-    models = rollouts.load(checkpoint)
+    models = inference.load(checkpoint)
     reference = models.vae.read_picture(portrait.read_bytes()).numpy()
     sound = sound_from(*read_sound(speech))
     take = speak(models, reference, sound)
@@ -226,7 +226,7 @@ def cost_figures(checkpoint: Path, person: Pixels) -> dict[str, Figure]:
     for name, asked in DTYPES.items():
         dtype = asked if is_native(asked, torch.device("cpu")) else torch.float32
         if dtype not in costs:
-            costs[dtype] = block_cost(rollouts.load(checkpoint, dtype), person)
+            costs[dtype] = block_cost(inference.load(checkpoint, dtype), person)
         figure = costs[dtype]
         figures[name] = (
             figure if dtype == asked else replace(figure, note=f"in float32, no {asked} here; {figure.note}")

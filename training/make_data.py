@@ -30,15 +30,15 @@ from training.data import (
     a_share,
     write_shard,
 )
-from training.faces.face import Face
-from training.faces.head import Head, read_pack
-from training.faces.person import person_of
-from training.motion import motion_of, portrait_of
-from training.sentences import sentence
-from training.voices import PAUSE, Engines, Speech, Voice, choose_voice, patch_piper
+from training.synthetic.face import Face
+from training.synthetic.head import Head, read_pack
+from training.synthetic.motion import motion_of, portrait_of
+from training.synthetic.person import person_of
+from training.synthetic.sentences import sentence
+from training.synthetic.voices import PAUSE, Engines, Speech, Voice, choose_voice, patch_piper
 
 if TYPE_CHECKING:
-    from training.faces.stage import Stage
+    from training.synthetic.renderer import Stage
 
 BLOCK_FRAMES = 12
 SHARD_CLIPS = 25
@@ -131,7 +131,7 @@ def wanted_shards(plan: Plan) -> Iterator[tuple[Path, range]]:
 def make(plan: Plan, piper: Path) -> None:
     """Make what is missing, until the deadline; a shard that is not finished then is begun anew the next time."""
     # Imported here, because it needs OpenGL, and choosing and speaking clips does not.
-    from training.faces.stage import Stage
+    from training.synthetic.renderer import Stage
 
     head = Head(read_pack())
     stage = Stage(head)

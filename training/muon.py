@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from avatar.checkpoint import is_native
+from avatar.checkpoints.files import is_native
 
 # Of the iteration's odd polynomial: steepest at 0, after five rounds every singular value is between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

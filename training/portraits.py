@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.faces.face import Face
-from training.faces.head import Head, read_pack, shape_indexes
-from training.faces.person import person_of
-from training.faces.stage import Stage
+from training.synthetic.face import Face
+from training.synthetic.head import Head, read_pack, shape_indexes
+from training.synthetic.person import person_of
+from training.synthetic.renderer import Stage
 
 # What a portrait shows besides a face at rest.
 TRACES = {"mouthSmile": 0.08, "eyeWide": 0.08}

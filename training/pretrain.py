@@ -15,22 +15,22 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from avatar.checkpoints.part import Part
 from avatar.denoiser import config as configs
 from avatar.denoiser import model
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
-from avatar.part import Part
 from avatar.vae.vae import Vae
-from training.adapters import AdapterRule, kept_in, made_trainable
 from training.batches import BatchRule, ClipBatch, Share, batch_of
+from training.checkpointing import Progress
 from training.clips import per_frame, predict
 from training.data import StoredClip
+from training.eval.previews import WATCHED_SEED, read_codec, rollout_rows
+from training.loop import arguments, average_into, carry_out, chosen, cosine
+from training.lora import AdapterRule, kept_in, made_trainable
 from training.losses import draw_distance, draw_sigmas, flow_loss, noised_each, with_noise
 from training.muon import Muon
-from training.run import arguments, average_into, carry_out, chosen, cosine
-from training.state import Progress
 from training.strategy import SINGLE, Strategy, join, recomputing
-from training.watch import WATCHED_SEED, read_codec, rollout_rows
 
 # Held-out clips, and draws of noise, whose loss is watched.
 NUM_WATCHED = 24

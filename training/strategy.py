@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from avatar.checkpoint import is_native
+from avatar.checkpoints.files import is_native
 from avatar.denoiser.attention import Attention
 from avatar.denoiser.layers import Layer
 from avatar.denoiser.model import Network

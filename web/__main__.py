@@ -14,7 +14,7 @@ from pathlib import Path
 from avatar.client import AvatarError, channel_credentials, connect
 from web.playout import RATE_HZ
 from web.server import Front, portraits
-from web.speech import Synthesiser
+from web.text_to_speech import Synthesiser
 
 ASSETS = Path(__file__).parents[1] / "assets"
 

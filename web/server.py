@@ -15,9 +15,9 @@ from aiortc.exceptions import InvalidStateError
 from avatar.client import Avatar, AvatarError
 from avatar.errors import ConnectionLost, NoCapacity
 from avatar.v1.avatar_service_pb2 import GetCapabilitiesResponse
-from web.conversation import MAX_WAITING_S, Conversation
+from web.browser_session import MAX_WAITING_S, Conversation
 from web.playout import RATE_HZ
-from web.speech import MAX_TEXT, Synthesiser
+from web.text_to_speech import MAX_TEXT, Synthesiser
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from avatar.audio.statistics import Statistics
-from avatar.part import Part
+from avatar.checkpoints.part import Part
 
 Config = TypeVar("Config")
 

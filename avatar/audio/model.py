@@ -11,13 +11,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from avatar.audio.clock import BLOCK_FRAMES, BLOCK_SAMPLES, SAMPLE_RATE_HZ, placement, window_end
+from avatar.audio.alignment import BLOCK_FRAMES, BLOCK_SAMPLES, SAMPLE_RATE_HZ, placement, window_end
 from avatar.audio.encoder import Encoder
 from avatar.audio.resample import Resampler, check_piece
 from avatar.audio.statistics import Statistics
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.audio.whisper import Whisper
-from avatar.part import Part
+from avatar.checkpoints.part import Part
 from avatar.types import AudioPiece, Block, Session
 
 # 2.56 s: twice what completes wav2vec2's positional convolution.
@@ -63,7 +63,7 @@ class AudioState:
 
 
 class AudioModel:
-    """A streaming model (`avatar.pipeline.StreamingModel`) of sound, around an encoder.
+    """A streaming model (`avatar.runtime.pipeline.StreamingModel`) of sound, around an encoder.
 
     history_s: seconds of sound before a block that rebuild a stream's state for it, with its statistics: whole blocks.
     lookahead_s: seconds of sound after a block that its features need, if the session does not say.

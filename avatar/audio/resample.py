@@ -7,7 +7,7 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from avatar.audio.clock import BLOCK_SAMPLES, MAX_RATE_HZ, MIN_RATE_HZ, SAMPLE_RATE_HZ
+from avatar.audio.alignment import BLOCK_SAMPLES, MAX_RATE_HZ, MIN_RATE_HZ, SAMPLE_RATE_HZ
 from avatar.types import AudioPiece
 
 MAX_AMPLITUDE = 8.0

@@ -11,11 +11,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from avatar import checkpoint
-from avatar.audio.clock import BLOCK_FRAMES, FRAME_SAMPLES
+from avatar.audio.alignment import BLOCK_FRAMES, FRAME_SAMPLES
 from avatar.audio.encoder import configured
 from avatar.audio.statistics import Statistics
-from avatar.part import Part, load_weights
+from avatar.checkpoints.files import save
+from avatar.checkpoints.part import Part, load_weights
 
 # What of transformers.Wav2Vec2Config makes the network. Nothing else of a config.json is passed on: other fields are
 # for training, or choose code to run.
@@ -101,7 +101,7 @@ class Wav2Vec2(nn.Module):
         return cls(Wav2Vec2Config(network=network, left_frames=40, right_frames=4))
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        checkpoint.save(folder, asdict(self.config), self.network, dtype)
+        save(folder, asdict(self.config), self.network, dtype)
 
     def encode(self, window: Tensor, statistics: Statistics, right_frames: int) -> tuple[Tensor, Statistics]:
         states = self.hidden_states(statistics.normalise(window))

@@ -16,11 +16,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from avatar import checkpoint
-from avatar.audio.clock import BLOCK_FRAMES, FRAME_SAMPLES, SAMPLE_RATE_HZ, window_end
+from avatar.audio.alignment import BLOCK_FRAMES, FRAME_SAMPLES, SAMPLE_RATE_HZ, window_end
 from avatar.audio.encoder import configured
 from avatar.audio.statistics import Statistics
-from avatar.part import Part, load_weights
+from avatar.checkpoints.files import save
+from avatar.checkpoints.part import Part, load_weights
 
 FFT_SAMPLES = 400
 HOP_SAMPLES = 160
@@ -105,7 +105,7 @@ class Whisper(nn.Module):
         return cls(WhisperConfig(network=network, window_frames=64, right_frames=4))
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        checkpoint.save(folder, asdict(self.config), self.network, dtype)
+        save(folder, asdict(self.config), self.network, dtype)
 
     def encode(self, window: Tensor, statistics: Statistics, right_frames: int) -> tuple[Tensor, Statistics]:
         silence = self.left_samples + window_end(0, right_frames) - len(window)

@@ -25,7 +25,7 @@ from avatar.client.items import (
 from avatar.client.session import Avatar, Session, connect
 from avatar.client.stream import Sound, Stream
 from avatar.errors import AvatarError
-from avatar.tls import channel_credentials
+from avatar.rpc.tls import channel_credentials
 
 __all__ = [
     "Audio",

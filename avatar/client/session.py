@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import grpc
 import grpc.aio
 
+from avatar.aio import background
 from avatar.client.items import Interrupted, interrupted_of
 from avatar.client.stream import Sound, Stream
 from avatar.errors import AvatarError
-from avatar.pipeline import beside
-from avatar.status import error_of
+from avatar.rpc.status import error_of
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
@@ -219,7 +219,7 @@ class Session:
         stream = Stream(self._stub, self._metadata, opening, await self._avatar.limits())
         await stream.open()
         try:
-            async with beside(stream.run(sound)):
+            async with background(stream.run(sound)):
                 yield stream
         finally:
             if not stream.closed:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import grpc.aio
 
+from avatar.aio import background
 from avatar.client.items import Audio, Frame, Interrupted, Item, interrupted_of, items_of
 from avatar.client.sent import Lead, Sent
 from avatar.errors import AvatarError, ConnectionLost, NoCapacity, ProtocolOrder, SessionBusy, StoreUnavailable
-from avatar.pipeline import beside
-from avatar.status import ENDED_EARLY, CallStatus, error_of
+from avatar.rpc.status import ENDED_EARLY, CallStatus, error_of
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
 
@@ -157,10 +157,10 @@ class Stream:
 
     async def run(self, sound: Sound | None = None) -> None:
         """Take what comes, and push `sound` if there is any, until the stream has ended. The stream must be open."""
-        async with beside(self._feed(sound)) if sound is not None else nullcontext():
+        async with background(self._feed(sound)) if sound is not None else nullcontext():
             try:
                 while True:
-                    async with beside(self._write_all()):
+                    async with background(self._write_all()):
                         broken = await self._read_all()
                     if self.has_ended:
                         break

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avatar.denoiser.attention import grid_size, reference_frame
-from avatar.denoiser.audio import AudioTokens
+from avatar.denoiser.audio_injection import AudioTokens
 from avatar.denoiser.cache import KeysValues, KVCache, Together
 from avatar.denoiser.config import PATCH, NetworkConfig, is_distance
 from avatar.denoiser.model import Network

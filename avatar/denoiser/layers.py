@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from avatar.denoiser.attention import MOTION_GROUPS, Attention, Visible
-from avatar.denoiser.audio import WideLinear
+from avatar.denoiser.audio_injection import WideLinear
 from avatar.denoiser.config import PATCH, NetworkConfig
 
 # Latent frames of motion that the packer sees.

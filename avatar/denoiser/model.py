@@ -21,12 +21,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from avatar.checkpoints.part import Part, load_weights
 from avatar.denoiser.attention import block_positions, condition_positions, grid_size, rotate, rotation
-from avatar.denoiser.audio import AudioEncoder, AudioInjector, AudioTokens, WideLinear
+from avatar.denoiser.audio_injection import AudioEncoder, AudioInjector, AudioTokens, WideLinear
 from avatar.denoiser.cache import History, KeysValues
 from avatar.denoiser.config import PATCH, NetworkConfig
 from avatar.denoiser.layers import FramePacker, Head, Layer, PatchEmbedding, sinusoid, unpatch
-from avatar.part import Part, load_weights
 
 # Rows of the type embedding.
 NOISY, REFERENCE, MOTION = range(3)

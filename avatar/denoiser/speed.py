@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from avatar.denoiser.audio import AudioTokens
+from avatar.denoiser.audio_injection import AudioTokens
 from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.model import Modulation, Network
 

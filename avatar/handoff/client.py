@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import grpc.aio
 
-from avatar.pipeline import beside
+from avatar.aio import background
 from avatar.rpc.client import Relayable, remote_denoiser
 from avatar.worker.v1 import denoiser_pb2 as pb
 from avatar.worker.v1.types_pb2 import Block, Closed
@@ -84,7 +84,7 @@ class RemoteChain:
             finally:
                 answers.put_nowait(None)
 
-        async with beside(work()) as working:
+        async with background(work()) as working:
             async with aclosing(_waiting(answers)) as made:
                 async for answer in made:
                     room.release()

@@ -11,11 +11,11 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from avatar.aio import background
 from avatar.errors import REASONS, AvatarError, ConfigMismatch, InvalidField, StageFailed, StageLost
-from avatar.pipeline import beside
-from avatar.rpc.relay import RelayedBlock, field, written
 from avatar.rpc.server import OPTIONS
-from avatar.status import ENDED_EARLY, CallStatus, told
+from avatar.rpc.status import ENDED_EARLY, CallStatus, told
+from avatar.rpc.wire import RelayedBlock, field, written
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 
 Relayable: TypeAlias = types_pb2.Block | RelayedBlock
@@ -83,7 +83,7 @@ class RemoteStage(Generic[Item, Answer]):
 
     async def __call__(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Answer, None]:
         """The worker's answers, until it has answered all. If `items` fails, that is what is raised."""
-        async with beside(self._feed(items)) as feeding:
+        async with background(self._feed(items)) as feeding:
             try:
                 while (response := await self._read()).WhichOneof("part") != "closed":
                     yield getattr(response, self._answer)

@@ -23,7 +23,7 @@ from grpc_status import rpc_status
 
 from avatar import telemetry
 from avatar.errors import DOMAIN, AvatarError, ConnectionLost, InvalidField, NoCapacity, ProtocolOrder
-from avatar.pace import Load, Pace
+from avatar.runtime.admission import Load, Pace
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from avatar import checkpoint
-from avatar.part import Part, load_weights
+from avatar.checkpoints.files import TOKENIZER, save
+from avatar.checkpoints.part import Part, load_weights
 from avatar.text.prompt import clean
 
 PADDING = "<pad>"
@@ -67,8 +67,8 @@ class TextEncoder:
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that is read as a part, floating point tensors as `dtype` if it is given."""
-        checkpoint.save(folder, asdict(self.config), self.network, dtype)
-        self._tokenizer.save(str(folder / checkpoint.TOKENIZER))
+        save(folder, asdict(self.config), self.network, dtype)
+        self._tokenizer.save(str(folder / TOKENIZER))
 
     def embed(self, prompt: str) -> Tensor:
         """The embedding (n, d) of a prompt as it was written: the rows of its tokens and of the end, on the CPU.

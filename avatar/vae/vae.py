@@ -17,11 +17,11 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from avatar.part import Part, load_weights
+from avatar.checkpoints.part import Part, load_weights
 from avatar.types import Block, FrameChunk, Session
 from avatar.vae import light
 from avatar.vae.codec import TIME_STRIDE, Codec, State
-from avatar.vae.familiar import Familiar, traits_of
+from avatar.vae.out_of_distribution import Familiar, traits_of
 from avatar.vae.picture import Fit, PictureRule, Size, read_picture, to_pixels
 
 BLOCK_LATENTS = 3

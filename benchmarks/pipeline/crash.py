@@ -19,7 +19,7 @@ from benchmarks.pipeline.processes import clients
 from benchmarks.pipeline.suite import STAGES, standing_in, start_worker, workers_of
 from benchmarks.row import Row, row
 from benchmarks.standin.content import BLOCK_FRAMES, BLOCK_S
-from services.launch import Suite, until_healthy
+from services.local.launch import Suite, until_healthy
 
 ROUNDS = 5
 STEP_S = 0.02

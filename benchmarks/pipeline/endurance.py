@@ -14,7 +14,7 @@ from benchmarks.pipeline.processes import clients, own_megabytes
 from benchmarks.pipeline.suite import standing_in
 from benchmarks.row import Row, row
 from benchmarks.standin.content import BLOCK_S
-from services.launch import Suite
+from services.local.launch import Suite
 
 MEDIA_S, POSITIONS = 10_000.0, 45_000
 STEP_S = 0.001

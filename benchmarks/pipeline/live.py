@@ -17,7 +17,7 @@ from benchmarks.pipeline.processes import clients, started
 from benchmarks.pipeline.suite import standing_in
 from benchmarks.row import Row, row
 from benchmarks.standin.content import BLOCK_S, NUM_LEVELS
-from services.launch import Suite
+from services.local.launch import Suite
 
 ROUNDS = 5
 STEP_S = 0.02

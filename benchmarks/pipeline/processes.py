@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from services.launch import ENVIRONMENT, ROOT
+from services.local.launch import ENVIRONMENT, ROOT
 
 if TYPE_CHECKING:
     from benchmarks.pipeline.client import Job, Report
@@ -28,7 +28,7 @@ def own_megabytes(pid: int) -> float:
 async def started(*program: str, **options: Any) -> asyncio.subprocess.Process:
     """A Python program that ends with this one, with pipes to talk over."""
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "services.child", str(os.getpid()), sys.executable, *program),
+        *(sys.executable, "-m", "services.local.child", str(os.getpid()), sys.executable, *program),
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT},
         stdin=asyncio.subprocess.PIPE,

@@ -3,8 +3,8 @@
 import argparse
 import asyncio
 
-from avatar.device import Device
 from avatar.rpc.server import Servicer, serving, until_stopped
+from avatar.runtime.device_queue import Device
 from benchmarks.standin.content import NUM_LEVELS
 from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
 from benchmarks.standin.step import Step, wake_in_time

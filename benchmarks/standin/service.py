@@ -8,10 +8,10 @@ from typing import Any
 
 import grpc.aio
 
-from avatar.device import Device
-from avatar.pace import Pace, Usage
-from avatar.pipeline import flatten, local
 from avatar.rpc.server import Capacity, Context, opening, parts
+from avatar.runtime.admission import Pace, Usage
+from avatar.runtime.device_queue import Device
+from avatar.runtime.pipeline import flatten, local
 from avatar.worker.v1 import (
     audio_pb2,
     audio_pb2_grpc,

@@ -6,14 +6,14 @@ import torch
 
 from avatar import telemetry
 from avatar.audio.model import load
-from avatar.device import Device
-from avatar.layouts import open_part
+from avatar.checkpoints.layouts import open_part
 from avatar.rpc.server import serving, until_stopped
+from avatar.rpc.tls import server_credentials
+from avatar.runtime.device_queue import Device
 from avatar.settings import AudioSettings
 from avatar.settings import load as load_settings
-from avatar.tls import server_credentials
 from services.audio.service import AudioServicer
-from services.device import device_and_dtype, device_of
+from services.compute import device_and_dtype, device_of
 from services.process import run
 
 

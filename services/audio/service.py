@@ -7,15 +7,15 @@ from dataclasses import replace
 import grpc.aio
 
 from avatar import telemetry
-from avatar.audio.clock import BLOCK_PIXEL_FRAMES
+from avatar.audio.alignment import BLOCK_PIXEL_FRAMES
 from avatar.audio.model import AudioModel, Rebuilt
 from avatar.audio.resample import check_piece
-from avatar.device import Device
 from avatar.errors import InvalidAudio
-from avatar.pace import Pace, Usage
-from avatar.pipeline import flatten, local
 from avatar.rpc.codec import block_to_pb, due_s, end_of_sound, piece_from_bytes, session_of_sound
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
+from avatar.runtime.admission import Pace, Usage
+from avatar.runtime.device_queue import Device
+from avatar.runtime.pipeline import flatten, local
 from avatar.types import AudioPiece
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc

@@ -7,22 +7,22 @@ from contextlib import AsyncExitStack
 import torch
 
 from avatar import telemetry
-from avatar.adapter import Adapter
+from avatar.aio import background
+from avatar.checkpoints.layouts import open_part
+from avatar.checkpoints.lora import Adapter
 from avatar.denoiser import speed
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
-from avatar.device import Device
 from avatar.handoff.chain import Chain, joined
-from avatar.hashes import RedisHashes
-from avatar.layouts import open_part
-from avatar.pipeline import beside
 from avatar.rpc.server import serving, until_stopped
-from avatar.session import SessionStore
+from avatar.rpc.tls import server_credentials
+from avatar.runtime.device_queue import Device
 from avatar.settings import PREFIX, DenoiserSettings
 from avatar.settings import load as load_settings
-from avatar.tls import server_credentials
+from avatar.store.redis import RedisHashes
+from avatar.store.sessions import SessionStore
+from services.compute import device_and_dtype, device_of, naming
 from services.denoiser.service import DenoiserServicer
-from services.device import device_and_dtype, device_of, naming
 from services.process import run
 
 # Pixels on a side of one latent, whatever the codec.
@@ -97,7 +97,7 @@ async def until_over(chain: Chain | None) -> None:
     if chain is None:
         await until_stopped()
         return
-    async with beside(until_stopped()) as stopping, beside(chain.until_lost()) as losing:
+    async with background(until_stopped()) as stopping, background(chain.until_lost()) as losing:
         await asyncio.wait({stopping, losing}, return_when=asyncio.FIRST_COMPLETED)
         if not stopping.done():
             chain.check()

@@ -11,14 +11,14 @@ import grpc.aio
 from avatar import telemetry
 from avatar.denoiser.batching import batch_that_pays
 from avatar.denoiser.denoiser import Denoiser
-from avatar.device import Device
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, Link, Seat
-from avatar.pace import Pace, Usage
-from avatar.pipeline import local
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
-from avatar.session import SessionStore
+from avatar.runtime.admission import Pace, Usage
+from avatar.runtime.device_queue import Device
+from avatar.runtime.pipeline import local
+from avatar.store.sessions import SessionStore
 from avatar.types import Block, Conditions, Session
 from avatar.worker.v1 import denoiser_pb2 as pb
 from avatar.worker.v1 import denoiser_pb2_grpc, types_pb2

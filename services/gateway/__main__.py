@@ -5,16 +5,16 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from avatar import telemetry
-from avatar.hashes import RedisHashes
 from avatar.rpc.server import serving, until_stopped
-from avatar.session import SessionStore
+from avatar.rpc.tls import server_credentials
 from avatar.settings import GatewaySettings, load
-from avatar.tally import RedisTally, Tally
-from avatar.tls import server_credentials
-from services.gateway.conversations import Conversations
-from services.gateway.quotas import counted
+from avatar.store.redis import RedisHashes
+from avatar.store.sessions import SessionStore
+from avatar.store.usage import RedisTally, Tally
+from services.gateway.access.quotas import counted
+from services.gateway.access.tenants import Authentication, Tokens
+from services.gateway.live_sessions import Conversations
 from services.gateway.service import AvatarServicer
-from services.gateway.tenants import Authentication, Tokens
 from services.gateway.workers import Workers
 from services.process import run
 

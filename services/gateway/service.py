@@ -13,13 +13,16 @@ from google.protobuf.duration_pb2 import Duration
 
 from avatar.errors import ConnectionLost, InvalidField, MessageTooLarge, NotStreaming, SessionClosed
 from avatar.rpc.server import Context, opening
-from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
+from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc
 from avatar.v1 import types_pb2 as types
 from avatar.worker.v1 import types_pb2, vae_pb2
-from services.gateway.choices import (
+from services.gateway.access.quotas import Quotas
+from services.gateway.access.tenants import caller
+from services.gateway.live_sessions import Conversations
+from services.gateway.options import (
     ENCODING_OF,
     MAX_RATE_HZ,
     MIN_RATE_HZ,
@@ -28,10 +31,7 @@ from services.gateway.choices import (
     set_choices,
     show_choices,
 )
-from services.gateway.conversation.conversation import FIRST_FRAME
-from services.gateway.conversations import Conversations
-from services.gateway.quotas import Quotas
-from services.gateway.tenants import caller
+from services.gateway.stream.live_stream import FIRST_FRAME
 from services.gateway.workers import Workers
 
 MIN_TTL_S, MAX_TTL_S = 1.0, 86400.0

@@ -1,6 +1,7 @@
 """The workers of every stage: what they say of themselves, what they are asked, and where sessions' streams are opened.
 
-A pool a kind; see `avatar.rpc.pool`. Denoisers are one pool: each says which levels it serves, and of which checkpoint.
+A pool a kind; see `avatar.failover.pool`. Denoisers are one pool: each says which levels it serves, and of which
+checkpoint.
 """
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -12,10 +13,10 @@ from typing import Any
 import grpc.aio
 
 from avatar.errors import ConfigMismatch, InvalidField, PromptUnsupported, StageLost
+from avatar.failover.pool import ANSWER_S, Pool
 from avatar.rpc.client import stage_error
-from avatar.rpc.pool import ANSWER_S, Pool
+from avatar.rpc.tls import worker_credentials
 from avatar.settings import GatewaySettings
-from avatar.tls import worker_credentials
 from avatar.worker.v1 import (
     audio_pb2,
     audio_pb2_grpc,
@@ -27,7 +28,7 @@ from avatar.worker.v1 import (
     vae_pb2,
     vae_pb2_grpc,
 )
-from services.gateway.streams import Opening, Streams, lasting
+from services.gateway.stages import Opening, Streams, lasting
 
 ENCODE_S = 60.0
 EMBED_S = 60.0

@@ -8,11 +8,11 @@ import time
 import grpc.aio
 
 from avatar import telemetry
-from avatar.device import Device
 from avatar.errors import NoCapacity, StateCorrupt
 from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import Context
-from avatar.session import SessionStore
+from avatar.runtime.device_queue import Device
+from avatar.store.sessions import SessionStore
 from avatar.text.model import TextEncoder
 from avatar.worker.v1 import text_pb2 as pb
 from avatar.worker.v1 import text_pb2_grpc

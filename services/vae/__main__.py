@@ -5,16 +5,16 @@ import os
 import torch
 
 from avatar import telemetry
-from avatar.device import Device
-from avatar.hashes import RedisHashes
-from avatar.layouts import open_part
+from avatar.checkpoints.layouts import open_part
 from avatar.rpc.server import serving, until_stopped
-from avatar.session import SessionStore
+from avatar.rpc.tls import server_credentials
+from avatar.runtime.device_queue import Device
 from avatar.settings import VaeSettings
 from avatar.settings import load as load_settings
-from avatar.tls import server_credentials
+from avatar.store.redis import RedisHashes
+from avatar.store.sessions import SessionStore
 from avatar.vae.vae import load
-from services.device import device_and_dtype, device_of
+from services.compute import device_and_dtype, device_of
 from services.process import run
 from services.vae.service import VaeServicer
 

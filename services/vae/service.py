@@ -10,13 +10,13 @@ from typing import Any, cast
 import grpc.aio
 
 from avatar import telemetry
-from avatar.device import Device
 from avatar.errors import NoCapacity
-from avatar.pace import Pace, Usage
-from avatar.pipeline import local
 from avatar.rpc.codec import block_from_pb, session_from_pb, tensor_to_pb
 from avatar.rpc.server import Capacity, Context, blaming, opening, parts
-from avatar.session import SessionStore
+from avatar.runtime.admission import Pace, Usage
+from avatar.runtime.device_queue import Device
+from avatar.runtime.pipeline import local
+from avatar.store.sessions import SessionStore
 from avatar.types import Block, FrameChunk
 from avatar.vae import encodings
 from avatar.vae.encodings import Encoded

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from avatar.audio.clock import BLOCK_SAMPLES, window_end
+from avatar.audio.alignment import BLOCK_SAMPLES, window_end
 from avatar.audio.model import ENCODERS, AudioModel, AudioState, load, place
 from avatar.audio.statistics import Statistics
-from avatar.checkpoint import save
-from avatar.part import Part
+from avatar.checkpoints.files import save
+from avatar.checkpoints.part import Part
 from avatar.types import AudioPiece, Block, Session
 
 

@@ -6,12 +6,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from avatar.audio import offline
-from avatar.audio.clock import window_end
+from avatar.audio import whole_file
+from avatar.audio.alignment import window_end
 from avatar.audio.model import AudioModel, place
 from avatar.audio.statistics import Statistics
 from avatar.audio.wav2vec2 import Wav2Vec2, Wav2Vec2Config, large
-from avatar.part import Part
+from avatar.checkpoints.part import Part
 from avatar.types import AudioPiece, Session
 
 
@@ -41,7 +41,7 @@ def test_with_all_context_a_stream_follows_the_rule_for_files(session: Session, 
     assert len(blocks) == 7
     for block in blocks:
         silence = window_end(block.index, right_frames=200) - len(sound)
-        states = encoder.hidden_states(F.pad(offline.normalise(sound), (0, silence), value=-mean / variance**0.5))
+        states = encoder.hidden_states(F.pad(whole_file.normalise(sound), (0, silence), value=-mean / variance**0.5))
         expected = place(states[:, : 24 * (block.index + 1)], block.index)
         torch.testing.assert_close(block.features, expected, atol=2e-5, rtol=1e-4)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from avatar.audio.model import AudioModel, load
 from avatar.audio.statistics import Statistics
 from avatar.audio.whisper import Whisper, compress, tiny_en
-from avatar.part import Part
+from avatar.checkpoints.part import Part
 from avatar.types import AudioPiece, Session
 
 TINY = Path(__file__).parents[2] / "models" / "tiny" / "audio"

@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 
 from benchmarks.standin import content
-from services.gateway.conversation.fragments import renumbered
+from services.gateway.stream.fragments import renumbered
 
 SOUND = np.random.default_rng(0).bytes(content.SOUND_BYTES)
 

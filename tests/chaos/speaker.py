@@ -10,10 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from avatar.aio import background
 from avatar.client import Session, connect
 from avatar.client.stream import Stream
 from avatar.errors import AvatarError, ConnectionLost, SessionNotFound, StoreUnavailable
-from avatar.pipeline import beside
 
 FIRST_FRAME, BLOCK_FRAMES = 3, 12
 WAIT_S, RETRY_S = 60.0, 1.0
@@ -106,7 +106,7 @@ async def speaking(target: str, picture: bytes, *, seed: int, live: bool = False
         try:
             async with session.stream(live=live) as stream:
                 speaker = Speaker(session.id, stream)
-                async with beside(speaker.watch()):
+                async with background(speaker.watch()):
                     yield speaker
         finally:
             await _forget(session)

@@ -11,7 +11,7 @@ import grpc.aio
 import psutil
 from redis.asyncio import Redis
 
-from services.launch import Suite, free_ports, start_redis, until_healthy
+from services.local.launch import Suite, free_ports, start_redis, until_healthy
 from tests.chaos.proxy import Proxy, proxied
 from tests.services.test_processes import active_streams
 

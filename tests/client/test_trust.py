@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from avatar.client import AvatarError, channel_credentials, connect
-from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
-from services.__main__ import suite
+from avatar.store.sessions import SessionStore
+from services.local.suite import suite
 from tests.certificates import Authority
 from tests.conftest import sound
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from avatar.session import SessionStore
+from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from tests.conftest import ASSETS
 from tests.contract.tenants import ACME, GLOBEX, Gateway, Stub, tenanted

@@ -11,12 +11,12 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from avatar.session import SessionStore
+from avatar.rpc.tls import channel_credentials
 from avatar.settings import GatewaySettings
-from avatar.tally import Tally
-from avatar.tls import channel_credentials
+from avatar.store.sessions import SessionStore
+from avatar.store.usage import Tally
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
-from services.__main__ import suite
+from services.local.suite import suite
 from tests.certificates import Authority
 from tests.product import connected
 

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from avatar.errors import REASONS
-from avatar.hashes import MemoryHashes
-from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
+from avatar.store.redis import MemoryHashes
+from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
-from services.__main__ import suite
+from services.local.suite import suite
 from tests.conftest import ASSETS
 from tests.product import CLOSE, END_TURN, INTERRUPT, connected, new_session, opened, speak
 

@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 
-from avatar.pipeline import beside
+from avatar.aio import background
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
@@ -62,7 +62,7 @@ async def talking(
     call = stub.StreamAvatar(timeout=60)
     await call.write(opened(session_id, mode=LIVE, **options))
     client = Client(call, (await answer(call)).opened)
-    async with beside(client.read()):
+    async with background(client.read()):
         yield client
     call.cancel()
 

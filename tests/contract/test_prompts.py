@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from grpc import StatusCode
 
-from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
+from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
-from services.__main__ import suite
+from services.local.suite import suite
 from tests.conftest import sound
 from tests.contract.refusals import refused
 from tests.product import connected, new_session, speak

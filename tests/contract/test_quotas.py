@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from grpc import StatusCode
 
-from avatar.session import SessionStore
-from avatar.tally import RedisTally
+from avatar.store.sessions import SessionStore
+from avatar.store.usage import RedisTally
 from avatar.v1 import avatar_service_pb2 as pb
 from tests.conftest import sound
 from tests.contract.refusals import refused

@@ -14,9 +14,9 @@ from avatar.denoiser.batching import batch_that_pays
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import Denoiser, DenoiserState
 from avatar.denoiser.model import Network
-from avatar.device import BatchingModel, Device
-from avatar.pace import Usage
-from avatar.pipeline import local
+from avatar.runtime.admission import Usage
+from avatar.runtime.device_queue import BatchingModel, Device
+from avatar.runtime.pipeline import local
 from avatar.types import Block, Conditions, Session
 from tests.denoiser.conftest import HEIGHT, WIDTH, randn, random_block, random_conditions, random_session
 

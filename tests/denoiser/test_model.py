@@ -10,12 +10,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from avatar.checkpoint import save
+from avatar.checkpoints.files import save
+from avatar.checkpoints.part import Part
 from avatar.denoiser.attention import reference_frame
 from avatar.denoiser.cache import ClipHistory, KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig, base, tiny
 from avatar.denoiser.model import Network, initialise, load
-from avatar.part import Part
 from tests.denoiser.conftest import HEIGHT, WIDTH, randn, random_network
 
 BLOCKS = 5

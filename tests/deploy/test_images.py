@@ -58,7 +58,7 @@ def test_an_image_is_built_with_the_lock_and_its_extras(image: str) -> None:
 
 
 def test_images_have_the_allocators_settings_of_the_launcher() -> None:
-    from services.launch import ENVIRONMENT
+    from services.local.launch import ENVIRONMENT
 
     assert [f"{name}={value}" for name, value in ENVIRONMENT.items() if f"{name}={value}" not in DOCKERFILE] == []
 

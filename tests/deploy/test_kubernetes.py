@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from avatar.settings import load
+from deploy import deletion_cost
 from docs.tables import SERVICES
-from services import deletion_cost
 from tests.deploy.test_compose import COMPOSE
 from tests.deploy.test_monitoring import FOREIGN_LABELS, series, spoken_of
 

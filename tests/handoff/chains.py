@@ -10,24 +10,24 @@ from pathlib import Path
 import grpc.aio
 import torch
 
+from avatar.checkpoints.layouts import open_part
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
-from avatar.device import Device
 from avatar.handoff.chain import joined
 from avatar.handoff.client import RemoteChain
-from avatar.hashes import RedisHashes
-from avatar.layouts import open_part
 from avatar.rpc.client import channel
 from avatar.rpc.codec import block_to_pb, conditions_to_pb, tensor_to_pb
 from avatar.rpc.server import serving
-from avatar.session import SessionStore
+from avatar.runtime.device_queue import Device
 from avatar.settings import DenoiserSettings
+from avatar.store.redis import RedisHashes
+from avatar.store.sessions import SessionStore
 from avatar.types import Block, Conditions, Session
 from avatar.worker.v1 import denoiser_pb2_grpc
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoRequest, DenoiserServiceGetInfoResponse, OpenDenoise
 from services.denoiser.__main__ import build
-from services.launch import Suite, free_ports, until_healthy
+from services.local.launch import Suite, free_ports, until_healthy
 
 NUM_LEVELS = 3
 SINK_UPDATE_BLOCK = 2

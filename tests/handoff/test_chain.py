@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from avatar.device import Device
 from avatar.errors import ConfigMismatch, InvalidField, StageLost
 from avatar.handoff import chain as chains
 from avatar.handoff.chain import Chain, Seat, joined
 from avatar.handoff.client import RemoteChain
 from avatar.rpc.client import channel
 from avatar.rpc.server import serving
-from avatar.session import SessionStore
+from avatar.runtime.device_queue import Device
 from avatar.settings import DenoiserSettings
+from avatar.store.sessions import SessionStore
 from avatar.types import Block
 from avatar.worker.v1.denoiser_pb2 import OpenDenoise
 from services.denoiser.__main__ import build
-from services.launch import free_ports
+from services.local.launch import free_ports
 
 ALL = Seat([0, 1], 2, "digest", torch.float32, torch.device("cpu"))
 FEATURES = torch.zeros(1, 2, 12)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from avatar.settings import GatewaySettings
-from services.__main__ import gateway, workers
+from services.local.suite import gateway, workers
 from tests.conftest import sound
 from tests.handoff.chains import Chain, in_processes, in_this_process
 from tests.product import connected, new_session, speak

@@ -10,10 +10,10 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
-from avatar.audio import offline
+from avatar.audio import whole_file
 from avatar.audio.model import load as load_model
 from avatar.audio.wav2vec2 import Wav2Vec2
-from avatar.layouts import AUDIO_FOLDER, open_part
+from avatar.checkpoints.layouts import AUDIO_FOLDER, open_part
 from avatar.media import read_sound
 from tests.parity.goldens import Golden, Report, published
 
@@ -22,7 +22,7 @@ def audio_load(golden: Golden, report: Report) -> None:
     """Sound files of several rates, to mono at 16 kHz."""
     for case in golden.info["cases"]:
         pcm = golden.tensors[f"{case['name']}/pcm16"]
-        sound = offline.sound_of(*read(pcm, case["sr"]))
+        sound = whole_file.sound_of(*read(pcm, case["sr"]))
         expected = golden.tensors[f"{case['name']}/y16k"]
         report.compare(case["name"], sound, expected, max_abs=golden.info["tolerance"])
 
@@ -45,29 +45,29 @@ def audio_bucket(golden: Golden, report: Report) -> None:
     info, tensors = golden.info, golden.tensors
     for case in info["cases"]:
         name = case["name"]
-        frames = offline.bucket(tensors[f"{name}/z"], case["fps"], case["batch_frames"], case["m"])
+        frames = whole_file.bucket(tensors[f"{name}/z"], case["fps"], case["batch_frames"], case["m"])
         report.exact(f"{name} clips", len(frames), case["num_repeat"] * case["batch_frames"])
         report.compare(name, frames, tensors[f"{name}/bucket"], max_abs=info["tolerance_bucket"])
         report.compare(
             f"{name} input",
-            offline.model_input(frames),
+            whole_file.model_input(frames),
             tensors[f"{name}/model_input"],
             max_abs=info["tolerance_bucket"],
         )
     for case in info["interp"]:
         name = f"interp_T{case['T50']}"
         if case["out_len"]:
-            grid = offline.to_grid(tensors[f"{name}/in"])
+            grid = whole_file.to_grid(tensors[f"{name}/in"])
             report.compare(name, grid, tensors[f"{name}/out"], max_abs=info["tolerance_interp"])
         else:
-            report.exact(name, refuses(lambda: offline.to_grid(torch.zeros(1, case["T50"], 4))), True)  # noqa: B023
+            report.exact(name, refuses(lambda: whole_file.to_grid(torch.zeros(1, case["T50"], 4))), True)  # noqa: B023
     for name, indices in tensors.items():
         if name.startswith("indices_fps"):
             frame_rate, count = map(int, name.removeprefix("indices_fps").split("_n"))
             # A grid that holds its own indexes shows which of them were taken.
             length = int(indices.max()) + 1
             grid = rearrange(torch.arange(length), "t -> 1 t 1")
-            taken = offline.bucket(grid, frame_rate, clip_frames=count)[:count, 0, 0]
+            taken = whole_file.bucket(grid, frame_rate, clip_frames=count)[:count, 0, 0]
             report.exact(name, taken, indices)
 
 
@@ -89,26 +89,26 @@ def wav2vec2_tiny_e2e(golden: Golden, report: Report) -> None:
     def compare(what: str, actual: Tensor) -> None:
         report.compare(what, actual, tensors[what], max_abs=info["tolerance"])
 
-    sound = offline.normalise(offline.sound_of(samples, info["sampling_rate"]))
+    sound = whole_file.normalise(whole_file.sound_of(samples, info["sampling_rate"]))
     states = encoder.hidden_states(sound)
-    grid = offline.to_grid(states)
-    frames = offline.bucket(grid, fps, clip_frames)
+    grid = whole_file.to_grid(states)
+    frames = whole_file.bucket(grid, fps, clip_frames)
     compare("input_values", sound[None])
     report.exact("states", len(states), sum(name.startswith("hidden_states/") for name in tensors))
     for i, state in enumerate(states):
         compare(f"hidden_states/{i}", state[None])
     compare("z30", grid)
     compare("bucket", frames)
-    compare("model_input", offline.model_input(frames))
-    compare("z30_last_layer_only", offline.to_grid(states[-1:]))
+    compare("model_input", whole_file.model_input(frames))
+    compare("z30_last_layer_only", whole_file.to_grid(states[-1:]))
     for name in tensors:
         if name.startswith("isolated_block_"):
             num_frames = tensors[name].shape[-1]
             block_samples = num_frames * info["sampling_rate"] // fps
             index = int(name.split("/")[0].removeprefix("isolated_block_"))
-            alone = offline.sound_of(samples[:, index * block_samples :][:, :block_samples], info["sampling_rate"])
-            grid = offline.to_grid(encoder.hidden_states(offline.normalise(alone)))
-            compare(name, offline.model_input(offline.bucket(grid, fps, clip_frames)[:num_frames]))
+            alone = whole_file.sound_of(samples[:, index * block_samples :][:, :block_samples], info["sampling_rate"])
+            grid = whole_file.to_grid(encoder.hidden_states(whole_file.normalise(alone)))
+            compare(name, whole_file.model_input(whole_file.bucket(grid, fps, clip_frames)[:num_frames]))
 
 
 def load(golden: Golden) -> Wav2Vec2:

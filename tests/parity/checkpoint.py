@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from avatar.adapter import Adapter
+from avatar.checkpoints.layouts import open_part
+from avatar.checkpoints.lora import Adapter
+from avatar.checkpoints.part import Part
 from avatar.denoiser.model import Network, load
-from avatar.layouts import open_part
-from avatar.part import Part
 from tests.parity.dit import config_of, replay_calls
 from tests.parity.goldens import Golden, Report, published
 

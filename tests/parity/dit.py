@@ -18,7 +18,7 @@ from avatar.denoiser.attention import (
     rotate,
     rotation,
 )
-from avatar.denoiser.audio import AudioEncoder, AudioTokens, InjectionNorm
+from avatar.denoiser.audio_injection import AudioEncoder, AudioTokens, InjectionNorm
 from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import FRAMES_PER_LATENT, NetworkConfig
 from avatar.denoiser.layers import FramePacker, Head, Layer, sinusoid, unpatch

@@ -19,7 +19,7 @@ from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import noise_of_clips
 from avatar.denoiser.schedule import flow_match_schedule
 from avatar.types import Block, Conditions, Session
-from avatar.vae import offline
+from avatar.vae import whole_clip
 from avatar.vae.vae import Vae
 from avatar.vae.wan import Slots
 from tests.parity.goldens import Golden, Report
@@ -55,7 +55,7 @@ def run_offline(golden: Golden, report: Report) -> None:
     """
     info, tensors, vae, limit = golden.info, golden.tensors, rollout_vae(golden), golden.info["tolerance_latents"]
     rgb = tensors["image/rgb_u8"]
-    motion, sink = offline.encode_picture(vae, rgb)
+    motion, sink = whole_clip.encode_picture(vae, rgb)
     check_motion(report, golden, vae.encode_picture(rgb), motion)
 
     config = replace(rollout_config(golden), sink_update_block=None)
@@ -64,7 +64,7 @@ def run_offline(golden: Golden, report: Report) -> None:
     latents = [block.latent for block in draw(report, golden, levels, Conditions(0, sink, tensors["context"]))]
     whole = torch.cat([latent for latent in latents if latent is not None], dim=1)
     clips = torch.split(whole, config.num_frames_per_block * info["blocks_per_clip"], dim=1)
-    check_video(report, golden, list(offline.decode_clips(vae, rgb, clips)))
+    check_video(report, golden, list(whole_clip.decode_clips(vae, rgb, clips)))
     for level, each in enumerate(levels):
         events = [event for event in info["events"] if event["cache_id"] == level]
         # Of its 92 motion latents, too, the last 19 alone are looked at.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from avatar.layouts import TEXT_FILE, open_part
+from avatar.checkpoints.layouts import TEXT_FILE, open_part
 from avatar.text.model import encode, load
 from avatar.text.prompt import clean
 from tests.parity.goldens import Golden, Report, published

@@ -24,7 +24,7 @@ from avatar.rpc.codec import (
     tensor_from_pb,
     tensor_to_pb,
 )
-from avatar.session import ITEM_BYTES
+from avatar.store.sessions import ITEM_BYTES
 from avatar.types import Block, Conditions
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.audio_pb2 import AudioPiece, OpenEncode

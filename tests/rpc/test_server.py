@@ -16,9 +16,9 @@ import torch
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from avatar.errors import REASONS, AvatarError, InvalidAudio, NoCapacity, SessionNotFound, StageLost
-from avatar.pace import Load, Pace, Usage
 from avatar.rpc.client import channel
 from avatar.rpc.server import Capacity, Context, blaming, opening, reason_of, status_of
+from avatar.runtime.admission import Load, Pace, Usage
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from avatar.worker.v1.types_pb2 import Block

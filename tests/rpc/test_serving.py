@@ -13,17 +13,17 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from avatar.device import Device
 from avatar.rpc.client import channel
 from avatar.rpc.server import Context, Servicer, serving, until_stopped
-from avatar.session import SessionStore
+from avatar.runtime.device_queue import Device
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings
-from avatar.tally import MemoryTally
+from avatar.store.sessions import SessionStore
+from avatar.store.usage import MemoryTally
 from avatar.worker.v1 import audio_pb2_grpc
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
-from services.gateway.conversations import Conversations
-from services.gateway.quotas import Quotas
+from services.gateway.access.quotas import Quotas
+from services.gateway.live_sessions import Conversations
 from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
 from services.text.__main__ import build as build_text

@@ -10,11 +10,11 @@ from itertools import pairwise
 import pytest
 
 from avatar.worker.v1 import audio_pb2, types_pb2
-from services.gateway.conversation.clock import Grid, Playout
-from services.gateway.conversation.conditions import Versions
-from services.gateway.conversation.fragments import renumbered
-from services.gateway.conversation.sound import Sound
-from tests.services.test_conversation import settled
+from services.gateway.stream.conditions import Versions
+from services.gateway.stream.fragments import renumbered
+from services.gateway.stream.speech import Sound
+from services.gateway.stream.timeline import Grid, Playout
+from tests.services.gateway.test_stream_parts import settled
 
 RATES = [8000, 11025, 12345, 16000, 22050, 44100, 48000]
 BLOCK = 7680

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from avatar.device import Device
 from avatar.rpc.client import channel, remote_vae
 from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import serving
-from avatar.session import SessionStore
+from avatar.runtime.device_queue import Device
 from avatar.settings import VaeSettings
+from avatar.store.sessions import SessionStore
 from avatar.vae.encodings import ENCODINGS, encode, init_segment
 from avatar.worker.v1 import types_pb2 as types
 from avatar.worker.v1 import vae_pb2 as pb

@@ -34,7 +34,7 @@ from avatar import telemetry
 from avatar.rpc.client import channel
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
 from docs.tables import instruments
-from services.launch import ROOT, Suite, launched
+from services.local.launch import ROOT, Suite, launched
 from tests.conftest import sound
 from tests.contract.refusals import refused
 from tests.product import answer, connected, frame, new_session, opened, rest, speak, spoken
@@ -225,7 +225,7 @@ async def test_a_killed_worker_that_has_no_spare_is_named_and_frees_the_others(s
 LAUNCHER = """
 import asyncio, sys
 from pathlib import Path
-from services.launch import launched
+from services.local.launch import launched
 
 async def main():
     async with launched(Path(sys.argv[1]), Path(sys.argv[2])) as suite:

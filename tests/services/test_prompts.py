@@ -8,15 +8,15 @@ import torch
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 
-from avatar.layouts import open_part
+from avatar.checkpoints.layouts import open_part
 from avatar.rpc.codec import tensor_from_pb
-from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
+from avatar.store.sessions import SessionStore
 from avatar.text.model import load
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
-from services.__main__ import suite
+from services.local.suite import suite
 from tests.conftest import sound
 from tests.contract.refusals import refused
 from tests.product import CLOSE, answer, connected, frame, new_session, opened, rest, speak, spoken

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from avatar.adapter import Adapter
-from avatar.device import Device
-from avatar.hashes import MemoryHashes
+from avatar.checkpoints.lora import Adapter
 from avatar.render import Options, embed, load, render
-from avatar.session import SessionStore
+from avatar.runtime.device_queue import Device
 from avatar.settings import DenoiserSettings, GatewaySettings
-from services.__main__ import suite
+from avatar.store.redis import MemoryHashes
+from avatar.store.sessions import SessionStore
 from services.denoiser.__main__ import build
+from services.local.suite import suite
 from tests.conftest import RATE_HZ, sound
 from tests.product import connected, new_session, speak
 from tests.published import ADAPTER

@@ -1,4 +1,4 @@
-"""Tests of services.gateway.quotas: gateways that count together, die, and lose their store."""
+"""Tests of services.gateway.access.quotas: gateways that count together, die, and lose their store."""
 
 import asyncio
 import time
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import pytest
 
 from avatar.errors import QuotaExceeded, StoreUnavailable
-from avatar.session import CLAIM_TTL_S
-from avatar.tally import MemoryTally
+from avatar.store.sessions import CLAIM_TTL_S
+from avatar.store.usage import MemoryTally
 from avatar.v1 import avatar_service_pb2 as pb
-from services.gateway import quotas as module
-from services.gateway import tenants
-from services.gateway.quotas import Quotas, counted
-from services.gateway.tenants import Tenant
+from services.gateway.access import quotas as module
+from services.gateway.access import tenants
+from services.gateway.access.quotas import Quotas, counted
+from services.gateway.access.tenants import Tenant
 
 ACME = Tenant("acme", max_sessions=1, max_audio_s=10.0, max_references=1)
 GLOBEX = Tenant("globex", max_sessions=1, max_audio_s=10.0)

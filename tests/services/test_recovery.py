@@ -14,16 +14,16 @@ from grpc import StatusCode
 from redis.asyncio import Redis
 
 from avatar.errors import StoreUnavailable
-from avatar.hashes import Claim, Hold, MemoryHashes, RedisHashes
-from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
+from avatar.store.redis import Claim, Hold, MemoryHashes, RedisHashes
+from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 from avatar.worker.v1 import types_pb2
-from services.__main__ import gateway, workers
-from services.gateway.conversation.clock import Grid
-from services.gateway.conversation.outbox import MAX_WAITING_ITEMS, Item, Outbox
+from services.gateway.stream.outbox import MAX_WAITING_ITEMS, Item, Outbox
+from services.gateway.stream.timeline import Grid
+from services.local.suite import gateway, workers
 from tests.conftest import RATE_HZ, sound
 from tests.contract.refusals import refused
 from tests.product import CLOSE, PCM16, Call, Streamed, answer, connected, new_session, opened, rest, spoken

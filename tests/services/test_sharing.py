@@ -9,13 +9,13 @@ import grpc.aio
 import pytest
 import torch
 
-from avatar.device import Device
 from avatar.errors import NoCapacity
 from avatar.rpc.client import channel, remote_vae
 from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import serving
-from avatar.session import SessionStore
+from avatar.runtime.device_queue import Device
 from avatar.settings import VaeSettings
+from avatar.store.sessions import SessionStore
 from avatar.types import Block, FrameChunk
 from avatar.vae.vae import Vae, VaeState
 from avatar.worker.v1 import types_pb2 as types
@@ -100,9 +100,9 @@ async def test_blocks_go_by_the_slack_that_they_come_with(
 async def test_the_newest_live_stream_is_refused_before_the_others_come_late(
     worker: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("avatar.pace.BLOCK_S", 1e9)
+    monkeypatch.setattr("avatar.runtime.admission.BLOCK_S", 1e9)
     assert await told(worker) == (0, 5)
-    monkeypatch.setattr("avatar.pace.BLOCK_S", 1e-9)
+    monkeypatch.setattr("avatar.runtime.admission.BLOCK_S", 1e-9)
     assert await told(worker) == (0, 1), "a session that has the device to itself may try"
     first, second, third, fourth = (remote_vae(worker) for _ in SESSIONS)
     await first.open(pb.OpenDecode(session_id="first", is_live=True))

@@ -14,10 +14,10 @@ from google.protobuf.duration_pb2 import Duration
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.denoiser.denoiser import Denoiser
 from avatar.render import Options, load, render
-from avatar.session import SessionStore
 from avatar.settings import GatewaySettings
+from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
-from services.__main__ import suite
+from services.local.suite import suite
 from tests.conftest import RATE_HZ, sound
 from tests.contract.refusals import refused
 from tests.product import CLOSE, answer, connected, new_session, opened, rest, speak, spoken, stream

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from avatar.denoiser.denoiser import Denoiser
-from avatar.device import Device
-from avatar.session import SessionStore
+from avatar.runtime.device_queue import Device
 from avatar.settings import AudioSettings, DenoiserSettings, VaeSettings
+from avatar.store.sessions import SessionStore
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.denoiser.service import DenoiserServicer

@@ -1,4 +1,4 @@
-"""Tests of services.gateway.tenants: the file, the tokens, and the names that belong to each."""
+"""Tests of services.gateway.access.tenants: the file, the tokens, and the names that belong to each."""
 
 import hashlib
 import logging
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from avatar.errors import ReferenceNotFound, SessionNotFound, Unauthenticated
-from services.gateway.tenants import EVERYBODY, Tenant, Tokens, read_tenants
+from services.gateway.access.tenants import EVERYBODY, Tenant, Tokens, read_tenants
 
 
 def digest(token: str) -> str:

@@ -13,14 +13,14 @@ import torch
 from grpc import StatusCode
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from avatar.device import Device
-from avatar.hashes import Hashes, MemoryHashes, RedisHashes
-from avatar.layouts import open_part
+from avatar.checkpoints.layouts import open_part
 from avatar.rpc.client import channel
 from avatar.rpc.codec import tensor_from_pb
 from avatar.rpc.server import serving
-from avatar.session import SessionStore
+from avatar.runtime.device_queue import Device
 from avatar.settings import TextSettings
+from avatar.store.redis import Hashes, MemoryHashes, RedisHashes
+from avatar.store.sessions import SessionStore
 from avatar.text.model import TextEncoder, load
 from avatar.worker.v1 import text_pb2 as pb
 from avatar.worker.v1 import text_pb2_grpc as pb_grpc

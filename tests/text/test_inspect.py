@@ -1,12 +1,12 @@
-"""What avatar.inspect does with the text of a checkpoint."""
+"""What avatar.checkpoints.inspect does with the text of a checkpoint."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from avatar.inspect import inspect, pack
-from avatar.layouts import open_part
+from avatar.checkpoints.inspect import inspect, pack
+from avatar.checkpoints.layouts import open_part
 from avatar.text.model import load
 from tests.text import tiny
 

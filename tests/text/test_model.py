@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, processors
 
-from avatar.layouts import TEXT_FILE, knows_text, open_part, text_name, text_sizes
+from avatar.checkpoints.layouts import TEXT_FILE, knows_text, open_part, text_name, text_sizes
 from avatar.text.model import TextConfig, TextEncoder, build, encode, load
 from tests.text import tiny
 

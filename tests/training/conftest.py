@@ -7,10 +7,11 @@ import pytest
 from numpy.typing import NDArray
 
 from training.data import Clip, StoredClip, read_clips, write_shard
-from training.faces.head import Head, read_pack
+from training.synthetic.head import Head, read_pack
 
-# Drawing needs the packages of training/requirements-data.txt and EGL; training/faces/README.md says how to test it.
-collect_ignore = [] if find_spec("moderngl") else ["test_stage.py"]
+# Drawing needs the packages of training/requirements-data.txt and EGL; training/synthetic/README.md says how to test
+# it.
+collect_ignore = [] if find_spec("moderngl") else ["test_renderer.py"]
 
 
 @pytest.fixture(scope="session")

@@ -12,17 +12,17 @@ from torch import Generator, Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 from torch.optim import Optimizer
 
+from avatar.checkpoints.part import Part
 from avatar.denoiser.model import load
-from avatar.part import Part
 from tests.training.small import RULE, begin, small, small_base
 from training import distill, pretrain
-from training.adapters import AdapterRule
+from training.checkpointing import export, restore, save
 from training.data import StoredClip, read_clips
 from training.distill import Distillation
 from training.distill import Recipe as DistillRecipe
+from training.lora import AdapterRule
 from training.pretrain import Pretraining
 from training.pretrain import Recipe as PretrainRecipe
-from training.state import export, restore, save
 from training.strategy import Strategy, grouped
 
 Task = Callable[[Strategy, Sequence[StoredClip], Path], dict[str, Any]]

@@ -12,17 +12,18 @@ from torch import Tensor
 from avatar.render import Drawing
 from avatar.types import Block, Conditions, Session
 from tests.training.conftest import synthetic_clip
-from training import ablate, rollouts
+from training import ablate
 from training.ablate import CleanCache, NoPicture, NoSink, variants
 from training.data import Clip, write_shard
-from training.rollouts import Models
+from training.eval import inference
+from training.eval.inference import Models
 
 SCHEDULE = (1.0, 0.9, 0.75, 0.5, 0.0)
 
 
 @pytest.fixture(scope="module")
 def models(checkpoint: Path) -> Models:
-    models = rollouts.load(checkpoint)
+    models = inference.load(checkpoint)
     return replace(models, config=replace(models.config, sink_update_block=None))
 
 

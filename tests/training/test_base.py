@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from avatar.adapter import Adapter, merge
+from avatar.checkpoints.lora import Adapter, merge
+from avatar.checkpoints.part import Part
 from avatar.denoiser.model import load
-from avatar.part import Part
 from tests.training import pair
 from tests.training.small import network_of, small_base, write_latents
 from training.data import read_clips

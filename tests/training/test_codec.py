@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from avatar.part import Part
+from avatar.checkpoints.part import Part
 from avatar.vae import light, vae
 from tests.training.conftest import synthetic_clip
-from training.codec import Limits, Recipe, Run, export, losses, train
-from training.codec_report import mouth_boxes, psnr, report
-from training.codec_start import normalised, patches_of, principal_components
-from training.crops import CropRule, batch_of, lips_weight, to_pixels
+from training.codec.__main__ import Limits, Recipe, Run, export, losses, train
+from training.codec.crops import CropRule, batch_of, lips_weight, to_pixels
+from training.codec.pca_init import normalised, patches_of, principal_components
+from training.codec.report import mouth_boxes, psnr, report
 from training.data import Clip, StoredClip, read_clips, read_shard, write_shard
 
 RULE = CropRule(batch=2, size=32, num_frames=9)
@@ -26,7 +26,7 @@ NUM_BATCHES = 10
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setattr("training.codec_start.NUM_BATCHES", NUM_BATCHES)
+    monkeypatch.setattr("training.codec.pca_init.NUM_BATCHES", NUM_BATCHES)
 
 
 def same(one: Run, two: Run) -> bool:

@@ -12,17 +12,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from avatar.checkpoints.layouts import open_part
 from avatar.denoiser import model as denoiser_model
-from avatar.layouts import open_part
 from tests.conftest import ASSETS
-from tests.training.test_figures import curve
-from training import evaluate, rollouts
+from tests.training.test_metrics import curve
+from training import evaluate
 from training.data import Clip, StoredClip, read_shard, write_shard
-from training.figures import Figure
-from training.identity import Identity
-from training.landmarks import Landmarks, head_motion, mouth_opening
-from training.takes import Take, held_out_figures, score, sound_of, take_of
-from training.trials import block_cost, drift_figure, endure, speech_figures
+from training.eval import inference
+from training.eval.held_out import Take, held_out_figures, score, sound_of, take_of
+from training.eval.identity import Identity
+from training.eval.landmarks import Landmarks, head_motion, mouth_opening
+from training.eval.metrics import Figure
+from training.eval.robustness import block_cost, drift_figure, endure, speech_figures
 
 
 @pytest.fixture
@@ -45,12 +46,12 @@ def clips(tmp_path: Path) -> list[StoredClip]:
 
 def test_frames_are_compared_with_those_of_their_own_time(checkpoint: Path, clips: list[StoredClip]) -> None:
     """A stream's first three frames are hidden, and sound before the pictures is heard."""
-    models = rollouts.load(checkpoint)
+    models = inference.load(checkpoint)
     start, later = (take_of(models, clip) for clip in clips)
     assert len(start.made) == len(start.truth) == 21
     np.testing.assert_array_equal(start.truth[0], clips[0].array("frames")[3])
     assert len(later.made) == len(later.truth) == 24
-    whole = rollouts.spoken(rollouts.Rollout(models, later.reference), sound_of(clips[1]), 3)
+    whole = inference.spoken(inference.Rollout(models, later.reference), sound_of(clips[1]), 3)
     np.testing.assert_array_equal(later.made, whole[12 - 3 :])
     assert later.jaw is not None
     assert start.jaw is not None
@@ -185,7 +186,7 @@ def test_a_session_that_leaves_its_reference_drifts() -> None:
 
 def test_a_long_session_says_its_sound_again_and_again(checkpoint: Path, clips: list[StoredClip]) -> None:
     reference = np.array(clips[0].array("reference"))
-    assert len(endure(rollouts.load(checkpoint), reference, sound_of(clips[0]), 9)) == 9
+    assert len(endure(inference.load(checkpoint), reference, sound_of(clips[0]), 9)) == 9
 
 
 def test_lips_that_follow_loudness_are_told_from_lips_that_do_not() -> None:
@@ -202,15 +203,15 @@ def test_lips_that_follow_loudness_are_told_from_lips_that_do_not() -> None:
 
 
 def test_a_block_s_cost_has_all_stages(checkpoint: Path) -> None:
-    cost = block_cost(rollouts.load(checkpoint, torch.bfloat16), np.zeros((64, 64, 3), np.uint8))
+    cost = block_cost(inference.load(checkpoint, torch.bfloat16), np.zeros((64, 64, 3), np.uint8))
     assert cost.value is not None
     assert cost.value > 0
     assert all(stage in cost.note for stage in ("audio", "levels", "decode"))
 
 
 def test_what_is_short_of_time_looks_at_less_but_never_at_nothing() -> None:
-    assert [*rollouts.until(range(9), time.monotonic() - 1, least=3)] == [0, 1, 2]
-    assert [*rollouts.until(range(9), math.inf, least=3)] == [*range(9)]
+    assert [*inference.until(range(9), time.monotonic() - 1, least=3)] == [0, 1, 2]
+    assert [*inference.until(range(9), math.inf, least=3)] == [*range(9)]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

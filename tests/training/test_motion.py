@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from training.data import FRAME_RATE_HZ, SOUND_RATE_HZ
-from training.faces.head import Head
-from training.motion import motion_of, mouth_curves, portrait_of, visemes_of
-from training.voices import PAUSE, Speech
+from training.synthetic.head import Head
+from training.synthetic.motion import motion_of, mouth_curves, portrait_of, visemes_of
+from training.synthetic.voices import PAUSE, Speech
 
 
 def said(*sounds: tuple[str, float], duration_s: float = 2.0) -> Speech:

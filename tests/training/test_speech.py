@@ -6,8 +6,8 @@ import pytest
 
 from training.data import SOUND_RATE_HZ
 from training.make_data import FIRST_HELD_OUT, Plan, utterance, wanted_shards
-from training.sentences import belongs_to_held_out, sentence
-from training.voices import PAUSE, VOICES, Engines, Speech, Voice, choose_voice, plain, without_marks
+from training.synthetic.sentences import belongs_to_held_out, sentence
+from training.synthetic.voices import PAUSE, VOICES, Engines, Speech, Voice, choose_voice, plain, without_marks
 
 
 class Metronome(Engines):

@@ -23,16 +23,16 @@ from avatar.denoiser.schedule import shifted
 from avatar.vae.vae import Vae
 from tests.training.small import RULE, begin, network_of, small, write_latents
 from training.batches import Choice, ClipBatch, Share, batch_of, read_blocks
+from training.checkpointing import Parts, Progress, restore, save
 from training.clips import clean_of, per_frame, predict
 from training.data import StoredClip, read_clips
 from training.distill import Distillation, backward_by_block
 from training.distill import Recipe as DistillRecipe
+from training.loop import Limits, go_on
 from training.losses import dmd_gradient, draw_sigmas, moved_loss, noised_each, with_noise
 from training.pretrain import Pretraining
 from training.pretrain import Recipe as PretrainRecipe
-from training.rollout import Rollout
-from training.run import Limits, go_on
-from training.state import Parts, Progress, restore, save
+from training.self_forcing import Rollout
 from training.strategy import SINGLE, Strategy
 
 

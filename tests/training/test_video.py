@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from avatar.media import write_mp4
-from training.crops import CropRule, batch_of
+from training.codec.crops import CropRule, batch_of
 from training.data import ClipShape, read_clips
 from training.video import FIRST_FRAME, clips_of, convert, part_of, pictures
 

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from avatar.audio.whisper import Whisper, WhisperConfig
-from avatar.part import Part
+from avatar.checkpoints.part import Part
 from training.whisper import ENCODER_NAMES, LAYER_NAMES, convert, read_encoder, state_dict_of
 
 DTYPES = {"float16": 4, "int16": 2}

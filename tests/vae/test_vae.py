@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from avatar.checkpoint import save
-from avatar.part import Part
-from avatar.pipeline import StreamingModel
+from avatar.checkpoints.files import save
+from avatar.checkpoints.part import Part
+from avatar.runtime.pipeline import StreamingModel
 from avatar.types import Block, FrameChunk, Session
 from avatar.vae.light import initialise
 from avatar.vae.picture import PictureRule
@@ -202,7 +202,7 @@ def test_configs_that_are_wrong_are_refused(tmp_path: Path) -> None:
 def test_serving_the_light_codec_does_not_import_diffusers(tmp_path: Path) -> None:
     save(tmp_path, {**dataclasses.asdict(tiny()), "network": dataclasses.asdict(LIGHT)}, initialise(LIGHT, seed=0))
     program = (
-        "import sys, pathlib; from avatar.part import Part; from avatar.vae.vae import load; "
+        "import sys, pathlib; from avatar.checkpoints.part import Part; from avatar.vae.vae import load; "
         "load(Part.read(pathlib.Path(sys.argv[1]))); assert 'diffusers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)

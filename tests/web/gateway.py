@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from avatar.pipeline import beside
+from avatar.aio import background
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
@@ -86,7 +86,7 @@ class StandIn(pb_grpc.AvatarServiceServicer):
         self.num_open += 1
         try:
             yield pb.StreamAvatarResponse(opened=pb.AvatarOpened(session=session))
-            async with beside(stream.listen(requests)), aclosing(stream.show()) as responses:
+            async with background(stream.listen(requests)), aclosing(stream.show()) as responses:
                 async for response in responses:
                     if stream.has_hung_up:
                         await context.abort(grpc.StatusCode.NOT_FOUND, "the session was deleted")

@@ -11,7 +11,7 @@ from avatar.client import connect
 from tests.web.gateway import StandIn, standing_in
 from web.playout import RATE_HZ
 from web.server import Front, portraits
-from web.speech import Synthesiser
+from web.text_to_speech import Synthesiser
 
 ASSETS = Path(__file__).parents[2] / "assets"
 MAX_PEERS = 2

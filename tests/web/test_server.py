@@ -211,7 +211,7 @@ async def test_an_interrupt_silences_what_waits() -> None:
 
 
 async def test_sound_that_waits_is_bounded_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("web.conversation.MAX_WAITING_S", 1.0)
+    monkeypatch.setattr("web.browser_session.MAX_WAITING_S", 1.0)
     async with serving(live_ahead_s=1.0) as page, connected(page) as peer:
         for _ in range(8):
             peer.channel.send(TONE)

@@ -1,5 +1,5 @@
 // The page: chooses a face, connects by WebRTC, sends sound, and shows what comes back.
-// Control messages go over a data channel; web/conversation.py lists them.
+// Control messages go over a data channel; web/browser_session.py lists them.
 
 const byId = (id) => document.getElementById(id);
 const screen = byId("screen"), video = byId("video"), still = byId("still"), message = byId("message");

@@ -1,0 +1,39 @@
+"""The whole suite as processes, and the page in the browser over it.
+
+    python -m services.local.browser_demo [--listen 127.0.0.1:8080] [--tts "flite -t {text} -o {wav}"]
+
+AVATAR_REDIS_URL names a Redis server to use; one of its own is started without it.
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from services.local.launch import ROOT, launched
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m services.local.browser_demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--listen", default="127.0.0.1:8080", help="HOST:PORT to serve the page at")
+    parser.add_argument("--tts", default="", metavar="COMMAND", help="speaks {text} into the sound file {wav}")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "models/tiny", help="folder of the models")
+    parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder of the processes' output")
+    flags = parser.parse_args()
+    print(f"starting Redis, the services and the page; their output is in {flags.out / 'logs'}")
+    async with launched(flags.checkpoint, flags.out / "logs", redis_url=os.environ.get("AVATAR_REDIS_URL")) as suite:
+        page = ("-m", "web", "--target", suite.gateway, "--listen", flags.listen, "--tts", flags.tts)
+        await suite.start("web", sys.executable, *page)
+        print(f"the page is at http://{flags.listen}; ctrl-C ends it", flush=True)
+        ended = await suite.first_to_end()
+        raise RuntimeError(f"{ended} ended; see {suite.log_of(ended)}")
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

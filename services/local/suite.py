@@ -1,0 +1,119 @@
+"""All services in one process, for development: `python -m services`.
+
+The gateway listens where AVATAR_LISTEN says (127.0.0.1:7000); the workers take free ports of the loopback interface and
+share one device thread, AVATAR_DEVICE, AVATAR_DTYPE and AVATAR_BATCH. Sessions are kept in this process unless
+AVATAR_REDIS_URL names a server.
+"""
+
+import os
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from avatar import telemetry
+from avatar.checkpoints.layouts import knows_text
+from avatar.checkpoints.lora import ALPHA
+from avatar.rpc.server import Servicer, serving, until_stopped
+from avatar.rpc.tls import server_credentials
+from avatar.settings import (
+    AudioSettings,
+    DenoiserSettings,
+    GatewaySettings,
+    TextSettings,
+    VaeSettings,
+    WorkerSettings,
+    load,
+)
+from avatar.store.redis import MemoryHashes, RedisHashes
+from avatar.store.sessions import SessionStore
+from avatar.store.usage import MemoryTally, RedisTally, Tally
+from services.audio.__main__ import build as build_audio
+from services.compute import device_of
+from services.denoiser.__main__ import build as build_denoiser
+from services.gateway.__main__ import gateway as serving_gateway
+from services.text.__main__ import build as build_text
+from services.vae.__main__ import build as build_vae
+
+ANY_PORT = "127.0.0.1:0"
+
+
+@asynccontextmanager
+async def workers(
+    checkpoint: Path,
+    store: SessionStore,
+    settings: GatewaySettings,
+    *,
+    denoisers: Sequence[str] = ("all",),
+    batch: int = 1,
+    adapter: Path | None = None,
+    adapter_alpha: float = ALPHA,
+    **worker: Any,
+) -> AsyncGenerator[GatewaySettings, None]:
+    """The workers of one checkpoint on one device thread while the body runs; gives a gateway's settings over them.
+
+    denoisers: the levels of each denoiser. batch, adapter: theirs. worker: further settings of all workers.
+    """
+    async with AsyncExitStack() as stack:
+        audio_settings = AudioSettings(checkpoint=checkpoint, **worker)
+        device = stack.enter_context(device_of(audio_settings))
+
+        async def served(servicer: Servicer) -> str:
+            credentials = server_credentials(WorkerSettings(listen=ANY_PORT, **worker))
+            port = await stack.enter_async_context(serving(ANY_PORT, servicer, credentials=credentials))
+            return f"127.0.0.1:{port}"
+
+        audio = build_audio(audio_settings, device)
+        vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, device)
+        targets: dict[str, Any] = {"audio": (await served(audio),), "vae": (await served(vae),)}
+        for levels in denoisers:
+            level_settings = DenoiserSettings(
+                checkpoint=checkpoint,
+                levels=levels,
+                batch=batch,
+                adapter=adapter,
+                adapter_alpha=adapter_alpha,
+                **worker,
+            )
+            denoiser = build_denoiser(level_settings, store, device)
+            targets["denoisers"] = (*targets.get("denoisers", ()), await served(denoiser))
+        if knows_text(checkpoint):
+            text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, device)
+            targets["text"] = (await served(text),)
+        yield replace(settings, **targets)
+
+
+@asynccontextmanager
+async def gateway(
+    store: SessionStore, settings: GatewaySettings, tally: Tally | None = None
+) -> AsyncGenerator[str, None]:
+    """A gateway while the body runs; gives its HOST:PORT. tally: of what tenants use; in this process without one."""
+    async with serving_gateway(settings, store, tally or MemoryTally()) as port:
+        yield f"127.0.0.1:{port}"
+
+
+@asynccontextmanager
+async def suite(
+    checkpoint: Path, store: SessionStore, settings: GatewaySettings, *, tally: Tally | None = None, **worker: Any
+) -> AsyncGenerator[str, None]:
+    """All services over one checkpoint while the body runs; gives the gateway's HOST:PORT. worker: as for `workers`."""
+    async with workers(checkpoint, store, settings, **worker) as given, gateway(store, given, tally) as target:
+        yield target
+
+
+async def main() -> None:
+    settings = load(GatewaySettings, os.environ)
+    telemetry.set_up("avatar", settings.log_level)
+    torch.set_num_threads(1)
+    models = load(DenoiserSettings, os.environ)
+    is_kept = "AVATAR_REDIS_URL" in os.environ
+    store = SessionStore(RedisHashes(settings.redis_url) if is_kept else MemoryHashes())
+    tally = RedisTally(settings.redis_url) if is_kept else MemoryTally()
+    switches = {name: getattr(models, name) for name in ("batch", "adapter", "adapter_alpha", "device", "dtype")}
+    async with suite(models.checkpoint, store, settings, tally=tally, **switches):
+        await until_stopped()
+    await tally.aclose()
+    await store.aclose()

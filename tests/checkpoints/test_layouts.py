@@ -1,0 +1,177 @@
+"""The published layout is taken as it is, and refused if it is not what it should be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from safetensors.torch import load_file, save_file
+
+from avatar.audio.model import load as load_audio
+from avatar.audio.wav2vec2 import Wav2Vec2
+from avatar.checkpoints.layouts import AUDIO_FOLDER, PARTS, VAE_FILE, open_part
+from avatar.checkpoints.lora import Adapter
+from avatar.denoiser.config import base
+from avatar.denoiser.model import Network
+from avatar.denoiser.model import load as load_denoiser
+from avatar.vae.vae import load as load_vae
+from avatar.vae.wan import WanCodec, WanConfig
+from tests.conftest import Exploit
+from tests.published import ADAPTER, filled, small, vae_as_published, write_audio
+
+FIRST_SHARD = "diffusion_pytorch_model-00001-of-00002.safetensors"
+
+
+@pytest.fixture
+def copy(published: Path, tmp_path: Path) -> Path:
+    """A published folder that may be spoiled."""
+    return Path(shutil.copytree(published, tmp_path / "copy"))
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_folder_of_these_tests_has_the_published_names(published: Path) -> None:
+    with torch.device("meta"):
+        network, codec = Network(base()), WanCodec(WanConfig(), device="meta").network
+    assert open_part(published, "denoiser").outline().keys() == network.state_dict().keys()
+    assert open_part(published, "vae").outline().keys() == codec.state_dict().keys()
+    assert len(load_file(published / ADAPTER)) == 896
+
+
+def test_the_network_is_the_published_tensors(published: Path) -> None:
+    network, config = load_denoiser(open_part(published, "denoiser"), dtype=torch.bfloat16)
+    assert config == small()
+    assert config.schedule == pytest.approx((1, 0.857692, 0.602151, 0.008929, 0), abs=1e-6)
+    stored = {k: v for path in published.glob("diffusion*.safetensors") for k, v in load_file(path).items()}
+    torch.testing.assert_close(dict(network.state_dict()), stored, rtol=0, atol=0)
+
+
+def test_the_adapter_changes_what_it_targets_and_nothing_else(published: Path) -> None:
+    part = open_part(published, "denoiser", Adapter(published / ADAPTER))
+    merged, plain = (load_denoiser(each)[0].state_dict() for each in (part, open_part(published, "denoiser")))
+    changed = {name for name in plain if not torch.equal(plain[name], merged[name])}
+    assert changed == part.adapter.pairs().keys() if part.adapter else False
+    assert len(changed) == 448
+
+
+def test_the_vae_is_the_published_tensors(published: Path) -> None:
+    vae = load_vae(open_part(published, "vae"))
+    stored = torch.load(published / VAE_FILE, weights_only=True)
+    assert torch.equal(vae.codec.network.decoder.conv_out.weight, stored["decoder.head.2.weight"])  # type: ignore[attr-defined]
+    assert vae.config.picture.video_size((1280, 720)) == (704, 384)
+
+
+def test_names_of_the_vae_are_those_of_diffusers_own_conversion() -> None:
+    with torch.device("meta"):
+        tensors = filled(WanCodec(WanConfig(base_dim=4), device="meta").network)
+    converted = convert_wan_vae_to_diffusers(vae_as_published(tensors))  # type: ignore[no-untyped-call]
+    assert converted.keys() == tensors.keys()
+    assert all(converted[name] is tensor for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+@pytest.mark.parametrize(("prefix", "old"), [("wav2vec2.", True), ("wav2vec2.", False), ("", True), ("", False)])
+def test_wav2vec2_may_be_spelled_and_kept_in_every_way(copy: Path, pickled: bool, prefix: str, old: bool) -> None:
+    heard = []
+    for spelling in ((True, "wav2vec2.", True), (pickled, prefix, old)):
+        shutil.rmtree(copy / AUDIO_FOLDER)
+        torch.manual_seed(1)
+        write_audio(copy / AUDIO_FOLDER, *spelling)
+        encoder = load_audio(open_part(copy, "audio")).encoder
+        assert isinstance(encoder, Wav2Vec2)
+        heard.append(encoder.hidden_states(torch.linspace(-1, 1, 4000).sin()))
+    assert heard[0].shape == (25, 12, 32)
+    assert torch.equal(heard[0], heard[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "words"),
+    [
+        ("vae", VAE_FILE, "no VAE in .*expected a file .*Wan2.1_VAE.pth"),
+        ("audio", f"{AUDIO_FOLDER}/config.json", f"expected a file .*{AUDIO_FOLDER}/config.json"),
+        ("audio", f"{AUDIO_FOLDER}/pytorch_model.bin", f"no weights in .*{AUDIO_FOLDER}"),
+        ("denoiser", FIRST_SHARD, f"index.json names files that are not there: {FIRST_SHARD}"),
+        (
+            "denoiser",
+            "config.json",
+            "no checkpoint at .*expected a folder denoiser, or the config.json of WanModel_S2V",
+        ),
+    ],
+)
+def test_a_file_that_is_missing_is_named(copy: Path, name: str, file: str, words: str) -> None:
+    (copy / file).unlink()
+    with pytest.raises(ValueError, match=words):
+        open_part(copy, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("denoiser", FIRST_SHARD),
+        ("vae", VAE_FILE),
+        ("audio", f"{AUDIO_FOLDER}/pytorch_model.bin"),
+        ("denoiser", ADAPTER),
+    ],
+)
+def test_a_file_that_is_cut_short_is_named(copy: Path, name: str, file: str) -> None:
+    path = copy / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{path}.*cut short"):
+        open_part(copy, name, Adapter(copy / ADAPTER)).outline()
+
+
+def test_tensors_that_are_wrong_are_named_with_their_file(copy: Path) -> None:
+    tensors = load_file(copy / FIRST_SHARD)
+    name = next(iter(tensors))
+    save_file({**tensors, name: torch.zeros(3, 3), "surplus": torch.zeros(1)}, copy / FIRST_SHARD)
+    with pytest.raises(ValueError, match="do not fit Network") as caught:
+        load_denoiser(open_part(copy, "denoiser"))
+    assert str(copy / FIRST_SHARD) in str(caught.value)
+    assert f"{name} has shape (3, 3), expected" in str(caught.value)
+    assert "unexpected surplus" in str(caught.value)
+
+
+def test_tensors_that_are_missing_are_named(copy: Path) -> None:
+    stored = torch.load(copy / VAE_FILE, weights_only=True)
+    del stored["decoder.head.2.weight"], stored["encoder.conv1.weight"]
+    torch.save(stored, copy / VAE_FILE)
+    with pytest.raises(ValueError, match=rf"{VAE_FILE} do not fit AutoencoderKLWan: missing encoder\.conv_in\.weight"):
+        load_vae(open_part(copy, "vae"))
+
+
+@pytest.mark.parametrize(("name", "file"), [("vae", VAE_FILE), ("audio", f"{AUDIO_FOLDER}/pytorch_model.bin")])
+def test_a_file_that_would_run_code_is_refused(copy: Path, name: str, file: str, exploit: Exploit) -> None:
+    torch.save({**torch.load(copy / file, weights_only=True), "code": exploit}, copy / file)
+    with pytest.raises(ValueError, match="not a file of tensors"):
+        open_part(copy, name).outline()
+    assert not exploit.path.exists()
+
+
+def test_another_network_is_refused(copy: Path) -> None:
+    edit_config(copy, _class_name="WanModel")
+    with pytest.raises(ValueError, match=r"config\.json is of a WanModel, expected WanModel_S2V"):
+        open_part(copy, "vae")
+
+
+def test_other_levels_than_the_published_ones_are_refused(copy: Path) -> None:
+    edit_config(copy, schedule=[1.0, 0.5, 0.0])
+    with pytest.raises(ValueError, match="sets schedule; published weights are served at the levels"):
+        open_part(copy, "denoiser")
+
+
+def test_both_layouts_open_through_one_door(published: Path, checkpoint: Path) -> None:
+    for folder in (published, checkpoint):
+        for name in PARTS:
+            part = open_part(folder, name)
+            assert part.outline()
+            assert len(part.digest()) == 16
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"no checkpoint at {tmp_path}: expected a folder vae"):
+        open_part(tmp_path, "vae")

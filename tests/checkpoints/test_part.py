@@ -1,0 +1,124 @@
+"""Tests of avatar.checkpoints.part."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from avatar.checkpoints import files, part
+from avatar.checkpoints.files import WEIGHTS, save
+from avatar.checkpoints.part import Part, load_weights
+from tests.toy import Toy, assert_equal, part_in, write_shards
+
+
+def test_weights_are_cast_to_the_modules_own_types(tmp_path: Path) -> None:
+    save(tmp_path, {}, Toy(seed=1))
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        loaded = Toy(seed=2).to(dtype)
+        load_weights(loaded, part_in(tmp_path))
+        assert_equal(loaded, Toy(seed=1).to(dtype))
+        assert loaded.counts.dtype == torch.int64
+
+
+def test_missing_surplus_and_misshapen_tensors_are_all_named(tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in Toy(width=5).state_dict().items() if name != "counts"}
+    save_file({**tensors, "extra": torch.zeros(1)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="do not fit Toy") as caught:
+        load_weights(Toy(width=4), part_in(tmp_path))
+    message = str(caught.value)
+    assert str(tmp_path) in message
+    for problem in (
+        "missing counts",
+        "unexpected extra",
+        "inner.0.weight has shape (5, 3), expected (4, 3)",
+        "inner.0.bias has shape (5,), expected (4,)",
+        "inner.1.weight has shape (2, 5), expected (2, 4)",
+    ):
+        assert problem in message
+
+
+def test_a_long_list_of_problems_is_cut(tmp_path: Path) -> None:
+    save_file({f"extra{i}": torch.zeros(1) for i in range(20)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="and 19 more") as caught:
+        load_weights(Toy(), part_in(tmp_path))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_digest_stands_for_config_and_weights(tmp_path: Path) -> None:
+    def digest_of(name: str, config: dict[str, Any], seed: int) -> str:
+        save(tmp_path / name, config, Toy(seed))
+        return Part.read(tmp_path / name).digest()
+
+    first = digest_of("a", {"dim": 3}, 1)
+    assert len(first) == 16
+    assert set(first) <= set("0123456789abcdef")
+    assert digest_of("b", {"dim": 3}, 1) == first
+    assert digest_of("c", {"dim": 4}, 1) != first
+    assert digest_of("d", {"dim": 3}, 2) != first
+
+
+def test_every_shard_counts_in_the_digest(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    where = write_shards(tmp_path, Toy(seed=1))
+    before = part_in(tmp_path).digest()
+    for file in sorted(set(where.values())):
+        tensors = dict(files.read_tensors(tmp_path / file))
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / file)
+        after = part_in(tmp_path).digest()
+        assert after != before
+        before = after
+
+
+def test_nothing_is_filled_if_anything_is_wrong(tmp_path: Path) -> None:
+    tensors = Toy(seed=1).state_dict()
+    del tensors["counts"]
+    save_file(tensors, tmp_path / WEIGHTS)
+    module = Toy(seed=2)
+    with pytest.raises(ValueError, match="missing counts"):
+        load_weights(module, part_in(tmp_path))
+    assert_equal(module, Toy(seed=2))
+
+
+def test_a_wrong_tensor_is_named_with_its_shard(tmp_path: Path) -> None:
+    where = write_shards(tmp_path, Toy(width=5))
+    with pytest.raises(ValueError, match="do not fit Toy") as caught:
+        load_weights(Toy(width=4), part_in(tmp_path))
+    assert f"{tmp_path / where['inner.0.weight']}" in str(caught.value)
+
+
+def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
+    where = write_shards(tmp_path, Toy())
+    for file in set(where.values()):
+        save_file({"counts": torch.zeros(3)}, tmp_path / file)
+    with pytest.raises(ValueError, match="holds counts, which was there before"):
+        part_in(tmp_path).outline()
+
+
+def test_a_module_without_memory_is_only_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, {}, Toy())
+    monkeypatch.setattr(Part, "tensors", None)
+    load_weights(Toy().to("meta"), part_in(tmp_path))
+    with pytest.raises(ValueError, match="expected"):
+        load_weights(Toy(width=5).to("meta"), part_in(tmp_path))
+
+
+def test_large_files_are_sampled_for_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("WHOLE", 1000), ("BEGINNING", 300), ("STEP", 500), ("SAMPLE", 10)):
+        monkeypatch.setattr(part, f"{name}_BYTES", size)
+    file = tmp_path / WEIGHTS
+    data = bytes(range(256)) * 8
+
+    def digest_with(place: int | None = None, size: int = len(data)) -> str:
+        changed = bytearray(data[:size])
+        if place is not None:
+            changed[place] ^= 1
+        file.write_bytes(changed)
+        return part_in(tmp_path).digest()
+
+    whole = digest_with()
+    for place in (0, 299, 500, 509, 1500, len(data) - 1):
+        assert digest_with(place) != whole
+    assert digest_with(size=len(data) - 1) != whole
+    assert digest_with(400) == whole  # nobody looks there

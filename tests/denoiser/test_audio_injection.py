@@ -1,0 +1,56 @@
+"""Tests of avatar.denoiser.audio_injection."""
+
+import torch
+
+from avatar.denoiser.audio_injection import AudioTokens
+from avatar.denoiser.config import NetworkConfig
+from avatar.denoiser.model import Network
+from tests.denoiser.conftest import randn
+
+
+def columns(config: NetworkConfig, num: int) -> torch.Tensor:
+    return randn(1, 1, 1, config.num_encoder_layers, config.audio_dim, num)
+
+
+def test_one_column_of_padding_is_heard_as_seventy_three(network: Network, config: NetworkConfig) -> None:
+    features = columns(config, config.frames_per_block)
+    padded = torch.cat([features[..., :1].expand(-1, -1, -1, -1, 73), features], dim=-1)
+    local, overall = network.casual_audio_encoder(padded[0])
+    audio = network.encode_audio(features)
+    torch.testing.assert_close(audio.local[0], local[:, 19:])
+    torch.testing.assert_close(audio.overall[0], overall[:, 19:])
+
+
+def test_no_sound_crosses_from_block_to_block(network: Network, config: NetworkConfig) -> None:
+    features = columns(config, 3 * config.frames_per_block)
+    together = network.encode_audio(features)
+    apart = [network.encode_audio(each) for each in torch.split(features, config.frames_per_block, dim=-1)]
+    torch.testing.assert_close(together.local, torch.cat([each.local for each in apart], dim=2))
+    torch.testing.assert_close(together.overall, torch.cat([each.overall for each in apart], dim=2))
+
+
+def test_a_latent_frame_hears_nothing_after_it(network: Network, config: NetworkConfig) -> None:
+    features = columns(config, config.frames_per_block)
+    changed = features.clone()
+    changed[..., 4:] += 1
+    before, after = network.encode_audio(features), network.encode_audio(changed)
+    assert torch.equal(before.local[:, :, 0], after.local[:, :, 0])
+    assert not torch.equal(before.local[:, :, 1], after.local[:, :, 1])
+
+
+def test_the_padding_token_is_heard_last(network: Network, config: NetworkConfig) -> None:
+    local = network.encode_audio(columns(config, config.frames_per_block)).local
+    padding = network.casual_audio_encoder.encoder.padding_tokens[0, 0]
+    assert local.shape[3] == config.num_audio_token + 1
+    assert torch.equal(local[0, 0, :, -1:], padding.expand(config.num_frames_per_block, 1, -1))
+
+
+def test_actors_are_heard_where_their_masks_say(network: Network, config: NetworkConfig) -> None:
+    t, s = config.num_frames_per_block, 24
+    features = randn(2, 1, 2, config.num_encoder_layers, config.audio_dim, config.frames_per_block)
+    x, mask = randn(3, 1, t, s, config.dim), torch.rand(1, 2, t, s, 1)
+    one, two = (network.encode_audio(features[:, actor : actor + 1]) for actor in (0, 1))
+    apart = sum(network.audio_injector(0, x, audio) * mask[:, actor] for actor, audio in enumerate((one, two)))
+    both = network.encode_audio(features, mask)
+    assert isinstance(both, AudioTokens)
+    torch.testing.assert_close(network.audio_injector(0, x, both), apart)

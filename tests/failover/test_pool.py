@@ -1,0 +1,173 @@
+"""Which worker takes the next stream, while workers come, go and hang."""
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from avatar.errors import NoCapacity, StageLost
+from avatar.failover import pool as pool_module
+from avatar.failover.pool import Pool
+from avatar.failover.pool import Worker as Known
+from avatar.rpc.server import serving
+from avatar.worker.v1 import audio_pb2 as pb
+from avatar.worker.v1 import audio_pb2_grpc
+from services.local.launch import free_ports
+from tests.rpc.conftest import Worker
+
+Audio = Pool[pb.AudioServiceGetInfoResponse]
+
+
+async def ask(connection: grpc.aio.Channel) -> pb.AudioServiceGetInfoResponse:
+    response: pb.AudioServiceGetInfoResponse = await audio_pb2_grpc.AudioServiceStub(connection).GetInfo(
+        pb.AudioServiceGetInfoRequest(), timeout=pool_module.ANSWER_S
+    )
+    return response
+
+
+@asynccontextmanager
+async def workers(count: int, capacity: int = 4) -> AsyncGenerator[list[Worker], None]:
+    """Workers whose streams are counted by nobody but their callers."""
+    found = [Worker() for _ in range(count)]
+    async with asyncio.TaskGroup() as tasks:
+        over = asyncio.Event()
+
+        async def serve(worker: Worker, ready: asyncio.Event) -> None:
+            worker.info = lambda: pb.AudioServiceGetInfoResponse(capacity=capacity)
+            async with serving("127.0.0.1:0", worker) as port:
+                worker.target = f"127.0.0.1:{port}"
+                ready.set()
+                await over.wait()
+
+        for worker in found:
+            ready = asyncio.Event()
+            tasks.create_task(serve(worker, ready))
+            await ready.wait()
+        yield found
+        over.set()
+
+
+def taken(at: list[str], refuse: Callable[[str], Exception | None] = lambda _: None) -> Callable[[Any], Awaitable[str]]:
+    """What opens a stream that nobody closes, and notes where."""
+
+    async def open_at(worker: Known[Any]) -> str:
+        if error := refuse(worker.target):
+            raise error
+        at.append(worker.target)
+        return worker.target
+
+    return open_at
+
+
+async def test_streams_are_spread_over_workers() -> None:
+    async with workers(3) as found:
+        audio: Audio = Pool("audio", [each.target for each in found], ask)
+        async with audio.running():
+            at: list[str] = []
+            for _ in range(6):
+                await audio.open(taken(at))
+    assert {target: at.count(target) for target in at} == {each.target: 2 for each in found}
+
+
+async def test_what_others_have_opened_counts() -> None:
+    async with workers(2) as (busy, idle):
+        busy.info = lambda: pb.AudioServiceGetInfoResponse(capacity=4, active=3)
+        audio: Audio = Pool("audio", [busy.target, idle.target], ask)
+        async with audio.running():
+            at: list[str] = []
+            for _ in range(3):
+                await audio.open(taken(at))
+    assert at == [idle.target] * 3
+
+
+async def test_the_next_worker_takes_what_one_refuses_and_the_last_refusal_is_told() -> None:
+    async with workers(2) as (full, other):
+        audio: Audio = Pool("audio", [full.target, other.target], ask)
+        async with audio.running():
+            at: list[str] = []
+            no = NoCapacity("full", retry_s=1.0)
+            await audio.open(taken(at, lambda target: no if target == full.target else None))
+            assert at == [other.target]
+            with pytest.raises(NoCapacity):
+                await audio.open(taken(at, lambda target: no if target == full.target else StageLost("gone")))
+            # The one that was gone is asked again, and answers.
+            await audio.ask()
+            assert await audio.open(taken(at)) is not None
+
+
+async def test_a_worker_that_is_gone_is_passed_over_and_one_that_comes_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool_module, "ASK_EVERY_S", 0.05)
+    port = free_ports(1)[0]
+    audio: Audio = Pool("audio", [f"127.0.0.1:{port}"], ask)
+    async with audio.running():
+        with pytest.raises(StageLost, match=rf"audio: no worker answers at 127.0.0.1:{port}") as none:
+            await audio.workers()
+        assert none.value.metadata == {"stage": "audio"}
+        worker = Worker()
+        async with serving(f"127.0.0.1:{port}", worker), asyncio.timeout(20):
+            while True:
+                try:
+                    await audio.workers()
+                    break
+                except StageLost:
+                    await asyncio.sleep(0.05)
+
+
+async def test_a_name_with_two_addresses_is_two_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_ports(1)[0]
+    hosts = ["127.0.0.1", "127.0.0.2"]
+
+    async def resolved(_: Any, host: str, at: int, **__: Any) -> list[Any]:
+        assert host == "audio.test"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, at)) for each in hosts]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", resolved)
+    audio: Audio = Pool("audio", [f"dns:///audio.test:{port}"], ask)
+    async with (
+        serving(f"127.0.0.1:{port}", Worker()),
+        serving(f"127.0.0.2:{port}", Worker()),
+        audio.running(),
+    ):
+        assert {worker.target for worker, _ in await audio.workers()} == {f"{host}:{port}" for host in hosts}
+        hosts.remove("127.0.0.1")
+        await audio.ask()
+        assert [worker.target for worker, _ in await audio.workers()] == [f"127.0.0.2:{port}"]
+
+
+async def test_streams_of_a_worker_that_hangs_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with workers(1) as (worker,):
+        audio: Audio = Pool("audio", [worker.target], ask)
+        async with audio.running():
+            known, _ = await audio.open(taken([]))
+            told = asyncio.Event()
+            known.on_silence.add(told.set)
+            await audio.ask()
+            assert not told.is_set()
+
+            async def unanswered(connection: grpc.aio.Channel) -> Any:
+                await connection.stream_stream("/avatar.worker.v1.AudioService/Encode")(timeout=0.2).read()
+
+            monkeypatch.setattr(audio, "_ask_at", unanswered)
+            await audio.ask()
+            assert told.is_set()
+
+
+async def test_a_worker_that_is_lost_while_another_is_tried_is_passed_over() -> None:
+    async with workers(2) as found:
+        audio: Audio = Pool("audio", [each.target for each in found], ask)
+        async with audio.running():
+
+            async def open_at(worker: Known[Any]) -> str:
+                assert worker.info is not None
+                for other, _ in await audio.workers():
+                    other.lost()
+                raise StageLost("gone")
+
+            with pytest.raises(StageLost, match="gone"):
+                await audio.open(open_at)

@@ -1,0 +1,177 @@
+"""Tests of avatar.rpc.tls: who is let in, what is shown, and what is said of a file that is of no use."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from avatar.rpc.client import channel
+from avatar.rpc.health import problem
+from avatar.rpc.server import serving
+from avatar.rpc.tls import channel_credentials, server_credentials, worker_credentials
+from avatar.settings import AudioSettings, GatewaySettings, load
+from tests.certificates import Authority, Pair
+from tests.rpc.conftest import Worker
+
+ANY = "127.0.0.1:0"
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+@pytest.fixture
+def worker(authority: Authority) -> Pair:
+    """Of a worker that is called by name."""
+    return authority.issue("worker", "worker.test")
+
+
+@pytest.fixture
+def gateway(authority: Authority) -> Pair:
+    """Of the gateway, as the workers' client."""
+    return authority.issue("gateway", "gateway.test")
+
+
+async def answers(target: str, credentials: grpc.ChannelCredentials | None, name: str = "") -> bool:
+    """Whether who listens at HOST:PORT speaks with such a client."""
+    async with channel(target, credentials, name=name) as connection:
+        stub: Any = health_pb2_grpc.HealthStub(connection)
+        try:
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        except grpc.aio.AioRpcError as error:
+            return error.code() is not grpc.StatusCode.UNAVAILABLE
+        return True
+
+
+async def test_a_server_with_a_certificate_speaks_to_who_trusts_it(authority: Authority, worker: Pair) -> None:
+    settings = AudioSettings(tls_cert=worker.cert, tls_key=worker.key)
+    async with serving(ANY, Worker(), credentials=server_credentials(settings)) as port:
+        target = f"127.0.0.1:{port}"
+        assert await answers(target, channel_credentials(authority.ca), "worker.test")
+        assert not await answers(target, channel_credentials(authority.ca), "another.test")
+        assert not await answers(target, channel_credentials(authority.ca)), "its address is not in its certificate"
+        assert not await answers(target, channel_credentials(), "worker.test"), "no public authority has signed it"
+        assert not await answers(target, None)
+
+
+async def test_mutual_tls_lets_nobody_in_without_a_certificate(
+    tmp_path: Path, authority: Authority, worker: Pair, gateway: Pair
+) -> None:
+    settings = AudioSettings(tls_cert=worker.cert, tls_key=worker.key, tls_client_ca=authority.ca)
+    stranger = Authority(tmp_path, "stranger").issue("forged", "gateway.test")
+    known = GatewaySettings(worker_ca=authority.ca, worker_cert=gateway.cert, worker_key=gateway.key)
+    nameless = GatewaySettings(worker_ca=authority.ca)
+    async with serving(ANY, Worker(), credentials=server_credentials(settings)) as port:
+        target = f"127.0.0.1:{port}"
+        assert await answers(target, worker_credentials(known), "worker.test")
+        assert not await answers(target, worker_credentials(nameless), "worker.test")
+        assert not await answers(target, channel_credentials(authority.ca, *stranger), "worker.test")
+
+
+def test_without_files_everything_is_plain_text() -> None:
+    assert server_credentials(AudioSettings()) is None
+    assert worker_credentials(GatewaySettings()) is None
+
+
+async def test_a_certificate_that_is_replaced_is_shown_to_the_next_connection(
+    authority: Authority, worker: Pair
+) -> None:
+    settings = AudioSettings(tls_cert=worker.cert, tls_key=worker.key)
+    trusting = channel_credentials(authority.ca)
+    async with serving(ANY, Worker(), credentials=server_credentials(settings)) as port:
+        target = f"127.0.0.1:{port}"
+        assert await answers(target, trusting, "worker.test")
+        key = worker.key.read_bytes()
+        worker.key.write_text("half of it")
+        assert await answers(target, trusting, "worker.test"), "what does not fit together is not taken"
+        worker.key.write_bytes(key)
+        authority.issue("worker", "renewed.test")
+        assert await answers(target, trusting, "renewed.test")
+
+
+@pytest.mark.parametrize("is_mutual", [False, True])
+@pytest.mark.parametrize("host", ["worker.test", "*.worker.test", "127.0.0.1"])
+async def test_the_probe_knows_its_own_server(authority: Authority, host: str, is_mutual: bool) -> None:
+    pair = authority.issue("worker", host)
+    client_ca = authority.ca if is_mutual else None
+    settings = AudioSettings(tls_cert=pair.cert, tls_key=pair.key, tls_client_ca=client_ca)
+    async with serving(ANY, Worker(), credentials=server_credentials(settings)) as port:
+        target = f"127.0.0.1:{port}"
+        assert await asyncio.to_thread(problem, target, cert=pair.cert, key=pair.key) == ""
+        assert "UNAVAILABLE" in await asyncio.to_thread(problem, target)
+        another = authority.issue("another", host)
+        assert target in await asyncio.to_thread(problem, target, cert=another.cert, key=another.key)
+
+
+async def test_the_probe_takes_its_files_from_the_servers_variables(worker: Pair) -> None:
+    settings = AudioSettings(tls_cert=worker.cert, tls_key=worker.key)
+    variables = {"AVATAR_TLS_CERT": str(worker.cert), "AVATAR_TLS_KEY": str(worker.key)}
+    async with serving(ANY, Worker(), credentials=server_credentials(settings)) as port:
+        program = (sys.executable, "-m", "avatar.rpc.health", f"127.0.0.1:{port}")
+        process = await asyncio.create_subprocess_exec(*program, env={**os.environ, **variables})
+        assert await process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tls_cert", None, "AVATAR_TLS_CERT is .*, expected a file that can be read: No such file"),
+        ("tls_cert", "no certificate", "AVATAR_TLS_CERT is .*, expected a PEM file of certificates"),
+        ("tls_key", None, "AVATAR_TLS_KEY is .*, expected a file that can be read"),
+        ("tls_key", "no key", "AVATAR_TLS_KEY is .*, expected the private key of AVATAR_TLS_CERT"),
+        ("tls_client_ca", "", "AVATAR_TLS_CLIENT_CA is .*, expected a PEM file of certificates"),
+    ],
+)
+def test_a_file_of_no_use_is_named_by_its_variable(
+    tmp_path: Path, authority: Authority, worker: Pair, name: str, content: str | None, words: str
+) -> None:
+    broken = tmp_path / "broken.pem"
+    if content is not None:
+        broken.write_text(content)
+    files: dict[str, Any] = {"tls_cert": worker.cert, "tls_key": worker.key, "tls_client_ca": authority.ca}
+    files[name] = broken
+    with pytest.raises(ValueError, match=words):
+        server_credentials(AudioSettings(**files))
+
+
+def test_a_key_of_another_certificate_is_refused(worker: Pair, gateway: Pair, authority: Authority) -> None:
+    with pytest.raises(ValueError, match=r"AVATAR_TLS_KEY is .*gateway\.key', expected the private key of AVATAR_TLS"):
+        server_credentials(AudioSettings(tls_cert=worker.cert, tls_key=gateway.key))
+    settings = GatewaySettings(worker_ca=authority.ca, worker_cert=worker.cert, worker_key=gateway.key)
+    with pytest.raises(ValueError, match=r"AVATAR_WORKER_KEY is .*, expected the private key of AVATAR_WORKER_CERT"):
+        worker_credentials(settings)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["TLS_CERT"], "AVATAR_TLS_CERT is set and AVATAR_TLS_KEY is not"),
+        (["TLS_KEY"], "AVATAR_TLS_KEY is set and AVATAR_TLS_CERT is not"),
+        (["TLS_CLIENT_CA"], "AVATAR_TLS_CLIENT_CA is set and AVATAR_TLS_CERT is not"),
+        (["WORKER_CERT", "WORKER_CA"], "AVATAR_WORKER_CERT is set and AVATAR_WORKER_KEY is not"),
+        (["WORKER_KEY", "WORKER_CERT"], "AVATAR_WORKER_CERT is set and AVATAR_WORKER_CA is not"),
+    ],
+)
+def test_a_setting_without_its_other_half_is_refused(names: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load(GatewaySettings, {f"AVATAR_{name}": "file.pem" for name in names})
+
+
+def test_a_variable_that_is_empty_names_no_file() -> None:
+    assert load(GatewaySettings, {"AVATAR_TLS_CERT": "", "AVATAR_TENANTS": ""}) == GatewaySettings()
+
+
+def test_a_service_does_not_start_with_a_certificate_of_no_use(worker: Pair) -> None:
+    variables = {"AVATAR_TLS_CERT": str(worker.cert), "AVATAR_TLS_KEY": str(worker.cert)}
+    program = [sys.executable, "-m", "services.gateway"]
+    done = subprocess.run(program, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: AVATAR_TLS_KEY is ")

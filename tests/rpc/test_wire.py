@@ -1,0 +1,34 @@
+from avatar.rpc.wire import RelayedBlock, field, written
+from avatar.worker.v1 import denoiser_pb2
+from avatar.worker.v1.types_pb2 import Block, Tensor
+
+
+def tensor(num_bytes: int, value: int) -> Tensor:
+    return Tensor(dtype="uint8", shape=[num_bytes], data=bytes([value]) * num_bytes)
+
+
+def test_a_request_that_is_put_together_is_the_message() -> None:
+    for num_bytes in (0, 1, 127, 128, 70_000):
+        given = Block(index=300, features=tensor(num_bytes, 1), conditions=2, traceparent="00-1", slack_s=-0.5)
+        whole = denoiser_pb2.DenoiseRequest(block=given)
+        relayed = RelayedBlock.of(Block.FromString(given.SerializeToString()))
+        assert denoiser_pb2.DenoiseRequest.FromString(written(field(2, relayed))) == whole
+        with_latent = relayed.with_latent(tensor(num_bytes, 2))
+        whole.block.latent.CopyFrom(tensor(num_bytes, 2))
+        assert denoiser_pb2.DenoiseRequest.FromString(written(field(2, with_latent))) == whole
+
+
+def test_what_was_sent_is_not_touched_by_what_follows_it() -> None:
+    first = RelayedBlock.of(Block(index=1, features=tensor(9, 1)))
+    second = first.with_latent(tensor(9, 2))
+    second.head.slack_s = 1.0
+    third = second.with_latent(tensor(9, 3))
+    assert Block.FromString(b"".join(first.parts())) == Block(index=1, features=tensor(9, 1))
+    assert Block.FromString(b"".join(second.parts())).latent == tensor(9, 2)
+    assert Block.FromString(b"".join(third.parts())).latent == tensor(9, 3)
+
+
+def test_a_message_is_written_as_it_is() -> None:
+    request = denoiser_pb2.DenoiseRequest(open=denoiser_pb2.OpenDenoise(session_id="a"))
+    assert denoiser_pb2.DenoiseRequest.FromString(written(request)) == request
+    assert denoiser_pb2.DenoiseRequest.FromString(written(field(1, request.open))) == request

@@ -1,0 +1,252 @@
+"""What the gateway lets into the pipeline, and when; the stages are stand-ins that a test holds and lets go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+from avatar.aio import background
+from avatar.rpc.wire import RelayedBlock
+from avatar.settings import GatewaySettings
+from avatar.v1 import avatar_service_pb2 as api
+from avatar.worker.v1 import types_pb2
+from services.gateway.options import Choices
+from services.gateway.stages import Streams
+from services.gateway.stream.live_stream import Conversation
+from tests.product import CLOSE, END_TURN, spoken
+
+BLOCK_BYTES = 2 * 7680
+OFFLINE = Choices(encoding="pcm16", rate_hz=16000, num_channels=1, video="rgb24")
+LIVE = replace(OFFLINE, is_live=True, returns_audio=True)
+SESSION = types_pb2.Session(frame_rate_hz=25, block_frames=12)
+
+
+def sent(item: Any) -> Any:
+    """An item as a worker reads it."""
+    if isinstance(item, RelayedBlock):
+        return types_pb2.Block.FromString(b"".join(item.parts()))
+    return type(item).FromString(item.SerializeToString())
+
+
+class Held:
+    """A stage that takes all items that come, and answers each with an item once it is let."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.seen: list[Any] = []
+        self.closed = types_pb2.Closed()
+        self.on_rebuilt: Any = None
+        self.gate = asyncio.Semaphore(0)
+
+    def let(self, count: int = 1000) -> None:
+        for _ in range(count):
+            self.gate.release()
+
+    async def __call__(self, items: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        taken: asyncio.Queue[Any] = asyncio.Queue()
+
+        async def take() -> None:
+            try:
+                async with aclosing(items):
+                    async for item in items:
+                        self.seen.append(sent(item))
+                        taken.put_nowait(item)
+            finally:
+                taken.put_nowait(None)
+
+        async with background(take()) as taking:
+            while item := await taken.get():
+                await self.gate.acquire()
+                yield self.answer(item)
+            taking.result()
+
+    def answer(self, item: Any) -> Any:
+        return types_pb2.Block(index=item.index, latent=types_pb2.Tensor(dtype="float32"))
+
+
+class Decoder(Held):
+    """A stage that answers a block with one frame."""
+
+    def answer(self, item: Any) -> Any:
+        return types_pb2.Frame(block=item.index, is_last=True)
+
+
+class Ear(Held):
+    """A stage that answers every 0.48 s of sound with a block, and what is wanted at once; it needs no letting."""
+
+    async def __call__(self, items: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        num_bytes = num_blocks = 0
+        self.let()
+        async with aclosing(super().__call__(items)) as pieces:
+            async for piece in pieces:
+                num_bytes += len(piece.data)
+                if piece.HasField("completes"):
+                    assert num_bytes == (piece.completes + 1) * BLOCK_BYTES
+                while num_bytes >= (num_blocks + 1) * BLOCK_BYTES:
+                    yield types_pb2.Block(index=num_blocks, features=types_pb2.Tensor(dtype="float32"))
+                    num_blocks += 1
+
+    def answer(self, item: Any) -> Any:
+        return item
+
+
+class Pipeline:
+    """A conversation over stand-ins: an ear, two denoisers, a decoder."""
+
+    def __init__(self, sink_update_block: int | None = None, choices: Choices = OFFLINE, **settings: Any) -> None:
+        self.ear, self.denoisers, self.decoder = Ear("audio"), [Held("denoiser-0"), Held("denoiser-1")], Decoder("vae")
+        self.sent: list[api.StreamAvatarResponse] = []
+        self.requests: asyncio.Queue[api.StreamAvatarRequest] = asyncio.Queue()
+        stages = cast(Any, self.ear), cast(Any, self.denoisers), cast(Any, self.decoder)
+        streams = Streams(*stages, left_s=[0.0] * 4, sink_update_block=sink_update_block)
+        position = types_pb2.Position(next_frame=3)
+        given = GatewaySettings(audio_ahead_s=2.0, **settings)
+        self.conversation = Conversation(streams, choices, SESSION, position, types_pb2.Conditions(), given)
+
+    @property
+    def admitted(self) -> list[types_pb2.Block]:
+        return self.denoisers[0].seen
+
+    @property
+    def frames(self) -> list[int]:
+        return [response.frame.index for response in self.sent if response.HasField("frame")]
+
+    def let(self) -> None:
+        """Let all stages answer whatever comes."""
+        for stage in (*self.denoisers, self.decoder):
+            stage.let()
+
+    def say(self, num_blocks: float) -> None:
+        for request in spoken(bytes(int(num_blocks * BLOCK_BYTES) // 2 * 2)):
+            self.requests.put_nowait(request)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[asyncio.Task[None], None]:
+        """The pipeline's task, with a client that is connected."""
+        task = asyncio.ensure_future(self.conversation.run())
+        async with background(self._hear()), background(self.conversation.outbox.drain(self._write, 10.0)):
+            self.conversation.attach()
+            await settled()
+            yield task
+        task.cancel()
+        await asyncio.wait({task})
+
+    async def _hear(self) -> None:
+        while not await self.conversation.hear(await self.requests.get()):
+            pass
+
+    async def _write(self, response: api.StreamAvatarResponse) -> None:
+        self.sent.append(response)
+
+
+async def settled() -> None:
+    """Let every task run until it waits for something else."""
+    for _ in range(300):
+        await asyncio.sleep(0)
+
+
+async def test_blocks_in_flight_are_bounded() -> None:
+    pipeline = Pipeline()
+    for denoiser in pipeline.denoisers:
+        denoiser.let()
+    pipeline.say(8)
+    async with pipeline.running():
+        inside = len(pipeline.denoisers) + 4
+        assert len(pipeline.admitted) == inside
+        pipeline.decoder.let(1)
+        await settled()
+        assert len(pipeline.admitted) == inside + 1
+
+
+async def test_sound_is_read_no_further_than_the_bound_ahead_of_blocks_that_were_started() -> None:
+    pipeline = Pipeline()
+    pipeline.say(20)
+    async with pipeline.running():
+        started_s = 0.48 * (len(pipeline.admitted) - 1)
+        heard_s = sum(len(piece.data) for piece in pipeline.ear.seen) / 32000
+        # Two stages hold one block each before the first is let through; what is admitted counts as started.
+        assert heard_s <= started_s + 2.0 + 0.48 * 4
+        assert pipeline.requests.qsize() > 0
+
+
+async def test_the_block_of_the_sink_update_waits_for_block_0_to_be_finished() -> None:
+    pipeline = Pipeline(sink_update_block=2)
+    pipeline.denoisers[0].let()
+    pipeline.decoder.let()
+    pipeline.say(4)
+    async with pipeline.running():
+        assert [block.index for block in pipeline.admitted] == [0, 1]
+        pipeline.denoisers[1].let(1)
+        await settled()
+        assert [block.index for block in pipeline.admitted] == [0, 1, 2, 3]
+        assert [block.conditions for block in pipeline.admitted] == [0, 0, 1, 1]
+
+
+async def test_without_a_sink_update_no_block_waits() -> None:
+    pipeline = Pipeline()
+    pipeline.denoisers[0].let()
+    pipeline.say(3)
+    async with pipeline.running():
+        assert [(block.index, block.conditions) for block in pipeline.admitted] == [(0, 0), (1, 0), (2, 0)]
+
+
+async def test_every_level_is_given_the_features_again() -> None:
+    pipeline = Pipeline()
+    pipeline.let()
+    pipeline.say(1)
+    async with pipeline.running():
+        assert [denoiser.seen[0].HasField("features") for denoiser in pipeline.denoisers] == [True, True]
+        assert not pipeline.decoder.seen[0].HasField("features")
+
+
+async def test_an_interrupt_drops_what_is_not_admitted_and_starts_the_next_sound_in_a_block_of_its_own() -> None:
+    pipeline = Pipeline()
+    pipeline.say(1.5)
+    async with pipeline.running():
+        pipeline.conversation.interrupt()
+        pipeline.say(1)
+        pipeline.let()
+        await settled()
+        # Block 0 was admitted and runs through unseen; half of block 1 was said before, filled up and dropped.
+        assert [block.index for block in pipeline.admitted] == [0, 1]
+        assert sum(len(piece.data) for piece in pipeline.ear.seen) == 3 * BLOCK_BYTES
+        assert pipeline.frames == [3]
+
+
+async def test_nothing_is_admitted_while_nobody_is_connected() -> None:
+    pipeline = Pipeline()
+    pipeline.let()
+    async with pipeline.running():
+        pipeline.conversation.attached.clear()
+        pipeline.say(2)
+        await settled()
+        assert not pipeline.admitted
+        pipeline.conversation.attach()
+        await settled()
+        assert [block.index for block in pipeline.admitted] == [0, 1]
+
+
+async def test_the_end_of_a_turn_draws_its_last_block_at_once_and_the_next_turn_begins_with_a_block() -> None:
+    pipeline = Pipeline()
+    pipeline.let()
+    pipeline.say(0.5)
+    pipeline.requests.put_nowait(END_TURN)
+    async with pipeline.running():
+        assert [block.index for block in pipeline.admitted] == [0]
+        pipeline.say(1)
+        await settled()
+        assert [block.index for block in pipeline.admitted] == [0, 1]
+
+
+async def test_close_runs_to_the_end() -> None:
+    pipeline = Pipeline()
+    pipeline.let()
+    pipeline.say(3)
+    pipeline.requests.put_nowait(CLOSE)
+    async with pipeline.running() as task:
+        await task
+    assert pipeline.frames == [3, 4, 5]
+    assert pipeline.conversation.position.next_block == 3

@@ -1,0 +1,98 @@
+"""Tests of training.eval.metrics."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from training.eval.metrics import (
+    Figure,
+    above_chance,
+    best_lag,
+    corners,
+    correlation,
+    distance,
+    edge_energy,
+    flicker,
+    ratio_figure,
+    sharpness,
+    stillness_db,
+)
+
+
+def curve(num_frames: int = 60, seed: int = 0) -> NDArray[np.float64]:
+    """A mouth's: smooth noise."""
+    return np.convolve(np.random.default_rng(seed).normal(size=num_frames + 4), np.ones(5) / 5, "valid")
+
+
+def test_truth_agrees_with_itself() -> None:
+    assert correlation(curve(), curve()) == pytest.approx(1)
+    assert abs(correlation(curve(400), curve(400, seed=1))) < 0.3
+
+
+def test_a_still_curve_agrees_with_nothing() -> None:
+    assert correlation(np.ones(60), curve()) == 0
+
+
+@pytest.mark.parametrize("lag", [-3, 0, 2])
+def test_a_late_mouth_has_a_positive_lag(lag: int) -> None:
+    truths = [curve(seed=seed) for seed in range(3)]
+    assert best_lag([(np.roll(truth, lag), truth) for truth in truths]) == lag
+
+
+def test_a_mouth_that_never_agrees_has_no_lag() -> None:
+    assert best_lag([(np.ones(60), curve())]) is None
+
+
+def test_a_ratio_needs_a_truth() -> None:
+    assert ratio_figure([(1, 2), (2, 4)]).value == 0.5
+    assert ratio_figure([(1, 0)]) == Figure(None, "the truth is still")
+
+
+def test_edges_are_counted_in_grey_levels() -> None:
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+    frames[:, :, ::2] = 10
+    assert edge_energy(frames) == 10
+    assert edge_energy(np.full((2, 8, 8, 3), 200, np.uint8)) == 0
+
+
+def test_stillness_is_of_the_places_that_are_asked_for() -> None:
+    frames = np.zeros((9, 8, 8, 3), np.uint8)
+    frames[::2, :4] = 255
+    left = np.zeros((8, 8), bool)
+    left[4:] = True
+    assert stillness_db(frames, left) == 99
+    assert stillness_db(frames, ~left) == pytest.approx(0, abs=0.1)
+
+
+def test_the_background_is_looked_for_in_the_upper_corners() -> None:
+    places = corners(64, 80)
+    assert places[:16, :10].all()
+    assert places[:16, -10:].all()
+    assert places.sum() == 2 * 16 * 10
+
+
+def test_blur_lowers_sharpness_and_flicker_is_not_motion() -> None:
+    sharp = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+    blurred = ((sharp.astype(int) + np.roll(sharp, 1, 1) + np.roll(sharp, 1, 2)) // 3).astype(np.uint8)
+    assert sharpness(blurred) < 0.7 * sharpness(sharp)
+    ramp = np.tile(np.arange(0, 90, 10, dtype=np.uint8)[:, None, None, None], (1, 4, 4, 3))
+    assert flicker(ramp) == 0
+    ramp[::2] += 5
+    assert flicker(ramp) == 10
+
+
+def test_distance_to_the_reference_is_in_grey_levels_and_blind_to_detail() -> None:
+    reference = np.full((64, 64, 3), 100, np.uint8)
+    assert distance(np.stack([reference + 7] * 4), reference) == pytest.approx(7)
+    detailed = reference.copy()
+    detailed[::2, ::2], detailed[1::2, 1::2] = 110, 90
+    assert distance(detailed[None], reference) == pytest.approx(0)
+
+
+def test_chance_is_what_a_shifted_sound_gives() -> None:
+    pair = curve(300), curve(300)
+    assert above_chance([pair]) == pytest.approx(1 / np.sqrt(chance_squared(pair[0])), rel=1e-6)
+
+
+def chance_squared(one: NDArray[np.float64]) -> float:
+    return float(np.mean([correlation(one, np.roll(one, shift)) ** 2 for shift in range(25, 276)]))

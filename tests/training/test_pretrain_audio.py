@@ -1,0 +1,73 @@
+"""An audio encoder learns to hear the mouth before the network learns to draw it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from avatar.denoiser import model
+from avatar.denoiser.config import NetworkConfig
+from avatar.denoiser.model import Network
+from tests.training.small import small
+from training.data import Clip, StoredClip, read_clips, write_shard
+from training.pretrain_audio import centre, listen
+
+
+def talking_clip(number: int, config: NetworkConfig) -> Clip:
+    """Features that are much the same all the time, but for one direction that is the jaw."""
+    rng = np.random.default_rng(number)
+    direction = np.random.default_rng(0).normal(size=(config.num_encoder_layers, config.audio_dim, 1))
+    jaw = rng.uniform(0, 1, 12).repeat(4)
+    features = 3 + 0.5 * direction * jaw + 0.02 * rng.normal(size=(*direction.shape[:2], 48))
+    arrays: dict[str, Any] = {"features": features.astype(np.float16), "jaw": jaw.astype(np.float32)}
+    return Clip(f"{number:08d}", arrays, {"person": number, "lead_frames": 0})
+
+
+@pytest.fixture
+def config() -> NetworkConfig:
+    return small()
+
+
+@pytest.fixture
+def talking(config: NetworkConfig, tmp_path: Path) -> list[StoredClip]:
+    write_shard(tmp_path / "train" / "000000.tar", [talking_clip(number, config) for number in range(8)])
+    return read_clips(tmp_path, "train")
+
+
+@pytest.fixture
+def network(config: NetworkConfig) -> Network:
+    network = Network(config)
+    model.initialise(network, 0)
+    return network
+
+
+def test_the_encoder_comes_to_tell_the_jaw_and_its_tokens_keep_moving(
+    network: Network, talking: list[StoredClip]
+) -> None:
+    others = {name: each.clone() for name, each in network.named_parameters() if "audio_encoder" not in name}
+    losses = listen(network, talking, 60, seed=0)
+    assert sum(losses[-5:]) / 5 < 0.4
+    features = torch.from_numpy(np.array(talking[0].array("features"))).float()[None, None]
+    local = network.encode_audio(features).local[..., :-1, :]
+    assert local.std(2).mean() > 0.2 * local.std()
+    assert all(torch.equal(each, others[name]) for name, each in network.named_parameters() if name in others)
+
+
+def test_a_centred_convolution_answers_to_what_varies(network: Network, talking: list[StoredClip]) -> None:
+    features = torch.from_numpy(np.array(talking[0].array("features"))).float().mean(0)[None]
+    convolution = network.casual_audio_encoder.encoder.conv1_local
+    before = convolution(features)
+    centre(network, talking)
+    after = convolution(features)
+    assert after.mean(-1).abs().mean() < 0.2 * before.mean(-1).abs().mean()
+    torch.testing.assert_close(after.diff(dim=-1), before.diff(dim=-1), atol=1e-5, rtol=1e-4)
+
+
+def test_clips_without_a_known_jaw_are_refused(network: Network, tmp_path: Path, config: NetworkConfig) -> None:
+    clip = talking_clip(0, config)
+    silent = Clip(clip.name, {"features": clip.arrays["features"]}, clip.info)
+    write_shard(tmp_path / "films" / "train" / "000000.tar", [silent])
+    with pytest.raises(ValueError, match="no clip whose jaw is known"):
+        listen(network, read_clips(tmp_path / "films", "train"), 1, seed=0)

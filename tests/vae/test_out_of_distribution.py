@@ -1,0 +1,75 @@
+"""What a picture of another kind is told by, with hand-made traits and with the checkpoint that ships."""
+
+from dataclasses import asdict, replace
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from avatar.checkpoints.layouts import open_part
+from avatar.checkpoints.part import Part
+from avatar.vae.out_of_distribution import Familiar
+from avatar.vae.picture import PictureRule
+from avatar.vae.vae import Vae, VaeConfig, config_of, load
+from services.local.launch import ROOT
+from tests.conftest import ASSETS
+from tests.vae.conftest import LIGHT, SIZE, light_codec
+from training.out_of_distribution import measured, traits
+
+KIND = Familiar((1.0, 2.0), (1.0, 0.0, 0.5), 1.5, "unlike")
+RGB = torch.zeros(SIZE[1], SIZE[0], 3, dtype=torch.uint8)
+
+
+def test_distance_knows_how_traits_go_together() -> None:
+    assert KIND.distance(torch.tensor([1.0, 2.0])) == 0
+    assert KIND.distance(torch.tensor([3.0, 2.0])) == pytest.approx(2 / 2**0.5)
+    along = torch.randn(400, 1, generator=torch.Generator().manual_seed(0))
+    pairs = torch.cat([along, along], 1) + 0.01 * torch.randn(400, 2, generator=torch.Generator().manual_seed(1))
+    kind = measured([*pairs])
+    assert kind.distance(torch.tensor([1.0, -1.0])) > 10 > kind.limit > kind.distance(torch.tensor([1.0, 1.0]))
+
+
+def test_a_triangle_has_as_many_numbers_as_traits_need() -> None:
+    with pytest.raises(ValueError, match="triangle of 2 rows has 3 numbers, got 2"):
+        replace(KIND, root=(1.0, 2.0))
+
+
+def test_a_notice_is_for_pictures_beyond_the_limit() -> None:
+    codec = light_codec()
+    plain = Vae(codec, VaeConfig("light", PictureRule("cover", width=SIZE[0], height=SIZE[1]), 25, asdict(LIGHT)))
+    motion = plain.encode_picture(RGB)
+    assert plain.notice(RGB, motion) == ""
+    own = traits(plain, RGB)
+    kind = Familiar((*own.tolist(),), (0.0,) * (len(own) * (len(own) + 1) // 2), 0.0, "unlike")
+    assert Vae(codec, replace(plain.config, familiar=kind)).notice(RGB, motion) == ""
+    away = replace(kind, root=(1.0, *kind.root[1:]), mean=(kind.mean[0] + 1, *kind.mean[1:]))
+    assert Vae(codec, replace(plain.config, familiar=away)).notice(RGB, motion) == "unlike"
+
+
+def test_the_config_remembers_the_kind() -> None:
+    part = open_part(ROOT / "models/tiny", "vae")
+    config = config_of({**part.config, "familiar": asdict(KIND)})
+    assert config.familiar == KIND
+    assert load(Part(part.folder, asdict(config), part.files)).config.familiar == KIND
+
+
+def test_the_portraits_that_ship_are_familiar_and_other_pictures_are_not() -> None:
+    """Fails when the codec has changed and `python -m training.out_of_distribution` has not been called again."""
+    vae = load(open_part(ROOT / "models/tiny", "vae"))
+
+    def notice(data: bytes) -> str:
+        rgb = vae.read_picture(data)
+        return vae.notice(rgb, vae.encode_picture(rgb))
+
+    for path in (ASSETS / "portrait.png", *(ASSETS / "portraits").glob("*.png")):
+        assert notice(path.read_bytes()) == "", path
+    assert "drawn people" in notice(png(np.random.default_rng(0).integers(0, 256, (128, 128, 3))))
+    assert "drawn people" in notice(png(np.full((128, 128, 3), 90)))
+
+
+def png(rgb: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]") -> bytes:
+    file = BytesIO()
+    Image.fromarray(rgb.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()

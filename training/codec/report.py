@@ -1,0 +1,83 @@
+"""How good a codec is, on people that it has not seen: the figures, and a sheet to look at.
+
+Axes: b batch, c channels, f frames, h w height and width.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avatar.vae.light import LightCodec
+from training.codec.crops import to_pixels
+from training.data import StoredClip
+from training.eval.contact_sheets import save_sheet
+from training.strategy import SINGLE
+
+# Height and width of the box that follows the lips, pixels.
+MOUTH_BOX = (28, 36)
+NUM_FRAMES = 33
+NOISE = 0.1
+
+
+def psnr(squared_error: Tensor) -> float:
+    """Of errors of frames in [-1, 1]: decibels against the range of 2."""
+    return -10 * math.log10(float(squared_error.mean()) / 4)
+
+
+def mouth_boxes(values: Tensor, lips: NDArray[np.float32]) -> Tensor:
+    """The box round the lips in every frame: (c, f, h, w) and (f, 2) -> (f, c, 28, 36)."""
+    height, width = MOUTH_BOX
+    boxes = []
+    for frame, (row, column) in zip(values.unbind(1), lips.tolist(), strict=True):
+        top = min(max(round(row - height / 2), 0), frame.shape[1] - height)
+        left = min(max(round(column - width / 2), 0), frame.shape[2] - width)
+        boxes.append(frame[:, top : top + height, left : left + width])
+    return torch.stack(boxes)
+
+
+@torch.no_grad()
+def report(codec: LightCodec, clips: Sequence[StoredClip], sheet: Path | None = None) -> dict[str, float]:
+    """PSNR of reconstructions in dB, of whole frames and of the box, also with noise on the latents; second differences
+    in time by the truth's; what latents are.
+
+    sheet: where to write truth, reconstruction and four times the difference of one frame a clip.
+    """
+    whole, mouth, noisy, latents = [], [], [], []
+    seconds = torch.zeros(2)
+    columns: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
+    for clip in clips:
+        frames = to_pixels(clip.array("frames")[:NUM_FRAMES])
+        with SINGLE.autocast():
+            latent = codec.encode(frames[None]).float()
+            noise = torch.randn(latent.shape, generator=generator) * NOISE * latent.std()
+            result, degraded = (
+                codec.decode(value, codec.fresh())[0].float().clamp(-1, 1) for value in (latent, latent + noise)
+            )
+        error = (result - frames) ** 2
+        whole.append(error.mean())
+        if clip.has("lips"):
+            mouth.append(mouth_boxes(error, clip.array("lips")[:NUM_FRAMES]).mean())
+        noisy.append(((degraded - frames) ** 2).mean())
+        seconds += torch.stack([each.diff(n=2, dim=1).abs().mean() for each in (result, frames)])
+        latents.append(latent[0, :, 1:].flatten(1))
+        if len(columns) < 10:
+            shown = NUM_FRAMES // 2
+            columns.append(torch.stack([frames[:, shown], result[:, shown], 4 * (result - frames)[:, shown]]))
+    if sheet is not None:
+        save_sheet(sheet, torch.stack(columns, 1).unbind(0))
+    deviations = torch.cat(latents, 1).std(1)
+    return {
+        "psnr": psnr(torch.stack(whole)),
+        **({"psnr_mouth": psnr(torch.stack(mouth))} if mouth else {}),
+        "psnr_noisy": psnr(torch.stack(noisy)),
+        "flicker": float(seconds[0] / seconds[1].clamp_min(1e-9)),
+        "latent_std": float(torch.cat(latents, 1).std()),
+        "latent_std_least": float(deviations.min()),
+        "latent_std_most": float(deviations.max()),
+    }
