@@ -13,13 +13,11 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from opentelemetry import metrics, trace
 from opentelemetry.trace import Link, SpanContext
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-from avatar.runtime.admission import Usage
 
 _tracer = trace.get_tracer("avatar")
 _meter = metrics.get_meter("avatar")
@@ -138,10 +136,25 @@ def session_span(session_id: str) -> str:
     return _traceparent(span)
 
 
+class StepUsage(Protocol):
+    """Cost of a stream's last step, as avatar.runtime.admission measures it; see there for units."""
+
+    @property
+    def cost_s(self) -> float: ...
+    @property
+    def waited_s(self) -> float | None: ...
+    @property
+    def start_ns(self) -> int: ...
+    @property
+    def end_ns(self) -> int: ...
+    @property
+    def shared_by(self) -> int: ...
+
+
 def block_span(
     stage: str,
     index: int,
-    usage: Usage,
+    usage: StepUsage,
     *,
     level: int | None = None,
     parent: str = "",

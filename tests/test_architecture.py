@@ -40,7 +40,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.aio": (),
     "avatar.errors": (),
     "avatar.settings": (),
-    "avatar.telemetry": ("avatar.runtime.admission",),
+    "avatar.telemetry": (),
     "avatar.store": ("avatar.errors", "avatar.worker"),  # a store's errors are what a client can act on
     # Tensor code. The four never see each other.
     "avatar.types": (),
@@ -50,7 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.text": _FILES,
     "avatar.vae": (*_FILES, "avatar.types"),
     # Streams.
-    "avatar.runtime.admission": (),
+    "avatar.runtime.admission": ("avatar.errors", "avatar.telemetry"),
     "avatar.runtime": ("avatar.aio", "avatar.runtime.admission", "avatar.types"),
     "avatar.rpc.codec": ("avatar.types", "avatar.worker"),
     "avatar.rpc.health": (),
@@ -58,7 +58,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.rpc.tls": ("avatar.settings",),
     "avatar.rpc.wire": ("avatar.worker",),
     "avatar.rpc": (
-        *("avatar.aio", "avatar.errors", "avatar.rpc.status", "avatar.rpc.wire", "avatar.runtime", "avatar.telemetry"),
+        *("avatar.aio", "avatar.errors", "avatar.rpc.status", "avatar.rpc.wire", "avatar.telemetry"),
         "avatar.worker",
     ),
     "avatar.failover": ("avatar.aio", "avatar.errors", "avatar.rpc", "avatar.telemetry", "avatar.worker"),

@@ -1,4 +1,4 @@
-"""What every service's server has in common: options, errors, admission, the order of a stream, and its life.
+"""What every service's server has in common: options, errors, the order of a stream, and its life.
 
 A worker's stream is `open`, items, `close`; see `parts`. Exceptions become statuses in one place, `Statuses`.
 """
@@ -9,7 +9,7 @@ import signal
 import time
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import grpc
@@ -22,8 +22,7 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from avatar import telemetry
-from avatar.errors import DOMAIN, AvatarError, ConnectionLost, InvalidField, NoCapacity, ProtocolOrder
-from avatar.runtime.admission import Load, Pace
+from avatar.errors import DOMAIN, AvatarError, ConnectionLost, InvalidField, ProtocolOrder
 
 logger = logging.getLogger(__name__)
 
@@ -204,52 +203,6 @@ def _cause(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = next((each for each in error.exceptions if isinstance(each, AvatarError)), error.exceptions[0])
     return error
-
-
-class Capacity:
-    """Streams that a worker takes at a time. The one too many is refused, never queued: a live session cannot wait.
-
-    A live stream is refused, too, where it and the others would need more of the device's time than there is.
-    """
-
-    def __init__(self, limit: int, service: str, load: Load, pace: Pace, num_levels: int = 1) -> None:
-        """limit: streams of any kind. load: of the service's device. num_levels: streams of one session here."""
-        self.active = 0
-        self._limit = limit
-        self._load, self._pace, self._num_levels = load, pace, num_levels
-        self._labels = {"service": service}
-        self._told = 0
-        load.serve(pace, num_levels)
-        self.tell()
-
-    @property
-    def total(self) -> int:
-        """Streams at a time: the limit, or what the device could keep up with if all that come now were live."""
-        return min(self._limit, self.active + self._load.room * self._num_levels)
-
-    @contextmanager
-    def taken(self, session_id: str, *, is_live: bool) -> Iterator[None]:
-        """Hold one place. NoCapacity if there is none."""
-        if self.active >= self._limit:
-            raise NoCapacity(f"all {self._limit} streams of this worker are taken", retry_s=1.0)
-        if is_live and not self._load.has_room(session_id, self._pace):
-            raise NoCapacity("this worker's device has no time for another live stream", retry_s=1.0)
-        self.active += 1
-        telemetry.SESSIONS_ACTIVE.add(1, self._labels)
-        try:
-            with self._load.live(session_id, self._pace) if is_live else nullcontext():
-                self.tell()
-                yield
-        finally:
-            self.active -= 1
-            telemetry.SESSIONS_ACTIVE.add(-1, self._labels)
-            self.tell()
-
-    def tell(self) -> None:
-        """Report the total where it has changed."""
-        total = self.total
-        telemetry.SESSIONS_CAPACITY.add(total - self._told, self._labels)
-        self._told = total
 
 
 async def opening(requests: AsyncIterator[Request]) -> Any:

@@ -4,9 +4,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from avatar import telemetry
+from avatar.errors import NoCapacity
 
 Out = TypeVar("Out")
 
@@ -140,3 +143,50 @@ class Load:
     def _needed_s(self) -> float:
         """Seconds of every block."""
         return sum(pace.cost_s for _, pace in self._live.values())
+
+
+class AdmissionControl:
+    """Admission of streams at one service of a worker.
+
+    A stream over the limit is refused, never queued: a live session cannot wait. A live stream is also refused when it
+    and the other live streams would need more of the device's time than there is.
+    """
+
+    def __init__(self, limit: int, service: str, load: Load, pace: Pace, num_levels: int = 1) -> None:
+        """limit: streams of any kind. load: of the service's device. num_levels: streams of one session here."""
+        self.active = 0
+        self._limit = limit
+        self._load, self._pace, self._num_levels = load, pace, num_levels
+        self._labels = {"service": service}
+        self._reported = 0
+        load.serve(pace, num_levels)
+        self.report_capacity()
+
+    @property
+    def capacity(self) -> int:
+        """Streams at a time: the limit, or fewer if the device could not keep up with that many live ones."""
+        return min(self._limit, self.active + self._load.room * self._num_levels)
+
+    @contextmanager
+    def admit(self, session_id: str, *, is_live: bool) -> Iterator[None]:
+        """Count a stream as active while the body runs. NoCapacity if it cannot be admitted."""
+        if self.active >= self._limit:
+            raise NoCapacity(f"all {self._limit} streams of this worker are taken", retry_s=1.0)
+        if is_live and not self._load.has_room(session_id, self._pace):
+            raise NoCapacity("this worker's device has no time for another live stream", retry_s=1.0)
+        self.active += 1
+        telemetry.SESSIONS_ACTIVE.add(1, self._labels)
+        try:
+            with self._load.live(session_id, self._pace) if is_live else nullcontext():
+                self.report_capacity()
+                yield
+        finally:
+            self.active -= 1
+            telemetry.SESSIONS_ACTIVE.add(-1, self._labels)
+            self.report_capacity()
+
+    def report_capacity(self) -> None:
+        """Record the capacity as a metric if it has changed since the last report."""
+        capacity = self.capacity
+        telemetry.SESSIONS_CAPACITY.add(capacity - self._reported, self._labels)
+        self._reported = capacity

@@ -8,8 +8,8 @@ from typing import Any
 
 import grpc.aio
 
-from avatar.rpc.server import Capacity, Context, opening, parts
-from avatar.runtime.admission import Pace, Usage
+from avatar.rpc.server import Context, opening, parts
+from avatar.runtime.admission import AdmissionControl, Pace, Usage
 from avatar.runtime.device_queue import Device
 from avatar.runtime.pipeline import flatten, local
 from avatar.worker.v1 import (
@@ -50,7 +50,7 @@ class Stage:
         usage.note(0, round(self.step.step_s * 1e9))
         for _ in range(WARM_STEPS):
             self.pace.note(usage)
-        self.capacity = Capacity(self.limit, self.name, self.device.load, self.pace)
+        self.admission = AdmissionControl(self.limit, self.name, self.device.load, self.pace)
 
     async def stream(
         self, model: Any, items: AsyncGenerator[Any, None], usage: Usage, *, is_live: bool
@@ -90,8 +90,8 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             encoder=DIGEST,
             digest=DIGEST,
             block_frames=content.BLOCK_FRAMES,
-            capacity=self._stage.capacity.total,
-            active=self._stage.capacity.active,
+            capacity=self._stage.admission.capacity,
+            active=self._stage.admission.active,
             step_s=self._stage.pace.step_s,
         )
 
@@ -101,7 +101,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         opened: audio_pb2.OpenEncode = await opening(requests)
         if (opened.encoding, opened.rate_hz, opened.num_channels) != ("pcm16", content.RATE_HZ, 1):
             raise ValueError(f"sound must be pcm16 at {content.RATE_HZ} Hz, one channel")
-        with self._stage.capacity.taken(opened.session_id, is_live=opened.is_live):
+        with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
             history_s = self._stage.history_blocks * content.BLOCK_S
             yield audio_pb2.EncodeResponse(opened=audio_pb2.EncodeOpened(history_s=history_s))
             usage, num_blocks = Usage(), 0
@@ -145,8 +145,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             levels=[self._level],
             num_levels=content.NUM_LEVELS,
             digest=DIGEST,
-            capacity=self._stage.capacity.total,
-            active=self._stage.capacity.active,
+            capacity=self._stage.admission.capacity,
+            active=self._stage.admission.active,
             step_s=self._stage.pace.step_s,
         )
 
@@ -156,7 +156,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         opened: denoiser_pb2.OpenDenoise = await opening(requests)
         if opened.level != self._level:
             raise ValueError(f"level {opened.level} is not served here, only {self._level}")
-        with self._stage.capacity.taken(opened.session_id, is_live=opened.is_live):
+        with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
             yield denoiser_pb2.DenoiseResponse(
                 opened=denoiser_pb2.DenoiseOpened(
                     history_blocks=self._stage.history_blocks, num_levels=content.NUM_LEVELS, digest=DIGEST
@@ -194,8 +194,8 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             fit="cover",
             frame_rate_hz=content.FRAME_RATE_HZ,
             block_frames=content.BLOCK_FRAMES,
-            capacity=self._stage.capacity.total,
-            active=self._stage.capacity.active,
+            capacity=self._stage.admission.capacity,
+            active=self._stage.admission.active,
             encodings=["fmp4"],
             step_s=self._stage.pace.step_s,
         )
@@ -221,7 +221,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self, requests: AsyncIterator[vae_pb2.DecodeRequest], context: Context
     ) -> AsyncGenerator[vae_pb2.DecodeResponse, None]:
         opened: vae_pb2.OpenDecode = await opening(requests)
-        with self._stage.capacity.taken(opened.session_id, is_live=opened.is_live):
+        with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
             yield vae_pb2.DecodeResponse(
                 opened=vae_pb2.DecodeOpened(history_blocks=self._stage.history_blocks, init_segment=b"init")
             )

@@ -12,8 +12,8 @@ from avatar.audio.model import AudioModel, Rebuilt
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
 from avatar.rpc.codec import block_to_pb, due_s, end_of_sound, piece_from_bytes, session_of_sound
-from avatar.rpc.server import Capacity, Context, blaming, opening, parts
-from avatar.runtime.admission import Pace, Usage
+from avatar.rpc.server import Context, blaming, opening, parts
+from avatar.runtime.admission import AdmissionControl, Pace, Usage
 from avatar.runtime.device_queue import Device
 from avatar.runtime.pipeline import flatten, local
 from avatar.types import AudioPiece
@@ -33,7 +33,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         self._digest = digest
         self._device = device
         self._pace = Pace()
-        self._capacity = Capacity(capacity, "audio", device.load, self._pace)
+        self._admission = AdmissionControl(capacity, "audio", device.load, self._pace)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         audio_pb2_grpc.add_AudioServiceServicer_to_server(self, server)
@@ -41,7 +41,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
     def warm(self) -> None:
         """Encode silence, to know how long a block takes."""
         self._pace.measure(self._audio.warm)
-        self._capacity.tell()
+        self._admission.report_capacity()
 
     async def GetInfo(self, request: pb.AudioServiceGetInfoRequest, context: Context) -> pb.AudioServiceGetInfoResponse:
         return pb.AudioServiceGetInfoResponse(
@@ -49,8 +49,8 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             digest=self._digest,
             block_frames=BLOCK_PIXEL_FRAMES,
             lookahead_s=self._audio.lookahead_s,
-            capacity=self._capacity.total,
-            active=self._capacity.active,
+            capacity=self._admission.capacity,
+            active=self._admission.active,
             max_right_frames=self._audio.max_right_frames,
             step_s=self._pace.step_s,
         )
@@ -61,7 +61,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         opened: pb.OpenEncode = await opening(requests)
         with blaming("open.audio", InvalidAudio):
             check_piece(piece_from_bytes(b"", opened.encoding, opened.rate_hz, opened.num_channels))
-        taken = self._capacity.taken(opened.session_id, is_live=opened.is_live)
+        taken = self._admission.admit(opened.session_id, is_live=opened.is_live)
         with taken, blaming("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = Usage(), 0

@@ -14,8 +14,8 @@ from avatar.denoiser.denoiser import Denoiser
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, Link, Seat
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
-from avatar.rpc.server import Capacity, Context, blaming, opening, parts
-from avatar.runtime.admission import Pace, Usage
+from avatar.rpc.server import Context, blaming, opening, parts
+from avatar.runtime.admission import AdmissionControl, Pace, Usage
 from avatar.runtime.device_queue import Device
 from avatar.runtime.pipeline import local
 from avatar.store.sessions import SessionStore
@@ -54,7 +54,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         self._pace = Pace()
         self._sessions, self._batch = capacity, min(batch, capacity)
         num_levels = len(denoisers)
-        self._capacity = Capacity(capacity * num_levels, "denoiser", device.load, self._pace, num_levels)
+        self._admission = AdmissionControl(capacity * num_levels, "denoiser", device.load, self._pace, num_levels)
         self.chain: Chain | None = None
 
     @property
@@ -71,7 +71,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         """
         for denoiser in self._denoisers.values():
             self._pace.measure(partial(denoiser.warm, height, width))
-        self._capacity.tell()
+        self._admission.report_capacity()
         if self._batch == 1 or self._device.load.room >= self._sessions:
             return
         first, *_ = self._denoisers.values()
@@ -91,8 +91,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             num_levels=self._config.num_levels,
             digest=self._digest,
             sink_update_block=self._config.sink_update_block,
-            capacity=self._capacity.total,
-            active=self._capacity.active,
+            capacity=self._admission.capacity,
+            active=self._admission.active,
             text_width=self._config.text_dim,
             text_rows=self._config.text_len,
             step_s=self._pace.step_s,
@@ -106,7 +106,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         denoiser = self._denoisers.get(opened.level)
         if denoiser is None:
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
-        taken = self._capacity.taken(opened.session_id, is_live=opened.is_live)
+        taken = self._admission.admit(opened.session_id, is_live=opened.is_live)
         with taken, self._link(opened) as link, blaming("block"):
             session = session_from_pb(await self._store.session(opened.session_id))
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))

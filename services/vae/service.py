@@ -12,8 +12,8 @@ import grpc.aio
 from avatar import telemetry
 from avatar.errors import NoCapacity
 from avatar.rpc.codec import block_from_pb, session_from_pb, tensor_to_pb
-from avatar.rpc.server import Capacity, Context, blaming, opening, parts
-from avatar.runtime.admission import Pace, Usage
+from avatar.rpc.server import Context, blaming, opening, parts
+from avatar.runtime.admission import AdmissionControl, Pace, Usage
 from avatar.runtime.device_queue import Device
 from avatar.runtime.pipeline import local
 from avatar.store.sessions import SessionStore
@@ -41,7 +41,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self._store = store
         self._device = device
         self._pace = Pace()
-        self._capacity = Capacity(capacity, "vae", device.load, self._pace)
+        self._admission = AdmissionControl(capacity, "vae", device.load, self._pace)
         self._encoding = asyncio.Semaphore(MAX_ENCODING)
         # Frames are encoded beside the device, which decodes the next block meanwhile.
         self._encoder = ThreadPoolExecutor(1, "encode")
@@ -53,7 +53,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         """Decode nothing, to know how long a block takes; not where sizes are free."""
         if size := self._vae.config.picture.fixed_size:
             self._pace.measure(lambda: self._vae.warm(*size))
-            self._capacity.tell()
+            self._admission.report_capacity()
 
     async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:
         rule = self._vae.config.picture
@@ -66,8 +66,8 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             fit=rule.fit,
             frame_rate_hz=self._vae.config.frame_rate_hz,
             block_frames=BLOCK_FRAMES,
-            capacity=self._capacity.total,
-            active=self._capacity.active,
+            capacity=self._admission.capacity,
+            active=self._admission.active,
             encodings=list(encodings.ENCODINGS),
             step_s=self._pace.step_s,
         )
@@ -114,7 +114,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             encodings.check_encoding(encoding)
         with blaming("open.quality"):
             encodings.check_quality(quality)
-        with self._capacity.taken(opened.session_id, is_live=opened.is_live), blaming("block"):
+        with self._admission.admit(opened.session_id, is_live=opened.is_live), blaming("block"):
             session = await self._store.session(opened.session_id)
             loop = asyncio.get_running_loop()
             init = await loop.run_in_executor(

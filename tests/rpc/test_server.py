@@ -17,8 +17,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from avatar.errors import REASONS, AvatarError, InvalidAudio, NoCapacity, SessionNotFound, StageLost
 from avatar.rpc.client import channel
-from avatar.rpc.server import Capacity, Context, blaming, opening, reason_of, status_of
-from avatar.runtime.admission import Load, Pace, Usage
+from avatar.rpc.server import Context, blaming, opening, reason_of, status_of
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from avatar.worker.v1.types_pb2 import Block
@@ -231,54 +230,6 @@ async def test_open_comes_first_and_once_and_close_last(
     async with refused(REASONS[reason].code, reason) as refusal:
         await encode(stub, requests)
     assert words in refusal.message
-
-
-async def test_the_stream_one_too_many_is_refused_and_a_lost_one_makes_room(
-    worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub
-) -> None:
-    capacity, has_room = Capacity(2, "audio", Load(), Pace()), asyncio.Event()
-
-    async def limited(requests: Requests, context: Context) -> Responses:
-        try:
-            with capacity.taken("a", is_live=False):
-                async for response in numbered(requests, context):
-                    yield response
-        finally:
-            has_room.set()
-
-    worker.encode = limited
-    calls = [stub.Encode(), stub.Encode()]
-    for call in calls:
-        await call.write(OPEN)
-        await call.read()
-    assert capacity.active == 2
-    async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "NO_CAPACITY") as refusal:
-        await encode(stub, [])
-    assert refusal.message == "all 2 streams of this worker are taken"
-    assert refusal.retries
-    assert capacity.active == 2
-    calls[0].cancel()
-    await asyncio.wait_for(has_room.wait(), WAIT_S)
-    assert len(await encode(stub, [OPEN, CLOSE])) == 2
-    calls[1].cancel()
-
-
-def test_the_live_stream_that_there_is_no_time_for_is_refused_and_admitted_when_one_has_ended() -> None:
-    pace, usage = Pace(), Usage()
-    usage.note(0, 200_000_000)
-    pace.note(usage)
-    capacity = Capacity(8, "audio", Load(), pace)
-    assert capacity.total == 2, "0.45 s of every block hold two of 0.2 s"
-    with capacity.taken("a", is_live=True):
-        with capacity.taken("b", is_live=True):
-            with pytest.raises(NoCapacity, match="no time for another live stream") as refusal:
-                capacity.taken("c", is_live=True).__enter__()
-            assert refusal.value.retry_s
-            assert capacity.total == capacity.active == 2
-            with capacity.taken("offline", is_live=False):
-                assert capacity.active == 3, "it takes what is left"
-        with capacity.taken("c", is_live=True):
-            assert capacity.active == 2
 
 
 async def test_a_stream_that_is_not_opened_in_time_is_let_go(

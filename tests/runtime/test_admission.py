@@ -3,8 +3,11 @@
 import sys
 from contextlib import ExitStack
 
+import pytest
+
 from avatar.audio.alignment import BLOCK_SAMPLES, SAMPLE_RATE_HZ
-from avatar.runtime.admission import BLOCK_S, Load, Pace, Usage
+from avatar.errors import NoCapacity
+from avatar.runtime.admission import BLOCK_S, AdmissionControl, Load, Pace, Usage
 from avatar.vae.vae import BLOCK_FRAMES
 
 
@@ -74,3 +77,30 @@ def test_cold_starts_and_prefills_refuse_nobody() -> None:
 def test_a_stream_pays_its_share_of_a_pass() -> None:
     assert paced(0.2, shared_by=4).cost_s == 0.05
     assert paced(0.2, shared_by=4).step_s == 0.2
+
+
+def test_a_stream_over_the_limit_is_refused_until_another_ends() -> None:
+    admission = AdmissionControl(2, "audio", Load(), Pace())
+    with admission.admit("a", is_live=False):
+        with admission.admit("b", is_live=False):
+            with pytest.raises(NoCapacity, match="all 2 streams of this worker are taken") as refusal:
+                admission.admit("c", is_live=False).__enter__()
+            assert refusal.value.retry_s
+            assert admission.active == 2
+        with admission.admit("c", is_live=False):
+            assert admission.active == 2
+
+
+def test_a_live_stream_the_device_has_no_time_for_is_refused_until_another_ends() -> None:
+    admission = AdmissionControl(8, "audio", Load(), paced(0.2))
+    assert admission.capacity == 2, "0.45 s of every block hold two of 0.2 s"
+    with admission.admit("a", is_live=True):
+        with admission.admit("b", is_live=True):
+            with pytest.raises(NoCapacity, match="no time for another live stream") as refusal:
+                admission.admit("c", is_live=True).__enter__()
+            assert refusal.value.retry_s
+            assert admission.capacity == admission.active == 2
+            with admission.admit("offline", is_live=False):
+                assert admission.active == 3, "offline streams use the time that is left"
+        with admission.admit("c", is_live=True):
+            assert admission.active == 2
