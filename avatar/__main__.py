@@ -16,8 +16,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from avatar.checkpoints import inspect
-from avatar.checkpoints.lora import Adapter
-from avatar.media import read_sound, read_video, write_mp4
+from avatar.checkpoints.lora import LoraAdapter
+from avatar.media import read_audio, read_video, write_mp4
 from avatar.render import Models, Options, embed, in_clips, load, render
 from avatar.vae.picture import Size
 from avatar.vae.vae import HIDDEN_FRAMES
@@ -36,7 +36,7 @@ def main() -> None:
         sounds, rate_hz = read_sounds(flags.speech)
         picture = flags.portrait.read_bytes()
         flags.out.parent.mkdir(parents=True, exist_ok=True)
-        adapter = Adapter(flags.adapter) if flags.adapter else None
+        adapter = LoraAdapter(flags.adapter) if flags.adapter else None
         models = load(flags.checkpoint, adapter, dtype=DTYPES[flags.dtype], device=flags.device)
         chunks = render(models, list(map(torch.from_numpy, sounds)), rate_hz, picture, options(flags, models))
         frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="block"))
@@ -117,7 +117,7 @@ def options(flags: argparse.Namespace, models: Models) -> Options:
 
 def read_sounds(paths: list[Path]) -> tuple[list[NDArray[np.float32]], int]:
     """Each file's samples, (1 or 2, s) in [-1, 1], and their rate. ValueError if they do not have the same."""
-    sounds, rates = zip(*map(read_sound, paths), strict=True)
+    sounds, rates = zip(*map(read_audio, paths), strict=True)
     if len(set(rates)) > 1:
         raise ValueError(f"all speech must have the same rate, got {', '.join(f'{rate} Hz' for rate in rates)}")
     return list(sounds), rates[0]

@@ -24,7 +24,7 @@ FILM_RATE_HZ = 48000
 LAYOUTS = {1: "mono", 2: "stereo"}
 
 
-def read_sound(path: Path) -> tuple[NDArray[np.float32], int]:
+def read_audio(path: Path) -> tuple[NDArray[np.float32], int]:
     """Samples (a, s) float32 and their rate in Hz, of the first sound in any file that FFmpeg reads.
 
     Integers come scaled by their full range (16 bits: by 1/32768), floats as they are. ValueError if it is no sound

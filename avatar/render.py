@@ -26,7 +26,7 @@ from avatar.audio.alignment import BLOCK_SAMPLES, SAMPLE_RATE_HZ
 from avatar.audio.model import AudioModel
 from avatar.audio.whole_file import file_blocks
 from avatar.checkpoints.layouts import open_part
-from avatar.checkpoints.lora import Adapter
+from avatar.checkpoints.lora import LoraAdapter
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.config import PATCH, NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
@@ -58,7 +58,7 @@ class Models:
 
 def load(
     checkpoint: Path,
-    adapter: Adapter | None = None,
+    adapter: LoraAdapter | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -128,7 +128,7 @@ def render(
         blocks = posed(blocks, vae, rgb, config, options)
     draw = noise_of_clips(config.window_blocks) if options.noise == "clip" else noise
     asked = islice(blocks, options.num_blocks)
-    drawn = map(Drawing(models.network, config, session, Conditions(0, sink, text), draw).step, asked)
+    drawn = map(DenoisingLoop(models.network, config, session, Conditions(0, sink, text), draw).step, asked)
     if options.schedule == "offline":
         yield from decoded_in_clips(vae, rgb, drawn, config.window_blocks)
     else:
@@ -223,7 +223,7 @@ def posed(
         yield replace(block, pose=pose)
 
 
-class Drawing:
+class DenoisingLoop:
     """A session's blocks through every level in a row; the sink is replaced where session or checkpoint ask for it."""
 
     def __init__(

@@ -6,9 +6,21 @@ Axes: c latent channels, t latent frames, f pixel frames, h w height and width (
 l encoder layers, d feature width, n text tokens, a audio channels or, of features and masks, actors, s samples.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # Only for types: what needs the sizes below alone loads no tensor library.
+    from torch import Tensor
+
+# A block is 3 latent frames, which are 12 pixel frames, which last 0.48 s at 25 frames/s. Audio encoders and VAE are
+# written for this size; tests run denoisers of other sizes (`NetworkConfig.num_frames_per_block`).
+FRAMES_PER_LATENT = 4
+BLOCK_LATENTS = 3
+BLOCK_FRAMES = BLOCK_LATENTS * FRAMES_PER_LATENT
+BLOCK_S = 0.48
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +59,7 @@ class Conditions:
     sink: Tensor
     text: Tensor
 
-    def with_sink(self, latent: Tensor) -> "Conditions":
+    def with_sink(self, latent: Tensor) -> Conditions:
         """The next version, whose sink is the first frame of a finished block's latent (c, t, h, w)."""
         return Conditions(self.version + 1, latent[:, :1].float(), self.text)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from avatar.checkpoints.files import save_shards
 from avatar.checkpoints.layouts import open_part
-from avatar.checkpoints.lora import TARGET, Adapter
+from avatar.checkpoints.lora import TARGET, LoraAdapter
 from avatar.denoiser.config import base, tiny
 from avatar.denoiser.model import Network, load
 
@@ -78,7 +78,7 @@ def _load(folder: Path, dtype: torch.dtype, with_adapter: bool) -> Loading:
     torch.set_num_threads(1)
     with torch.device("meta"):
         Network(tiny())  # torch brings in what this needs the first time
-    part = open_part(folder, "denoiser", Adapter(folder / ADAPTER) if with_adapter else None)
+    part = open_part(folder, "denoiser", LoraAdapter(folder / ADAPTER) if with_adapter else None)
     before = own_memory()
     start = time.process_time()
     with watched() as peak:

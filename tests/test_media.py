@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from avatar.media import read_sound, write_mp4
+from avatar.media import read_audio, write_mp4
 
 RNG = np.random.default_rng(0)
 
@@ -49,7 +49,7 @@ def sound(path: Path) -> tuple[float, NDArray[np.float32], int]:
 def test_16_bit_samples_are_read_exactly(num_channels: int, rate_hz: int, tmp_path: Path) -> None:
     pcm = RNG.integers(-32768, 32768, (num_channels, 5001)).astype(np.int16)
     pcm[:, :2] = [-32768, 32767]
-    samples, read_hz = read_sound(write_wav(tmp_path / "a.wav", pcm, rate_hz))
+    samples, read_hz = read_audio(write_wav(tmp_path / "a.wav", pcm, rate_hz))
     assert samples.dtype == np.float32
     assert read_hz == rate_hz
     np.testing.assert_array_equal(samples, pcm.astype(np.float32) / 32768)
@@ -57,15 +57,15 @@ def test_16_bit_samples_are_read_exactly(num_channels: int, rate_hz: int, tmp_pa
 
 def test_other_formats_are_scaled_by_their_full_range(tmp_path: Path) -> None:
     pcm = np.array([[-(2**31), 0, 2**30]], np.int32)
-    np.testing.assert_allclose(read_sound(write_wav(tmp_path / "a.wav", pcm))[0], [[-1, 0, 0.5]])
+    np.testing.assert_allclose(read_audio(write_wav(tmp_path / "a.wav", pcm))[0], [[-1, 0, 0.5]])
     low = np.array([[0, 128, 192]], np.uint8)
-    np.testing.assert_allclose(read_sound(write_wav(tmp_path / "b.wav", low))[0], [[-1, 0, 0.5]])
+    np.testing.assert_allclose(read_audio(write_wav(tmp_path / "b.wav", low))[0], [[-1, 0, 0.5]])
 
 
 def test_sound_is_read_from_a_film(tmp_path: Path) -> None:
     tone = np.sin(np.arange(16000) * 0.2, dtype=np.float32)[None] / 2
     write_mp4(tmp_path / "a.mp4", [film(64, 22)], 25, 3, tone, 16000)
-    samples, rate_hz = read_sound(tmp_path / "a.mp4")
+    samples, rate_hz = read_audio(tmp_path / "a.mp4")
     assert rate_hz == 48000
     assert 0.3 < samples[0, 12000:36000].std() < 0.4
 
@@ -83,12 +83,12 @@ def test_what_is_no_sound_file_is_refused(name: str, data: bytes | None, message
     if data is not None:
         (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        read_sound(tmp_path / name)
+        read_audio(tmp_path / name)
 
 
 def test_a_picture_holds_no_sound() -> None:
     with pytest.raises(ValueError, match="holds no sound"):
-        read_sound(Path(__file__).parents[1] / "assets" / "portrait.png")
+        read_audio(Path(__file__).parents[1] / "assets" / "portrait.png")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_sound_that_cannot_be_used_is_refused(
     shape: tuple[int, int], rate_hz: int, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        read_sound(write_wav(tmp_path / "a.wav", np.zeros(shape, np.int16), rate_hz))
+        read_audio(write_wav(tmp_path / "a.wav", np.zeros(shape, np.int16), rate_hz))
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 16000, 22050, 44100, 48000])

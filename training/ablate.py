@@ -24,8 +24,8 @@ from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
-from avatar.media import read_sound
-from avatar.render import Drawing
+from avatar.media import read_audio
+from avatar.render import DenoisingLoop
 from avatar.types import Block, Conditions, Session
 from training.data import StoredClip, read_clips
 from training.eval import inference
@@ -51,7 +51,7 @@ class WithoutSink(KVCache):
         return keys[:, self._sink_tokens :], values[:, self._sink_tokens :]
 
 
-class NoSink(Drawing):
+class NoSink(DenoisingLoop):
     """Conditions are not attended to; a network whose pose input carries the picture still has it there."""
 
     def __init__(self, network: Network, config: NetworkConfig, session: Session, conditions: Conditions) -> None:
@@ -71,7 +71,7 @@ class NoPicture(NoSink):
         return drawn
 
 
-class CleanCache(Drawing):
+class CleanCache(DenoisingLoop):
     """All levels share one cache, and a finished block goes through the network once more to be kept there clean.
 
     Source: Self-Forcing (arXiv 2506.08009); one pass more per block.
@@ -101,7 +101,7 @@ class Variant:
     schedule: tuple[float, ...] | None = None
     noise: float | None = None
     update: int | None = None
-    drawing: type[Drawing] = Drawing
+    drawing: type[DenoisingLoop] = DenoisingLoop
 
     def of(self, models: Models) -> Models:
         config = models.config
@@ -144,7 +144,7 @@ def row(models: Models, clips: Sequence[StoredClip], extent: Extent) -> dict[str
     landmarks = available(Landmarks)
     chosen = tqdm(spread(clips, extent.clips), "held-out clips", unit="clip", mininterval=10, leave=False)
     figures = held_out_figures([score(take_of(models, clip), landmarks) for clip in chosen])
-    sound = sound_from(*read_sound(SPEECH))
+    sound = sound_from(*read_audio(SPEECH))
     people = [models.picture(np.array(clip.array("reference"))) for clip in clips[: extent.people]]
     figures["drift_ratio"] = drift_figure([endure(models, person, sound, extent.blocks) for person in people])
     passes = models.config.num_levels + (models.drawing is CleanCache)

@@ -14,8 +14,9 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.nn import functional
 
-from avatar.denoiser.config import FRAMES_PER_LATENT, NetworkConfig
+from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.layers import MOTION_FRAMES
+from avatar.types import FRAMES_PER_LATENT
 from training.codec.crops import lips_weight
 from training.data import StoredClip
 

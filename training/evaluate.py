@@ -25,8 +25,8 @@ from tqdm import tqdm
 from avatar.checkpoints.files import is_native
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
-from avatar.media import read_sound
-from avatar.vae.vae import BLOCK_FRAMES
+from avatar.media import read_audio
+from avatar.types import BLOCK_FRAMES
 from training.data import StoredClip, read_clips
 from training.eval import inference
 from training.eval.codec_bound import codec_figures
@@ -171,7 +171,7 @@ def on_held_out(
     yield {"lip_sync_r_other": other_figure(models, *others, landmarks, extent.deadline(0.2))}
     yield codec_figures(models, chosen, landmarks, extent.deadline(0.15))
     people = [models.picture(np.array(clip.array("reference"))) for clip in spread(clips, extent.people)]
-    sound = sound_from(*read_sound(SPEECH))
+    sound = sound_from(*read_audio(SPEECH))
     speeches = [score(speak(models, person, sound), landmarks) for person in people[:SPEAKERS]]
     yield speech_figures([each.openings[0] for each in speeches if each.openings is not None], sound)
     yield cost_figures(checkpoint, people[0])
@@ -195,7 +195,7 @@ def long_sessions(checkpoint: Path, people: Sequence[Pixels], extent: Extent) ->
 
 def _long_session(checkpoint: Path, person: Pixels, extent: Extent) -> list[float]:
     torch.set_num_threads(1)
-    sound = sound_from(*read_sound(SPEECH))
+    sound = sound_from(*read_audio(SPEECH))
     return endure(inference.load(checkpoint), person, sound, extent.blocks, extent.session_deadline())
 
 
@@ -203,7 +203,7 @@ def on_any(checkpoint: Path, speech: Path, portrait: Path) -> dict[str, Figure]:
     """What can be known of a person who says something if nobody knows how that should look."""
     models = inference.load(checkpoint)
     reference = models.vae.read_picture(portrait.read_bytes()).numpy()
-    sound = sound_from(*read_sound(speech))
+    sound = sound_from(*read_audio(speech))
     take = speak(models, reference, sound)
     scores = score(take, available(Landmarks), available(Identity))
     figures = held_out_figures([scores])

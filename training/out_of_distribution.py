@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from avatar.checkpoints.files import write_config
 from avatar.checkpoints.part import Part
-from avatar.vae.out_of_distribution import LATENTS, Familiar, traits_of
+from avatar.vae.out_of_distribution import LATENTS, OutOfDistributionCheck, picture_descriptor
 from avatar.vae.vae import Vae, load
 from training.data import read_clips
 
@@ -39,11 +39,11 @@ DIGITS = 4
 def traits(vae: Vae[Any], rgb: Tensor) -> Tensor:
     """The traits (k,) of a picture (H, W, 3) uint8."""
     with torch.inference_mode():
-        motion = vae.codec.encode(vae.held_still(rgb, 1 + 4 * (LATENTS - 1)))[0]
-    return traits_of(vae.codec, rgb, motion)
+        motion = vae.codec.encode(vae.still_clip(rgb, 1 + 4 * (LATENTS - 1)))[0]
+    return picture_descriptor(vae.codec, rgb, motion)
 
 
-def measured(each: Sequence[Tensor]) -> Familiar:
+def measured(each: Sequence[Tensor]) -> OutOfDistributionCheck:
     """What pictures of these traits have in common. ValueError if they are fewer than twice the traits."""
     together = torch.stack(list(each)).double()
     count, k = together.shape
@@ -53,7 +53,7 @@ def measured(each: Sequence[Tensor]) -> Familiar:
     covariance += LEAST_SHARE * covariance.diagonal().mean() * torch.eye(k)
     root = torch.linalg.inv(torch.linalg.cholesky(covariance))
     numbers = [[round(value, DIGITS) for value in values] for values in (together.mean(0).tolist(), triangle(root))]
-    familiar = Familiar(tuple(numbers[0]), tuple(numbers[1]), 0.0, NOTICE)
+    familiar = OutOfDistributionCheck(tuple(numbers[0]), tuple(numbers[1]), 0.0, NOTICE)
     return replace(familiar, limit=round(MARGIN * max(map(familiar.distance, each)), DIGITS))
 
 

@@ -28,9 +28,9 @@ from tqdm import tqdm
 from avatar.audio import model as audio_model
 from avatar.audio.model import AudioModel
 from avatar.checkpoints.layouts import open_part
-from avatar.types import AudioPiece, Session
+from avatar.types import BLOCK_FRAMES, AudioPiece, Session
 from avatar.vae import vae as vae_model
-from avatar.vae.vae import BLOCK_FRAMES, Vae
+from avatar.vae.vae import Vae
 from training.codec.crops import recoloured, to_pixels
 from training.data import PARTS, SHARE_HELP, SOUND_RATE_HZ, Clip, StoredClip, a_share, read_shard, write_shard
 from training.synthetic.augment_audio import from_another_room

@@ -21,8 +21,8 @@ from torch.nn import functional
 from avatar.checkpoints.files import save
 from avatar.denoiser import config as configs
 from avatar.denoiser import model
-from avatar.denoiser.config import FRAMES_PER_LATENT
 from avatar.denoiser.model import Network
+from avatar.types import FRAMES_PER_LATENT
 from training.data import StoredClip, read_clips
 
 BATCH = 24

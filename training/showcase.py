@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from avatar.media import read_sound, write_mp4
+from avatar.media import read_audio, write_mp4
 from avatar.render import load, render
 from avatar.vae.vae import HIDDEN_FRAMES
 
@@ -45,7 +45,7 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(1)
     models = load(flags.checkpoint)
-    samples, rate_hz = read_sound(flags.speech)
+    samples, rate_hz = read_audio(flags.speech)
     chunks = render(models, [torch.from_numpy(samples)], rate_hz, flags.portrait.read_bytes())
     frames = np.concatenate([chunk.frames.numpy() for chunk in tqdm(chunks, unit="block")])
     Image.fromarray(strip(frames)).save(flags.out / "demo.png", optimize=True)

@@ -17,7 +17,7 @@ import soxr
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from avatar.media import read_sound
+from avatar.media import read_audio
 from training.data import FRAME_RATE_HZ, FRAME_SAMPLES, SOUND_RATE_HZ, Clip, ClipShape, write_shard
 
 HELD_OUT_SHARE = 8
@@ -51,7 +51,7 @@ def pictures(film: Path, size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
 
 def sound_of(film: Path) -> NDArray[np.float32]:
     """The film's sound, one channel at 16 kHz. ValueError if it has none that we read."""
-    samples, rate_hz = read_sound(film)
+    samples, rate_hz = read_audio(film)
     mono: NDArray[np.float32] = soxr.resample(samples.mean(0), rate_hz, SOUND_RATE_HZ)
     return mono
 

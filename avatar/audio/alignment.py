@@ -5,15 +5,16 @@ Sound has 16000 samples/s, the encoder 50 frames/s: frame j begins at sample 320
 computed from seconds: int(k * 0.48 * 16000) is one sample short at k = 7, and all features of its window would be off.
 """
 
+from avatar.types import BLOCK_FRAMES
+
 SAMPLE_RATE_HZ = 16000
 MIN_RATE_HZ = 8000
 MAX_RATE_HZ = 48000
 
 FRAME_SAMPLES = 320
 RECEPTIVE_SAMPLES = 400  # what one encoder frame hears, counted from its beginning
-BLOCK_FRAMES = 24
-BLOCK_SAMPLES = BLOCK_FRAMES * FRAME_SAMPLES
-BLOCK_PIXEL_FRAMES = 12
+BLOCK_ENCODER_FRAMES = 24
+BLOCK_SAMPLES = BLOCK_ENCODER_FRAMES * FRAME_SAMPLES
 
 
 def window_end(index: int, right_frames: int) -> int:
@@ -31,6 +32,6 @@ def placement(index: int) -> tuple[list[int], list[float]]:
     All frames used are within 24 k - 1 .. 24 k + 23. Source: the limit for long files of the rule that Wan2.2-S2V
     applies to whole files (`offline.py`), which stretches time by up to 27 ms at a file's end.
     """
-    first = index * BLOCK_PIXEL_FRAMES
-    grid = [(12 * n + 5) // 10 for n in range(first, first + BLOCK_PIXEL_FRAMES)]
+    first = index * BLOCK_FRAMES
+    grid = [(12 * n + 5) // 10 for n in range(first, first + BLOCK_FRAMES)]
     return [5 * i // 3 for i in grid], [5 * i % 3 / 3 for i in grid]

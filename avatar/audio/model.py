@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from avatar.audio.alignment import BLOCK_FRAMES, BLOCK_SAMPLES, SAMPLE_RATE_HZ, placement, window_end
+from avatar.audio.alignment import BLOCK_ENCODER_FRAMES, BLOCK_SAMPLES, SAMPLE_RATE_HZ, placement, window_end
 from avatar.audio.encoder import Encoder
 from avatar.audio.resample import Resampler, check_piece
 from avatar.audio.statistics import Statistics
@@ -179,7 +179,7 @@ class AudioModel:
 
 
 @dataclass(frozen=True)
-class Rebuilt:
+class ResumedAudioModel:
     """An audio model whose stream is rebuilt; see `AudioModel.reopen`."""
 
     model: AudioModel
@@ -207,6 +207,6 @@ def _resampled(samples: Tensor, state: AudioState, piece: AudioPiece) -> Tensor:
 def place(states: Tensor, index: int) -> Tensor:
     """A block's features (l, d, f), from states (l, t, d) whose last frame is the block's last, 24 k + 23."""
     frames, weights = placement(index)
-    before = torch.tensor(frames) - (index + 1) * BLOCK_FRAMES  # counted from the end
+    before = torch.tensor(frames) - (index + 1) * BLOCK_ENCODER_FRAMES  # counted from the end
     features = states[:, before].lerp(states[:, before + 1], rearrange(torch.tensor(weights), "f -> f 1").to(states))
     return rearrange(features, "l f d -> l d f").contiguous()

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from avatar.audio.alignment import BLOCK_FRAMES, FRAME_SAMPLES
+from avatar.audio.alignment import BLOCK_ENCODER_FRAMES, FRAME_SAMPLES
 from avatar.audio.encoder import configured
 from avatar.audio.statistics import Statistics
 from avatar.checkpoints.files import save
@@ -106,7 +106,7 @@ class Wav2Vec2(nn.Module):
     def encode(self, window: Tensor, statistics: Statistics, right_frames: int) -> tuple[Tensor, Statistics]:
         states = self.hidden_states(statistics.normalise(window))
         end = states.shape[1] - right_frames
-        return states[:, max(0, end - BLOCK_FRAMES - 1) : end], statistics
+        return states[:, max(0, end - BLOCK_ENCODER_FRAMES - 1) : end], statistics
 
     def hidden_states(self, samples: Tensor) -> Tensor:
         """The layers' input and the output of each layer, the last one normalised, (l, t, d) float32.

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from avatar.audio.alignment import BLOCK_FRAMES, FRAME_SAMPLES, SAMPLE_RATE_HZ, window_end
+from avatar.audio.alignment import BLOCK_ENCODER_FRAMES, FRAME_SAMPLES, SAMPLE_RATE_HZ, window_end
 from avatar.audio.encoder import configured
 from avatar.audio.statistics import Statistics
 from avatar.checkpoints.files import save
@@ -43,7 +43,7 @@ class WhisperConfig:
     right_frames: int = 10
 
     def __post_init__(self) -> None:
-        shortest, longest = BLOCK_FRAMES + 1 + self.right_frames, self.network["max_source_positions"]
+        shortest, longest = BLOCK_ENCODER_FRAMES + 1 + self.right_frames, self.network["max_source_positions"]
         if self.right_frames < 0 or not shortest <= self.window_frames <= longest:
             raise ValueError(
                 f"window_frames must be {shortest} to {longest} with right_frames {self.right_frames}, "
@@ -74,7 +74,7 @@ class Whisper(nn.Module):
         self.right_frames, self.right_is_free = config.right_frames, False
         # The first mel frame of the window is centred on its encoder frame's first sample.
         self.left_samples = (
-            config.window_frames - BLOCK_FRAMES - config.right_frames
+            config.window_frames - BLOCK_ENCODER_FRAMES - config.right_frames
         ) * FRAME_SAMPLES + FFT_SAMPLES // 2
         filters = mel_filter_bank(
             num_frequency_bins=FFT_SAMPLES // 2 + 1,
@@ -111,8 +111,9 @@ class Whisper(nn.Module):
         silence = self.left_samples + window_end(0, right_frames) - len(window)
         mel = self.log_mel(F.pad(window, (silence, 0)))
         statistics = statistics.with_peak(float(mel.max()))
-        behind = self.config.window_frames - right_frames
-        return self.hidden_states(compress(mel, statistics.peak), slice(behind - BLOCK_FRAMES - 1, behind)), statistics
+        end = self.config.window_frames - right_frames
+        frames = slice(end - BLOCK_ENCODER_FRAMES - 1, end)
+        return self.hidden_states(compress(mel, statistics.peak), frames), statistics
 
     def log_mel(self, samples: Tensor) -> Tensor:
         """log10 of mel power, (m, t), at least -10. Frame t hears samples (s,) 160 t .. 160 t + 399."""

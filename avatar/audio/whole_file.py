@@ -13,12 +13,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from avatar.audio.alignment import BLOCK_PIXEL_FRAMES
 from avatar.audio.encoder import Encoder
 from avatar.audio.resample import Resampler, check_piece
 from avatar.audio.statistics import standardise
 from avatar.audio.wav2vec2 import Wav2Vec2
-from avatar.types import AudioPiece, Block
+from avatar.types import BLOCK_FRAMES, AudioPiece, Block
 
 ENCODER_HZ = 50
 GRID_HZ = 30
@@ -35,7 +34,7 @@ def file_blocks(encoder: Encoder, samples: Tensor, rate_hz: int, clip_frames: in
     with torch.no_grad():
         states = encoder.hidden_states(normalise(sound_of(samples, rate_hz)))
     features = model_input(bucket(to_grid(states), clip_frames=clip_frames))[0]
-    for index, block in enumerate(torch.split(features, BLOCK_PIXEL_FRAMES, dim=-1)):
+    for index, block in enumerate(torch.split(features, BLOCK_FRAMES, dim=-1)):
         yield Block(index, block.contiguous())
 
 

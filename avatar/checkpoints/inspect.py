@@ -19,7 +19,7 @@ from torch import Tensor
 from avatar.audio import model as audio_model
 from avatar.checkpoints.files import TOKENIZER, save_shards
 from avatar.checkpoints.layouts import is_published, open_part, parts_of
-from avatar.checkpoints.lora import ALPHA, Adapter
+from avatar.checkpoints.lora import ALPHA, LoraAdapter
 from avatar.checkpoints.part import MERGED, Part
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.cache import KVCache
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         each.add_argument("--adapter-alpha", type=float, default=ALPHA, help=f"what it was trained with ({ALPHA:g})")
     packing.add_argument("out", type=Path, help="folder to write; it must not be there yet")
     flags = parser.parse_args(arguments)
-    adapter = Adapter(flags.adapter, flags.adapter_alpha) if flags.adapter else None
+    adapter = LoraAdapter(flags.adapter, flags.adapter_alpha) if flags.adapter else None
     dtype = DTYPES.get(flags.dtype)
     try:
         if flags.command == "inspect":
@@ -99,7 +99,7 @@ def outline(parts: dict[str, Part], dtype: torch.dtype) -> Models:
 
 
 def inspect(
-    checkpoint: Path, adapter: Adapter | None = None, size: Size | None = None, dtype: torch.dtype | None = None
+    checkpoint: Path, adapter: LoraAdapter | None = None, size: Size | None = None, dtype: torch.dtype | None = None
 ) -> Iterator[str]:
     """Lines that say what a checkpoint is. ValueError if a name or a shape in it is not what it should be.
 
@@ -194,7 +194,7 @@ def human(num_bytes: int) -> str:
     return f"{num_bytes / 1e3:.2f} kB"
 
 
-def pack(checkpoint: Path, out: Path, adapter: Adapter | None = None, dtype: torch.dtype | None = None) -> None:
+def pack(checkpoint: Path, out: Path, adapter: LoraAdapter | None = None, dtype: torch.dtype | None = None) -> None:
     """Write a checkpoint in our layout, merged with the adapter, floating point weights as `dtype` if it is given.
 
     Otherwise each tensor keeps the type that it is stored in. ValueError if the checkpoint is not what it should be, or

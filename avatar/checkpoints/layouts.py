@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from avatar.checkpoints.files import CONFIG, TOKENIZER, read_config, read_outlines, weight_files
-from avatar.checkpoints.lora import Adapter
+from avatar.checkpoints.lora import LoraAdapter
 from avatar.checkpoints.part import Part
 
 # What every checkpoint has.
@@ -38,12 +38,12 @@ AREA = 720 * 400
 VAE_RES_BLOCKS = 2
 
 
-def open_part(checkpoint: Path, name: str, adapter: Adapter | None = None) -> Part:
+def open_part(checkpoint: Path, name: str, adapter: LoraAdapter | None = None) -> Part:
     """The part `audio`, `denoiser`, `vae` or `text` of a checkpoint in either layout; nothing is loaded.
 
     adapter: changes the denoiser. ValueError if the folder is no checkpoint, or the part's files are not there.
     """
-    if name == TEXT and not knows_text(checkpoint):
+    if name == TEXT and not has_text_encoder(checkpoint):
         raise ValueError(f"{checkpoint} knows no text: expected a folder {TEXT}, or {TEXT_FILE} as it is published")
     if is_published(checkpoint):
         part = PUBLISHED[name](checkpoint)
@@ -59,10 +59,10 @@ def open_part(checkpoint: Path, name: str, adapter: Adapter | None = None) -> Pa
 
 def parts_of(checkpoint: Path) -> tuple[str, ...]:
     """The names of a checkpoint's parts."""
-    return (*PARTS, TEXT) if knows_text(checkpoint) else PARTS
+    return (*PARTS, TEXT) if has_text_encoder(checkpoint) else PARTS
 
 
-def knows_text(checkpoint: Path) -> bool:
+def has_text_encoder(checkpoint: Path) -> bool:
     """Whether the checkpoint has a part for prompts, which are refused where it has none."""
     return (checkpoint / TEXT_FILE if is_published(checkpoint) else checkpoint / TEXT).exists()
 

@@ -31,7 +31,7 @@ Pairs = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LoraAdapter:
     """A file of adapter matrices, and the alpha that it was trained with."""
 
     path: Path

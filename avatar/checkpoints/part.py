@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from avatar.checkpoints.files import read_config, read_metadata, read_outlines, read_tensors, weight_files
-from avatar.checkpoints.lora import FEW, Adapter, first_few, merge
+from avatar.checkpoints.lora import FEW, LoraAdapter, first_few, merge
 
 # The metadata of weights that an adapter has been merged into.
 MERGED = "merged_adapter"
@@ -47,7 +47,7 @@ class Part:
     config: Mapping[str, Any]
     files: tuple[Path, ...]
     rename: Callable[[str], str | None] = unchanged
-    adapter: Adapter | None = None
+    adapter: LoraAdapter | None = None
     tokenizer: Path | None = None
 
     @classmethod
@@ -114,7 +114,7 @@ class Part:
             if name is not None:
                 yield name, tensor
 
-    def _check_unmerged(self, adapter: Adapter) -> None:
+    def _check_unmerged(self, adapter: LoraAdapter) -> None:
         if merged := self.merged_adapter():
             raise ValueError(f"weights in {self.folder} are merged with {merged} already, cannot add {adapter.path}")
 

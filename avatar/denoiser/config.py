@@ -11,10 +11,10 @@ from typing import Any
 
 from avatar.denoiser.sampler import SAMPLERS
 from avatar.denoiser.schedule import flow_match_schedule
+from avatar.types import FRAMES_PER_LATENT
 
 CLASS_NAME = "WanModel_S2V"
 PATCH = 2  # latent rows and columns of one token
-FRAMES_PER_LATENT = 4  # pixel frames of one latent frame
 
 # Fields that public checkpoints may carry and that change nothing here.
 IGNORED = {

@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 
 from avatar import telemetry
 from avatar.errors import NoCapacity
+from avatar.types import BLOCK_S
 
 Out = TypeVar("Out")
 
-# What a block lasts: the sound of twelve frames at 25 a second (avatar.audio.alignment).
-BLOCK_S = 0.48
 # Of a device's time, the share that live streams may need together. It leaves room for openings, prefills and offline
 # streams, yet admits 22 streams of 20 ms (0.917) where the timer makes them up to 20.5 ms, and not 23 (0.958).
 LIVE_SHARE = 0.94

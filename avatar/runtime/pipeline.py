@@ -16,8 +16,9 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 from avatar.aio import background
-from avatar.runtime.admission import BLOCK_S, Usage
+from avatar.runtime.admission import Usage
 from avatar.runtime.device_queue import Device, Job
+from avatar.types import BLOCK_S
 
 if TYPE_CHECKING:  # the gateway composes stages and has no torch
     from avatar.types import Session

@@ -4,9 +4,6 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-# Pixel frames that one latent frame stands for, the first of a clip excepted.
-TIME_STRIDE = 4
-
 State = TypeVar("State")
 
 

@@ -22,13 +22,13 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
-from avatar.vae.codec import TIME_STRIDE
+from avatar.types import FRAMES_PER_LATENT
 from avatar.vae.conv import Residual, StepConv, Tails
 
 CHANNELS = 16
 SPACE_STRIDE = 8
 PATCH_AXES = "(c p y x)"
-PATCH_SIZES = {"c": 3, "p": TIME_STRIDE, "y": SPACE_STRIDE, "x": SPACE_STRIDE}
+PATCH_SIZES = {"c": 3, "p": FRAMES_PER_LATENT, "y": SPACE_STRIDE, "x": SPACE_STRIDE}
 PATCH = math.prod(PATCH_SIZES.values())
 # Cosine frequencies (colour, time, row, column) of the untrained channels: brightness in some detail, the two colour
 # differences coarsely, and whether the brightness of the patch is changing.
@@ -143,8 +143,8 @@ class LightCodec(nn.Module):
 
     def encode(self, frames: Tensor) -> Tensor:
         frames = frames.to(self.mean)
-        first = repeat(frames[:, :, :1], "b c 1 h w -> b c p h w", p=TIME_STRIDE)
-        whole = 1 + (frames.shape[2] - 1) // TIME_STRIDE * TIME_STRIDE
+        first = repeat(frames[:, :, :1], "b c 1 h w -> b c p h w", p=FRAMES_PER_LATENT)
+        whole = 1 + (frames.shape[2] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
         patches = rearrange(
             torch.cat([first, frames[:, :, 1:whole]], dim=2),
             f"b c (t p) (h y) (w x) -> b t {PATCH_AXES} h w",
@@ -159,7 +159,7 @@ class LightCodec(nn.Module):
 
     def decode(self, latents: Tensor, state: Tails) -> Tensor:
         # The stream's first latent stands for one frame; its patch has it four times, of which the last is shown.
-        hidden = TIME_STRIDE - 1 if state.is_fresh else 0
+        hidden = FRAMES_PER_LATENT - 1 if state.is_fresh else 0
         raw = latents.to(self.mean) * self.config.latent_scale + self.mean
         frames: Tensor = self.decoder(rearrange(raw, "b c t h w -> b t c h w"), state)
         return frames[:, :, hidden:]

@@ -27,7 +27,7 @@ LEAST_ERROR, LEAST_LATENT = 1e-8, 1e-4
 
 
 @dataclass(frozen=True)
-class Familiar:
+class OutOfDistributionCheck:
     """What pictures of one kind have in common.
 
     mean: (k,) of their traits. root: the lower triangle, row by row, of the matrix that makes their traits' deviations
@@ -54,7 +54,7 @@ class Familiar:
         return float(deviations.pow(2).mean().sqrt())
 
 
-def traits_of(codec: Codec[Any], rgb: Tensor, motion: Tensor) -> Tensor:
+def picture_descriptor(codec: Codec[Any], rgb: Tensor, motion: Tensor) -> Tensor:
     """The traits (k,) float32 of a picture (H, W, 3) uint8, whose motion latents (c, t, h, w) the codec has made."""
     motion = motion[:, :LATENTS]
     with torch.inference_mode():

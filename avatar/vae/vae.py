@@ -18,17 +18,15 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from avatar.checkpoints.part import Part, load_weights
-from avatar.types import Block, FrameChunk, Session
+from avatar.types import BLOCK_FRAMES, BLOCK_LATENTS, FRAMES_PER_LATENT, Block, FrameChunk, Session
 from avatar.vae import light
-from avatar.vae.codec import TIME_STRIDE, Codec, State
-from avatar.vae.out_of_distribution import Familiar, traits_of
+from avatar.vae.codec import Codec, State
+from avatar.vae.out_of_distribution import OutOfDistributionCheck, picture_descriptor
 from avatar.vae.picture import Fit, PictureRule, Size, read_picture, to_pixels
 
-BLOCK_LATENTS = 3
-BLOCK_FRAMES = BLOCK_LATENTS * TIME_STRIDE
 # Pixel frames of the still picture that motion latents are made from, and how many there are.
 MOTION_FRAMES = 73
-MOTION_LATENTS = 1 + (MOTION_FRAMES - 1) // TIME_STRIDE
+MOTION_LATENTS = 1 + (MOTION_FRAMES - 1) // FRAMES_PER_LATENT
 # Motion latents that warm the decoder up, and frames of the session's first block that are not shown.
 # Source: the reference implementation of arXiv 2512.04677.
 WARMUP_LATENTS = 7
@@ -49,7 +47,7 @@ class VaeConfig:
     picture: PictureRule
     frame_rate_hz: int
     network: Mapping[str, Any]
-    familiar: Familiar | None = None
+    familiar: OutOfDistributionCheck | None = None
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -96,7 +94,7 @@ class Vae(Generic[State]):
         rgb: (H, W, 3) uint8. ValueError if it has another shape, or the codec's stride does not divide its sides.
         """
         with torch.inference_mode():
-            latents = self.codec.encode(self.held_still(rgb, MOTION_FRAMES))
+            latents = self.codec.encode(self.still_clip(rgb, MOTION_FRAMES))
         return latents[0].float().cpu()
 
     def notice(self, rgb: Tensor, motion: Tensor) -> str:
@@ -105,11 +103,11 @@ class Vae(Generic[State]):
         Empty if it is like those that the checkpoint was trained on, or nobody knows what those are like.
         """
         familiar = self.config.familiar
-        if familiar is None or familiar.distance(traits_of(self.codec, rgb, motion)) <= familiar.limit:
+        if familiar is None or familiar.distance(picture_descriptor(self.codec, rgb, motion)) <= familiar.limit:
             return ""
         return familiar.notice
 
-    def held_still(self, rgb: Tensor, num_frames: int) -> Tensor:
+    def still_clip(self, rgb: Tensor, num_frames: int) -> Tensor:
         """A picture (H, W, 3) uint8 as a clip (1, 3, f, H, W) in [-1, 1]. ValueError as in `encode_picture`."""
         stride = self.codec.space_stride
         if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != torch.uint8:
@@ -182,7 +180,7 @@ def config_of(fields: Mapping[str, Any]) -> VaeConfig:
     familiar = fields.get("familiar")
     nested = {
         "picture": PictureRule(**fields.get("picture", {})),
-        "familiar": familiar and Familiar(**familiar),
+        "familiar": familiar and OutOfDistributionCheck(**familiar),
     }
     return VaeConfig(**{**fields, **nested})
 

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKLWan
 from einops import rearrange
 from torch import Tensor, nn
 
-from avatar.vae.codec import TIME_STRIDE
+from avatar.types import FRAMES_PER_LATENT
 
 # Mean and standard deviation of Wan 2.1's raw latents, channel by channel. Source: published with its weights.
 # fmt: off
@@ -60,10 +60,10 @@ class WanConfig:
                 f"latents_mean and latents_std must have {self.z_dim} numbers, as z_dim says, "
                 f"got {len(self.latents_mean)} and {len(self.latents_std)}"
             )
-        if len(self.temperal_downsample) != len(self.dim_mult) - 1 or 2 ** sum(self.temperal_downsample) != TIME_STRIDE:
+        halvings = len(self.dim_mult) - 1
+        if len(self.temperal_downsample) != halvings or 2 ** sum(self.temperal_downsample) != FRAMES_PER_LATENT:
             raise ValueError(
-                f"temperal_downsample must have {len(self.dim_mult) - 1} entries, two of them true, "
-                f"got {self.temperal_downsample}"
+                f"temperal_downsample must have {halvings} entries, two of them true, got {self.temperal_downsample}"
             )
 
 
@@ -114,7 +114,8 @@ class WanCodec:
     def encode(self, frames: Tensor) -> Tensor:
         frames = frames.to(self.network.device, self.network.dtype)
         slots: Slots = [None] * self.network._cached_conv_counts["encoder"]
-        later = (frames[:, :, i : i + TIME_STRIDE] for i in range(1, frames.shape[2] - TIME_STRIDE + 1, TIME_STRIDE))
+        starts = range(1, frames.shape[2] - FRAMES_PER_LATENT + 1, FRAMES_PER_LATENT)
+        later = (frames[:, :, start : start + FRAMES_PER_LATENT] for start in starts)
         parts = [self.network.encoder(part, feat_cache=slots, feat_idx=[0]) for part in (frames[:, :, :1], *later)]
         # Mean and log variance of a distribution; the reference takes the mean.
         raw = self.network.quant_conv(torch.cat(parts, dim=2))[:, : self.channels]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avatar.vae.codec import TIME_STRIDE
+from avatar.types import FRAMES_PER_LATENT
 from avatar.vae.vae import HIDDEN_FRAMES, MOTION_FRAMES, MOTION_LATENTS, Vae
 
 # Frames that a clip is decoded behind.
@@ -23,7 +23,7 @@ WINDOW_FRAMES = 5 * MOTION_FRAMES
 def encode_picture(vae: Vae[Any], rgb: Tensor) -> tuple[Tensor, Tensor]:
     """Motion latents (c, 19, h, w) and the sink (c, 1, h, w), both float32, of a picture (H, W, 3) uint8."""
     with torch.inference_mode():
-        latents = vae.codec.encode(vae.held_still(rgb, WINDOW_FRAMES))[0].float().cpu()
+        latents = vae.codec.encode(vae.still_clip(rgb, WINDOW_FRAMES))[0].float().cpu()
     # The codec is causal: the second latent is that of the still's first five frames.
     return latents[:, -MOTION_LATENTS:], latents[:, 1:2]
 
@@ -33,13 +33,13 @@ def decode_clips(vae: Vae[Any], rgb: Tensor, clips: Iterable[Tensor]) -> Iterato
 
     rgb: the picture. clips: latents (c, t, h, w) in order.
     """
-    window, hidden = vae.held_still(rgb, WINDOW_FRAMES), HIDDEN_FRAMES
+    window, hidden = vae.still_clip(rgb, WINDOW_FRAMES), HIDDEN_FRAMES
     for clip in clips:
         with torch.inference_mode():
             motion = vae.codec.encode(window)
             latents = torch.cat([motion, clip[None].to(motion)], dim=2)
             decoded = vae.codec.decode(latents, vae.codec.fresh())
-        shown = decoded[:, :, hidden - clip.shape[1] * TIME_STRIDE :].float().clamp(-1, 1).cpu()
+        shown = decoded[:, :, hidden - clip.shape[1] * FRAMES_PER_LATENT :].float().clamp(-1, 1).cpu()
         hidden = 0
         # However long a clip, it moves the window on by the motion frames at most.
         recent = shown[:, :, -MOTION_FRAMES:]

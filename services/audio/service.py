@@ -7,8 +7,7 @@ from dataclasses import replace
 import grpc.aio
 
 from avatar import telemetry
-from avatar.audio.alignment import BLOCK_PIXEL_FRAMES
-from avatar.audio.model import AudioModel, Rebuilt
+from avatar.audio.model import AudioModel, ResumedAudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
 from avatar.rpc.codec import block_to_pb, due_s, end_of_sound, piece_from_bytes, session_of_sound
@@ -16,7 +15,7 @@ from avatar.rpc.server import Context, blaming, opening, parts
 from avatar.runtime.admission import AdmissionControl, Pace, Usage
 from avatar.runtime.device_queue import Device
 from avatar.runtime.pipeline import flatten, local
-from avatar.types import AudioPiece
+from avatar.types import BLOCK_FRAMES, AudioPiece
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from avatar.worker.v1.types_pb2 import Closed
@@ -47,7 +46,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         return pb.AudioServiceGetInfoResponse(
             encoder=self._encoder,
             digest=self._digest,
-            block_frames=BLOCK_PIXEL_FRAMES,
+            block_frames=BLOCK_FRAMES,
             lookahead_s=self._audio.lookahead_s,
             capacity=self._admission.capacity,
             active=self._admission.active,
@@ -65,7 +64,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         with taken, blaming("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = Usage(), 0
-            model = Rebuilt(self._audio, opened.first_block, opened.first_answer, opened.statistics)
+            model = ResumedAudioModel(self._audio, opened.first_block, opened.first_answer, opened.statistics)
             stage = local(model, session_of_sound(opened), self._device, usage, is_live=opened.is_live)
             async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
                 async for block in blocks:

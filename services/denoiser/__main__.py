@@ -9,7 +9,7 @@ import torch
 from avatar import telemetry
 from avatar.aio import background
 from avatar.checkpoints.layouts import open_part
-from avatar.checkpoints.lora import Adapter
+from avatar.checkpoints.lora import LoraAdapter
 from avatar.denoiser import speed
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
@@ -31,7 +31,7 @@ SPACE_STRIDE = 8
 
 def build(settings: DenoiserSettings, store: SessionStore, device: Device) -> DenoiserServicer:
     """The service over the checkpoint's network, warm for the settings' sizes; all its levels share the weights."""
-    adapter = Adapter(settings.adapter, settings.adapter_alpha) if settings.adapter else None
+    adapter = LoraAdapter(settings.adapter, settings.adapter_alpha) if settings.adapter else None
     part = open_part(settings.checkpoint, "denoiser", adapter)
     where, dtype = device_and_dtype(settings)
     network, config = load(part, device=where, dtype=dtype)

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from avatar.media import read_sound, write_mp4
+from avatar.media import read_audio, write_mp4
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
@@ -73,7 +73,7 @@ async def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder to write to")
     parser.add_argument("--seed", type=int, default=420)
     flags = parser.parse_args()
-    samples, rate_hz = read_sound(flags.speech)
+    samples, rate_hz = read_audio(flags.speech)
     picture = flags.portrait.read_bytes()
     print(f"starting Redis, audio, four denoisers, vae and gateway; their output is in {flags.out / 'logs'}")
     async with launched(flags.checkpoint, flags.out / "logs", redis_url=os.environ.get("AVATAR_REDIS_URL")) as suite:

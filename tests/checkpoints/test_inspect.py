@@ -12,7 +12,7 @@ from avatar.audio.model import load as load_audio
 from avatar.checkpoints import files as checkpoints
 from avatar.checkpoints.inspect import denoiser_memory, inspect, main, pack
 from avatar.checkpoints.layouts import PARTS, VAE_FILE, open_part
-from avatar.checkpoints.lora import Adapter
+from avatar.checkpoints.lora import LoraAdapter
 from avatar.checkpoints.part import Part
 from avatar.denoiser.config import base
 from avatar.denoiser.model import Network
@@ -47,7 +47,7 @@ def test_a_checkpoint_is_described_without_reading_its_tensors(
     published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Part, "tensors", None)
-    text = "\n".join(inspect(published, Adapter(published / ADAPTER), (704, 384)))
+    text = "\n".join(inspect(published, LoraAdapter(published / ADAPTER), (704, 384)))
     for line in (
         f"{published}: as published, every name and shape in place",
         "728,689    1.46 MB  bfloat16",
@@ -92,7 +92,7 @@ def test_a_packed_checkpoint_loads_to_the_same_weights(
     out, adapter = tmp_path / "out", published / ADAPTER
     main(["pack", str(published), str(out), "--adapter", str(adapter)])
     assert len(list((out / "denoiser").glob("*.safetensors"))) > 2
-    parts = {name: (open_part(published, name, Adapter(adapter)), open_part(out, name)) for name in PARTS}
+    parts = {name: (open_part(published, name, LoraAdapter(adapter)), open_part(out, name)) for name in PARTS}
     networks = [load_denoiser(part, dtype=torch.bfloat16) for part in parts["denoiser"]]
     assert networks[0][1] == networks[1][1]
     vaes = [load_vae(part) for part in parts["vae"]]
@@ -110,15 +110,15 @@ def test_a_packed_checkpoint_loads_to_the_same_weights(
 
 
 def test_packing_in_another_type_rounds_the_merge_once(published: Path, tmp_path: Path) -> None:
-    pack(published, tmp_path / "out", Adapter(published / ADAPTER), torch.float32)
+    pack(published, tmp_path / "out", LoraAdapter(published / ADAPTER), torch.float32)
     packed = dict(open_part(tmp_path / "out", "denoiser").tensors())
     assert {tensor.dtype for tensor in packed.values()} == {torch.float32}
-    merged = load_denoiser(open_part(published, "denoiser", Adapter(published / ADAPTER)))[0].state_dict()
+    merged = load_denoiser(open_part(published, "denoiser", LoraAdapter(published / ADAPTER)))[0].state_dict()
     assert all(torch.equal(packed[name], merged[name]) for name in merged)
 
 
 def test_an_adapter_is_not_merged_twice(published: Path, tmp_path: Path) -> None:
-    adapter = Adapter(published / ADAPTER)
+    adapter = LoraAdapter(published / ADAPTER)
     pack(published, tmp_path / "out", adapter)
     with pytest.raises(ValueError, match=f"are merged with {ADAPTER} already"):
         load_denoiser(open_part(tmp_path / "out", "denoiser", adapter))

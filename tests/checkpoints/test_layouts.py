@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from avatar.audio.model import load as load_audio
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.checkpoints.layouts import AUDIO_FOLDER, PARTS, VAE_FILE, open_part
-from avatar.checkpoints.lora import Adapter
+from avatar.checkpoints.lora import LoraAdapter
 from avatar.denoiser.config import base
 from avatar.denoiser.model import Network
 from avatar.denoiser.model import load as load_denoiser
@@ -52,7 +52,7 @@ def test_the_network_is_the_published_tensors(published: Path) -> None:
 
 
 def test_the_adapter_changes_what_it_targets_and_nothing_else(published: Path) -> None:
-    part = open_part(published, "denoiser", Adapter(published / ADAPTER))
+    part = open_part(published, "denoiser", LoraAdapter(published / ADAPTER))
     merged, plain = (load_denoiser(each)[0].state_dict() for each in (part, open_part(published, "denoiser")))
     changed = {name for name in plain if not torch.equal(plain[name], merged[name])}
     assert changed == part.adapter.pairs().keys() if part.adapter else False
@@ -122,7 +122,7 @@ def test_a_file_that_is_cut_short_is_named(copy: Path, name: str, file: str) -> 
     path = copy / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=f"{path}.*cut short"):
-        open_part(copy, name, Adapter(copy / ADAPTER)).outline()
+        open_part(copy, name, LoraAdapter(copy / ADAPTER)).outline()
 
 
 def test_tensors_that_are_wrong_are_named_with_their_file(copy: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from avatar.checkpoints.lora import TARGET, Adapter
+from avatar.checkpoints.lora import TARGET, LoraAdapter
 from avatar.checkpoints.part import Part
 from avatar.denoiser.config import base
 from avatar.denoiser.model import Network
@@ -36,7 +36,7 @@ def pairs(prefix: str = "", infix: str = "") -> dict[str, Tensor]:
 def adapted(folder: Path, adapter: dict[str, Tensor], alpha: float = 4.0) -> Part:
     save_file(weights(), folder / "model.safetensors")
     save_file(adapter, folder / "adapter.safetensors")
-    return Part(folder, {}, (folder / "model.safetensors",), adapter=Adapter(folder / "adapter.safetensors", alpha))
+    return Part(folder, {}, (folder / "model.safetensors",), adapter=LoraAdapter(folder / "adapter.safetensors", alpha))
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])

@@ -14,7 +14,7 @@ from avatar.audio import whole_file
 from avatar.audio.model import load as load_model
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.checkpoints.layouts import AUDIO_FOLDER, open_part
-from avatar.media import read_sound
+from avatar.media import read_audio
 from tests.parity.goldens import Golden, Report, published
 
 
@@ -36,7 +36,7 @@ def read(pcm: Tensor, rate_hz: int) -> tuple[Tensor, int]:
             file.setsampwidth(2)
             file.setframerate(rate_hz)
             file.writeframes(pcm.numpy().tobytes())
-        samples, read_hz = read_sound(path)
+        samples, read_hz = read_audio(path)
     return torch.from_numpy(samples), read_hz
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from avatar.checkpoints.layouts import open_part
-from avatar.checkpoints.lora import Adapter
+from avatar.checkpoints.lora import LoraAdapter
 from avatar.checkpoints.part import Part
 from avatar.denoiser.model import Network, load
 from tests.parity.dit import config_of, replay_calls
@@ -27,7 +27,7 @@ def dit_lora(golden: Golden, report: Report) -> None:
     with published(config=golden.info["config"]) as checkpoint:
         save_file(under(tensors, "weights."), checkpoint / WEIGHTS)
         save_file(under(tensors, "lora."), checkpoint / ADAPTER)
-        network = load_denoiser(checkpoint, golden, Adapter(checkpoint / ADAPTER, alpha))
+        network = load_denoiser(checkpoint, golden, LoraAdapter(checkpoint / ADAPTER, alpha))
     merged = network.state_dict()
     for name, expected in under(tensors, "out.merged.").items():
         report.compare(name, merged[name], expected, **golden.info["tolerance"]["velocity"])
@@ -38,11 +38,11 @@ def dit_lora(golden: Golden, report: Report) -> None:
 def dit_ckpt_tiny(golden: Golden, report: Report) -> None:
     """A whole folder as it is published, shards and index, and an adapter with keys of another spelling."""
     checkpoint, expected = golden.folder / golden.name, golden.sibling(golden.info["golden"])
-    adapter = Adapter(checkpoint / ADAPTER, golden.info["lora"]["alpha"])
+    adapter = LoraAdapter(checkpoint / ADAPTER, golden.info["lora"]["alpha"])
     replay_calls(expected, report, load_denoiser(checkpoint, expected, adapter))
 
 
-def load_denoiser(checkpoint: Path, golden: Golden, adapter: Adapter) -> Network:
+def load_denoiser(checkpoint: Path, golden: Golden, adapter: LoraAdapter) -> Network:
     part = open_part(checkpoint, "denoiser", adapter)
     frames = config_of(golden).num_frames_per_block  # which recordings may vary, and published checkpoints may not
     network, _ = load(replace(part, config={**part.config, "num_frames_per_block": frames}))
@@ -53,7 +53,7 @@ def bfloat16_merge(tensors: dict[str, Tensor], alpha: float, report: Report) -> 
     with published() as folder:
         save_file(under(tensors, "bf16.base."), folder / WEIGHTS)
         save_file(under(tensors, "bf16.lora."), folder / ADAPTER)
-        part = Part(folder, {}, (folder / WEIGHTS,), adapter=Adapter(folder / ADAPTER, alpha))
+        part = Part(folder, {}, (folder / WEIGHTS,), adapter=LoraAdapter(folder / ADAPTER, alpha))
         merged = {name: tensor.bfloat16() for name, tensor in part.tensors()}
     expected = under(tensors, "bf16.merged.")
     report.exact("bf16 merged weights", merged.keys(), expected.keys())

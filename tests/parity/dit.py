@@ -20,11 +20,12 @@ from avatar.denoiser.attention import (
 )
 from avatar.denoiser.audio_injection import AudioEncoder, AudioTokens, InjectionNorm
 from avatar.denoiser.cache import KeysValues, KVCache
-from avatar.denoiser.config import FRAMES_PER_LATENT, NetworkConfig
+from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.layers import FramePacker, Head, Layer, sinusoid, unpatch
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import euler_step
 from avatar.denoiser.schedule import flow_match_schedule, timesteps
+from avatar.types import FRAMES_PER_LATENT
 from tests.parity.goldens import Golden, Report
 
 Module = TypeVar("Module", bound=nn.Module)

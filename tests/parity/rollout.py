@@ -13,12 +13,12 @@ from torch import Tensor
 
 from avatar.denoiser.attention import condition_positions, grid_size
 from avatar.denoiser.cache import History, KeysValues
-from avatar.denoiser.config import FRAMES_PER_LATENT, NetworkConfig
+from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import noise_of_clips
 from avatar.denoiser.schedule import flow_match_schedule
-from avatar.types import Block, Conditions, Session
+from avatar.types import FRAMES_PER_LATENT, Block, Conditions, Session
 from avatar.vae import whole_clip
 from avatar.vae.vae import Vae
 from avatar.vae.wan import Slots

@@ -7,8 +7,8 @@ import pytest
 
 from avatar.audio.alignment import BLOCK_SAMPLES, SAMPLE_RATE_HZ
 from avatar.errors import NoCapacity
-from avatar.runtime.admission import BLOCK_S, AdmissionControl, Load, Pace, Usage
-from avatar.vae.vae import BLOCK_FRAMES
+from avatar.runtime.admission import AdmissionControl, Load, Pace, Usage
+from avatar.types import BLOCK_FRAMES, BLOCK_S
 
 
 def paced(*steps_s: float, shared_by: int = 1) -> Pace:

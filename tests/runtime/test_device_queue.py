@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from avatar.runtime.admission import BLOCK_S, Usage
+from avatar.runtime.admission import Usage
 from avatar.runtime.device_queue import Device
 from avatar.runtime.pipeline import local
-from avatar.types import Session
+from avatar.types import BLOCK_S, Session
 from tests.busy import busy, until_waiting
 
 

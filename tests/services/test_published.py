@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from avatar.checkpoints.lora import Adapter
+from avatar.checkpoints.lora import LoraAdapter
 from avatar.render import Options, embed, load, render
 from avatar.runtime.device_queue import Device
 from avatar.settings import DenoiserSettings, GatewaySettings
@@ -30,7 +30,7 @@ async def test_a_published_checkpoint_is_served_and_rendered(
     async with suite(published, store, settings, adapter=adapter) as target, connected(target) as stub:
         session = await new_session(stub, picture, seed=7)
         streamed = await speak(stub, session.id, sound(SECONDS))
-    chunks = list(render(load(published, Adapter(adapter)), [samples()], RATE_HZ, picture, Options(seed=7)))
+    chunks = list(render(load(published, LoraAdapter(adapter)), [samples()], RATE_HZ, picture, Options(seed=7)))
     assert [len(chunk.frames) for chunk in chunks] == [9, 12]
     frames = torch.cat([chunk.frames for chunk in chunks])
     assert frames.shape == (21, *SIZE, 3)
@@ -52,7 +52,7 @@ def test_a_published_checkpoint_is_rendered_as_the_reference_is_asked(published:
         audio="whole",
         noise="clip",
     )
-    [asked] = render(load(published, Adapter(published / ADAPTER)), [samples()], RATE_HZ, picture, options)
+    [asked] = render(load(published, LoraAdapter(published / ADAPTER)), [samples()], RATE_HZ, picture, options)
     assert asked.frames.shape == (9, 64, 64, 3)
     assert asked.frames.float().std(0).mean() > 1
 

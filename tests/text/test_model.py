@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, processors
 
-from avatar.checkpoints.layouts import TEXT_FILE, knows_text, open_part, text_name, text_sizes
+from avatar.checkpoints.layouts import TEXT_FILE, has_text_encoder, open_part, text_name, text_sizes
 from avatar.text.model import TextConfig, TextEncoder, build, encode, load
 from tests.text import tiny
 
@@ -114,7 +114,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_a_saved_encoder_embeds_as_before(folder: Path) -> None:
-    assert knows_text(folder)
+    assert has_text_encoder(folder)
     made = load(open_part(folder, "text")).embed(PROMPT)
     torch.testing.assert_close(made, tiny.encoder().embed(PROMPT), rtol=1e-5, atol=1e-5)
     assert made.shape == (5, 16)
@@ -132,7 +132,7 @@ def test_the_public_encoder_reads_512_tokens(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_text_says_so(checkpoint: Path) -> None:
-    assert not knows_text(checkpoint)
+    assert not has_text_encoder(checkpoint)
     with pytest.raises(ValueError, match=f"knows no text: expected a folder text, or {TEXT_FILE}"):
         open_part(checkpoint, "text")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from avatar.render import Drawing
+from avatar.render import DenoisingLoop
 from avatar.types import Block, Conditions, Session
 from tests.training.conftest import synthetic_clip
 from training import ablate
@@ -27,7 +27,7 @@ def models(checkpoint: Path) -> Models:
     return replace(models, config=replace(models.config, sink_update_block=None))
 
 
-def drawn(models: Models, drawing: type[Drawing], motion_seed: int = 0, num_blocks: int = 3) -> Tensor:
+def drawn(models: Models, drawing: type[DenoisingLoop], motion_seed: int = 0, num_blocks: int = 3) -> Tensor:
     """Latents of some blocks of one session, which differs in the motion behind its picture alone."""
     config = models.config
     sink = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(9))
@@ -45,7 +45,7 @@ def drawn(models: Models, drawing: type[Drawing], motion_seed: int = 0, num_bloc
 
 def test_without_a_sink_nothing_of_the_motion_reaches_a_block(models: Models) -> None:
     assert torch.equal(drawn(models, NoSink, 0), drawn(models, NoSink, 1))
-    assert not torch.equal(drawn(models, Drawing, 0), drawn(models, Drawing, 1))
+    assert not torch.equal(drawn(models, DenoisingLoop, 0), drawn(models, DenoisingLoop, 1))
 
 
 def test_without_a_picture_the_first_block_still_has_it(models: Models) -> None:
@@ -55,7 +55,7 @@ def test_without_a_picture_the_first_block_still_has_it(models: Models) -> None:
 
 
 def test_a_clean_cache_is_another_history_but_no_other_first_block(models: Models) -> None:
-    noisy, clean = drawn(models, Drawing), drawn(models, CleanCache)
+    noisy, clean = drawn(models, DenoisingLoop), drawn(models, CleanCache)
     assert torch.equal(noisy[0], clean[0])
     assert not torch.equal(noisy[1], clean[1])
 

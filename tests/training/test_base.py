@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from avatar.checkpoints.lora import Adapter, merge
+from avatar.checkpoints.lora import LoraAdapter, merge
 from avatar.checkpoints.part import Part
 from avatar.denoiser.model import load
 from tests.training import pair
@@ -70,7 +70,7 @@ def test_what_is_exported_is_served(both: list[dict[str, Any]], folder: Path) ->
     expected = state[f"{name}.base_layer.weight"] + 0.5 * pair_of[0] @ pair_of[1]
     torch.testing.assert_close(network.get_parameter(f"{name}.weight"), expected.bfloat16().float())
     # And the base as it was, with the adapter beside it, is the same network.
-    adapter = Adapter(folder / "fsdp2" / "stage1" / "adapter.safetensors", alpha=2.0)
+    adapter = LoraAdapter(folder / "fsdp2" / "stage1" / "adapter.safetensors", alpha=2.0)
     base = network_of(small_base()).state_dict()
     adapter.check(base)
     merged = merge(base[f"{name}.weight"], adapter.pairs()[f"{name}.weight"], adapter.alpha)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.part import Part
-from avatar.vae.out_of_distribution import Familiar
+from avatar.vae.out_of_distribution import OutOfDistributionCheck
 from avatar.vae.picture import PictureRule
 from avatar.vae.vae import Vae, VaeConfig, config_of, load
 from services.local.launch import ROOT
@@ -18,7 +18,7 @@ from tests.conftest import ASSETS
 from tests.vae.conftest import LIGHT, SIZE, light_codec
 from training.out_of_distribution import measured, traits
 
-KIND = Familiar((1.0, 2.0), (1.0, 0.0, 0.5), 1.5, "unlike")
+KIND = OutOfDistributionCheck((1.0, 2.0), (1.0, 0.0, 0.5), 1.5, "unlike")
 RGB = torch.zeros(SIZE[1], SIZE[0], 3, dtype=torch.uint8)
 
 
@@ -42,7 +42,7 @@ def test_a_notice_is_for_pictures_beyond_the_limit() -> None:
     motion = plain.encode_picture(RGB)
     assert plain.notice(RGB, motion) == ""
     own = traits(plain, RGB)
-    kind = Familiar((*own.tolist(),), (0.0,) * (len(own) * (len(own) + 1) // 2), 0.0, "unlike")
+    kind = OutOfDistributionCheck((*own.tolist(),), (0.0,) * (len(own) * (len(own) + 1) // 2), 0.0, "unlike")
     assert Vae(codec, replace(plain.config, familiar=kind)).notice(RGB, motion) == ""
     away = replace(kind, root=(1.0, *kind.root[1:]), mean=(kind.mean[0] + 1, *kind.mean[1:]))
     assert Vae(codec, replace(plain.config, familiar=away)).notice(RGB, motion) == "unlike"

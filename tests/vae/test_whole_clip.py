@@ -17,7 +17,7 @@ def test_motion_is_the_end_of_a_long_still_and_the_sink_its_second_latent() -> N
     vae = Vae(codec, VAE.config)
     motion, sink = encode_picture(vae, RGB)
     with torch.inference_mode():
-        still = codec.encode(vae.held_still(RGB, WINDOW_FRAMES))[0]
+        still = codec.encode(vae.still_clip(RGB, WINDOW_FRAMES))[0]
     assert torch.equal(motion, still[:, -19:])
     assert torch.equal(sink, still[:, 1:2])
     assert not torch.equal(sink, still[:, :1])
@@ -26,7 +26,7 @@ def test_motion_is_the_end_of_a_long_still_and_the_sink_its_second_latent() -> N
 def test_a_clip_is_decoded_behind_the_frames_before_it_encoded_anew() -> None:
     generator = torch.Generator().manual_seed(1)
     clips = [torch.randn(16, frames, 2, 2, generator=generator) for frames in (6, 21, 3)]
-    window = VAE.held_still(RGB, WINDOW_FRAMES)
+    window = VAE.still_clip(RGB, WINDOW_FRAMES)
     for shown, clip, count in zip(decode_clips(VAE, RGB, clips), clips, (21, 84, 12), strict=True):
         with torch.inference_mode():
             behind = torch.cat([CODEC.encode(window), clip[None]], dim=2)

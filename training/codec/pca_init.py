@@ -10,7 +10,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from avatar.vae.codec import TIME_STRIDE
+from avatar.types import FRAMES_PER_LATENT
 from avatar.vae.light import CHANNELS, PATCH_AXES, PATCH_SIZES, LightCodec
 from training.codec.crops import CropRule, batch_of
 from training.data import StoredClip
@@ -38,7 +38,7 @@ def principal_components(codec: LightCodec, clips: Sequence[StoredClip], rule: C
 def patches_of(frames: Tensor) -> Tensor:
     """All patches of whole latents, the clip's first frame left out: (b, 3, f, h, w) -> (patches, n)."""
     return rearrange(
-        frames[:, :, 1 : 1 + (frames.shape[2] - 1) // TIME_STRIDE * TIME_STRIDE],
+        frames[:, :, 1 : 1 + (frames.shape[2] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT],
         f"b c (t p) (h y) (w x) -> (b t h w) {PATCH_AXES}",
         **PATCH_SIZES,
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from einops import rearrange, reduce
 
-from avatar.vae.codec import TIME_STRIDE
+from avatar.types import FRAMES_PER_LATENT
 from training.codec.crops import to_pixels
 from training.codec.report import mouth_boxes, psnr
 from training.data import StoredClip
@@ -27,7 +27,7 @@ def codec_figures(
     """
     whole, mouth, edges, flickers, openings, agreements = [], [], [], [], [], []
     for clip in until(clips, deadline):
-        count = 1 + (len(clip.array("frames")) - 1) // TIME_STRIDE * TIME_STRIDE
+        count = 1 + (len(clip.array("frames")) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
         truth = np.array(clip.array("frames")[:count])
         pixels = to_pixels(truth)
         codec = models.vae.codec

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from avatar.vae.vae import BLOCK_FRAMES, HIDDEN_FRAMES
+from avatar.types import BLOCK_FRAMES
+from avatar.vae.vae import HIDDEN_FRAMES
 from training.data import StoredClip
 from training.eval.identity import Identity
 from training.eval.inference import Models, Pixels, Rollout, Sound, spoken, until

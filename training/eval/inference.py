@@ -19,9 +19,8 @@ from PIL import Image
 from avatar import render
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
-from avatar.render import Drawing
-from avatar.types import AudioPiece, Conditions, FrameChunk, Session
-from avatar.vae.vae import BLOCK_FRAMES
+from avatar.render import DenoisingLoop
+from avatar.types import BLOCK_FRAMES, AudioPiece, Conditions, FrameChunk, Session
 from training.data import FRAME_SAMPLES, SOUND_RATE_HZ
 
 BLOCK_SAMPLES = BLOCK_FRAMES * FRAME_SAMPLES
@@ -35,7 +34,7 @@ Item = TypeVar("Item")
 class Models(render.Models):
     """The models of a checkpoint, and how a session's blocks are drawn with them."""
 
-    drawing: type[Drawing] = Drawing
+    drawing: type[DenoisingLoop] = DenoisingLoop
 
     def picture(self, image: Pixels) -> Pixels:
         """An image (h, w, 3) as a user's picture becomes: of the video's size, (H, W, 3)."""

@@ -10,8 +10,8 @@ from torch import Generator, Tensor
 
 from avatar.checkpoints.part import Part
 from avatar.denoiser.config import NetworkConfig
+from avatar.types import FRAMES_PER_LATENT
 from avatar.vae import vae
-from avatar.vae.codec import TIME_STRIDE
 from avatar.vae.vae import Vae
 from training.batches import BatchRule, batch_of
 from training.data import StoredClip
@@ -52,4 +52,4 @@ def rollout_rows(
 def frames_of(latents: Tensor, reference: Tensor, codec: Vae[Any]) -> Tensor:
     """(b, f, 3, h, w): what latents look like after the reference."""
     frames = codec.codec.decode(torch.cat([reference, latents.to(reference)], dim=2), codec.codec.fresh())
-    return rearrange(frames[:, :, -latents.shape[2] * TIME_STRIDE :].float().cpu(), "b c f h w -> b f c h w")
+    return rearrange(frames[:, :, -latents.shape[2] * FRAMES_PER_LATENT :].float().cpu(), "b c f h w -> b f c h w")

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from avatar.audio.whole_file import sound_of as resampled
-from avatar.vae.vae import BLOCK_FRAMES, HIDDEN_FRAMES
+from avatar.types import BLOCK_FRAMES
+from avatar.vae.vae import HIDDEN_FRAMES
 from training.data import FRAME_RATE_HZ, SOUND_RATE_HZ
 from training.eval.inference import BLOCK_SAMPLES, Models, Pixels, Rollout, Sound, pieces, until
 from training.eval.landmarks import Floats
