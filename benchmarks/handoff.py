@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from avatar.handoff.chain import Chain, Seat, joined
 from avatar.handoff.client import RemoteChain
-from avatar.rpc.client import Relayable, RemoteStage, channel, remote_denoiser
+from avatar.rpc.channel import channel
+from avatar.rpc.client import Relayable, RemoteStage, remote_denoiser
 from avatar.rpc.codec import block_from_pb, latent_to_pb, tensor_from_pb
 from avatar.rpc.server import Context, opening, parts, serving, until_stopped
 from avatar.runtime.pipeline import Stage

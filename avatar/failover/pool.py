@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from avatar.aio import background
 from avatar.errors import AvatarError, NoCapacity, StageFailed, StageLost, StoreUnavailable
-from avatar.rpc.client import channel
+from avatar.rpc.channel import channel
 
 logger = logging.getLogger(__name__)
 Info = TypeVar("Info", bound=Message)

@@ -13,8 +13,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from avatar.aio import background
 from avatar.errors import REASONS, AvatarError, ConfigMismatch, InvalidField, StageFailed, StageLost
-from avatar.rpc.server import OPTIONS
-from avatar.rpc.status import ENDED_EARLY, CallStatus, told
+from avatar.rpc.status import ENDED_EARLY, CallStatus, error_details
 from avatar.rpc.wire import RelayedBlock, field, written
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 
@@ -31,18 +30,6 @@ GONE = (
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
 )
-
-
-def channel(target: str, credentials: grpc.ChannelCredentials | None = None, *, name: str = "") -> grpc.aio.Channel:
-    """A channel to HOST:PORT, in plain text without credentials, which looks soon whether a lost peer is back.
-
-    name: what the peer's certificate must be for, where that is not the target's host: it may be one of its addresses.
-    """
-    options = [*OPTIONS, ("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
-    if credentials is None:
-        return grpc.aio.insecure_channel(target, options=options)
-    named = [("grpc.ssl_target_name_override", name)] if name else []
-    return grpc.aio.secure_channel(target, credentials, options=[*options, *named])
 
 
 class RemoteStage(Generic[Item, Answer]):
@@ -155,7 +142,7 @@ def stage_error(stage: str, error: grpc.aio.AioRpcError, *, is_request: bool = F
     What the client can act on passes through; a defect of the worker is StageFailed, its absence StageLost.
     is_request: the worker was given what the client sent, and not a block.
     """
-    details = told(error)
+    details = error_details(error)
     reason, violations, retry_s = details.reason, details.violations, details.retry_s
     text = error.details() or error.code().name
     kind: type[AvatarError]

@@ -1,24 +1,23 @@
-"""How a call ended: the peer's own status, and what google.rpc's details in it say.
+"""Errors to gRPC statuses and back: google.rpc.Status with ErrorInfo, BadRequest and RetryInfo as its details."""
 
-The details are read field by field with protobuf alone, so that the client needs no other package.
-"""
-
-from collections import defaultdict
+import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf import any_pb2, duration_pb2, empty_pb2
-from google.protobuf.message import DecodeError
-from google.protobuf.unknown_fields import UnknownFieldSet
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError, Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
-from avatar.errors import REASONS, AvatarError, ConnectionLost, MessageTooLarge
+from avatar.errors import DOMAIN, REASONS, AvatarError, ConnectionLost, MessageTooLarge
 
 ENDED_EARLY = "the stream ended before all was answered"
-DETAILS = "grpc-status-details-bin"
-# Codes of gRPC itself, which come without details: all that a connection can do.
+# A status travels in the trailers, twice; over 16 KB they are dropped. Its text may repeat what a client sent.
+MAX_TEXT = 1000
+# Codes that gRPC itself gives, without details, to a call whose connection fails.
 LOST = (
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -29,40 +28,45 @@ LOST = (
 )
 
 
-class CallStatus:
-    """How the peer ended a call; `ended` is None until it has.
+def status_of(error: AvatarError) -> status_pb2.Status:
+    """Return an error's google.rpc.Status: ErrorInfo always, BadRequest and RetryInfo where they apply."""
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata),
+    ]
+    if error.violations:
+        violation = error_details_pb2.BadRequest.FieldViolation
+        fields = [violation(field=field, description=text[:MAX_TEXT]) for field, text in error.violations]
+        details.append(error_details_pb2.BadRequest(field_violations=fields))
+    if error.retry_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_s * 1000))
+        details.append(retry)
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code.name), message=error.message[:MAX_TEXT])
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
 
-    A write that fails because the call has ended makes grpc.aio replace the peer's status by INTERNAL (its issue
-    36066; measured: half of the calls that are refused while they write). Callbacks run before that, with the status.
-    """
 
-    def __init__(self, call: Any) -> None:
-        self.ended: grpc.aio.AioRpcError | None = None
-        call.add_done_callback(self._note)
-
-    def instead_of(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
-        """The peer's own error, where there was one."""
-        return self.ended or error
-
-    def _note(self, call: Any) -> None:
-        code, details, trailing = (_finished(each) for each in (call.code(), call.details(), call.trailing_metadata()))
-        if code is grpc.StatusCode.OK:  # nobody asks for it unless there was more to write or to read
-            details = ENDED_EARLY
-        self.ended = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
+def reason_of(error: BaseException) -> str:
+    """Return an error's reason, for logs and metrics; INTERNAL unless it is an AvatarError or a cancellation."""
+    cause = root_cause(error)
+    if isinstance(cause, asyncio.CancelledError):
+        return ConnectionLost.reason
+    return cause.reason if isinstance(cause, AvatarError) else AvatarError.reason
 
 
-def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that has nothing to wait for."""
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        return done.value
-    raise AssertionError("a call that is done has its status")
+def root_cause(error: BaseException) -> BaseException:
+    """Return the first error of a task group's: the others failed because it did. AvatarErrors come first."""
+    while isinstance(error, BaseExceptionGroup):
+        error = next((each for each in error.exceptions if isinstance(each, AvatarError)), error.exceptions[0])
+    return error
 
 
 @dataclass
-class Told:
-    """What a status's details say; the fields are those of AvatarError, the reason is empty if there were none."""
+class ErrorDetails:
+    """Details of a status. The fields are those of AvatarError; the reason is empty if there is no ErrorInfo."""
 
     reason: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
@@ -70,41 +74,28 @@ class Told:
     retry_s: float | None = None
 
 
-def told(error: grpc.aio.AioRpcError) -> Told:
-    """The details of an error: google.rpc.ErrorInfo, BadRequest and RetryInfo. None of them if they cannot be read."""
+def error_details(error: grpc.aio.AioRpcError) -> ErrorDetails:
+    """Return the details of a call's status. Details that cannot be parsed, or contradict the status, count as none."""
+    call: Any = error  # AioRpcError has what from_call reads, but is no grpc.Call
+    info, request, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     try:
-        return _told(error)
-    except DecodeError:
-        return Told()
-
-
-def _told(error: grpc.aio.AioRpcError) -> Told:
-    found = Told()
-    trailing: Any = error.trailing_metadata() or ()
-    status = next((value for key, value in trailing if key == DETAILS), b"")
-    for packed in _fields(status)[3]:
-        detail = any_pb2.Any.FromString(packed)
-        content = _fields(detail.value)
-        match detail.TypeName():
-            case "google.rpc.ErrorInfo":
-                found.reason = _text(content[1])
-                entries = [_fields(each) for each in content[3]]
-                found.metadata = {_text(entry[1]): _text(entry[2]) for entry in entries}
-            case "google.rpc.BadRequest":
-                violations = [_fields(each) for each in content[1]]
-                found.violations = tuple((_text(each[1]), _text(each[2])) for each in violations)
-            case "google.rpc.RetryInfo":
-                delay = duration_pb2.Duration.FromString(b"".join(content[1]))
-                found.retry_s = delay.ToMilliseconds() / 1000
-    return found
+        status = rpc_status.from_call(call)
+        for detail in status.details if status else ():
+            for message in (info, request, retry):
+                detail.Unpack(message)  # does nothing unless the detail is of the message's type
+    except (DecodeError, ValueError):
+        return ErrorDetails()
+    retry_s = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
+    violations = tuple((each.field, each.description) for each in request.field_violations)
+    return ErrorDetails(info.reason, dict(info.metadata), violations, retry_s)
 
 
 def error_of(error: grpc.aio.AioRpcError) -> AvatarError:
-    """The error that a gateway's status stands for. ConnectionLost where there was no gateway to say anything.
+    """Return the error that a gateway's status stands for; ConnectionLost if it comes from no gateway.
 
-    A reason that this version does not know is an AvatarError of that reason.
+    An unknown reason, of a later version, gives an AvatarError that carries this reason.
     """
-    details = told(error)
+    details = error_details(error)
     text = error.details() or error.code().name
     if details.reason:
         kind = REASONS.get(details.reason, AvatarError)
@@ -112,20 +103,39 @@ def error_of(error: grpc.aio.AioRpcError) -> AvatarError:
         kind = MessageTooLarge
     else:
         kind = ConnectionLost if error.code() in LOST else AvatarError
-    known = kind(text, metadata=details.metadata, violations=details.violations, retry_s=details.retry_s)
+    result = kind(text, metadata=details.metadata, violations=details.violations, retry_s=details.retry_s)
     if details.reason:
-        known.reason = details.reason  # type: ignore[misc]  # of this one error, where the class has none
-    return known
+        result.reason = details.reason  # type: ignore[misc]  # of this one error, where the class has none
+    return result
 
 
-def _fields(message: bytes) -> dict[int, list[bytes]]:
-    """The bytes of each field of a message whose type is not at hand."""
-    found: defaultdict[int, list[bytes]] = defaultdict(list)
-    fields: Any = UnknownFieldSet(empty_pb2.Empty.FromString(message))  # a sequence; its stub does not say so
-    for each in fields:
-        found[each.field_number].append(each.data)
-    return found
+class CallStatus:
+    """The status that the peer ended a call with; `ended` is None while the call runs.
+
+    A write that fails because the call has ended makes grpc.aio replace the peer's status by INTERNAL (grpc issue
+    36066; measured: half of the calls that are refused while they write). Done callbacks run before that, and see the
+    peer's status.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self.ended: grpc.aio.AioRpcError | None = None
+        call.add_done_callback(self._record)
+
+    def instead_of(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+        """Return the peer's own error, or this one if the peer gave none."""
+        return self.ended or error
+
+    def _record(self, call: Any) -> None:
+        code, details, trailing = (_finished(each) for each in (call.code(), call.details(), call.trailing_metadata()))
+        if code is grpc.StatusCode.OK:  # it is read only if more was to be written or read
+            details = ENDED_EARLY
+        self.ended = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
 
 
-def _text(values: list[bytes]) -> str:
-    return b"".join(values[-1:]).decode(errors="replace")
+def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Return the result of a coroutine that does not suspend."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a call that is done has its status")

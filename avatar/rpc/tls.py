@@ -1,6 +1,7 @@
 """TLS of servers and channels, from PEM files.
 
-A certificate's file holds its chain, the certificate itself first; an authority's file one certificate or several.
+A certificate's file holds its chain, the certificate itself first; an authority's file holds one or more certificates.
+The files of a service come from AVATAR_* variables, which errors name.
 """
 
 import ssl
@@ -10,47 +11,48 @@ from typing import Any
 
 import grpc
 
-from avatar.settings import PREFIX, GatewaySettings, Settings, unusable
 
+def server_credentials(
+    cert: Path | None, key: Path | None, client_ca: Path | None = None
+) -> grpc.ServerCredentials | None:
+    """Return a server's credentials, for one port; None (plain text) without a certificate and its key.
 
-def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """What one server, at one port, shows and asks for; None where it speaks plain text.
-
-    A certificate that is replaced is shown to the next connection. ValueError names a setting whose file is of no use.
+    client_ca: the authority of clients' certificates; with it, a client must show one. Files that change are read
+    again for the next connection. ValueError names the AVATAR_TLS_* variable whose file cannot be used.
     """
-    cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
     if cert is None or key is None:
         return None
 
     def configuration() -> grpc.ServerCertificateConfiguration:
-        pair = _pair("tls_cert", cert, "tls_key", key)
-        authorities = _certificates("tls_client_ca", client_ca) if client_ca else None
+        pair = _pair("AVATAR_TLS_CERT", cert, "AVATAR_TLS_KEY", key)
+        authorities = _certificates("AVATAR_TLS_CLIENT_CA", client_ca) if client_ca else None
         return grpc.ssl_server_certificate_configuration([pair], authorities)
 
     files = [each for each in (cert, key, client_ca) if each]
     first = configuration()
-    renewed: Any = _when_changed(files, configuration)  # may be None, which its type does not say
+    renewed: Any = _when_changed(files, configuration)  # may return None, which the stub does not allow
     return grpc.dynamic_ssl_server_credentials(first, renewed, client_ca is not None)
 
 
-def worker_credentials(settings: GatewaySettings) -> grpc.ChannelCredentials | None:
-    """What the gateway trusts and shows as the workers' client; None where they speak plain text.
+def worker_credentials(ca: Path | None, cert: Path | None, key: Path | None) -> grpc.ChannelCredentials | None:
+    """Return the gateway's credentials as the workers' client; None (plain text) without an authority.
 
-    ValueError names a setting whose file is of no use.
+    cert, key: shown to workers that ask for one. ValueError names the AVATAR_WORKER_* variable whose file cannot be
+    used.
     """
-    if settings.worker_ca is None:
+    if ca is None:
         return None
-    authorities = _certificates("worker_ca", settings.worker_ca)
-    if settings.worker_cert is None or settings.worker_key is None:
+    authorities = _certificates("AVATAR_WORKER_CA", ca)
+    if cert is None or key is None:
         return grpc.ssl_channel_credentials(authorities)
-    key, chain = _pair("worker_cert", settings.worker_cert, "worker_key", settings.worker_key)
-    return grpc.ssl_channel_credentials(authorities, key, chain)
+    secret, chain = _pair("AVATAR_WORKER_CERT", cert, "AVATAR_WORKER_KEY", key)
+    return grpc.ssl_channel_credentials(authorities, secret, chain)
 
 
 def channel_credentials(
     ca: Path | str | None = None, cert: Path | str | None = None, key: Path | str | None = None
 ) -> grpc.ChannelCredentials:
-    """What a client trusts and shows. OSError if a file cannot be read.
+    """Return the credentials of the product team's client. OSError if a file cannot be read.
 
     ca: file of the authority that signed the gateway's certificate; without it, the public ones that grpcio brings.
     cert, key: files of the client's own certificate, for a gateway that asks for one.
@@ -62,7 +64,7 @@ def channel_credentials(
 def _when_changed(
     files: list[Path], read: Callable[[], grpc.ServerCertificateConfiguration]
 ) -> Callable[[], grpc.ServerCertificateConfiguration | None]:
-    """Reads again if a file has changed since; None if none has, or if they do not fit together yet."""
+    """Return a function that reads the files again if one has changed; it gives None if none has."""
 
     def state() -> list[tuple[int, int]]:
         return [(each.stat().st_mtime_ns, each.stat().st_ino) for each in files]
@@ -75,7 +77,7 @@ def _when_changed(
             if (now := state()) == seen:
                 return None
             renewed = read()
-        except (OSError, ValueError):  # being replaced, one file after another: the old ones are good until then
+        except (OSError, ValueError):  # files are being replaced one by one: serve the old ones until they match
             return None
         seen = now
         return renewed
@@ -83,29 +85,33 @@ def _when_changed(
     return changed
 
 
-def _certificates(name: str, path: Path) -> bytes:
-    content = _content(name, path)
+def _certificates(variable: str, path: Path) -> bytes:
+    content = _content(variable, path)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except ssl.SSLError as error:
-        raise unusable(name, str(path), "a PEM file of certificates") from error
+        raise _unusable(variable, path, "a PEM file of certificates") from error
     return content
 
 
-def _pair(cert_name: str, cert: Path, key_name: str, key: Path) -> tuple[bytes, bytes]:
-    """Key and chain as gRPC takes them."""
-    chain, secret = _certificates(cert_name, cert), _content(key_name, key)
+def _pair(cert_variable: str, cert: Path, key_variable: str, key: Path) -> tuple[bytes, bytes]:
+    """Return a private key and its certificate chain, in the order that gRPC takes them."""
+    chain, secret = _certificates(cert_variable, cert), _content(key_variable, key)
     try:
-        # An encrypted key would be asked for at the terminal.
+        # Without a password, ssl would ask for an encrypted key's at the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: "")
     except (ssl.SSLError, ValueError) as error:
-        expected = f"the private key of {PREFIX}{cert_name.upper()}, in PEM and without a password"
-        raise unusable(key_name, str(key), expected) from error
+        expected = f"the private key of {cert_variable}, in PEM and without a password"
+        raise _unusable(key_variable, key, expected) from error
     return secret, chain
 
 
-def _content(name: str, path: Path) -> bytes:
+def _content(variable: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise unusable(name, str(path), f"a file that can be read: {error.strerror}") from error
+        raise _unusable(variable, path, f"a file that can be read: {error.strerror}") from error
+
+
+def _unusable(variable: str, path: Path, expected: str) -> ValueError:
+    return ValueError(f"{variable} is {str(path)!r}, expected {expected}")

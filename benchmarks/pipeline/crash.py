@@ -10,7 +10,7 @@ from statistics import median
 import psutil
 from tqdm import tqdm
 
-from avatar.rpc.client import channel
+from avatar.rpc.channel import channel
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
 from benchmarks.pipeline.client import START_S, Heard, Job, Report
 from benchmarks.pipeline.contenders import Peer

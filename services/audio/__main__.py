@@ -30,7 +30,7 @@ def build(settings: AudioSettings, device: Device) -> AudioServicer:
 async def main() -> None:
     settings = load_settings(AudioSettings, os.environ)
     telemetry.set_up("avatar-audio", settings.log_level)
-    credentials = server_credentials(settings)
+    credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     torch.set_num_threads(settings.threads)
     with device_of(settings) as device:
         servicer = build(settings, device)

@@ -78,7 +78,7 @@ def latent_sizes(settings: DenoiserSettings) -> list[tuple[int, int]]:
 async def main() -> None:
     settings = load_settings(DenoiserSettings, os.environ)
     telemetry.set_up("avatar-denoiser", settings.log_level)
-    credentials = server_credentials(settings)
+    credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     torch.set_num_threads(settings.threads)
     store = SessionStore(RedisHashes(settings.redis_url))
     async with AsyncExitStack() as stack:

@@ -22,7 +22,7 @@ from services.process import run
 @asynccontextmanager
 async def gateway(settings: GatewaySettings, store: SessionStore, tally: Tally) -> AsyncGenerator[int, None]:
     """A gateway while the body runs; gives its port. ValueError names a setting whose file is of no use."""
-    credentials = server_credentials(settings)
+    credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     authentication = [Authentication(Tokens(settings.tenants))] if settings.tenants else []
     async with (
         counted(tally) as quotas,

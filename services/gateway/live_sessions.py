@@ -23,7 +23,7 @@ from avatar.errors import (
     SessionNotFound,
     StoreUnavailable,
 )
-from avatar.rpc.server import reason_of
+from avatar.rpc.status import reason_of
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import CLAIM_TTL_S, SessionStore
 from avatar.v1 import avatar_service_pb2 as pb

@@ -93,7 +93,7 @@ class Workers:
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
         self._stack = AsyncExitStack()
-        credentials = worker_credentials(settings)
+        credentials = worker_credentials(settings.worker_ca, settings.worker_cert, settings.worker_key)
         self.audio: Pool[audio_pb2.AudioServiceGetInfoResponse] = Pool(
             "audio",
             settings.audio,

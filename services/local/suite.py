@@ -25,7 +25,6 @@ from avatar.settings import (
     GatewaySettings,
     TextSettings,
     VaeSettings,
-    WorkerSettings,
     load,
 )
 from avatar.store.redis import MemoryHashes, RedisHashes
@@ -62,7 +61,9 @@ async def workers(
         device = stack.enter_context(device_of(audio_settings))
 
         async def served(servicer: Servicer) -> str:
-            credentials = server_credentials(WorkerSettings(listen=ANY_PORT, **worker))
+            credentials = server_credentials(
+                audio_settings.tls_cert, audio_settings.tls_key, audio_settings.tls_client_ca
+            )
             port = await stack.enter_async_context(serving(ANY_PORT, servicer, credentials=credentials))
             return f"127.0.0.1:{port}"
 

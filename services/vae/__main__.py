@@ -32,7 +32,7 @@ def build(settings: VaeSettings, store: SessionStore, device: Device) -> VaeServ
 async def main() -> None:
     settings = load_settings(VaeSettings, os.environ)
     telemetry.set_up("avatar-vae", settings.log_level)
-    credentials = server_credentials(settings)
+    credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     torch.set_num_threads(settings.threads)
     store = SessionStore(RedisHashes(settings.redis_url))
     with device_of(settings) as device:

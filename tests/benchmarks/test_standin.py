@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from avatar.rpc.client import channel, remote_audio, remote_denoiser, remote_vae
+from avatar.rpc.channel import channel
+from avatar.rpc.client import remote_audio, remote_denoiser, remote_vae
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import Device
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2

@@ -15,7 +15,7 @@ from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
 from avatar.handoff.chain import joined
 from avatar.handoff.client import RemoteChain
-from avatar.rpc.client import channel
+from avatar.rpc.channel import channel
 from avatar.rpc.codec import block_to_pb, conditions_to_pb, tensor_to_pb
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import Device

@@ -12,7 +12,7 @@ from avatar.errors import ConfigMismatch, InvalidField, StageLost
 from avatar.handoff import chain as chains
 from avatar.handoff.chain import Chain, Seat, joined
 from avatar.handoff.client import RemoteChain
-from avatar.rpc.client import channel
+from avatar.rpc.channel import channel
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import Device
 from avatar.settings import DenoiserSettings

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import grpc.aio
 import pytest
 
-from avatar.rpc.client import channel
+from avatar.rpc.channel import channel
 from avatar.rpc.server import Context, opening, parts, serving
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
@@ -22,6 +22,7 @@ Responses: TypeAlias = AsyncGenerator[pb.EncodeResponse, None]
 OPEN = pb.EncodeRequest(open=pb.OpenEncode(session_id="a"))
 CLOSE = pb.EncodeRequest(close=pb.CloseEncode())
 OPENED = pb.EncodeResponse(opened=pb.EncodeOpened(history_s=0.5))
+WAIT_S = 10.0
 
 
 def piece(number: int) -> pb.AudioPiece:
@@ -123,6 +124,17 @@ async def cuttable(target: str) -> AsyncGenerator[tuple[str, Callable[[], None]]
         await server.wait_closed()
 
 
+async def encode(
+    stub: "audio_pb2_grpc.AudioServiceAsyncStub", requests: Iterable[pb.EncodeRequest]
+) -> list[pb.EncodeResponse]:
+    """Return all answers of a stream.
+
+    A test that expects a refusal sends nothing that the worker has not read by then: a client of grpc.aio may see that
+    its write failed instead of the refusal.
+    """
+    return [response async for response in stub.Encode(iter(requests), timeout=WAIT_S)]
+
+
 @pytest.fixture
 async def worker() -> AsyncGenerator[Worker, None]:
     worker = Worker()
@@ -136,3 +148,8 @@ async def connection(worker: Worker) -> AsyncGenerator[grpc.aio.Channel, None]:
     """A channel to the worker."""
     async with channel(worker.target) as connection:
         yield connection
+
+
+@pytest.fixture
+def stub(connection: grpc.aio.Channel) -> "audio_pb2_grpc.AudioServiceAsyncStub":
+    return audio_pb2_grpc.AudioServiceStub(connection)

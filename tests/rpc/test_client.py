@@ -21,7 +21,8 @@ from avatar.errors import (
     StageFailed,
     StageLost,
 )
-from avatar.rpc.client import RemoteStage, channel, remote_audio, remote_vae, stage_error
+from avatar.rpc.channel import channel
+from avatar.rpc.client import RemoteStage, remote_audio, remote_vae, stage_error
 from avatar.rpc.server import Context, opening, parts
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc, vae_pb2

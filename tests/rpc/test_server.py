@@ -1,204 +1,125 @@
-"""Tests of avatar.rpc.server, over a small real worker."""
+"""Tests of avatar.rpc.server: a server's life, and the order of messages on a worker's stream."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import logging
-import weakref
-from collections.abc import Iterable
+import os
+import signal
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
-import torch
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from avatar.errors import REASONS, AvatarError, InvalidAudio, NoCapacity, SessionNotFound, StageLost
-from avatar.rpc.client import channel
-from avatar.rpc.server import Context, blaming, opening, reason_of, status_of
+from avatar.errors import REASONS, InvalidAudio
+from avatar.rpc.channel import channel
+from avatar.rpc.server import Context, Servicer, blaming, serving, until_stopped
+from avatar.runtime.device_queue import Device
+from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings
+from avatar.store.sessions import SessionStore
+from avatar.store.usage import MemoryTally
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
-from avatar.worker.v1.types_pb2 import Block
+from services.audio.__main__ import build as build_audio
+from services.denoiser.__main__ import build as build_denoiser
+from services.gateway.access.quotas import Quotas
+from services.gateway.live_sessions import Conversations
+from services.gateway.service import AvatarServicer
+from services.gateway.workers import Workers
+from services.text.__main__ import build as build_text
+from services.vae.__main__ import build as build_vae
 from tests.contract.refusals import refused
-from tests.rpc.conftest import CLOSE, OPEN, OPENED, Requests, Responses, Worker, numbered, piece
+from tests.rpc.conftest import CLOSE, OPEN, OPENED, WAIT_S, Requests, Responses, Worker, encode, numbered, piece
 
-WAIT_S = 10.0
-
-
-@pytest.fixture
-def stub(connection: grpc.aio.Channel) -> audio_pb2_grpc.AudioServiceAsyncStub:
-    return audio_pb2_grpc.AudioServiceStub(connection)
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-async def encode(
-    stub: audio_pb2_grpc.AudioServiceAsyncStub, requests: Iterable[pb.EncodeRequest]
-) -> list[pb.EncodeResponse]:
-    """A whole stream's answers.
-
-    A test that is refused sends nothing that the worker has not read by then: grpc.aio may tell a client that its write
-    failed instead of why.
-    """
-    return [response async for response in stub.Encode(iter(requests), timeout=WAIT_S)]
+def health(connection: grpc.aio.Channel) -> Any:
+    """A stub of the standard service, which comes without types."""
+    return health_pb2_grpc.HealthStub(connection)
 
 
-def raising(error: BaseException) -> Responses:
-    async def stream() -> Responses:
-        yield OPENED
-        raise error
-
-    return stream()
+async def test_a_second_server_at_the_same_port_is_refused(worker: Worker) -> None:
+    with pytest.raises(ValueError, match=f"cannot listen at {worker.target}"):
+        async with serving(worker.target, Worker()):
+            pass
 
 
-@pytest.mark.parametrize("reason", REASONS)
-async def test_every_error_arrives_as_its_status_with_error_info(
-    worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub, reason: str
-) -> None:
-    error = REASONS[reason]("the disk is full", metadata={"stage": "vae"})
+async def test_open_streams_are_given_time_to_end() -> None:
+    worker, going_on = Worker(), asyncio.Event()
 
-    def info() -> pb.AudioServiceGetInfoResponse:
-        raise error
+    async def slow(requests: Requests, context: Context) -> Responses:
+        async for response in numbered(requests, context):
+            yield response
+            await going_on.wait()
 
-    worker.info = info
-    worker.encode = lambda *_: raising(error)
-    async with refused(error.code, reason) as in_unary:
-        await stub.GetInfo(pb.AudioServiceGetInfoRequest(), timeout=WAIT_S)
-    async with refused(error.code, reason) as in_stream:
-        await encode(stub, [])
-    assert in_unary == in_stream
-    assert (in_unary.message, in_unary.metadata) == ("the disk is full", {"stage": "vae"})
-    assert (in_unary.fields, in_unary.retries) == ([], False)
-
-
-async def test_a_bad_field_and_a_time_to_retry_are_told(
-    worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub
-) -> None:
-    error = NoCapacity("full", violations=(("a", "too long"), ("b", "too short")), retry_s=1.5)
-    worker.encode = lambda *_: raising(error)
-    async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "NO_CAPACITY") as refusal:
-        await encode(stub, [])
-    assert refusal.fields == ["a", "b"]
-    assert refusal.retries
+    worker.encode = slow
+    async with AsyncExitStack() as stack:
+        port = await stack.enter_async_context(serving("127.0.0.1:0", worker, drain_s=WAIT_S))
+        async with channel(f"127.0.0.1:{port}") as connection:
+            watching = health(connection).Watch(health_pb2.HealthCheckRequest())
+            assert (await watching.read()).status == SERVING
+            call = audio_pb2_grpc.AudioServiceStub(connection).Encode(iter([OPEN, CLOSE]))
+            assert await anext(aiter(call)) == OPENED
+            stopping = asyncio.ensure_future(stack.aclose())
+            assert (await watching.read()).status == NOT_SERVING
+            watching.cancel()
+            await asyncio.sleep(0.05)
+            assert not stopping.done()
+            going_on.set()
+            assert [response.WhichOneof("part") async for response in call] == ["closed"]
+            assert await call.code() is grpc.StatusCode.OK
+            await stopping
 
 
-def test_each_kind_of_detail_comes_once() -> None:
-    status = status_of(NoCapacity("full", violations=(("a", "too long"), ("b", "too short")), retry_s=1.5))
-    kinds = [detail.TypeName() for detail in status.details]
-    assert kinds == ["google.rpc.ErrorInfo", "google.rpc.BadRequest", "google.rpc.RetryInfo"]
+async def test_every_service_answers_health_and_reflection(text_checkpoint: Path, store: SessionStore) -> None:
+    settings = GatewaySettings()
+    workers, quotas = Workers(settings), Quotas(MemoryTally())
+    with Device() as device:
+        services: list[Servicer] = [
+            build_audio(AudioSettings(checkpoint=text_checkpoint), device),
+            build_denoiser(DenoiserSettings(checkpoint=text_checkpoint), store, device),
+            build_text(TextSettings(checkpoint=text_checkpoint), store, device),
+            build_vae(VaeSettings(checkpoint=text_checkpoint), store, device),
+            AvatarServicer(settings, store, workers, Conversations(settings, store, workers, quotas), quotas),
+        ]
+        names = [service.service_name for service in services]
+        async with serving("127.0.0.1:0", *services) as port, channel(f"127.0.0.1:{port}") as connection:
+            checks = health(connection)
+            for name in ["", *names]:
+                assert (
+                    await checks.Check(health_pb2.HealthCheckRequest(service=name), timeout=WAIT_S)
+                ).status == SERVING
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await checks.Check(health_pb2.HealthCheckRequest(service="another"), timeout=WAIT_S)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+            requests = [
+                reflection_pb2.ServerReflectionRequest(list_services=""),
+                *(reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in names),
+            ]
+            reflection: Any = reflection_pb2_grpc.ServerReflectionStub
+            listed, *files = [
+                answer async for answer in reflection(connection).ServerReflectionInfo(iter(requests), timeout=WAIT_S)
+            ]
+            assert {*names, "grpc.health.v1.Health"} <= {each.name for each in listed.list_services_response.service}
+            assert len(files) == len(names)
+            for answer in files:
+                assert answer.file_descriptor_response.file_descriptor_proto
 
 
-async def test_a_message_that_is_too_long_for_a_header_is_cut(
-    worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub
-) -> None:
-    worker.encode = lambda *_: raising(InvalidAudio.at("audio", "x" * 100_000))
-    async with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_AUDIO") as refusal:
-        await encode(stub, [])
-    assert refusal.message.startswith("audio: xxx")
-    assert refusal.fields == ["audio"]
-
-
-async def test_an_unexpected_error_is_internal_and_logged_as_text(
-    worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub, caplog: pytest.LogCaptureFixture
-) -> None:
-    tensors: list[weakref.ref[torch.Tensor]] = []
-
-    async def failing(*_: object) -> Responses:
-        yield OPENED
-        activations = torch.zeros(3)
-        tensors.append(weakref.ref(activations))
-        raise RuntimeError("the device is lost")
-
-    worker.encode = failing
-    with caplog.at_level(logging.ERROR):
-        async with refused(grpc.StatusCode.INTERNAL, "INTERNAL") as refusal:
-            await encode(stub, [])
-    assert refusal.message == "RuntimeError: the device is lost"
-    (record,) = (record for record in caplog.records if record.message == "handler failed")
-    assert vars(record)["method"] == "/avatar.worker.v1.AudioService/Encode"
-    assert 'raise RuntimeError("the device is lost")' in vars(record)["traceback"]
-    gc.collect()
-    assert tensors[0]() is None, "the log keeps the frames of the traceback"
-
-
-async def test_an_error_that_is_meant_for_the_client_is_not_logged(
-    worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub, caplog: pytest.LogCaptureFixture
-) -> None:
-    worker.encode = lambda *_: raising(SessionNotFound("gone"))
-    async with refused(grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
-        await encode(stub, [])
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
-
-
-async def test_of_several_errors_the_first_that_a_client_can_act_on_is_told(
-    worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub
-) -> None:
-    async def fail(error: Exception) -> None:
-        raise error
-
-    async def grouped(*_: object) -> Responses:
-        yield OPENED
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(fail(RuntimeError("follows from it")))
-            tasks.create_task(fail(StageLost("vae: gone", metadata={"stage": "vae"})))
-            tasks.create_task(fail(SessionNotFound("later")))
-
-    worker.encode = grouped
-    async with refused(grpc.StatusCode.UNAVAILABLE, "STAGE_LOST") as refusal:
-        await encode(stub, [])
-    assert (refusal.message, refusal.metadata) == ("vae: gone", {"stage": "vae"})
-
-
-def test_the_reason_of_an_error_is_found_in_groups_of_groups() -> None:
-    lost = ExceptionGroup("", [ExceptionGroup("", [StageLost("gone"), RuntimeError()])])
-    assert reason_of(lost) == "STAGE_LOST"
-    assert reason_of(ExceptionGroup("", [KeyError("a"), OSError()])) == "INTERNAL"
-    assert reason_of(asyncio.CancelledError()) == "CONNECTION_LOST"
-    assert reason_of(AvatarError("ours")) == "INTERNAL"
-    assert reason_of(asyncio.CancelledError()) == "CONNECTION_LOST"
-
-
-async def test_a_generator_is_closed_when_its_call_is_cancelled(
-    worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub
-) -> None:
-    is_closed = asyncio.Event()
-    large = pb.EncodeResponse(block=Block(traceparent="x" * 100_000))
-
-    async def endless(*_: object) -> Responses:
-        try:
-            while True:
-                yield large
-        finally:
-            is_closed.set()
-
-    kept = endless()  # or else it would be closed when it is collected
-    worker.encode = lambda *_: kept
-    call = stub.Encode(iter([OPEN]))
-    await call.read()
-    await asyncio.sleep(0.05)  # it fills what the client may have unread, and waits in a write
-    assert not is_closed.is_set()
-    call.cancel()
-    await asyncio.wait_for(is_closed.wait(), WAIT_S)
-
-
-async def test_a_generator_is_closed_when_its_client_is_gone(worker: Worker) -> None:
-    is_closed = asyncio.Event()
-
-    async def waiting(requests: Requests, _: Context) -> Responses:
-        try:
-            await opening(requests)
-            yield OPENED
-            await opening(requests)
-        finally:
-            is_closed.set()
-
-    worker.encode = waiting
-    async with channel(worker.target) as connection:
-        call = audio_pb2_grpc.AudioServiceStub(connection).Encode()
-        await call.write(OPEN)
-        await call.read()
-        assert not is_closed.is_set()
-    await asyncio.wait_for(is_closed.wait(), WAIT_S)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_process_is_stopped_by_a_signal(number: signal.Signals) -> None:
+    stopping = asyncio.ensure_future(until_stopped())
+    await asyncio.sleep(0)
+    assert not stopping.done()
+    os.kill(os.getpid(), number)
+    await asyncio.wait_for(stopping, WAIT_S)
 
 
 async def test_a_stream_is_opened_then_fed_then_closed(
@@ -241,19 +162,6 @@ async def test_a_stream_that_is_not_opened_in_time_is_let_go(
     assert refusal.message == "the stream was not opened within 0.1 s"
 
 
-@pytest.mark.parametrize("method", ["GetInfo", "Encode"])
-async def test_bytes_that_are_no_message_are_refused(connection: grpc.aio.Channel, method: str) -> None:
-    path = f"/avatar.worker.v1.AudioService/{method}"
-    unary: Any = connection.unary_unary(path)
-    stream: Any = connection.stream_stream(path)
-    async with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
-        if method == "GetInfo":
-            await unary(b"\xff", timeout=WAIT_S)
-        else:
-            await stream(iter([b"\xff"]), timeout=WAIT_S).read()
-    assert refusal.fields == ["request"]
-
-
 def test_blame_names_the_field_and_keeps_the_cause() -> None:
     with pytest.raises(InvalidAudio, match=r"^audio\.data: it is NaN$") as caught, blaming("audio.data", InvalidAudio):
         raise ValueError("it is NaN")
@@ -261,26 +169,3 @@ def test_blame_names_the_field_and_keeps_the_cause() -> None:
     assert isinstance(caught.value.__cause__, ValueError)
     with pytest.raises(KeyError), blaming("audio.data"):
         raise KeyError("ours")
-
-
-async def test_calls_are_measured_by_method_and_status(
-    measured: InMemoryMetricReader, worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub
-) -> None:
-    worker.encode = lambda *_: raising(SessionNotFound("gone"))
-    await stub.GetInfo(pb.AudioServiceGetInfoRequest(), timeout=WAIT_S)
-    async with refused(grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
-        await encode(stub, [])
-    data = measured.get_metrics_data()
-    assert data is not None
-    recorded = [
-        dict(point.attributes or {})
-        for resource in data.resource_metrics
-        for scope in resource.scope_metrics
-        for metric in scope.metrics
-        if metric.name == "rpc.server.call.duration"
-        for point in metric.data.data_points
-    ]
-    service = "/avatar.worker.v1.AudioService"
-    for method, code in ((f"{service}/GetInfo", "OK"), (f"{service}/Encode", "NOT_FOUND")):
-        labels = {"rpc.system.name": "grpc", "rpc.method": method, "rpc.response.status_code": code}
-        assert labels in recorded

@@ -1,33 +1,47 @@
-"""That the details of a status are read as google.rpc's own package writes them."""
+"""Tests of avatar.rpc.status: an error's way to a status and back."""
+
+import asyncio
 
 import grpc
 import grpc.aio
 import pytest
+from google.rpc import status_pb2
+from grpc_status import rpc_status
 
-from avatar.errors import REASONS, AvatarError, ConnectionLost, MessageTooLarge
-from avatar.rpc.server import status_of
-from avatar.rpc.status import DETAILS, error_of
+from avatar.errors import REASONS, AvatarError, ConnectionLost, MessageTooLarge, NoCapacity, StageLost
+from avatar.rpc.status import error_of, reason_of, status_of
 
 
-def came(code: grpc.StatusCode, message: str, details: bytes) -> AvatarError:
-    """An error after its way over the wire."""
-    trailing = grpc.aio.Metadata((DETAILS, details)) if details else grpc.aio.Metadata()
-    return error_of(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, message))
+def received(code: grpc.StatusCode, text: str, trailing: tuple[tuple[str, str | bytes], ...]) -> AvatarError:
+    """Return the error of a call that ended with this status."""
+    return error_of(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing), text))
+
+
+def transferred(status: status_pb2.Status) -> AvatarError:
+    """Return the error that a client makes of a server's status."""
+    sent = rpc_status.to_status(status)
+    return received(sent.code, sent.details, sent.trailing_metadata)
 
 
 @pytest.mark.parametrize("kind", REASONS.values())
-def test_every_error_comes_as_it_was_raised(kind: type[AvatarError]) -> None:
+def test_every_error_arrives_as_it_was_raised(kind: type[AvatarError]) -> None:
     sent = kind("wrong: é", metadata={"stage": "vae"}, violations=(("a.b", "bad"), ("c", "worse")), retry_s=1.25)
-    got = came(sent.code, sent.message, status_of(sent).SerializeToString())
+    got = transferred(status_of(sent))
     assert type(got) is kind
     assert (got.message, got.metadata, got.violations, got.retry_s, got.reason) == (
         *(sent.message, sent.metadata, sent.violations, sent.retry_s, sent.reason),
     )
 
 
+def test_each_kind_of_detail_occurs_once() -> None:
+    status = status_of(NoCapacity("full", violations=(("a", "too long"), ("b", "too short")), retry_s=1.5))
+    kinds = [detail.TypeName() for detail in status.details]
+    assert kinds == ["google.rpc.ErrorInfo", "google.rpc.BadRequest", "google.rpc.RetryInfo"]
+
+
 def test_a_reason_of_a_later_version_keeps_its_name() -> None:
-    status = status_of(AvatarError("x")).SerializeToString().replace(b"INTERNAL", b"TOMORROW")
-    got = came(grpc.StatusCode.ABORTED, "x", status)
+    serialized = status_of(AvatarError("x")).SerializeToString()
+    got = transferred(status_pb2.Status.FromString(serialized.replace(b"INTERNAL", b"TOMORROW")))
     assert (type(got), got.reason) == (AvatarError, "TOMORROW")
     assert AvatarError("y").reason == "INTERNAL"
 
@@ -40,8 +54,17 @@ def test_a_reason_of_a_later_version_keeps_its_name() -> None:
         (grpc.StatusCode.UNIMPLEMENTED, AvatarError),
     ],
 )
-@pytest.mark.parametrize("details", [b"", b"\xff\xff"])
-def test_an_error_without_details_is_of_its_code(
-    code: grpc.StatusCode, kind: type[AvatarError], details: bytes
+@pytest.mark.parametrize("details", [None, b"\xff\xff", status_of(StageLost("another")).SerializeToString()])
+def test_an_error_without_usable_details_is_read_by_its_code(
+    code: grpc.StatusCode, kind: type[AvatarError], details: bytes | None
 ) -> None:
-    assert type(came(code, "x", details)) is kind
+    assert type(received(code, "x", (("grpc-status-details-bin", details),) if details else ())) is kind
+
+
+def test_the_reason_of_an_error_is_found_in_groups_of_groups() -> None:
+    lost = ExceptionGroup("", [ExceptionGroup("", [StageLost("gone"), RuntimeError()])])
+    assert reason_of(lost) == "STAGE_LOST"
+    assert reason_of(ExceptionGroup("", [KeyError("a"), OSError()])) == "INTERNAL"
+    assert reason_of(asyncio.CancelledError()) == "CONNECTION_LOST"
+    assert reason_of(AvatarError("ours")) == "INTERNAL"
+    assert reason_of(asyncio.CancelledError()) == "CONNECTION_LOST"

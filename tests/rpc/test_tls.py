@@ -12,11 +12,11 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from avatar.rpc.client import channel
+from avatar.rpc.channel import channel
 from avatar.rpc.health import problem
 from avatar.rpc.server import serving
 from avatar.rpc.tls import channel_credentials, server_credentials, worker_credentials
-from avatar.settings import AudioSettings, GatewaySettings, load
+from avatar.settings import GatewaySettings, load
 from tests.certificates import Authority, Pair
 from tests.rpc.conftest import Worker
 
@@ -52,8 +52,7 @@ async def answers(target: str, credentials: grpc.ChannelCredentials | None, name
 
 
 async def test_a_server_with_a_certificate_speaks_to_who_trusts_it(authority: Authority, worker: Pair) -> None:
-    settings = AudioSettings(tls_cert=worker.cert, tls_key=worker.key)
-    async with serving(ANY, Worker(), credentials=server_credentials(settings)) as port:
+    async with serving(ANY, Worker(), credentials=server_credentials(*worker)) as port:
         target = f"127.0.0.1:{port}"
         assert await answers(target, channel_credentials(authority.ca), "worker.test")
         assert not await answers(target, channel_credentials(authority.ca), "another.test")
@@ -65,28 +64,24 @@ async def test_a_server_with_a_certificate_speaks_to_who_trusts_it(authority: Au
 async def test_mutual_tls_lets_nobody_in_without_a_certificate(
     tmp_path: Path, authority: Authority, worker: Pair, gateway: Pair
 ) -> None:
-    settings = AudioSettings(tls_cert=worker.cert, tls_key=worker.key, tls_client_ca=authority.ca)
     stranger = Authority(tmp_path, "stranger").issue("forged", "gateway.test")
-    known = GatewaySettings(worker_ca=authority.ca, worker_cert=gateway.cert, worker_key=gateway.key)
-    nameless = GatewaySettings(worker_ca=authority.ca)
-    async with serving(ANY, Worker(), credentials=server_credentials(settings)) as port:
+    async with serving(ANY, Worker(), credentials=server_credentials(*worker, authority.ca)) as port:
         target = f"127.0.0.1:{port}"
-        assert await answers(target, worker_credentials(known), "worker.test")
-        assert not await answers(target, worker_credentials(nameless), "worker.test")
+        assert await answers(target, worker_credentials(authority.ca, *gateway), "worker.test")
+        assert not await answers(target, worker_credentials(authority.ca, None, None), "worker.test")
         assert not await answers(target, channel_credentials(authority.ca, *stranger), "worker.test")
 
 
 def test_without_files_everything_is_plain_text() -> None:
-    assert server_credentials(AudioSettings()) is None
-    assert worker_credentials(GatewaySettings()) is None
+    assert server_credentials(None, None) is None
+    assert worker_credentials(None, None, None) is None
 
 
 async def test_a_certificate_that_is_replaced_is_shown_to_the_next_connection(
     authority: Authority, worker: Pair
 ) -> None:
-    settings = AudioSettings(tls_cert=worker.cert, tls_key=worker.key)
     trusting = channel_credentials(authority.ca)
-    async with serving(ANY, Worker(), credentials=server_credentials(settings)) as port:
+    async with serving(ANY, Worker(), credentials=server_credentials(*worker)) as port:
         target = f"127.0.0.1:{port}"
         assert await answers(target, trusting, "worker.test")
         key = worker.key.read_bytes()
@@ -102,8 +97,7 @@ async def test_a_certificate_that_is_replaced_is_shown_to_the_next_connection(
 async def test_the_probe_knows_its_own_server(authority: Authority, host: str, is_mutual: bool) -> None:
     pair = authority.issue("worker", host)
     client_ca = authority.ca if is_mutual else None
-    settings = AudioSettings(tls_cert=pair.cert, tls_key=pair.key, tls_client_ca=client_ca)
-    async with serving(ANY, Worker(), credentials=server_credentials(settings)) as port:
+    async with serving(ANY, Worker(), credentials=server_credentials(*pair, client_ca)) as port:
         target = f"127.0.0.1:{port}"
         assert await asyncio.to_thread(problem, target, cert=pair.cert, key=pair.key) == ""
         assert "UNAVAILABLE" in await asyncio.to_thread(problem, target)
@@ -112,9 +106,8 @@ async def test_the_probe_knows_its_own_server(authority: Authority, host: str, i
 
 
 async def test_the_probe_takes_its_files_from_the_servers_variables(worker: Pair) -> None:
-    settings = AudioSettings(tls_cert=worker.cert, tls_key=worker.key)
     variables = {"AVATAR_TLS_CERT": str(worker.cert), "AVATAR_TLS_KEY": str(worker.key)}
-    async with serving(ANY, Worker(), credentials=server_credentials(settings)) as port:
+    async with serving(ANY, Worker(), credentials=server_credentials(*worker)) as port:
         program = (sys.executable, "-m", "avatar.rpc.health", f"127.0.0.1:{port}")
         process = await asyncio.create_subprocess_exec(*program, env={**os.environ, **variables})
         assert await process.wait() == 0
@@ -123,11 +116,11 @@ async def test_the_probe_takes_its_files_from_the_servers_variables(worker: Pair
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("tls_cert", None, "AVATAR_TLS_CERT is .*, expected a file that can be read: No such file"),
-        ("tls_cert", "no certificate", "AVATAR_TLS_CERT is .*, expected a PEM file of certificates"),
-        ("tls_key", None, "AVATAR_TLS_KEY is .*, expected a file that can be read"),
-        ("tls_key", "no key", "AVATAR_TLS_KEY is .*, expected the private key of AVATAR_TLS_CERT"),
-        ("tls_client_ca", "", "AVATAR_TLS_CLIENT_CA is .*, expected a PEM file of certificates"),
+        ("cert", None, "AVATAR_TLS_CERT is .*, expected a file that can be read: No such file"),
+        ("cert", "no certificate", "AVATAR_TLS_CERT is .*, expected a PEM file of certificates"),
+        ("key", None, "AVATAR_TLS_KEY is .*, expected a file that can be read"),
+        ("key", "no key", "AVATAR_TLS_KEY is .*, expected the private key of AVATAR_TLS_CERT"),
+        ("client_ca", "", "AVATAR_TLS_CLIENT_CA is .*, expected a PEM file of certificates"),
     ],
 )
 def test_a_file_of_no_use_is_named_by_its_variable(
@@ -136,18 +129,17 @@ def test_a_file_of_no_use_is_named_by_its_variable(
     broken = tmp_path / "broken.pem"
     if content is not None:
         broken.write_text(content)
-    files: dict[str, Any] = {"tls_cert": worker.cert, "tls_key": worker.key, "tls_client_ca": authority.ca}
+    files: dict[str, Any] = {"cert": worker.cert, "key": worker.key, "client_ca": authority.ca}
     files[name] = broken
     with pytest.raises(ValueError, match=words):
-        server_credentials(AudioSettings(**files))
+        server_credentials(**files)
 
 
 def test_a_key_of_another_certificate_is_refused(worker: Pair, gateway: Pair, authority: Authority) -> None:
     with pytest.raises(ValueError, match=r"AVATAR_TLS_KEY is .*gateway\.key', expected the private key of AVATAR_TLS"):
-        server_credentials(AudioSettings(tls_cert=worker.cert, tls_key=gateway.key))
-    settings = GatewaySettings(worker_ca=authority.ca, worker_cert=worker.cert, worker_key=gateway.key)
+        server_credentials(worker.cert, gateway.key)
     with pytest.raises(ValueError, match=r"AVATAR_WORKER_KEY is .*, expected the private key of AVATAR_WORKER_CERT"):
-        worker_credentials(settings)
+        worker_credentials(authority.ca, worker.cert, gateway.key)
 
 
 @pytest.mark.parametrize(

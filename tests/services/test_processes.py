@@ -31,7 +31,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from avatar import telemetry
-from avatar.rpc.client import channel
+from avatar.rpc.channel import channel
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
 from docs.tables import instruments
 from services.local.launch import ROOT, Suite, launched

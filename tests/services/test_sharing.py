@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from avatar.errors import NoCapacity
-from avatar.rpc.client import channel, remote_vae
+from avatar.rpc.channel import channel
+from avatar.rpc.client import remote_vae
 from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import Device

@@ -14,7 +14,7 @@ from grpc import StatusCode
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from avatar.checkpoints.layouts import open_part
-from avatar.rpc.client import channel
+from avatar.rpc.channel import channel
 from avatar.rpc.codec import tensor_from_pb
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import Device
