@@ -9,7 +9,8 @@
 To a deployment of tenants: `connect(target, credentials=channel_credentials(ca="ca.pem"), token=token)`.
 
 Needs grpcio, protobuf, and two pure-Python packages: grpcio-status and googleapis-common-protos. Everything raises
-protos/avatar/v1/avatar_service.proto; `ConnectionLost` is one of them, and is raised if there is no gateway at all.
+`AvatarError`, whose `reason` is one of the table in protos/avatar/v1/avatar_service.proto; `ConnectionLost` is one of
+them, and is raised if there is no gateway at all.
 """
 
 from avatar.client.items import (
