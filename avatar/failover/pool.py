@@ -70,7 +70,7 @@ class Worker(Generic[Info]):
             tell()
 
 
-class Pool(Generic[Info]):
+class WorkerPool(Generic[Info]):
     """All workers of a kind.
 
     stage: what errors call them. targets: HOST:PORT or NAME:PORT of each. ask: what asks one at the end of a channel.

@@ -19,7 +19,7 @@ Item = TypeVar("Item", bound=Message | RelayedBlock)
 Answer_contra = TypeVar("Answer_contra", contravariant=True)
 
 
-class History(Protocol[Item, Answer_contra]):
+class Replay(Protocol[Item, Answer_contra]):
     """The history of one stream."""
 
     def sent(self, item: Item) -> None:
@@ -36,7 +36,7 @@ class History(Protocol[Item, Answer_contra]):
         """Whether an answer is due."""
 
 
-class BlockHistory:
+class BlockReplay:
     """The history of a stream of blocks, each answered with a block or with its frames.
 
     next_block: the first that is not answered, or not with all of its frames. num_past: blocks before it that are kept.
@@ -82,7 +82,7 @@ class BlockHistory:
         return block
 
 
-class SoundHistory:
+class AudioReplay:
     """The history of the stream of sound: pieces, none of which reaches into two blocks, are answered with blocks.
 
     block_bytes: of a block's sound. next_block: the first that is not answered. num_past: blocks before it whose sound

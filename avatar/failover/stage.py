@@ -20,7 +20,7 @@ from avatar import telemetry
 from avatar.aio import background
 from avatar.errors import AvatarError, NoCapacity, SessionNotFound, StageFailed, StageLost, StoreUnavailable
 from avatar.failover.pool import Worker
-from avatar.failover.replay import History
+from avatar.failover.replay import Replay
 from avatar.rpc.client import Answer, Item
 from avatar.worker.v1 import types_pb2
 
@@ -33,7 +33,7 @@ MAX_LOSSES, FORGET_S = 3, 60.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 0.5
 
 
-class Remote(Protocol[Item_contra, Answer_co]):
+class OpenStream(Protocol[Item_contra, Answer_co]):
     """A stream that is open: a `RemoteStage`, or several that are one."""
 
     @property
@@ -45,7 +45,7 @@ class Remote(Protocol[Item_contra, Answer_co]):
 
 
 @dataclass(frozen=True)
-class Patience:
+class FailoverTimeouts:
     """How long a stream waits.
 
     stall_s: seconds that an answer may be due, beside four times what a step takes, before the worker counts as lost.
@@ -56,7 +56,7 @@ class Patience:
     rebuild_s: float
 
 
-class LastingStage(Generic[Item, Answer]):
+class FailoverStage(Generic[Item, Answer]):
     """One session's stream at a stage: open it, then call it with the stream of items.
 
     stage: name that errors carry. history: what rebuilds it. connect: opens a stream for the history as it is now;
@@ -66,9 +66,9 @@ class LastingStage(Generic[Item, Answer]):
     def __init__(
         self,
         stage: str,
-        history: History[Item, Answer],
-        connect: Callable[[], Awaitable[tuple[Worker[Any], Remote[Item, Answer], Any]]],
-        patience: Patience,
+        history: Replay[Item, Answer],
+        connect: Callable[[], Awaitable[tuple[Worker[Any], OpenStream[Item, Answer], Any]]],
+        patience: FailoverTimeouts,
     ) -> None:
         self.stage = stage
         self.history = history
@@ -76,7 +76,7 @@ class LastingStage(Generic[Item, Answer]):
         self.on_rebuilt: Callable[[int], None] = lambda _: None
         self._connect = connect
         self._patience = patience
-        self._link: tuple[Worker[Any], Remote[Item, Answer]] | None = None
+        self._link: tuple[Worker[Any], OpenStream[Item, Answer]] | None = None
         self._waiting: asyncio.Queue[list[Item]] = asyncio.Queue()
         self._room = asyncio.Semaphore(1)
         self._due_at: float | None = None

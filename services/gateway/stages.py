@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from google.protobuf.message import Message
 
 from avatar.errors import ConfigMismatch, StageLost
-from avatar.failover.pool import Pool, Worker
-from avatar.failover.replay import BlockHistory, History, SoundHistory
-from avatar.failover.stage import LastingStage, Patience, Remote
+from avatar.failover.pool import Worker, WorkerPool
+from avatar.failover.replay import AudioReplay, BlockReplay, Replay
+from avatar.failover.stage import FailoverStage, FailoverTimeouts, OpenStream
 from avatar.handoff.client import RemoteChain
 from avatar.rpc.client import Relayable, remote_audio, remote_denoiser, remote_vae
 from avatar.settings import GatewaySettings
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 OVERLAP_NS = 5_000_000
 # Nobody waits for an offline block, and live ones go first: only a worker that hangs takes so many times longer.
 OFFLINE_PATIENCE = 10
-Connect: TypeAlias = Callable[[], Awaitable[tuple[Worker[Any], Remote[Any, Any], Any]]]
+Connect: TypeAlias = Callable[[], Awaitable[tuple[Worker[Any], OpenStream[Any, Any], Any]]]
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,28 @@ class Opening:
 
 
 @dataclass
-class Streams:
+class SessionStages:
     """One session's streams.
 
     denoisers: one a level, or one in all where levels hand latents to each other.
-    left_s: what a block takes behind each stage and level.
-    behind_ns: sound behind a block that the audio stage hears for it.
-    begun_s: how long a block takes from its sound to its first frame, as the workers have measured it.
+    remaining_s: what a block takes behind each stage and level.
+    lookahead_ns: sound behind a block that the audio stage hears for it.
+    block_latency_s: how long a block takes from its sound to its first frame, as the workers have measured it.
     sink_update_block: the first block under a sink of the session's own; None if it stays the picture.
     init_segment: what comes before all frames.
     """
 
-    audio: LastingStage[audio_pb2.AudioPiece, types_pb2.Block]
-    denoisers: list[LastingStage[Relayable, types_pb2.Block]]
-    vae: LastingStage[Relayable, types_pb2.Frame]
-    left_s: list[float]
-    begun_s: float = 0.0
-    behind_ns: int = 0
+    audio: FailoverStage[audio_pb2.AudioPiece, types_pb2.Block]
+    denoisers: list[FailoverStage[Relayable, types_pb2.Block]]
+    vae: FailoverStage[Relayable, types_pb2.Frame]
+    remaining_s: list[float]
+    block_latency_s: float = 0.0
+    lookahead_ns: int = 0
     sink_update_block: int | None = None
     init_segment: bytes = b""
 
     @property
-    def all(self) -> list[LastingStage[Any, Any]]:
+    def all(self) -> list[FailoverStage[Any, Any]]:
         """In the order of the pipeline."""
         return [self.audio, *self.denoisers, self.vae]
 
@@ -80,29 +80,29 @@ class Streams:
         self.init_segment = decoder.result().init_segment
 
 
-def lasting(pools: "Workers", told: "Description", opening: Opening, settings: GatewaySettings) -> Streams:
+def lasting(pools: "Workers", told: "Description", opening: Opening, settings: GatewaySettings) -> SessionStages:
     """A session's streams, not open yet, at whichever workers of the pools take them."""
-    behind_ns = _behind_ns(opening.sound, told.audio)
+    lookahead_ns = _lookahead_ns(opening.sound, told.audio)
     stall_s = settings.stall_s * (1 if opening.sound.is_live else OFFLINE_PATIENCE)
-    patience = Patience(stall_s, settings.rebuild_s)
-    audio = LastingStage("audio", *_sound(pools.audio, told, opening, behind_ns), patience)
+    patience = FailoverTimeouts(stall_s, settings.rebuild_s)
+    audio = FailoverStage("audio", *_sound(pools.audio, told, opening, lookahead_ns), patience)
     if told.hands_over:
-        denoisers = [LastingStage("denoiser", *_chain(pools.denoisers, told, opening), patience)]
+        denoisers = [FailoverStage("denoiser", *_chain(pools.denoisers, told, opening), patience)]
     else:
         denoisers = [
-            LastingStage(f"denoiser-{level}", *_level(pools.denoisers, told.digest, level, opening), patience)
+            FailoverStage(f"denoiser-{level}", *_level(pools.denoisers, told.digest, level, opening), patience)
             for level in range(len(told.denoisers))
         ]
-    vae = LastingStage("vae", *_frames(pools.vae, opening), patience)
-    return Streams(audio, denoisers, vae, told.left_s, told.begun_s, behind_ns)
+    vae = FailoverStage("vae", *_frames(pools.vae, opening), patience)
+    return SessionStages(audio, denoisers, vae, told.remaining_s, told.block_latency_s, lookahead_ns)
 
 
 def _sound(
-    pool: Pool[Any], told: "Description", opening: Opening, behind_ns: int
-) -> tuple[History[audio_pb2.AudioPiece, types_pb2.Block], Connect]:
+    pool: WorkerPool[Any], told: "Description", opening: Opening, lookahead_ns: int
+) -> tuple[Replay[audio_pb2.AudioPiece, types_pb2.Block], Connect]:
     message, block_s = opening.sound, told.vae.block_frames / told.vae.frame_rate_hz
     sample_bytes = SAMPLE_BYTES[message.encoding] * message.num_channels
-    history = SoundHistory(sample_bytes, message.rate_hz, block_s, opening.statistics)
+    history = AudioReplay(sample_bytes, message.rate_hz, block_s, opening.statistics)
 
     def again() -> audio_pb2.OpenEncode:
         message.first_block, message.first_answer = history.first_block, history.next_block
@@ -110,14 +110,14 @@ def _sound(
         return message
 
     def heard(opened: audio_pb2.EncodeOpened) -> None:
-        history.keep_s(opened.history_s, behind_ns / 1e9)
+        history.keep_s(opened.history_s, lookahead_ns / 1e9)
 
     return history, _connect(pool, lambda worker: remote_audio(worker.channel), again, heard)
 
 
 def _level(
-    pool: Pool[Any], digest: str, level: int, opening: Opening
-) -> tuple[History[Relayable, types_pb2.Block], Connect]:
+    pool: WorkerPool[Any], digest: str, level: int, opening: Opening
+) -> tuple[Replay[Relayable, types_pb2.Block], Connect]:
     def serves(info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
         return level in info.levels and info.digest == digest
 
@@ -125,8 +125,8 @@ def _level(
 
 
 def _chain(
-    pool: Pool[Any], told: "Description", opening: Opening
-) -> tuple[History[Relayable, types_pb2.Block], Connect]:
+    pool: WorkerPool[Any], told: "Description", opening: Opening
+) -> tuple[Replay[Relayable, types_pb2.Block], Connect]:
     """All levels, at the workers of one chain; the one of level 0 stands for it, since a chain is lost as one."""
 
     def remote(head: Worker[Any]) -> RemoteChain:
@@ -145,13 +145,13 @@ def _chain(
 
 
 def _denoising(
-    pool: Pool[Any],
+    pool: WorkerPool[Any],
     remote: Callable[[Worker[Any]], Any],
     opening: Opening,
     serves: Callable[[denoiser_pb2.DenoiserServiceGetInfoResponse], bool],
     level: int = 0,
-) -> tuple[History[Relayable, types_pb2.Block], Connect]:
-    history = BlockHistory(opening.next_block)
+) -> tuple[Replay[Relayable, types_pb2.Block], Connect]:
+    history = BlockReplay(opening.next_block)
     message = denoiser_pb2.OpenDenoise(session_id=opening.sound.session_id, level=level, is_live=opening.sound.is_live)
 
     def again() -> denoiser_pb2.OpenDenoise:
@@ -164,8 +164,8 @@ def _denoising(
     return history, _connect(pool, remote, again, heard, serves)
 
 
-def _frames(pool: Pool[Any], opening: Opening) -> tuple[History[Relayable, types_pb2.Frame], Connect]:
-    history, message = BlockHistory(opening.next_block), opening.video
+def _frames(pool: WorkerPool[Any], opening: Opening) -> tuple[Replay[Relayable, types_pb2.Frame], Connect]:
+    history, message = BlockReplay(opening.next_block), opening.video
 
     def again() -> vae_pb2.OpenDecode:
         message.first_block = history.first_block
@@ -178,7 +178,7 @@ def _frames(pool: Pool[Any], opening: Opening) -> tuple[History[Relayable, types
 
 
 def _connect(
-    pool: Pool[Any],
+    pool: WorkerPool[Any],
     remote: Callable[[Worker[Any]], Any],
     again: Callable[[], Message],
     heard: Callable[[Any], None],
@@ -191,8 +191,8 @@ def _connect(
     """
     digest: str | None = None
 
-    async def connect() -> tuple[Worker[Any], Remote[Any, Any], Any]:
-        async def open_at(worker: Worker[Any]) -> tuple[Remote[Any, Any], Any, str]:
+    async def connect() -> tuple[Worker[Any], OpenStream[Any, Any], Any]:
+        async def open_at(worker: Worker[Any]) -> tuple[OpenStream[Any, Any], Any, str]:
             assert worker.info is not None
             served = worker.info.digest
             stage = remote(worker)
@@ -209,7 +209,7 @@ def _connect(
     return connect
 
 
-def _behind_ns(sound: audio_pb2.OpenEncode, audio: audio_pb2.AudioServiceGetInfoResponse) -> int:
+def _lookahead_ns(sound: audio_pb2.OpenEncode, audio: audio_pb2.AudioServiceGetInfoResponse) -> int:
     """Nanoseconds of sound behind a block that are heard for it."""
     if sound.HasField("right_frames"):
         return OVERLAP_NS + sound.right_frames * FRAME_NS

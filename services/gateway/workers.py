@@ -13,7 +13,7 @@ from typing import Any
 import grpc.aio
 
 from avatar.errors import ConfigMismatch, InvalidField, PromptUnsupported, StageLost
-from avatar.failover.pool import ANSWER_S, Pool
+from avatar.failover.pool import ANSWER_S, WorkerPool
 from avatar.rpc.client import stage_error
 from avatar.rpc.tls import worker_credentials
 from avatar.settings import GatewaySettings
@@ -28,7 +28,7 @@ from avatar.worker.v1 import (
     vae_pb2,
     vae_pb2_grpc,
 )
-from services.gateway.stages import Opening, Streams, lasting
+from services.gateway.stages import Opening, SessionStages, lasting
 
 ENCODE_S = 60.0
 EMBED_S = 60.0
@@ -66,7 +66,7 @@ class Description:
         return len(self.denoisers) * self._step_s + self.vae.step_s
 
     @property
-    def begun_s(self) -> float:
+    def block_latency_s(self) -> float:
         """The promise: from a block's sound, all of it, to its first frame; it may wait for another's step."""
         return self.audio.step_s + self._step_s + self.hold_s
 
@@ -74,10 +74,10 @@ class Description:
     def reaction_s(self) -> float:
         """The promise: from the piece that carries a sound to the frame that shows it."""
         block_s = self.vae.block_frames / self.vae.frame_rate_hz
-        return block_s + self.audio.lookahead_s + self.begun_s + REACTION_SLACK_S
+        return block_s + self.audio.lookahead_s + self.block_latency_s + REACTION_SLACK_S
 
     @property
-    def left_s(self) -> list[float]:
+    def remaining_s(self) -> list[float]:
         """What a block takes behind each stage, to its first frame: audio, each level, the decoder."""
         steps = [*(each.step_s for each in self.denoisers), self.vae.step_s]
         return [sum(steps[at:]) for at in range(len(steps) + 1)]
@@ -94,31 +94,31 @@ class Workers:
         self._settings = settings
         self._stack = AsyncExitStack()
         credentials = worker_credentials(settings.worker_ca, settings.worker_cert, settings.worker_key)
-        self.audio: Pool[audio_pb2.AudioServiceGetInfoResponse] = Pool(
+        self.audio: WorkerPool[audio_pb2.AudioServiceGetInfoResponse] = WorkerPool(
             "audio",
             settings.audio,
             _ask(audio_pb2_grpc.AudioServiceStub, audio_pb2.AudioServiceGetInfoRequest()),
             credentials,
         )
-        self.denoisers: Pool[denoiser_pb2.DenoiserServiceGetInfoResponse] = Pool(
+        self.denoisers: WorkerPool[denoiser_pb2.DenoiserServiceGetInfoResponse] = WorkerPool(
             "denoiser",
             settings.denoisers,
             _ask(denoiser_pb2_grpc.DenoiserServiceStub, denoiser_pb2.DenoiserServiceGetInfoRequest()),
             credentials,
         )
-        self.vae: Pool[vae_pb2.VaeServiceGetInfoResponse] = Pool(
+        self.vae: WorkerPool[vae_pb2.VaeServiceGetInfoResponse] = WorkerPool(
             "vae",
             settings.vae,
             _ask(vae_pb2_grpc.VaeServiceStub, vae_pb2.VaeServiceGetInfoRequest()),
             credentials,
         )
-        self.text: Pool[text_pb2.TextServiceGetInfoResponse] | None = None
+        self.text: WorkerPool[text_pb2.TextServiceGetInfoResponse] | None = None
         if settings.text:
             asking = _ask(text_pb2_grpc.TextServiceStub, text_pb2.TextServiceGetInfoRequest())
-            self.text = Pool("text", settings.text, asking, credentials)
+            self.text = WorkerPool("text", settings.text, asking, credentials)
 
     async def __aenter__(self) -> "Workers":
-        pools: list[Pool[Any]] = [self.audio, self.denoisers, self.vae, *filter(None, [self.text])]
+        pools: list[WorkerPool[Any]] = [self.audio, self.denoisers, self.vae, *filter(None, [self.text])]
         for pool in pools:
             await self._stack.enter_async_context(pool.running())
         return self
@@ -199,7 +199,7 @@ class Workers:
         return await self.vae.call(ask)
 
     @asynccontextmanager
-    async def open(self, opening: Opening) -> AsyncGenerator[Streams, None]:
+    async def open(self, opening: Opening) -> AsyncGenerator[SessionStages, None]:
         """A session's stream at every stage, for as long as the body runs.
 
         Raises what the workers that refuse say; InvalidField if the encoding of frames is none of the decoder's;

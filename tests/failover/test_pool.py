@@ -11,15 +11,15 @@ import pytest
 
 from avatar.errors import NoCapacity, StageLost
 from avatar.failover import pool as pool_module
-from avatar.failover.pool import Pool
 from avatar.failover.pool import Worker as Known
+from avatar.failover.pool import WorkerPool
 from avatar.rpc.server import serving
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from services.local.launch import free_ports
 from tests.rpc.conftest import Worker
 
-Audio = Pool[pb.AudioServiceGetInfoResponse]
+Audio = WorkerPool[pb.AudioServiceGetInfoResponse]
 
 
 async def ask(connection: grpc.aio.Channel) -> pb.AudioServiceGetInfoResponse:
@@ -65,7 +65,7 @@ def taken(at: list[str], refuse: Callable[[str], Exception | None] = lambda _: N
 
 async def test_streams_are_spread_over_workers() -> None:
     async with workers(3) as found:
-        audio: Audio = Pool("audio", [each.target for each in found], ask)
+        audio: Audio = WorkerPool("audio", [each.target for each in found], ask)
         async with audio.running():
             at: list[str] = []
             for _ in range(6):
@@ -76,7 +76,7 @@ async def test_streams_are_spread_over_workers() -> None:
 async def test_what_others_have_opened_counts() -> None:
     async with workers(2) as (busy, idle):
         busy.info = lambda: pb.AudioServiceGetInfoResponse(capacity=4, active=3)
-        audio: Audio = Pool("audio", [busy.target, idle.target], ask)
+        audio: Audio = WorkerPool("audio", [busy.target, idle.target], ask)
         async with audio.running():
             at: list[str] = []
             for _ in range(3):
@@ -86,7 +86,7 @@ async def test_what_others_have_opened_counts() -> None:
 
 async def test_the_next_worker_takes_what_one_refuses_and_the_last_refusal_is_told() -> None:
     async with workers(2) as (full, other):
-        audio: Audio = Pool("audio", [full.target, other.target], ask)
+        audio: Audio = WorkerPool("audio", [full.target, other.target], ask)
         async with audio.running():
             at: list[str] = []
             no = NoCapacity("full", retry_s=1.0)
@@ -104,7 +104,7 @@ async def test_a_worker_that_is_gone_is_passed_over_and_one_that_comes_is_found(
 ) -> None:
     monkeypatch.setattr(pool_module, "ASK_EVERY_S", 0.05)
     port = free_ports(1)[0]
-    audio: Audio = Pool("audio", [f"127.0.0.1:{port}"], ask)
+    audio: Audio = WorkerPool("audio", [f"127.0.0.1:{port}"], ask)
     async with audio.running():
         with pytest.raises(StageLost, match=rf"audio: no worker answers at 127.0.0.1:{port}") as none:
             await audio.workers()
@@ -128,7 +128,7 @@ async def test_a_name_with_two_addresses_is_two_workers(monkeypatch: pytest.Monk
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, at)) for each in hosts]
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", resolved)
-    audio: Audio = Pool("audio", [f"dns:///audio.test:{port}"], ask)
+    audio: Audio = WorkerPool("audio", [f"dns:///audio.test:{port}"], ask)
     async with (
         serving(f"127.0.0.1:{port}", Worker()),
         serving(f"127.0.0.2:{port}", Worker()),
@@ -142,7 +142,7 @@ async def test_a_name_with_two_addresses_is_two_workers(monkeypatch: pytest.Monk
 
 async def test_streams_of_a_worker_that_hangs_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async with workers(1) as (worker,):
-        audio: Audio = Pool("audio", [worker.target], ask)
+        audio: Audio = WorkerPool("audio", [worker.target], ask)
         async with audio.running():
             known, _ = await audio.open(taken([]))
             told = asyncio.Event()
@@ -160,7 +160,7 @@ async def test_streams_of_a_worker_that_hangs_are_told(monkeypatch: pytest.Monke
 
 async def test_a_worker_that_is_lost_while_another_is_tried_is_passed_over() -> None:
     async with workers(2) as found:
-        audio: Audio = Pool("audio", [each.target for each in found], ask)
+        audio: Audio = WorkerPool("audio", [each.target for each in found], ask)
         async with audio.running():
 
             async def open_at(worker: Known[Any]) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from avatar.errors import InvalidAudio, NoCapacity, StageFailed, StageLost
-from avatar.failover.pool import Pool
 from avatar.failover.pool import Worker as Known
-from avatar.failover.replay import BlockHistory, SoundHistory
-from avatar.failover.stage import LastingStage, Patience
+from avatar.failover.pool import WorkerPool
+from avatar.failover.replay import AudioReplay, BlockReplay
+from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.client import RemoteStage, remote_audio
 from avatar.rpc.server import Context, opening, parts
 from avatar.worker.v1 import audio_pb2 as pb
@@ -19,8 +19,8 @@ from avatar.worker.v1.types_pb2 import Block, Closed, Frame
 from tests.failover.test_pool import ask, workers
 from tests.rpc.conftest import OPENED, Requests, Responses, Source, Worker, block, numbered
 
-PATIENT, HASTY = Patience(stall_s=60.0, rebuild_s=20.0), Patience(stall_s=0.3, rebuild_s=20.0)
-Stage = LastingStage[pb.AudioPiece, Block]
+PATIENT, HASTY = FailoverTimeouts(stall_s=60.0, rebuild_s=20.0), FailoverTimeouts(stall_s=0.3, rebuild_s=20.0)
+Stage = FailoverStage[pb.AudioPiece, Block]
 
 
 class Numbers:
@@ -48,9 +48,9 @@ class Numbers:
 
 
 @asynccontextmanager
-async def lasting(found: list[Worker], patience: Patience = PATIENT) -> AsyncGenerator[Stage, None]:
+async def lasting(found: list[Worker], patience: FailoverTimeouts = PATIENT) -> AsyncGenerator[Stage, None]:
     """An opened stream at the first of these workers that takes it."""
-    pool = Pool("audio", [each.target for each in found], ask)
+    pool = WorkerPool("audio", [each.target for each in found], ask)
     async with pool.running():
 
         async def open_at(worker: Known[Any]) -> tuple[RemoteStage[pb.AudioPiece, Block], Any]:
@@ -61,7 +61,7 @@ async def lasting(found: list[Worker], patience: Patience = PATIENT) -> AsyncGen
             worker, (stage, opened) = await pool.open(open_at)
             return worker, stage, opened
 
-        stage = LastingStage("audio", Numbers(), connect, patience)
+        stage = FailoverStage("audio", Numbers(), connect, patience)
         await stage.open()
         yield stage
         stage.cancel()
@@ -195,7 +195,7 @@ async def test_what_the_items_fail_with_is_raised_and_nothing_is_opened_again(er
 
 
 def test_a_history_keeps_what_is_not_answered_and_so_many_before() -> None:
-    history = BlockHistory(next_block=4)
+    history = BlockReplay(next_block=4)
     history.num_past = 2
     assert (history.first_block, history.is_waiting) == (4, False)
     for index in range(4, 10):
@@ -209,7 +209,7 @@ def test_a_history_keeps_what_is_not_answered_and_so_many_before() -> None:
 
 
 def test_a_history_of_frames_knows_which_of_a_block_came() -> None:
-    history = BlockHistory()
+    history = BlockReplay()
     history.sent(Block(index=0))
     history.sent(Block(index=1))
     frames = [Frame(block=n // 3, index=n + 3, is_last=n % 3 == 2) for n in range(6)]
@@ -220,7 +220,7 @@ def test_a_history_of_frames_knows_which_of_a_block_came() -> None:
 
 
 def test_a_history_of_sound_keeps_whole_blocks_of_pieces() -> None:
-    history = SoundHistory(sample_bytes=2, rate_hz=16000, block_s=0.48, statistics=b"")
+    history = AudioReplay(sample_bytes=2, rate_hz=16000, block_s=0.48, statistics=b"")
     history.keep_s(history_s=0.96, lookahead_s=0.2)
     half = bytes(7680)
     for _ in range(10):

@@ -15,7 +15,7 @@ from contextlib import aclosing
 
 from avatar import telemetry
 from avatar.errors import InvalidAudio, MessageTooLarge, ProtocolOrder
-from avatar.failover.stage import LastingStage
+from avatar.failover.stage import FailoverStage
 from avatar.rpc.client import Relayable
 from avatar.rpc.wire import RelayedBlock
 from avatar.settings import GatewaySettings
@@ -23,7 +23,7 @@ from avatar.v1 import avatar_service_pb2 as api
 from avatar.v1 import types_pb2 as api_types
 from avatar.worker.v1 import audio_pb2, types_pb2
 from services.gateway.options import Choices
-from services.gateway.stages import Streams
+from services.gateway.stages import SessionStages
 from services.gateway.stream.acks import Heard
 from services.gateway.stream.conditions import Versions
 from services.gateway.stream.outbox import Item, Outbox
@@ -46,7 +46,7 @@ class Conversation:
 
     def __init__(
         self,
-        streams: Streams,
+        streams: SessionStages,
         choices: Choices,
         session: types_pb2.Session,
         position: types_pb2.Position,
@@ -66,13 +66,13 @@ class Conversation:
         shown = position.num_turn_samples
         turn = Turn(position.turn, num_samples=shown, num_drawn=shown, is_started=shown > 0)
         self.sound = Sound(self._grid, self._sample_bytes, time.monotonic, turn, position.num_samples)
-        self.playout = Playout(self._grid, streams.begun_s)
+        self.playout = Playout(self._grid, streams.block_latency_s)
         kept_frames = round(settings.kept_s * session.frame_rate_hz)
         is_fragmented = choices.video == "fmp4"
         self.outbox = Outbox(self._grid, position, kept_frames, settings.kept_bytes, is_fragmented=is_fragmented)
         # One for each stage behind admission keeps each busy, and one waits at the door; up to two are on their way
         # between stages, which is a step's time where steps are as short as 20 ms.
-        self._most_inside = len(streams.left_s) + 2
+        self._most_inside = len(streams.remaining_s) + 2
         self._slots = asyncio.Semaphore(self._most_inside)
         self._room = asyncio.Event()
         self._inside: deque[BlockSound] = deque()
@@ -145,9 +145,9 @@ class Conversation:
         for stage in streams.all[1:]:
             stage.on_rebuilt = self._jumps.add
         blocks = self._admitted(streams.audio(self._live() if self._choices.is_live else self.sound.offline()))
-        behind = streams.left_s[-1 - len(streams.denoisers) : -1]
-        for denoiser, left_s in zip(streams.denoisers, behind, strict=True):
-            blocks = self._denoised(denoiser, left_s, blocks)
+        behind = streams.remaining_s[-1 - len(streams.denoisers) : -1]
+        for denoiser, remaining_s in zip(streams.denoisers, behind, strict=True):
+            blocks = self._denoised(denoiser, remaining_s, blocks)
         async with aclosing(streams.vae(self._finished(blocks))) as frames:
             async for frame in frames:
                 await self._made(frame)
@@ -209,7 +209,7 @@ class Conversation:
             await self._slots.acquire()
             await self.attached.wait()
 
-        behind_samples = -(-self._streams.behind_ns * self._grid.rate_hz // 1_000_000_000)
+        behind_samples = -(-self._streams.lookahead_ns * self._grid.rate_hz // 1_000_000_000)
         self.playout.restart(self.position.next_frame)
         pieces = self.sound.live(
             self.playout, self._planned_frame, behind_samples, self._settings.patience_s, until_free
@@ -224,7 +224,7 @@ class Conversation:
             async for piece in pieces:
                 due_s = self.sound.begun[-1].due_s
                 assert due_s is not None
-                piece.slack_s = due_s - self._streams.left_s[0] - time.monotonic()
+                piece.slack_s = due_s - self._streams.remaining_s[0] - time.monotonic()
                 yield piece
 
     def _planned_frame(self) -> int:
@@ -273,13 +273,13 @@ class Conversation:
             async for block in blocks:
                 self.versions.finished(block.index)
                 head = types_pb2.Block(index=block.index, traceparent=block.head.traceparent)
-                self._hurry(head, self._streams.left_s[-1])
+                self._hurry(head, self._streams.remaining_s[-1])
                 yield RelayedBlock(head, latent=block.latent)
 
     async def _denoised(
         self,
-        denoiser: LastingStage[Relayable, types_pb2.Block],
-        left_s: float,
+        denoiser: FailoverStage[Relayable, types_pb2.Block],
+        remaining_s: float,
         blocks: AsyncGenerator[RelayedBlock, None],
     ) -> AsyncGenerator[RelayedBlock, None]:
         """A level's answers, with what it was given put back: it answers with the latent alone."""
@@ -288,7 +288,7 @@ class Conversation:
         async def kept() -> AsyncGenerator[RelayedBlock, None]:
             async with aclosing(blocks):
                 async for block in blocks:
-                    self._hurry(block.head, left_s)
+                    self._hurry(block.head, remaining_s)
                     given[block.index] = block
                     yield block
 
@@ -298,11 +298,11 @@ class Conversation:
                     self.versions.keep(answer.carried)
                 yield given.pop(answer.index).with_latent(answer.latent)
 
-    def _hurry(self, block: types_pb2.Block, left_s: float) -> None:
+    def _hurry(self, block: types_pb2.Block, remaining_s: float) -> None:
         """Say how soon a block is needed of the next stage, behind which it takes so long."""
         due_s = next(each.due_s for each in self._inside if each.number == block.index)
         if due_s is not None:
-            block.slack_s = due_s - left_s - time.monotonic()
+            block.slack_s = due_s - remaining_s - time.monotonic()
 
     async def _made(self, frame: types_pb2.Frame) -> None:
         """Put a frame, or all of its block, on its way out; nothing of a block that was dropped."""

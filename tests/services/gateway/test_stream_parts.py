@@ -14,7 +14,7 @@ from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.worker.v1 import types_pb2
 from services.gateway.options import Choices
-from services.gateway.stages import Streams
+from services.gateway.stages import SessionStages
 from services.gateway.stream.live_stream import Conversation
 from tests.product import CLOSE, END_TURN, spoken
 
@@ -101,7 +101,7 @@ class Pipeline:
         self.sent: list[api.StreamAvatarResponse] = []
         self.requests: asyncio.Queue[api.StreamAvatarRequest] = asyncio.Queue()
         stages = cast(Any, self.ear), cast(Any, self.denoisers), cast(Any, self.decoder)
-        streams = Streams(*stages, left_s=[0.0] * 4, sink_update_block=sink_update_block)
+        streams = SessionStages(*stages, remaining_s=[0.0] * 4, sink_update_block=sink_update_block)
         position = types_pb2.Position(next_frame=3)
         given = GatewaySettings(audio_ahead_s=2.0, **settings)
         self.conversation = Conversation(streams, choices, SESSION, position, types_pb2.Conditions(), given)
