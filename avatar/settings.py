@@ -107,7 +107,6 @@ class DenoiserSettings(WorkerSettings):
     float8: keep the weights of linear maps in float8; needs the extra `float8` and a device that has it.
     chain: HOST:PORT where the denoisers of a chain meet, to hand latents to each other: the one of level 0 listens
         there; none where latents travel through the gateway.
-    batch: most sessions whose blocks are stepped in one pass, where that pays; 1 keeps each session's bytes its own.
     """
 
     listen: str = "127.0.0.1:7010"
@@ -120,14 +119,11 @@ class DenoiserSettings(WorkerSettings):
     cuda_graphs: bool = False
     float8: bool = False
     chain: str = ""
-    batch: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.chain:
             check_addresses("chain", self.chain)
-        if self.batch < 1:
-            raise unusable("batch", self.batch, "at least 1")
 
     def served(self, num_levels: int) -> list[int]:
         """The levels as numbers. ValueError if the checkpoint has no such level."""

@@ -33,11 +33,8 @@ def _durations(name: str, description: str) -> metrics.Histogram:
 
 # Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae, encode), `level`, `reason`, `kept`, and
 # those of the RPC conventions; never a session's name.
-BLOCK_DURATION = _durations("avatar.block.duration", "Computing one block at one stage, its share of a pass of several")
+BLOCK_DURATION = _durations("avatar.block.duration", "Computing one block at one stage")
 BLOCK_WAIT = _durations("avatar.block.queue_wait", "Waiting of one block for its stage's device")
-BLOCK_BATCH = _meter.create_histogram(
-    "avatar.block.batch", "{block}", "Blocks in one block's pass", explicit_bucket_boundaries_advisory=(1, 2, 4, 8, 16)
-)
 SESSIONS_ACTIVE = _meter.create_up_down_counter("avatar.session.active", "{session}", "Streams open at a service")
 SESSIONS_CAPACITY = _meter.create_up_down_counter("avatar.session.capacity", "{session}", "Streams a worker takes")
 SESSIONS_CLOSED = _meter.create_counter("avatar.session.closed", "{session}", "Streams that ended, by reason")
@@ -165,10 +162,9 @@ def block_span(
     usage: of the block's stream, as this block left it. parent, link: traceparents of the block and of the session.
     """
     labels: dict[str, str | int] = {"stage": stage} if level is None else {"stage": stage, "level": level}
-    BLOCK_DURATION.record(usage.cost_s, labels)
+    BLOCK_DURATION.record(usage.step_s, labels)
     if usage.waited_s is not None:
         BLOCK_WAIT.record(usage.waited_s, labels)
-    BLOCK_BATCH.record(usage.shared_by, labels)
     links = [Link(context)] if (context := _span_context(link)).is_valid else []
     span = _tracer.start_span(
         f"avatar.{stage}",

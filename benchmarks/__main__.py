@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from benchmarks import block, encoding, handoff, live, loading, sharing, tiny
+from benchmarks import block, encoding, handoff, live, loading, tiny
 from benchmarks.pipeline import crash, endurance, throughput
 from benchmarks.pipeline import live as pipeline_live
 from benchmarks.row import Row, row_of, table
@@ -30,7 +30,6 @@ def parts(flags: argparse.Namespace) -> dict[str, Callable[[], list[Row]]]:
     return {
         "loading": lambda: loading.rows(flags.checkpoint),
         "block": lambda: block.rows(flags.checkpoint, compiled=flags.compile),
-        "sharing": lambda: sharing.rows(flags.checkpoint),
         "encoding": encoding.rows,
         "handoff": handoff.rows,
         "live": lambda: live.rows(flags.checkpoint),

@@ -32,7 +32,7 @@ from avatar.runtime.admission import Usage
 from avatar.telemetry import JsonFormatter, block_span, session_span, set_up, tag, text_span
 from services.local.launch import free_ports
 
-METRICS = ["avatar.block.duration", "avatar.block.batch"]  # of a block that waited for no device
+METRICS = ["avatar.block.duration"]  # of a block that waited for no device
 SECOND_NS = 1_000_000_000
 WAIT_S = 30.0
 
@@ -170,9 +170,9 @@ def test_every_metric_has_a_name_of_ours_and_a_unit(measured: InMemoryMetricRead
 
 
 def test_what_a_block_took_is_measured_by_stage_and_level(measured: InMemoryMetricReader) -> None:
-    block_span("denoiser", 0, Usage(waited_s=0.5, end_ns=SECOND_NS // 4, shared_by=2), level=63)
+    block_span("denoiser", 0, Usage(waited_s=0.5, end_ns=SECOND_NS // 4), level=63)
     found = recorded(measured)
-    for name, value in (("duration", 0.125), ("queue_wait", 0.5), ("batch", 2)):
+    for name, value in (("duration", 0.25), ("queue_wait", 0.5)):
         points = found[f"avatar.block.{name}"].data.data_points
         (point,) = (point for point in points if point.attributes.get("level") == 63)
         assert dict(point.attributes) == {"stage": "denoiser", "level": 63}

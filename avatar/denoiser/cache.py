@@ -145,20 +145,6 @@ class KVCache:
         self._reference_frame = frame
 
 
-class Together:
-    """The histories of several sessions as one of a batch, in their order; all see as many keys."""
-
-    visible = None
-
-    def __init__(self, caches: Sequence[KVCache]) -> None:
-        self._caches = caches
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
-        """Each session's own keys and values (b, n, h, d) go to its cache; returns copies of all that is read."""
-        read = [cache.extend(layer, k[i : i + 1], v[i : i + 1]) for i, cache in enumerate(self._caches)]
-        return torch.cat([keys for keys, _ in read]), torch.cat([values for _, values in read])
-
-
 class ClipHistory:
     """The history of every block of a clip at once, for training: gradients flow through all of it.
 

@@ -9,7 +9,7 @@ level, and finished blocks are never looked at again. That is what lets levels r
 Axes: c channels, t latent frames, h w of latents, l encoder layers, d width, f pixel frames.
 """
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avatar.denoiser.attention import grid_size, reference_frame
 from avatar.denoiser.audio_injection import AudioTokens
-from avatar.denoiser.cache import KeysValues, KVCache, Together
+from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import PATCH, NetworkConfig, is_distance
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import SAMPLERS, NoiseSource, noise, sink_distance
@@ -61,18 +61,9 @@ class DenoiserState:
     graph: Step | None = None
     next_index: int | None = None
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the latents."""
-        height, width = self.session.motion.shape[-2:]
-        return height, width
-
 
 class Denoiser:
-    """Level `level` of the checkpoint's schedule. Any number of levels may share a network.
-
-    batches: how many sessions' blocks to step in one pass, for latents of a height and width; 1 where it is not said.
-    """
+    """Level `level` of the checkpoint's schedule. Any number of levels may share a network."""
 
     def __init__(
         self,
@@ -100,7 +91,6 @@ class Denoiser:
         self._sizes = sizes
         self._attention = attention
         self._cuda_graphs = cuda_graphs
-        self.batches: dict[tuple[int, int], int] = {}
         with torch.no_grad():
             self._modulation = network.embed_time(timesteps(config.schedule)[level].to(network.device).reshape(1, 1))
 
@@ -140,67 +130,31 @@ class Denoiser:
         cache = KVCache(self.config, height, width, dtype=self.network.dtype, device=self.network.device)
         return DenoiserState(session, cache, distance, self._masks(session, height, width))
 
-    def step(self, block: Block, state: DenoiserState) -> Block:
-        """The block one level cleaner; its latent (c, t, h, w) has the network's dtype and device.
-
-        Blocks come in order; a stream may begin with any. ValueError if one does not follow, or does not fit.
-        """
-        return self.step_many([block], [state])[0]
-
-    def batch(self, block: Block, state: DenoiserState) -> tuple[Hashable, int] | None:
-        """With whom a block can be stepped, and how many at most: others of this level and size with full windows.
-
-        None, alone: what must be prefilled or is a mistake, and what has masks or a pose.
-        """
-        size = state.size
-        most, prefilled = self.batches.get(size, 1), state.prefilled
-        is_plain = block.pose is None and state.masks is None
-        if most == 1 or prefilled is None or not state.cache.is_full or not is_plain:
-            return None
-        try:
-            conditions = self._checked(block, state)
-        except ValueError:  # `step` tells
-            return None
-        return ((self, size), most) if conditions.version == prefilled.version else None
-
     @torch.no_grad()
-    def step_many(self, blocks: Sequence[Block], states: Sequence[DenoiserState]) -> list[Block]:
-        """What `step` gives for each block and its state, from one pass; several must be of one `batch`."""
-        pairs = list(zip(blocks, states, strict=True))
-        every = [self._checked(block, state) for block, state in pairs]
+    def step(self, block: Block, state: DenoiserState) -> Block:
+        """Return the block one level cleaner; its latent (c, t, h, w) has the network's dtype and device.
+
+        Blocks come in order; a stream may start with any index. ValueError if one does not follow, or does not fit.
+        """
+        conditions = self._checked(block, state)
         with nullcontext() if self._attention is None else sdpa_kernel(self._attention):
-            for (block, state), conditions in zip(pairs, every, strict=True):
-                self._begin(block, conditions, state)
-            latents = self._denoised(pairs)
-        return [replace(block, latent=latent) for block, latent in zip(blocks, latents, strict=True)]
+            if state.prefilled is None or state.prefilled.version != conditions.version:
+                state.prefilled = self._prefill(conditions, state)
+                state.graph = None
+            state.next_index = block.index + 1
+            distance = sink_distance(state.session, block.index, self.level, state.sink_distance)
+            state.cache.begin(block.index, reference_frame(self._first_frame(block), distance))
+            return replace(block, latent=self._denoise(block, state.prefilled, state))
 
-    def _begin(self, block: Block, conditions: Conditions, state: DenoiserState) -> None:
-        """Prefill new conditions, and make room for the block."""
-        if state.prefilled is None or state.prefilled.version != conditions.version:
-            state.prefilled = self._prefill(conditions, state)
-            state.graph = None
-        state.next_index = block.index + 1
-        distance = sink_distance(state.session, block.index, self.level, state.sink_distance)
-        state.cache.begin(block.index, reference_frame(self._first_frame(block), distance))
-
-    def _denoised(self, pairs: Sequence[tuple[Block, DenoiserState]]) -> Tensor:
-        """(b, c, t, h, w): the latents of blocks that have begun."""
+    def _denoise(self, block: Block, prefilled: Prefilled, state: DenoiserState) -> Tensor:
+        """Return the latent (c, t, h, w) of a block for which the cache has made room."""
         network = self.network
-        x = joined([self._start(block, state).to(network.device, network.dtype).unsqueeze(0) for block, state in pairs])
-        heard = joined([_heard(block).to(network.device).unsqueeze(0) for block, _ in pairs])
-        audio = network.encode_audio(heard, pairs[0][1].masks)
-        prefilled = _prefilled([state for _, state in pairs])
-        first_frames = [self._first_frame(block) for block, _ in pairs]
-        if len(pairs) > 1:
-            constants = self._modulation, prefilled.text, audio, prefilled.pose
-            together = Together([state.cache for _, state in pairs])
-            output = network(x, *constants, torch.tensor(first_frames), together)
-        else:
-            block, state = pairs[0]
-            pose = prefilled.pose if block.pose is None else block.pose.to(x).unsqueeze(0)
-            output = self._output(x, pose, audio, first_frames[0], prefilled, state)
+        x = self._start(block, state).to(network.device, network.dtype).unsqueeze(0)
+        audio = network.encode_audio(_heard(block).to(network.device).unsqueeze(0), state.masks)
+        pose = prefilled.pose if block.pose is None else block.pose.to(x).unsqueeze(0)
+        output = self._output(x, pose, audio, self._first_frame(block), prefilled, state)
         velocity = velocity_of(output, x, prefilled.reference, self.sigma, self.config)
-        return SAMPLERS[self.config.sampler](x, velocity, self.sigma, self.sigma_next)
+        return SAMPLERS[self.config.sampler](x, velocity, self.sigma, self.sigma_next)[0]
 
     def _start(self, block: Block, state: DenoiserState) -> Tensor:
         """(c, t, h, w): what this level begins with."""
@@ -296,27 +250,9 @@ def blank_block(config: NetworkConfig, index: int, height: int, width: int) -> B
     return Block(index, features, latent, Conditions(0, latent[:, :1], torch.zeros(0, config.text_dim)))
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Batches of one, as one batch."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
 def _heard(block: Block) -> Tensor:
     """(a, l, d, f)."""
     return block.features if block.features.ndim == 4 else block.features.unsqueeze(0)
-
-
-def _prefilled(states: Sequence[DenoiserState]) -> Prefilled:
-    """What several sessions' conditions became, as one batch."""
-    every = [state.prefilled for state in states if state.prefilled is not None]
-    if len(every) == 1:
-        return every[0]
-    text = [
-        (joined([k for k, _ in layer]), joined([v for _, v in layer]))
-        for layer in zip(*(each.text for each in every), strict=True)
-    ]
-    reference, pose = joined([each.reference for each in every]), joined([each.pose for each in every])
-    return Prefilled(every[0].version, reference, pose, text)
 
 
 def velocity_of(output: Tensor, x: Tensor, reference: Tensor, sigma: float | Tensor, config: NetworkConfig) -> Tensor:

@@ -24,29 +24,23 @@ class Usage:
     """What a stream has cost.
 
     busy_s: seconds of the device, all in all. Of the last step: waited_s, seconds in the device's queue, None where
-    there is none; start_ns, end_ns, wall clock; shared_by, how many blocks were stepped in one pass, its own included.
+    there is none; start_ns, end_ns, wall clock.
     """
 
     busy_s: float = 0.0
     waited_s: float | None = None
     start_ns: int = 0
     end_ns: int = 0
-    shared_by: int = 1
 
     @property
     def step_s(self) -> float:
         """Seconds of the last step, from its beginning to its end."""
         return (self.end_ns - self.start_ns) / 1e9
 
-    @property
-    def cost_s(self) -> float:
-        """Seconds of the device that the last step took for this stream."""
-        return self.step_s / self.shared_by
-
-    def note(self, start_ns: int, elapsed_ns: int, waited_s: float | None = None, shared_by: int = 1) -> None:
+    def note(self, start_ns: int, elapsed_ns: int, waited_s: float | None = None) -> None:
         """A step was taken."""
-        self.waited_s, self.start_ns, self.end_ns, self.shared_by = waited_s, start_ns, start_ns + elapsed_ns, shared_by
-        self.busy_s += self.cost_s
+        self.waited_s, self.start_ns, self.end_ns = waited_s, start_ns, start_ns + elapsed_ns
+        self.busy_s += self.step_s
 
     def timed(self, work: Callable[..., Out], *arguments: Any) -> Out:
         """Do something and note what it cost."""
@@ -61,12 +55,10 @@ class Pace:
 
     def __init__(self) -> None:
         self._steps: deque[float] = deque(maxlen=50)
-        self._costs: deque[float] = deque(maxlen=50)
 
     def note(self, usage: Usage) -> None:
         """A block was made: count its step."""
         self._steps.append(usage.step_s)
-        self._costs.append(usage.cost_s)
 
     def measure(self, warm: Callable[[], int]) -> None:
         """Know a pace before the first stream.
@@ -93,7 +85,7 @@ class Pace:
 
         The median, and the lower one: prefills and cold starts are no reason to refuse a stream.
         """
-        ranked = sorted(self._costs)
+        ranked = sorted(self._steps)
         return ranked[(len(ranked) - 1) // 2] if ranked else 0.0
 
 

@@ -6,64 +6,39 @@ before it and enters the queue when that is done: no more jobs wait than streams
 another's future, and the device waits for no event loop. A job whose caller is gone leaves the queue; one that runs is
 finished, and the next is not begun before. What is put behind a job that fails is never done.
 
-Blocks of several sessions that wait at the same time are stepped in one pass where their model says that it pays
-(`BatchingModel`).
-
 Times: `due_s` is in seconds of `time.monotonic` and None where nobody waits.
 """
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from avatar.runtime.admission import Load
 
 Out = TypeVar("Out")
 
 
-# Items of equal key may be stepped in one pass, and how many at most.
-Batch: TypeAlias = tuple[Hashable, int]
-
-
-@runtime_checkable
-class BatchingModel(Protocol):
-    """A streaming model that can step several sessions at once."""
-
-    def batch(self, item: Any, state: Any) -> Batch | None:
-        """With whom an item can be stepped; None: alone. What is wrong with an item must show alone."""
-
-    def step_many(self, items: Sequence[Any], states: Sequence[Any]) -> list[Any]:
-        """What `step` gives for each item and its state; their batches have the same key."""
-
-
 @dataclass(eq=False)
 class Job:
     """One item that waits.
 
-    take: what it gives, alone. model, item, state: with which it can be stepped together with others. then: what is
-    made of its result before another is begun. due_s: None if nobody waits. behind: the stream's next job. cost: what
-    `Usage.note` is told of it.
-    rank, batch, came_ns: from when it enters the queue; the least rank goes first.
+    take: the work; returns the job's result. due_s: None if nobody waits. behind: the stream's next job. cost:
+    arguments for `Usage.note`. rank, came_ns: set when it enters the queue; the least rank goes first.
     """
 
     take: Callable[[], Any]
     due_s: float | None = None
-    model: BatchingModel | None = None
-    item: Any = None
-    state: Any = None
-    then: Callable[[Any], Any] | None = None
     future: Future[Any] = field(default_factory=Future)
     behind: "Job | None" = None
     is_done: bool = False
-    cost: tuple[int, int, float, int] = (0, 0, 0.0, 1)
+    cost: tuple[int, int, float] = (0, 0, 0.0)
     rank: tuple[bool, float, int] = (True, 0.0, 0)
-    batch: Batch | None = None
     came_ns: int = 0
 
 
@@ -124,13 +99,17 @@ class Device:
         then: Callable[[Any], Any] | None = None,
         after: Job | None = None,
     ) -> Job:
-        """Have a streaming model make something of an item, alone or together with others' items.
+        """Have a streaming model make something of an item.
 
         then: what is made of the result before the device begins anything else. after: the stream's item before it; if
         that fails or is dropped, this one is never done, and not to be waited for.
         """
-        batching = model if isinstance(model, BatchingModel) else None
-        return self._put(Job(lambda: model.step(item, state), due_s, batching, item, state, then), after)
+
+        def take() -> Any:
+            made = model.step(item, state)
+            return then(made) if then else made
+
+        return self._put(Job(take, due_s), after)
 
     async def done(self, job: Job) -> Any:
         """What a job gives. It is dropped when its caller is cancelled."""
@@ -163,69 +142,47 @@ class Device:
         # Nobody waits: in the order in which they came.
         job.rank = (job.due_s is None, job.due_s or 0.0, self._num_jobs)
         job.came_ns = time.perf_counter_ns()
-        # Only now: the state is the one that the job before it has left.
-        try:
-            job.batch = job.model.batch(job.item, job.state) if job.model else None
-        except Exception:  # its step tells what is wrong, and to nobody else
-            job.batch = None
         self._jobs.append(job)
         self._calls.put(None)
 
     def _work(self) -> None:
         while True:
-            jobs = self._next()
-            if not jobs:
+            job = self._next()
+            if job is None:
                 return
-            self._take(jobs)
-            del jobs  # and with it their states, while the thread waits
+            self._take(job)
+            del job  # and with it its state, while the thread waits
 
-    def _next(self) -> list[Job]:
-        """Wait for jobs and take the most urgent out of the queue, with those that can be stepped with it."""
+    def _next(self) -> Job | None:
+        """Wait for a job and take the most urgent out of the queue; None when the device is closed."""
         while True:
             self._calls.get()
             with self._lock:
                 if self._is_closed:
-                    return []
-                jobs = self._most_urgent()
-                for job in jobs:
+                    return None
+                job = min(self._jobs, key=lambda job: job.rank, default=None)
+                if job is not None:
                     self._jobs.remove(job)
-            if begun := [job for job in jobs if job.future.set_running_or_notify_cancel()]:
-                return begun
-            del jobs  # and with them their states, while the thread waits
+            if job is not None and job.future.set_running_or_notify_cancel():
+                return job
+            del job  # and with it its state, while the thread waits
 
-    def _most_urgent(self) -> list[Job]:
-        first = min(self._jobs, key=lambda job: job.rank, default=None)
-        if first is None:
-            return []
-        if first.batch is None:
-            return [first]
-        # Live blocks do not wait for offline ones, not even within a pass.
-        alike = [job for job in self._jobs if job.batch == first.batch and job.rank[0] == first.rank[0]]
-        _, most = first.batch
-        return sorted(alike, key=lambda job: job.rank)[:most]
-
-    def _take(self, jobs: list[Job]) -> None:
+    def _take(self, job: Job) -> None:
         start_ns, started = time.time_ns(), time.perf_counter_ns()
         try:
-            if jobs[0].batch is None:
-                results = [jobs[0].take()]
-            else:
-                assert jobs[0].model is not None
-                results = jobs[0].model.step_many([job.item for job in jobs], [job.state for job in jobs])
+            result = job.take()
             if self._wait is not None:
                 self._wait()
-            results = [job.then(result) if job.then else result for job, result in zip(jobs, results, strict=True)]
         except BaseException as error:
-            while jobs:  # the traceback refers to this frame, and jobs to the error
-                jobs.pop().future.set_exception(error)
+            future = job.future
+            del job  # the traceback refers to this frame
+            future.set_exception(error)
+            del future
             return
-        elapsed_ns = time.perf_counter_ns() - started
-        for job, result in zip(jobs, results, strict=True):
-            job.cost = start_ns, elapsed_ns, (started - job.came_ns) / 1e9, len(jobs)
-            job.future.set_result(result)
+        job.cost = start_ns, time.perf_counter_ns() - started, (started - job.came_ns) / 1e9
+        job.future.set_result(result)
         with self._lock:
-            for job in jobs:
-                self._let_in_behind(job)
+            self._let_in_behind(job)
 
     def _let_in_behind(self, job: Job) -> None:
         """A job is done: the stream's next one enters the queue. The lock is held."""

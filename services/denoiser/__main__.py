@@ -50,9 +50,7 @@ def build(settings: DenoiserSettings, store: SessionStore, device: Device) -> De
             level: Denoiser(network, config, level, sizes=served, attention=attention, cuda_graphs=settings.cuda_graphs)
             for level in levels
         }
-    # Compiled code and graphs are made for one session's shapes; others would be made while streams wait.
-    batch = 1 if settings.compile or settings.cuda_graphs else settings.batch
-    servicer = DenoiserServicer(denoisers, part.digest(), store, device, settings.capacity, batch)
+    servicer = DenoiserServicer(denoisers, part.digest(), store, device, settings.capacity)
     with naming("sizes"):
         for size in sizes:
             device.submit(servicer.warm, *size).result()

@@ -9,7 +9,6 @@ from functools import partial
 import grpc.aio
 
 from avatar import telemetry
-from avatar.denoiser.batching import batch_that_pays
 from avatar.denoiser.denoiser import Denoiser
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, Link, Seat
@@ -42,9 +41,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         store: SessionStore,
         device: Device,
         capacity: int,
-        batch: int = 1,
     ) -> None:
-        """capacity: streams of each level. batch: most sessions in one pass."""
+        """capacity: streams of each level."""
         self.levels = sorted(denoisers)
         self._denoisers = denoisers
         self._config = next(iter(denoisers.values())).config
@@ -52,7 +50,6 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         self._store = store
         self._device = device
         self._pace = Pace()
-        self._sessions, self._batch = capacity, min(batch, capacity)
         num_levels = len(denoisers)
         self._admission = AdmissionControl(capacity * num_levels, "denoiser", device.load, self._pace, num_levels)
         self.chain: Chain | None = None
@@ -64,21 +61,10 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         return Seat(self.levels, self._config.num_levels, self._digest, network.dtype, network.device)
 
     def warm(self, height: int, width: int) -> None:
-        """Step through a session whose latents have this size at every level, and know how long a block takes.
-
-        Blocks of several sessions share a pass from now on if the device could not keep up with as many sessions as it
-        takes, and saves time by it.
-        """
+        """Step through a session whose latents have this size at every level, and measure a step."""
         for denoiser in self._denoisers.values():
             self._pace.measure(partial(denoiser.warm, height, width))
         self._admission.report_capacity()
-        if self._batch == 1 or self._device.load.room >= self._sessions:
-            return
-        first, *_ = self._denoisers.values()
-        most = batch_that_pays(first, height, width, self._batch)
-        logger.info("batching", extra={"height": height, "width": width, "most": most})
-        for denoiser in self._denoisers.values():
-            denoiser.batches[height, width] = most
 
     def add_to(self, server: grpc.aio.Server) -> None:
         denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)

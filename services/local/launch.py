@@ -126,7 +126,6 @@ async def launched(checkpoint: Path, folder: Path, *, redis_url: str | None = No
             "AVATAR_CHECKPOINT": str(checkpoint.absolute()),
             "AVATAR_REDIS_URL": suite.redis_url,
             # Each session's bytes are its own, whoever else is there.
-            "AVATAR_BATCH": os.environ.get("AVATAR_BATCH", "1"),
         }
         for name in names[:-1]:
             service, _, level = name.partition("-")

@@ -1,7 +1,7 @@
 """All services in one process, for development: `python -m services`.
 
 The gateway listens where AVATAR_LISTEN says (127.0.0.1:7000); the workers take free ports of the loopback interface and
-share one device thread, AVATAR_DEVICE, AVATAR_DTYPE and AVATAR_BATCH. Sessions are kept in this process unless
+share one device thread, AVATAR_DEVICE and AVATAR_DTYPE. Sessions are kept in this process unless
 AVATAR_REDIS_URL names a server.
 """
 
@@ -47,14 +47,13 @@ async def workers(
     settings: GatewaySettings,
     *,
     denoisers: Sequence[str] = ("all",),
-    batch: int = 1,
     adapter: Path | None = None,
     adapter_alpha: float = ALPHA,
     **worker: Any,
 ) -> AsyncGenerator[GatewaySettings, None]:
     """The workers of one checkpoint on one device thread while the body runs; gives a gateway's settings over them.
 
-    denoisers: the levels of each denoiser. batch, adapter: theirs. worker: further settings of all workers.
+    denoisers: the levels of each denoiser. adapter: theirs. worker: further settings of all workers.
     """
     async with AsyncExitStack() as stack:
         audio_settings = AudioSettings(checkpoint=checkpoint, **worker)
@@ -74,7 +73,6 @@ async def workers(
             level_settings = DenoiserSettings(
                 checkpoint=checkpoint,
                 levels=levels,
-                batch=batch,
                 adapter=adapter,
                 adapter_alpha=adapter_alpha,
                 **worker,
@@ -113,7 +111,7 @@ async def main() -> None:
     is_kept = "AVATAR_REDIS_URL" in os.environ
     store = SessionStore(RedisHashes(settings.redis_url) if is_kept else MemoryHashes())
     tally = RedisTally(settings.redis_url) if is_kept else MemoryTally()
-    switches = {name: getattr(models, name) for name in ("batch", "adapter", "adapter_alpha", "device", "dtype")}
+    switches = {name: getattr(models, name) for name in ("adapter", "adapter_alpha", "device", "dtype")}
     async with suite(models.checkpoint, store, settings, tally=tally, **switches):
         await until_stopped()
     await tally.aclose()

@@ -21,7 +21,7 @@ REDIS = "redis"
 # Who is asked to stop soon lets its streams go, and they move. One worker has room for all, each in bytes of its own.
 # A busy machine is not taken for a worker that hangs; one that does not say that it lives is, after three seconds.
 GATEWAY = {"AVATAR_DRAIN_S": "1", "AVATAR_STALL_S": "20"}
-WORKER = {"AVATAR_DRAIN_S": "1", "AVATAR_CAPACITY": "32", "AVATAR_BATCH": "1"}
+WORKER = {"AVATAR_DRAIN_S": "1", "AVATAR_CAPACITY": "32"}
 # The second gateway waits for nobody long.
 IMPATIENT = {**GATEWAY, "AVATAR_RESUME_S": "1", "AVATAR_MAX_UNREAD_S": "1"}
 LEFT_S = 30.0

@@ -129,7 +129,7 @@ async def in_this_process(checkpoint: Path, redis_url: str) -> AsyncGenerator[Ch
         device = stack.enter_context(Device())
         store = SessionStore(RedisHashes(redis_url))
         stack.push_async_callback(store.aclose)
-        servicer = build(DenoiserSettings(checkpoint=checkpoint, chain=address, batch=1), store, device)
+        servicer = build(DenoiserSettings(checkpoint=checkpoint, chain=address), store, device)
         servicer.chain = await stack.enter_async_context(joined(address, servicer.seat))
         port = await stack.enter_async_context(serving("127.0.0.1:0", servicer))
         target = f"127.0.0.1:{port}"
@@ -154,7 +154,6 @@ async def in_processes(
                 "AVATAR_LISTEN": target,
                 "AVATAR_LEVELS": levels,
                 "AVATAR_CHAIN": f"127.0.0.1:{meeting}",
-                "AVATAR_BATCH": "1",
             }
             await suite.start(levels, sys.executable, "-m", "services.denoiser", **settings)
         await until_healthy(suite)

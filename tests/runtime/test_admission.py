@@ -11,12 +11,12 @@ from avatar.runtime.admission import AdmissionControl, Load, Pace, Usage
 from avatar.types import BLOCK_FRAMES, BLOCK_S
 
 
-def paced(*steps_s: float, shared_by: int = 1) -> Pace:
+def paced(*steps_s: float) -> Pace:
     """The pace of a worker that has taken these steps."""
     pace = Pace()
     for step_s in steps_s:
         usage = Usage()
-        usage.note(0, round(step_s * 1e9), shared_by=shared_by)
+        usage.note(0, round(step_s * 1e9))
         pace.note(usage)
     return pace
 
@@ -72,11 +72,6 @@ def test_cold_starts_and_prefills_refuse_nobody() -> None:
     for steps in ((0.02, 0.9), (0.9, 0.02, 0.02), (0.02, 0.9, 0.9, 0.02)):
         assert paced(*steps).cost_s == 0.02
     assert paced(0.02, 0.9).step_s == 0.9, "what is promised is what most blocks stay within"
-
-
-def test_a_stream_pays_its_share_of_a_pass() -> None:
-    assert paced(0.2, shared_by=4).cost_s == 0.05
-    assert paced(0.2, shared_by=4).step_s == 0.2
 
 
 def test_a_stream_over_the_limit_is_refused_until_another_ends() -> None:

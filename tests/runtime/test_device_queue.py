@@ -1,9 +1,9 @@
-"""Tests of avatar.runtime.device_queue: who goes first, who goes together, and who goes away."""
+"""Tests of avatar.runtime.device_queue: who goes first, and who goes away."""
 
 import asyncio
 import gc
 import weakref
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from avatar.runtime.admission import Usage
 from avatar.runtime.device_queue import Device
 from avatar.runtime.pipeline import local
 from avatar.types import BLOCK_S, Session
@@ -33,7 +32,7 @@ class Item:
 
 
 class Noting:
-    """A streaming model that notes what it is asked for; a session's state is a list of its name."""
+    """A streaming model that notes what it is asked for; an item in capitals is a mistake."""
 
     def __init__(self) -> None:
         self.steps: list[Any] = []
@@ -43,24 +42,9 @@ class Noting:
 
     def step(self, item: Item, _: list[str]) -> str:
         self.steps.append(item.name)
-        return item.name.upper()
-
-
-class Together(Noting):
-    """The same, and steps up to three items of one initial together; an item in capitals is a mistake."""
-
-    def batch(self, item: Item, _: list[str]) -> tuple[str, int] | None:
-        return None if item.name.isupper() else (item.name[0], 3)
-
-    def step(self, item: Item, state: list[str]) -> str:
         if item.name.isupper():
-            self.steps.append(item.name)
             raise ValueError(f"{item.name} is a mistake")
-        return self.step_many([item], [state])[0]
-
-    def step_many(self, items: Sequence[Item], states: Sequence[list[str]]) -> list[str]:
-        self.steps.append([item.name for item in items])
-        return [item.name + state[0] for item, state in zip(items, states, strict=True)]
+        return item.name.upper()
 
 
 def session(name: str) -> Session:
@@ -181,31 +165,6 @@ async def test_an_error_reaches_who_asked_and_nobody_else(device: Device) -> Non
         await wrong
 
 
-async def test_what_waits_together_is_stepped_together_up_to_the_most(device: Device) -> None:
-    model, usages = Together(), {name: Usage() for name in ("a1", "b1", "a2", "a3", "a4", "A5", "a6")}
-    dues = {"a1": 4.0, "b1": 3.0, "a2": 2.0, "a3": 1.0, "a4": 5.0, "a6": None}
-
-    async def step(name: str) -> Any:
-        job = device.step(model, Item(name), [f" of {name}"], dues.get(name))
-        made = await device.done(job)
-        usages[name].note(*job.cost)
-        return made
-
-    with busy(device):
-        steps = {name: asyncio.ensure_future(step(name)) for name in usages}
-        await until_waiting(device, 7)
-    done = await asyncio.gather(*steps.values(), return_exceptions=True)
-    assert model.steps == [["a3", "a2", "a1"], ["b1"], ["a4"], "A5", ["a6"]], (
-        "a pass holds nobody who is not waited for"
-    )
-    answers = dict(zip(steps, done, strict=True))
-    assert isinstance(answers.pop("A5"), ValueError), "a mistake goes alone, and is nobody else's"
-    assert answers == {name: f"{name} of {name}" for name in answers}
-    assert [usages[name].shared_by for name in ("a1", "a2", "a3", "a4", "b1")] == [3, 3, 3, 1, 1]
-    shared = usages["a1"]
-    assert shared.busy_s == pytest.approx(shared.step_s / 3), "a stream pays its share"
-
-
 async def test_a_streams_next_item_waits_outside_the_queue(device: Device) -> None:
     model = Noting()
     with busy(device):
@@ -219,42 +178,8 @@ async def test_a_streams_next_item_waits_outside_the_queue(device: Device) -> No
     assert await device.done(device.step(model, Item("a3"), [], after=third)) == "A3"
 
 
-async def test_with_whom_an_item_goes_is_asked_when_the_one_before_is_done(device: Device) -> None:
-    class Warming(Together):
-        """A session is batched once it has made its first step."""
-
-        def batch(self, item: Item, state: list[str]) -> tuple[str, int] | None:
-            return super().batch(item, state) if len(state) > 1 else None
-
-        def step_many(self, items: Sequence[Item], states: Sequence[list[str]]) -> list[str]:
-            for state in states:
-                state.append("warm")
-            return super().step_many(items, states)
-
-    model, jobs = Warming(), []
-    with busy(device):
-        for name in ("a", "b"):
-            state = [name]
-            jobs.append(device.step(model, Item("x0"), state))
-            jobs.append(device.step(model, Item("x1"), state, after=jobs[-1]))
-    for job in jobs:
-        await device.done(job)
-    assert model.steps == [["x0"], ["x0"], ["x1", "x1"]]
-
-
-async def test_who_cannot_say_with_whom_it_goes_goes_alone(device: Device) -> None:
-    class Confused(Together):
-        def batch(self, item: Item, _: list[str]) -> tuple[str, int] | None:
-            raise TypeError(f"what is {item.name}?")
-
-    model = Confused()
-    first = device.step(model, Item("a"), [" of a"])
-    assert await device.done(device.step(model, Item("b"), [" of b"], after=first)) == "b of b"
-    assert model.steps == [["a"], ["b"]]
-
-
 async def test_what_is_made_of_a_result_is_made_before_the_next_begins(device: Device) -> None:
-    model, other = Noting(), Together()
+    model = Noting()
 
     def noted(result: str) -> str:
         model.steps.append(f"then {result}")
@@ -263,15 +188,13 @@ async def test_what_is_made_of_a_result_is_made_before_the_next_begins(device: D
     with busy(device):
         first = device.step(model, Item("a0"), [], then=noted)
         second = device.step(model, Item("a1"), [], then=noted, after=first)
-        pair = [device.step(other, Item("x"), [" of x"], then=noted) for _ in range(2)]
-    assert [await device.done(job) for job in (first, second)] == ["A0!", "A1!"]
-    assert [await device.done(job) for job in pair] == ["x of x!"] * 2
-    assert model.steps == ["a0", "then A0", "then x of x", "then x of x", "a1", "then A1"]
-    assert other.steps == [["x", "x"]]
+        other = device.step(model, Item("b0"), [], then=noted)
+    assert [await device.done(job) for job in (first, second, other)] == ["A0!", "A1!", "B0!"]
+    assert model.steps == ["a0", "then A0", "b0", "then B0", "a1", "then A1"]
 
 
 async def test_behind_what_failed_or_was_dropped_nothing_is_done(device: Device) -> None:
-    model = Together()
+    model = Noting()
     with busy(device):
         wrong, dropped = (device.step(model, Item(name), []) for name in ("WRONG", "dropped"))
         for job in (wrong, dropped):
@@ -285,14 +208,7 @@ async def test_behind_what_failed_or_was_dropped_nothing_is_done(device: Device)
 
 
 async def test_what_is_dropped_behind_another_item_never_enters_the_queue(device: Device) -> None:
-    asked = []
-
-    class Asked(Together):
-        def batch(self, item: Item, state: list[str]) -> tuple[str, int] | None:
-            asked.append(item.name)
-            return super().batch(item, state)
-
-    model, item = Asked(), Item("a1")
+    model, item = Noting(), Item("a1")
     dropped = weakref.ref(item)
     with busy(device):
         first = device.step(model, Item("a0"), ["a"])
@@ -301,7 +217,7 @@ async def test_what_is_dropped_behind_another_item_never_enters_the_queue(device
         del second, item
     await device.done(first)
     await device.run(int)
-    assert asked == ["a0"]
+    assert model.steps == ["a0"]
     assert dropped() is None
 
 
