@@ -103,7 +103,6 @@ class DenoiserSettings(WorkerSettings):
     sizes: WIDTHxHEIGHT of the videos to be ready for at the start; by default the size that the checkpoint fixes.
     attention: the kernel of attention: `auto`, or torch's `math`, `flash`, `efficient` or `cudnn`.
     compile: have torch.compile make the layers' code at the start; only `sizes` are served then.
-    cuda_graphs: replay each stream's step as a CUDA graph.
     float8: keep the weights of linear maps in float8; needs the extra `float8` and a device that has it.
     chain: HOST:PORT where the denoisers of a chain meet, to hand latents to each other: the one of level 0 listens
         there; none where latents travel through the gateway.
@@ -116,7 +115,6 @@ class DenoiserSettings(WorkerSettings):
     sizes: tuple[str, ...] = ()
     attention: str = "auto"
     compile: bool = False
-    cuda_graphs: bool = False
     float8: bool = False
     chain: str = ""
 

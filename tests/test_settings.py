@@ -71,7 +71,6 @@ def test_other_variables_are_left_alone() -> None:
         (WorkerSettings, "AVATAR_DEVICE", "cuda:", "cpu, cuda or cuda:N"),
         (WorkerSettings, "AVATAR_DTYPE", "float16", "float32 or bfloat16"),
         (DenoiserSettings, "AVATAR_COMPILE", "1", "true or false"),
-        (DenoiserSettings, "AVATAR_CUDA_GRAPHS", "yes", "true or false"),
         (Settings, "AVATAR_LOG_LEVEL", "LOUD", "DEBUG, INFO, WARNING or ERROR"),
         (Settings, "AVATAR_REDIS_URL", "127.0.0.1:6379", "redis://HOST:PORT"),
         (DenoiserSettings, "AVATAR_CHAIN", "one", "HOST:PORT"),

@@ -85,9 +85,6 @@ class KVCache:
         self._first_block: int | None = None
         self._filled = 0
         self._slot = 0
-        # Where the block's tokens are written. A tensor, always the same one, so that a CUDA graph serves every slot.
-        self._first_slot = torch.arange(self._sink_tokens, self._sink_tokens + self._block_tokens, device=device)
-        self._place = self._first_slot.clone()
 
     def set_sink(self, conditions: Sequence[KeysValues]) -> None:
         """Replace the sink by prefill's keys, not rotated, and values of every layer; the window stays as it is."""
@@ -105,7 +102,6 @@ class KVCache:
         self._slot = (index - self._first_block) % self._window_blocks
         assert self._slot <= self._filled, "blocks come in order until the window is full"
         self._filled = max(self._filled, self._slot + 1)
-        torch.add(self._first_slot, self._slot * self._block_tokens, out=self._place)
         if reference_frame != self._reference_frame:
             self._move_reference(reference_frame)
 
@@ -113,9 +109,8 @@ class KVCache:
         """Write the block's keys and values (b, n, h, d); returns views of sink and window."""
         keys, values = self._keys[layer], self._values[layer]
         end = self._sink_tokens + self._filled * self._block_tokens
-        # Under autocast, keys and values are not of one type.
-        keys.index_copy_(1, self._place, k.to(keys.dtype))
-        values.index_copy_(1, self._place, v.to(values.dtype))
+        keys[:, self.current] = k
+        values[:, self.current] = v
         return keys[:, :end], values[:, :end]
 
     @property
@@ -127,11 +122,6 @@ class KVCache:
     def window(self, layer: int) -> KeysValues:
         """The ring of one layer in the order of its slots, unfilled ones zero."""
         return self._keys[layer][:, self._sink_tokens :], self._values[layer][:, self._sink_tokens :]
-
-    @property
-    def is_full(self) -> bool:
-        """The window holds all the blocks that it can: from now on every block attends to as many keys."""
-        return self._filled == self._window_blocks
 
     @property
     def num_bytes(self) -> int:

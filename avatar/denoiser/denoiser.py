@@ -19,13 +19,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avatar.denoiser.attention import grid_size, reference_frame
-from avatar.denoiser.audio_injection import AudioTokens
 from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import PATCH, NetworkConfig, is_distance
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import SAMPLERS, NoiseSource, noise, sink_distance
 from avatar.denoiser.schedule import timesteps
-from avatar.denoiser.speed import Step, captured
 from avatar.types import Block, Conditions, Session
 
 # In latents: the coarsest motion tokens are so wide.
@@ -50,7 +48,6 @@ class DenoiserState:
     """What one level carries from block to block of one session.
 
     masks: (1, a, t, n, 1), the session's at every token of a block.
-    graph: its step with a full window under the prefilled conditions, where CUDA graphs are used.
     """
 
     session: Session
@@ -58,7 +55,6 @@ class DenoiserState:
     sink_distance: int | tuple[int, int]
     masks: Tensor | None
     prefilled: Prefilled | None = None
-    graph: Step | None = None
     next_index: int | None = None
 
 
@@ -74,23 +70,19 @@ class Denoiser:
         *,
         sizes: Collection[tuple[int, int]] | None = None,
         attention: SDPBackend | None = None,
-        cuda_graphs: bool = False,
     ) -> None:
-        """ValueError if the schedule has no such level, or graphs are asked of a device that has none.
+        """ValueError if the schedule has no such level.
 
         noise: what level 0 starts a block from. sizes: heights and widths of the latents that it serves; None: any.
-        attention: the kernel of all attention; None: torch chooses. cuda_graphs: replay blocks once the window is full.
+        attention: the kernel of all attention; None: torch chooses.
         """
         if not 0 <= level < config.num_levels:
             raise ValueError(f"level must be 0 to {config.num_levels - 1}, as the schedule has it, got {level}")
         self.network, self.config, self.level = network, config, level
         self.sigma, self.sigma_next = config.schedule[level : level + 2]
-        if cuda_graphs and network.device.type != "cuda":
-            raise ValueError(f"CUDA graphs need a CUDA device, the network is on {network.device}")
         self._noise = noise
         self._sizes = sizes
         self._attention = attention
-        self._cuda_graphs = cuda_graphs
         with torch.no_grad():
             self._modulation = network.embed_time(timesteps(config.schedule)[level].to(network.device).reshape(1, 1))
 
@@ -140,7 +132,6 @@ class Denoiser:
         with nullcontext() if self._attention is None else sdpa_kernel(self._attention):
             if state.prefilled is None or state.prefilled.version != conditions.version:
                 state.prefilled = self._prefill(conditions, state)
-                state.graph = None
             state.next_index = block.index + 1
             distance = sink_distance(state.session, block.index, self.level, state.sink_distance)
             state.cache.begin(block.index, reference_frame(self._first_frame(block), distance))
@@ -152,7 +143,7 @@ class Denoiser:
         x = self._start(block, state).to(network.device, network.dtype).unsqueeze(0)
         audio = network.encode_audio(_heard(block).to(network.device).unsqueeze(0), state.masks)
         pose = prefilled.pose if block.pose is None else block.pose.to(x).unsqueeze(0)
-        output = self._output(x, pose, audio, self._first_frame(block), prefilled, state)
+        output = network(x, self._modulation, prefilled.text, audio, pose, self._first_frame(block), state.cache)
         velocity = velocity_of(output, x, prefilled.reference, self.sigma, self.config)
         return SAMPLERS[self.config.sampler](x, velocity, self.sigma, self.sigma_next)[0]
 
@@ -172,18 +163,6 @@ class Denoiser:
         check_shape("masks", session.masks, len(session.masks), *grid_size(height, width))
         masks = session.masks.to(self.network.device)
         return repeat(masks, "a rows columns -> 1 a t (rows columns) 1", t=self.config.num_frames_per_block)
-
-    def _output(
-        self, x: Tensor, pose: Tensor, audio: AudioTokens, first_frame: int, prefilled: Prefilled, state: DenoiserState
-    ) -> Tensor:
-        network, constants = self.network, (self._modulation, prefilled.text)
-        if pose is not prefilled.pose or not (self._cuda_graphs and state.cache.is_full):
-            output: Tensor = network(x, *constants, audio, pose, first_frame, state.cache)
-            return output
-        inputs = x, audio, network.turns(first_frame, x)
-        if state.graph is None:
-            state.graph = captured(network, *constants, pose, state.cache, inputs)
-        return state.graph(*inputs)
 
     def warm(self, height: int, width: int) -> int:
         """Step once through every shape that a stream of latents of this size has: a window of blocks, and one more.

@@ -137,24 +137,8 @@ class Network(nn.Module):
         pose: latents of x's shape. first_frame: number of x's first latent frame in the stream, or (b,) of them.
         history: holds what x attends to besides text and audio, and is extended by x.
         """
-        return self.denoise(x, modulation, text, audio, pose, self.turns(first_frame, x), history)
-
-    def turns(self, first_frame: int | Tensor, x: Tensor) -> Tensor:
-        """The `rotation` of the tokens of x (b, c, t, h, w) where they stand in the stream."""
-        return rotation(block_positions(first_frame, *x.shape[-3:]).to(x.device), self.config.head_dim)
-
-    def denoise(
-        self,
-        x: Tensor,
-        modulation: Modulation,
-        text: list[KeysValues],
-        audio: AudioTokens,
-        pose: Tensor,
-        turns: Tensor,
-        history: History,
-    ) -> Tensor:
-        """What `forward` gives, from the `turns` of x: the part that a CUDA graph can hold."""
         config = self.config
+        turns = rotation(block_positions(first_frame, *x.shape[-3:]).to(x.device), config.head_dim)
         hidden = self.patch_embedding(x) + self.cond_encoder(pose) + self.trainable_cond_mask.weight[NOISY]
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(hidden, modulation.layers[i])

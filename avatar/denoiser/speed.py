@@ -1,20 +1,17 @@
 """What makes a network's steps faster where a device has it. Each is off unless it is asked for, and refused, never
 replaced by something slower, where it cannot be had.
 
-CUDA graphs and float8 have not run on a GPU yet.
+Float8 has not run on a GPU yet.
 """
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from avatar.denoiser.audio_injection import AudioTokens
-from avatar.denoiser.cache import KeysValues, KVCache
-from avatar.denoiser.model import Modulation, Network
+from avatar.denoiser.model import Network
 
 # torch's own names; `auto` lets it choose call by call.
 ATTENTION = {
@@ -29,9 +26,6 @@ FLOAT8_CAPABILITY = (8, 9)
 
 # Graphs of one layer that torch may make before it takes them for a mistake: five for each size and dtype are meant.
 MAX_GRAPHS = 256
-
-# (x, audio tokens, turns) -> the network's output.
-Step = Callable[[Tensor, AudioTokens, Tensor], Tensor]
 
 
 def compile_layers(network: Network) -> None:
@@ -87,27 +81,3 @@ def attention_kernel(name: str, network: Network) -> SDPBackend | None:
                 f"channels a head: {error}"
             ) from error
     return kernel
-
-
-def captured(
-    network: Network,
-    modulation: Modulation,
-    text: list[KeysValues],
-    pose: Tensor,
-    cache: KVCache,
-    example: tuple[Tensor, AudioTokens, Tensor],
-) -> Step:
-    """One stream's step as a CUDA graph, good as long as these arguments are and the cache is full.
-
-    Its result is overwritten by the next step. The step is taken four times in making it, each time with the example,
-    whose keys and values the stream's own next step writes again.
-    """
-    x, audio, turns = example
-    assert audio.mask is None, "a graph is made for one actor"
-
-    def step(x: Tensor, local: Tensor, overall: Tensor, turns: Tensor) -> Tensor:
-        return network.denoise(x, modulation, text, AudioTokens(local, overall), pose, turns, cache)
-
-    with torch.cuda.device(x.device):
-        replay = torch.cuda.make_graphed_callables(step, (x, audio.local, audio.overall, turns))
-    return lambda x, audio, turns: cast(Tensor, replay(x, audio.local, audio.overall, turns))

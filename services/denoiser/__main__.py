@@ -45,11 +45,7 @@ def build(settings: DenoiserSettings, store: SessionStore, device: Device) -> De
         speed.compile_layers(network)
     levels = settings.served(config.num_levels)
     served = sizes if settings.compile else None
-    with naming("cuda_graphs"):
-        denoisers = {
-            level: Denoiser(network, config, level, sizes=served, attention=attention, cuda_graphs=settings.cuda_graphs)
-            for level in levels
-        }
+    denoisers = {level: Denoiser(network, config, level, sizes=served, attention=attention) for level in levels}
     servicer = DenoiserServicer(denoisers, part.digest(), store, device, settings.capacity)
     with naming("sizes"):
         for size in sizes:

@@ -105,18 +105,6 @@ def test_attention_by_name_gives_the_same_latents(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_cuda_graphs_give_the_same_latents(
-    dtype: torch.dtype, network: Network, config: NetworkConfig, session: Session, conditions: Conditions
-) -> None:
-    there = on(network, "cuda", dtype)
-    replayed = streamed(Denoiser(there, config, 0, cuda_graphs=True), session, conditions)
-    assert torch.equal(replayed, streamed(Denoiser(there, config, 0), session, conditions))
-    assert relative_rms(replayed.float(), streamed(Denoiser(network, config, 0), session, conditions)) < 2e-2
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_float8_stays_near_half_precision(config: NetworkConfig, session: Session, conditions: Conditions) -> None:
     pytest.importorskip("torchao")
     half, eighth = (on(random_network(config), "cuda", torch.bfloat16) for _ in range(2))

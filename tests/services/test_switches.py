@@ -29,7 +29,6 @@ def built(checkpoint: Path, store: SessionStore, **settings: Any) -> DenoiserSer
         ({"attention": "fast"}, "AVATAR_ATTENTION: .*'fast', expected one of auto, math, flash"),
         ({"attention": "cudnn"}, "AVATAR_ATTENTION: .*'cudnn', which cpu does not run in torch.float32"),
         ({"float8": True}, "AVATAR_FLOAT8: float8 needs a CUDA device of compute capability 8.9 or newer, cpu is none"),
-        ({"cuda_graphs": True}, "AVATAR_CUDA_GRAPHS: CUDA graphs need a CUDA device, the network is on cpu"),
         ({"sizes": ("60x64",)}, "AVATAR_SIZES names 60x64, expected multiples of 8"),
         ({"sizes": ("72x64",)}, "AVATAR_SIZES: latents must have even sides"),
     ],
