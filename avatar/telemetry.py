@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from opentelemetry import metrics, trace
 from opentelemetry.trace import Link, SpanContext
@@ -133,47 +133,35 @@ def session_span(session_id: str) -> str:
     return _traceparent(span)
 
 
-class StepUsage(Protocol):
-    """Cost of a stream's last step, as avatar.runtime.admission measures it; see there for units."""
-
-    @property
-    def cost_s(self) -> float: ...
-    @property
-    def waited_s(self) -> float | None: ...
-    @property
-    def start_ns(self) -> int: ...
-    @property
-    def end_ns(self) -> int: ...
-    @property
-    def shared_by(self) -> int: ...
-
-
 def block_span(
     stage: str,
     index: int,
-    usage: StepUsage,
+    start_ns: int,
+    end_ns: int,
+    waited_s: float | None = None,
     *,
     level: int | None = None,
     parent: str = "",
     link: str = "",
 ) -> str:
-    """Record what one stage did with one block; its traceparent, empty if traces are off.
+    """Record one stage's step of one block as a span and metrics; return its traceparent, empty if traces are off.
 
-    usage: of the block's stream, as this block left it. parent, link: traceparents of the block and of the session.
+    start_ns, end_ns: wall clock, nanoseconds. waited_s: seconds in the device's queue; None if there is no queue.
+    parent, link: traceparents of the block and of the session.
     """
     labels: dict[str, str | int] = {"stage": stage} if level is None else {"stage": stage, "level": level}
-    BLOCK_DURATION.record(usage.step_s, labels)
-    if usage.waited_s is not None:
-        BLOCK_WAIT.record(usage.waited_s, labels)
+    BLOCK_DURATION.record((end_ns - start_ns) / 1e9, labels)
+    if waited_s is not None:
+        BLOCK_WAIT.record(waited_s, labels)
     links = [Link(context)] if (context := _span_context(link)).is_valid else []
     span = _tracer.start_span(
         f"avatar.{stage}",
         context=_propagator.extract({"traceparent": parent}) if parent else None,
         links=links,
-        start_time=usage.start_ns,
+        start_time=start_ns,
         attributes={**{f"avatar.{key}": value for key, value in labels.items()}, "avatar.block.index": index},
     )
-    span.end(usage.end_ns)
+    span.end(end_ns)
     return parent or _traceparent(span)
 
 

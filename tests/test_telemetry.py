@@ -28,7 +28,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext
 
 from avatar import telemetry
-from avatar.runtime.admission import Usage
 from avatar.telemetry import JsonFormatter, block_span, session_span, set_up, tag, text_span
 from services.local.launch import free_ports
 
@@ -99,7 +98,7 @@ def ids_of(traceparent: str) -> tuple[str, ...]:
 
 
 def test_a_block_of_the_first_stage_begins_a_trace(spans: InMemorySpanExporter) -> None:
-    given = block_span("audio", 7, Usage(start_ns=3 * SECOND_NS, end_ns=4 * SECOND_NS))
+    given = block_span("audio", 7, 3 * SECOND_NS, 4 * SECOND_NS)
     span = only(spans)
     assert span.name == "avatar.audio"
     assert span.parent is None
@@ -110,10 +109,10 @@ def test_a_block_of_the_first_stage_begins_a_trace(spans: InMemorySpanExporter) 
 
 
 def test_later_stages_hang_below_the_first_and_pass_its_context_on(spans: InMemorySpanExporter) -> None:
-    parent = block_span("audio", 7, Usage())
+    parent = block_span("audio", 7, 0, 0)
     first = only(spans)
     spans.clear()
-    assert block_span("denoiser", 7, Usage(), level=2, parent=parent) == parent
+    assert block_span("denoiser", 7, 0, 0, level=2, parent=parent) == parent
     span = only(spans)
     assert span.name == "avatar.denoiser"
     assert dict(span.attributes or {}) == {"avatar.stage": "denoiser", "avatar.level": 2, "avatar.block.index": 7}
@@ -127,7 +126,7 @@ def test_a_block_links_to_its_session(spans: InMemorySpanExporter) -> None:
     assert dict(opened.attributes or {}) == {"avatar.session": telemetry.tag("abc")}
     assert ids_of(session) == ids(opened.context)
     spans.clear()
-    block_span("audio", 0, Usage(), link=session)
+    block_span("audio", 0, 0, 0, link=session)
     span = only(spans)
     assert [ids(link.context) for link in span.links] == [ids(opened.context)]
     assert ids(span.context)[0] != ids(opened.context)[0], "a conversation would be a trace of hours"
@@ -135,7 +134,7 @@ def test_a_block_links_to_its_session(spans: InMemorySpanExporter) -> None:
 
 @pytest.mark.parametrize("text", ["nonsense", "00-0-0-00", "00-" + "0" * 32 + "-" + "0" * 16 + "-01"])
 def test_a_trace_context_that_is_none_is_left_out(spans: InMemorySpanExporter, text: str) -> None:
-    block_span("audio", 0, Usage(), parent=text, link=text)
+    block_span("audio", 0, 0, 0, parent=text, link=text)
     span = only(spans)
     assert span.parent is None
     assert not span.links
@@ -170,7 +169,7 @@ def test_every_metric_has_a_name_of_ours_and_a_unit(measured: InMemoryMetricRead
 
 
 def test_what_a_block_took_is_measured_by_stage_and_level(measured: InMemoryMetricReader) -> None:
-    block_span("denoiser", 0, Usage(waited_s=0.5, end_ns=SECOND_NS // 4), level=63)
+    block_span("denoiser", 0, 0, SECOND_NS // 4, 0.5, level=63)
     found = recorded(measured)
     for name, value in (("duration", 0.25), ("queue_wait", 0.5)):
         points = found[f"avatar.block.{name}"].data.data_points
@@ -180,7 +179,7 @@ def test_what_a_block_took_is_measured_by_stage_and_level(measured: InMemoryMetr
 
 
 def test_what_no_device_was_waited_for_has_not_waited(measured: InMemoryMetricReader) -> None:
-    block_span("encode", 0, Usage(), level=62)
+    block_span("encode", 0, 0, 0, level=62)
     points = recorded(measured)["avatar.block.queue_wait"].data.data_points
     assert not [point for point in points if point.attributes.get("level") == 62]
 
@@ -263,12 +262,11 @@ async def run(program: str, **environment: str) -> tuple[str, list[dict[str, Any
 PROGRAM = """
 import logging, sys
 from avatar import telemetry
-from avatar.runtime.admission import Usage
 telemetry.set_up("avatar-test", "info")
 logging.getLogger("avatar.tests").debug("unheard")
 logging.getLogger("avatar.tests").info("heard", extra={"port": 7000})
 session = telemetry.session_span("abc")
-print(repr(telemetry.block_span("audio", 0, Usage(), link=session)))
+print(repr(telemetry.block_span("audio", 0, 0, 0, link=session)))
 print("opentelemetry.sdk" in sys.modules)
 """
 
@@ -324,9 +322,8 @@ async def test_metrics_can_be_read_without_a_collector() -> None:
     program = f"""
 import urllib.request
 from avatar import telemetry
-from avatar.runtime.admission import Usage
 telemetry.set_up("avatar-test", "info")
-telemetry.block_span("denoiser", 0, Usage(end_ns=10**9 // 4), level=2)
+telemetry.block_span("denoiser", 0, 0, 10**9 // 4, level=2)
 with urllib.request.urlopen("http://127.0.0.1:{port}/metrics") as answer:
     print(answer.read().decode())
 """

@@ -68,7 +68,8 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             stage = local(model, session_of_sound(opened), self._device, usage, is_live=opened.is_live)
             async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
                 async for block in blocks:
-                    span = telemetry.block_span("audio", block.index, usage, link=opened.traceparent)
+                    step = usage.start_ns, usage.end_ns, usage.waited_s
+                    span = telemetry.block_span("audio", block.index, *step, link=opened.traceparent)
                     self._pace.note(usage)
                     num_blocks += 1
                     yield pb.EncodeResponse(block=block_to_pb(replace(block, traceparent=span)))

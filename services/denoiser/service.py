@@ -102,7 +102,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             stage = local(denoiser, session, self._device, usage, then=then, is_live=opened.is_live)
             async with aclosing(stage(self._blocks(opened, requests, link))) as blocks:
                 async for block in blocks:
-                    telemetry.block_span("denoiser", block.index, usage, level=opened.level, parent=block.traceparent)
+                    step = usage.start_ns, usage.end_ns, usage.waited_s
+                    telemetry.block_span("denoiser", block.index, *step, level=opened.level, parent=block.traceparent)
                     self._pace.note(usage)
                     carried = None
                     if denoiser.updates_sink(block, session):

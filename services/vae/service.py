@@ -142,7 +142,8 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
 
 
 def _trace(stage: str, chunk: FrameChunk, usage: Usage) -> None:
-    telemetry.block_span(stage, chunk.index, usage, parent=chunk.traceparent)
+    step = usage.start_ns, usage.end_ns, usage.waited_s
+    telemetry.block_span(stage, chunk.index, *step, parent=chunk.traceparent)
 
 
 def _frames(chunk: FrameChunk, encoded: list[Encoded]) -> list[Frame]:
