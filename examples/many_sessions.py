@@ -18,7 +18,7 @@ async def converse(avatar: Avatar, number: int, portrait: str, speech: bytes, ra
     while True:
         try:
             session = await avatar.create(portrait, seed=number)
-            async with session.stream(sound=speech, rate_hz=rate_hz) as stream:
+            async with session.stream(audio=speech, rate_hz=rate_hz) as stream:
                 async for _ in stream.frames():
                     first_s = first_s or time.monotonic() - started
                     num_frames += 1

@@ -39,7 +39,7 @@ async def main() -> None:
             picture = film.add_stream("libx264", rate=frame_rate_hz, options={"crf": "18"})
             picture.width, picture.height, picture.pix_fmt = width, height, "yuv420p"
             sound = film.add_stream("aac", rate=rate_hz, layout="mono")
-            async with session.stream(sound=speech, rate_hz=rate_hz) as stream:
+            async with session.stream(audio=speech, rate_hz=rate_hz) as stream:
                 async for frame in stream.frames():
                     pixels = np.frombuffer(frame.data, np.uint8).reshape(height, width, 3)
                     image = av.VideoFrame.from_ndarray(pixels, format="rgb24")

@@ -19,7 +19,7 @@ from avatar.client import connect
 async def main(gateway, picture):
     async with connect(gateway) as suite:
         session = await suite.create(picture)
-        async with session.stream(sound=bytes(46080)) as stream:
+        async with session.stream(audio=bytes(46080)) as stream:
             num_frames = len([frame async for frame in stream.frames()])
     print(num_frames, avatar.__file__)
 

@@ -2,15 +2,15 @@
 
     async with connect("127.0.0.1:7000") as avatar:
         session = await avatar.create("face.png")
-        async with session.stream(sound=speech) as stream:
+        async with session.stream(audio=speech) as stream:
             async for frame in stream.frames():
                 show(frame.data)
 
-To a deployment of tenants: `connect(target, credentials=channel_credentials(ca="ca.pem"), token=token)`.
+To a deployment with tenants: `connect(target, credentials=channel_credentials(ca="ca.pem"), token=token)`.
 
-Needs grpcio, protobuf, and two pure-Python packages: grpcio-status and googleapis-common-protos. Everything raises
-`AvatarError`, whose `reason` is one of the table in protos/avatar/v1/avatar_service.proto; `ConnectionLost` is one of
-them, and is raised if there is no gateway at all.
+Needs grpcio, protobuf, and two pure-Python packages: grpcio-status and googleapis-common-protos. All errors are
+`AvatarError`s; `reason` is one of the table in protos/avatar/v1/avatar_service.proto. An unreachable gateway raises the
+subclass `ConnectionLost`.
 """
 
 from avatar.client.items import (
@@ -24,12 +24,13 @@ from avatar.client.items import (
     PlaybackStarted,
 )
 from avatar.client.session import Avatar, Session, connect
-from avatar.client.stream import Sound, Stream
+from avatar.client.stream import AudioSource, Stream
 from avatar.errors import AvatarError
 from avatar.rpc.tls import channel_credentials
 
 __all__ = [
     "Audio",
+    "AudioSource",
     "Avatar",
     "AvatarError",
     "Frame",
@@ -40,7 +41,6 @@ __all__ = [
     "PlaybackFinished",
     "PlaybackStarted",
     "Session",
-    "Sound",
     "Stream",
     "channel_credentials",
     "connect",

@@ -1,4 +1,4 @@
-"""What comes out of a stream, as a client sees it. Times are seconds on the session's media clock."""
+"""Typed items that a stream yields. Times are seconds on the session's media clock."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from avatar.v1 import types_pb2 as types
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame, or in fragmented MP4 the fragment of several.
+    """One frame, or in fragmented MP4 one fragment that holds a block's frames.
 
-    index: number of the frame in the session, the first is 3. pts_s: when it is shown on the session's media clock.
-    data: the frame in the stream's encoding. is_idle: nobody speaks. is_key: it can be decoded without those before it.
-    is_discontinuity: the picture may jump here, since what makes it was lost and rebuilt.
+    index: number of the frame in the session, from 3. pts_s: presentation time. data: the frame in the stream's
+    encoding. is_idle: the avatar idles, since there is no audio. is_key: it can be decoded without earlier frames.
+    num_frames: frames in `data`. is_discontinuity: the picture may jump here, since a worker was lost and rebuilt.
     """
 
     index: int
@@ -29,7 +29,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Audio:
-    """The sound of the frames that follow, in the format that was sent. pts_s: when it begins on the media clock."""
+    """Audio of the frames that follow, in the format that was sent. pts_s: its start time."""
 
     pts_s: float
     data: bytes
@@ -37,7 +37,7 @@ class Audio:
 
 @dataclass(frozen=True, slots=True)
 class PlaybackStarted:
-    """The first frame of a turn's speech follows. number: of the event. turn: from 0."""
+    """The first frame of a turn's speech follows. number: of the event, from 0. turn: from 0."""
 
     number: int
     pts_s: float
@@ -46,9 +46,9 @@ class PlaybackStarted:
 
 @dataclass(frozen=True, slots=True)
 class PlaybackFinished:
-    """The last frame of a turn's speech was before this, or the turn was interrupted.
+    """The last frame of a turn's speech has arrived, or the turn was interrupted.
 
-    position_s: how much of the turn's sound was shown. next_frame: the first frame that is not of the turn.
+    position_s: amount of the turn's audio whose frames were sent. next_frame: the first frame after the turn.
     """
 
     number: int
@@ -60,7 +60,7 @@ class PlaybackFinished:
 
 
 class NoticeKind(Enum):
-    """What a notice is about; `UNKNOWN` is one that this version does not know."""
+    """Subject of a notice; `UNKNOWN` for one that a newer gateway added."""
 
     UNKNOWN = pb.Notice.KIND_UNSPECIFIED
     DEGRADED = pb.Notice.KIND_DEGRADED
@@ -71,9 +71,9 @@ class NoticeKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something to know; the stream goes on.
+    """A warning or refusal; the stream continues.
 
-    within_s: seconds that are left, where there is a limit. num_samples: samples that were refused, where some were.
+    within_s: remaining time, 0 without a deadline. num_samples: samples per channel that were discarded, if any were.
     """
 
     number: int
@@ -86,9 +86,9 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """What an interrupt cut off.
+    """Answer to an interrupt.
 
-    next_frame: the first frame after it. position_s: how much of the turn's sound was shown.
+    next_frame: the first frame after it. position_s: amount of the turn's audio whose frames were sent.
     """
 
     next_frame: int
@@ -99,27 +99,27 @@ class Interrupted:
 Item: TypeAlias = Frame | Audio | PlaybackStarted | PlaybackFinished | Notice
 
 
-def items_of(response: pb.StreamAvatarResponse) -> Iterator[Item]:
-    """The items that a message holds; none if it is about the stream itself."""
+def items_from_pb(response: pb.StreamAvatarResponse) -> Iterator[Item]:
+    """Yield the items of a message; none for a message about the stream itself."""
     match response.WhichOneof("part"):
         case "frame":
-            yield frame_of(response.frame)
+            yield frame_from_pb(response.frame)
         case "chunk":
-            yield from map(frame_of, response.chunk.frames)
+            yield from map(frame_from_pb, response.chunk.frames)
         case "audio":
             yield Audio(response.audio.pts_us / 1e6, response.audio.data)
         case "event":
-            yield from events_of(response.event)
+            yield from events_from_pb(response.event)
 
 
-def frame_of(frame: types.VideoFrame) -> Frame:
-    """A frame; a gateway that says nothing of keys and numbers sends raw frames."""
-    num_frames, jumps = frame.num_frames or 1, frame.is_discontinuity
-    return Frame(frame.index, frame.pts_us / 1e6, frame.data, frame.is_idle, frame.is_key, num_frames, jumps)
+def frame_from_pb(frame: types.VideoFrame) -> Frame:
+    """Return a frame; `num_frames` defaults to 1, since older gateways do not set it."""
+    num_frames, is_discontinuity = frame.num_frames or 1, frame.is_discontinuity
+    return Frame(frame.index, frame.pts_us / 1e6, frame.data, frame.is_idle, frame.is_key, num_frames, is_discontinuity)
 
 
-def events_of(event: pb.AvatarEvent) -> Iterator[Item]:
-    """An event; nothing for a kind that this version does not know."""
+def events_from_pb(event: pb.AvatarEvent) -> Iterator[Item]:
+    """Yield an event; nothing for a kind that a newer gateway added."""
     number, pts_s = event.number, event.pts_us / 1e6
     match event.WhichOneof("kind"):
         case "playback_started":
@@ -128,11 +128,11 @@ def events_of(event: pb.AvatarEvent) -> Iterator[Item]:
             end = event.playback_finished
             yield PlaybackFinished(number, pts_s, end.turn, end.position_us / 1e6, end.interrupted, end.next_frame)
         case "notice":
-            told = event.notice
-            kind = NoticeKind(told.kind) if told.kind in {each.value for each in NoticeKind} else NoticeKind.UNKNOWN
-            yield Notice(number, pts_s, kind, told.message, told.within_s, told.num_samples)
+            notice = event.notice
+            kind = NoticeKind(notice.kind) if notice.kind in {each.value for each in NoticeKind} else NoticeKind.UNKNOWN
+            yield Notice(number, pts_s, kind, notice.message, notice.within_s, notice.num_samples)
 
 
-def interrupted_of(told: pb.AvatarInterrupted | pb.InterruptResponse) -> Interrupted:
-    """The answer to an interrupt, in the stream or from elsewhere."""
-    return Interrupted(told.next_frame, told.position_us / 1e6, told.was_speaking)
+def interrupted_from_pb(answer: pb.AvatarInterrupted | pb.InterruptResponse) -> Interrupted:
+    """Return the answer to an interrupt on the stream or by the RPC."""
+    return Interrupted(answer.next_frame, answer.position_us / 1e6, answer.was_speaking)

@@ -1,77 +1,70 @@
-"""One session's stream as a client sees it: sound in, typed items out.
+"""One session's stream: audio in, typed items out.
 
-A reader takes what comes from the gateway and keeps it until somebody iterates. What is sent is kept for a while too:
-if the connection breaks, the reader opens another call, sends what did not arrive, and drops what comes twice.
+A reader task receives messages and queues their items until they are iterated. Written requests are kept for a while:
+if the connection breaks, the reader opens another call, sends the undelivered requests again, and skips items that
+have already arrived.
 """
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import grpc.aio
 
 from avatar.aio import background
-from avatar.client.items import Audio, Frame, Interrupted, Item, interrupted_of, items_of
-from avatar.client.sent import Lead, Sent
+from avatar.client.connection import Connection
+from avatar.client.items import Audio, Frame, Interrupted, Item, interrupted_from_pb, items_from_pb
+from avatar.client.send_queue import AudioLead, SendQueue
 from avatar.errors import AvatarError, ConnectionLost, NoCapacity, ProtocolOrder, SessionBusy, StoreUnavailable
 from avatar.rpc.status import ENDED_EARLY, CallStatus, error_of
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
 
-if TYPE_CHECKING:
-    from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
-
 OPEN_S = 60.0
 PIECE_S = 0.1
-# Messages that wait to be iterated before no more are read; a per-frame stream has 25 a second and more.
-MAX_WAITING = 64
-# Seconds between attempts to resume: the first, and the longest.
+# Items queued before reading pauses; a stream of single frames has 25 a second and more.
+MAX_QUEUED_ITEMS = 64
+# Delay between attempts to resume: the first and the longest, in seconds.
 RETRY_S, MAX_RETRY_S = 0.1, 2.0
 SAMPLE_BYTES = {types.SAMPLE_ENCODING_PCM16: 2, types.SAMPLE_ENCODING_FLOAT32: 4}
 
 
-Sound: TypeAlias = bytes | Iterable[bytes] | AsyncIterable[bytes]
+AudioSource: TypeAlias = bytes | Iterable[bytes] | AsyncIterable[bytes]
 
 
 class Stream:
-    """An open stream. Iterate it for everything that comes, or `frames()` for the frames alone.
+    """An open stream. Iterate it for all items, or `frames()` for frames alone.
 
-    Sound may be pushed from one task while another iterates. Any method raises the AvatarError that ended the stream.
+    One task may push audio while another iterates. Every method raises the AvatarError that ended the stream.
 
-    init_segment: what comes before all fragments in fragmented MP4. closed: what was done, once all frames have come.
+    init_segment: initialization segment of fragmented MP4. closed: the gateway's summary, set once all frames have
+    arrived.
     """
 
-    def __init__(
-        self,
-        stub: "pb_grpc.AvatarServiceAsyncStub",
-        metadata: Sequence[tuple[str, str]],
-        opening: pb.OpenAvatar,
-        limits: pb.GetCapabilitiesResponse,
-    ) -> None:
+    def __init__(self, connection: Connection, opening: pb.OpenAvatar, limits: pb.GetCapabilitiesResponse) -> None:
         self.init_segment = b""
         self.closed: pb.AvatarClosed | None = None
-        self._stub = stub
-        self._metadata = metadata
+        self._connection = connection
         self._opening = opening
         self._resume_s = limits.resume_s
         self._sample_bytes = SAMPLE_BYTES[opening.audio.encoding] * opening.audio.num_channels
         piece_bytes = min(round(opening.audio.rate_hz * PIECE_S) * self._sample_bytes, limits.max_audio_bytes)
         self._piece_bytes = piece_bytes - piece_bytes % self._sample_bytes
-        self._lead = Lead(opening, limits)
-        self._changed = Changed()
-        # Coming in.
+        self._lead = AudioLead(opening, limits)
+        self._changed = ChangeSignal()
+        # Received.
         self._items: deque[Item] = deque()
         self._is_iterated = False
         self._failure: Exception | None = None
         self._next_frame = 0
         self._next_event = 0
         self._last_audio_s = -1.0
-        # Going out, one at a time.
-        self._ordered = asyncio.Lock()
-        self._sent = Sent()
+        # Sent, one request at a time.
+        self._send_lock = asyncio.Lock()
+        self._requests = SendQueue()
         self._num_interrupts = 0
         self._is_interrupting = False
         self._interrupted: Interrupted | None = None
@@ -79,50 +72,50 @@ class Stream:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more comes from the gateway."""
+        """Whether the gateway sends nothing more."""
         return self.closed is not None or self._failure is not None
 
     async def push(self, data: bytes) -> None:
-        """Send sound of any length. Returns once it is on its way: live, no sooner than the gateway takes it.
+        """Send audio of any length. Returns once it is written; a live stream first waits until the gateway accepts it.
 
-        data: samples in the stream's format, whole ones of every channel. What is still waiting to be sent when the
-        stream is interrupted is dropped. ValueError for a part of a sample.
+        data: samples in the stream's format, whole ones of every channel. An interrupt drops audio that is not yet
+        written. Raises ValueError for a partial sample.
         """
         if len(data) % self._sample_bytes:
-            raise ValueError(f"sound must be whole samples of {self._sample_bytes} bytes, got {len(data)} bytes")
+            raise ValueError(f"audio must be whole samples of {self._sample_bytes} bytes, got {len(data)} bytes")
         num_interrupts = self._num_interrupts
-        async with self._ordered:
+        async with self._send_lock:
             for start in range(0, len(data), self._piece_bytes):
                 piece = data[start : start + self._piece_bytes]
                 num_samples = len(piece) // self._sample_bytes
-                await self._changed.until(
+                await self._changed.wait_until(
                     lambda n=num_samples: (  # type: ignore[misc]
                         self._lead.has_room(n) or self._num_interrupts > num_interrupts or self.has_ended
                     )
                 )
                 if self._num_interrupts > num_interrupts:
                     return
-                self._lead.sent(num_samples)
+                self._lead.add(num_samples)
                 await self._send(pb.StreamAvatarRequest(audio=pb.AudioPiece(data=piece)))
 
     async def end_turn(self) -> None:
-        """End the turn: what was pushed is spoken to its end without waiting for more. What follows is another turn."""
-        async with self._ordered:
-            self._lead.turn_ended()
+        """End the turn: its audio is spoken to the end without waiting for more. Later audio is another turn."""
+        async with self._send_lock:
+            self._lead.end_turn()
             await self._send(pb.StreamAvatarRequest(end_turn=pb.EndTurn()))
 
     async def interrupt(self) -> Interrupted:
-        """Fall silent: sound that is not yet drawn and frames that are not yet sent are dropped.
+        """Drop audio that is not yet being rendered and frames that are not yet sent, and return the position.
 
-        Sound that is pushed meanwhile waits for the answer, and is spoken after it.
+        Audio pushed in the meantime waits for the answer and is spoken after it.
         """
         self._num_interrupts += 1
-        self._changed.now()
-        async with self._ordered:
+        self._changed.notify()
+        async with self._send_lock:
             self._is_interrupting, self._interrupted = True, None
             try:
                 await self._send(pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar()))
-                await self._changed.until(lambda: self._interrupted or self.has_ended)
+                await self._changed.wait_until(lambda: self._interrupted or self.has_ended)
                 if not self._interrupted:
                     raise self._failure or ProtocolOrder("the stream ended before the interrupt was answered")
                 return self._interrupted
@@ -130,8 +123,8 @@ class Stream:
                 self._is_interrupting = False
 
     async def close(self) -> None:
-        """Say that no more sound comes. The rest of the frames comes, then the iteration ends."""
-        async with self._ordered:
+        """End the audio. The remaining frames arrive, then the iteration ends."""
+        async with self._send_lock:
             if not self._is_closing:
                 await self._send(pb.StreamAvatarRequest(close=pb.CloseAvatar()))
                 self._is_closing = True
@@ -141,37 +134,37 @@ class Stream:
 
     async def __anext__(self) -> Item:
         self._is_iterated = True
-        await self._changed.until(lambda: self._items or self.has_ended)
+        await self._changed.wait_until(lambda: self._items or self.has_ended)
         if self._items:
-            self._changed.now()
+            self._changed.notify()
             return self._items.popleft()
         if self._failure:
             raise self._failure
         raise StopAsyncIteration
 
     async def frames(self) -> AsyncGenerator[Frame, None]:
-        """The frames, without what comes between them."""
+        """Yield the frames and skip all other items."""
         async for item in self:
             if isinstance(item, Frame):
                 yield item
 
-    async def run(self, sound: Sound | None = None) -> None:
-        """Take what comes, and push `sound` if there is any, until the stream has ended. The stream must be open."""
-        async with background(self._feed(sound)) if sound is not None else nullcontext():
+    async def run(self, audio: AudioSource | None = None) -> None:
+        """Read and write until the stream has ended, and push `audio` if it is given. The stream must be open."""
+        async with background(self._push_all(audio)) if audio is not None else nullcontext():
             try:
                 while True:
-                    async with background(self._write_all()):
-                        broken = await self._read_all()
+                    async with background(self._write_requests()):
+                        lost = await self._read_responses()
                     if self.has_ended:
                         break
-                    await self._reopen(broken)
+                    await self._resume(lost)
             except AvatarError as error:
-                self._end(error)
-            self._changed.now()
+                self._fail(error)
+            self._changed.notify()
 
     async def open(self, *, is_resume: bool = False) -> pb.AvatarOpened:
-        """Open a call. Raises what the gateway says, ConnectionLost if there is none."""
-        self._call = self._stub.StreamAvatar(metadata=self._metadata)
+        """Open a call. Raises the gateway's error, or ConnectionLost if it is unreachable."""
+        self._call = self._connection.stub.StreamAvatar(metadata=self._connection.metadata)
         self._status = CallStatus(self._call)
         opening = pb.OpenAvatar()
         opening.CopyFrom(self._opening)
@@ -185,7 +178,7 @@ class Stream:
             self._call.cancel()
             raise ConnectionLost(f"the gateway did not open a stream in {OPEN_S:g} s") from error
         except (grpc.aio.AioRpcError, asyncio.CancelledError, asyncio.InvalidStateError) as error:
-            raise self._ended_by(error) from error
+            raise self._call_error(error) from error
         if not isinstance(response, pb.StreamAvatarResponse):
             raise ConnectionLost(ENDED_EARLY)
         opened = response.opened
@@ -194,24 +187,24 @@ class Stream:
             self.init_segment = opened.init_segment
         return opened
 
-    async def _read_all(self) -> ConnectionLost:
-        """Read until the call ends; how it did. Raises what the gateway says, if it is that."""
+    async def _read_responses(self) -> ConnectionLost:
+        """Read until the call ends, and return the lost connection. Raises any other error of the gateway."""
         try:
             while isinstance(response := await self._call.read(), pb.StreamAvatarResponse):
-                self._take(response)
-                self._changed.now()
-                await self._changed.until(
-                    lambda: len(self._items) < MAX_WAITING or not self._is_iterated or self._is_interrupting
+                self._receive(response)
+                self._changed.notify()
+                await self._changed.wait_until(
+                    lambda: len(self._items) < MAX_QUEUED_ITEMS or not self._is_iterated or self._is_interrupting
                 )
         except (grpc.aio.AioRpcError, asyncio.CancelledError) as problem:
-            error = self._ended_by(problem)
+            error = self._call_error(problem)
             if not isinstance(error, ConnectionLost):
                 raise error from problem
             return error
         return ConnectionLost(ENDED_EARLY)
 
-    def _ended_by(self, problem: BaseException) -> AvatarError:
-        """The error that ended the call. Raises CancelledError if it was not the peer who cancelled."""
+    def _call_error(self, problem: BaseException) -> AvatarError:
+        """Return the error that ended the call. Re-raises CancelledError if this task was cancelled, not the call."""
         task = asyncio.current_task()
         if isinstance(problem, asyncio.CancelledError) and task and task.cancelling():
             raise problem
@@ -219,20 +212,20 @@ class Stream:
         ended = self._status.instead_of(own) if own else self._status.ended
         return error_of(ended) if ended else ConnectionLost(ENDED_EARLY)
 
-    def _take(self, response: pb.StreamAvatarResponse) -> None:
-        """Note what a message says, and keep its items unless they have come before."""
+    def _receive(self, response: pb.StreamAvatarResponse) -> None:
+        """Record a message, and queue its items unless they arrived before a resume."""
         match response.WhichOneof("part"):
             case "closed":
                 self.closed = response.closed
             case "interrupted":
-                self._lead.dropped()
+                self._lead.reset()
                 if self._is_interrupting:
-                    self._sent.forget()
-                self._interrupted = interrupted_of(response.interrupted)
-        self._items.extend(item for item in items_of(response) if self._is_new(item))
+                    self._requests.discard()
+                self._interrupted = interrupted_from_pb(response.interrupted)
+        self._items.extend(item for item in items_from_pb(response) if self._is_new(item))
 
     def _is_new(self, item: Item) -> bool:
-        """Whether an item has not come before the connection broke."""
+        """Return whether an item has not arrived before the connection broke, and record it."""
         match item:
             case Frame():
                 if item.index < self._next_frame:
@@ -246,84 +239,79 @@ class Stream:
                 if item.number < self._next_event:
                     return False
                 self._next_event = item.number + 1
-        self._lead.came(item)
+        self._lead.update(item)
         return True
 
-    async def _write_all(self) -> None:
-        """Write what is to be sent, until the call ends; reading tells how."""
+    async def _write_requests(self) -> None:
+        """Write requests until the call ends; the reader reports how it ended."""
         while True:
-            await self._changed.until(self._sent.has_next)
+            await self._changed.wait_until(self._requests.has_next)
             try:
-                request = self._sent.take()
-                self._changed.now()
+                request = self._requests.take()
+                self._changed.notify()
                 await self._call.write(request)
             except (grpc.aio.AioRpcError, asyncio.CancelledError, asyncio.InvalidStateError) as problem:
-                self._ended_by(problem)
+                self._call_error(problem)
                 return
 
-    async def _reopen(self, broken: ConnectionLost) -> None:
-        """Open another call where the broken one ended. Raises `broken` once the gateway waits no longer."""
-        ends, wait_s = time.monotonic() + self._resume_s, RETRY_S
-        while time.monotonic() < ends:
+    async def _resume(self, lost: ConnectionLost) -> None:
+        """Open another call that continues the lost one. Raises `lost` after the gateway's `resume_s`."""
+        deadline, delay_s = time.monotonic() + self._resume_s, RETRY_S
+        while time.monotonic() < deadline:
             try:
                 opened = await self.open(is_resume=True)
-            except (ConnectionLost, NoCapacity, SessionBusy, StoreUnavailable):  # the gateway has not noticed yet
-                await asyncio.sleep(wait_s)
-                wait_s = min(2 * wait_s, MAX_RETRY_S)
+            except (ConnectionLost, NoCapacity, SessionBusy, StoreUnavailable):
+                # SessionBusy: the gateway has not detected the broken connection yet.
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, MAX_RETRY_S)
             else:
-                self._sent.rewind(opened.num_messages)
+                self._requests.rewind(opened.num_messages)
                 return
-        raise broken
+        raise lost
 
     async def _send(self, request: pb.StreamAvatarRequest) -> None:
-        """Have a request written. Raises how the stream ended if it has."""
+        """Queue a request and wait until it is written or discarded. Raises the error that ended the stream, if any."""
         if self._is_closing and not self._failure:
             raise ProtocolOrder("the stream was closed: nothing can be sent on it")
-        kept = self._sent.add(request)
-        self._changed.now()
-        await self._changed.until(lambda: kept.is_taken or self.has_ended)
+        queued = self._requests.add(request)
+        self._changed.notify()
+        await self._changed.wait_until(lambda: queued.is_done or self.has_ended)
         if self._failure:
             raise self._failure
 
-    async def _feed(self, sound: Sound) -> None:
-        """Push all of a sound and close. What its source raises ends the stream."""
+    async def _push_all(self, audio: AudioSource) -> None:
+        """Push all audio and close the stream. An exception of the source ends the stream."""
         try:
-            async for piece in pieces(sound):
-                await self.push(piece)
+            if isinstance(audio, AsyncIterable):
+                async for piece in audio:
+                    await self.push(piece)
+            else:
+                for piece in [audio] if isinstance(audio, bytes) else audio:
+                    await self.push(piece)
             await self.close()
         except AvatarError:
-            pass  # the stream has ended; who iterates is told
+            pass  # the stream has ended; the iterator re-raises the error
         except Exception as error:
-            self._end(error)
+            self._fail(error)
             self._call.cancel()
 
-    def _end(self, failure: Exception) -> None:
+    def _fail(self, failure: Exception) -> None:
         self._failure = self._failure or failure
-        self._changed.now()
+        self._changed.notify()
 
 
-class Changed:
-    """Something may have changed: who waits for a state looks again."""
+class ChangeSignal:
+    """Wakes tasks that wait for a predicate to become true. Unlike asyncio.Condition, `notify` needs no lock."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
-    def now(self) -> None:
-        """Have all who wait look."""
+    def notify(self) -> None:
+        """Have all waiting tasks evaluate their predicate."""
         self._event.set()
         self._event = asyncio.Event()
 
-    async def until(self, state: Callable[[], object]) -> None:
-        """Wait for a state."""
-        while not state():
+    async def wait_until(self, predicate: Callable[[], object]) -> None:
+        """Wait until a predicate is true."""
+        while not predicate():
             await self._event.wait()
-
-
-async def pieces(sound: Sound) -> AsyncGenerator[bytes, None]:
-    """The pieces of a sound."""
-    if isinstance(sound, AsyncIterable):
-        async for piece in sound:
-            yield piece
-    else:
-        for piece in [sound] if isinstance(sound, bytes) else sound:
-            yield piece

@@ -16,7 +16,7 @@ from avatar.client import (
     Stream,
     connect,
 )
-from avatar.client.stream import MAX_WAITING
+from avatar.client.stream import MAX_QUEUED_ITEMS
 from avatar.errors import ConnectionLost, ResumeImpossible
 from avatar.v1 import avatar_service_pb2 as pb
 from tests.client.gateway import Gateway, Wire, scripted, wired
@@ -188,8 +188,8 @@ async def test_a_slow_reader_holds_the_gateway_back_and_not_its_own_memory() -> 
     async with talking(gateway) as (stream, _):
         await anext(stream)
         await asyncio.sleep(0.3)
-        assert len(stream._items) <= MAX_WAITING + 1
-        assert len(gateway.talk.log) > 4 * MAX_WAITING
+        assert len(stream._items) <= MAX_QUEUED_ITEMS + 1
+        assert len(gateway.talk.log) > 4 * MAX_QUEUED_ITEMS
 
 
 async def test_the_token_and_the_updated_prompt_reach_the_gateway() -> None:

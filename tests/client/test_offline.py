@@ -25,7 +25,7 @@ async def test_frames_are_those_of_the_bare_contract(gateway: str, picture: byte
         expected = await product.speak(stub, (await product.new_session(stub, picture, seed=7)).id, sound(SECONDS))
     async with connect(gateway) as avatar:
         session = await avatar.create(picture, seed=7)
-        async with session.stream(sound=sound(SECONDS)) as stream:
+        async with session.stream(audio=sound(SECONDS)) as stream:
             frames = [frame async for frame in stream.frames()]
     assert [frame.data for frame in frames] == expected.pixels
     assert [frame.index for frame in frames] == list(range(3, 3 + len(frames)))
@@ -51,7 +51,7 @@ async def test_a_generator_of_sound_is_spoken(gateway: str, picture: bytes) -> N
 
     async with connect(gateway) as avatar:
         session = await avatar.create(picture, seed=7)
-        async with session.stream(sound=said()) as stream:
+        async with session.stream(audio=said()) as stream:
             assert len([frame async for frame in stream.frames()]) == 45
 
 
@@ -62,7 +62,7 @@ async def test_what_a_source_of_sound_raises_ends_the_iteration(gateway: str, pi
 
     async with connect(gateway) as avatar:
         session = await avatar.create(picture)
-        async with session.stream(sound=said()) as stream:
+        async with session.stream(audio=said()) as stream:
             with pytest.raises(OSError, match="microphone"):
                 await anext(stream)
 
@@ -104,7 +104,7 @@ async def test_a_stream_that_is_left_early_gives_its_session_up(gateway: str, pi
 async def test_a_finished_session_cannot_be_streamed_again(gateway: str, picture: bytes) -> None:
     async with connect(gateway) as avatar:
         session = await avatar.create(picture)
-        async with session.stream(sound=sound(0.1)) as stream:
+        async with session.stream(audio=sound(0.1)) as stream:
             assert len([frame async for frame in stream.frames()]) == 9
         with pytest.raises(SessionClosed):
             async with session.stream():

@@ -29,7 +29,7 @@ async def test_a_client_with_certificate_and_token_speaks(
     async with suite(checkpoint, store, settings) as target:
         async with connect(target, credentials=credentials, token=TOKEN) as avatar:
             session = await avatar.create(picture, seed=7)
-            async with session.stream(sound=sound(0.5)) as stream:
+            async with session.stream(audio=sound(0.5)) as stream:
                 assert len([frame async for frame in stream.frames()]) == 21
             session = await avatar.create(picture)
             with pytest.raises(AvatarError) as caught:

@@ -1,0 +1,71 @@
+"""The client's send queue: which requests are sent again after a connection broke."""
+
+import pytest
+
+from avatar.client import send_queue
+from avatar.client.send_queue import SendQueue
+from avatar.errors import ConnectionLost
+from avatar.v1 import avatar_service_pb2 as pb
+
+INTERRUPT = pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar())
+END = pb.StreamAvatarRequest(end_turn=pb.EndTurn())
+
+
+def audio(data: bytes) -> pb.StreamAvatarRequest:
+    return pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data))
+
+
+def written(*requests: pb.StreamAvatarRequest) -> SendQueue:
+    """A queue whose requests were all written."""
+    queue = SendQueue()
+    for request in requests:
+        queue.add(request)
+        queue.take()
+    return queue
+
+
+def pending(queue: SendQueue) -> list[pb.StreamAvatarRequest]:
+    return [queue.take() for _ in iter(queue.has_next, False)]
+
+
+@pytest.mark.parametrize("num_received", range(4))
+def test_undelivered_requests_are_sent_again(num_received: int) -> None:
+    requests = [audio(b"abcd"), END, audio(b"efgh")]
+    queue = written(*requests)
+    queue.rewind(num_received)
+    assert pending(queue) == requests[num_received:]
+
+
+def test_a_connection_that_breaks_twice_loses_nothing() -> None:
+    queue = written(audio(b"ab"), END, audio(b"cd"))
+    queue.rewind(1)
+    queue.take()
+    queue.add(END)
+    queue.rewind(1)
+    assert pending(queue) == [END, audio(b"cd"), END]
+
+
+def test_an_interrupt_replaces_pending_requests() -> None:
+    queue = written(audio(b"abcd"))
+    discarded = queue.add(audio(b"efgh"))
+    queue.add(INTERRUPT)
+    queue.add(audio(b"ij"))
+    assert discarded.is_done
+    assert pending(queue) == [INTERRUPT, audio(b"ij")]
+
+
+def test_requests_before_an_interrupt_are_not_sent_again() -> None:
+    queue = written(audio(b"abcd"), audio(b"ef"), INTERRUPT, audio(b"gh"))
+    queue.rewind(1)
+    assert pending(queue) == [INTERRUPT, audio(b"gh")]
+    queue.rewind(2)
+    assert pending(queue) == [audio(b"gh")]
+
+
+def test_undelivered_audio_that_was_dropped_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(send_queue, "MAX_KEPT_BYTES", 4)
+    queue = written(audio(b"ab"), audio(b"cd"), audio(b"ef"))
+    with pytest.raises(ConnectionLost, match="1 messages"):
+        queue.rewind(0)
+    queue.rewind(1)
+    assert pending(queue) == [audio(b"cd"), audio(b"ef")]
