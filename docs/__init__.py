@@ -1,1 +1,1 @@
-"""The documents, and the program that makes what of them is made from code."""
+"""The documents, and the programs that generate some of their tables and pages."""

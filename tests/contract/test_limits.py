@@ -1,4 +1,4 @@
-"""Every size that a client can choose has a limit: it stands in docs/operations.md, and what is over it is refused."""
+"""Every size that a client can choose has a limit, listed in docs/operations/security.md and enforced."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from docs.tables import OPERATIONS, instruments
+from docs.tables import PAGES, instruments
 from tests.deploy.test_compose import ALL, names
 from tests.services.test_tracing import LABELS
 
@@ -79,7 +79,7 @@ def test_every_metric_is_shown_on_a_dashboard() -> None:
 
 
 def test_every_alert_has_a_runbook() -> None:
-    section = OPERATIONS.read_text(encoding="utf-8").split("\n## Alerts\n")[1].split("\n## ")[0]
+    section = PAGES["metrics"].read_text(encoding="utf-8").split("\n## Alerts\n")[1].split("\n## ")[0]
     assert re.findall(r"^### `(\w+)`", section, re.MULTILINE) == [rule["alert"] for rule in RULES]
 
 

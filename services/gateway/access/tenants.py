@@ -145,7 +145,7 @@ def _digest(token: str) -> str:
 
 
 def read_tenants(path: Path) -> dict[str, Tenant]:
-    """Tenants by the sha256 of their tokens. ValueError if the file is not as docs/operations.md says."""
+    """Tenants by the sha256 of their tokens. ValueError if the file is malformed (docs/operations/security.md)."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
