@@ -49,12 +49,12 @@ check: install $(VENV)/deployment $(VENV)/livekit
 	buf format --diff --exit-code protos
 	buf breaking protos --against protos/baseline/v1.binpb
 	hadolint Dockerfile
-	mkdocs build --quiet
+	mkdocs build --strict
 	pytest --quiet tests/test_architecture.py tests/test_operations.py tests/deploy
 
-# The documentation as a site, in out/site.
+# The documentation as a site: open out/site/index.html.
 docs: install $(VENV)/deployment
-	mkdocs build
+	mkdocs build --strict
 
 # The rules of alerts, on made-up series. promtool comes from Debian's package, which is unpacked and not installed.
 alerts: $(VENV)/bin/promtool

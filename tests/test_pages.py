@@ -1,12 +1,13 @@
-"""Tests of docs.pages: what the site's pages are made of."""
+"""Tests of docs.pages, which generates pages of the site."""
 
 import re
 
 import pytest
 
+from avatar.errors import REASONS
 from avatar.v1 import avatar_service_pb2, types_pb2
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, text_pb2, vae_pb2
-from docs.pages import COPIED, REFERENCES, ROOT, moved, reference
+from docs.pages import COPIED, REFERENCES, ROOT, reference, site_links
 
 PACKAGES = {
     "api.md": (avatar_service_pb2, types_pb2),
@@ -28,17 +29,37 @@ def test_every_call_message_and_field_is_explained(page: str) -> None:
                 assert re.search(rf"^\| `{field.name}` \| .+ \| \S.* \|$", section, re.MULTILINE)
 
 
-def test_streams_are_told_from_single_messages() -> None:
+def test_streams_are_marked_as_such() -> None:
     text = reference(*REFERENCES["api.md"])
     assert "`StreamAvatar(stream StreamAvatarRequest) returns (stream StreamAvatarResponse)`" in text
     assert "`CreateSession(CreateSessionRequest) returns (CreateSessionResponse)`" in text
 
 
-def test_a_page_that_moves_takes_its_links_along() -> None:
-    links = re.findall(r"\]\(([^)]*)\)", moved("README.md", "index.md"))
-    assert {"architecture.md", "models/tiny/README.md", "demo.png"} <= set(links)
-    assert [link for link in links if link.startswith("docs/")] == []
-    assert "../../training.md" in re.findall(r"\]\(([^)]*)\)", moved("models/tiny/README.md", "models/tiny/README.md"))
+def test_error_reasons_are_a_table() -> None:
+    text = reference(*REFERENCES["api.md"])
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| `([A-Z_]+)` \| \S.* \|$", text, re.MULTILINE))
+    assert rows == {reason: error.code.name for reason, error in REASONS.items()}
+
+
+def test_links_lead_to_their_place_in_the_site() -> None:
+    def links(text: str, page: str) -> list[str]:
+        return re.findall(r"\]\(([^)]*)\)", site_links(text, page))
+
+    assert links("[a](docs/architecture.md#failures) ![b](docs/demo.png)", "index.md") == [
+        "architecture.md#failures",
+        "demo.png",
+    ]
+    assert links("[a](../../docs/training.md)", "models/tiny/README.md") == ["../../training.md"]
+    assert links("[a](../../services/README.md)", "operations/settings.md") == ["../services/README.md"]
+    assert links("[a](../protos/avatar/v1/types.proto)", "integration.md") == ["api.md"]
+    assert links("[a](https://grpc.io) [b](#here)", "index.md") == ["https://grpc.io", "#here"]
+
+
+def test_a_link_to_a_file_that_is_no_page_becomes_its_text() -> None:
+    assert site_links("[avatar/render.py](../avatar/render.py), [tests](../tests)", "decisions.md") == (
+        "`avatar/render.py`, tests"
+    )
+    assert site_links("[gone](../gone.py)", "decisions.md") == "[gone](../gone.py)", "and MkDocs reports it"
 
 
 def test_every_page_that_is_copied_is_there() -> None:
