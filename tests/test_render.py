@@ -221,7 +221,7 @@ def test_the_command_renders_two_actors(files: list[object], tmp_path: Path, mon
         (["--size", "720*400"], "area must be left out"),
         (["--seed", "-2"], "seed must be"),
         (["--pose-video", "nowhere.mp4"], "no video file"),
-        (["--right-context", "0.5"], "hears 4 frames behind a block, and no other number"),
+        (["--right-context", "0.5"], "needs 4 frames after a block; no other number"),
         (["--clip-frames", "25"], "clip_frames must be a multiple"),
     ],
 )

@@ -1,4 +1,7 @@
-"""Pieces of sound as clients send them, checked and brought to mono at 16 kHz."""
+"""Validation of audio pieces, and their resampling to mono at 16 kHz.
+
+Axes: a audio channels, s samples.
+"""
 
 from collections import deque
 
@@ -11,14 +14,14 @@ from avatar.audio.alignment import BLOCK_SAMPLES, MAX_RATE_HZ, MIN_RATE_HZ, SAMP
 from avatar.types import AudioPiece
 
 MAX_AMPLITUDE = 8.0
-"""Lossy decoders overshoot full scale a little; anything beyond 18 dB is not sound in [-1, 1]."""
+"""Lossy decoders overshoot full scale a little; a signal 18 dB above it is not scaled to [-1, 1]."""
 
 SETTLE_S = 0.02
-"""Sound after which a resampler that began in mid-stream gives what one that heard everything gives, to 1e-6."""
+"""After so much audio, a resampler started in mid-stream equals one that saw the whole stream, to 1e-6."""
 
 
 def check_piece(piece: AudioPiece) -> None:
-    """ValueError if the piece is not (a, s) float32 sound of 1 or 2 channels, 8 to 48 kHz, finite and within +-8."""
+    """Raise ValueError unless the piece is (a, s) float32, 1 or 2 channels, 8 to 48 kHz, finite and within +-8."""
     samples = piece.samples
     if not MIN_RATE_HZ <= piece.rate_hz <= MAX_RATE_HZ:
         raise ValueError(f"audio must have a rate of {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz, got {piece.rate_hz}")
@@ -33,78 +36,80 @@ def check_piece(piece: AudioPiece) -> None:
 
 
 class Resampler:
-    """A stream of sound of one rate, to mono at 16 kHz.
+    """A streaming resampler from one rate to mono at 16 kHz.
 
-    Output lags behind input by at most 0.12 s and does not depend on how the input is cut. Sound that has 16 kHz
-    already passes through untouched. Of every other rate that is a multiple of 25 Hz each block is resampled by itself,
-    with the sound around it: a stream that is rebuilt at a block goes on with the same bytes.
+    Output lags behind input by at most 0.12 s and does not depend on how the input is cut. Audio at 16 kHz passes
+    through unchanged. At every other rate that is a multiple of 25 Hz, each block has a filter of its own (`_Segment`),
+    primed with the audio before the block: a stream that is resumed at a block continues with the same bytes.
 
-    before: (a, s) sound before the stream's, of which nothing comes out; None where there was none.
+    preceding: (a, s) audio before the stream, which primes the first filter; None if there is none.
     """
 
-    def __init__(self, rate_hz: int, before: Tensor | None = None) -> None:
+    def __init__(self, rate_hz: int, preceding: Tensor | None = None) -> None:
         self.rate_hz = rate_hz
-        # At other rates blocks do not end with a sample.
-        self._block = rate_hz * BLOCK_SAMPLES // SAMPLE_RATE_HZ if rate_hz % 25 == 0 else None
-        self._room = self._block
-        self._before = torch.zeros(0) if before is None else reduce(before, "a s -> s", "mean")
+        # At other rates blocks do not end on a sample, and one filter serves the whole stream.
+        self._block_samples = rate_hz * BLOCK_SAMPLES // SAMPLE_RATE_HZ if rate_hz % 25 == 0 else None
+        self._num_missing = self._block_samples  # until the block ends
+        self._preceding = torch.zeros(0) if preceding is None else reduce(preceding, "a s -> s", "mean")
         self._segments: deque[_Segment] = deque()
         if rate_hz != SAMPLE_RATE_HZ:
-            self._begin()
+            self._start_segment()
 
     def __call__(self, samples: Tensor, is_last: bool) -> Tensor:
-        """What is ready of the sound at 16 kHz, (s,); all of it if these samples (a, s) are the last."""
+        """Resample the stream's next samples (a, s). Returns what is ready, (s,): everything if they are the last."""
         mono = reduce(samples, "a s -> s", "mean")
         if not self._segments:
             return mono
         ready = []
-        while self._room is not None and len(mono) >= self._room:
-            block, mono = mono[: self._room], mono[self._room :]
-            ready.append(self._feed(block, is_last=False))
-            self._begin()
+        while self._num_missing is not None and len(mono) >= self._num_missing:
+            block_end, mono = mono[: self._num_missing], mono[self._num_missing :]
+            ready.append(self._feed(block_end, is_last=False))
+            self._start_segment()
         ready.append(self._feed(mono, is_last))
         return torch.cat(ready)
 
-    def _begin(self) -> None:
-        self._segments.append(_Segment(self.rate_hz, self._before, None if self._block is None else BLOCK_SAMPLES))
-        self._room = self._block
+    def _start_segment(self) -> None:
+        num_remaining = None if self._block_samples is None else BLOCK_SAMPLES
+        self._segments.append(_Segment(self.rate_hz, self._preceding, num_remaining))
+        self._num_missing = self._block_samples
 
     def _feed(self, mono: Tensor, is_last: bool) -> Tensor:
-        if self._room is not None:
-            self._room -= len(mono)
-        self._before = torch.cat([self._before, mono])[-(self.rate_hz // 25) :]
+        if self._num_missing is not None:
+            self._num_missing -= len(mono)
+        self._preceding = torch.cat([self._preceding, mono])[-(self.rate_hz // 25) :]
         for segment in self._segments:
             segment.feed(mono, is_last)
         ready = [self._segments[0].take()]
-        while len(self._segments) > 1 and not self._segments[0].num_left:
+        while len(self._segments) > 1 and not self._segments[0].num_remaining:
             self._segments.popleft()
             ready.append(self._segments[0].take())
         return torch.cat(ready)
 
 
 class _Segment:
-    """A resampler of its own for the sound from one cut to the next, which goes on until all of that has come out.
+    """The filter of one block. It is fed beyond the block's end until the whole block has come out.
 
-    before: (s,) sound before the cut. num_left: samples at 16 kHz that are yet to come out; None: no end is known.
+    preceding: (s,) audio before the block, which primes the filter and is cut from the output.
+    num_remaining: samples at 16 kHz still to come out; None for a stream without blocks.
     """
 
-    def __init__(self, rate_hz: int, before: Tensor, num_left: int | None) -> None:
-        self.num_left = num_left
+    def __init__(self, rate_hz: int, preceding: Tensor, num_remaining: int | None) -> None:
+        self.num_remaining = num_remaining
         self._stream = soxr.ResampleStream(rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32", quality="HQ")
-        self._num_hidden = round(len(before) * SAMPLE_RATE_HZ / rate_hz)
+        self._num_hidden = round(len(preceding) * SAMPLE_RATE_HZ / rate_hz)
         self._ready = [torch.zeros(0)]
-        self.feed(before, is_last=False)
+        self.feed(preceding, is_last=False)
 
     def feed(self, mono: Tensor, is_last: bool) -> None:
-        sound = torch.from_numpy(self._stream.resample_chunk(mono.numpy(), last=is_last))
-        hidden = min(self._num_hidden, len(sound))
+        audio = torch.from_numpy(self._stream.resample_chunk(mono.numpy(), last=is_last))
+        hidden = min(self._num_hidden, len(audio))
         self._num_hidden -= hidden
-        self._ready.append(sound[hidden:])
+        self._ready.append(audio[hidden:])
 
     def take(self) -> Tensor:
-        """What has come out since it was asked last."""
-        sound = torch.cat(self._ready)[: self.num_left]
-        if self.num_left is not None:
-            self.num_left -= len(sound)
+        """Return the output since the last call, (s,)."""
+        audio = torch.cat(self._ready)[: self.num_remaining]
+        if self.num_remaining is not None:
+            self.num_remaining -= len(audio)
         self._ready = [torch.zeros(0)]
-        return sound
+        return audio

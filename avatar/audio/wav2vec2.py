@@ -1,6 +1,6 @@
-"""wav2vec2: the encoder of the public Live Avatar weights, over a window around each block.
+"""The wav2vec2 encoder of the public Live Avatar weights, over a window around each block.
 
-Axes: s samples, t encoder frames, l encoder layers and the input, d width.
+Axes: s samples, t encoder frames, l the input of the layers and the output of each, d width.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -12,13 +12,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from avatar.audio.alignment import BLOCK_ENCODER_FRAMES, FRAME_SAMPLES
-from avatar.audio.encoder import configured
-from avatar.audio.statistics import Statistics
+from avatar.audio.encoder import parse_config
+from avatar.audio.statistics import AudioStatistics
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part, load_weights
 
-# What of transformers.Wav2Vec2Config makes the network. Nothing else of a config.json is passed on: other fields are
-# for training, or choose code to run.
+# The fields of transformers.Wav2Vec2Config that define the network. No other field of a config.json is passed on: the
+# others are for training, or select code to run.
 SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),
     *("conv_dim", "conv_stride", "conv_kernel", "conv_bias", "feat_extract_norm", "feat_extract_activation"),
@@ -28,11 +28,12 @@ SIZES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Wav2Vec2Config:
-    """What a checkpoint's config.json says of a wav2vec2 encoder.
+    """Configuration of a wav2vec2 encoder, as in a checkpoint's config.json.
 
-    network: the sizes, as transformers.Wav2Vec2Config names them.
-    left_frames: encoder frames in front of the block.
-    right_frames: encoder frames behind it: 20 ms of latency each. 64 complete the positional convolution.
+    network: the sizes, under transformers.Wav2Vec2Config's names.
+    left_frames: left context, in encoder frames before the block.
+    right_frames: right context, in encoder frames after the block: 20 ms of latency each. 64 fill the positional
+        convolution.
     """
 
     encoder: str = "wav2vec2"
@@ -42,11 +43,13 @@ class Wav2Vec2Config:
 
     def __post_init__(self) -> None:
         if min(self.left_frames, self.right_frames) < 0:
-            raise ValueError(f"contexts must not be negative, got {self.left_frames} and {self.right_frames} frames")
+            raise ValueError(
+                f"left and right context must not be negative, got {self.left_frames} and {self.right_frames}"
+            )
 
 
 def large() -> Wav2Vec2Config:
-    """wav2vec2-large-xlsr-53: 25 states of width 1024."""
+    """The sizes of wav2vec2-large-xlsr-53: 25 states of width 1024."""
     network = {
         "hidden_size": 1024,
         "num_hidden_layers": 24,
@@ -60,15 +63,15 @@ def large() -> Wav2Vec2Config:
 
 
 class Wav2Vec2(nn.Module):
-    """transformers' wav2vec2, whose last hidden state is the normalised one."""
+    """An `AudioEncoder` around transformers' wav2vec2, whose last hidden state is the normalised one."""
 
     def __init__(self, config: Wav2Vec2Config) -> None:
         super().__init__()
         # Slow to import, and only needed where an encoder runs.
         import transformers
 
-        # The reference's transformers (4.51) normalised the last hidden state; today's has to be asked to. Masking is
-        # for training, and brings a parameter of its own.
+        # The reference's transformers (4.51) always normalised the last hidden state; today's does on request. Masking
+        # is for training, and adds a parameter.
         ours: dict[str, Any] = {"tie_last_hidden_states": True, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
         sizes: dict[str, Any] = {name: value for name, value in config.network.items() if name in SIZES}
         network = transformers.Wav2Vec2Config(**sizes, **ours)
@@ -77,13 +80,13 @@ class Wav2Vec2(nn.Module):
         self.num_states = network.num_hidden_layers + 1
         self.width = network.hidden_size
         self.right_frames, self.right_is_free = config.right_frames, True
-        self.left_samples = (config.left_frames + 1) * FRAME_SAMPLES  # a block's first pixel frame looks one back
+        self.left_samples = (config.left_frames + 1) * FRAME_SAMPLES  # a block's first pixel frame uses the one before
         self.eval().requires_grad_(False)
 
     @classmethod
     def load(cls, part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "Wav2Vec2":
         with torch.device("meta"):
-            encoder = cls(configured(Wav2Vec2Config, part)).to(dtype)
+            encoder = cls(parse_config(Wav2Vec2Config, part)).to(dtype)
         encoder.to_empty(device=device)
         load_weights(encoder.network, part)
         return encoder
@@ -103,15 +106,15 @@ class Wav2Vec2(nn.Module):
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         save(folder, asdict(self.config), self.network, dtype)
 
-    def encode(self, window: Tensor, statistics: Statistics, right_frames: int) -> tuple[Tensor, Statistics]:
+    def encode(self, window: Tensor, statistics: AudioStatistics, right_frames: int) -> tuple[Tensor, AudioStatistics]:
         states = self.hidden_states(statistics.normalise(window))
         end = states.shape[1] - right_frames
         return states[:, max(0, end - BLOCK_ENCODER_FRAMES - 1) : end], statistics
 
     def hidden_states(self, samples: Tensor) -> Tensor:
-        """The layers' input and the output of each layer, the last one normalised, (l, t, d) float32.
+        """Return the layers' input and the output of each layer, the last one normalised, (l, t, d) float32.
 
-        samples: (s,) sound at 16 kHz, normalised. Frame t hears samples 320 t .. 320 t + 399 before the layers.
+        samples: (s,) normalised audio at 16 kHz. Before the layers, frame t covers samples 320 t .. 320 t + 399.
         """
         parameter = next(self.network.parameters())
         states = self.network(samples.to(parameter)[None], output_hidden_states=True).hidden_states

@@ -1,10 +1,11 @@
-"""Whisper's encoder over a short window that always has the same length and the same positions.
+"""Whisper's encoder over a short sliding window of constant length.
 
-The window slides with the blocks, silence in front of the stream's first sample, so every block is seen with the same
-positional embedding and a stream has no seams. Whisper was trained on windows of 30 s; a network that uses these
-features has to be trained with this window, which is therefore part of the encoder's configuration.
+The window moves with the blocks, with silence before the stream's first sample, so every block has the same positional
+embedding and a stream has no seams. Whisper was trained on windows of 30 s; a denoiser that uses these features must be
+trained with this window, which is therefore part of the encoder's configuration.
 
-Axes: s samples, m mel bins, t encoder frames (two mel frames each), l encoder layers and the input, d width.
+Axes: s samples, m mel bins, t encoder frames (two mel frames each), l the input of the layers and the
+output of each, d width.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,24 +18,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from avatar.audio.alignment import BLOCK_ENCODER_FRAMES, FRAME_SAMPLES, SAMPLE_RATE_HZ, window_end
-from avatar.audio.encoder import configured
-from avatar.audio.statistics import Statistics
+from avatar.audio.encoder import parse_config
+from avatar.audio.statistics import AudioStatistics
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part, load_weights
 
 FFT_SAMPLES = 400
 HOP_SAMPLES = 160
 DYNAMIC_RANGE = 8.0
-"""Decades of mel power below the peak that the encoder sees."""
+"""Decades of mel power below the peak that the encoder distinguishes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WhisperConfig:
-    """What a checkpoint's config.json says of a Whisper encoder.
+    """Configuration of a Whisper encoder, as in a checkpoint's config.json.
 
-    network: the sizes, as transformers.WhisperConfig names them.
+    network: the sizes, under transformers.WhisperConfig's names.
     window_frames: encoder frames of a window.
-    right_frames: how many of them lie behind the block: 20 ms of latency each.
+    right_frames: encoder frames of the window after the block (right context): 20 ms of latency each.
     """
 
     encoder: str = "whisper"
@@ -52,13 +53,13 @@ class WhisperConfig:
 
 
 def tiny_en() -> WhisperConfig:
-    """OpenAI's tiny.en with a window of 3 s, 0.2 s of it behind the block."""
+    """OpenAI's tiny.en with a window of 3 s, of which 0.2 s are right context."""
     sizes = {"d_model": 384, "encoder_layers": 4, "encoder_attention_heads": 6, "encoder_ffn_dim": 1536}
     return WhisperConfig(network={**sizes, "num_mel_bins": 80, "max_source_positions": 1500})
 
 
 class Whisper(nn.Module):
-    """transformers' Whisper encoder, driven window by window."""
+    """An `AudioEncoder` around transformers' Whisper encoder."""
 
     def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
@@ -93,8 +94,8 @@ class Whisper(nn.Module):
 
     @classmethod
     def load(cls, part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "Whisper":
-        encoder = cls(configured(WhisperConfig, part)).to(device)
-        nn.Module.to(encoder.network, dtype)  # and not what makes log-mel, whose powers span eight decades
+        encoder = cls(parse_config(WhisperConfig, part)).to(device)
+        nn.Module.to(encoder.network, dtype)  # log-mel stays float32: its powers span eight decades
         load_weights(encoder.network, part)
         return encoder
 
@@ -107,7 +108,7 @@ class Whisper(nn.Module):
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         save(folder, asdict(self.config), self.network, dtype)
 
-    def encode(self, window: Tensor, statistics: Statistics, right_frames: int) -> tuple[Tensor, Statistics]:
+    def encode(self, window: Tensor, statistics: AudioStatistics, right_frames: int) -> tuple[Tensor, AudioStatistics]:
         silence = self.left_samples + window_end(0, right_frames) - len(window)
         mel = self.log_mel(F.pad(window, (silence, 0)))
         statistics = statistics.with_peak(float(mel.max()))
@@ -116,17 +117,17 @@ class Whisper(nn.Module):
         return self.hidden_states(compress(mel, statistics.peak), frames), statistics
 
     def log_mel(self, samples: Tensor) -> Tensor:
-        """log10 of mel power, (m, t), at least -10. Frame t hears samples (s,) 160 t .. 160 t + 399."""
+        """Return log10 of mel power, (m, t), at least -10; mel frame t covers samples 160 t .. 160 t + 399 of (s,)."""
         spectrum = torch.stft(
             samples.to(self.hann), FFT_SAMPLES, HOP_SAMPLES, window=self.hann, center=False, return_complex=True
         )
         return (self.filters @ spectrum.abs().square()).clamp(min=1e-10).log10()
 
     def hidden_states(self, mel: Tensor, frames: slice = slice(None)) -> Tensor:
-        """The layers' input and the output of each layer, the last one normalised, (l, t, d) float32 at those frames.
+        """Return the layers' input and the output of each layer, the last one normalised, (l, t, d) float32.
 
-        mel: (m, 2 t) compressed log-mel at positions from 0.
-        Source: openai/whisper, AudioEncoder; transformers' module is the same but takes windows of 30 s only.
+        mel: (m, 2 t) compressed log-mel, at positions from 0. frames: the t that are returned.
+        Source: AudioEncoder of openai/whisper; transformers' module computes the same but takes windows of 30 s only.
         """
         network = self.network
         x = mel.to(network.conv1.weight.dtype)[None]
@@ -143,7 +144,7 @@ class Whisper(nn.Module):
 
 
 def last_layer(layer: Any, x: Tensor, frames: slice) -> Tensor:
-    """A transformers layer's output, (1, t, d), at the frames that are asked for; all frames of x are attended to."""
+    """Return a transformers layer's output, (1, t, d), at the given frames only; they attend to all frames of x."""
     normed = layer.self_attn_layer_norm(x)
     attended: Tensor = layer.self_attn(normed[:, frames], key_value_states=normed)[0]
     x = x[:, frames] + attended
@@ -152,5 +153,5 @@ def last_layer(layer: Any, x: Tensor, frames: slice) -> Tensor:
 
 
 def compress(mel: Tensor, peak: float) -> Tensor:
-    """Log-mel (m, t) as Whisper was trained on: 8 decades below the peak, about [-1, 1.5]."""
+    """Compress log-mel (m, t) as in Whisper's training: 8 decades below the peak, to about [-1, 1.5]."""
     return (mel.clamp(min=peak - DYNAMIC_RANGE) + 4) / 4

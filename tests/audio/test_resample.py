@@ -16,7 +16,7 @@ def resampled(samples: Tensor, rate_hz: int, piece_samples: int) -> Tensor:
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 11025, 12345, 22050, 24000, 44100, 48000])
-def test_cutting_the_sound_changes_nothing(rate_hz: int, speech: Tensor) -> None:
+def test_output_does_not_depend_on_the_pieces(rate_hz: int, speech: Tensor) -> None:
     samples = speech[:, : rate_hz * 3 // 2]
     least = 1 if rate_hz == 8000 else 17  # sample by sample takes seconds
     pieces = [resampled(samples, rate_hz, piece_samples) for piece_samples in (least, 320, 1600, 7680)]
@@ -25,7 +25,7 @@ def test_cutting_the_sound_changes_nothing(rate_hz: int, speech: Tensor) -> None
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 11025, 12345, 22050, 24000, 44100, 48000])
-def test_blocks_that_are_resampled_by_themselves_join_without_a_seam(rate_hz: int, speech: Tensor) -> None:
+def test_separately_resampled_blocks_join_without_a_seam(rate_hz: int, speech: Tensor) -> None:
     samples = speech[:, : rate_hz * 3 // 2]
     whole = torch.from_numpy(soxr.resample(samples[0].numpy(), rate_hz, 16000, quality="HQ"))
     assert len(whole) == round(samples.shape[1] * 16000 / rate_hz)
@@ -38,7 +38,7 @@ def test_output_lags_by_at_most_120_ms(rate_hz: int, speech: Tensor) -> None:
     assert 16000 - len(ready) <= 0.12 * 16000
 
 
-def test_sound_at_16_khz_passes_untouched(speech: Tensor) -> None:
+def test_audio_at_16_khz_passes_unchanged(speech: Tensor) -> None:
     assert torch.equal(Resampler(16000)(speech, is_last=False), speech[0])
 
 
@@ -66,11 +66,11 @@ def piece(*shape: int, rate_hz: int = 16000, value: float = 0.0, dtype: torch.dt
         (piece(1, 9, dtype=torch.int16), "float32"),
     ],
 )
-def test_sound_that_cannot_be_used_is_refused(bad: AudioPiece, message: str) -> None:
+def test_invalid_audio_is_refused(bad: AudioPiece, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_piece(bad)
 
 
 @pytest.mark.parametrize("good", [piece(1, 0), piece(2, 0, rate_hz=8000), piece(2, 9, rate_hz=48000, value=1.5)])
-def test_empty_pieces_and_slight_overshoot_are_taken(good: AudioPiece) -> None:
+def test_empty_pieces_and_slight_overshoot_are_accepted(good: AudioPiece) -> None:
     check_piece(good)

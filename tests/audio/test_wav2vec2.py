@@ -8,8 +8,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from avatar.audio import whole_file
 from avatar.audio.alignment import window_end
-from avatar.audio.model import AudioModel, place
-from avatar.audio.statistics import Statistics
+from avatar.audio.model import AudioModel, interpolate
+from avatar.audio.statistics import AudioStatistics
 from avatar.audio.wav2vec2 import Wav2Vec2, Wav2Vec2Config, large
 from avatar.checkpoints.part import Part
 from avatar.types import AudioPiece, Session
@@ -28,26 +28,26 @@ def test_the_last_state_is_the_normalised_one(encoder: Wav2Vec2, speech: Tensor)
     torch.testing.assert_close(states[-1].mean(dim=1), torch.zeros(49), atol=1e-5, rtol=0)
 
 
-def test_with_all_context_a_stream_follows_the_rule_for_files(session: Session, speech: Tensor) -> None:
+def test_with_full_context_a_stream_equals_the_whole_file(session: Session, speech: Tensor) -> None:
     """With windows that hold everything and the file's statistics, only the placement in time differs, by intent."""
     torch.manual_seed(0)
     network = Wav2Vec2.tiny().config.network
     encoder = Wav2Vec2(Wav2Vec2Config(network=network, left_frames=400, right_frames=200))
-    model, sound = AudioModel(encoder), speech[0, : 16000 * 3]
-    mean, variance = float(sound.mean()), float(sound.var(correction=0))
+    model, audio = AudioModel(encoder), speech[0, : 16000 * 3]
+    mean, variance = float(audio.mean()), float(audio.var(correction=0))
     state = model.open(session)
-    state.statistics = Statistics(count=1e30, mean=mean, m2=1e30 * variance)  # so many that more change nothing
-    blocks = model.step(AudioPiece(sound[None], 16000, is_last=True), state)
+    state.statistics = AudioStatistics(count=1e30, mean=mean, m2=1e30 * variance)  # more samples change nothing
+    blocks = model.step(AudioPiece(audio[None], 16000, is_last=True), state)
     assert len(blocks) == 7
     for block in blocks:
-        silence = window_end(block.index, right_frames=200) - len(sound)
-        states = encoder.hidden_states(F.pad(whole_file.normalise(sound), (0, silence), value=-mean / variance**0.5))
-        expected = place(states[:, : 24 * (block.index + 1)], block.index)
+        silence = window_end(block.index, right_frames=200) - len(audio)
+        states = encoder.hidden_states(F.pad(whole_file.normalise(audio), (0, silence), value=-mean / variance**0.5))
+        expected = interpolate(states[:, : 24 * (block.index + 1)], block.index)
         torch.testing.assert_close(block.features, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_what_is_not_a_size_is_left_out_of_the_network(encoder: Wav2Vec2) -> None:
-    """A config.json may ask transformers for attention code from a hub, or for maskings that training adds."""
+def test_config_fields_other_than_sizes_are_ignored(encoder: Wav2Vec2) -> None:
+    """A config.json may name attention code of a hub, or the masking of training."""
     published = {**encoder.config.network, "_attn_implementation": "some/kernel", "mask_time_prob": 0.05, "vocab": 33}
     assert Wav2Vec2(Wav2Vec2Config(network=published)).config.network == encoder.config.network
 

@@ -7,17 +7,17 @@ from avatar.audio import whole_file
 
 
 def ramp(length: int) -> Tensor:
-    """States that hold their own numbers, (1, t, 1)."""
+    """States that hold their indexes, (1, t, 1)."""
     return rearrange(torch.arange(float(length)), "t -> 1 t 1")
 
 
-def test_sound_is_normalised_over_the_whole_file(speech: Tensor) -> None:
-    sound = whole_file.normalise(3 * whole_file.sound_of(speech, 16000) + 0.1)
-    assert abs(float(sound.mean())) < 1e-5
-    assert abs(float(sound.std()) - 1) < 1e-4
+def test_audio_is_normalised_over_the_whole_file(speech: Tensor) -> None:
+    audio = whole_file.normalise(3 * whole_file.to_16khz(speech, 16000) + 0.1)
+    assert abs(float(audio.mean())) < 1e-5
+    assert abs(float(audio.std()) - 1) < 1e-4
 
 
-def test_both_ends_of_the_grid_meet_the_states_ends() -> None:
+def test_grid_and_states_align_at_both_ends() -> None:
     grid = whole_file.to_grid(ramp(149))[0, :, 0]
     assert len(grid) == 89
     assert (float(grid[0]), float(grid[-1])) == (0.0, 148.0)
@@ -28,12 +28,12 @@ def test_the_grids_length_follows_float_arithmetic() -> None:
     assert whole_file.to_grid(ramp(205)).shape[1] == 122
 
 
-def test_sound_of_one_encoder_frame_is_refused() -> None:
+def test_audio_of_one_encoder_frame_is_refused() -> None:
     with pytest.raises(ValueError, match="two encoder frames or more, got 1"):
         whole_file.to_grid(ramp(1))
 
 
-def test_frames_after_the_end_hear_zeros_and_a_clip_follows_a_full_one() -> None:
+def test_frames_after_the_end_are_zero_and_an_empty_clip_follows_a_full_one() -> None:
     frames = whole_file.bucket(ramp(288) + 1)
     assert len(frames) == 48 * 6
     assert frames[:240].all()

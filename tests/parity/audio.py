@@ -1,4 +1,4 @@
-"""Goldens of sound: loading, placement of features in time, and wav2vec2 from samples to the network's input."""
+"""Goldens of audio: loading, placement of features in time, and wav2vec2 from samples to the network's input."""
 
 import tempfile
 import wave
@@ -19,12 +19,12 @@ from tests.parity.goldens import Golden, Report, published
 
 
 def audio_load(golden: Golden, report: Report) -> None:
-    """Sound files of several rates, to mono at 16 kHz."""
+    """Audio files of several rates, to mono at 16 kHz."""
     for case in golden.info["cases"]:
         pcm = golden.tensors[f"{case['name']}/pcm16"]
-        sound = whole_file.sound_of(*read(pcm, case["sr"]))
+        audio = whole_file.to_16khz(*read(pcm, case["sr"]))
         expected = golden.tensors[f"{case['name']}/y16k"]
-        report.compare(case["name"], sound, expected, max_abs=golden.info["tolerance"])
+        report.compare(case["name"], audio, expected, max_abs=golden.info["tolerance"])
 
 
 def read(pcm: Tensor, rate_hz: int) -> tuple[Tensor, int]:
@@ -64,7 +64,7 @@ def audio_bucket(golden: Golden, report: Report) -> None:
     for name, indices in tensors.items():
         if name.startswith("indices_fps"):
             frame_rate, count = map(int, name.removeprefix("indices_fps").split("_n"))
-            # A grid that holds its own indexes shows which of them were taken.
+            # A grid that holds its own indexes shows which of them were selected.
             length = int(indices.max()) + 1
             grid = rearrange(torch.arange(length), "t -> 1 t 1")
             taken = whole_file.bucket(grid, frame_rate, clip_frames=count)[:count, 0, 0]
@@ -89,11 +89,11 @@ def wav2vec2_tiny_e2e(golden: Golden, report: Report) -> None:
     def compare(what: str, actual: Tensor) -> None:
         report.compare(what, actual, tensors[what], max_abs=info["tolerance"])
 
-    sound = whole_file.normalise(whole_file.sound_of(samples, info["sampling_rate"]))
-    states = encoder.hidden_states(sound)
+    audio = whole_file.normalise(whole_file.to_16khz(samples, info["sampling_rate"]))
+    states = encoder.hidden_states(audio)
     grid = whole_file.to_grid(states)
     frames = whole_file.bucket(grid, fps, clip_frames)
-    compare("input_values", sound[None])
+    compare("input_values", audio[None])
     report.exact("states", len(states), sum(name.startswith("hidden_states/") for name in tensors))
     for i, state in enumerate(states):
         compare(f"hidden_states/{i}", state[None])
@@ -106,7 +106,7 @@ def wav2vec2_tiny_e2e(golden: Golden, report: Report) -> None:
             num_frames = tensors[name].shape[-1]
             block_samples = num_frames * info["sampling_rate"] // fps
             index = int(name.split("/")[0].removeprefix("isolated_block_"))
-            alone = whole_file.sound_of(samples[:, index * block_samples :][:, :block_samples], info["sampling_rate"])
+            alone = whole_file.to_16khz(samples[:, index * block_samples :][:, :block_samples], info["sampling_rate"])
             grid = whole_file.to_grid(encoder.hidden_states(whole_file.normalise(alone)))
             compare(name, whole_file.model_input(whole_file.bucket(grid, fps, clip_frames)[:num_frames]))
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from avatar.audio.whole_file import sound_of as resampled
+from avatar.audio.whole_file import to_16khz
 from avatar.types import BLOCK_FRAMES
 from avatar.vae.vae import HIDDEN_FRAMES
 from training.data import FRAME_RATE_HZ, SOUND_RATE_HZ
@@ -31,7 +31,7 @@ DTYPES = {"block_ms": torch.bfloat16, "block_ms_float32": torch.float32}
 
 def sound_from(samples: Floats, rate_hz: int) -> Sound:
     """Sound (a, s) of any rate as one channel at 16 kHz, (s,)."""
-    sound: Sound = resampled(torch.from_numpy(samples), rate_hz).numpy()
+    sound: Sound = to_16khz(torch.from_numpy(samples), rate_hz).numpy()
     return sound
 
 
