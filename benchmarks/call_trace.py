@@ -9,6 +9,7 @@ Figures are means per block.
 import argparse
 import asyncio
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,12 @@ import grpc.aio
 
 from avatar.media import read_audio
 from avatar.settings import GatewaySettings
-from avatar.store.redis import MemoryHashes
+from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
+from services.local.launch import local_redis
 from services.local.suite import suite
 
 ROOT = Path(__file__).parents[1]
@@ -112,9 +114,13 @@ async def main() -> None:
     )
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "models/tiny", help="folder of the models")
     flags = parser.parse_args()
-    store = SessionStore(MemoryHashes())
-    async with suite(flags.checkpoint, store, GatewaySettings(listen="127.0.0.1:0")) as target:
-        trace = await traced(target)
+    with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
+        async with local_redis(Path(folder)) as redis_url:
+            settings = GatewaySettings(listen="127.0.0.1:0", redis_url=redis_url)
+            store = SessionStore(RedisHashes(redis_url))
+            async with suite(flags.checkpoint, store, settings) as target:
+                trace = await traced(target)
+            await store.aclose()
     print(f"a block: {len(trace.calls)} files, {trace.num_changes / NUM_BLOCKS:.0f} changes of file; entries:")
     for name, count in trace.calls.most_common():
         print(f"{count / NUM_BLOCKS:6.1f}  {name}")

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import pickle
 import shutil
 from collections.abc import AsyncGenerator, Iterator
@@ -19,17 +18,19 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from PIL import Image
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 
 from avatar.audio.whisper import Whisper
 from avatar.checkpoints import files as checkpoints
 from avatar.denoiser import config as denoiser_config
 from avatar.denoiser.model import Network
 from avatar.settings import GatewaySettings
-from avatar.store.redis import MemoryHashes
+from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.vae import light, vae
 from avatar.vae.picture import PictureRule
-from services.local.launch import Suite, free_ports, start_redis, until_healthy
+from services.local.launch import local_redis
 from services.local.suite import suite as services_suite
 from tests import published as as_published
 from tests.text import tiny as tiny_text
@@ -141,26 +142,38 @@ def sound(seconds: float, seed: int = 0) -> bytes:
 
 
 @pytest.fixture(scope="session")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a real server of ours."""
-    if url := os.environ.get("AVATAR_REDIS_URL"):
-        yield url
-        return
-    port = free_ports(1)[0]
-    suite = Suite(tmp_path_factory.mktemp("redis"), f"redis://127.0.0.1:{port}", {})
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a Redis server that all tests of this process share."""
     with asyncio.Runner() as runner:
-        runner.run(start_redis(suite, port))
-        runner.run(until_healthy(suite))
-        yield suite.redis_url
-        runner.run(suite.stop())
+        server = local_redis(tmp_path_factory.mktemp("redis"))
+        yield runner.run(server.__aenter__())
+        runner.run(server.__aexit__(None, None, None))
 
 
 @pytest.fixture
-async def store() -> AsyncGenerator[SessionStore, None]:
-    """A session store in memory."""
-    store = SessionStore(MemoryHashes())
-    yield store
-    await store.aclose()
+def redis(redis_server: str) -> str:
+    """The URL of a Redis server, empty at the start of each test."""
+    with Redis.from_url(redis_server) as client:
+        client.flushdb()
+    return redis_server
+
+
+@pytest.fixture
+async def redis_client(redis: str) -> AsyncGenerator[AsyncRedis, None]:
+    async with AsyncRedis.from_url(redis) as client:
+        yield client
+
+
+@pytest.fixture
+async def hashes(redis: str) -> AsyncGenerator[RedisHashes, None]:
+    hashes = RedisHashes(redis)
+    yield hashes
+    await hashes.aclose()
+
+
+@pytest.fixture
+def store(hashes: RedisHashes) -> SessionStore:
+    return SessionStore(hashes)
 
 
 @pytest.fixture

@@ -278,12 +278,12 @@ def test_the_client_loads_neither_settings_nor_a_server() -> None:
 BUILD = """
 from pathlib import Path
 from avatar.runtime.device_queue import Device
-from avatar.store.redis import MemoryHashes
+from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.settings import {settings}
 from services.{service}.__main__ import build
 with Device() as device:
-    build({settings}(checkpoint=Path({checkpoint!r})), SessionStore(MemoryHashes()), device)
+    build({settings}(checkpoint=Path({checkpoint!r})), SessionStore(RedisHashes("redis://127.0.0.1")), device)
 """
 
 

@@ -1,13 +1,13 @@
-"""Where sessions are kept: constants, numbered conditions and position, in Redis or in memory, under a time to live.
+"""The session store: each session's constants, numbered conditions and position, in Redis, under a time to live.
 
-Values are the messages of avatar/worker/v1/types.proto with a version byte and a checksum in front: numbers raw, with
-dtype and shape. What is damaged or foreign, or whose numbers do not fill their shape, is refused; nothing is ever
-unpickled.
+Values are the messages of avatar/worker/v1/types.proto after a version byte and a checksum; tensors are raw numbers
+with dtype and shape. Reading refuses a value that is damaged or of another kind, or a tensor that does not fill its
+shape. Nothing is ever unpickled.
 
-    avatar:session:{ID}    hash   session, position, conditions/0, conditions/1, ...
-    avatar:stream:{ID}     string owner of the one stream that may be open
-    avatar:reference:{ID}  hash   reference
-    avatar:text:{ID}       hash   embedding; named by prompt and encoder, for whoever embeds the same again
+    avatar:session:{ID}    hash    session, position, conditions/0, conditions/1, ...
+    avatar:stream:{ID}     string  lock of the session's one stream; its value is the owner
+    avatar:reference:{ID}  hash    reference
+    avatar:text:{ID}       hash    embedding of a prompt; ID is derived from the prompt and the encoder
 """
 
 import math
@@ -18,21 +18,25 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from avatar.errors import ReferenceNotFound, SessionBusy, SessionNotFound, StateCorrupt
-from avatar.store.redis import Claim, Hashes, Hold
+from avatar.store.redis import Lock, RedisHashes, Renewal
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.text_pb2 import EmbedResponse
 
-Kept = TypeVar("Kept", bound=Message)
+Stored = TypeVar("Stored", bound=Message)
 VERSION = b"\x01"
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
-# A stream's owner renews its claim about three times in this many seconds; a gateway that dies frees its sessions then.
-CLAIM_TTL_S = 10.0
+# A gateway renews the locks of its streams about three times in this time; if it dies, its sessions are free after it.
+LOCK_TTL_S = 10.0
 
 
 class SessionStore:
-    """Sessions, references and embeddings of prompts over hashes."""
+    """Sessions, references and prompt embeddings over `hashes`. StoreUnavailable if the server cannot be reached.
 
-    def __init__(self, hashes: Hashes) -> None:
+    A method that needs a session or reference which does not exist raises SessionNotFound or ReferenceNotFound; one
+    that reads a damaged value raises StateCorrupt.
+    """
+
+    def __init__(self, hashes: RedisHashes) -> None:
         self._hashes = hashes
 
     async def put_reference(self, reference: pb.Reference, ttl_s: float) -> None:
@@ -52,11 +56,11 @@ class SessionStore:
             raise no_reference(reference_id)
 
     async def put_embedding(self, name: str, embedding: EmbedResponse, ttl_s: float) -> None:
-        """Keep the embedding of a prompt under a name that prompt and encoder alone decide."""
+        """Store a prompt's embedding under a name that is derived from the prompt and the encoder alone."""
         await self._hashes.create(_text_key(name), {"embedding": _pack(embedding)}, ttl_s)
 
     async def embedding(self, name: str) -> EmbedResponse | None:
-        """The embedding of this name, None if it is not kept. StateCorrupt if what is kept is none."""
+        """Return the embedding of this name, None if it is not stored."""
         value = await self._hashes.read(_text_key(name), "embedding")
         return None if value is None else _unpack(value, EmbedResponse, f"embedding {name}")
 
@@ -72,7 +76,7 @@ class SessionStore:
         return await self._field(session_id, "session", pb.Session)
 
     async def put_session(self, session: pb.Session) -> None:
-        """Write what has changed of a session."""
+        """Replace a session's constants."""
         if not await self._hashes.update(_session_key(session.id), {"session": _pack(session)}, None):
             raise no_session(session.id)
 
@@ -80,7 +84,7 @@ class SessionStore:
         return await self._field(session_id, f"conditions/{version}", pb.Conditions)
 
     async def put_conditions(self, session_id: str, conditions: pb.Conditions) -> None:
-        """Write a version of the conditions, before any block names it."""
+        """Write a version of the conditions. Call it before any block names that version."""
         fields = {f"conditions/{conditions.version}": _pack(conditions)}
         if not await self._hashes.update(_session_key(session_id), fields, None):
             raise no_session(session_id)
@@ -89,61 +93,66 @@ class SessionStore:
         return await self._field(session_id, "position", pb.Position)
 
     async def renew(self, session_id: str, position: pb.Position) -> None:
-        """Write how far the session is, and start its time to live anew."""
+        """Write a session's position and restart its time to live."""
         fields = {"position": _pack(position)}
         if not await self._hashes.update(_session_key(session_id), fields, position.ttl_s):
             raise no_session(session_id)
 
     async def expires_in_s(self, session_id: str) -> float:
-        """Seconds until the session is forgotten. SessionNotFound if it already is."""
-        left = await self._hashes.expires_in_s(_session_key(session_id))
-        if not left:
+        """Return the seconds until the session expires."""
+        remaining_s = await self._hashes.expires_in_s(_session_key(session_id))
+        if not remaining_s:
             raise no_session(session_id)
-        return left
+        return remaining_s
 
     async def delete(self, session_id: str) -> None:
         if not await self._hashes.delete(_session_key(session_id)):
             raise no_session(session_id)
 
     async def restore(self, session: pb.Session, versions: Sequence[pb.Conditions], position: pb.Position) -> None:
-        """Write a session that streams as it is now: the store was away, and may have lost some of it, or all.
+        """Write a streaming session again, after the store was unreachable and may have lost all or part of it.
 
-        versions: of its conditions, those that are in use.
+        versions: the conditions in use.
         """
         if not await self._hashes.expires_in_s(_session_key(session.id)):
             await self.create(session, versions[-1], position)
         for conditions in versions:
             await self.put_conditions(session.id, conditions)
 
-    async def claim(self, session_id: str, owner: str, *, takes_over: bool = False) -> None:
-        """Become, or stay, the one stream of the session. SessionBusy if there is another, unless it is taken over."""
-        if not await self._hashes.claim(_claim(session_id, owner), takes_over=takes_over):
+    async def acquire_lock(self, session_id: str, owner: str, *, take_over: bool = False) -> None:
+        """Acquire, or renew, the lock of the session's stream. SessionBusy if another owner has it.
+
+        take_over: take the lock from another owner.
+        """
+        if not await self._hashes.acquire(_lock(session_id, owner), take_over=take_over):
             raise session_busy(session_id)
 
-    async def is_claimed(self, session_id: str) -> bool:
+    async def is_locked(self, session_id: str) -> bool:
+        """Return whether a stream of the session is open at any gateway."""
         return await self._hashes.expires_in_s(_stream_key(session_id)) > 0
 
-    async def keep(self, session_id: str, owner: str, position: pb.Position | None = None) -> bool:
-        """Stay the one stream of the session, and `renew` it where a position is given.
+    async def renew_lock(self, session_id: str, owner: str, position: pb.Position | None = None) -> bool:
+        """Renew the lock of the session's stream, and `renew` the session if a position is given.
 
-        False if the claim is forgotten, and nothing written: the store was emptied, since a session that is deleted
-        keeps its claim. SessionBusy if there is another stream, SessionNotFound if the session is deleted.
+        False, with nothing written, if the lock does not exist: the store has lost its data, since deleting a session
+        leaves its lock. SessionBusy if another owner has the lock, SessionNotFound if the session is deleted.
         """
         fields, ttl_s = ({"position": _pack(position)}, position.ttl_s) if position else ({}, None)
-        hold = await self._hashes.keep(_claim(session_id, owner), _session_key(session_id), fields, ttl_s)
-        if hold is Hold.TAKEN:
+        renewal = await self._hashes.renew(_lock(session_id, owner), _session_key(session_id), fields, ttl_s)
+        if renewal is Renewal.LOCK_TAKEN:
             raise session_busy(session_id)
-        if hold is Hold.GONE:
+        if renewal is Renewal.HASH_GONE:
             raise no_session(session_id)
-        return hold is Hold.HELD
+        return renewal is Renewal.RENEWED
 
-    async def release(self, session_id: str, owner: str) -> None:
-        await self._hashes.release(_claim(session_id, owner))
+    async def release_lock(self, session_id: str, owner: str) -> None:
+        """Release the lock of the session's stream, if the owner has it."""
+        await self._hashes.release(_lock(session_id, owner))
 
     async def aclose(self) -> None:
         await self._hashes.aclose()
 
-    async def _field(self, session_id: str, field: str, kind: type[Kept]) -> Kept:
+    async def _field(self, session_id: str, field: str, kind: type[Stored]) -> Stored:
         value = await self._hashes.read(_session_key(session_id), field)
         if value is None:
             raise no_session(session_id)
@@ -158,8 +167,8 @@ def _stream_key(session_id: str) -> str:
     return f"avatar:stream:{{{session_id}}}"
 
 
-def _claim(session_id: str, owner: str) -> Claim:
-    return Claim(_stream_key(session_id), owner, CLAIM_TTL_S)
+def _lock(session_id: str, owner: str) -> Lock:
+    return Lock(_stream_key(session_id), owner, LOCK_TTL_S)
 
 
 def _reference_key(reference_id: str) -> str:
@@ -171,6 +180,7 @@ def _text_key(name: str) -> str:
 
 
 def no_session(session_id: str) -> SessionNotFound:
+    """Return the error for a session that does not exist, the same for one that belongs to another tenant."""
     return SessionNotFound(f"there is no session {session_id!r}: it was never created, was deleted or has expired")
 
 
@@ -179,6 +189,7 @@ def session_busy(session_id: str) -> SessionBusy:
 
 
 def no_reference(reference_id: str) -> ReferenceNotFound:
+    """Return the error for a reference that does not exist, the same for one that belongs to another tenant."""
     return ReferenceNotFound(f"there is no reference {reference_id!r}: create it again")
 
 
@@ -187,7 +198,7 @@ def _pack(message: Message) -> bytes:
     return VERSION + _checksum(type(message), data) + data
 
 
-def _unpack(value: bytes, kind: type[Kept], what: str) -> Kept:
+def _unpack(value: bytes, kind: type[Stored], what: str) -> Stored:
     version, checksum, data = value[:1], value[1:5], value[5:]
     if version != VERSION:
         raise StateCorrupt(f"{what} has version byte {version!r}, expected {VERSION!r}")
@@ -202,7 +213,7 @@ def _unpack(value: bytes, kind: type[Kept], what: str) -> Kept:
 
 
 def _checksum(kind: type[Message], data: bytes) -> bytes:
-    """Four bytes for this kind of message and these bytes: what is cut short or of another kind may well parse."""
+    """Return four bytes over the message's kind and its bytes, since bytes cut short or of another kind may parse."""
     return zlib.crc32(data, zlib.crc32(kind.DESCRIPTOR.full_name.encode())).to_bytes(4, "big")
 
 

@@ -1,103 +1,64 @@
-"""What each tenant holds and has spent, counted over all gateways: in Redis, or in memory.
+"""Resources that tenants use, counted over all gateways, in Redis.
 
-avatar:held:{SET}   sorted set  names that are held, each until a time; who holds one and dies frees it then
-avatar:spent:{SUM}  string      a decimal number
+    avatar:held:{LEASES}    sorted set  names, each with the time at which its lease expires
+    avatar:spent:{COUNTER}  string      a decimal number
+
+A gateway renews the leases of its open streams; if it dies, they expire. Gateways of two versions count together during
+an upgrade, so the keys keep their names.
 """
 
-import math
-import time
-from collections.abc import Callable
-from typing import Protocol
+from contextlib import AbstractAsyncContextManager
 
-from avatar.store.redis import open_redis, reached
+from avatar.store.redis import open_redis, redis_call, to_ms
 
-
-class Tally(Protocol):
-    """Sets of names that are held for a while, and sums. StoreUnavailable if it cannot be reached."""
-
-    async def hold(self, held: str, name: str, ttl_s: float, most: int | None = None) -> bool:
-        """Have a name in a set for ttl_s from now, whether it was there or not; False if `most` others are in it."""
-
-    async def let_go(self, held: str, name: str) -> None:
-        """Have a name in the set no more."""
-
-    async def spend(self, purse: str, amount: float, ttl_s: float) -> float:
-        """Add to a sum, which is forgotten ttl_s after the last time; all that was added."""
-
-    async def aclose(self) -> None:
-        """Let go of connections."""
-
-
-class MemoryTally:
-    """A tally in this process, for tests and development."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._held: dict[str, dict[str, float]] = {}
-        self._spent: dict[str, tuple[float, float]] = {}
-
-    async def hold(self, held: str, name: str, ttl_s: float, most: int | None = None) -> bool:
-        now = self._clock()
-        names = {each: until for each, until in self._held.get(held, {}).items() if until > now}
-        is_free = most is None or name in names or len(names) < most
-        self._held[held] = {**names, name: now + ttl_s} if is_free else names
-        return is_free
-
-    async def let_go(self, held: str, name: str) -> None:
-        self._held.get(held, {}).pop(name, None)
-
-    async def spend(self, purse: str, amount: float, ttl_s: float) -> float:
-        now = self._clock()
-        self._spent = {each: kept for each, kept in self._spent.items() if kept[1] > now}
-        spent = self._spent.get(purse, (0.0, 0.0))[0] + amount
-        self._spent[purse] = spent, now + ttl_s
-        return spent
-
-    async def aclose(self) -> None:
-        """Nothing to let go of."""
-
-
-# By the server's clock: those of the gateways may differ.
-_HOLD = """
+# Lease the name ARGV[1] for ARGV[2] milliseconds: return 0 if ARGV[3], unless empty, others are leased already. Times
+# are the server's, since the gateways' clocks may differ. The set expires with its last lease.
+_LEASE = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-local is_in = redis.call('ZSCORE', KEYS[1], ARGV[1])
-if ARGV[3] ~= '' and not is_in and redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[3]) then return 0 end
+local is_leased = redis.call('ZSCORE', KEYS[1], ARGV[1])
+if ARGV[3] ~= '' and not is_leased and redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[3]) then return 0 end
 redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1])
 redis.call('PEXPIREAT', KEYS[1], redis.call('ZREVRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2])
 return 1
 """
 
 
-class RedisTally:
-    """A tally in a Redis or Valkey server. Belongs to the event loop that first uses it."""
+class TenantUsage:
+    """Sets of leased names, and counters. Every method raises StoreUnavailable if the server cannot be reached.
+
+    An instance belongs to the event loop that first uses it. timeout_s: limit on each call.
+    """
 
     def __init__(self, url: str, timeout_s: float = 2.0) -> None:
         self._redis = open_redis(url, timeout_s)
         self._timeout_s = timeout_s
-        self._hold = self._redis.register_script(_HOLD)
+        self._lease = self._redis.register_script(_LEASE)
 
-    async def hold(self, held: str, name: str, ttl_s: float, most: int | None = None) -> bool:
-        limit = "" if most is None else most
-        async with reached(self._timeout_s):
-            return bool(await self._hold(keys=[f"avatar:held:{{{held}}}"], args=[name, _ms(ttl_s), limit]))
+    async def lease(self, leases: str, name: str, ttl_s: float, limit: int | None = None) -> bool:
+        """Lease a name in a set for ttl_s from now, or renew its lease; False if `limit` other names are leased."""
+        args: list[str | int] = [name, to_ms(ttl_s), "" if limit is None else limit]
+        async with self._call():
+            return bool(await self._lease(keys=[f"avatar:held:{{{leases}}}"], args=args))
 
-    async def let_go(self, held: str, name: str) -> None:
-        async with reached(self._timeout_s):
-            await self._redis.zrem(f"avatar:held:{{{held}}}", name)
+    async def release(self, leases: str, name: str) -> None:
+        """End a name's lease, if it has one."""
+        async with self._call():
+            await self._redis.zrem(f"avatar:held:{{{leases}}}", name)
 
-    async def spend(self, purse: str, amount: float, ttl_s: float) -> float:
-        key = f"avatar:spent:{{{purse}}}"
-        async with reached(self._timeout_s), self._redis.pipeline(transaction=True) as pipe:
+    async def add(self, counter: str, amount: float, ttl_s: float) -> float:
+        """Add to a counter, which expires ttl_s after the last addition; return its value."""
+        key = f"avatar:spent:{{{counter}}}"
+        async with self._call(), self._redis.pipeline(transaction=True) as pipe:
             pipe.incrbyfloat(key, amount)
-            pipe.pexpire(key, _ms(ttl_s))
-            spent, _ = await pipe.execute()
-            return float(spent)
+            pipe.pexpire(key, to_ms(ttl_s))
+            value, _ = await pipe.execute()
+            return float(value)
 
     async def aclose(self) -> None:
+        """Close the connections."""
         await self._redis.aclose()
 
-
-def _ms(seconds: float) -> int:
-    return math.ceil(seconds * 1000)
+    def _call(self) -> AbstractAsyncContextManager[None]:
+        return redis_call(self._timeout_s)

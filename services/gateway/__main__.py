@@ -10,7 +10,7 @@ from avatar.rpc.tls import server_credentials
 from avatar.settings import GatewaySettings, load
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
-from avatar.store.usage import RedisTally, Tally
+from avatar.store.usage import TenantUsage
 from services.gateway.access.quotas import counted
 from services.gateway.access.tenants import Authentication, Tokens
 from services.gateway.live_sessions import Conversations
@@ -20,12 +20,12 @@ from services.process import run
 
 
 @asynccontextmanager
-async def gateway(settings: GatewaySettings, store: SessionStore, tally: Tally) -> AsyncGenerator[int, None]:
+async def gateway(settings: GatewaySettings, store: SessionStore, usage: TenantUsage) -> AsyncGenerator[int, None]:
     """A gateway while the body runs; gives its port. ValueError names a setting whose file is of no use."""
     credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     authentication = [Authentication(Tokens(settings.tenants))] if settings.tenants else []
     async with (
-        counted(tally) as quotas,
+        counted(usage) as quotas,
         Workers(settings) as workers,
         Conversations(settings, store, workers, quotas) as conversations,
         serving(
@@ -44,10 +44,10 @@ async def gateway(settings: GatewaySettings, store: SessionStore, tally: Tally) 
 async def main() -> None:
     settings = load(GatewaySettings, os.environ)
     telemetry.set_up("avatar-gateway", settings.log_level)
-    store, tally = SessionStore(RedisHashes(settings.redis_url)), RedisTally(settings.redis_url)
-    async with gateway(settings, store, tally):
+    store, usage = SessionStore(RedisHashes(settings.redis_url)), TenantUsage(settings.redis_url)
+    async with gateway(settings, store, usage):
         await until_stopped()
-    await tally.aclose()
+    await usage.aclose()
     await store.aclose()
 
 

@@ -25,7 +25,7 @@ from avatar.errors import (
 )
 from avatar.rpc.status import reason_of
 from avatar.settings import GatewaySettings
-from avatar.store.sessions import CLAIM_TTL_S, SessionStore
+from avatar.store.sessions import LOCK_TTL_S, SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.worker.v1 import audio_pb2, types_pb2, vae_pb2
 from services.gateway.access.quotas import Quotas
@@ -307,13 +307,15 @@ class Conversations:
         while True:
             # Not asyncio.wait_for: before Python 3.12 it swallows a cancellation that comes with the event.
             with suppress(TimeoutError):
-                async with asyncio.timeout(CLAIM_TTL_S / 3):
+                async with asyncio.timeout(LOCK_TTL_S / 3):
                     await conversation.advanced.wait()
             has_advanced, position = conversation.advanced.is_set(), conversation.note()
             conversation.advanced.clear()
             try:
-                while was_away or not await self._store.keep(session_id, owner, position if has_advanced else None):
-                    await self._store.claim(session_id, owner)
+                while was_away or not await self._store.renew_lock(
+                    session_id, owner, position if has_advanced else None
+                ):
+                    await self._store.acquire_lock(session_id, owner)
                     await self._store.restore(session, conversation.versions.kept, position)
                     was_away = False
             except StoreUnavailable:
@@ -330,7 +332,7 @@ class Conversations:
         takes_over: the gateway of the other one is lost, or will see that the claim is no longer its own.
         """
         owner = secrets.token_hex(8)
-        await self._store.claim(session_id, owner, takes_over=takes_over)
+        await self._store.acquire_lock(session_id, owner, take_over=takes_over)
         telemetry.SESSIONS_ACTIVE.add(1, {"service": "gateway"})
         started, reason = time.monotonic(), "CLOSED"
         try:
@@ -346,7 +348,7 @@ class Conversations:
                 "stream ended", extra={"session": telemetry.tag(session_id), "reason": reason, "duration_s": duration_s}
             )
             with suppress(StoreUnavailable):
-                await self._store.release(session_id, owner)
+                await self._store.release_lock(session_id, owner)
 
 
 def _go_on(position: types_pb2.Position, next_frame: int, session: types_pb2.Session, choices: Choices) -> None:

@@ -185,7 +185,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             first_block = await conversation.versions.change(write)
         else:
             position = await self._store.position(session_id)
-            if await self._store.is_claimed(session_id):
+            if await self._store.is_locked(session_id):
                 raise NotStreaming(f"session {session_id!r} streams at another gateway; change its prompt there")
             if position.is_closed:
                 raise SessionClosed(f"the stream of session {session_id!r} has ended; its prompt cannot be changed")
@@ -246,7 +246,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         state = types.Session.STATE_IDLE
         if position.is_closed:
             state = types.Session.STATE_CLOSED
-        elif await self._store.is_claimed(session_id):
+        elif await self._store.is_locked(session_id):
             conversation = self._conversations.get(session_id)
             is_detached = conversation is not None and not conversation.attached.is_set()
             state = types.Session.STATE_DETACHED if is_detached else types.Session.STATE_STREAMING

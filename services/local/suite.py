@@ -1,8 +1,8 @@
 """All services in one process, for development: `python -m services`.
 
 The gateway listens where AVATAR_LISTEN says (127.0.0.1:7000); the workers take free ports of the loopback interface and
-share one device thread, AVATAR_DEVICE and AVATAR_DTYPE. Sessions are kept in this process unless
-AVATAR_REDIS_URL names a server.
+share one device thread, AVATAR_DEVICE and AVATAR_DTYPE. AVATAR_REDIS_URL names a Redis server to use; without it, one
+is started on a free port and ends with this process.
 """
 
 import os
@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,13 +28,14 @@ from avatar.settings import (
     VaeSettings,
     load,
 )
-from avatar.store.redis import MemoryHashes, RedisHashes
+from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
-from avatar.store.usage import MemoryTally, RedisTally, Tally
+from avatar.store.usage import TenantUsage
 from services.audio.__main__ import build as build_audio
 from services.compute import device_of
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.__main__ import gateway as serving_gateway
+from services.local.launch import local_redis
 from services.text.__main__ import build as build_text
 from services.vae.__main__ import build as build_vae
 
@@ -86,20 +88,20 @@ async def workers(
 
 
 @asynccontextmanager
-async def gateway(
-    store: SessionStore, settings: GatewaySettings, tally: Tally | None = None
-) -> AsyncGenerator[str, None]:
-    """A gateway while the body runs; gives its HOST:PORT. tally: of what tenants use; in this process without one."""
-    async with serving_gateway(settings, store, tally or MemoryTally()) as port:
+async def gateway(store: SessionStore, settings: GatewaySettings) -> AsyncGenerator[str, None]:
+    """Run a gateway while the body runs; give its HOST:PORT."""
+    usage = TenantUsage(settings.redis_url)
+    async with serving_gateway(settings, store, usage) as port:
         yield f"127.0.0.1:{port}"
+    await usage.aclose()
 
 
 @asynccontextmanager
 async def suite(
-    checkpoint: Path, store: SessionStore, settings: GatewaySettings, *, tally: Tally | None = None, **worker: Any
+    checkpoint: Path, store: SessionStore, settings: GatewaySettings, **worker: Any
 ) -> AsyncGenerator[str, None]:
     """All services over one checkpoint while the body runs; gives the gateway's HOST:PORT. worker: as for `workers`."""
-    async with workers(checkpoint, store, settings, **worker) as given, gateway(store, given, tally) as target:
+    async with workers(checkpoint, store, settings, **worker) as given, gateway(store, given) as target:
         yield target
 
 
@@ -108,11 +110,13 @@ async def main() -> None:
     telemetry.set_up("avatar", settings.log_level)
     torch.set_num_threads(1)
     models = load(DenoiserSettings, os.environ)
-    is_kept = "AVATAR_REDIS_URL" in os.environ
-    store = SessionStore(RedisHashes(settings.redis_url) if is_kept else MemoryHashes())
-    tally = RedisTally(settings.redis_url) if is_kept else MemoryTally()
     switches = {name: getattr(models, name) for name in ("adapter", "adapter_alpha", "device", "dtype")}
-    async with suite(models.checkpoint, store, settings, tally=tally, **switches):
+    async with AsyncExitStack() as stack:
+        if "AVATAR_REDIS_URL" not in os.environ:
+            folder = stack.enter_context(TemporaryDirectory(prefix="avatar-redis-"))
+            url = await stack.enter_async_context(local_redis(Path(folder)))
+            settings = replace(settings, redis_url=url)
+        store = SessionStore(RedisHashes(settings.redis_url))
+        stack.push_async_callback(store.aclose)
+        await stack.enter_async_context(suite(models.checkpoint, store, settings, **switches))
         await until_stopped()
-    await tally.aclose()
-    await store.aclose()

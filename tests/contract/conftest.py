@@ -40,11 +40,11 @@ def quotas() -> str:
 
 @pytest.fixture
 async def gateway_of_tenants(
-    request: pytest.FixtureRequest, checkpoint: Path, store: SessionStore, tmp_path: Path, quotas: str
+    request: pytest.FixtureRequest, checkpoint: Path, store: SessionStore, redis: str, tmp_path: Path, quotas: str
 ) -> AsyncGenerator[Gateway, None]:
     if request.config.getoption("--target"):
         pytest.skip("of a gateway whose tokens are not known")
-    async with tenanted(checkpoint, tmp_path, quotas, store) as gateway:
+    async with tenanted(checkpoint, tmp_path, quotas, store, redis) as gateway:
         yield gateway
 
 

@@ -14,7 +14,6 @@ import grpc
 from avatar.rpc.tls import channel_credentials
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
-from avatar.store.usage import Tally
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from services.local.suite import suite
 from tests.certificates import Authority
@@ -42,7 +41,7 @@ class Gateway:
 
 @asynccontextmanager
 async def tenanted(
-    checkpoint: Path, tmp_path: Path, quotas: str, store: SessionStore, tally: Tally | None = None
+    checkpoint: Path, tmp_path: Path, quotas: str, store: SessionStore, redis_url: str
 ) -> AsyncGenerator[Gateway, None]:
     """A gateway of two tenants, acme with quotas; its files are made in tmp_path."""
     tenants = tmp_path / "tenants.toml"
@@ -52,6 +51,7 @@ async def tenanted(
     edge, worker, client = (authority.issue(name, "127.0.0.1") for name in ("edge", "worker", "client"))
     settings = GatewaySettings(
         listen="127.0.0.1:0",
+        redis_url=redis_url,
         tenants=tenants,
         tls_cert=edge.cert,
         tls_key=edge.key,
@@ -60,5 +60,5 @@ async def tenanted(
         worker_key=client.key,
     )
     of_workers: dict[str, Any] = {"tls_cert": worker.cert, "tls_key": worker.key, "tls_client_ca": authority.ca}
-    async with suite(checkpoint, store, settings, tally=tally, **of_workers) as target:
+    async with suite(checkpoint, store, settings, **of_workers) as target:
         yield Gateway(target, store, channel_credentials(authority.ca))

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from avatar.errors import REASONS
 from avatar.settings import GatewaySettings
-from avatar.store.redis import MemoryHashes
+from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
@@ -44,10 +44,10 @@ SENSIBLE = strategies.sampled_from(["speech", "speech", "speech", "end", "interr
 class Gateway:
     """A gateway, its loop, and how many streams its workers have open."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, redis_url: str) -> None:
         self.runner = asyncio.Runner()
         self.stack = AsyncExitStack()
-        self.run(self._start(checkpoint))
+        self.run(self._start(checkpoint, redis_url))
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         async def bounded() -> Result:
@@ -56,10 +56,10 @@ class Gateway:
 
         return self.runner.run(bounded())
 
-    async def _start(self, checkpoint: Path) -> None:
-        target = await self.stack.enter_async_context(
-            suite(checkpoint, SessionStore(MemoryHashes()), SETTINGS, capacity=2)
-        )
+    async def _start(self, checkpoint: Path, redis_url: str) -> None:
+        store = SessionStore(RedisHashes(redis_url))
+        self.stack.push_async_callback(store.aclose)
+        target = await self.stack.enter_async_context(suite(checkpoint, store, SETTINGS, capacity=2))
         self.stub = await self.stack.enter_async_context(connected(target))
         self.num_tasks = len(asyncio.all_tasks())
 
@@ -174,8 +174,8 @@ class AnyOrder(RuleBasedStateMachine):
             await call.done_writing()
 
 
-def test_any_order_is_answered_or_refused_and_nothing_is_left(checkpoint: Path) -> None:
-    gateway = Gateway(checkpoint)
+def test_any_order_is_answered_or_refused_and_nothing_is_left(checkpoint: Path, redis: str) -> None:
+    gateway = Gateway(checkpoint, redis)
     try:
         AnyOrder.gateway = gateway
         run_state_machine_as_test(

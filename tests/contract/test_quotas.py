@@ -9,7 +9,6 @@ import pytest
 from grpc import StatusCode
 
 from avatar.store.sessions import SessionStore
-from avatar.store.usage import RedisTally
 from avatar.v1 import avatar_service_pb2 as pb
 from tests.conftest import sound
 from tests.contract.refusals import refused
@@ -38,14 +37,11 @@ async def test_sessions_are_as_many_as_a_tenant_may_have(acme: Stub, globex: Stu
 async def test_quotas_hold_over_gateways(
     checkpoint: Path, store: SessionStore, tmp_path: Path, redis: str, portrait: bytes
 ) -> None:
-    tallies = RedisTally(redis), RedisTally(redis)
-    folders = tmp_path / "one", tmp_path / "two"
     async with AsyncExitStack() as stack:
         stubs = []
-        for folder, tally in zip(folders, tallies, strict=True):
+        for folder in (tmp_path / "one", tmp_path / "two"):
             folder.mkdir()
-            stack.push_async_callback(tally.aclose)
-            gateway = await stack.enter_async_context(tenanted(checkpoint, folder, "max_sessions = 1", store, tally))
+            gateway = await stack.enter_async_context(tenanted(checkpoint, folder, "max_sessions = 1", store, redis))
             stubs.append(await stack.enter_async_context(gateway.called(ACME)))
         one, two = stubs
         session = await new_session(one, portrait)

@@ -32,14 +32,14 @@ ALL_GONE_S = 30.0
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["one process", "two processes"])
 async def chain(
-    request: pytest.FixtureRequest, checkpoint: Path, redis: str, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, checkpoint: Path, redis_server: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncGenerator[Chain, None]:
     """A running chain; the module's last test of it breaks it."""
     if request.param == "one process":
-        async with in_this_process(checkpoint, redis) as chain:
+        async with in_this_process(checkpoint, redis_server) as chain:
             yield chain
     else:
-        async with in_processes(checkpoint, redis, tmp_path_factory.mktemp("chain"), SHARES) as chain:
+        async with in_processes(checkpoint, redis_server, tmp_path_factory.mktemp("chain"), SHARES) as chain:
             yield chain
 
 

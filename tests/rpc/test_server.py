@@ -21,7 +21,7 @@ from avatar.rpc.server import Context, Servicer, blaming, serving, until_stopped
 from avatar.runtime.device_queue import Device
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings
 from avatar.store.sessions import SessionStore
-from avatar.store.usage import MemoryTally
+from avatar.store.usage import TenantUsage
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from services.audio.__main__ import build as build_audio
@@ -79,7 +79,7 @@ async def test_open_streams_are_given_time_to_end() -> None:
 
 async def test_every_service_answers_health_and_reflection(text_checkpoint: Path, store: SessionStore) -> None:
     settings = GatewaySettings()
-    workers, quotas = Workers(settings), Quotas(MemoryTally())
+    workers, quotas = Workers(settings), Quotas(TenantUsage(settings.redis_url))
     with Device() as device:
         services: list[Servicer] = [
             build_audio(AudioSettings(checkpoint=text_checkpoint), device),

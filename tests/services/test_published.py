@@ -11,7 +11,6 @@ from avatar.checkpoints.lora import LoraAdapter
 from avatar.render import Options, embed, load, render
 from avatar.runtime.device_queue import Device
 from avatar.settings import DenoiserSettings, GatewaySettings
-from avatar.store.redis import MemoryHashes
 from avatar.store.sessions import SessionStore
 from services.denoiser.__main__ import build
 from services.local.suite import suite
@@ -73,9 +72,9 @@ def test_a_partly_matching_adapter_stops_the_start(published: Path, store: Sessi
         build(DenoiserSettings(checkpoint=published, adapter=adapter), store, None)  # type: ignore[arg-type]
 
 
-def test_levels_in_one_process_share_one_set_of_weights(published: Path) -> None:
+def test_levels_in_one_process_share_one_set_of_weights(published: Path, store: SessionStore) -> None:
     settings = DenoiserSettings(checkpoint=published, adapter=published / ADAPTER)
     with Device() as device:
-        servicer = build(settings, SessionStore(MemoryHashes()), device)
+        servicer = build(settings, store, device)
     assert servicer.levels == [0, 1, 2, 3]
     assert len({id(denoiser.network) for denoiser in servicer._denoisers.values()}) == 1

@@ -2,68 +2,43 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 
 import pytest
+from redis.asyncio import Redis
 
 from avatar.errors import QuotaExceeded, StoreUnavailable
-from avatar.store.sessions import CLAIM_TTL_S
-from avatar.store.usage import MemoryTally
+from avatar.store.sessions import LOCK_TTL_S
+from avatar.store.usage import TenantUsage
 from avatar.v1 import avatar_service_pb2 as pb
 from services.gateway.access import quotas as module
 from services.gateway.access import tenants
 from services.gateway.access.quotas import Quotas, counted
 from services.gateway.access.tenants import Tenant
+from tests.store.expiry import elapse
 
 ACME = Tenant("acme", max_sessions=1, max_audio_s=10.0, max_references=1)
 GLOBEX = Tenant("globex", max_sessions=1, max_audio_s=10.0)
 BYTES_PER_S = 100
 
 
-@dataclass
-class Clock:
-    now: float = 0.0
+class Usage(TenantUsage):
+    """Usage in a Redis server that is unreachable while `is_away`."""
 
-    def __call__(self) -> float:
-        return self.now
+    is_away = False
 
-
-@dataclass
-class Store:
-    """A tally that can be away."""
-
-    clock: Clock = field(default_factory=Clock)
-    is_away: bool = False
-
-    def __post_init__(self) -> None:
-        self._tally = MemoryTally(self.clock)
-
-    async def hold(self, held: str, name: str, ttl_s: float, most: int | None = None) -> bool:
-        self._reached()
-        await asyncio.sleep(0)
-        return await self._tally.hold(held, name, ttl_s, most)
-
-    async def let_go(self, held: str, name: str) -> None:
-        self._reached()
-        await self._tally.let_go(held, name)
-
-    async def spend(self, purse: str, amount: float, ttl_s: float) -> float:
-        self._reached()
-        await asyncio.sleep(0)
-        return await self._tally.spend(purse, amount, ttl_s)
-
-    async def aclose(self) -> None: ...
-
-    def _reached(self) -> None:
+    def _call(self) -> AbstractAsyncContextManager[None]:
         if self.is_away:
             raise StoreUnavailable("away", retry_s=1.0)
+        return super()._call()
 
 
 @pytest.fixture
-def store() -> Store:
-    return Store()
+async def usage(redis: str) -> AsyncGenerator[Usage, None]:
+    usage = Usage(redis)
+    yield usage
+    await usage.aclose()
 
 
 @contextmanager
@@ -85,8 +60,8 @@ async def hear(quotas: Quotas, seconds: int) -> None:
     assert [request async for request in quotas.metered(pieces(), BYTES_PER_S)]
 
 
-async def test_a_stream_takes_one_place_until_it_ends(store: Store) -> None:
-    quotas, elsewhere = Quotas(store), Quotas(store)
+async def test_a_stream_takes_one_place_until_it_ends(usage: Usage) -> None:
+    quotas, elsewhere = Quotas(usage), Quotas(usage)
     with calling(ACME):
         await quotas.take_session("a", 60.0)
         async with quotas.streaming("a"):
@@ -98,8 +73,8 @@ async def test_a_stream_takes_one_place_until_it_ends(store: Store) -> None:
         await elsewhere.take_session("b", 60.0)
 
 
-async def test_a_place_that_is_let_go_meanwhile_is_not_held_again(store: Store) -> None:
-    quotas = Quotas(store)
+async def test_a_place_that_is_let_go_meanwhile_is_not_held_again(usage: Usage) -> None:
+    quotas = Quotas(usage)
     with calling(ACME):
         async with quotas.streaming("a"):
             saving = asyncio.ensure_future(quotas.save())
@@ -108,35 +83,35 @@ async def test_a_place_that_is_let_go_meanwhile_is_not_held_again(store: Store) 
         await quotas.take_session("b", 60.0)
 
 
-async def test_the_place_of_a_gateway_that_died_is_free_after_its_claim(store: Store) -> None:
-    dying, living = Quotas(store), Quotas(store)
+async def test_the_place_of_a_gateway_that_died_is_free_after_its_lease(usage: Usage, redis_client: Redis) -> None:
+    dying, living = Quotas(usage), Quotas(usage)
     with calling(ACME):
         async with AsyncExitStack() as never_closed:
             await never_closed.enter_async_context(dying.streaming("a"))
             for _ in range(10):
-                store.clock.now += CLAIM_TTL_S / 3
+                await elapse(redis_client, LOCK_TTL_S / 3)
                 await dying.save()
                 with pytest.raises(QuotaExceeded):
                     await living.take_session("b", 60.0)
-            store.clock.now += CLAIM_TTL_S + 0.1
+            await elapse(redis_client, LOCK_TTL_S + 0.1)
             await living.take_session("b", 60.0)
             await dying.save()  # it was only slow: what runs is not ended
 
 
-async def test_a_session_that_nobody_streams_is_free_once_it_is_forgotten(store: Store) -> None:
-    quotas = Quotas(store)
+async def test_a_session_that_nobody_streams_is_free_once_it_is_forgotten(usage: Usage, redis_client: Redis) -> None:
+    quotas = Quotas(usage)
     with calling(ACME):
         await quotas.take_session("a", 60.0)
         await quotas.take_session("a", 90.0)
-        store.clock.now += 61
+        await elapse(redis_client, 61)
         with pytest.raises(QuotaExceeded):
             await quotas.take_session("b", 60.0)
-        store.clock.now += 30
+        await elapse(redis_client, 30)
         await quotas.take_session("b", 60.0)
 
 
-async def test_sound_is_counted_over_all_gateways(store: Store) -> None:
-    here, there = Quotas(store), Quotas(store)
+async def test_sound_is_counted_over_all_gateways(usage: Usage) -> None:
+    here, there = Quotas(usage), Quotas(usage)
     with calling(ACME):
         await hear(here, 6)
         await hear(there, 4)
@@ -153,16 +128,16 @@ async def test_sound_is_counted_over_all_gateways(store: Store) -> None:
         await hear(here, 9)
 
 
-async def test_a_stream_ends_with_the_days_sound(store: Store) -> None:
-    quotas = Quotas(store)
+async def test_a_stream_ends_with_the_days_sound(usage: Usage) -> None:
+    quotas = Quotas(usage)
     with calling(ACME):
         await hear(quotas, 10)
         with pytest.raises(QuotaExceeded):
             await hear(quotas, 1)
 
 
-async def test_the_next_day_begins_anew(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    quotas, today = Quotas(store), 20_000 * 86400.0
+async def test_the_next_day_begins_anew(usage: Usage, monkeypatch: pytest.MonkeyPatch) -> None:
+    quotas, today = Quotas(usage), 20_000 * 86400.0
     with calling(ACME):
         monkeypatch.setattr(time, "time", lambda: today + 86399)
         await hear(quotas, 10)
@@ -174,11 +149,11 @@ async def test_the_next_day_begins_anew(store: Store, monkeypatch: pytest.Monkey
         await hear(quotas, 10)
 
 
-async def test_a_store_that_is_away_hurts_nobody_who_streams(store: Store) -> None:
-    quotas = Quotas(store)
+async def test_a_store_that_is_away_hurts_nobody_who_streams(usage: Usage) -> None:
+    quotas = Quotas(usage)
     with calling(ACME):
         async with quotas.streaming("a"):
-            store.is_away = True
+            usage.is_away = True
             with pytest.raises(StoreUnavailable):
                 await quotas.save()
             await hear(quotas, 4)
@@ -189,42 +164,42 @@ async def test_a_store_that_is_away_hurts_nobody_who_streams(store: Store) -> No
         with pytest.raises(StoreUnavailable):
             async with quotas.streaming("b"):
                 pass
-        store.is_away = False
+        usage.is_away = False
         await quotas.save()
-        assert await store.spend(f"acme/audio/{module._today()}", 0.0, 1.0) == 4.0
+        assert await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0) == 4.0
 
 
-async def test_sound_is_added_once_however_many_add_it(store: Store) -> None:
-    quotas = Quotas(store)
+async def test_sound_is_added_once_however_many_add_it(usage: Usage) -> None:
+    quotas = Quotas(usage)
     with calling(ACME):
         await hear(quotas, 3)
         await asyncio.gather(*(quotas.save() for _ in range(5)))
-        assert await store.spend(f"acme/audio/{module._today()}", 0.0, 1.0) == 3.0
+        assert await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0) == 3.0
 
 
-async def test_what_was_heard_last_is_saved_at_the_end(store: Store) -> None:
+async def test_what_was_heard_last_is_saved_at_the_end(usage: Usage) -> None:
     with calling(ACME):
-        async with counted(store) as quotas:
+        async with counted(usage) as quotas:
             await hear(quotas, 3)
-    assert await store.spend(f"acme/audio/{module._today()}", 0.0, 1.0) == 3.0
+    assert await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0) == 3.0
 
 
-async def test_counting_goes_on_while_nobody_calls(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_counting_goes_on_while_nobody_calls(usage: Usage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAVE_S", 0.01)
     with calling(ACME):
-        async with counted(store) as quotas:
+        async with counted(usage) as quotas:
             await hear(quotas, 3)
-            store.is_away = True
+            usage.is_away = True
             await asyncio.sleep(0.05)
-            store.is_away = False
+            usage.is_away = False
             async with asyncio.timeout(5):
-                while not await store.spend(f"acme/audio/{module._today()}", 0.0, 1.0):  # noqa: ASYNC110
+                while not await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
 
 
-async def test_where_there_are_no_tenants_nothing_is_asked_of_the_store(store: Store) -> None:
-    store.is_away = True
-    quotas = Quotas(store)
+async def test_where_there_are_no_tenants_nothing_is_asked_of_the_store(usage: Usage) -> None:
+    usage.is_away = True
+    quotas = Quotas(usage)
     await quotas.take_reference("r", 60.0)
     await quotas.return_reference("r")
     await quotas.take_session("a", 60.0)

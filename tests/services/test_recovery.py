@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from avatar.errors import StoreUnavailable
 from avatar.settings import GatewaySettings
-from avatar.store.redis import Claim, Hold, MemoryHashes, RedisHashes
+from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
@@ -176,46 +176,29 @@ async def test_a_session_goes_on_at_another_gateway(checkpoint: Path, store: Ses
     assert state == types.Session.STATE_CLOSED
 
 
-class LostStore(MemoryHashes):
-    """A store that cannot be reached for a while, and has forgotten everything then."""
+class UnreliableHashes(RedisHashes):
+    """Hashes in a Redis server that is unreachable while `is_lost`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_lost = False
+    is_lost = False
 
-    def lose(self) -> None:
-        self.is_lost = True
-        self._hashes.clear()
-
-    def _reached(self) -> None:
+    def _call(self) -> AbstractAsyncContextManager[None]:
         if self.is_lost:
             raise StoreUnavailable("the session store cannot be reached", retry_s=1.0)
-
-    async def create(self, key: str, fields: Mapping[str, bytes], ttl_s: float) -> None:
-        self._reached()
-        await super().create(key, fields, ttl_s)
-
-    async def update(self, key: str, fields: Mapping[str, bytes], ttl_s: float | None) -> bool:
-        self._reached()
-        return await super().update(key, fields, ttl_s)
-
-    async def read(self, key: str, field: str) -> bytes | None:
-        self._reached()
-        return await super().read(key, field)
-
-    async def expires_in_s(self, key: str) -> float:
-        self._reached()
-        return await super().expires_in_s(key)
-
-    async def keep(self, claim: Claim, key: str, fields: Mapping[str, bytes], ttl_s: float | None) -> Hold:
-        self._reached()
-        return await super().keep(claim, key, fields, ttl_s)
+        return super()._call()
 
 
-async def test_a_session_that_runs_does_not_miss_its_store(checkpoint: Path, picture: bytes) -> None:
+@pytest.fixture
+async def unreliable(redis: str) -> AsyncGenerator[UnreliableHashes, None]:
+    hashes = UnreliableHashes(redis)
+    yield hashes
+    await hashes.aclose()
+
+
+async def test_a_session_that_runs_does_not_miss_its_store(
+    checkpoint: Path, unreliable: UnreliableHashes, redis_client: Redis, picture: bytes
+) -> None:
     """Not even for the sink's update; and it is there again, with everything, when the store is back."""
-    hashes = LostStore()
-    store, data = SessionStore(hashes), sound(SECONDS)
+    store, data = SessionStore(unreliable), sound(SECONDS)
     out = Streamed()
     async with (
         workers(checkpoint, store, SETTINGS) as given,
@@ -223,16 +206,17 @@ async def test_a_session_that_runs_does_not_miss_its_store(checkpoint: Path, pic
         connected(target) as stub,
     ):
         session, call = await begun(stub, picture)
-        hashes.lose()
+        unreliable.is_lost = True
+        await redis_client.flushdb()
         async with refused(StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"):
             await stub.GetSession(pb.GetSessionRequest(session_id=session.id), timeout=10)
         for request in spoken(data):
             await call.write(request)
         while len(out.frames) < 48:
             out.take(await answer(call))
-        hashes.is_lost = False
+        unreliable.is_lost = False
         async with asyncio.timeout(20):
-            while not await hashes.expires_in_s(f"avatar:session:{{{session.id}}}"):  # noqa: ASYNC110
+            while not await unreliable.expires_in_s(f"avatar:session:{{{session.id}}}"):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)  # it happens in the gateway: there is no event to wait for
         assert (await store.conditions(session.id, 1)).version == 1, "the sink's update"
         await call.write(CLOSE)
@@ -242,23 +226,24 @@ async def test_a_session_that_runs_does_not_miss_its_store(checkpoint: Path, pic
     assert not jumps(out)
 
 
-async def test_a_store_that_is_back_is_told_how_far_a_session_came_meanwhile(checkpoint: Path, picture: bytes) -> None:
+async def test_a_store_that_is_back_is_told_how_far_a_session_came_meanwhile(
+    checkpoint: Path, unreliable: UnreliableHashes, picture: bytes
+) -> None:
     """Also if no other block comes."""
-    hashes = LostStore()
-    store, out = SessionStore(hashes), Streamed()
+    store, out = SessionStore(unreliable), Streamed()
     async with (
         workers(checkpoint, store, SETTINGS) as given,
         gateway(store, given) as target,
         connected(target) as stub,
     ):
         session, call = await begun(stub, picture)
-        hashes.is_lost = True
+        unreliable.is_lost = True
         for request in spoken(sound(SECONDS)):
             await call.write(request)
         while len(out.frames) < 48:
             out.take(await answer(call))
         await asyncio.sleep(1.5)  # the gateway has tried to write the last of them, and not succeeded
-        hashes.is_lost = False
+        unreliable.is_lost = False
         async with asyncio.timeout(10):
             while (await store.position(session.id)).next_frame < 48:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)  # it happens in the gateway: there is no event to wait for
@@ -266,16 +251,17 @@ async def test_a_store_that_is_back_is_told_how_far_a_session_came_meanwhile(che
         await rest(call)
 
 
-async def test_a_store_that_is_emptied_between_two_blocks_is_told_again(checkpoint: Path, picture: bytes) -> None:
-    hashes = MemoryHashes()
-    store, data = SessionStore(hashes), sound(SECONDS)
+async def test_a_store_that_is_emptied_between_two_blocks_is_told_again(
+    checkpoint: Path, store: SessionStore, redis_client: Redis, picture: bytes
+) -> None:
+    data = sound(SECONDS)
     async with (
         workers(checkpoint, store, SETTINGS) as given,
         gateway(store, given) as target,
         connected(target) as stub,
     ):
         session, call = await begun(stub, picture)
-        hashes._hashes.clear()
+        await redis_client.flushdb()
         out = Streamed()
         for request in [*spoken(data), CLOSE]:
             await call.write(request)
@@ -283,15 +269,6 @@ async def test_a_store_that_is_emptied_between_two_blocks_is_told_again(checkpoi
             out.take(response)
         assert (await store.session(session.id)).seed == 7
     assert out.pixels == rendered(checkpoint, picture, data, seed=7)
-
-
-async def test_a_connection_that_a_restarted_store_has_closed_is_made_anew(redis: str) -> None:
-    hashes = RedisHashes(redis)
-    number = await hashes._redis.client_id()
-    async with Redis.from_url(redis) as server:
-        await server.client_kill_filter(_id=str(number))
-    assert await hashes.read("nothing", "field") is None
-    await hashes.aclose()
 
 
 async def test_no_more_is_taken_of_a_client_than_waits_for_it() -> None:

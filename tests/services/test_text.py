@@ -6,7 +6,6 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from avatar.rpc.codec import tensor_from_pb
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import Device
 from avatar.settings import TextSettings
-from avatar.store.redis import Hashes, MemoryHashes, RedisHashes
+from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.text.model import TextEncoder, load
 from avatar.worker.v1 import text_pb2 as pb
@@ -33,7 +32,7 @@ PROMPT = "a person who smiles"
 
 @asynccontextmanager
 async def working(
-    checkpoint: Path, hashes: Hashes, capacity: int = 8
+    checkpoint: Path, hashes: RedisHashes, capacity: int = 8
 ) -> "AsyncGenerator[pb_grpc.TextServiceAsyncStub, None]":
     """A text worker over a store."""
     settings = TextSettings(checkpoint=checkpoint, capacity=capacity)
@@ -61,27 +60,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return prompts
 
 
-@pytest.fixture(params=["memory", "redis"])
-def redis_url(request: pytest.FixtureRequest) -> str | None:
-    url: str | None = request.getfixturevalue("redis") if request.param == "redis" else None
-    return url
-
-
-@pytest.fixture
-async def hashes(redis_url: str | None) -> AsyncGenerator[Hashes, None]:
-    kept = RedisHashes(redis_url) if redis_url else MemoryHashes()
-    yield kept
-    await kept.aclose()
-
-
-@pytest.fixture
-def prompt() -> str:
-    """A prompt that no other test uses: the server may be shared."""
-    return f"a person who smiles {uuid4()}"
-
-
-async def test_remote_equals_local(text_checkpoint: Path) -> None:
-    async with working(text_checkpoint, MemoryHashes()) as stub:
+async def test_remote_equals_local(text_checkpoint: Path, hashes: RedisHashes) -> None:
+    async with working(text_checkpoint, hashes) as stub:
         for prompt in (PROMPT, "  a person\nwho &amp; weeps", "", "abc " * 50, "日本 \x00 😀"):
             remote = tensor_from_pb((await answer(stub, prompt)).text)
             local = load(open_part(text_checkpoint, "text")).embed(prompt)
@@ -89,30 +69,31 @@ async def test_remote_equals_local(text_checkpoint: Path) -> None:
             assert torch.equal(remote, local)
 
 
-async def test_a_worker_says_what_it_serves(text_checkpoint: Path) -> None:
-    async with working(text_checkpoint, MemoryHashes(), capacity=3) as stub:
+async def test_a_worker_says_what_it_serves(text_checkpoint: Path, hashes: RedisHashes) -> None:
+    async with working(text_checkpoint, hashes, capacity=3) as stub:
         told = await stub.GetInfo(pb.TextServiceGetInfoRequest(), timeout=10)
     digest = open_part(text_checkpoint, "text").digest()
     assert told == pb.TextServiceGetInfoResponse(digest=digest, width=16, max_tokens=tiny.MAX_TOKENS, capacity=3)
 
 
 async def test_the_same_prompt_is_computed_once(
-    text_checkpoint: Path, hashes: Hashes, computed: list[str], prompt: str
+    text_checkpoint: Path, hashes: RedisHashes, computed: list[str]
 ) -> None:
     async with working(text_checkpoint, hashes) as stub:
-        first = await answer(stub, prompt)
-        assert await answer(stub, prompt) == first
-        assert computed == [prompt]
-        await answer(stub, prompt + "!")
-        assert computed == [prompt, prompt + "!"]
+        first = await answer(stub, PROMPT)
+        assert await answer(stub, PROMPT) == first
+        assert computed == [PROMPT]
+        await answer(stub, PROMPT + "!")
+        assert computed == [PROMPT, PROMPT + "!"]
     # Another worker of the same encoder finds it too.
     async with working(text_checkpoint, hashes) as stub:
-        assert await answer(stub, prompt) == first
+        assert await answer(stub, PROMPT) == first
         assert len(computed) == 2
 
 
-async def test_another_encoder_computes_anew(text_checkpoint: Path, tmp_path: Path, computed: list[str]) -> None:
-    hashes = MemoryHashes()
+async def test_another_encoder_computes_anew(
+    text_checkpoint: Path, hashes: RedisHashes, tmp_path: Path, computed: list[str]
+) -> None:
     tiny.encoder(seed=1).save(tmp_path / "text")
     async with working(text_checkpoint, hashes) as one, working(tmp_path, hashes) as other:
         first, second = await answer(one, PROMPT), await answer(other, PROMPT)
@@ -134,28 +115,26 @@ def kept_under(checkpoint: Path, prompt: str) -> str:
 )
 async def test_a_damaged_embedding_is_computed_and_written_again(
     text_checkpoint: Path,
-    hashes: Hashes,
+    hashes: RedisHashes,
     computed: list[str],
-    prompt: str,
     damage: Callable[[bytes], bytes],
 ) -> None:
-    key = kept_under(text_checkpoint, prompt)
+    key = kept_under(text_checkpoint, PROMPT)
     async with working(text_checkpoint, hashes) as stub:
-        first = await answer(stub, prompt)
+        first = await answer(stub, PROMPT)
         value = await hashes.read(key, "embedding")
         assert value is not None
         await hashes.update(key, {"embedding": damage(value)}, None)
-        assert await answer(stub, prompt) == first
+        assert await answer(stub, PROMPT) == first
         assert await hashes.read(key, "embedding") == value
         assert len(computed) == 2
-        await answer(stub, prompt)
+        await answer(stub, PROMPT)
         assert len(computed) == 2
 
 
 async def test_a_pickle_in_the_store_runs_nothing(
-    text_checkpoint: Path, pickled: tuple[bytes, Path], computed: list[str]
+    text_checkpoint: Path, hashes: RedisHashes, pickled: tuple[bytes, Path], computed: list[str]
 ) -> None:
-    hashes = MemoryHashes()
     data, written = pickled
     await hashes.create(kept_under(text_checkpoint, PROMPT), {"embedding": data}, 60.0)
     async with working(text_checkpoint, hashes) as stub:
@@ -164,8 +143,7 @@ async def test_a_pickle_in_the_store_runs_nothing(
     assert computed == [PROMPT]
 
 
-async def test_an_embedding_is_forgotten_after_its_time(text_checkpoint: Path) -> None:
-    hashes = MemoryHashes()
+async def test_an_embedding_is_forgotten_after_its_time(text_checkpoint: Path, hashes: RedisHashes) -> None:
     async with working(text_checkpoint, hashes) as stub:
         await answer(stub, PROMPT)
     left = await hashes.expires_in_s(kept_under(text_checkpoint, PROMPT))
@@ -180,7 +158,7 @@ async def test_a_store_that_is_away_is_said(text_checkpoint: Path) -> None:
 
 
 async def test_a_full_worker_refuses_and_says_when_to_retry(
-    text_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    text_checkpoint: Path, hashes: RedisHashes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     through, loop, computing, free = TextEncoder.embed, asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
@@ -189,7 +167,7 @@ async def test_a_full_worker_refuses_and_says_when_to_retry(
         assert free.wait(30)
         return through(self, prompt)
 
-    async with working(text_checkpoint, MemoryHashes(), capacity=1) as stub:
+    async with working(text_checkpoint, hashes, capacity=1) as stub:
         await answer(stub, "kept")
         monkeypatch.setattr(TextEncoder, "embed", slow)
         first = asyncio.ensure_future(answer(stub, PROMPT))
@@ -203,8 +181,10 @@ async def test_a_full_worker_refuses_and_says_when_to_retry(
         await answer(stub, "another prompt")
 
 
-async def test_an_embedding_leaves_a_span(text_checkpoint: Path, spans: InMemorySpanExporter) -> None:
-    async with working(text_checkpoint, MemoryHashes()) as stub:
+async def test_an_embedding_leaves_a_span(
+    text_checkpoint: Path, hashes: RedisHashes, spans: InMemorySpanExporter
+) -> None:
+    async with working(text_checkpoint, hashes) as stub:
         await answer(stub, PROMPT)
         await answer(stub, PROMPT)
     told = [span for span in spans.get_finished_spans() if span.name == "avatar.text"]
@@ -212,9 +192,9 @@ async def test_an_embedding_leaves_a_span(text_checkpoint: Path, spans: InMemory
     assert PROMPT not in "".join(span.to_json() for span in told)
 
 
-def test_a_checkpoint_without_text_does_not_start(checkpoint: Path) -> None:
+def test_a_checkpoint_without_text_does_not_start(checkpoint: Path, store: SessionStore) -> None:
     with (
         Device() as device,
         pytest.raises(ValueError, match="knows no text: expected a folder text"),
     ):
-        build(TextSettings(checkpoint=checkpoint), SessionStore(MemoryHashes()), device)
+        build(TextSettings(checkpoint=checkpoint), store, device)

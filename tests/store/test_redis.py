@@ -1,48 +1,33 @@
-"""Tests of avatar.store.redis beside those of tests/store/test_sessions.py, which hold both kinds to the same facts."""
+"""Tests of avatar.store.redis that tests/store/test_sessions.py does not cover: a server that is unreachable."""
 
-import asyncio
 import socket
 import time
 
 import pytest
+from redis.asyncio import Redis
 
 from avatar.errors import StoreUnavailable
-from avatar.store.redis import MemoryHashes, RedisHashes
+from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from tests.store.test_sessions import conditions, position, session
 
 
-def test_memory_forgets_what_has_expired_when_it_is_given_more() -> None:
-    now = 0.0
-    hashes = MemoryHashes(clock=lambda: now)
-
-    async def fill() -> None:
-        nonlocal now
-        for index in range(100):
-            now = float(index)
-            await hashes.create(str(index), {"field": bytes(8)}, ttl_s=1.5)
-
-    asyncio.run(fill())
-    assert len(hashes._hashes) == 2
-
-
-@pytest.mark.parametrize("is_silent", [False, True], ids=["nobody listens", "nobody answers"])
-async def test_a_store_that_cannot_be_reached_says_so_in_bounded_time(is_silent: bool) -> None:
+@pytest.mark.parametrize("is_listening", [False, True], ids=["no server", "a server that does not answer"])
+async def test_an_unreachable_server_is_reported_in_bounded_time(is_listening: bool) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        if is_silent:
+        if is_listening:
             server.listen()
-        hashes = RedisHashes(f"redis://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.2)
-        store = SessionStore(hashes)
+        store = SessionStore(RedisHashes(f"redis://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.1))
         calls = (
             lambda: store.session("a"),
             lambda: store.create(session("a"), conditions(0), position()),
             lambda: store.renew("a", position()),
             lambda: store.delete("a"),
             lambda: store.expires_in_s("a"),
-            lambda: store.claim("a", "owner"),
-            lambda: store.keep("a", "owner", position()),
-            lambda: store.release("a", "owner"),
+            lambda: store.acquire_lock("a", "owner"),
+            lambda: store.renew_lock("a", "owner", position()),
+            lambda: store.release_lock("a", "owner"),
         )
         for call in calls:
             started = time.monotonic()
@@ -51,3 +36,9 @@ async def test_a_store_that_cannot_be_reached_says_so_in_bounded_time(is_silent:
             assert time.monotonic() - started < 2
             assert caught.value.retry_s
         await store.aclose()
+
+
+async def test_a_connection_that_the_server_closed_is_opened_again(hashes: RedisHashes, redis_client: Redis) -> None:
+    number = await hashes._redis.client_id()
+    await redis_client.client_kill_filter(_id=str(number))
+    assert await hashes.read("nothing", "field") is None

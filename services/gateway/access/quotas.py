@@ -1,7 +1,7 @@
 """How much each tenant uses, against how much it may, over all gateways.
 
-Sessions and references are names that the tally holds for a while; a stream's is held by the gateway as long as it is
-open, and free again soon after the gateway dies. Sound is counted here and added to the tally every few seconds.
+Sessions and references are names with a lease in the store; the gateway renews the lease of an open stream, and it
+expires soon after the gateway dies. Audio is counted here and added to the store's counter every few seconds.
 """
 
 import asyncio
@@ -12,13 +12,13 @@ from contextlib import asynccontextmanager, suppress
 
 from avatar.aio import background
 from avatar.errors import QuotaExceeded, StoreUnavailable
-from avatar.store.sessions import CLAIM_TTL_S
-from avatar.store.usage import Tally
+from avatar.store.sessions import LOCK_TTL_S
+from avatar.store.usage import TenantUsage
 from avatar.v1 import avatar_service_pb2 as pb
 from services.gateway.access.tenants import Tenant, caller
 
 DAY_S = 86400.0
-SAVE_S = CLAIM_TTL_S / 3
+SAVE_S = LOCK_TTL_S / 3
 # A session ends now and then.
 RETRY_S = 1.0
 
@@ -26,11 +26,11 @@ RETRY_S = 1.0
 class Quotas:
     """What the callers use. All that takes something raises QuotaExceeded, or StoreUnavailable if nobody knows."""
 
-    def __init__(self, tally: Tally) -> None:
-        self._tally = tally
+    def __init__(self, usage: TenantUsage) -> None:
+        self._usage = usage
         self._streaming: dict[str, Tenant] = {}
         self._holding = asyncio.Lock()
-        # Seconds of each tenant's sound: not in the tally yet, and in it with the day it is of.
+        # Seconds of each tenant's audio: not yet added to the store, and the store's total with its day.
         self._unsaved: defaultdict[str, float] = defaultdict(float)
         self._saved: dict[str, tuple[int, float]] = {}
 
@@ -41,7 +41,7 @@ class Quotas:
     async def return_reference(self, reference_id: str) -> None:
         """Count it no more."""
         if caller().max_references is not None:
-            await self._tally.let_go(_held(caller(), "references"), reference_id)
+            await self._usage.release(_held(caller(), "references"), reference_id)
 
     async def take_session(self, session_id: str, ttl_s: float) -> None:
         """Count a session among those of the caller, for so long unless it is streamed."""
@@ -50,7 +50,7 @@ class Quotas:
     async def return_session(self, session_id: str) -> None:
         """Count it no more."""
         if caller().max_sessions is not None:
-            await self._tally.let_go(_held(caller(), "sessions"), session_id)
+            await self._usage.release(_held(caller(), "sessions"), session_id)
 
     @asynccontextmanager
     async def streaming(self, session_id: str) -> AsyncGenerator[None, None]:
@@ -59,7 +59,7 @@ class Quotas:
         if tenant.max_audio_s is not None:
             await self._save_sound(tenant.name)
             self._check_sound(tenant)
-        await self.take_session(session_id, CLAIM_TTL_S)
+        await self.take_session(session_id, LOCK_TTL_S)
         self._streaming[session_id] = tenant
         try:
             yield
@@ -82,7 +82,7 @@ class Quotas:
             yield request
 
     async def keep(self) -> None:
-        """Hold what is streaming, and save what was heard, for ever; later if the tally cannot be reached."""
+        """Hold what is streaming, and save what was heard, for ever; later if the store cannot be reached."""
         while True:
             await asyncio.sleep(SAVE_S)
             with suppress(StoreUnavailable):
@@ -94,19 +94,19 @@ class Quotas:
             async with self._holding:
                 if session_id in self._streaming and tenant.max_sessions is not None:
                     # Whatever others have taken meanwhile: what runs is not ended.
-                    await self._tally.hold(_held(tenant, "sessions"), session_id, CLAIM_TTL_S)
+                    await self._usage.lease(_held(tenant, "sessions"), session_id, LOCK_TTL_S)
         for name in list(self._unsaved):
             await self._save_sound(name)
 
     async def _hold(self, what: str, most: int | None, name: str, ttl_s: float, retry_s: float | None = None) -> None:
-        if most is not None and not await self._tally.hold(_held(caller(), what), name, ttl_s, most):
+        if most is not None and not await self._usage.lease(_held(caller(), what), name, ttl_s, most):
             message = f"all {most} {what} that {caller().name} may have are taken"
             raise QuotaExceeded(message, metadata={"quota": what}, retry_s=retry_s)
 
     async def _save_sound(self, name: str) -> None:
         seconds, day = self._unsaved.pop(name, 0.0), _today()
         try:
-            total = await self._tally.spend(f"{name}/audio/{day}", seconds, 2 * DAY_S)
+            total = await self._usage.add(f"{name}/audio/{day}", seconds, 2 * DAY_S)
         except BaseException:
             self._unsaved[name] += seconds
             raise
@@ -121,9 +121,9 @@ class Quotas:
 
 
 @asynccontextmanager
-async def counted(tally: Tally) -> AsyncGenerator[Quotas, None]:
+async def counted(usage: TenantUsage) -> AsyncGenerator[Quotas, None]:
     """Quotas that are kept while the body runs."""
-    quotas = Quotas(tally)
+    quotas = Quotas(usage)
     async with background(quotas.keep()):
         yield quotas
     with suppress(StoreUnavailable):
