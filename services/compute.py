@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from avatar.checkpoints.files import is_native
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import PREFIX, WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,10 @@ def device_and_dtype(settings: WorkerSettings) -> tuple[torch.device, torch.dtyp
     return device, dtype
 
 
-def device_of(settings: WorkerSettings) -> Device:
+def open_device_queue(settings: WorkerSettings) -> DeviceQueue:
     """The settings' device, to be entered. A GPU is told what to do and does it later: its thread waits for it."""
     where = _device(settings)
-    return Device(partial(torch.cuda.synchronize, where) if where.type == "cuda" else None)
+    return DeviceQueue(partial(torch.cuda.synchronize, where) if where.type == "cuda" else None)
 
 
 def _device(settings: WorkerSettings) -> torch.device:

@@ -1,34 +1,34 @@
-"""A device that is busy, so that what waits for it can be seen."""
+"""A busy device, to look at the jobs that wait for it."""
 
 import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 
 WAIT_S = 10.0
 
 
 @contextmanager
-def busy(device: Device) -> Iterator[None]:
-    """The device computes until the body ends."""
-    begun, done = threading.Event(), threading.Event()
+def busy(queue: DeviceQueue) -> Iterator[None]:
+    """Keep the device computing until the body ends."""
+    started, released = threading.Event(), threading.Event()
 
     def compute() -> None:
-        begun.set()
-        assert done.wait(WAIT_S)
+        started.set()
+        assert released.wait(WAIT_S)
 
-    device.submit(compute)
-    assert begun.wait(WAIT_S)
+    queue.submit(compute)
+    assert started.wait(WAIT_S)
     try:
         yield
     finally:
-        done.set()
+        released.set()
 
 
-async def until_waiting(device: Device, number: int) -> None:
-    """Until so many jobs wait."""
+async def until_waiting(queue: DeviceQueue, number: int) -> None:
+    """Wait until this many jobs are in the queue."""
     async with asyncio.timeout(WAIT_S):
-        while device.num_waiting != number:  # noqa: ASYNC110 - the device tells nobody
+        while queue.num_waiting != number:  # noqa: ASYNC110 - the queue has no event for it
             await asyncio.sleep(0)

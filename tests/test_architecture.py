@@ -277,13 +277,13 @@ def test_the_client_loads_neither_settings_nor_a_server() -> None:
 
 BUILD = """
 from pathlib import Path
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.settings import {settings}
 from services.{service}.__main__ import build
-with Device() as device:
-    build({settings}(checkpoint=Path({checkpoint!r})), SessionStore(RedisHashes("redis://127.0.0.1")), device)
+with DeviceQueue() as queue:
+    build({settings}(checkpoint=Path({checkpoint!r})), SessionStore(RedisHashes("redis://127.0.0.1")), queue)
 """
 
 

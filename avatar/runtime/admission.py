@@ -1,4 +1,12 @@
-"""What steps cost, and how many live streams a device can keep up with."""
+"""Admission control: how many streams a worker accepts.
+
+    a service's step times (`StepTimes`) -> time its device needs for live streams (`DeviceLoad`) -> admit or refuse
+
+A live stream needs one step of its service in every block, for as long as it is open. A device keeps up with its live
+streams if one step of each, by the median of those measured, fits into LIVE_SHARE of a block's duration.
+`AdmissionControl` refuses a stream over the worker's limit, and a live stream that its device has no time for. Offline
+streams count towards the limit only: they use the time that is left.
+"""
 
 import sys
 import time
@@ -6,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any, TypeVar
 
 from avatar import telemetry
@@ -14,126 +23,104 @@ from avatar.types import BLOCK_S
 
 Out = TypeVar("Out")
 
-# Of a device's time, the share that live streams may need together. It leaves room for openings, prefills and offline
-# streams, yet admits 22 streams of 20 ms (0.917) where the timer makes them up to 20.5 ms, and not 23 (0.958).
+# Share of a device's time that live streams may need. It leaves time for openings, prefills and offline streams, yet
+# admits 22 streams of 20 ms (0.917) where the timer makes them up to 20.5 ms, and not 23 (0.958).
 LIVE_SHARE = 0.94
 
 
 @dataclass
-class Usage:
-    """What a stream has cost.
+class StreamUsage:
+    """Computing time of one stream.
 
-    busy_s: seconds of the device, all in all. Of the last step: waited_s, seconds in the device's queue, None where
-    there is none; start_ns, end_ns, wall clock.
+    busy_s: seconds of all steps. Of the last step: start_ns, end_ns, wall clock in nanoseconds; waited_s, seconds in
+    the device's queue, None if there is no queue.
     """
 
     busy_s: float = 0.0
-    waited_s: float | None = None
     start_ns: int = 0
     end_ns: int = 0
+    waited_s: float | None = None
 
     @property
     def step_s(self) -> float:
-        """Seconds of the last step, from its beginning to its end."""
+        """Seconds of the last step."""
         return (self.end_ns - self.start_ns) / 1e9
 
-    def note(self, start_ns: int, elapsed_ns: int, waited_s: float | None = None) -> None:
-        """A step was taken."""
-        self.waited_s, self.start_ns, self.end_ns = waited_s, start_ns, start_ns + elapsed_ns
+    def add_step(self, start_ns: int, end_ns: int, waited_s: float | None = None) -> None:
+        self.start_ns, self.end_ns, self.waited_s = start_ns, end_ns, waited_s
         self.busy_s += self.step_s
 
-    def timed(self, work: Callable[..., Out], *arguments: Any) -> Out:
-        """Do something and note what it cost."""
-        start_ns, started = time.time_ns(), time.perf_counter_ns()
+    def measure(self, work: Callable[..., Out], *arguments: Any) -> Out:
+        """Call work and count it as a step."""
+        start_ns, started_ns = time.time_ns(), time.perf_counter_ns()
         out = work(*arguments)
-        self.note(start_ns, time.perf_counter_ns() - started)
+        self.add_step(start_ns, start_ns + time.perf_counter_ns() - started_ns)
         return out
 
 
-class Pace:
-    """How long a block takes at a worker, judged by its last fifty."""
+class StepTimes:
+    """Durations of a service's last fifty steps, in seconds."""
 
     def __init__(self) -> None:
-        self._steps: deque[float] = deque(maxlen=50)
+        self._steps_s: deque[float] = deque(maxlen=50)
 
-    def note(self, usage: Usage) -> None:
-        """A block was made: count its step."""
-        self._steps.append(usage.step_s)
-
-    def measure(self, warm: Callable[[], int]) -> None:
-        """Know a pace before the first stream.
-
-        warm: makes blocks, and says how many; called twice, the first time cold.
-        """
-        warm()
-        started_ns = time.perf_counter_ns()
-        num_blocks = warm()
-        step_ns = (time.perf_counter_ns() - started_ns) // num_blocks
-        usage = Usage()
-        usage.note(0, step_ns)
-        self.note(usage)
+    def add(self, step_s: float) -> None:
+        self._steps_s.append(step_s)
 
     @property
-    def step_s(self) -> float:
-        """Seconds that nine of the last ten blocks stayed within; 0 before the first."""
-        ranked = sorted(self._steps)
-        return ranked[len(ranked) * 9 // 10] if ranked else 0.0
+    def p90_s(self) -> float:
+        """90th percentile; 0 before the first step."""
+        return sorted(self._steps_s)[len(self._steps_s) * 9 // 10] if self._steps_s else 0.0
 
     @property
-    def cost_s(self) -> float:
-        """Seconds of the device that a block usually takes; 0 before the first.
-
-        The median, and the lower one: prefills and cold starts are no reason to refuse a stream.
-        """
-        ranked = sorted(self._steps)
-        return ranked[(len(ranked) - 1) // 2] if ranked else 0.0
+    def median_s(self) -> float:
+        """Lower median, so that cold starts and prefills refuse no stream; 0 before the first step."""
+        return median_low(self._steps_s) if self._steps_s else 0.0
 
 
-class Load:
-    """What the live streams of a device need of its time, at all the services that share it.
-
-    A live stream needs a step in every block, for as long as it is open. Offline streams take what is left.
-    """
+class DeviceLoad:
+    """Time of a device that its live streams need, over all services that share it."""
 
     def __init__(self) -> None:
-        self._services: list[tuple[Pace, int]] = []
-        self._live: dict[int, tuple[str, Pace]] = {}
-        self._num_streams = 0
+        self._services: list[tuple[StepTimes, int]] = []
+        self._live_streams: list[tuple[str, StepTimes]] = []
 
-    def serve(self, pace: Pace, num_streams: int) -> None:
-        """A service computes on this device, and a session has so many streams at it."""
-        self._services.append((pace, num_streams))
+    def add_service(self, step_times: StepTimes, num_streams: int) -> None:
+        """Add a service of this device. num_streams: streams that each session has there."""
+        self._services.append((step_times, num_streams))
 
-    def has_room(self, session_id: str, pace: Pace) -> bool:
-        """One more live stream keeps time, and so do all others. A session that has the device to itself may try."""
-        if all(session_id == each for each, _ in self._live.values()):
+    def has_time_for(self, session_id: str, step_times: StepTimes) -> bool:
+        """Return whether the device keeps up with one more live stream.
+
+        True for a session that has the device to itself: it delays no one else, and is notified when it falls behind.
+        """
+        if all(session_id == each for each, _ in self._live_streams):
             return True
-        return self._needed_s + pace.cost_s <= LIVE_SHARE * BLOCK_S
+        return self._needed_s + step_times.median_s <= LIVE_SHARE * BLOCK_S
 
     @contextmanager
-    def live(self, session_id: str, pace: Pace) -> Iterator[None]:
-        """Count a live stream."""
-        self._num_streams += 1
-        number = self._num_streams
-        self._live[number] = session_id, pace
+    def live_stream(self, session_id: str, step_times: StepTimes) -> Iterator[None]:
+        """Count a live stream while the body runs."""
+        stream = session_id, step_times
+        self._live_streams.append(stream)
         try:
             yield
         finally:
-            del self._live[number]
+            self._live_streams.remove(stream)
 
     @property
-    def room(self) -> int:
-        """How many more live sessions the device can keep up with, if each has all its streams here."""
-        session_s = sum(pace.cost_s * num_streams for pace, num_streams in self._services)
+    def num_free_sessions(self) -> int:
+        """Number of further live sessions that the device keeps up with, each with all its streams here."""
+        session_s = sum(step_times.median_s * num_streams for step_times, num_streams in self._services)
         if not session_s:
             return sys.maxsize
         free_s = LIVE_SHARE * BLOCK_S - self._needed_s
-        return max(int(free_s // session_s), 0 if self._live else 1)
+        return max(int(free_s // session_s), 0 if self._live_streams else 1)
 
     @property
     def _needed_s(self) -> float:
-        """Seconds of every block."""
-        return sum(pace.cost_s for _, pace in self._live.values())
+        """Seconds in every block."""
+        return sum(step_times.median_s for _, step_times in self._live_streams)
 
 
 class AdmissionControl:
@@ -141,42 +128,55 @@ class AdmissionControl:
 
     A stream over the limit is refused, never queued: a live session cannot wait. A live stream is also refused when it
     and the other live streams would need more of the device's time than there is.
+
+    active: streams that are open. step_times: of the service's steps, which it adds.
     """
 
-    def __init__(self, limit: int, service: str, load: Load, pace: Pace, num_levels: int = 1) -> None:
+    def __init__(self, limit: int, service: str, load: DeviceLoad, num_levels: int = 1) -> None:
         """limit: streams of any kind. load: of the service's device. num_levels: streams of one session here."""
         self.active = 0
-        self._limit = limit
-        self._load, self._pace, self._num_levels = load, pace, num_levels
+        self.step_times = StepTimes()
+        self._limit, self._load, self._num_levels = limit, load, num_levels
         self._labels = {"service": service}
         self._reported = 0
-        load.serve(pace, num_levels)
-        self.report_capacity()
+        load.add_service(self.step_times, num_levels)
+        self._report_capacity()
+
+    def measure(self, warm: Callable[[], int]) -> None:
+        """Measure a first step time before the first stream.
+
+        warm: computes blocks, and returns their number. It is called twice: the first time is cold, and not counted.
+        """
+        warm()
+        started_ns = time.perf_counter_ns()
+        num_blocks = warm()
+        self.step_times.add((time.perf_counter_ns() - started_ns) / num_blocks / 1e9)
+        self._report_capacity()
 
     @property
     def capacity(self) -> int:
         """Streams at a time: the limit, or fewer if the device could not keep up with that many live ones."""
-        return min(self._limit, self.active + self._load.room * self._num_levels)
+        return min(self._limit, self.active + self._load.num_free_sessions * self._num_levels)
 
     @contextmanager
     def admit(self, session_id: str, *, is_live: bool) -> Iterator[None]:
         """Count a stream as active while the body runs. NoCapacity if it cannot be admitted."""
         if self.active >= self._limit:
             raise NoCapacity(f"all {self._limit} streams of this worker are taken", retry_s=1.0)
-        if is_live and not self._load.has_room(session_id, self._pace):
+        if is_live and not self._load.has_time_for(session_id, self.step_times):
             raise NoCapacity("this worker's device has no time for another live stream", retry_s=1.0)
         self.active += 1
         telemetry.SESSIONS_ACTIVE.add(1, self._labels)
         try:
-            with self._load.live(session_id, self._pace) if is_live else nullcontext():
-                self.report_capacity()
+            with self._load.live_stream(session_id, self.step_times) if is_live else nullcontext():
+                self._report_capacity()
                 yield
         finally:
             self.active -= 1
             telemetry.SESSIONS_ACTIVE.add(-1, self._labels)
-            self.report_capacity()
+            self._report_capacity()
 
-    def report_capacity(self) -> None:
+    def _report_capacity(self) -> None:
         """Record the capacity as a metric if it has changed since the last report."""
         capacity = self.capacity
         telemetry.SESSIONS_CAPACITY.add(capacity - self._reported, self._labels)

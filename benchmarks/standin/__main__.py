@@ -4,7 +4,7 @@ import argparse
 import asyncio
 
 from avatar.rpc.server import Servicer, serving, until_stopped
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from benchmarks.standin.content import NUM_LEVELS
 from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
 from benchmarks.standin.step import Step, wake_in_time
@@ -22,8 +22,8 @@ async def main() -> None:
     parser.add_argument("--capacity", type=int, default=64, help="streams at a time")
     flags = parser.parse_args()
     wake_in_time()
-    with Device() as device:
-        stage = Stage(flags.stage, Step(flags.step_s), device, flags.capacity, HISTORY_BLOCKS[flags.stage])
+    with DeviceQueue() as queue:
+        stage = Stage(flags.stage, Step(flags.step_s), queue, flags.capacity, HISTORY_BLOCKS[flags.stage])
         async with serving(flags.listen, _servicer(flags.stage, stage, flags.level)):
             await until_stopped()
 

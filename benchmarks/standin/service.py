@@ -3,14 +3,14 @@
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
 
 from avatar.rpc.server import Context, opening, parts
-from avatar.runtime.admission import AdmissionControl, Pace, Usage
-from avatar.runtime.device_queue import Device
+from avatar.runtime.admission import AdmissionControl, StreamUsage
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import flatten, local
 from avatar.worker.v1 import (
     audio_pb2,
@@ -35,32 +35,29 @@ WARM_STEPS = 50
 class Stage:
     """What the three services have in common, the product's but for what a step does.
 
-    step: what a block takes. device: where blocks wait, the most urgent first. history_blocks: that rebuild a stream.
+    step: what a block takes. queue: of the device. history_blocks: that rebuild a stream.
     """
 
     name: str
     step: Step
-    device: Device
+    queue: DeviceQueue
     limit: int
     history_blocks: int
-    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
-        usage = Usage()
-        usage.note(0, round(self.step.step_s * 1e9))
+        self.admission = AdmissionControl(self.limit, self.name, self.queue.load)
         for _ in range(WARM_STEPS):
-            self.pace.note(usage)
-        self.admission = AdmissionControl(self.limit, self.name, self.device.load, self.pace)
+            self.admission.step_times.add(self.step.step_s)
 
     async def stream(
-        self, model: Any, items: AsyncGenerator[Any, None], usage: Usage, *, is_live: bool
+        self, model: Any, items: AsyncGenerator[Any, None], usage: StreamUsage, *, is_live: bool
     ) -> AsyncGenerator[Any, None]:
         """One session's answers."""
         session: Any = None  # stand-ins know all from `open`
-        stage = local(model, session, self.device, usage, is_live=is_live)
+        stage = local(model, session, self.queue, usage, is_live=is_live)
         async with aclosing(stage(_due(items))) as answers:
             async for answer in answers:
-                self.pace.note(usage)
+                self.admission.step_times.add(usage.step_s)
                 yield answer
 
 
@@ -92,7 +89,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             block_frames=content.BLOCK_FRAMES,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
-            step_s=self._stage.pace.step_s,
+            step_s=self._stage.admission.step_times.p90_s,
         )
 
     async def Encode(
@@ -104,7 +101,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
             history_s = self._stage.history_blocks * content.BLOCK_S
             yield audio_pb2.EncodeResponse(opened=audio_pb2.EncodeOpened(history_s=history_s))
-            usage, num_blocks = Usage(), 0
+            usage, num_blocks = StreamUsage(), 0
             answers = flatten(
                 self._stage.stream(
                     Hearing(self._stage.step, opened), _until_the_end(requests), usage, is_live=opened.is_live
@@ -147,7 +144,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             digest=DIGEST,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
-            step_s=self._stage.pace.step_s,
+            step_s=self._stage.admission.step_times.p90_s,
         )
 
     async def Denoise(
@@ -162,7 +159,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                     history_blocks=self._stage.history_blocks, num_levels=content.NUM_LEVELS, digest=DIGEST
                 )
             )
-            usage, num_blocks = Usage(), 0
+            usage, num_blocks = StreamUsage(), 0
             level = Level(self._stage.step, opened.first_block, self._level)
             async with aclosing(
                 self._stage.stream(level, parts(requests, "block"), usage, is_live=opened.is_live)
@@ -197,7 +194,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
             encodings=["fmp4"],
-            step_s=self._stage.pace.step_s,
+            step_s=self._stage.admission.step_times.p90_s,
         )
 
     async def EncodeReference(
@@ -225,7 +222,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             yield vae_pb2.DecodeResponse(
                 opened=vae_pb2.DecodeOpened(history_blocks=self._stage.history_blocks, init_segment=b"init")
             )
-            usage, num_blocks = Usage(), 0
+            usage, num_blocks = StreamUsage(), 0
             decoding = Decoding(self._stage.step, opened.first_block)
             async with aclosing(
                 self._stage.stream(decoding, parts(requests, "block"), usage, is_live=opened.is_live)

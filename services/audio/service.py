@@ -12,8 +12,8 @@ from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
 from avatar.rpc.codec import block_to_pb, due_s, end_of_sound, piece_from_bytes, session_of_sound
 from avatar.rpc.server import Context, blaming, opening, parts
-from avatar.runtime.admission import AdmissionControl, Pace, Usage
-from avatar.runtime.device_queue import Device
+from avatar.runtime.admission import AdmissionControl, StreamUsage
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import flatten, local
 from avatar.types import BLOCK_FRAMES, AudioPiece
 from avatar.worker.v1 import audio_pb2 as pb
@@ -26,21 +26,19 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
 
     service_name = "avatar.worker.v1.AudioService"
 
-    def __init__(self, audio: AudioModel, encoder: str, digest: str, device: Device, capacity: int) -> None:
+    def __init__(self, audio: AudioModel, encoder: str, digest: str, queue: DeviceQueue, capacity: int) -> None:
         self._audio = audio
         self._encoder = encoder
         self._digest = digest
-        self._device = device
-        self._pace = Pace()
-        self._admission = AdmissionControl(capacity, "audio", device.load, self._pace)
+        self._queue = queue
+        self._admission = AdmissionControl(capacity, "audio", queue.load)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         audio_pb2_grpc.add_AudioServiceServicer_to_server(self, server)
 
     def warm(self) -> None:
         """Encode silence, to know how long a block takes."""
-        self._pace.measure(self._audio.warm)
-        self._admission.report_capacity()
+        self._admission.measure(self._audio.warm)
 
     async def GetInfo(self, request: pb.AudioServiceGetInfoRequest, context: Context) -> pb.AudioServiceGetInfoResponse:
         return pb.AudioServiceGetInfoResponse(
@@ -51,7 +49,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             capacity=self._admission.capacity,
             active=self._admission.active,
             max_right_frames=self._audio.max_right_frames,
-            step_s=self._pace.step_s,
+            step_s=self._admission.step_times.p90_s,
         )
 
     async def Encode(
@@ -63,14 +61,14 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         taken = self._admission.admit(opened.session_id, is_live=opened.is_live)
         with taken, blaming("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
-            usage, num_blocks = Usage(), 0
+            usage, num_blocks = StreamUsage(), 0
             model = ResumedAudioModel(self._audio, opened.first_block, opened.first_answer, opened.statistics)
-            stage = local(model, session_of_sound(opened), self._device, usage, is_live=opened.is_live)
+            stage = local(model, session_of_sound(opened), self._queue, usage, is_live=opened.is_live)
             async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
                 async for block in blocks:
                     step = usage.start_ns, usage.end_ns, usage.waited_s
                     span = telemetry.block_span("audio", block.index, *step, link=opened.traceparent)
-                    self._pace.note(usage)
+                    self._admission.step_times.add(usage.step_s)
                     num_blocks += 1
                     yield pb.EncodeResponse(block=block_to_pb(replace(block, traceparent=span)))
             yield pb.EncodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))

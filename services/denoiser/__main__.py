@@ -16,12 +16,12 @@ from avatar.denoiser.model import load
 from avatar.handoff.chain import Chain, joined
 from avatar.rpc.server import serving, until_stopped
 from avatar.rpc.tls import server_credentials
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import PREFIX, DenoiserSettings
 from avatar.settings import load as load_settings
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
-from services.compute import device_and_dtype, device_of, naming
+from services.compute import device_and_dtype, naming, open_device_queue
 from services.denoiser.service import DenoiserServicer
 from services.process import run
 
@@ -29,12 +29,12 @@ from services.process import run
 SPACE_STRIDE = 8
 
 
-def build(settings: DenoiserSettings, store: SessionStore, device: Device) -> DenoiserServicer:
+def build(settings: DenoiserSettings, store: SessionStore, queue: DeviceQueue) -> DenoiserServicer:
     """The service over the checkpoint's network, warm for the settings' sizes; all its levels share the weights."""
     adapter = LoraAdapter(settings.adapter, settings.adapter_alpha) if settings.adapter else None
     part = open_part(settings.checkpoint, "denoiser", adapter)
-    where, dtype = device_and_dtype(settings)
-    network, config = load(part, device=where, dtype=dtype)
+    device, dtype = device_and_dtype(settings)
+    network, config = load(part, device=device, dtype=dtype)
     sizes = latent_sizes(settings)
     with naming("attention"):
         attention = speed.attention_kernel(settings.attention, network)
@@ -46,10 +46,10 @@ def build(settings: DenoiserSettings, store: SessionStore, device: Device) -> De
     levels = settings.served(config.num_levels)
     served = sizes if settings.compile else None
     denoisers = {level: Denoiser(network, config, level, sizes=served, attention=attention) for level in levels}
-    servicer = DenoiserServicer(denoisers, part.digest(), store, device, settings.capacity)
+    servicer = DenoiserServicer(denoisers, part.digest(), store, queue, settings.capacity)
     with naming("sizes"):
         for size in sizes:
-            device.submit(servicer.warm, *size).result()
+            queue.submit(servicer.warm, *size).result()
     return servicer
 
 
@@ -77,7 +77,7 @@ async def main() -> None:
     store = SessionStore(RedisHashes(settings.redis_url))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.aclose)
-        servicer = build(settings, store, stack.enter_context(device_of(settings)))
+        servicer = build(settings, store, stack.enter_context(open_device_queue(settings)))
         if settings.chain:
             with naming("chain"):
                 servicer.chain = await stack.enter_async_context(joined(settings.chain, servicer.seat))

@@ -14,8 +14,8 @@ from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, Link, Seat
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
 from avatar.rpc.server import Context, blaming, opening, parts
-from avatar.runtime.admission import AdmissionControl, Pace, Usage
-from avatar.runtime.device_queue import Device
+from avatar.runtime.admission import AdmissionControl, StreamUsage
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import local
 from avatar.store.sessions import SessionStore
 from avatar.types import Block, Conditions, Session
@@ -39,7 +39,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         denoisers: Mapping[int, Denoiser],
         digest: str,
         store: SessionStore,
-        device: Device,
+        queue: DeviceQueue,
         capacity: int,
     ) -> None:
         """capacity: streams of each level."""
@@ -48,10 +48,9 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         self._config = next(iter(denoisers.values())).config
         self._digest = digest
         self._store = store
-        self._device = device
-        self._pace = Pace()
+        self._queue = queue
         num_levels = len(denoisers)
-        self._admission = AdmissionControl(capacity * num_levels, "denoiser", device.load, self._pace, num_levels)
+        self._admission = AdmissionControl(capacity * num_levels, "denoiser", queue.load, num_levels)
         self.chain: Chain | None = None
 
     @property
@@ -63,8 +62,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
     def warm(self, height: int, width: int) -> None:
         """Step through a session whose latents have this size at every level, and measure a step."""
         for denoiser in self._denoisers.values():
-            self._pace.measure(partial(denoiser.warm, height, width))
-        self._admission.report_capacity()
+            self._admission.measure(partial(denoiser.warm, height, width))
 
     def add_to(self, server: grpc.aio.Server) -> None:
         denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
@@ -81,7 +79,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             active=self._admission.active,
             text_width=self._config.text_dim,
             text_rows=self._config.text_len,
-            step_s=self._pace.step_s,
+            step_s=self._admission.step_times.p90_s,
             chain=self.chain.name if self.chain else "",
         )
 
@@ -96,15 +94,15 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         with taken, self._link(opened) as link, blaming("block"):
             session = session_from_pb(await self._store.session(opened.session_id))
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
-            usage, num_blocks = Usage(), 0
+            usage, num_blocks = StreamUsage(), 0
             # Copied in its turn: a GPU would have begun the next block before the event loop came to it.
             then = None if link and not denoiser.is_last else on_host
-            stage = local(denoiser, session, self._device, usage, then=then, is_live=opened.is_live)
+            stage = local(denoiser, session, self._queue, usage, then=then, is_live=opened.is_live)
             async with aclosing(stage(self._blocks(opened, requests, link))) as blocks:
                 async for block in blocks:
                     step = usage.start_ns, usage.end_ns, usage.waited_s
                     telemetry.block_span("denoiser", block.index, *step, level=opened.level, parent=block.traceparent)
-                    self._pace.note(usage)
+                    self._admission.step_times.add(usage.step_s)
                     carried = None
                     if denoiser.updates_sink(block, session):
                         carried = await self._write_sink(opened.session_id, block)

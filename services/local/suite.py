@@ -32,7 +32,7 @@ from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.store.usage import TenantUsage
 from services.audio.__main__ import build as build_audio
-from services.compute import device_of
+from services.compute import open_device_queue
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.__main__ import gateway as serving_gateway
 from services.local.launch import local_redis
@@ -59,7 +59,7 @@ async def workers(
     """
     async with AsyncExitStack() as stack:
         audio_settings = AudioSettings(checkpoint=checkpoint, **worker)
-        device = stack.enter_context(device_of(audio_settings))
+        queue = stack.enter_context(open_device_queue(audio_settings))
 
         async def served(servicer: Servicer) -> str:
             credentials = server_credentials(
@@ -68,8 +68,8 @@ async def workers(
             port = await stack.enter_async_context(serving(ANY_PORT, servicer, credentials=credentials))
             return f"127.0.0.1:{port}"
 
-        audio = build_audio(audio_settings, device)
-        vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, device)
+        audio = build_audio(audio_settings, queue)
+        vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, queue)
         targets: dict[str, Any] = {"audio": (await served(audio),), "vae": (await served(vae),)}
         for levels in denoisers:
             level_settings = DenoiserSettings(
@@ -79,10 +79,10 @@ async def workers(
                 adapter_alpha=adapter_alpha,
                 **worker,
             )
-            denoiser = build_denoiser(level_settings, store, device)
+            denoiser = build_denoiser(level_settings, store, queue)
             targets["denoisers"] = (*targets.get("denoisers", ()), await served(denoiser))
         if has_text_encoder(checkpoint):
-            text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, device)
+            text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, queue)
             targets["text"] = (await served(text),)
         yield replace(settings, **targets)
 

@@ -11,7 +11,7 @@ from avatar import telemetry
 from avatar.errors import NoCapacity, StateCorrupt
 from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import Context
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.store.sessions import SessionStore
 from avatar.text.model import TextEncoder
 from avatar.worker.v1 import text_pb2 as pb
@@ -26,12 +26,12 @@ class TextServicer(text_pb2_grpc.TextServiceServicer):
     service_name = "avatar.worker.v1.TextService"
 
     def __init__(
-        self, encoder: TextEncoder, digest: str, store: SessionStore, device: Device, capacity: int, ttl_s: float
+        self, encoder: TextEncoder, digest: str, store: SessionStore, queue: DeviceQueue, capacity: int, ttl_s: float
     ) -> None:
         self._encoder = encoder
         self._digest = digest
         self._store = store
-        self._device = device
+        self._queue = queue
         self._capacity = capacity
         self._ttl_s = ttl_s
         self._computing = asyncio.Semaphore(capacity)
@@ -70,5 +70,5 @@ class TextServicer(text_pb2_grpc.TextServiceServicer):
         if self._computing.locked():
             raise NoCapacity(f"{self._capacity} prompts are being embedded already", retry_s=1.0)
         async with self._computing:
-            text = await self._device.run(self._encoder.embed, prompt)
+            text = await self._queue.run(self._encoder.embed, prompt)
         return pb.EmbedResponse(text=tensor_to_pb(text), digest=self._digest)

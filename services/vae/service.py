@@ -13,8 +13,8 @@ from avatar import telemetry
 from avatar.errors import NoCapacity
 from avatar.rpc.codec import block_from_pb, session_from_pb, tensor_to_pb
 from avatar.rpc.server import Context, blaming, opening, parts
-from avatar.runtime.admission import AdmissionControl, Pace, Usage
-from avatar.runtime.device_queue import Device
+from avatar.runtime.admission import AdmissionControl, StreamUsage
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import local
 from avatar.store.sessions import SessionStore
 from avatar.types import BLOCK_FRAMES, Block, FrameChunk
@@ -35,13 +35,12 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
 
     service_name = "avatar.worker.v1.VaeService"
 
-    def __init__(self, vae: Vae[Any], digest: str, store: SessionStore, device: Device, capacity: int) -> None:
+    def __init__(self, vae: Vae[Any], digest: str, store: SessionStore, queue: DeviceQueue, capacity: int) -> None:
         self._vae = vae
         self._digest = digest
         self._store = store
-        self._device = device
-        self._pace = Pace()
-        self._admission = AdmissionControl(capacity, "vae", device.load, self._pace)
+        self._queue = queue
+        self._admission = AdmissionControl(capacity, "vae", queue.load)
         self._encoding = asyncio.Semaphore(MAX_ENCODING)
         # Frames are encoded beside the device, which decodes the next block meanwhile.
         self._encoder = ThreadPoolExecutor(1, "encode")
@@ -52,8 +51,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
     def warm(self) -> None:
         """Decode nothing, to know how long a block takes; not where sizes are free."""
         if size := self._vae.config.picture.fixed_size:
-            self._pace.measure(lambda: self._vae.warm(*size))
-            self._admission.report_capacity()
+            self._admission.measure(lambda: self._vae.warm(*size))
 
     async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:
         rule = self._vae.config.picture
@@ -69,7 +67,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             capacity=self._admission.capacity,
             active=self._admission.active,
             encodings=list(encodings.ENCODINGS),
-            step_s=self._pace.step_s,
+            step_s=self._admission.step_times.p90_s,
         )
 
     async def EncodeReference(self, request: pb.EncodeReferenceRequest, context: Context) -> pb.EncodeReferenceResponse:
@@ -77,7 +75,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             raise NoCapacity(f"{MAX_ENCODING} pictures are being prepared already", retry_s=1.0)
         async with self._encoding:
             # Behind every block that somebody waits for, and in turn with the others: last of all would be never.
-            return await self._device.run(self._encode, request)
+            return await self._queue.run(self._encode, request)
 
     def _encode(self, request: pb.EncodeReferenceRequest) -> pb.EncodeReferenceResponse:
         size = (request.width, request.height) if request.width or request.height else request.area or None
@@ -126,13 +124,13 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 pixels = chunk.frames.numpy()
                 return _frames(chunk, encodings.encode(pixels, encoding, rate_hz, quality, chunk.first_frame))
 
-            decoded, encoded, num_blocks = Usage(), Usage(), 0
-            stage = local(self._vae, session_from_pb(session), self._device, decoded, is_live=opened.is_live)
+            decoded, encoded, num_blocks = StreamUsage(), StreamUsage(), 0
+            stage = local(self._vae, session_from_pb(session), self._queue, decoded, is_live=opened.is_live)
             async with aclosing(stage(_blocks(opened, requests))) as chunks:
                 async for chunk in chunks:
                     _trace("vae", chunk, decoded)
-                    self._pace.note(decoded)
-                    frames = await loop.run_in_executor(self._encoder, encoded.timed, encode, chunk)
+                    self._admission.step_times.add(decoded.step_s)
+                    frames = await loop.run_in_executor(self._encoder, encoded.measure, encode, chunk)
                     _trace("encode", chunk, encoded)
                     num_blocks += 1
                     for frame in frames:
@@ -141,7 +139,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             yield pb.DecodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=busy_s))
 
 
-def _trace(stage: str, chunk: FrameChunk, usage: Usage) -> None:
+def _trace(stage: str, chunk: FrameChunk, usage: StreamUsage) -> None:
     step = usage.start_ns, usage.end_ns, usage.waited_s
     telemetry.block_span(stage, chunk.index, *step, parent=chunk.traceparent)
 

@@ -10,7 +10,7 @@ import pytest
 from avatar.rpc.channel import channel
 from avatar.rpc.client import remote_audio, remote_denoiser, remote_vae
 from avatar.rpc.server import serving
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 from benchmarks.standin import content
 from benchmarks.standin.models import Decoding, Due, Hearing
@@ -24,8 +24,8 @@ SOUND = [bytes([number + 1]) * content.SOUND_BYTES for number in range(3)]
 @asynccontextmanager
 async def served(kind: Any, *arguments: Any, capacity: int = 1) -> AsyncGenerator[Any, None]:
     """A channel to a stand-in that takes no time."""
-    with Device() as device:
-        stage = Stage("stand-in", Step(0.0), device, capacity, 3)
+    with DeviceQueue() as queue:
+        stage = Stage("stand-in", Step(0.0), queue, capacity, 3)
         async with (
             serving("127.0.0.1:0", kind(stage, *arguments)) as port,
             channel(f"127.0.0.1:{port}") as to_it,

@@ -18,7 +18,7 @@ from avatar.handoff.client import RemoteChain
 from avatar.rpc.channel import channel
 from avatar.rpc.codec import block_to_pb, conditions_to_pb, tensor_to_pb
 from avatar.rpc.server import serving
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import DenoiserSettings
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
@@ -126,10 +126,10 @@ async def in_this_process(checkpoint: Path, redis_url: str) -> AsyncGenerator[Ch
     """A chain of one process, which hands over in memory."""
     address = f"127.0.0.1:{free_ports(1)[0]}"
     async with AsyncExitStack() as stack:
-        device = stack.enter_context(Device())
+        queue = stack.enter_context(DeviceQueue())
         store = SessionStore(RedisHashes(redis_url))
         stack.push_async_callback(store.aclose)
-        servicer = build(DenoiserSettings(checkpoint=checkpoint, chain=address), store, device)
+        servicer = build(DenoiserSettings(checkpoint=checkpoint, chain=address), store, queue)
         servicer.chain = await stack.enter_async_context(joined(address, servicer.seat))
         port = await stack.enter_async_context(serving("127.0.0.1:0", servicer))
         target = f"127.0.0.1:{port}"

@@ -14,7 +14,7 @@ from avatar.handoff.chain import Chain, Seat, joined
 from avatar.handoff.client import RemoteChain
 from avatar.rpc.channel import channel
 from avatar.rpc.server import serving
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import DenoiserSettings
 from avatar.store.sessions import SessionStore
 from avatar.types import Block
@@ -137,8 +137,8 @@ async def test_a_level_that_does_not_come_ends_the_start(address: str, monkeypat
 
 
 async def test_a_worker_in_no_chain_hands_nothing_over(checkpoint: Path, store: SessionStore) -> None:
-    with Device() as device:
-        servicer = build(DenoiserSettings(checkpoint=checkpoint), store, device)
+    with DeviceQueue() as queue:
+        servicer = build(DenoiserSettings(checkpoint=checkpoint), store, queue)
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
             with pytest.raises(ConfigMismatch, match="this worker is in no chain"):
                 await RemoteChain([connection]).open(OpenDenoise(session_id="any"))

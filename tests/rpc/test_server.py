@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from avatar.errors import REASONS, InvalidAudio
 from avatar.rpc.channel import channel
 from avatar.rpc.server import Context, Servicer, blaming, serving, until_stopped
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings
 from avatar.store.sessions import SessionStore
 from avatar.store.usage import TenantUsage
@@ -80,12 +80,12 @@ async def test_open_streams_are_given_time_to_end() -> None:
 async def test_every_service_answers_health_and_reflection(text_checkpoint: Path, store: SessionStore) -> None:
     settings = GatewaySettings()
     workers, quotas = Workers(settings), Quotas(TenantUsage(settings.redis_url))
-    with Device() as device:
+    with DeviceQueue() as queue:
         services: list[Servicer] = [
-            build_audio(AudioSettings(checkpoint=text_checkpoint), device),
-            build_denoiser(DenoiserSettings(checkpoint=text_checkpoint), store, device),
-            build_text(TextSettings(checkpoint=text_checkpoint), store, device),
-            build_vae(VaeSettings(checkpoint=text_checkpoint), store, device),
+            build_audio(AudioSettings(checkpoint=text_checkpoint), queue),
+            build_denoiser(DenoiserSettings(checkpoint=text_checkpoint), store, queue),
+            build_text(TextSettings(checkpoint=text_checkpoint), store, queue),
+            build_vae(VaeSettings(checkpoint=text_checkpoint), store, queue),
             AvatarServicer(settings, store, workers, Conversations(settings, store, workers, quotas), quotas),
         ]
         names = [service.service_name for service in services]

@@ -1,81 +1,79 @@
-"""Tests of avatar.runtime.admission: what steps cost, and how many live streams that allows."""
+"""Tests of avatar.runtime.admission: step times, and the streams that are admitted by them."""
 
 import sys
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 
 from avatar.audio.alignment import BLOCK_SAMPLES, SAMPLE_RATE_HZ
 from avatar.errors import NoCapacity
-from avatar.runtime.admission import AdmissionControl, Load, Pace, Usage
+from avatar.runtime.admission import AdmissionControl, DeviceLoad, StepTimes
 from avatar.types import BLOCK_FRAMES, BLOCK_S
 
 
-def paced(*steps_s: float) -> Pace:
-    """The pace of a worker that has taken these steps."""
-    pace = Pace()
+def step_times(*steps_s: float) -> StepTimes:
+    times = StepTimes()
     for step_s in steps_s:
-        usage = Usage()
-        usage.note(0, round(step_s * 1e9))
-        pace.note(usage)
-    return pace
+        times.add(step_s)
+    return times
 
 
-def admitted(load: Load, pace: Pace, most: int = 100) -> int:
-    """How many sessions of one stream each have room."""
+def num_admitted(load: DeviceLoad, times: StepTimes, most: int = 100) -> int:
+    """Return how many sessions of one live stream each the device has time for."""
     with ExitStack() as stack:
         for number in range(most):
-            if not load.has_room(str(number), pace):
+            if not load.has_time_for(str(number), times):
                 return number
-            stack.enter_context(load.live(str(number), pace))
+            stack.enter_context(load.live_stream(str(number), times))
     return most
 
 
-def test_a_block_lasts_as_long_everywhere() -> None:
+def test_a_block_lasts_as_long_in_audio_as_in_video() -> None:
     assert BLOCK_S == BLOCK_SAMPLES / SAMPLE_RATE_HZ == BLOCK_FRAMES / 25
 
 
-def test_nearly_all_of_a_devices_time_is_given_to_live_streams() -> None:
-    assert [admitted(Load(), paced(step_s)) for step_s in (0.02, 0.0205, 0.12, 0.265, 0.4)] == [22, 22, 3, 1, 1]
+def test_live_streams_get_nearly_all_of_a_devices_time() -> None:
+    steps_s = (0.02, 0.0205, 0.12, 0.265, 0.4)
+    assert [num_admitted(DeviceLoad(), step_times(step_s)) for step_s in steps_s] == [22, 22, 3, 1, 1]
 
 
-def test_a_session_that_has_the_device_to_itself_may_try() -> None:
-    """It is told when it falls behind; nobody else would."""
-    load, slow = Load(), paced(1.0)
-    with load.live("a", slow):
-        assert load.has_room("a", slow), "its own second stream"
-        assert not load.has_room("b", slow)
-    assert load.has_room("b", slow)
+def test_a_session_alone_at_a_device_is_never_refused() -> None:
+    load, slow = DeviceLoad(), step_times(1.0)
+    with load.live_stream("a", slow):
+        assert load.has_time_for("a", slow), "its own second stream"
+        assert not load.has_time_for("b", slow)
+    assert load.has_time_for("b", slow)
 
 
 def test_all_services_of_a_device_count() -> None:
-    load, denoiser, decoder = Load(), paced(0.11), paced(0.05)
-    load.serve(denoiser, 2)
-    load.serve(decoder, 1)
-    assert load.room == 1, "0.45 s of blocks hold one session of 0.27 s"
-    with load.live("a", denoiser), load.live("a", denoiser), load.live("a", decoder):
-        assert load.room == 0
-        assert load.has_room("b", denoiser)
-        with load.live("b", denoiser):
-            assert load.has_room("b", decoder)
-            assert not load.has_room("b", denoiser)
+    load, denoiser, decoder = DeviceLoad(), step_times(0.11), step_times(0.05)
+    load.add_service(denoiser, 2)
+    load.add_service(decoder, 1)
+    assert load.num_free_sessions == 1, "one session of 0.27 s fits into 0.45 s of every block"
+    with load.live_stream("a", denoiser), load.live_stream("a", denoiser), load.live_stream("a", decoder):
+        assert load.num_free_sessions == 0
+        assert load.has_time_for("b", denoiser)
+        with load.live_stream("b", denoiser):
+            assert load.has_time_for("b", decoder)
+            assert not load.has_time_for("b", denoiser)
 
 
-def test_a_device_that_has_not_stepped_yet_has_room() -> None:
-    load = Load()
-    load.serve(Pace(), 1)
-    assert load.room == sys.maxsize
-    assert admitted(load, Pace()) == 100
+def test_a_device_without_measured_steps_refuses_no_stream() -> None:
+    load = DeviceLoad()
+    load.add_service(StepTimes(), 1)
+    assert load.num_free_sessions == sys.maxsize
+    assert num_admitted(load, StepTimes()) == 100
 
 
-def test_cold_starts_and_prefills_refuse_nobody() -> None:
+def test_cold_starts_and_prefills_refuse_no_stream() -> None:
     for steps in ((0.02, 0.9), (0.9, 0.02, 0.02), (0.02, 0.9, 0.9, 0.02)):
-        assert paced(*steps).cost_s == 0.02
-    assert paced(0.02, 0.9).step_s == 0.9, "what is promised is what most blocks stay within"
+        assert step_times(*steps).median_s == 0.02
+    assert step_times(0.02, 0.9).p90_s == 0.9
 
 
 def test_a_stream_over_the_limit_is_refused_until_another_ends() -> None:
-    admission = AdmissionControl(2, "audio", Load(), Pace())
+    admission = AdmissionControl(2, "audio", DeviceLoad())
     with admission.admit("a", is_live=False):
         with admission.admit("b", is_live=False):
             with pytest.raises(NoCapacity, match="all 2 streams of this worker are taken") as refusal:
@@ -87,8 +85,9 @@ def test_a_stream_over_the_limit_is_refused_until_another_ends() -> None:
 
 
 def test_a_live_stream_the_device_has_no_time_for_is_refused_until_another_ends() -> None:
-    admission = AdmissionControl(8, "audio", Load(), paced(0.2))
-    assert admission.capacity == 2, "0.45 s of every block hold two of 0.2 s"
+    admission = AdmissionControl(8, "audio", DeviceLoad())
+    admission.step_times.add(0.2)
+    assert admission.capacity == 2, "two of 0.2 s fit into 0.45 s of every block"
     with admission.admit("a", is_live=True):
         with admission.admit("b", is_live=True):
             with pytest.raises(NoCapacity, match="no time for another live stream") as refusal:
@@ -99,3 +98,17 @@ def test_a_live_stream_the_device_has_no_time_for_is_refused_until_another_ends(
                 assert admission.active == 3, "offline streams use the time that is left"
         with admission.admit("c", is_live=True):
             assert admission.active == 2
+
+
+def test_the_first_step_time_is_measured_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr("avatar.runtime.admission.time.perf_counter_ns", lambda: round(now.s * 1e9))
+    durations_s = iter((8.0, 0.4))
+
+    def warm() -> int:
+        now.s += next(durations_s)
+        return 4
+
+    admission = AdmissionControl(8, "audio", DeviceLoad())
+    admission.measure(warm)
+    assert admission.step_times.median_s == pytest.approx(0.1)

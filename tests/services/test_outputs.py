@@ -16,7 +16,7 @@ from avatar.rpc.channel import channel
 from avatar.rpc.client import remote_vae
 from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import serving
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import VaeSettings
 from avatar.store.sessions import SessionStore
 from avatar.vae.encodings import ENCODINGS, encode, init_segment
@@ -33,8 +33,8 @@ NUM_BLOCKS = 3
 @pytest.fixture
 async def worker(checkpoint: Path, store: SessionStore, picture: bytes) -> AsyncGenerator[grpc.aio.Channel, None]:
     """A channel to a VAE worker; the store has a session."""
-    with Device() as device:
-        servicer = build(VaeSettings(checkpoint=checkpoint, capacity=2), store, device)
+    with DeviceQueue() as queue:
+        servicer = build(VaeSettings(checkpoint=checkpoint, capacity=2), store, queue)
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as target:
             encoded = await vae_pb2_grpc.VaeServiceStub(target).EncodeReference(
                 pb.EncodeReferenceRequest(picture=picture)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.render import Options, embed, load, render
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import DenoiserSettings, GatewaySettings
 from avatar.store.sessions import SessionStore
 from services.denoiser.__main__ import build
@@ -74,7 +74,7 @@ def test_a_partly_matching_adapter_stops_the_start(published: Path, store: Sessi
 
 def test_levels_in_one_process_share_one_set_of_weights(published: Path, store: SessionStore) -> None:
     settings = DenoiserSettings(checkpoint=published, adapter=published / ADAPTER)
-    with Device() as device:
-        servicer = build(settings, store, device)
+    with DeviceQueue() as queue:
+        servicer = build(settings, store, queue)
     assert servicer.levels == [0, 1, 2, 3]
     assert len({id(denoiser.network) for denoiser in servicer._denoisers.values()}) == 1

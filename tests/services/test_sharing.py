@@ -14,7 +14,7 @@ from avatar.rpc.channel import channel
 from avatar.rpc.client import remote_vae
 from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import serving
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import VaeSettings
 from avatar.store.sessions import SessionStore
 from avatar.types import Block, FrameChunk
@@ -29,17 +29,17 @@ SESSIONS = ["first", "second", "third", "fourth"]
 
 
 @pytest.fixture
-def device() -> Iterator[Device]:
-    with Device() as device:
-        yield device
+def queue() -> Iterator[DeviceQueue]:
+    with DeviceQueue() as queue:
+        yield queue
 
 
 @pytest.fixture
 async def worker(
-    checkpoint: Path, store: SessionStore, picture: bytes, device: Device
+    checkpoint: Path, store: SessionStore, picture: bytes, queue: DeviceQueue
 ) -> AsyncGenerator[grpc.aio.Channel, None]:
     """A channel to a VAE worker of that device; the store has sessions."""
-    servicer = build(VaeSettings(checkpoint=checkpoint, capacity=5), store, device)
+    servicer = build(VaeSettings(checkpoint=checkpoint, capacity=5), store, queue)
     async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as target:
         stub = vae_pb2_grpc.VaeServiceStub(target)
         reference = (await stub.EncodeReference(pb.EncodeReferenceRequest(picture=picture))).reference
@@ -56,7 +56,7 @@ async def told(worker: grpc.aio.Channel) -> tuple[int, int]:
 
 
 async def test_blocks_go_by_the_slack_that_they_come_with(
-    worker: grpc.aio.Channel, device: Device, monkeypatch: pytest.MonkeyPatch
+    worker: grpc.aio.Channel, queue: DeviceQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
     step = Vae.step
@@ -90,11 +90,11 @@ async def test_blocks_go_by_the_slack_that_they_come_with(
             tasks.create_task(each)
         while (await told(worker))[0] < len(streams):
             pass
-        await device.run(int)  # the streams' states are open
-        with busy(device):
+        await queue.run(int)  # the streams' states are open
+        with busy(queue):
             for number, name in enumerate(SESSIONS, 1):
                 events[name].set()
-                await until_waiting(device, number)
+                await until_waiting(queue, number)
     assert order == ["fourth", "second", "third", "first"]
 
 
@@ -122,7 +122,7 @@ async def test_the_newest_live_stream_is_refused_before_the_others_come_late(
 
 
 async def test_a_stream_that_ends_while_its_block_waits_takes_it_out_of_the_queue(
-    worker: grpc.aio.Channel, device: Device
+    worker: grpc.aio.Channel, queue: DeviceQueue
 ) -> None:
     stage = remote_vae(worker)
     await stage.open(pb.OpenDecode(session_id="first"))
@@ -131,11 +131,11 @@ async def test_a_stream_that_ends_while_its_block_waits_takes_it_out_of_the_queu
         yield types.Block(index=0, latent=tensor_to_pb(torch.zeros(16, 3, 8, 8)))
         await asyncio.Event().wait()
 
-    await device.run(int)  # the stream's state is open
-    with busy(device):
+    await queue.run(int)  # the stream's state is open
+    with busy(queue):
         frames = asyncio.ensure_future(anext(stage(blocks())))
-        await until_waiting(device, 1)
+        await until_waiting(queue, 1)
         stage.cancel()
-        await until_waiting(device, 0)
+        await until_waiting(queue, 0)
     await asyncio.wait({frames})
     assert frames.cancelled() or frames.exception()

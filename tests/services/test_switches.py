@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from avatar.denoiser.denoiser import Denoiser
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import AudioSettings, DenoiserSettings, VaeSettings
 from avatar.store.sessions import SessionStore
 from services.audio.__main__ import build as build_audio
@@ -18,8 +18,8 @@ from services.vae.__main__ import build as build_vae
 
 
 def built(checkpoint: Path, store: SessionStore, **settings: Any) -> DenoiserServicer:
-    with Device() as device:
-        return build_denoiser(DenoiserSettings(checkpoint=checkpoint, **settings), store, device)
+    with DeviceQueue() as queue:
+        return build_denoiser(DenoiserSettings(checkpoint=checkpoint, **settings), store, queue)
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,11 @@ async def test_a_compiled_denoiser_is_warm_for_the_checkpoints_size_at_every_lev
 
 
 async def test_other_workers_refuse_a_device_that_is_not_there(checkpoint: Path, store: SessionStore) -> None:
-    with Device() as device:
+    with DeviceQueue() as queue:
         with pytest.raises(ValueError, match="AVATAR_DEVICE is 'cuda:99'"):
-            build_audio(AudioSettings(checkpoint=checkpoint, device="cuda:99"), device)
+            build_audio(AudioSettings(checkpoint=checkpoint, device="cuda:99"), queue)
         with pytest.raises(ValueError, match="AVATAR_DEVICE is 'cuda:99'"):
-            build_vae(VaeSettings(checkpoint=checkpoint, device="cuda:99"), store, device)
+            build_vae(VaeSettings(checkpoint=checkpoint, device="cuda:99"), store, queue)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -96,7 +96,7 @@ async def test_a_processor_that_has_no_instructions_for_a_dtype_is_said(
     *,
     is_said: bool,
 ) -> None:
-    with Device() as device, patch("torch.cpu.get_capabilities", return_value=instructions):
-        build_audio(AudioSettings(checkpoint=checkpoint, dtype=dtype), device)
+    with DeviceQueue() as queue, patch("torch.cpu.get_capabilities", return_value=instructions):
+        build_audio(AudioSettings(checkpoint=checkpoint, dtype=dtype), queue)
     hints = [getattr(record, "hint", "") for record in caplog.records]
     assert any("AVATAR_DTYPE=float32" in hint for hint in hints) == is_said

@@ -16,7 +16,7 @@ from avatar.checkpoints.layouts import open_part
 from avatar.rpc.channel import channel
 from avatar.rpc.codec import tensor_from_pb
 from avatar.rpc.server import serving
-from avatar.runtime.device_queue import Device
+from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import TextSettings
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
@@ -36,8 +36,8 @@ async def working(
 ) -> "AsyncGenerator[pb_grpc.TextServiceAsyncStub, None]":
     """A text worker over a store."""
     settings = TextSettings(checkpoint=checkpoint, capacity=capacity)
-    with Device() as device:
-        servicer = build(settings, SessionStore(hashes), device)
+    with DeviceQueue() as queue:
+        servicer = build(settings, SessionStore(hashes), queue)
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
             yield pb_grpc.TextServiceStub(connection)
 
@@ -194,7 +194,7 @@ async def test_an_embedding_leaves_a_span(
 
 def test_a_checkpoint_without_text_does_not_start(checkpoint: Path, store: SessionStore) -> None:
     with (
-        Device() as device,
+        DeviceQueue() as queue,
         pytest.raises(ValueError, match="knows no text: expected a folder text"),
     ):
-        build(TextSettings(checkpoint=checkpoint), store, device)
+        build(TextSettings(checkpoint=checkpoint), store, queue)
