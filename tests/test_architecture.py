@@ -61,7 +61,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.rpc.interceptor": ("avatar.errors", "avatar.rpc.status", "avatar.telemetry"),
     "avatar.rpc.server": ("avatar.errors", "avatar.rpc.channel", "avatar.rpc.interceptor"),
     "avatar.rpc.client": ("avatar.aio", "avatar.errors", "avatar.rpc.status", "avatar.rpc.wire", "avatar.worker"),
-    "avatar.failover": ("avatar.aio", "avatar.errors", "avatar.rpc", "avatar.telemetry", "avatar.worker"),
+    "avatar.failover": (
+        *("avatar.aio", "avatar.errors", "avatar.handoff.client", "avatar.rpc", "avatar.telemetry", "avatar.worker"),
+    ),
     "avatar.handoff.chain": ("avatar.errors", "avatar.types"),
     "avatar.handoff.client": ("avatar.aio", "avatar.rpc.client", "avatar.worker"),
     # What product teams use.

@@ -1,8 +1,8 @@
-"""The workers of one kind: where they are, what they say of themselves, and which takes the next stream.
+"""The workers of one kind: discovery, health checks, and the choice of a worker for a new stream.
 
-A name that resolves to several addresses is several workers. Each is asked once a second what it serves and how much
-it has to do; one that does not answer gets no stream, and those that it has are told. Workers come and go while streams
-run.
+A name that resolves to several addresses is several workers. Each is asked once a second what it serves and how many
+streams it has; one that does not answer gets no new stream, and its open streams are notified. Workers come and go
+while streams run.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 Info = TypeVar("Info", bound=Message)
 Opened = TypeVar("Opened")
 
-ASK_EVERY_S = 1.0
-# Its loop answers within milliseconds however busy its device is; a process that is stopped does not.
+POLL_EVERY_S = 1.0
+# A worker's event loop answers within milliseconds however busy its device is; a stopped process does not.
 ANSWER_S = 2.0
 RETRY_S = 1.0
 
@@ -33,16 +33,16 @@ RETRY_S = 1.0
 class Worker(Generic[Info]):
     """One worker, as this process sees it.
 
-    target: HOST:PORT. info: what it said last; None while it does not answer. num_open: streams of this process there.
-    on_silence: called when it has stopped answering, for the streams that it has. is_listed: it is at an address of
-    the pool's. chain: that it belongs to; a chain's streams are counted at one of its workers.
+    target: HOST:PORT. info: its last answer; None while it does not answer. num_streams: this process's streams there.
+    on_silence: callbacks of those streams, called when the worker stops answering. is_listed: the pool's names resolve
+    to its address. chain: name of its chain; a chain's streams are counted at one of its workers.
     """
 
     def __init__(self, target: str, connection: grpc.aio.Channel) -> None:
         self.target = target
         self.channel = connection
         self.info: Info | None = None
-        self.num_open = 0
+        self.num_streams = 0
         self.on_silence: set[Callable[[], None]] = set()
         self.is_listed = True
         self.chain = ""
@@ -50,62 +50,62 @@ class Worker(Generic[Info]):
 
     @property
     def load(self) -> tuple[float, int]:
-        """The share of its streams that are taken, as far as is known here, and how many that are."""
-        taken = self._num_others + self.num_open
-        return taken / max(1, getattr(self.info, "capacity", 0)), taken
+        """Share of its capacity that is in use, as of its last answer, and the number of its streams."""
+        num_streams = self._num_others + self.num_streams
+        return num_streams / max(1, getattr(self.info, "capacity", 0)), num_streams
 
-    def heard(self, info: Info) -> None:
-        """It has answered."""
+    def update(self, info: Info) -> None:
+        """Store an answer."""
         self.info, self.chain = info, getattr(info, "chain", "")
-        self._num_others = max(0, getattr(info, "active", 0) - self.num_open)
+        self._num_others = max(0, getattr(info, "active", 0) - self.num_streams)
 
-    def lost(self) -> None:
-        """It cannot be reached: nothing is opened there until it answers again."""
+    def mark_lost(self) -> None:
+        """Open no stream at the worker until it answers again."""
         self.info = None
 
-    def silent(self) -> None:
-        """It is there and does not answer."""
-        self.lost()
-        for tell in [*self.on_silence]:
-            tell()
+    def mark_silent(self) -> None:
+        """Mark a worker that is reachable but does not answer as lost, and notify its streams."""
+        self.mark_lost()
+        for notify in [*self.on_silence]:
+            notify()
 
 
 class WorkerPool(Generic[Info]):
     """All workers of a kind.
 
-    stage: what errors call them. targets: HOST:PORT or NAME:PORT of each. ask: what asks one at the end of a channel.
-    credentials: for TLS; a certificate is for the target's name, whichever of its addresses shows it.
+    stage: name that errors carry. targets: HOST:PORT or NAME:PORT of each. get_info: asks the worker at the end of a
+    channel what it serves. credentials: for TLS; a certificate is for the target's name, at each of its addresses.
     """
 
     def __init__(
         self,
         stage: str,
         targets: Sequence[str],
-        ask: Callable[[grpc.aio.Channel], Awaitable[Info]],
+        get_info: Callable[[grpc.aio.Channel], Awaitable[Info]],
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.stage = stage
         self._targets = targets
-        self._ask_at = ask
+        self._get_info = get_info
         self._credentials = credentials
         self._workers: dict[str, Worker[Info]] = {}
-        self._asking = asyncio.Lock()
+        self._polling = asyncio.Lock()
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
-        """Know the workers while the body runs."""
+        """Poll the workers while the body runs."""
         try:
-            async with background(self._ask_on()):
+            async with background(self._poll_forever()):
                 yield
         finally:
             for worker in self._workers.values():
                 await worker.channel.close()
 
     async def workers(self, serves: Callable[[Info], bool] = lambda _: True) -> list[tuple[Worker[Info], Info]]:
-        """Those that answer and serve what is asked, the least loaded first. StageLost if there is none."""
+        """Return the workers that answer and serve what is asked, least loaded first. StageLost if there is none."""
         found = self.answering(serves)
         if not found:
-            await self.ask()
+            await self.poll()
             found = self.answering(serves)
         if not found:
             raise self._lost(f"no worker answers at {', '.join(self._targets)}")
@@ -116,16 +116,16 @@ class WorkerPool(Generic[Info]):
         open_at: Callable[[Worker[Info]], Awaitable[Opened]],
         serves: Callable[[Info], bool] = lambda _: True,
     ) -> tuple[Worker[Info], Opened]:
-        """Open a stream at the least loaded worker that takes it.
+        """Open a stream at the least loaded worker that takes it. The caller decrements `num_streams` when it ends.
 
-        Raises what one of them said if none does: NoCapacity if there was one that is full.
+        If no worker takes it, raises the error of one: NoCapacity if any of them is full.
         """
         refusal: AvatarError | None = None
         for worker, _ in await self.workers(serves):
-            if worker.info is None:  # since it was looked up
+            if worker.info is None:  # lost since the list was made
                 refusal = refusal or self._lost(f"{worker.target} is gone")
                 continue
-            worker.num_open += 1
+            worker.num_streams += 1
             is_open = False
             try:
                 opened = await open_at(worker)
@@ -134,27 +134,27 @@ class WorkerPool(Generic[Info]):
             except NoCapacity as error:
                 refusal = error
             except (StageLost, StageFailed, StoreUnavailable) as error:
-                worker.lost()  # until it is asked again: others go first
+                worker.mark_lost()  # until it answers again: others are tried first
                 refusal = refusal or error
             finally:
-                worker.num_open -= not is_open
+                worker.num_streams -= not is_open
         assert refusal is not None
         raise refusal
 
-    async def call(self, ask_at: Callable[[Worker[Info]], Awaitable[Opened]]) -> Opened:
-        """The answer of the least loaded worker that gives one. Raises as `open`."""
-        worker, answer = await self.open(ask_at)
-        worker.num_open -= 1
+    async def call(self, call_at: Callable[[Worker[Info]], Awaitable[Opened]]) -> Opened:
+        """Return the answer of the least loaded worker that gives one. Raises as `open` does."""
+        worker, answer = await self.open(call_at)
+        worker.num_streams -= 1
         return answer
 
-    async def ask(self) -> None:
-        """Look where workers are and ask each. Returns when all have answered, or are known not to."""
-        async with self._asking:
-            await self._look()
-            await asyncio.gather(*(self._ask(worker) for worker in [*self._workers.values()]))
+    async def poll(self) -> None:
+        """Resolve the targets and ask every worker. Returns when each has answered or failed to."""
+        async with self._polling:
+            await self._resolve()
+            await asyncio.gather(*(self._poll(worker) for worker in [*self._workers.values()]))
 
     def answering(self, serves: Callable[[Info], bool]) -> list[tuple[Worker[Info], Info]]:
-        """Those that answered when they were asked last, and serve what is asked."""
+        """Return the workers that answered the last poll and serve what is asked."""
         return [
             (worker, worker.info)
             for worker in self._workers.values()
@@ -164,22 +164,22 @@ class WorkerPool(Generic[Info]):
     def _lost(self, why: str) -> StageLost:
         return StageLost(f"{self.stage}: {why}", metadata={"stage": self.stage}, retry_s=RETRY_S)
 
-    async def _ask_on(self) -> None:
+    async def _poll_forever(self) -> None:
         while True:
-            await self.ask()
-            await asyncio.sleep(ASK_EVERY_S)
+            await self.poll()
+            await asyncio.sleep(POLL_EVERY_S)
 
-    async def _ask(self, worker: Worker[Info]) -> None:
+    async def _poll(self, worker: Worker[Info]) -> None:
         try:
-            worker.heard(await self._ask_at(worker.channel))
+            worker.update(await self._get_info(worker.channel))
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                worker.silent()
-            else:  # it is gone, which its streams notice, or it drains, and they end in peace
-                worker.lost()
+                worker.mark_silent()
+            else:  # gone, which its streams notice by themselves, or draining, which lets its streams end
+                worker.mark_lost()
 
-    async def _look(self) -> None:
-        """Workers at all addresses that the names have now. A name that cannot be resolved keeps those it had."""
+    async def _resolve(self) -> None:
+        """Update the list of workers from the targets' addresses. A name that cannot be resolved keeps its workers."""
         found: dict[str, str] = {}
         for target in self._targets:
             try:
@@ -190,15 +190,15 @@ class WorkerPool(Generic[Info]):
         for address, name in found.items():
             if address not in self._workers:
                 self._workers[address] = Worker(address, channel(address, self._credentials, name=name))
-        busy = {worker.chain for worker in self._workers.values() if worker.num_open and worker.chain}
+        busy_chains = {worker.chain for worker in self._workers.values() if worker.num_streams and worker.chain}
         for address, worker in [*self._workers.items()]:
             worker.is_listed = address in found
-            if not (worker.is_listed or worker.num_open or worker.chain in busy):
+            if not (worker.is_listed or worker.num_streams or worker.chain in busy_chains):
                 await self._workers.pop(address).channel.close()
 
 
 async def _addresses(target: str) -> dict[str, str]:
-    """HOST:PORT of every address that a target's name has, and the name."""
+    """Return HOST:PORT of every address of a target, each with the target's name; no name if it is an address."""
     host, _, port = target.removeprefix("dns:///").rpartition(":")
     try:
         ipaddress.ip_address(host.strip("[]"))

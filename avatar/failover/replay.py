@@ -1,6 +1,6 @@
-"""What rebuilds a stream at another worker: what it was given and has not answered, and some of what came before.
+"""What rebuilds a stream at another worker: the items that it has not answered, and some of those before them.
 
-A history keeps messages unopened, and knows by their numbers which answers are repeats.
+A replay keeps messages unopened. By their indexes it recognises answers that were passed on before.
 """
 
 import math
@@ -13,120 +13,129 @@ from google.protobuf.message import Message
 from avatar.rpc.wire import RelayedBlock
 from avatar.worker.v1 import audio_pb2, types_pb2
 
-Item_contra = TypeVar("Item_contra", contravariant=True)
-Item_co = TypeVar("Item_co", covariant=True)
 Item = TypeVar("Item", bound=Message | RelayedBlock)
 Answer_contra = TypeVar("Answer_contra", contravariant=True)
 
 
 class Replay(Protocol[Item, Answer_contra]):
-    """The history of one stream."""
+    """The replay of one stream."""
 
-    def sent(self, item: Item) -> None:
-        """The stream is given an item."""
+    def record(self, item: Item) -> None:
+        """Keep an item that is sent to the stream."""
 
-    def again(self) -> Sequence[Item]:
-        """What a stream that is rebuilt is given first, in order."""
+    def items(self) -> Sequence[Item]:
+        """Return the items that a rebuilt stream receives first, in order."""
 
-    def took(self, answer: Answer_contra) -> int | None:
-        """The block of an answer, None if it is a repeat."""
+    def accept(self, answer: Answer_contra) -> int | None:
+        """Return the block that an answer belongs to, None if the answer is a repeat. Drop items that it settles."""
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether an answer is due."""
+    def is_answer_due(self) -> bool:
+        """Whether the stream has received all that its next answer needs."""
 
 
 class BlockReplay:
-    """The history of a stream of blocks, each answered with a block or with its frames.
+    """The replay of a stream of blocks, each answered with a block or with its frames.
 
-    next_block: the first that is not answered, or not with all of its frames. num_past: blocks before it that are kept.
+    Conditions are carried by the first block of each version alone. A replay keeps those of its first block, so that
+    the first block of a rebuilt stream always carries them.
+
+    next_block: the first block that is not answered, or not with all of its frames.
+    num_past_blocks: answered blocks before it that are kept, because the state of the stream depends on them.
     """
 
     def __init__(self, next_block: int = 0) -> None:
         self.next_block = next_block
-        self.num_past = 0
+        self.num_past_blocks = 0
         self._next_frame = 0
         self._kept: deque[types_pb2.Block | RelayedBlock] = deque()
+        self._conditions: types_pb2.Conditions | None = None
 
     @property
     def first_block(self) -> int:
-        """The block that a stream which is rebuilt begins with."""
+        """Index of the block that a rebuilt stream starts with."""
         return self._kept[0].index if self._kept else self.next_block
 
     @property
-    def is_waiting(self) -> bool:
+    def is_answer_due(self) -> bool:
         return bool(self._kept) and self._kept[-1].index >= self.next_block
 
-    def sent(self, block: types_pb2.Block | RelayedBlock) -> None:
+    def record(self, block: types_pb2.Block | RelayedBlock) -> None:
         self._kept.append(block)
 
-    def again(self) -> Sequence[types_pb2.Block | RelayedBlock]:
-        return [_urgent(block) for block in self._kept]
+    def items(self) -> Sequence[types_pb2.Block | RelayedBlock]:
+        items = [_without_slack(block) for block in self._kept]
+        if items and self._conditions is not None and not _head(items[0]).HasField("carried"):
+            items[0] = _with_conditions(items[0], self._conditions)
+        return items
 
-    def took(self, answer: types_pb2.Block | types_pb2.Frame) -> int | None:
+    def accept(self, answer: types_pb2.Block | types_pb2.Frame) -> int | None:
         if isinstance(answer, types_pb2.Block):
-            return self._took_all_of(answer.index)
+            return self._accept_block(answer.index)
         if answer.index < self._next_frame:
             return None
         self._next_frame = answer.index + 1
         if answer.is_last:
-            self._took_all_of(answer.block)
+            self._accept_block(answer.block)
         return answer.block
 
-    def _took_all_of(self, block: int) -> int | None:
-        if block < self.next_block:
+    def _accept_block(self, index: int) -> int | None:
+        if index < self.next_block:
             return None
-        self.next_block = block + 1
-        while self._kept and self._kept[0].index < self.next_block - self.num_past:
-            self._kept.popleft()
-        return block
+        self.next_block = index + 1
+        while self._kept and self._kept[0].index < self.next_block - self.num_past_blocks:
+            head = _head(self._kept.popleft())
+            if head.HasField("carried"):
+                self._conditions = head.carried
+        return index
 
 
 class AudioReplay:
-    """The history of the stream of sound: pieces, none of which reaches into two blocks, are answered with blocks.
+    """The replay of a stream of audio: pieces, none of which reaches into two blocks, are answered with blocks.
 
-    block_bytes: of a block's sound. next_block: the first that is not answered. num_past: blocks before it whose sound
-    is kept. statistics: what the stage has accumulated by the last block that it has answered.
+    next_block: the first block that is not answered. num_past_blocks: blocks before it whose audio is kept.
+    statistics: running statistics of the audio stage, as of the last block that it answered.
     """
 
     def __init__(self, sample_bytes: int, rate_hz: int, block_s: float, statistics: bytes) -> None:
+        """sample_bytes: of one sample of all channels. block_s: duration of a block."""
         self.next_block = 0
-        self.num_past = 0
+        self.num_past_blocks = 0
         self.statistics = statistics
-        self._bytes_a_s = sample_bytes * rate_hz
+        self._bytes_per_s = sample_bytes * rate_hz
         self._block_s = block_s
-        self._due_s = math.inf
+        self._answer_after_s = math.inf
         self._num_bytes = 0
         self._completed = -1
-        # With the block that each begins in.
+        # Each piece with the index of the block that it starts in.
         self._kept: deque[tuple[int, audio_pb2.AudioPiece]] = deque()
 
-    def keep_s(self, history_s: float, lookahead_s: float) -> None:
-        """So much sound before a block rebuilds the stream, and so much behind it is heard for it."""
-        self.num_past = math.ceil(history_s / self._block_s - 1e-6)
-        # Rounding and what a resampler holds back are less than a block.
-        self._due_s = lookahead_s + self._block_s
+    def set_window(self, history_s: float, lookahead_s: float) -> None:
+        """Set how many seconds of audio before a block rebuild the stream, and how many after it its answer needs."""
+        self.num_past_blocks = math.ceil(history_s / self._block_s - 1e-6)
+        # Rounding and the samples that a resampler holds back come to less than a block.
+        self._answer_after_s = lookahead_s + self._block_s
 
     @property
     def first_block(self) -> int:
-        """The block that a stream which is rebuilt begins with."""
-        return max(0, self.next_block - self.num_past)
+        """Index of the block that a rebuilt stream starts with."""
+        return max(0, self.next_block - self.num_past_blocks)
 
     @property
-    def is_waiting(self) -> bool:
-        heard_s = self._num_bytes / self._bytes_a_s - (self.next_block + 1) * self._block_s
-        return self._completed >= self.next_block or heard_s >= self._due_s
+    def is_answer_due(self) -> bool:
+        after_s = self._num_bytes / self._bytes_per_s - (self.next_block + 1) * self._block_s
+        return self._completed >= self.next_block or after_s >= self._answer_after_s
 
-    def sent(self, piece: audio_pb2.AudioPiece) -> None:
+    def record(self, piece: audio_pb2.AudioPiece) -> None:
         self._kept.append((self._block_at(self._num_bytes), piece))
         self._num_bytes += len(piece.data)
         if piece.HasField("completes"):
             self._completed = piece.completes
 
-    def again(self) -> Sequence[audio_pb2.AudioPiece]:
-        return [_urgent(piece) for block, piece in self._kept if block >= self.first_block]
+    def items(self) -> Sequence[audio_pb2.AudioPiece]:
+        return [_without_slack(piece) for block, piece in self._kept if block >= self.first_block]
 
-    def took(self, block: types_pb2.Block) -> int | None:
+    def accept(self, block: types_pb2.Block) -> int | None:
         if block.index < self.next_block:
             return None
         self.next_block = block.index + 1
@@ -136,13 +145,28 @@ class AudioReplay:
         return block.index
 
     def _block_at(self, num_bytes: int) -> int:
-        """The block that the sound behind so many bytes lies in."""
-        return int((num_bytes / self._bytes_a_s + 1e-9) / self._block_s)
+        """Return the index of the block that the audio after so many bytes belongs to."""
+        return int((num_bytes / self._bytes_per_s + 1e-9) / self._block_s)
 
 
-def _urgent(item: Item) -> Item:
-    """An item that is sent again: what was not in a hurry then is late now."""
-    message: Any = item.head if isinstance(item, RelayedBlock) else item
-    if message.HasField("slack_s"):
-        message.slack_s = 0.0
+def _head(item: Any) -> Any:
+    """The message that holds an item's small fields."""
+    return item.head if isinstance(item, RelayedBlock) else item
+
+
+def _without_slack(item: Item) -> Item:
+    """The item with a slack of 0 if it has any: an item that is sent again is late."""
+    head = _head(item)
+    if head.HasField("slack_s"):
+        head.slack_s = 0.0
     return item
+
+
+def _with_conditions(
+    block: types_pb2.Block | RelayedBlock, conditions: types_pb2.Conditions
+) -> types_pb2.Block | RelayedBlock:
+    """A copy of a block that carries the conditions; the block itself goes on to the next stage without them."""
+    head = types_pb2.Block()
+    head.CopyFrom(_head(block))
+    head.carried.CopyFrom(conditions)
+    return RelayedBlock(head, block.features, block.latent) if isinstance(block, RelayedBlock) else head

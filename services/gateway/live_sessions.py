@@ -30,7 +30,7 @@ from avatar.v1 import avatar_service_pb2 as pb
 from avatar.worker.v1 import audio_pb2, types_pb2, vae_pb2
 from services.gateway.access.quotas import Quotas
 from services.gateway.options import Choices, choices_of
-from services.gateway.stages import Opening
+from services.gateway.stages import Opening, open_stages
 from services.gateway.stream.live_stream import Conversation
 from services.gateway.stream.outbox import Item, Write
 from services.gateway.workers import Workers
@@ -240,7 +240,7 @@ class Conversations:
                 elif position.opened:
                     raise SessionClosed(f"a stream of session {session.id!r} was open; resume it")
                 conditions = await self._store.conditions(session.id, position.conditions)
-                async with self._workers.open(_opening(session, choices, position)) as streams:
+                async with open_stages(self._workers, _opening(session, choices, position), self._settings) as streams:
                     conversation = Conversation(streams, choices, session, position, conditions, self._settings)
                     position.opened = opened.SerializeToString()
                     held = self._held[session.id] = Held(opened, conversation, streams.init_segment)

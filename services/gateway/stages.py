@@ -1,41 +1,36 @@
 """One session's streams at every stage, each of which outlives the worker that it is at."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
-from google.protobuf.message import Message
-
-from avatar.errors import ConfigMismatch, StageLost
-from avatar.failover.pool import Worker, WorkerPool
-from avatar.failover.replay import AudioReplay, BlockReplay, Replay
-from avatar.failover.stage import FailoverStage, FailoverTimeouts, OpenStream
-from avatar.handoff.client import RemoteChain
-from avatar.rpc.client import Relayable, remote_audio, remote_denoiser, remote_vae
+from avatar.errors import ConfigMismatch, InvalidField
+from avatar.failover.connector import AudioConnector, ChainConnector, LevelConnector, VaeConnector
+from avatar.failover.stage import FailoverStage, FailoverTimeouts
+from avatar.rpc.client import Relayable
 from avatar.settings import GatewaySettings
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 from services.gateway.options import FRAME_NS, SAMPLE_BYTES
+from services.gateway.workers import DeploymentInfo, Workers
 
-if TYPE_CHECKING:
-    from services.gateway.workers import Description, Workers
-
-# How far an encoder frame hears beyond its end.
+# Audio that an encoder frame of 20 ms covers beyond its end.
 OVERLAP_NS = 5_000_000
-# Nobody waits for an offline block, and live ones go first: only a worker that hangs takes so many times longer.
-OFFLINE_PATIENCE = 10
-Connect: TypeAlias = Callable[[], Awaitable[tuple[Worker[Any], OpenStream[Any, Any], Any]]]
+# An offline block has no deadline and live blocks run before it: allow it so many times longer than a live one before
+# its worker counts as lost.
+OFFLINE_STALL_FACTOR = 10
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What a session's streams are opened with.
+    """Messages and positions that a session's streams are opened with.
 
-    sound, video: for the stages of sound and of frames. next_block: the first block that is made.
-    statistics: what the audio stage had accumulated before it.
+    audio, video: for the audio stage and the decoder. next_block: index of the first block to make.
+    statistics: running statistics of the audio stage before that block.
     """
 
-    sound: audio_pb2.OpenEncode
+    audio: audio_pb2.OpenEncode
     video: vae_pb2.OpenDecode
     next_block: int = 0
     statistics: bytes = b""
@@ -45,12 +40,12 @@ class Opening:
 class SessionStages:
     """One session's streams.
 
-    denoisers: one a level, or one in all where levels hand latents to each other.
-    remaining_s: what a block takes behind each stage and level.
-    lookahead_ns: sound behind a block that the audio stage hears for it.
-    block_latency_s: how long a block takes from its sound to its first frame, as the workers have measured it.
-    sink_update_block: the first block under a sink of the session's own; None if it stays the picture.
-    init_segment: what comes before all frames.
+    denoisers: one a level, or a single one for all levels if their workers form a chain.
+    remaining_s: seconds that a block still needs after the audio stage, after each level and after the decoder.
+    block_latency_s: seconds from a block's audio to its first frame, as the workers have measured it.
+    lookahead_ns: audio after a block's end that its features depend on, in nanoseconds.
+    sink_update_block: the first block under the session's own sink; None if the picture stays the sink.
+    init_segment: bytes that precede all frames.
     """
 
     audio: FailoverStage[audio_pb2.AudioPiece, types_pb2.Block]
@@ -64,11 +59,11 @@ class SessionStages:
 
     @property
     def all(self) -> list[FailoverStage[Any, Any]]:
-        """In the order of the pipeline."""
+        """All stages in the order of the pipeline."""
         return [self.audio, *self.denoisers, self.vae]
 
     async def open(self) -> None:
-        """Open them all at once. ConfigMismatch if the levels do not fit together."""
+        """Open all streams at once. ConfigMismatch if the levels serve different checkpoints."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.audio.open())
             decoder = tasks.create_task(self.vae.open())
@@ -80,137 +75,64 @@ class SessionStages:
         self.init_segment = decoder.result().init_segment
 
 
-def lasting(pools: "Workers", told: "Description", opening: Opening, settings: GatewaySettings) -> SessionStages:
-    """A session's streams, not open yet, at whichever workers of the pools take them."""
-    lookahead_ns = _lookahead_ns(opening.sound, told.audio)
-    stall_s = settings.stall_s * (1 if opening.sound.is_live else OFFLINE_PATIENCE)
-    patience = FailoverTimeouts(stall_s, settings.rebuild_s)
-    audio = FailoverStage("audio", *_sound(pools.audio, told, opening, lookahead_ns), patience)
-    if told.hands_over:
-        denoisers = [FailoverStage("denoiser", *_chain(pools.denoisers, told, opening), patience)]
-    else:
-        denoisers = [
-            FailoverStage(f"denoiser-{level}", *_level(pools.denoisers, told.digest, level, opening), patience)
-            for level in range(len(told.denoisers))
-        ]
-    vae = FailoverStage("vae", *_frames(pools.vae, opening), patience)
-    return SessionStages(audio, denoisers, vae, told.remaining_s, told.block_latency_s, lookahead_ns)
+@asynccontextmanager
+async def open_stages(
+    workers: Workers, opening: Opening, settings: GatewaySettings
+) -> AsyncGenerator[SessionStages, None]:
+    """Open a session's stream at every stage, and keep them open while the body runs.
 
-
-def _sound(
-    pool: WorkerPool[Any], told: "Description", opening: Opening, lookahead_ns: int
-) -> tuple[Replay[audio_pb2.AudioPiece, types_pb2.Block], Connect]:
-    message, block_s = opening.sound, told.vae.block_frames / told.vae.frame_rate_hz
-    sample_bytes = SAMPLE_BYTES[message.encoding] * message.num_channels
-    history = AudioReplay(sample_bytes, message.rate_hz, block_s, opening.statistics)
-
-    def again() -> audio_pb2.OpenEncode:
-        message.first_block, message.first_answer = history.first_block, history.next_block
-        message.statistics = history.statistics
-        return message
-
-    def heard(opened: audio_pb2.EncodeOpened) -> None:
-        history.keep_s(opened.history_s, lookahead_ns / 1e9)
-
-    return history, _connect(pool, lambda worker: remote_audio(worker.channel), again, heard)
-
-
-def _level(
-    pool: WorkerPool[Any], digest: str, level: int, opening: Opening
-) -> tuple[Replay[Relayable, types_pb2.Block], Connect]:
-    def serves(info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
-        return level in info.levels and info.digest == digest
-
-    return _denoising(pool, lambda worker: remote_denoiser(worker.channel, level), opening, serves, level)
-
-
-def _chain(
-    pool: WorkerPool[Any], told: "Description", opening: Opening
-) -> tuple[Replay[Relayable, types_pb2.Block], Connect]:
-    """All levels, at the workers of one chain; the one of level 0 stands for it, since a chain is lost as one."""
-
-    def remote(head: Worker[Any]) -> RemoteChain:
-        assert head.info is not None
-        name = head.info.chain
-        members = pool.answering(lambda info: info.chain == name)
-        channels = {level: worker.channel for worker, info in members for level in info.levels}
-        if len(channels) < len(told.denoisers):
-            raise StageLost(f"denoiser: not all of chain {name} answer", metadata={"stage": "denoiser"}, retry_s=1.0)
-        return RemoteChain([channels[level] for level in range(len(told.denoisers))])
-
-    def serves(info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
-        return bool(info.chain) and 0 in info.levels and info.digest == told.digest
-
-    return _denoising(pool, remote, opening, serves)
-
-
-def _denoising(
-    pool: WorkerPool[Any],
-    remote: Callable[[Worker[Any]], Any],
-    opening: Opening,
-    serves: Callable[[denoiser_pb2.DenoiserServiceGetInfoResponse], bool],
-    level: int = 0,
-) -> tuple[Replay[Relayable, types_pb2.Block], Connect]:
-    history = BlockReplay(opening.next_block)
-    message = denoiser_pb2.OpenDenoise(session_id=opening.sound.session_id, level=level, is_live=opening.sound.is_live)
-
-    def again() -> denoiser_pb2.OpenDenoise:
-        message.first_block = history.first_block
-        return message
-
-    def heard(opened: denoiser_pb2.DenoiseOpened) -> None:
-        history.num_past = opened.history_blocks
-
-    return history, _connect(pool, remote, again, heard, serves)
-
-
-def _frames(pool: WorkerPool[Any], opening: Opening) -> tuple[Replay[Relayable, types_pb2.Frame], Connect]:
-    history, message = BlockReplay(opening.next_block), opening.video
-
-    def again() -> vae_pb2.OpenDecode:
-        message.first_block = history.first_block
-        return message
-
-    def heard(opened: vae_pb2.DecodeOpened) -> None:
-        history.num_past = opened.history_blocks
-
-    return history, _connect(pool, lambda worker: remote_vae(worker.channel), again, heard)
-
-
-def _connect(
-    pool: WorkerPool[Any],
-    remote: Callable[[Worker[Any]], Any],
-    again: Callable[[], Message],
-    heard: Callable[[Any], None],
-    serves: Callable[[Any], bool] = lambda _: True,
-) -> Connect:
-    """What opens a stream at a worker of a pool: always at one of the same checkpoint.
-
-    remote: the stage at a worker, not open yet. again: the opening as the stream's history has it now.
-    heard: told what the worker answers.
+    Raises the error of workers that refuse; InvalidField if the decoder has no such encoding of frames; ConfigMismatch
+    if the workers do not fit together.
     """
-    digest: str | None = None
-
-    async def connect() -> tuple[Worker[Any], OpenStream[Any, Any], Any]:
-        async def open_at(worker: Worker[Any]) -> tuple[OpenStream[Any, Any], Any, str]:
-            assert worker.info is not None
-            served = worker.info.digest
-            stage = remote(worker)
-            return stage, await stage.open(again()), served
-
-        nonlocal digest
-        same = digest
-        worker, (stage, opened, digest) = await pool.open(
-            open_at, lambda info: serves(info) and same in (None, info.digest)
-        )
-        heard(opened)
-        return worker, stage, opened
-
-    return connect
+    info = await workers.describe_stages()
+    if opening.video.encoding not in ("", *info.encodings):
+        allowed = ", ".join(info.encodings)
+        raise InvalidField.at("open.output.encoding", f"{opening.video.encoding} cannot be had here, only {allowed}")
+    stages = _stages(workers, info, opening, settings)
+    try:
+        await stages.open()
+        yield stages
+    finally:
+        for stage in stages.all:
+            stage.cancel()
 
 
-def _lookahead_ns(sound: audio_pb2.OpenEncode, audio: audio_pb2.AudioServiceGetInfoResponse) -> int:
-    """Nanoseconds of sound behind a block that are heard for it."""
-    if sound.HasField("right_frames"):
-        return OVERLAP_NS + sound.right_frames * FRAME_NS
-    return round(audio.lookahead_s * 1e9)
+def _stages(workers: Workers, info: DeploymentInfo, opening: Opening, settings: GatewaySettings) -> SessionStages:
+    """Return a session's streams, not open yet."""
+    message = opening.audio
+    timeouts = FailoverTimeouts(settings.stall_s * (1 if message.is_live else OFFLINE_STALL_FACTOR), settings.rebuild_s)
+    lookahead_ns = _lookahead_ns(message, info.audio)
+    audio = AudioConnector(
+        workers.audio,
+        message,
+        sample_bytes=SAMPLE_BYTES[message.encoding] * message.num_channels,
+        block_s=info.block_s,
+        lookahead_s=lookahead_ns / 1e9,
+        statistics=opening.statistics,
+    )
+    levels = [
+        denoiser_pb2.OpenDenoise(session_id=message.session_id, level=level, is_live=message.is_live)
+        for level in range(len(info.denoisers))
+    ]
+    pool, digest, next_block = workers.denoisers, info.digest, opening.next_block
+    denoisers: list[ChainConnector] | list[LevelConnector]
+    if info.is_chained:
+        denoisers = [ChainConnector(pool, levels[0], digest, len(levels), next_block)]
+    else:
+        denoisers = [LevelConnector(pool, level, digest, next_block) for level in levels]
+    vae = VaeConnector(workers.vae, opening.video, next_block)
+    return SessionStages(
+        FailoverStage(audio, timeouts),
+        [FailoverStage(each, timeouts) for each in denoisers],
+        FailoverStage(vae, timeouts),
+        info.remaining_s,
+        info.block_latency_s,
+        lookahead_ns,
+    )
+
+
+def _lookahead_ns(message: audio_pb2.OpenEncode, info: audio_pb2.AudioServiceGetInfoResponse) -> int:
+    """Return nanoseconds of audio after a block's end that its features depend on."""
+    if message.HasField("right_frames"):
+        return OVERLAP_NS + message.right_frames * FRAME_NS
+    return round(info.lookahead_s * 1e9)

@@ -1,18 +1,17 @@
-"""The workers of every stage: what they say of themselves, what they are asked, and where sessions' streams are opened.
+"""The deployment's workers: one pool a kind, descriptions of what they serve, and requests that no session needs.
 
-A pool a kind; see `avatar.failover.pool`. Denoisers are one pool: each says which levels it serves, and of which
-checkpoint.
+See `avatar.failover.pool`. Denoisers are one pool: each says which levels it serves, and of which checkpoint.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 import grpc.aio
 
-from avatar.errors import ConfigMismatch, InvalidField, PromptUnsupported, StageLost
+from avatar.errors import ConfigMismatch, PromptUnsupported, StageLost
 from avatar.failover.pool import ANSWER_S, WorkerPool
 from avatar.rpc.client import stage_error
 from avatar.rpc.tls import worker_credentials
@@ -28,17 +27,16 @@ from avatar.worker.v1 import (
     vae_pb2,
     vae_pb2_grpc,
 )
-from services.gateway.stages import Opening, SessionStages, lasting
 
 ENCODE_S = 60.0
 EMBED_S = 60.0
-# What the transport between the stages may take of a reaction.
-REACTION_SLACK_S = 0.03
+# Allowance for the transport between the stages, in the promised reaction.
+TRANSPORT_S = 0.03
 
 
 @dataclass(frozen=True)
-class Description:
-    """What the workers say of themselves: of each stage the slowest, of the denoisers one a level."""
+class DeploymentInfo:
+    """Descriptions of the workers: of each stage the slowest, of the denoisers one a level."""
 
     audio: audio_pb2.AudioServiceGetInfoResponse
     denoisers: list[denoiser_pb2.DenoiserServiceGetInfoResponse]
@@ -47,38 +45,42 @@ class Description:
 
     @property
     def digest(self) -> str:
-        """Of the network that all levels serve."""
+        """Digest of the network that all levels serve."""
         return self.denoisers[0].digest
 
     @property
-    def hands_over(self) -> bool:
-        """Whether levels hand latents to each other: where their workers are in chains."""
+    def is_chained(self) -> bool:
+        """Whether the denoisers form a chain, and hand latents to each other."""
         return all(each.chain for each in self.denoisers)
 
     @property
     def encodings(self) -> list[str]:
-        """Of frames."""
+        """Encodings of frames that the decoder has."""
         return list(self.vae.encodings) or ["rgb24"]
 
     @property
+    def block_s(self) -> float:
+        """Duration of a block, in seconds."""
+        return self.vae.block_frames / self.vae.frame_rate_hz
+
+    @property
     def hold_s(self) -> float:
-        """From the beginning of a block, once it is encoded, to its first frame, less one step."""
+        """Seconds from the start of an encoded block to its first frame, less one step."""
         return len(self.denoisers) * self._step_s + self.vae.step_s
 
     @property
     def block_latency_s(self) -> float:
-        """The promise: from a block's sound, all of it, to its first frame; it may wait for another's step."""
+        """Promised seconds from a block's last audio to its first frame, with a wait for another block's step."""
         return self.audio.step_s + self._step_s + self.hold_s
 
     @property
     def reaction_s(self) -> float:
-        """The promise: from the piece that carries a sound to the frame that shows it."""
-        block_s = self.vae.block_frames / self.vae.frame_rate_hz
-        return block_s + self.audio.lookahead_s + self.block_latency_s + REACTION_SLACK_S
+        """Promised seconds from the piece that carries a sound to the frame that shows it."""
+        return self.block_s + self.audio.lookahead_s + self.block_latency_s + TRANSPORT_S
 
     @property
     def remaining_s(self) -> list[float]:
-        """What a block takes behind each stage, to its first frame: audio, each level, the decoder."""
+        """Seconds that a block needs until its first frame: after the audio stage, each level, and the decoder."""
         steps = [*(each.step_s for each in self.denoisers), self.vae.step_s]
         return [sum(steps[at:]) for at in range(len(steps) + 1)]
 
@@ -88,34 +90,33 @@ class Description:
 
 
 class Workers:
-    """All workers of a deployment."""
+    """All workers of a deployment; polled while used as a context manager."""
 
     def __init__(self, settings: GatewaySettings) -> None:
-        self._settings = settings
         self._stack = AsyncExitStack()
         credentials = worker_credentials(settings.worker_ca, settings.worker_cert, settings.worker_key)
         self.audio: WorkerPool[audio_pb2.AudioServiceGetInfoResponse] = WorkerPool(
             "audio",
             settings.audio,
-            _ask(audio_pb2_grpc.AudioServiceStub, audio_pb2.AudioServiceGetInfoRequest()),
+            _get_info(audio_pb2_grpc.AudioServiceStub, audio_pb2.AudioServiceGetInfoRequest()),
             credentials,
         )
         self.denoisers: WorkerPool[denoiser_pb2.DenoiserServiceGetInfoResponse] = WorkerPool(
             "denoiser",
             settings.denoisers,
-            _ask(denoiser_pb2_grpc.DenoiserServiceStub, denoiser_pb2.DenoiserServiceGetInfoRequest()),
+            _get_info(denoiser_pb2_grpc.DenoiserServiceStub, denoiser_pb2.DenoiserServiceGetInfoRequest()),
             credentials,
         )
         self.vae: WorkerPool[vae_pb2.VaeServiceGetInfoResponse] = WorkerPool(
             "vae",
             settings.vae,
-            _ask(vae_pb2_grpc.VaeServiceStub, vae_pb2.VaeServiceGetInfoRequest()),
+            _get_info(vae_pb2_grpc.VaeServiceStub, vae_pb2.VaeServiceGetInfoRequest()),
             credentials,
         )
         self.text: WorkerPool[text_pb2.TextServiceGetInfoResponse] | None = None
         if settings.text:
-            asking = _ask(text_pb2_grpc.TextServiceStub, text_pb2.TextServiceGetInfoRequest())
-            self.text = WorkerPool("text", settings.text, asking, credentials)
+            get_info = _get_info(text_pb2_grpc.TextServiceStub, text_pb2.TextServiceGetInfoRequest())
+            self.text = WorkerPool("text", settings.text, get_info, credentials)
 
     async def __aenter__(self) -> "Workers":
         pools: list[WorkerPool[Any]] = [self.audio, self.denoisers, self.vae, *filter(None, [self.text])]
@@ -128,18 +129,18 @@ class Workers:
     ) -> None:
         await self._stack.aclose()
 
-    async def describe(self) -> Description:
-        """What the workers serve. StageLost if none of a stage answers; ConfigMismatch if they do not fit together."""
+    async def describe(self) -> DeploymentInfo:
+        """Describe all workers. StageLost if none of a stage answers; ConfigMismatch if they do not fit together."""
         text = _slowest(await self.text.workers()) if self.text else None
-        return replace(await self._describe_stages(), text=text)
+        return replace(await self.describe_stages(), text=text)
 
-    async def _describe_stages(self) -> Description:
-        """The same of the workers that every stream needs."""
+    async def describe_stages(self) -> DeploymentInfo:
+        """Describe the workers that every stream needs: all but the text worker. Raises as `describe` does."""
         audio, vae = _slowest(await self.audio.workers()), _slowest(await self.vae.workers())
-        return Description(audio, await self._describe_denoisers(), vae)
+        return DeploymentInfo(audio, await self._describe_denoisers(), vae)
 
     async def _describe_denoisers(self) -> list[denoiser_pb2.DenoiserServiceGetInfoResponse]:
-        """One denoiser a level, all of one checkpoint: that of the least loaded which has all levels."""
+        """Describe one denoiser a level, all of one checkpoint: the least loaded worker's, if it has all levels."""
         infos = [info for _, info in await self.denoisers.workers()]
         digests = list(dict.fromkeys(info.digest for info in infos))
         missing: dict[str, int] = {}
@@ -155,20 +156,20 @@ class Workers:
         raise StageLost(f"no denoiser serves level {level}", metadata={"stage": f"denoiser-{level}"}, retry_s=1.0)
 
     async def max_right_frames(self) -> int:
-        """Most encoder frames behind a block that a session may choose."""
-        told: audio_pb2.AudioServiceGetInfoResponse = _slowest(await self.audio.workers())
-        return told.max_right_frames
+        """Return the longest audio context after a block that a session may choose, in encoder frames."""
+        info: audio_pb2.AudioServiceGetInfoResponse = _slowest(await self.audio.workers())
+        return info.max_right_frames
 
     async def embed(self, prompt: str) -> types_pb2.Tensor:
-        """A prompt's embedding.
+        """Return a prompt's embedding, (n, d).
 
-        PromptUnsupported if there is no text worker; ConfigMismatch if the denoisers cannot read what it makes.
+        PromptUnsupported if there is no text worker; ConfigMismatch if the embedding does not fit the denoisers.
         """
         if not self.text:
             raise PromptUnsupported("this checkpoint knows no text; leave prompt empty")
         reader = (await self._describe_denoisers())[0]
 
-        async def ask(worker: Any) -> types_pb2.Tensor:
+        async def call(worker: Any) -> types_pb2.Tensor:
             method = text_pb2_grpc.TextServiceStub(worker.channel).Embed
             try:
                 response: text_pb2.EmbedResponse = await method(text_pb2.EmbedRequest(prompt=prompt), timeout=EMBED_S)
@@ -176,7 +177,7 @@ class Workers:
                 raise stage_error("text", error, is_request=True) from error
             return response.text
 
-        text = await self.text.call(ask)
+        text = await self.text.call(call)
         rows, width = text.shape
         if width != reader.text_width or rows > reader.text_rows:
             raise ConfigMismatch(
@@ -186,9 +187,9 @@ class Workers:
         return text
 
     async def encode_reference(self, request: vae_pb2.EncodeReferenceRequest) -> types_pb2.Reference:
-        """Have a picture prepared."""
+        """Return the reference that a picture is encoded to."""
 
-        async def ask(worker: Any) -> types_pb2.Reference:
+        async def call(worker: Any) -> types_pb2.Reference:
             try:
                 method = vae_pb2_grpc.VaeServiceStub(worker.channel).EncodeReference
                 response: vae_pb2.EncodeReferenceResponse = await method(request, timeout=ENCODE_S)
@@ -196,37 +197,16 @@ class Workers:
                 raise stage_error("vae", error, is_request=True) from error
             return response.reference
 
-        return await self.vae.call(ask)
-
-    @asynccontextmanager
-    async def open(self, opening: Opening) -> AsyncGenerator[SessionStages, None]:
-        """A session's stream at every stage, for as long as the body runs.
-
-        Raises what the workers that refuse say; InvalidField if the encoding of frames is none of the decoder's;
-        ConfigMismatch if the workers do not fit together.
-        """
-        told = await self._describe_stages()
-        if opening.video.encoding not in ("", *told.encodings):
-            allowed = ", ".join(told.encodings)
-            raise InvalidField.at(
-                "open.output.encoding", f"{opening.video.encoding} cannot be had here, only {allowed}"
-            )
-        streams = lasting(self, told, opening, self._settings)
-        try:
-            await streams.open()
-            yield streams
-        finally:
-            for stage in streams.all:
-                stage.cancel()
+        return await self.vae.call(call)
 
 
-def _ask(stub: Callable[[grpc.aio.Channel], Any], request: Any) -> Callable[[grpc.aio.Channel], Awaitable[Any]]:
-    """What asks a worker of this kind what it serves."""
+def _get_info(stub: Callable[[grpc.aio.Channel], Any], request: Any) -> Callable[[grpc.aio.Channel], Awaitable[Any]]:
+    """Return a function that calls GetInfo of a worker of this kind."""
 
-    async def ask(connection: grpc.aio.Channel) -> Any:
+    async def get_info(connection: grpc.aio.Channel) -> Any:
         return await stub(connection).GetInfo(request, timeout=ANSWER_S)
 
-    return ask
+    return get_info
 
 
 def _slowest(workers: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 from avatar.errors import NoCapacity, StageLost
 from avatar.failover import pool as pool_module
-from avatar.failover.pool import Worker as Known
+from avatar.failover.pool import Worker as PoolWorker
 from avatar.failover.pool import WorkerPool
 from avatar.rpc.server import serving
 from avatar.worker.v1 import audio_pb2 as pb
@@ -22,7 +22,7 @@ from tests.rpc.conftest import Worker
 Audio = WorkerPool[pb.AudioServiceGetInfoResponse]
 
 
-async def ask(connection: grpc.aio.Channel) -> pb.AudioServiceGetInfoResponse:
+async def get_info(connection: grpc.aio.Channel) -> pb.AudioServiceGetInfoResponse:
     response: pb.AudioServiceGetInfoResponse = await audio_pb2_grpc.AudioServiceStub(connection).GetInfo(
         pb.AudioServiceGetInfoRequest(), timeout=pool_module.ANSWER_S
     )
@@ -54,7 +54,7 @@ async def workers(count: int, capacity: int = 4) -> AsyncGenerator[list[Worker],
 def taken(at: list[str], refuse: Callable[[str], Exception | None] = lambda _: None) -> Callable[[Any], Awaitable[str]]:
     """What opens a stream that nobody closes, and notes where."""
 
-    async def open_at(worker: Known[Any]) -> str:
+    async def open_at(worker: PoolWorker[Any]) -> str:
         if error := refuse(worker.target):
             raise error
         at.append(worker.target)
@@ -65,7 +65,7 @@ def taken(at: list[str], refuse: Callable[[str], Exception | None] = lambda _: N
 
 async def test_streams_are_spread_over_workers() -> None:
     async with workers(3) as found:
-        audio: Audio = WorkerPool("audio", [each.target for each in found], ask)
+        audio: Audio = WorkerPool("audio", [each.target for each in found], get_info)
         async with audio.running():
             at: list[str] = []
             for _ in range(6):
@@ -76,7 +76,7 @@ async def test_streams_are_spread_over_workers() -> None:
 async def test_what_others_have_opened_counts() -> None:
     async with workers(2) as (busy, idle):
         busy.info = lambda: pb.AudioServiceGetInfoResponse(capacity=4, active=3)
-        audio: Audio = WorkerPool("audio", [busy.target, idle.target], ask)
+        audio: Audio = WorkerPool("audio", [busy.target, idle.target], get_info)
         async with audio.running():
             at: list[str] = []
             for _ in range(3):
@@ -86,7 +86,7 @@ async def test_what_others_have_opened_counts() -> None:
 
 async def test_the_next_worker_takes_what_one_refuses_and_the_last_refusal_is_told() -> None:
     async with workers(2) as (full, other):
-        audio: Audio = WorkerPool("audio", [full.target, other.target], ask)
+        audio: Audio = WorkerPool("audio", [full.target, other.target], get_info)
         async with audio.running():
             at: list[str] = []
             no = NoCapacity("full", retry_s=1.0)
@@ -95,16 +95,16 @@ async def test_the_next_worker_takes_what_one_refuses_and_the_last_refusal_is_to
             with pytest.raises(NoCapacity):
                 await audio.open(taken(at, lambda target: no if target == full.target else StageLost("gone")))
             # The one that was gone is asked again, and answers.
-            await audio.ask()
+            await audio.poll()
             assert await audio.open(taken(at)) is not None
 
 
 async def test_a_worker_that_is_gone_is_passed_over_and_one_that_comes_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pool_module, "ASK_EVERY_S", 0.05)
+    monkeypatch.setattr(pool_module, "POLL_EVERY_S", 0.05)
     port = free_ports(1)[0]
-    audio: Audio = WorkerPool("audio", [f"127.0.0.1:{port}"], ask)
+    audio: Audio = WorkerPool("audio", [f"127.0.0.1:{port}"], get_info)
     async with audio.running():
         with pytest.raises(StageLost, match=rf"audio: no worker answers at 127.0.0.1:{port}") as none:
             await audio.workers()
@@ -128,7 +128,7 @@ async def test_a_name_with_two_addresses_is_two_workers(monkeypatch: pytest.Monk
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, at)) for each in hosts]
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", resolved)
-    audio: Audio = WorkerPool("audio", [f"dns:///audio.test:{port}"], ask)
+    audio: Audio = WorkerPool("audio", [f"dns:///audio.test:{port}"], get_info)
     async with (
         serving(f"127.0.0.1:{port}", Worker()),
         serving(f"127.0.0.2:{port}", Worker()),
@@ -136,37 +136,37 @@ async def test_a_name_with_two_addresses_is_two_workers(monkeypatch: pytest.Monk
     ):
         assert {worker.target for worker, _ in await audio.workers()} == {f"{host}:{port}" for host in hosts}
         hosts.remove("127.0.0.1")
-        await audio.ask()
+        await audio.poll()
         assert [worker.target for worker, _ in await audio.workers()] == [f"127.0.0.2:{port}"]
 
 
 async def test_streams_of_a_worker_that_hangs_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async with workers(1) as (worker,):
-        audio: Audio = WorkerPool("audio", [worker.target], ask)
+        audio: Audio = WorkerPool("audio", [worker.target], get_info)
         async with audio.running():
-            known, _ = await audio.open(taken([]))
-            told = asyncio.Event()
-            known.on_silence.add(told.set)
-            await audio.ask()
-            assert not told.is_set()
+            worker_seen, _ = await audio.open(taken([]))
+            notified = asyncio.Event()
+            worker_seen.on_silence.add(notified.set)
+            await audio.poll()
+            assert not notified.is_set()
 
             async def unanswered(connection: grpc.aio.Channel) -> Any:
                 await connection.stream_stream("/avatar.worker.v1.AudioService/Encode")(timeout=0.2).read()
 
-            monkeypatch.setattr(audio, "_ask_at", unanswered)
-            await audio.ask()
-            assert told.is_set()
+            monkeypatch.setattr(audio, "_get_info", unanswered)
+            await audio.poll()
+            assert notified.is_set()
 
 
 async def test_a_worker_that_is_lost_while_another_is_tried_is_passed_over() -> None:
     async with workers(2) as found:
-        audio: Audio = WorkerPool("audio", [each.target for each in found], ask)
+        audio: Audio = WorkerPool("audio", [each.target for each in found], get_info)
         async with audio.running():
 
-            async def open_at(worker: Known[Any]) -> str:
+            async def open_at(worker: PoolWorker[Any]) -> str:
                 assert worker.info is not None
                 for other, _ in await audio.workers():
-                    other.lost()
+                    other.mark_lost()
                 raise StageLost("gone")
 
             with pytest.raises(StageLost, match="gone"):

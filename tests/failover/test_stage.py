@@ -8,60 +8,65 @@ from typing import Any
 import pytest
 
 from avatar.errors import InvalidAudio, NoCapacity, StageFailed, StageLost
-from avatar.failover.pool import Worker as Known
+from avatar.failover.connector import OpenStream, StageConnector
+from avatar.failover.pool import Worker as PoolWorker
 from avatar.failover.pool import WorkerPool
-from avatar.failover.replay import AudioReplay, BlockReplay
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
-from avatar.rpc.client import RemoteStage, remote_audio
+from avatar.rpc.client import remote_audio
 from avatar.rpc.server import Context, opening, parts
 from avatar.worker.v1 import audio_pb2 as pb
-from avatar.worker.v1.types_pb2 import Block, Closed, Frame
-from tests.failover.test_pool import ask, workers
+from avatar.worker.v1.types_pb2 import Block, Closed
+from tests.failover.test_pool import get_info, workers
 from tests.rpc.conftest import OPENED, Requests, Responses, Source, Worker, block, numbered
 
-PATIENT, HASTY = FailoverTimeouts(stall_s=60.0, rebuild_s=20.0), FailoverTimeouts(stall_s=0.3, rebuild_s=20.0)
+PATIENT = FailoverTimeouts(stall_s=60.0, rebuild_s=20.0)
+IMPATIENT = FailoverTimeouts(stall_s=0.3, rebuild_s=20.0)
 Stage = FailoverStage[pb.AudioPiece, Block]
 
 
-class Numbers:
-    """The history of `numbered`'s streams: a piece is answered with the block whose number it holds."""
+class NumberedReplay:
+    """The replay of `numbered`'s streams: a piece is answered with the block whose number it holds."""
 
     def __init__(self) -> None:
         self.kept: list[pb.AudioPiece] = []
         self.next_block = 0
 
     @property
-    def is_waiting(self) -> bool:
+    def is_answer_due(self) -> bool:
         return bool(self.kept) and int(self.kept[-1].data) >= self.next_block
 
-    def sent(self, item: pb.AudioPiece) -> None:
+    def record(self, item: pb.AudioPiece) -> None:
         self.kept.append(item)
 
-    def again(self) -> list[pb.AudioPiece]:
+    def items(self) -> list[pb.AudioPiece]:
         return self.kept
 
-    def took(self, answer: Block) -> int | None:
+    def accept(self, answer: Block) -> int | None:
         if answer.index < self.next_block:
             return None
         self.next_block = answer.index + 1
         return answer.index
 
 
+class NumberedConnector(StageConnector[pb.AudioPiece, Block]):
+    """Opens `numbered`'s streams at any worker."""
+
+    def stream_at(self, worker: PoolWorker[Any]) -> OpenStream[pb.AudioPiece, Block]:
+        return remote_audio(worker.channel)
+
+    def opening(self) -> pb.OpenEncode:
+        return pb.OpenEncode(session_id="a")
+
+    def accept(self, opened: pb.EncodeOpened) -> None:
+        pass
+
+
 @asynccontextmanager
-async def lasting(found: list[Worker], patience: FailoverTimeouts = PATIENT) -> AsyncGenerator[Stage, None]:
-    """An opened stream at the first of these workers that takes it."""
-    pool = WorkerPool("audio", [each.target for each in found], ask)
+async def opened_stage(found: list[Worker], timeouts: FailoverTimeouts = PATIENT) -> AsyncGenerator[Stage, None]:
+    """A stage whose stream is open at the first of these workers that takes it."""
+    pool = WorkerPool("audio", [each.target for each in found], get_info)
     async with pool.running():
-
-        async def open_at(worker: Known[Any]) -> tuple[RemoteStage[pb.AudioPiece, Block], Any]:
-            stage = remote_audio(worker.channel)
-            return stage, await stage.open(pb.OpenEncode(session_id="a"))
-
-        async def connect() -> Any:
-            worker, (stage, opened) = await pool.open(open_at)
-            return worker, stage, opened
-
-        stage = FailoverStage("audio", Numbers(), connect, patience)
+        stage = FailoverStage(NumberedConnector("audio", pool, NumberedReplay()), timeouts)
         await stage.open()
         yield stage
         stage.cancel()
@@ -99,7 +104,7 @@ async def hanging(requests: Requests, _: Context) -> Responses:
 async def test_answers_go_on_without_a_gap_or_a_repeat() -> None:
     async with workers(2) as found:
         found[0].encode = breaking(3, StageFailed("its device is gone"))
-        async with lasting(found) as stage:
+        async with opened_stage(found) as stage:
             rebuilt: list[int] = []
             stage.on_rebuilt = rebuilt.append
             assert await all_of(stage, Source(range(10))) == list(range(10))
@@ -110,13 +115,13 @@ async def test_answers_go_on_without_a_gap_or_a_repeat() -> None:
 async def test_a_worker_that_does_not_answer_in_time_is_left() -> None:
     async with workers(2) as found:
         found[0].encode = hanging
-        async with lasting(found, HASTY) as stage:
+        async with opened_stage(found, IMPATIENT) as stage:
             assert await all_of(stage, Source(range(5))) == list(range(5))
 
 
 async def test_a_stream_that_waits_for_items_is_not_late() -> None:
     source = Source(range(3), end=...)
-    async with workers(1) as found, lasting(found, HASTY) as stage:
+    async with workers(1) as found, opened_stage(found, IMPATIENT) as stage:
         answers = stage(source.stream())
         assert [(await anext(answers)).index for _ in range(3)] == [0, 1, 2]
         with pytest.raises(TimeoutError):
@@ -131,7 +136,7 @@ async def test_the_only_worker_takes_the_stream_again() -> None:
         async def heal() -> None:
             found[0].encode = numbered
 
-        async with lasting(found) as stage:
+        async with opened_stage(found) as stage:
             answers = stage(Source(range(4)).stream())
             got = [(await anext(answers)).index for _ in range(2)]
             await heal()
@@ -151,7 +156,7 @@ async def test_a_full_spare_is_asked_until_it_has_room() -> None:
             raise NoCapacity("full", retry_s=1.0)
             yield OPENED
 
-        async with lasting(found) as stage:
+        async with opened_stage(found) as stage:
             found[1].encode = full
             found[0].encode = full
             assert await all_of(stage, Source(range(3))) == [0, 1, 2]
@@ -171,7 +176,7 @@ async def test_a_stream_that_is_lost_wherever_it_is_opened_ends() -> None:
 
         for each in found:
             each.encode = deadly
-        async with lasting(found) as stage:
+        async with opened_stage(found) as stage:
             with pytest.raises(StageFailed, match="it cannot be made"):
                 await all_of(stage, Source(range(5)))
         assert opened == 4
@@ -180,7 +185,7 @@ async def test_a_stream_that_is_lost_wherever_it_is_opened_ends() -> None:
 async def test_what_the_client_did_wrong_is_no_loss() -> None:
     async with workers(2) as found:
         found[0].encode = breaking(1, InvalidAudio("no sound"))
-        async with lasting(found) as stage:
+        async with opened_stage(found) as stage:
             with pytest.raises(InvalidAudio):
                 await all_of(stage, Source(range(3)))
 
@@ -188,58 +193,14 @@ async def test_what_the_client_did_wrong_is_no_loss() -> None:
 @pytest.mark.parametrize("error", [StageLost("the stage before"), RuntimeError("ours")])
 async def test_what_the_items_fail_with_is_raised_and_nothing_is_opened_again(error: Exception) -> None:
     source = Source(range(2), end=error)
-    async with workers(1) as found, lasting(found) as stage:
+    async with workers(1) as found, opened_stage(found) as stage:
         with pytest.raises(type(error), match=str(error)):
             await all_of(stage, source)
         assert source.closed.is_set()
 
 
-def test_a_history_keeps_what_is_not_answered_and_so_many_before() -> None:
-    history = BlockReplay(next_block=4)
-    history.num_past = 2
-    assert (history.first_block, history.is_waiting) == (4, False)
-    for index in range(4, 10):
-        history.sent(Block(index=index, slack_s=0.4))
-    assert history.is_waiting
-    assert [history.took(Block(index=index)) for index in (4, 5, 6, 7)] == [4, 5, 6, 7]
-    assert history.first_block == 6
-    again = [each for each in history.again() if isinstance(each, Block)]
-    assert [(each.index, each.slack_s) for each in again] == [(6, 0), (7, 0), (8, 0), (9, 0)]
-    assert history.took(Block(index=7)) is None
-
-
-def test_a_history_of_frames_knows_which_of_a_block_came() -> None:
-    history = BlockReplay()
-    history.sent(Block(index=0))
-    history.sent(Block(index=1))
-    frames = [Frame(block=n // 3, index=n + 3, is_last=n % 3 == 2) for n in range(6)]
-    assert [history.took(each) for each in frames[:4]] == [0, 0, 0, 1]
-    assert [each.index for each in history.again()] == [1]
-    assert [history.took(each) for each in frames] == [None, None, None, None, 1, 1]
-    assert not history.is_waiting
-
-
-def test_a_history_of_sound_keeps_whole_blocks_of_pieces() -> None:
-    history = AudioReplay(sample_bytes=2, rate_hz=16000, block_s=0.48, statistics=b"")
-    history.keep_s(history_s=0.96, lookahead_s=0.2)
-    half = bytes(7680)
-    for _ in range(10):
-        history.sent(pb.AudioPiece(data=half))
-    assert history.is_waiting
-    assert history.took(Block(index=0, statistics=b"0")) == 0
-    assert history.took(Block(index=1, statistics=b"1")) == 1
-    assert history.took(Block(index=2, statistics=b"2")) == 2
-    assert (history.first_block, history.next_block, history.statistics) == (1, 3, b"2")
-    assert len(history.again()) == 8
-    history.sent(pb.AudioPiece(data=b"", completes=4))
-    assert history.took(Block(index=3)) == 3
-    assert history.is_waiting, "block 4 was asked for"
-    assert history.took(Block(index=4)) == 4
-    assert not history.is_waiting
-
-
 async def test_the_time_that_a_reader_takes_is_not_the_workers() -> None:
-    async with workers(1) as found, lasting(found, HASTY) as stage:
+    async with workers(1) as found, opened_stage(found, IMPATIENT) as stage:
         rebuilt: list[int] = []
         stage.on_rebuilt = rebuilt.append
         got = []
@@ -260,5 +221,5 @@ async def test_a_worker_that_never_says_that_it_is_done_is_left() -> None:
 
     async with workers(2) as found:
         found[0].encode = endless
-        async with lasting(found, HASTY) as stage:
+        async with opened_stage(found, IMPATIENT) as stage:
             assert await all_of(stage, Source(range(3))) == [0, 1, 2]

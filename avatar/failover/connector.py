@@ -1,0 +1,196 @@
+"""Connectors: each opens one session's stream at a worker of one stage, at first and again after a loss.
+
+A connector owns the stream's replay and its `open` message. It says which workers serve the stream, opens it at one of
+them from where the replay begins, and takes over from the answer how much the replay has to keep.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from typing import Any, Generic, Protocol, TypeVar
+
+from avatar.errors import StageLost
+from avatar.failover.pool import Worker, WorkerPool
+from avatar.failover.replay import AudioReplay, BlockReplay, Replay
+from avatar.handoff.client import RemoteChain
+from avatar.rpc.client import Answer, Item, Relayable, remote_audio, remote_denoiser, remote_vae
+from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
+
+Item_contra = TypeVar("Item_contra", contravariant=True)
+Answer_co = TypeVar("Answer_co", covariant=True)
+BlockAnswer = TypeVar("BlockAnswer", types_pb2.Block, types_pb2.Frame)
+
+
+class OpenStream(Protocol[Item_contra, Answer_co]):
+    """A stream at a worker: a `RemoteStage`, or a `RemoteChain` over several workers."""
+
+    @property
+    def closed(self) -> types_pb2.Closed: ...
+
+    async def open(self, message: Any) -> Any: ...
+
+    def __call__(self, items: AsyncGenerator[Item_contra, None], /) -> AsyncGenerator[Answer_co, None]: ...
+
+    def cancel(self) -> None: ...
+
+
+class StageConnector(ABC, Generic[Item, Answer]):
+    """Opens one session's stream at a worker of its stage, always of the checkpoint of the first worker.
+
+    stage: name that errors carry. replay: the items that rebuild the stream.
+    """
+
+    def __init__(self, stage: str, pool: WorkerPool[Any], replay: Replay[Item, Answer]) -> None:
+        self.stage = stage
+        self.replay = replay
+        self._pool = pool
+        self._digest: str | None = None
+
+    async def connect(self) -> tuple[Worker[Any], OpenStream[Item, Answer], Any]:
+        """Open the stream at the least loaded worker that takes it. Return the worker, the stream and its `opened`.
+
+        Raises what `WorkerPool.open` raises.
+        """
+        worker, (stream, opened) = await self._pool.open(self._open_at, self._is_candidate)
+        self.accept(opened)
+        return worker, stream, opened
+
+    def serves(self, info: Any) -> bool:  # noqa: ARG002
+        """Return whether a worker of this description serves the stream. By default every worker of the pool does."""
+        return True
+
+    @abstractmethod
+    def stream_at(self, worker: Worker[Any]) -> OpenStream[Item, Answer]:
+        """Return a stream at the worker, not open yet."""
+
+    @abstractmethod
+    def opening(self) -> Any:
+        """Return the `open` message that goes with the replay as it is now."""
+
+    @abstractmethod
+    def accept(self, opened: Any) -> None:
+        """Set how much the replay keeps, from a worker's `opened`."""
+
+    def _is_candidate(self, info: Any) -> bool:
+        return self.serves(info) and self._digest in (None, info.digest)
+
+    async def _open_at(self, worker: Worker[Any]) -> tuple[OpenStream[Item, Answer], Any]:
+        assert worker.info is not None
+        digest = worker.info.digest
+        stream = self.stream_at(worker)
+        opened = await stream.open(self.opening())
+        self._digest = digest
+        return stream, opened
+
+
+class AudioConnector(StageConnector[audio_pb2.AudioPiece, types_pb2.Block]):
+    """Connector of the audio stage."""
+
+    replay: AudioReplay
+
+    def __init__(
+        self,
+        pool: WorkerPool[Any],
+        message: audio_pb2.OpenEncode,
+        *,
+        sample_bytes: int,
+        block_s: float,
+        lookahead_s: float,
+        statistics: bytes = b"",
+    ) -> None:
+        """sample_bytes: of one sample of all channels. block_s: duration of a block. lookahead_s: seconds of audio
+        after a block's end that its features depend on. statistics: of the audio stage before the first block.
+        """
+        super().__init__("audio", pool, AudioReplay(sample_bytes, message.rate_hz, block_s, statistics))
+        self._message = message
+        self._lookahead_s = lookahead_s
+
+    def stream_at(self, worker: Worker[Any]) -> OpenStream[audio_pb2.AudioPiece, types_pb2.Block]:
+        return remote_audio(worker.channel)
+
+    def opening(self) -> audio_pb2.OpenEncode:
+        self._message.first_block, self._message.first_answer = self.replay.first_block, self.replay.next_block
+        self._message.statistics = self.replay.statistics
+        return self._message
+
+    def accept(self, opened: audio_pb2.EncodeOpened) -> None:
+        self.replay.set_window(opened.history_s, self._lookahead_s)
+
+
+class BlockConnector(StageConnector[Relayable, BlockAnswer]):
+    """Connector of a stage whose items are blocks."""
+
+    replay: BlockReplay
+
+    def __init__(
+        self,
+        stage: str,
+        pool: WorkerPool[Any],
+        message: denoiser_pb2.OpenDenoise | vae_pb2.OpenDecode,
+        next_block: int,
+    ) -> None:
+        super().__init__(stage, pool, BlockReplay(next_block))
+        self._message = message
+
+    def opening(self) -> denoiser_pb2.OpenDenoise | vae_pb2.OpenDecode:
+        self._message.first_block = self.replay.first_block
+        return self._message
+
+    def accept(self, opened: denoiser_pb2.DenoiseOpened | vae_pb2.DecodeOpened) -> None:
+        self.replay.num_past_blocks = opened.history_blocks
+
+
+class LevelConnector(BlockConnector[types_pb2.Block]):
+    """Connector of one denoising level, that of the message."""
+
+    def __init__(
+        self, pool: WorkerPool[Any], message: denoiser_pb2.OpenDenoise, digest: str, next_block: int = 0
+    ) -> None:
+        """digest: of the network that all levels of the session share."""
+        super().__init__(f"denoiser-{message.level}", pool, message, next_block)
+        self._level, self._network = message.level, digest
+
+    def serves(self, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
+        return self._level in info.levels and info.digest == self._network
+
+    def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, types_pb2.Block]:
+        return remote_denoiser(worker.channel, self._level)
+
+
+class ChainConnector(BlockConnector[types_pb2.Block]):
+    """Connector of all levels at the workers of one chain.
+
+    The worker of level 0 stands for its chain, since a chain is lost as a whole.
+    """
+
+    def __init__(
+        self,
+        pool: WorkerPool[Any],
+        message: denoiser_pb2.OpenDenoise,
+        digest: str,
+        num_levels: int,
+        next_block: int = 0,
+    ) -> None:
+        super().__init__("denoiser", pool, message, next_block)
+        self._network, self._num_levels = digest, num_levels
+
+    def serves(self, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
+        return bool(info.chain) and 0 in info.levels and info.digest == self._network
+
+    def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, types_pb2.Block]:
+        assert worker.info is not None
+        name = worker.info.chain
+        members = self._pool.answering(lambda info: info.chain == name)
+        channels = {level: member.channel for member, info in members for level in info.levels}
+        if len(channels) < self._num_levels:
+            raise StageLost(f"denoiser: not all of chain {name} answer", metadata={"stage": "denoiser"}, retry_s=1.0)
+        return RemoteChain([channels[level] for level in range(self._num_levels)])
+
+
+class VaeConnector(BlockConnector[types_pb2.Frame]):
+    """Connector of the decoder, whose answers to a block are its frames."""
+
+    def __init__(self, pool: WorkerPool[Any], message: vae_pb2.OpenDecode, next_block: int = 0) -> None:
+        super().__init__("vae", pool, message, next_block)
+
+    def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, types_pb2.Frame]:
+        return remote_vae(worker.channel)
