@@ -1,7 +1,7 @@
-"""A folder that is named and shaped as the published weights are, with tensors of a few numbers each.
+"""A checkpoint in the published layout with every published name and tiny tensors.
 
-All of the names are there: 1,260 of the network in two shards, 194 of the VAE, wav2vec2 with the head and the spellings
-of its first years, umT5's, and the adapter's 896. Only widths are smaller.
+It has all 1,260 names of the network in two shards, 194 of the VAE, wav2vec2's with the CTC head and the older
+spellings, umT5's, and the adapter's 896. Only widths are smaller.
 """
 
 import json
@@ -30,14 +30,14 @@ WIDTH, TEXT_WIDTH, RANK, TEXT_LAYERS = 32, 16, 4, 24
 
 
 def small() -> NetworkConfig:
-    """The public network, narrow."""
+    """Return the public network's configuration with small widths."""
     return replace(
         base(), dim=WIDTH, num_heads=2, ffn_dim=48, freq_dim=16, text_dim=TEXT_WIDTH, text_len=8, audio_dim=WIDTH
     )
 
 
 def write(folder: Path, seed: int = 0) -> None:
-    """Write all of it; the adapter lies in the same folder."""
+    """Write the whole checkpoint, the adapter in the same folder."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_network(folder)
@@ -47,7 +47,7 @@ def write(folder: Path, seed: int = 0) -> None:
 
 
 def filled(module: nn.Module) -> dict[str, Tensor]:
-    """The module's tensors, with random numbers that leave nothing silent."""
+    """Return the module's tensors with random values, none of which silences a path."""
     state = module.state_dict()
     for name, tensor in state.items():
         is_scale = ("norm" in name and name.endswith("weight")) or name.endswith("gamma")
@@ -68,7 +68,7 @@ def write_network(folder: Path) -> None:
         save_file({name: tensors[name] for name in shard}, folder / file)
         where.update(dict.fromkeys(shard, file))
     write_json(folder / "diffusion_pytorch_model.safetensors.index.json", {"metadata": {}, "weight_map": where})
-    # What the published file says, and the widths that it leaves to the class.
+    # The fields of the published file, and the widths that it leaves to the class.
     sizes = ("dim", "num_heads", "num_layers", "ffn_dim", "freq_dim", "text_len", "text_dim", "audio_dim", "cond_dim")
     written = ("audio_inject_layers", "eps", "in_dim", "out_dim", "num_audio_token")
     flags = {"enable_adain": True, "adain_mode": "attn_norm", "enable_framepack": True, "zero_timestep": True}
@@ -79,7 +79,7 @@ def write_network(folder: Path) -> None:
 
 
 def write_adapter(path: Path, weights: Mapping[str, Tensor], prefix: str = "", infix: str = ".default") -> None:
-    """A pair for each weight that an adapter changes, keys spelled with prefix and infix."""
+    """Write a pair of matrices for each weight that LoRA targets, keys spelled with prefix and infix."""
     pairs: dict[str, Tensor] = {}
     for name in weights:
         if TARGET.search(name):
@@ -97,13 +97,13 @@ def write_vae(folder: Path) -> None:
 
 
 def vae_as_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' tensors under the names of Wan's own checkpoint."""
+    """Rename diffusers' tensors to the names of Wan's own checkpoint."""
     names = {vae_name(name): name for name in possible_vae_names()}
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def possible_vae_names() -> list[str]:
-    """Every name that Wan's own checkpoint could have, for networks of up to 30 parts in a row."""
+    """Return every name that Wan's own checkpoint could have, for lists of up to 30 modules."""
     rows = [*(f"middle.{i}" for i in range(3)), *(f"{way}samples.{i}" for way in ("down", "up") for i in range(30))]
     layers = [*(f"residual.{i}" for i in (0, 2, 3, 6)), "shortcut", "resample.1", "time_conv", "norm", "to_qkv", "proj"]
     stems = ["conv1", "conv2"]
@@ -114,7 +114,7 @@ def possible_vae_names() -> list[str]:
 
 
 def write_audio(folder: Path, pickled: bool = True, prefix: str = "wav2vec2.", old: bool = True) -> None:
-    """wav2vec2 with its head, as a pickle or safetensors, with the old or today's spelling of weight norm."""
+    """Write wav2vec2 with its CTC head, as pickle or safetensors, with the old or today's names of weight norm."""
     folder.mkdir(parents=True, exist_ok=True)
     narrow = {"hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 48, "conv_dim": [8] * 7}
     config = {**large().network, **narrow}
@@ -131,12 +131,12 @@ def write_audio(folder: Path, pickled: bool = True, prefix: str = "wav2vec2.", o
 
 
 def old_name(name: str) -> str:
-    """As transformers spelled it before torch had parametrizations."""
+    """Return transformers' name from before torch had parametrizations."""
     return re.sub(r"conv\.parametrizations\.weight\.original([01])", lambda m: f"conv.weight_{'gv'[int(m[1])]}", name)
 
 
 def write_text(folder: Path) -> None:
-    """umT5's encoder under its own names, and a tokenizer of a few words."""
+    """Write umT5's encoder under its published names, and a tokenizer of a few words."""
     words = ["<pad>", "</s>", "<unk>", "a", "person", "speaks"]
     width, inner, heads = TEXT_WIDTH, 24, 2
     shapes: dict[str, tuple[int, ...]] = {"token_embedding.weight": (len(words), width), "norm.weight": (width,)}

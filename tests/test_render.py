@@ -216,7 +216,7 @@ def test_the_command_renders_two_actors(files: list[object], tmp_path: Path, mon
     ("flags", "said"),
     [
         (["--levels", "4"], "has 3 levels, which its weights were made for; it cannot be run at 4"),
-        (["--prompt", "a person"], "knows no text"),
+        (["--prompt", "a person"], "has no text encoder"),
         (["--exact-size", "128x64"], "size must be 64x64"),
         (["--size", "720*400"], "area must be left out"),
         (["--seed", "-2"], "seed must be"),

@@ -1,4 +1,4 @@
-"""A module that is small enough to be written out, and its weights in files."""
+"""A tiny module, and helpers that write and read its weights."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from avatar.checkpoints.part import Part
 
 
 class Toy(nn.Module):
-    """A little of everything: nested parameters, and a buffer of whole numbers."""
+    """Nested parameters, and a buffer of integers."""
 
     counts: Tensor
 
@@ -28,7 +28,7 @@ def assert_equal(a: nn.Module, b: nn.Module) -> None:
 
 
 def write_shards(folder: Path, part: Toy) -> dict[str, str]:
-    """The weights in two files with an index; which file each tensor is in."""
+    """Write the weights as two shards with an index; return each tensor's file."""
     where: dict[str, str] = {}
     names = sorted(part.state_dict())
     for number, shard in enumerate((names[:1], names[1:]), 1):
@@ -40,5 +40,5 @@ def write_shards(folder: Path, part: Toy) -> dict[str, str]:
 
 
 def part_in(folder: Path) -> Part:
-    """The weights in a folder, whatever its config."""
+    """Return the part of a folder's weights, with an empty config."""
     return Part(folder, {}, tuple(weight_files(folder)))

@@ -1,7 +1,7 @@
-"""The files of a checkpoint: config.json, and the tensors that safetensors files and pickles hold.
+"""The files of a checkpoint: config.json, and tensors in safetensors files and pickles.
 
-Nothing in a checkpoint can run code. Tensors are mapped: their bytes are read when they are used. Their outlines, which
-are tensors on the meta device, take neither memory nor a mapping, however large the file.
+Nothing in a checkpoint can run code. Tensors are memory-mapped: their bytes are read when they are used. Meta tensors
+(shape and dtype on the meta device) take neither memory nor a mapping, however large the file.
 """
 
 import json
@@ -19,34 +19,35 @@ from torch import Tensor, nn
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
-# Names of the one file of weights in a folder; in shards, the index is named after it.
+# Names of the file of weights in a folder; the index of shards is named after it.
 WEIGHT_NAMES = (WEIGHTS, "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 PICKLED = (".pth", ".bin")
-# Bytes of tensors in one of the files that `save_shards` makes.
+# Bytes of tensors in each file of `save_shards`.
 SHARD_BYTES = 4 << 30
-# Types as safetensors names them.
+# dtypes under safetensors' names.
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
 }
 
-# Processors that have any of these compute in bfloat16 and not around it: of x86-64, and of ARM.
+# CPU capabilities (x86-64, ARM), any of which means native bfloat16 arithmetic.
 BFLOAT16_INSTRUCTIONS = ("avx512_bw", "amx_bf16", "bf16")
 
 
 def is_native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has instructions for numbers of this type; without them a CPU's bfloat16 is 4 to 70 times slower
-    than its float32, matrices least and convolutions most.
+    """Return True if the device has instructions for this dtype.
+
+    Without them a CPU's bfloat16 is 4 (matrices) to 70 (convolutions) times slower than its float32.
     """
     if device.type != "cpu" or dtype != torch.bfloat16:
         return True
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name) for name in BFLOAT16_INSTRUCTIONS)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The fields of the folder's config.json. ValueError if it is missing or is not a JSON object."""
+    """Return the fields of the folder's config.json. ValueError if it is missing or not a JSON object."""
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"no checkpoint at {folder}: expected a file {path}")
@@ -54,17 +55,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's weights: the one file, or the shards that its index names. ValueError if there are none."""
+    """Return the folder's files of weights: one file, or the shards of its index. ValueError if there are none."""
     for name in WEIGHT_NAMES:
         if (folder / name).is_file():
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _indexed(index)
+            return _shard_files(index)
     raise ValueError(f"no weights in {folder}: expected {WEIGHTS}, or shards with an index")
 
 
-def _indexed(index: Path) -> list[Path]:
+def _shard_files(index: Path) -> list[Path]:
     files = _read_object(index).get("weight_map")
     if not isinstance(files, dict):
         raise ValueError(f"{index} has no `weight_map` from tensors to files")
@@ -86,36 +87,37 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything in a .safetensors, .pth or .bin file, one at a time.
+    """Yield name and tensor of everything in a .safetensors, .pth or .bin file.
 
-    The file is mapped: a tensor's bytes are read when it is used. ValueError if the file is damaged, or holds anything
-    but tensors; nothing in it is run.
+    The file is memory-mapped: a tensor's bytes are read when it is used. ValueError if the file is damaged, or holds
+    anything but tensors; nothing in it is executed.
     """
     if path.suffix in PICKLED:
-        yield from _unpickled(path, "cpu").items()
+        yield from _load_pickle(path, "cpu").items()
         return
-    with _opened(path, "pt") as file:
+    with _open_safetensors(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             yield name, file.get_tensor(name)
 
 
-def read_outlines(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and outline, shape and type alone, of everything in a file. ValueError as `read_tensors`."""
+def read_meta_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and meta tensor (shape and dtype) of everything in a file. ValueError as in `read_tensors`."""
     if path.suffix in PICKLED:
-        yield from _unpickled(path, "meta").items()
+        yield from _load_pickle(path, "meta").items()
         return
-    # As torch's, the file would be mapped to be written to, which the kernel grants only if it fits the memory.
-    with _opened(path, "np") as file:
+    # Opened for torch, the file is mapped writable, which the kernel refuses if it exceeds the memory.
+    with _open_safetensors(path, "np") as file:
         for name in file.keys():  # noqa: SIM118 (not a dict)
-            part = file.get_slice(name)
-            if part.get_dtype() not in DTYPES:
-                raise ValueError(f"{path} holds {name} as {part.get_dtype()}, expected one of {', '.join(DTYPES)}")
-            yield name, torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+            entry = file.get_slice(name)
+            dtype = entry.get_dtype()
+            if dtype not in DTYPES:
+                raise ValueError(f"{path} holds {name} as {dtype}, expected one of {', '.join(DTYPES)}")
+            yield name, torch.empty(entry.get_shape(), dtype=DTYPES[dtype], device="meta")
 
 
 @contextmanager
-def _opened(path: Path, framework: str) -> Iterator[Any]:
-    """A safetensors file. ValueError if it is damaged."""
+def _open_safetensors(path: Path, framework: str) -> Iterator[Any]:
+    """Open a safetensors file. ValueError if it is damaged."""
     try:
         with safe_open(path, framework=framework) as file:
             yield file
@@ -123,14 +125,14 @@ def _opened(path: Path, framework: str) -> Iterator[Any]:
         raise ValueError(f"{path} is not a safetensors file, or is cut short: {error}") from error
 
 
-def _unpickled(path: Path, device: str) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote, mapped on the CPU, or outlines on the meta device."""
+def _load_pickle(path: Path, device: str) -> dict[str, Tensor]:
+    """Load the tensors of a file written by torch.save: memory-mapped on the CPU, or meta tensors."""
     try:
-        # Files older than torch 1.6 are no archives, and cannot be mapped.
+        # Files older than torch 1.6 are not zip archives and cannot be mapped.
         mapped = device == "cpu" and zipfile.is_zipfile(path)
         content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:
-        # Damaged and malicious pickles fail in many ways: UnpicklingError, RuntimeError, EOFError, KeyError, ...
+        # Damaged and malicious pickles raise UnpicklingError, RuntimeError, EOFError, KeyError and others.
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is not a file of tensors, or is cut short or not safe to read: {reason}") from error
     if not isinstance(content, dict):
@@ -143,18 +145,21 @@ def _unpickled(path: Path, device: str) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself beside its tensors; nothing for others."""
+    """Return the metadata of a safetensors file; empty for pickles."""
     if path.suffix in PICKLED:
         return {}
-    with _opened(path, "np") as file:
+    with _open_safetensors(path, "np") as file:
         metadata: dict[str, str] = file.metadata() or {}
     return metadata
 
 
 def save(folder: Path, config: Mapping[str, Any], module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and model.safetensors, floating point tensors as `dtype` if it is given."""
+    """Write config.json and model.safetensors, floating point tensors as `dtype` if it is given.
+
+    The weights are renamed into place last, so a failed save leaves the old checkpoint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: _stored(tensor.detach(), dtype) for name, tensor in module.state_dict().items()}
+    tensors = {name: _to_stored(tensor.detach(), dtype) for name, tensor in module.state_dict().items()}
     partial = folder / f"{WEIGHTS}.partial"
     _save_file(tensors, partial)
     write_config(folder, config)
@@ -168,9 +173,9 @@ def save_shards(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write config.json and tensors as files of about SHARD_BYTES, of which one at a time is in memory.
+    """Write config.json and tensors in files of about SHARD_BYTES; one file at a time is in memory.
 
-    The index comes last: without it a folder has no weights. metadata: kept in every file.
+    The index is written last: without it a folder has no weights. metadata: written into every file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     where: dict[str, str] = {}
@@ -186,7 +191,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) ->
     shard: dict[str, Tensor] = {}
     num_bytes = 0
     for name, tensor in tensors:
-        shard[name] = _stored(tensor, dtype)
+        shard[name] = _to_stored(tensor, dtype)
         num_bytes += shard[name].nbytes
         if num_bytes >= SHARD_BYTES:
             yield shard
@@ -195,13 +200,13 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) ->
         yield shard
 
 
-def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _to_stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     save_file(tensors, path, {"format": "pt", **(metadata or {})})
-    path.chmod(0o644)  # it is written for its owner alone, and services may run as another user
+    path.chmod(0o644)  # safetensors writes 0600, and services may run as another user
 
 
 def write_config(folder: Path, fields: Mapping[str, Any]) -> None:

@@ -1,14 +1,14 @@
-"""The two layouts of a checkpoint's folder, and the parts that either is made of.
+"""The two layouts of a checkpoint folder: ours and the published one.
 
-Ours has a folder for each part, with config.json and safetensors: `audio`, `denoiser`, `vae`, and `text` with its
-tokenizer.json where prompts are known. The published one of Wan2.2-S2V-14B is taken as it is:
+Ours has a folder for each part, with config.json and safetensors: `audio`, `denoiser`, `vae` and, if the checkpoint
+takes prompts, `text` with its tokenizer.json. The published layout of Wan2.2-S2V-14B is read as it is:
 
     config.json, diffusion_pytorch_model-*.safetensors and their index    denoiser
     Wan2.1_VAE.pth                                                        vae
     wav2vec2-large-xlsr-53-english/                                       audio
     models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/tokenizer.json    text
 
-Live Avatar's adapter is a file of its own, wherever it is.
+Live Avatar's LoRA adapter is a separate file, anywhere.
 """
 
 import re
@@ -17,11 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from avatar.checkpoints.files import CONFIG, TOKENIZER, read_config, read_outlines, weight_files
+from avatar.checkpoints.files import CONFIG, TOKENIZER, read_config, read_meta_tensors, weight_files
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.checkpoints.part import Part
 
-# What every checkpoint has.
+# The parts of every checkpoint.
 PARTS = ("audio", "denoiser", "vae")
 TEXT = "text"
 CLASS_NAME = "WanModel_S2V"
@@ -29,9 +29,9 @@ VAE_FILE = "Wan2.1_VAE.pth"
 AUDIO_FOLDER = "wav2vec2-large-xlsr-53-english"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDER = Path("google/umt5-xxl")
-# What the published weights were trained for is not in their config.json, and is not to be chosen there.
+# Fields that a published config.json must not set: they are fixed by the training of the published weights.
 ROLLOUT = ("schedule", "sampler", "num_frames_per_block", "window_blocks", "sink_distance", "sink_update_block")
-# Rate and largest size of the published weights' videos. Source: the scripts of the reference implementation.
+# Frame rate and largest area of the published weights' videos. Source: the scripts of the reference implementation.
 FRAME_RATE_HZ = 25
 AREA = 720 * 400
 # Residual blocks of each of its VAE's levels.
@@ -39,12 +39,12 @@ VAE_RES_BLOCKS = 2
 
 
 def open_part(checkpoint: Path, name: str, adapter: LoraAdapter | None = None) -> Part:
-    """The part `audio`, `denoiser`, `vae` or `text` of a checkpoint in either layout; nothing is loaded.
+    """Return the part `audio`, `denoiser`, `vae` or `text` of a checkpoint in either layout; nothing is loaded.
 
-    adapter: changes the denoiser. ValueError if the folder is no checkpoint, or the part's files are not there.
+    adapter: to merge into the denoiser. ValueError if the folder is no checkpoint, or files of the part are missing.
     """
     if name == TEXT and not has_text_encoder(checkpoint):
-        raise ValueError(f"{checkpoint} knows no text: expected a folder {TEXT}, or {TEXT_FILE} as it is published")
+        raise ValueError(f"{checkpoint} has no text encoder: expected a folder {TEXT}, or {TEXT_FILE} as published")
     if is_published(checkpoint):
         part = PUBLISHED[name](checkpoint)
     elif (checkpoint / name).is_dir():
@@ -53,27 +53,27 @@ def open_part(checkpoint: Path, name: str, adapter: LoraAdapter | None = None) -
             part = replace(part, tokenizer=_tokenizer(checkpoint / name))
     else:
         ours, published = f"a folder {name}", f"the {CONFIG} of {CLASS_NAME}"
-        raise ValueError(f"no checkpoint at {checkpoint}: expected {ours}, or {published} as it is published")
+        raise ValueError(f"no checkpoint at {checkpoint}: expected {ours}, or {published} as published")
     return replace(part, adapter=adapter) if name == "denoiser" else part
 
 
-def parts_of(checkpoint: Path) -> tuple[str, ...]:
-    """The names of a checkpoint's parts."""
+def part_names(checkpoint: Path) -> tuple[str, ...]:
+    """Return the names of a checkpoint's parts."""
     return (*PARTS, TEXT) if has_text_encoder(checkpoint) else PARTS
 
 
 def has_text_encoder(checkpoint: Path) -> bool:
-    """Whether the checkpoint has a part for prompts, which are refused where it has none."""
+    """Return True if the checkpoint has a text encoder; otherwise sessions with prompts are refused."""
     return (checkpoint / TEXT_FILE if is_published(checkpoint) else checkpoint / TEXT).exists()
 
 
 def is_published(checkpoint: Path) -> bool:
-    """Whether the folder is in the published layout. ValueError if it holds another network."""
+    """Return True if the folder is in the published layout. ValueError if it holds another network."""
     if not (checkpoint / CONFIG).is_file():
         return False
     found = read_config(checkpoint).get("_class_name")
     if found != CLASS_NAME:
-        raise ValueError(f"{checkpoint / CONFIG} is of a {found}, expected {CLASS_NAME}")
+        raise ValueError(f"{checkpoint / CONFIG} describes a {found}, expected {CLASS_NAME}")
     return True
 
 
@@ -81,18 +81,18 @@ def _denoiser(checkpoint: Path) -> Part:
     config = read_config(checkpoint)
     if chosen := [name for name in ROLLOUT if name in config]:
         raise ValueError(
-            f"{checkpoint / CONFIG} sets {', '.join(chosen)}; published weights are served at the levels and in the "
-            "blocks that they were trained for"
+            f"{checkpoint / CONFIG} sets {', '.join(chosen)}; published weights run only with the levels and blocks "
+            "that they were trained for"
         )
     return Part(checkpoint, config, tuple(weight_files(checkpoint)))
 
 
 def _vae(checkpoint: Path) -> Part:
-    """The file says nothing of its sizes: they are those of its tensors."""
+    # The file has no configuration: sizes come from the shapes of its tensors.
     path = checkpoint / VAE_FILE
     if not path.is_file():
         raise ValueError(f"no VAE in {checkpoint}: expected a file {path}")
-    first = dict(read_outlines(path)).get("encoder.conv1.weight")
+    first = dict(read_meta_tensors(path)).get("encoder.conv1.weight")
     config = {
         "codec": "wan",
         "picture": {"fit": "reference", "area": AREA},
@@ -109,9 +109,9 @@ def _audio(checkpoint: Path) -> Part:
 
 
 def _text(checkpoint: Path) -> Part:
-    """The file says nothing of its sizes: they are those of its tensors."""
+    # As for the VAE, sizes come from the shapes of the tensors.
     path = checkpoint / TEXT_FILE
-    shapes = {text_name(name): tuple(tensor.shape) for name, tensor in read_outlines(path)}
+    shapes = {text_name(name): tuple(tensor.shape) for name, tensor in read_meta_tensors(path)}
     try:
         config: dict[str, Any] = {"encoder": "umt5", "network": text_sizes(shapes)}
     except KeyError as error:
@@ -132,34 +132,34 @@ PUBLISHED: dict[str, Callable[[Path], Part]] = {"audio": _audio, "denoiser": _de
 
 
 def audio_name(name: str) -> str | None:
-    """A tensor of wav2vec2 in today's Wav2Vec2Model; None for what belongs to training or to the model around it."""
+    """Map a published wav2vec2 tensor to today's Wav2Vec2Model; None for tensors of training or of the CTC head."""
     name = name.removeprefix("wav2vec2.")
     if name.split(".")[0] not in ("feature_extractor", "feature_projection", "encoder"):
         return None
     return WEIGHT_NORM.sub(lambda old: f"conv.parametrizations.weight.original{'gv'.index(old[1])}", name)
 
 
-# Length and direction of the positional convolution's weights, as transformers named them before torch 2's names.
+# Weight norm's length (g) and direction (v) of the positional convolution, as transformers named them before torch 2.
 WEIGHT_NORM = re.compile(r"conv\.weight_([gv])$")
 
 
 def vae_name(name: str) -> str:
-    """The name under which AutoencoderKLWan knows a tensor of Wan's own checkpoint.
+    """Map a tensor of Wan's own VAE checkpoint to its name in diffusers' AutoencoderKLWan.
 
-    diffusers' own conversion, of the same result, is private and takes whole files.
+    diffusers' own conversion gives the same result, but is private and takes whole files.
     """
-    for pattern, part in _VAE_PARTS:
-        name = re.sub(pattern, part, name)
+    for pattern, replacement in _VAE_NAMES:
+        name = re.sub(pattern, replacement, name)
     found = re.match(r"decoder\.upsamples\.(\d+)\.(.*)", name)
     if not found:
         return name
-    # In a row there, per level here: the residual blocks and then the upsampler.
-    level, place = divmod(int(found[1]), VAE_RES_BLOCKS + 2)
-    layer = "upsamplers.0" if place > VAE_RES_BLOCKS else f"resnets.{place}"
+    # One list there; here a list per level, of the residual blocks and then the upsampler.
+    level, index = divmod(int(found[1]), VAE_RES_BLOCKS + 2)
+    layer = "upsamplers.0" if index > VAE_RES_BLOCKS else f"resnets.{index}"
     return f"decoder.up_blocks.{level}.{layer}.{found[2]}"
 
 
-_VAE_PARTS = (
+_VAE_NAMES = (
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
     (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
@@ -178,13 +178,13 @@ _VAE_PARTS = (
 
 
 def text_name(name: str) -> str:
-    """The name under which transformers' umT5 encoder stack knows a tensor of the published text encoder."""
-    for pattern, part in _TEXT_PARTS:
-        name = re.sub(pattern, part, name)
+    """Map a tensor of the published text encoder to its name in transformers' umT5 encoder stack."""
+    for pattern, replacement in _TEXT_NAMES:
+        name = re.sub(pattern, replacement, name)
     return name
 
 
-_TEXT_PARTS = (
+_TEXT_NAMES = (
     (r"^token_embedding\.", "embed_tokens."),
     (r"^norm\.", "final_layer_norm."),
     (r"^blocks\.", "block."),
@@ -199,9 +199,9 @@ _TEXT_PARTS = (
 
 
 def text_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The sizes of an umT5 encoder, as transformers.UMT5Config names them, from the shapes of its tensors.
+    """Return the sizes of a umT5 encoder under transformers.UMT5Config's names, from the shapes of its tensors.
 
-    KeyError names a tensor that is missing.
+    KeyError names a missing tensor.
     """
     vocabulary, width = shapes["embed_tokens.weight"]
     buckets, heads = shapes["block.0.layer.0.SelfAttention.relative_attention_bias.weight"]

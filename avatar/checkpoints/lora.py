@@ -1,11 +1,11 @@
-"""A low-rank adapter (LoRA): for each weight W that it changes two matrices A and B, merged when weights are loaded.
+"""LoRA adapters: two low-rank matrices A and B for each weight W that they change, merged when weights are loaded.
 
     W + alpha / rank * B A
 
-The product and the sum are float32, whatever the files hold, and whoever keeps the sum rounds it once. Rounding the
+Product and sum are computed in float32, whatever the files hold, and rounded once, when the sum is stored. Rounding the
 product first would change a tenth to a quarter of a bfloat16 checkpoint's numbers.
 
-Axes: r rank, i inputs, o outputs.
+Source: LoRA (arXiv 2106.09685). Axes: r rank, i inputs, o outputs.
 """
 
 import re
@@ -18,29 +18,29 @@ from torch import Tensor
 
 from avatar.checkpoints.files import read_tensors
 
-# PEFT's names of a pair, with or without its prefix and the adapter's name.
+# PEFT's keys, with or without its prefix and the adapter's name.
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-# The weights that Live Avatar's adapter changes: of attention and of the feed-forward network.
+# The weights that Live Avatar's adapter changes: attention projections and the feed-forward network.
 TARGET = re.compile(r"(^|\.)([qkvo]|ffn\.[02])\.weight$")
-# Live Avatar's file has a rank of 128, and says nothing of alpha. Source: the configuration of its training.
+# Live Avatar's file has rank 128 and does not contain alpha. Source: the configuration of its training.
 ALPHA = 64.0
-# Problems that a message names.
-FEW = 5
+# Problems listed in an error message.
+MAX_LISTED = 5
 
 Pairs = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A file of adapter matrices, and the alpha that it was trained with."""
+    """A LoRA adapter: its file, and the alpha that it was trained with."""
 
     path: Path
     alpha: float = ALPHA
 
     def pairs(self) -> Pairs:
-        """Matrices "A" (r, i) and "B" (o, r) by the name of the weight that they change, mapped and not read.
+        """Return matrices "A" (r, i) and "B" (o, r) by the name of the weight that they change, memory-mapped.
 
-        ValueError names the keys that are not an adapter's: they would replace weights.
+        ValueError lists keys that are not LoRA matrices: such a file means to replace whole weights.
         """
         pairs: Pairs = {}
         foreign: list[str] = []
@@ -52,11 +52,14 @@ class LoraAdapter:
             else:
                 pair[found["side"]] = tensor
         if foreign:
-            raise ValueError(f"{self.path} is no adapter: it holds {first_few(foreign)}")
+            raise ValueError(f"{self.path} is no LoRA adapter: it holds {first_few(foreign)}")
         return pairs
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
-        """ValueError unless each weight (o, i) that an adapter changes has its pair, and no pair is left over."""
+        """Raise ValueError unless each weight (o, i) that LoRA targets has a pair of matching shapes, and nothing else.
+
+        weights: meta tensors by name.
+        """
         pairs, targets = self.pairs(), {name for name in weights if TARGET.search(name)}
         problems = [f"nothing for {name}" for name in weights if name in targets and name not in pairs]
         problems += [f"a pair for {name}, which it cannot change" for name in pairs if name not in targets]
@@ -70,12 +73,12 @@ class LoraAdapter:
 
 
 def merge(weight: Tensor, pair: Mapping[str, Tensor], alpha: float, device: torch.device | str = "cpu") -> Tensor:
-    """A weight (o, i) of any dtype with its pair, float32 on the device; no more is allocated than the result."""
+    """Return weight (o, i) + alpha / r * B A, float32 on the device; nothing beyond the result is allocated."""
     a, b = (pair[side].to(device, torch.float32) for side in "AB")
     return (b @ a).mul_(alpha / len(a)).add_(weight.to(device))
 
 
 def first_few(problems: list[str]) -> str:
-    """The first of what is wrong, and how much more there is."""
-    more = f" and {len(problems) - FEW} more" if len(problems) > FEW else ""
-    return "; ".join(problems[:FEW]) + more
+    """Join the first MAX_LISTED problems, and count the rest."""
+    more = f" and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    return "; ".join(problems[:MAX_LISTED]) + more

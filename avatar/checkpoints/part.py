@@ -1,8 +1,8 @@
-"""One model of a checkpoint, on its way from files to a module.
+"""One part of a checkpoint: the configuration and weights of one model, and their loading into a module.
 
-    files --map--> tensors --rename--> the module's names --merge the adapter--> --cast, copy--> the module
+    files --memory-map--> tensors --rename--> the module's names --merge LoRA--> --cast, copy--> the module
 
-Tensors pass one at a time: beside the module's own weights, no more than one of them is ever in memory.
+Tensors pass one at a time: beside the module's own weights, at most one of them is in memory.
 """
 
 import hashlib
@@ -15,56 +15,53 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from avatar.checkpoints.files import read_config, read_metadata, read_outlines, read_tensors, weight_files
-from avatar.checkpoints.lora import FEW, LoraAdapter, first_few, merge
+from avatar.checkpoints.files import read_config, read_meta_tensors, read_metadata, read_tensors, weight_files
+from avatar.checkpoints.lora import MAX_LISTED, LoraAdapter, first_few, merge
 
-# The metadata of weights that an adapter has been merged into.
+# Key of the files' metadata that names the adapter merged into the weights.
 MERGED = "merged_adapter"
-# Of larger files `digest` takes the beginning, which holds names and shapes, and a sample at every step.
+# Of larger files, `digest` hashes the beginning, which holds names and shapes, and a sample at every step.
 WHOLE_BYTES = 16 << 20
 BEGINNING_BYTES = 1 << 20
 STEP_BYTES = 16 << 20
 SAMPLE_BYTES = 16 << 10
 
 
-def unchanged(name: str) -> str | None:
-    return name
-
-
 @dataclass(frozen=True)
 class Part:
-    """Where a model's configuration and weights are; nothing is loaded.
+    """The configuration and the files of one model; nothing is loaded yet.
 
-    folder: what messages name.
+    folder: for error messages.
     config: the fields of the model's own configuration.
-    files: safetensors or pickles that hold each tensor once.
-    rename: from a tensor's name in the files to the module's, None for what is not needed.
-    adapter: is merged into the weights as they are read.
-    tokenizer: file that makes tokens of text, where the model reads them.
+    files: safetensors or pickles; each tensor is in one of them.
+    rename: maps a tensor's name in the files to the module's, or to None if the module does not need it. None: the
+        names are the module's.
+    adapter: LoRA adapter to merge into the weights as they are read.
+    tokenizer: the tokenizer's file, if the model reads text.
     """
 
     folder: Path
     config: Mapping[str, Any]
     files: tuple[Path, ...]
-    rename: Callable[[str], str | None] = unchanged
+    rename: Callable[[str], str | None] | None = None
     adapter: LoraAdapter | None = None
     tokenizer: Path | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """A part in our layout: config.json and its weights in one folder. ValueError if they are not there."""
+        """Return a part in our layout, config.json and weights in one folder. ValueError if they are missing."""
         return cls(folder, read_config(folder), tuple(weight_files(folder)))
 
-    def outline(self) -> dict[str, Tensor]:
-        """Shapes and types of the stored tensors, by the module's names.
+    def meta_tensors(self) -> dict[str, Tensor]:
+        """Return the stored tensors' shapes and dtypes, as meta tensors by the module's names.
 
         ValueError if a file is damaged or repeats a tensor, or the adapter does not match.
         """
         found: dict[str, Tensor] = {}
         for path in self.files:
-            for name, tensor in self._renamed(read_outlines(path)):
+            for name, tensor in self._renamed(read_meta_tensors(path)):
                 if name in found:
-                    raise ValueError(f"{path} holds {name}, which was there before")
+                    raise ValueError(f"{path} holds {name}, which an earlier file holds too")
                 found[name] = tensor
         if self.adapter is not None:
             self._check_unmerged(self.adapter)
@@ -72,7 +69,7 @@ class Part:
         return found
 
     def tensors(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
-        """The module's names and tensors, one at a time: as they are stored, or merged on the device in float32."""
+        """Yield the tensors by the module's names: as stored, or merged with the adapter on the device, in float32."""
         pairs = self.adapter.pairs() if self.adapter else {}
         for path in self.files:
             for name, tensor in self._renamed(read_tensors(path)):
@@ -82,15 +79,15 @@ class Part:
                     yield name, tensor
 
     def merged_adapter(self) -> str | None:
-        """The adapter that the stored weights have been merged with."""
+        """Return the name of the adapter that the stored weights are merged with already."""
         return read_metadata(self.files[0]).get(MERGED)
 
     def digest(self) -> str:
-        """16 hexadecimal digits that identify the part: sha256 of its configuration, adapter, tokenizer and files.
+        """Return 16 hexadecimal digits that identify the part: sha256 of configuration, adapter, tokenizer and files.
 
-        For a file over WHOLE_BYTES its size, beginning and samples stand, because nobody should read gigabytes to
-        start. Every large matrix is sampled, so that other weights of the same shapes have another digest; a change of
-        single numbers may not show.
+        Of a file over WHOLE_BYTES only size, beginning and samples are hashed, so that a start does not read gigabytes.
+        Every large matrix is sampled, so other weights of the same shapes get another digest; a change of single
+        numbers may go unnoticed.
         """
         state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         if self.adapter is not None:
@@ -101,16 +98,18 @@ class Part:
             state.update(self.tokenizer.read_bytes())
         return state.hexdigest()[:16]
 
-    def place(self, name: str) -> str:
-        """The file that holds a tensor, for messages; where there is no such tensor, where it was looked for."""
+    def file_of(self, name: str) -> str:
+        """Return the file that holds a tensor, or the folder if none does; for error messages."""
         if len(self.files) == 1:
             return str(self.files[0])
-        holders = (path for path in self.files if any(found == name for found, _ in self._renamed(read_outlines(path))))
-        return str(next(holders, self.folder))
+        for path in self.files:
+            if any(found == name for found, _ in self._renamed(read_meta_tensors(path))):
+                return str(path)
+        return str(self.folder)
 
     def _renamed(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for stored, tensor in tensors:
-            name = self.rename(stored)
+            name = self.rename(stored) if self.rename else stored
             if name is not None:
                 yield name, tensor
 
@@ -120,12 +119,12 @@ class Part:
 
 
 def load_weights(module: nn.Module, part: Part) -> None:
-    """Fill every parameter and buffer of the module from the part, cast to the module's own types.
+    """Fill every parameter and buffer of the module from the part, cast to the module's dtypes.
 
-    A module on the meta device is only compared. ValueError names the place and the first few tensors that are missing,
-    surplus or of another shape, before anything is read.
+    A module on the meta device is only compared with the part. ValueError names the files and the first few tensors
+    that are missing, unexpected or of another shape; it is raised before any weight is read.
     """
-    target, found = module.state_dict(), part.outline()
+    target, found = module.state_dict(), part.meta_tensors()
     problems = {name: f"missing {name}" for name in target if name not in found}
     problems |= {name: f"unexpected {name}" for name in found if name not in target}
     problems |= {
@@ -134,7 +133,7 @@ def load_weights(module: nn.Module, part: Part) -> None:
         if name in found and found[name].shape != target[name].shape
     }
     if problems:
-        places = sorted({part.place(name) for name in list(problems)[:FEW]})
+        places = sorted({part.file_of(name) for name in list(problems)[:MAX_LISTED]})
         wrong = first_few([*problems.values()])
         raise ValueError(f"weights in {', '.join(places)} do not fit {type(module).__name__}: {wrong}")
     device = next((tensor.device for tensor in target.values()), torch.device("cpu"))

@@ -1,6 +1,7 @@
-"""A prompt to the embedding that the network attends to.
+"""A prompt to the text embedding that the network attends to.
 
-    prompt --clean--> words --tokenizer--> 512 rows --encoder--> the rows of the prompt's own tokens
+    prompt --clean--> text --tokenizer--> 512 tokens --encoder--> embedding of the prompt's own tokens
 
-`prompt.py` cleans, `model.py` is the encoder. Only what embeds imports transformers. Axes: b batch, n tokens, d width.
+`prompt.py` cleans, `model.py` is the encoder. transformers is imported only when an encoder is built. Axes: b batch,
+n tokens, d width.
 """

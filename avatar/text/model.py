@@ -1,6 +1,6 @@
-"""The text encoder: a prompt's tokens through umT5, of which its own rows are kept.
+"""The text encoder: a prompt's tokens through umT5's encoder; the embeddings of padding are dropped.
 
-Axes: b batch, n tokens, d width.
+Source: umT5-XXL as Wan2.2 uses it. Axes: b batch, n tokens, d width.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ EMBEDDING = "embed_tokens.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """What a checkpoint's config.json says of its text encoder.
+    """Configuration of a text encoder, as in a checkpoint's config.json.
 
-    network: the sizes, as transformers.UMT5Config names them.
-    max_tokens: what counts of a prompt, the end included; as many rows as the network reads.
+    network: the sizes, under transformers.UMT5Config's names.
+    max_tokens: a prompt is truncated to so many tokens, the end token included; at most the denoiser's text_len.
     """
 
     network: Mapping[str, Any]
@@ -40,22 +40,22 @@ class TextConfig:
 
 
 class TextEncoder:
-    """Prompts to embeddings, by a tokenizer and umT5's encoder.
+    """A tokenizer and umT5's encoder: prompts to embeddings.
 
-    width: of an embedding.
+    width: d of an embedding.
     """
 
     def __init__(self, network: nn.Module, config: TextConfig, tokenizer: Tokenizer) -> None:
-        """network: `build`'s, with its weights. ValueError if the tokenizer is not one for it."""
+        """network: from `build`, with weights loaded. ValueError if the tokenizer does not fit it."""
         tokenizer.no_padding()
         tokenizer.no_truncation()
         padding, (vocabulary, self.width) = tokenizer.token_to_id(PADDING), network.get_parameter(EMBEDDING).shape
         if padding is None:
             raise ValueError(f"the tokenizer has no {PADDING}")
         if tokenizer.get_vocab_size() > vocabulary:
-            raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the encoder knows {vocabulary}")
+            raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the encoder has {vocabulary}")
         if (count := len(tokenizer.encode("").ids)) != 1:
-            raise ValueError(f"the tokenizer puts {count} tokens around a text, expected one at its end")
+            raise ValueError(f"the tokenizer adds {count} tokens to a text, expected one at its end")
         tokenizer.enable_truncation(config.max_tokens)
         tokenizer.enable_padding(pad_id=padding, pad_token=PADDING, length=config.max_tokens)
         self.network, self.config = network.eval().requires_grad_(False), config
@@ -66,14 +66,14 @@ class TextEncoder:
         return self.network.get_parameter(EMBEDDING).dtype
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that is read as a part, floating point tensors as `dtype` if it is given."""
+        """Write a folder that `load` reads as a part, floating point tensors as `dtype` if it is given."""
         save(folder, asdict(self.config), self.network, dtype)
         self._tokenizer.save(str(folder / TOKENIZER))
 
     def embed(self, prompt: str) -> Tensor:
-        """The embedding (n, d) of a prompt as it was written: the rows of its tokens and of the end, on the CPU.
+        """Return the embedding (n, d) of a prompt, 1 <= n <= max_tokens, in the encoder's dtype, on the CPU.
 
-        1 <= n <= max_tokens, in the encoder's dtype; tokens past max_tokens do not count.
+        It has a row for each token of the cleaned prompt and one for the end token; tokens past max_tokens are dropped.
         """
         tokens = self._tokenizer.encode(clean(prompt))
         mask = torch.tensor([tokens.attention_mask])
@@ -82,9 +82,9 @@ class TextEncoder:
 
 @torch.no_grad()
 def encode(network: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """All rows (b, n, d) of tokens (b, n), those of padding included.
+    """Return the embeddings (b, n, d) of token ids (b, n), those of padding included.
 
-    mask: (b, n), 1 for tokens that are attended and 0 for padding.
+    mask: (b, n), 1 for tokens to attend to and 0 for padding.
     """
     device = network.get_parameter(EMBEDDING).device
     rows: Tensor = network(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
@@ -92,7 +92,7 @@ def encode(network: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def build(config: TextConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The encoder's module without weights, on the meta device. ValueError if there is no such network."""
+    """Build umT5's encoder on the meta device. ValueError if transformers rejects the sizes."""
     # Slow to import, and only needed where an encoder runs.
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -102,17 +102,17 @@ def build(config: TextConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     except StrictDataclassError as error:
         raise ValueError(f"network: {' '.join(str(error).split())}") from error
     with torch.device("meta"):
-        # The stack alone: what is around it holds the token embedding a second time.
+        # Only the encoder stack: the model around it holds the token embedding a second time.
         encoder: nn.Module = transformers.UMT5EncoderModel(network).encoder
     return encoder.to(dtype)
 
 
 def load(part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TextEncoder:
-    """The text encoder of a checkpoint's part, ready to serve. ValueError if its files are not what they should be."""
+    """Return the text encoder of a checkpoint's part. ValueError if its config, tokenizer or weights do not fit."""
     try:
         config = TextConfig(**part.config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the configuration in {part.folder} is no text encoder's: {error}") from error
+        raise ValueError(f"the configuration in {part.folder} is not a text encoder's: {error}") from error
     try:
         tokenizer = Tokenizer.from_file(str(part.tokenizer))
     except Exception as error:  # the library raises nothing narrower

@@ -1,4 +1,4 @@
-"""What people write, in the form that the text encoder was trained on."""
+"""Prompt cleaning, as in the text encoder's training."""
 
 import html
 import re
@@ -7,9 +7,9 @@ import ftfy
 
 
 def clean(prompt: str) -> str:
-    """The prompt with broken encodings mended, HTML entities resolved, and every run of white space one blank.
+    """Repair broken encodings, resolve HTML entities, and collapse white space to single spaces.
 
     Source: the reference implementation of arXiv 2512.04677. Entities are resolved twice: some texts are escaped twice.
     """
-    mended = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
-    return re.sub(r"\s+", " ", mended).strip()
+    repaired = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+    return re.sub(r"\s+", " ", repaired).strip()

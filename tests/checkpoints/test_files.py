@@ -18,7 +18,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def test_what_was_saved_is_loaded_exactly(tmp_path: Path) -> None:
+def test_saved_weights_load_exactly(tmp_path: Path) -> None:
     save(tmp_path / "new" / "part", {"dim": 3, "name": "ä"}, Toy(seed=1))
     loaded = Toy(seed=2)
     load_weights(loaded, part_in(tmp_path / "new" / "part"))
@@ -26,7 +26,7 @@ def test_what_was_saved_is_loaded_exactly(tmp_path: Path) -> None:
     assert read_config(tmp_path / "new" / "part") == {"dim": 3, "name": "ä"}
 
 
-def test_saving_as_half_precision_leaves_whole_numbers_alone(tmp_path: Path) -> None:
+def test_saving_in_half_precision_keeps_integers(tmp_path: Path) -> None:
     save(tmp_path, {}, Toy(seed=1), torch.float16)
     tensors = dict(files.read_tensors(tmp_path / WEIGHTS))
     assert {name: tensor.dtype for name, tensor in tensors.items() if name != "counts"} == {
@@ -66,14 +66,14 @@ def test_a_damaged_index_is_named(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["archive", "older than torch 1.6"])
 @pytest.mark.parametrize("suffix", [".pth", ".bin"])
-def test_what_torch_saved_is_read(tmp_path: Path, suffix: str, zipped: bool) -> None:
+def test_torch_files_are_read(tmp_path: Path, suffix: str, zipped: bool) -> None:
     tensors = Toy(seed=1).bfloat16().state_dict()
     path = tmp_path / f"part{suffix}"
     torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
     torch.testing.assert_close(dict(files.read_tensors(path)), dict(tensors), rtol=0, atol=0)
 
 
-def test_what_torch_saved_is_mapped_and_not_read(tmp_path: Path) -> None:
+def test_torch_files_are_memory_mapped(tmp_path: Path) -> None:
     path = tmp_path / "part.pth"
     torch.save({"weight": torch.zeros(1000)}, path)
     data = path.read_bytes()
@@ -86,18 +86,18 @@ def test_what_torch_saved_is_mapped_and_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin"])
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path, suffix: str, exploit: Exploit) -> None:
-    """As torch.save writes it, where `pickled` is a bare pickle."""
+    """A file from torch.save; the fixture `pickled` is a bare pickle."""
     path = tmp_path / f"part{suffix}"
     torch.save({"weight": torch.zeros(1), "code": exploit}, path)
     with pytest.raises(ValueError, match=f"{path.name} is not a file of tensors"):
         list(files.read_tensors(path))
     assert not exploit.path.exists()
     torch.load(path, weights_only=False)
-    assert exploit.path.exists()  # it would have
+    assert exploit.path.exists()  # unsafe loading does run it
 
 
 @pytest.mark.parametrize("length", [0, 7, 40, -1, -1000])
-def test_a_torch_file_cut_short_is_refused(tmp_path: Path, length: int) -> None:
+def test_a_truncated_torch_file_is_refused(tmp_path: Path, length: int) -> None:
     path = tmp_path / "part.pth"
     torch.save(Toy().state_dict(), path)
     path.write_bytes(path.read_bytes()[:length])
@@ -108,14 +108,14 @@ def test_a_torch_file_cut_short_is_refused(tmp_path: Path, length: int) -> None:
 @pytest.mark.parametrize(
     "content", [[torch.zeros(1)], torch.zeros(1), {"weight": 3}, {1: torch.zeros(1)}, {"model": {"w": torch.zeros(1)}}]
 )
-def test_a_torch_file_of_something_else_is_refused(tmp_path: Path, content: object) -> None:
+def test_a_torch_file_without_named_tensors_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "part.pth")
     with pytest.raises(ValueError, match=r"part\.pth holds"):
         list(files.read_tensors(tmp_path / "part.pth"))
 
 
 @pytest.mark.parametrize("length", [0, 7, 40, -1])
-def test_a_file_cut_short_is_refused(tmp_path: Path, length: int) -> None:
+def test_a_truncated_safetensors_file_is_refused(tmp_path: Path, length: int) -> None:
     save(tmp_path, {}, Toy())
     whole = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(whole[:length])
@@ -154,7 +154,7 @@ def test_nothing_is_unpickled(tmp_path: Path, pickled: tuple[bytes, Path], file:
     assert not unpickled.exists()
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, {"version": 1}, Toy(seed=1))
 
     def full_disk(_: dict[str, Tensor], path: Path, __: object) -> None:
@@ -179,27 +179,27 @@ def test_saving_leaves_nothing_but_the_checkpoint(tmp_path: Path) -> None:
     assert_equal(loaded, Toy(seed=2))
 
 
-def test_a_saved_checkpoint_can_be_read_by_others(tmp_path: Path) -> None:
+def test_other_users_can_read_a_saved_checkpoint(tmp_path: Path) -> None:
     files.save(tmp_path, {}, nn.Linear(2, 2))
     assert (tmp_path / files.WEIGHTS).stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, "part.pth"])
 @pytest.mark.parametrize("dtype", [*files.DTYPES.values()], ids=str)
-def test_outlines_have_every_shape_and_type(tmp_path: Path, file: str, dtype: torch.dtype) -> None:
+def test_meta_tensors_have_shape_and_dtype(tmp_path: Path, file: str, dtype: torch.dtype) -> None:
     tensors = {"weight": torch.zeros(3, 4, dtype=dtype), "scalar": torch.zeros((), dtype=dtype)}
     (save_file if file == WEIGHTS else torch.save)(tensors, tmp_path / file)
-    outlines = dict(files.read_outlines(tmp_path / file))
-    assert {name: (each.shape, each.dtype, each.device.type) for name, each in outlines.items()} == {
+    meta_tensors = dict(files.read_meta_tensors(tmp_path / file))
+    assert {name: (each.shape, each.dtype, each.device.type) for name, each in meta_tensors.items()} == {
         name: (each.shape, each.dtype, "meta") for name, each in tensors.items()
     }
 
 
-def test_a_file_larger_than_the_memory_has_outlines(tmp_path: Path) -> None:
-    """A terabyte that is not there: a sparse file."""
+def test_meta_tensors_of_a_file_larger_than_the_memory(tmp_path: Path) -> None:
+    """A sparse file of a terabyte."""
     num_bytes = 1 << 40
     header = json.dumps({"weight": {"dtype": "BF16", "shape": [num_bytes // 2], "data_offsets": [0, num_bytes]}})
     with (tmp_path / WEIGHTS).open("wb") as out:
         out.write(len(header).to_bytes(8, "little") + header.encode())
         out.truncate(8 + len(header) + num_bytes)
-    assert dict(files.read_outlines(tmp_path / WEIGHTS))["weight"].nbytes == num_bytes
+    assert dict(files.read_meta_tensors(tmp_path / WEIGHTS))["weight"].nbytes == num_bytes

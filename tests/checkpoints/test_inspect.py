@@ -28,14 +28,14 @@ def gigabytes(num_bytes: int) -> float:
 @pytest.mark.parametrize(
     ("height", "width", "ring", "conditions"), [(48, 88, 10.38, 2.16), (88, 48, 10.38, 2.16), (50, 90, 11.06, 2.28)]
 )
-def test_memory_of_the_public_network_is_what_its_arithmetic_says(
+def test_memory_of_the_public_network_follows_from_its_sizes(
     height: int, width: int, ring: float, conditions: float
 ) -> None:
     """20,480 bytes a token, layer and bfloat16 pair; 4 blocks of 3 frames, conditions of 2.5 frames."""
     with torch.device("meta"):
         network = Network(base()).bfloat16()
     weights, window, picture, text = denoiser_memory(network, height, width).values()
-    # Beside the reference's keys stand those of its channels that turn with time, not rotated: 44 of 128.
+    # The cache also keeps the reference's keys without RoPE, for the channels that depend on time: 44 of 128.
     unrotated = (height // 2) * (width // 2) * 40 * 44 * 2 * 40
     assert gigabytes(weights) == pytest.approx(32.59, abs=0.005)
     assert gigabytes(window) == pytest.approx(ring, abs=0.005)
@@ -60,14 +60,14 @@ def test_a_checkpoint_is_described_without_reading_its_tensors(
         assert line in text
 
 
-def test_our_own_layout_is_described_too(checkpoint: Path) -> None:
+def test_our_layout_is_described_too(checkpoint: Path) -> None:
     text = "\n".join(inspect(checkpoint, dtype=torch.float16))
     assert f"{checkpoint}: in our layout" in text
-    assert "64x64 alone" in text
+    assert "64x64 only" in text
     assert "at 64x64 in float16" in text
 
 
-def test_what_is_wrong_ends_the_program_with_the_reason(published: Path, tmp_path: Path) -> None:
+def test_an_invalid_checkpoint_ends_the_program_with_the_reason(published: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(published, tmp_path / "copy")
     stored = torch.load(folder / VAE_FILE, weights_only=True)
     del stored["decoder.head.2.bias"]
@@ -81,7 +81,7 @@ def test_models_that_do_not_fit_each_other_are_refused(published: Path, tmp_path
         shutil.copytree(checkpoint / name, tmp_path / name)
     pack(published, tmp_path / "packed")
     shutil.copytree(tmp_path / "packed" / "audio", tmp_path / "audio")
-    with pytest.raises(ValueError, match=r"the network hears \(3, 32\) .* the audio encoder makes \(25, 32\)"):
+    with pytest.raises(ValueError, match=r"expects audio features of \(3, 32\) .* the encoder makes \(25, 32\)"):
         list(inspect(tmp_path))
 
 
@@ -109,7 +109,7 @@ def test_a_packed_checkpoint_loads_to_the_same_weights(
     assert f"adapter   {ADAPTER} is merged into the weights" in capsys.readouterr().out
 
 
-def test_packing_in_another_type_rounds_the_merge_once(published: Path, tmp_path: Path) -> None:
+def test_packing_in_another_dtype_rounds_the_merge_once(published: Path, tmp_path: Path) -> None:
     pack(published, tmp_path / "out", LoraAdapter(published / ADAPTER), torch.float32)
     packed = dict(open_part(tmp_path / "out", "denoiser").tensors())
     assert {tensor.dtype for tensor in packed.values()} == {torch.float32}
@@ -124,8 +124,8 @@ def test_an_adapter_is_not_merged_twice(published: Path, tmp_path: Path) -> None
         load_denoiser(open_part(tmp_path / "out", "denoiser", adapter))
 
 
-def test_packing_leaves_what_is_there_alone(published: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is there already"):
+def test_packing_refuses_an_existing_folder(published: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="exists already"):
         pack(published, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -134,7 +134,7 @@ def test_packing_leaves_what_is_there_alone(published: Path, tmp_path: Path) -> 
 def test_a_size_is_width_and_height(text: str, published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["inspect", str(published), "--size", text])
-    assert "is no size, expected WIDTHxHEIGHT" in capsys.readouterr().err
+    assert "is not a size, expected WIDTHxHEIGHT" in capsys.readouterr().err
 
 
 def test_both_are_commands_of_the_program(

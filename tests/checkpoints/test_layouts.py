@@ -1,4 +1,4 @@
-"""The published layout is taken as it is, and refused if it is not what it should be."""
+"""Tests of avatar.checkpoints.layouts: the published layout loads as it is, or is refused with a reason."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ FIRST_SHARD = "diffusion_pytorch_model-00001-of-00002.safetensors"
 
 @pytest.fixture
 def copy(published: Path, tmp_path: Path) -> Path:
-    """A published folder that may be spoiled."""
+    """A published folder that a test may damage."""
     return Path(shutil.copytree(published, tmp_path / "copy"))
 
 
@@ -38,12 +38,12 @@ def edit_config(folder: Path, **changes: object) -> None:
 def test_the_folder_of_these_tests_has_the_published_names(published: Path) -> None:
     with torch.device("meta"):
         network, codec = Network(base()), WanCodec(WanConfig(), device="meta").network
-    assert open_part(published, "denoiser").outline().keys() == network.state_dict().keys()
-    assert open_part(published, "vae").outline().keys() == codec.state_dict().keys()
+    assert open_part(published, "denoiser").meta_tensors().keys() == network.state_dict().keys()
+    assert open_part(published, "vae").meta_tensors().keys() == codec.state_dict().keys()
     assert len(load_file(published / ADAPTER)) == 896
 
 
-def test_the_network_is_the_published_tensors(published: Path) -> None:
+def test_the_network_loads_the_published_tensors(published: Path) -> None:
     network, config = load_denoiser(open_part(published, "denoiser"), dtype=torch.bfloat16)
     assert config == small()
     assert config.schedule == pytest.approx((1, 0.857692, 0.602151, 0.008929, 0), abs=1e-6)
@@ -51,7 +51,7 @@ def test_the_network_is_the_published_tensors(published: Path) -> None:
     torch.testing.assert_close(dict(network.state_dict()), stored, rtol=0, atol=0)
 
 
-def test_the_adapter_changes_what_it_targets_and_nothing_else(published: Path) -> None:
+def test_the_adapter_changes_its_targets_only(published: Path) -> None:
     part = open_part(published, "denoiser", LoraAdapter(published / ADAPTER))
     merged, plain = (load_denoiser(each)[0].state_dict() for each in (part, open_part(published, "denoiser")))
     changed = {name for name in plain if not torch.equal(plain[name], merged[name])}
@@ -59,14 +59,14 @@ def test_the_adapter_changes_what_it_targets_and_nothing_else(published: Path) -
     assert len(changed) == 448
 
 
-def test_the_vae_is_the_published_tensors(published: Path) -> None:
+def test_the_vae_loads_the_published_tensors(published: Path) -> None:
     vae = load_vae(open_part(published, "vae"))
     stored = torch.load(published / VAE_FILE, weights_only=True)
     assert torch.equal(vae.codec.network.decoder.conv_out.weight, stored["decoder.head.2.weight"])  # type: ignore[attr-defined]
     assert vae.config.picture.video_size((1280, 720)) == (704, 384)
 
 
-def test_names_of_the_vae_are_those_of_diffusers_own_conversion() -> None:
+def test_vae_names_equal_diffusers_conversion() -> None:
     with torch.device("meta"):
         tensors = filled(WanCodec(WanConfig(base_dim=4), device="meta").network)
     converted = convert_wan_vae_to_diffusers(vae_as_published(tensors))  # type: ignore[no-untyped-call]
@@ -76,7 +76,7 @@ def test_names_of_the_vae_are_those_of_diffusers_own_conversion() -> None:
 
 @pytest.mark.parametrize("pickled", [True, False])
 @pytest.mark.parametrize(("prefix", "old"), [("wav2vec2.", True), ("wav2vec2.", False), ("", True), ("", False)])
-def test_wav2vec2_may_be_spelled_and_kept_in_every_way(copy: Path, pickled: bool, prefix: str, old: bool) -> None:
+def test_wav2vec2_loads_from_every_format_and_spelling(copy: Path, pickled: bool, prefix: str, old: bool) -> None:
     heard = []
     for spelling in ((True, "wav2vec2.", True), (pickled, prefix, old)):
         shutil.rmtree(copy / AUDIO_FOLDER)
@@ -103,7 +103,7 @@ def test_wav2vec2_may_be_spelled_and_kept_in_every_way(copy: Path, pickled: bool
         ),
     ],
 )
-def test_a_file_that_is_missing_is_named(copy: Path, name: str, file: str, words: str) -> None:
+def test_a_missing_file_is_named(copy: Path, name: str, file: str, words: str) -> None:
     (copy / file).unlink()
     with pytest.raises(ValueError, match=words):
         open_part(copy, name)
@@ -118,14 +118,14 @@ def test_a_file_that_is_missing_is_named(copy: Path, name: str, file: str, words
         ("denoiser", ADAPTER),
     ],
 )
-def test_a_file_that_is_cut_short_is_named(copy: Path, name: str, file: str) -> None:
+def test_a_truncated_file_is_named(copy: Path, name: str, file: str) -> None:
     path = copy / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=f"{path}.*cut short"):
-        open_part(copy, name, LoraAdapter(copy / ADAPTER)).outline()
+        open_part(copy, name, LoraAdapter(copy / ADAPTER)).meta_tensors()
 
 
-def test_tensors_that_are_wrong_are_named_with_their_file(copy: Path) -> None:
+def test_wrong_tensors_are_named_with_their_file(copy: Path) -> None:
     tensors = load_file(copy / FIRST_SHARD)
     name = next(iter(tensors))
     save_file({**tensors, name: torch.zeros(3, 3), "surplus": torch.zeros(1)}, copy / FIRST_SHARD)
@@ -136,7 +136,7 @@ def test_tensors_that_are_wrong_are_named_with_their_file(copy: Path) -> None:
     assert "unexpected surplus" in str(caught.value)
 
 
-def test_tensors_that_are_missing_are_named(copy: Path) -> None:
+def test_missing_tensors_are_named(copy: Path) -> None:
     stored = torch.load(copy / VAE_FILE, weights_only=True)
     del stored["decoder.head.2.weight"], stored["encoder.conv1.weight"]
     torch.save(stored, copy / VAE_FILE)
@@ -148,27 +148,27 @@ def test_tensors_that_are_missing_are_named(copy: Path) -> None:
 def test_a_file_that_would_run_code_is_refused(copy: Path, name: str, file: str, exploit: Exploit) -> None:
     torch.save({**torch.load(copy / file, weights_only=True), "code": exploit}, copy / file)
     with pytest.raises(ValueError, match="not a file of tensors"):
-        open_part(copy, name).outline()
+        open_part(copy, name).meta_tensors()
     assert not exploit.path.exists()
 
 
 def test_another_network_is_refused(copy: Path) -> None:
     edit_config(copy, _class_name="WanModel")
-    with pytest.raises(ValueError, match=r"config\.json is of a WanModel, expected WanModel_S2V"):
+    with pytest.raises(ValueError, match=r"config\.json describes a WanModel, expected WanModel_S2V"):
         open_part(copy, "vae")
 
 
-def test_other_levels_than_the_published_ones_are_refused(copy: Path) -> None:
+def test_levels_in_a_published_config_are_refused(copy: Path) -> None:
     edit_config(copy, schedule=[1.0, 0.5, 0.0])
-    with pytest.raises(ValueError, match="sets schedule; published weights are served at the levels"):
+    with pytest.raises(ValueError, match="sets schedule; published weights run only with the levels"):
         open_part(copy, "denoiser")
 
 
-def test_both_layouts_open_through_one_door(published: Path, checkpoint: Path) -> None:
+def test_open_part_opens_both_layouts(published: Path, checkpoint: Path) -> None:
     for folder in (published, checkpoint):
         for name in PARTS:
             part = open_part(folder, name)
-            assert part.outline()
+            assert part.meta_tensors()
             assert len(part.digest()) == 16
 
 

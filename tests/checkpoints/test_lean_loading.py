@@ -1,4 +1,4 @@
-"""A large checkpoint is loaded within the memory of its weights and of one tensor."""
+"""A large checkpoint loads within the memory of its weights and one tensor."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from benchmarks.large import measure, write
 
 SIZE = 2_000_000_000
-# Allocator and interpreter, beside tensors.
+# For allocator and interpreter.
 SLACK = 16 << 20
 
 
@@ -27,5 +27,5 @@ def test_loading_takes_no_more_than_the_weights_and_one_tensor(
 ) -> None:
     loading = measure(large, dtype, with_adapter)
     assert loading.weights_bytes == pytest.approx(SIZE * (dtype.itemsize / 2), rel=0.05)
-    assert loading.peak_bytes > 0.95 * loading.weights_bytes  # it was seen
+    assert loading.peak_bytes > 0.95 * loading.weights_bytes  # the peak was measured
     assert loading.peak_bytes < loading.weights_bytes + loading.largest_bytes + SLACK

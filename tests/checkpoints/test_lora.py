@@ -41,9 +41,9 @@ def adapted(folder: Path, adapter: dict[str, Tensor], alpha: float = 4.0) -> Par
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
 @pytest.mark.parametrize("infix", ["", ".default"])
-def test_keys_may_be_spelled_in_four_ways(tmp_path: Path, prefix: str, infix: str) -> None:
+def test_four_spellings_of_keys_are_accepted(tmp_path: Path, prefix: str, infix: str) -> None:
     part = adapted(tmp_path, pairs(prefix, infix))
-    part.outline()
+    part.meta_tensors()
     torch.testing.assert_close(dict(part.tensors()), dict(adapted(tmp_path, pairs()).tensors()), rtol=0, atol=0)
 
 
@@ -72,26 +72,24 @@ def test_a_merge_is_rounded_once(tmp_path: Path) -> None:
         (dict.fromkeys(pairs(), None), "nothing for .*; nothing for"),
     ],
 )
-def test_an_adapter_that_matches_in_part_is_refused(
-    tmp_path: Path, change: dict[str, Tensor | None], words: str
-) -> None:
+def test_a_partly_matching_adapter_is_refused(tmp_path: Path, change: dict[str, Tensor | None], words: str) -> None:
     changed = {key: tensor for key, tensor in {**pairs(), **change}.items() if tensor is not None}
     part = adapted(tmp_path, changed)
     with pytest.raises(ValueError, match=rf"adapter\.safetensors does not match these weights: .*{words}"):
-        part.outline()
+        part.meta_tensors()
 
 
 @pytest.mark.parametrize("key", [Q, "blocks.0.self_attn.q.lora_C.weight", "blocks.0.self_attn.q.lora_A.bias"])
-def test_keys_that_are_not_an_adapters_are_refused(tmp_path: Path, key: str) -> None:
+def test_keys_other_than_lora_matrices_are_refused(tmp_path: Path, key: str) -> None:
     part = adapted(tmp_path, {**pairs(), key: torch.zeros(24, 16)})
-    with pytest.raises(ValueError, match=rf"adapter\.safetensors is no adapter: it holds {key}"):
-        part.outline()
+    with pytest.raises(ValueError, match=rf"adapter\.safetensors is no LoRA adapter: it holds {key}"):
+        part.meta_tensors()
 
 
-def test_a_matrix_that_comes_in_two_spellings_is_refused(tmp_path: Path) -> None:
+def test_a_matrix_in_two_spellings_is_refused(tmp_path: Path) -> None:
     part = adapted(tmp_path, {**pairs(), **pairs(infix=".default")})
-    with pytest.raises(ValueError, match="is no adapter: it holds blocks"):
-        part.outline()
+    with pytest.raises(ValueError, match="is no LoRA adapter: it holds blocks"):
+        part.meta_tensors()
 
 
 def test_the_public_adapter_changes_448_weights() -> None:
@@ -102,7 +100,7 @@ def test_the_public_adapter_changes_448_weights() -> None:
     assert sum(name.startswith("audio_injector.injector.") for name in names) == 48
 
 
-def test_an_adapter_has_its_part_in_the_digest(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_adapter(tmp_path: Path) -> None:
     part = adapted(tmp_path, pairs())
     assert part.adapter
     digests = {part.digest(), replace(part, adapter=None).digest()}

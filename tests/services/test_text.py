@@ -195,6 +195,6 @@ async def test_an_embedding_leaves_a_span(
 def test_a_checkpoint_without_text_does_not_start(checkpoint: Path, store: SessionStore) -> None:
     with (
         DeviceQueue() as queue,
-        pytest.raises(ValueError, match="knows no text: expected a folder text"),
+        pytest.raises(ValueError, match="has no text encoder: expected a folder text"),
     ):
         build(TextSettings(checkpoint=checkpoint), store, queue)

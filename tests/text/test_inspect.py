@@ -1,4 +1,4 @@
-"""What avatar.checkpoints.inspect does with the text of a checkpoint."""
+"""Tests of avatar.checkpoints.inspect with a text encoder."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from avatar.text.model import load
 from tests.text import tiny
 
 
-def test_a_checkpoint_says_that_it_takes_prompts(text_checkpoint: Path, checkpoint: Path, published: Path) -> None:
+def test_inspect_shows_the_text_encoder(text_checkpoint: Path, checkpoint: Path, published: Path) -> None:
     told = "\n".join(inspect(text_checkpoint))
     assert f"umt5, {tiny.MAX_TOKENS} tokens of width 16" in told
     assert "5,072" in told
@@ -20,15 +20,15 @@ def test_a_checkpoint_says_that_it_takes_prompts(text_checkpoint: Path, checkpoi
     assert "prompts   none" in "\n".join(inspect(checkpoint))
 
 
-def test_packing_brings_text_along(text_checkpoint: Path, tmp_path: Path) -> None:
+def test_pack_copies_the_text_encoder(text_checkpoint: Path, tmp_path: Path) -> None:
     pack(text_checkpoint, tmp_path / "packed")
     given, packed = (load(open_part(folder, "text")) for folder in (text_checkpoint, tmp_path / "packed"))
     assert torch.equal(packed.embed("a person who weeps"), given.embed("a person who weeps"))
 
 
-def test_text_that_the_network_does_not_read_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_text_encoder_that_does_not_fit_the_network_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     for part in ("audio", "denoiser", "vae"):
         (tmp_path / part).symlink_to(checkpoint / part)
     tiny.encoder().save(tmp_path / "text")
-    with pytest.raises(ValueError, match="reads 1 rows of text of width 8, the text encoder makes 12 of width 16"):
+    with pytest.raises(ValueError, match="at most 1 text tokens of width 8, the text encoder makes 12 of width 16"):
         list(inspect(tmp_path))

@@ -1,4 +1,4 @@
-"""Tests of avatar.text.model. The numbers themselves are held by the golden umt5_tiny (tests/parity)."""
+"""Tests of avatar.text.model. The golden umt5_tiny (tests/parity) checks the numbers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +20,14 @@ def encoder() -> TextEncoder:
     return tiny.encoder()
 
 
-def test_an_embedding_has_a_row_for_each_token_and_the_end(encoder: TextEncoder) -> None:
+def test_an_embedding_has_a_row_per_token_and_one_for_the_end(encoder: TextEncoder) -> None:
     rows = encoder.embed(PROMPT)
     assert rows.shape == (5, encoder.width)
     assert rows.isfinite().all()
     assert encoder.embed("").shape == (1, encoder.width)
 
 
-def test_an_embedding_is_all_rows_cut_to_the_prompt(encoder: TextEncoder) -> None:
+def test_an_embedding_drops_the_rows_of_padding(encoder: TextEncoder) -> None:
     ids = torch.full((1, tiny.MAX_TOKENS), tiny.PADDING)
     tokens = tiny.tokenizer().encode(PROMPT).ids
     ids[0, : len(tokens)] = torch.tensor(tokens)
@@ -41,7 +41,7 @@ def test_padding_is_not_attended(encoder: TextEncoder) -> None:
     torch.testing.assert_close(longer.embed(PROMPT), encoder.embed(PROMPT), rtol=1e-5, atol=1e-5)
 
 
-def test_a_long_prompt_is_cut_and_still_ends(encoder: TextEncoder) -> None:
+def test_a_long_prompt_is_truncated_and_keeps_its_end_token(encoder: TextEncoder) -> None:
     rows = encoder.embed("abc " * 100)
     assert rows.shape == (tiny.MAX_TOKENS, encoder.width)
     assert torch.equal(rows, encoder.embed("abc " * 100 + "and more"))
@@ -77,9 +77,9 @@ def with_more_tokens(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (with_two_ends, "puts 2 tokens around a text, expected one at its end"),
+        (with_two_ends, "adds 2 tokens to a text, expected one at its end"),
         (without_padding, "no <pad>"),
-        (with_more_tokens, "141 tokens, the encoder knows 64"),
+        (with_more_tokens, "141 tokens, the encoder has 64"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(encoder: TextEncoder, change: object, words: str) -> None:
@@ -105,7 +105,7 @@ def test_a_config_of_another_encoder_is_refused(fields: dict[str, object], words
 
 @pytest.fixture(params=["ours", "public"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A checkpoint that knows text, and nothing else."""
+    """A checkpoint with a text encoder only."""
     if request.param == "ours":
         tiny.encoder().save(tmp_path / "text")
     else:
@@ -113,7 +113,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_saved_encoder_embeds_as_before(folder: Path) -> None:
+def test_a_saved_encoder_loads_with_equal_embeddings(folder: Path) -> None:
     assert has_text_encoder(folder)
     made = load(open_part(folder, "text")).embed(PROMPT)
     torch.testing.assert_close(made, tiny.encoder().embed(PROMPT), rtol=1e-5, atol=1e-5)
@@ -131,9 +131,9 @@ def test_the_public_encoder_reads_512_tokens(tmp_path: Path) -> None:
     assert load(open_part(tmp_path, "text")).embed("abc " * 600).shape == (512, 16)
 
 
-def test_a_checkpoint_without_text_says_so(checkpoint: Path) -> None:
+def test_a_checkpoint_without_a_text_encoder_says_so(checkpoint: Path) -> None:
     assert not has_text_encoder(checkpoint)
-    with pytest.raises(ValueError, match=f"knows no text: expected a folder text, or {TEXT_FILE}"):
+    with pytest.raises(ValueError, match=f"has no text encoder: expected a folder text, or {TEXT_FILE}"):
         open_part(checkpoint, "text")
 
 
@@ -164,9 +164,7 @@ def without_a_tensor(checkpoint: Path) -> None:
         (without_a_tensor, r"do not fit.*missing final_layer_norm\.weight"),
     ],
 )
-def test_our_files_that_are_not_what_they_should_be_are_named(
-    tmp_path: Path, change: Callable[[Path], object], words: str
-) -> None:
+def test_invalid_files_of_our_layout_are_named(tmp_path: Path, change: Callable[[Path], object], words: str) -> None:
     tiny.encoder().save(tmp_path / "text")
     change(tmp_path)
     with pytest.raises(ValueError, match=words):
@@ -187,7 +185,7 @@ def without_a_public_tensor(checkpoint: Path) -> None:
         (without_a_public_tensor, rf"{TEXT_FILE} do not fit.*missing block\.1\.layer\.1\.layer_norm\.weight"),
     ],
 )
-def test_public_files_that_are_not_what_they_should_be_are_named(
+def test_invalid_files_of_the_published_layout_are_named(
     tmp_path: Path, change: Callable[[Path], object], words: str
 ) -> None:
     tiny.write_public(tmp_path, tiny.encoder())
@@ -196,7 +194,7 @@ def test_public_files_that_are_not_what_they_should_be_are_named(
         load(open_part(tmp_path, "text"))
 
 
-def test_a_digest_tells_encoders_apart(tmp_path: Path) -> None:
+def test_encoders_have_different_digests(tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
         tiny.encoder(seed).save(tmp_path / name / "text")
     one, same, other = (open_part(tmp_path / name, "text").digest() for name in ("one", "same", "other"))
@@ -206,13 +204,13 @@ def test_a_digest_tells_encoders_apart(tmp_path: Path) -> None:
     assert open_part(tmp_path / "same", "text").digest() != one
 
 
-def test_every_published_name_is_known() -> None:
+def test_every_published_name_is_mapped() -> None:
     names = list(tiny.encoder().network.state_dict())
     assert [text_name(tiny.public_name(name)) for name in names] == names
 
 
-def test_sizes_are_those_of_the_tensors() -> None:
-    """And the published encoder's are those of its 5.7 billion parameters."""
+def test_sizes_come_from_the_tensors() -> None:
+    """The published encoder's sizes give its 5.7 billion parameters."""
     large = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
     large["relative_attention_num_buckets"] = 32
     for sizes, num_parameters in ((tiny.NETWORK, 5072), (large, 5_680_910_336)):

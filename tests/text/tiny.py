@@ -1,4 +1,4 @@
-"""A text encoder of the public kind at toy size: random weights, and a tokenizer of a few pieces."""
+"""A tiny umT5 text encoder with random weights, and a tokenizer of a few pieces."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ PIECES = ["▁a", "▁person", "▁who", "▁smiles", "▁weeps", "▁", *"abcde
 
 
 def tokenizer() -> Tokenizer:
-    """As the public one: pieces of words, each word with a mark in front; `</s>` at the end, nothing at the start."""
+    """Return a unigram tokenizer like the public one: pieces of words, a mark before each word, `</s>` at the end."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
     pieces = [(piece, -float(len(PIECES) - len(piece))) for piece in PIECES]
     made = Tokenizer(models.Unigram([*special, *pieces], unk_id=UNKNOWN))
@@ -44,7 +44,7 @@ def encoder(seed: int = 0) -> TextEncoder:
 
 
 def public_name(name: str) -> str:
-    """What the public checkpoint calls a tensor of transformers' stack, written out beside our own map."""
+    """Return the public checkpoint's name of a transformers tensor, written independently of `layouts.text_name`."""
     for ours, theirs in (
         ("embed_tokens", "token_embedding"),
         ("final_layer_norm", "norm"),
@@ -62,7 +62,7 @@ def public_name(name: str) -> str:
 
 
 def write_public(checkpoint: Path, made: TextEncoder) -> None:
-    """The encoder as the public weights are laid out: a .pth under their names, and the tokenizer's folder."""
+    """Write the encoder in the published layout: a .pth under its names, and the tokenizer's folder."""
     (checkpoint / "config.json").write_text('{"_class_name": "WanModel_S2V"}')
     weights = {public_name(name): tensor for name, tensor in made.network.state_dict().items()}
     torch.save(weights, checkpoint / "models_t5_umt5-xxl-enc-bf16.pth")
@@ -70,7 +70,7 @@ def write_public(checkpoint: Path, made: TextEncoder) -> None:
 
 
 def write_tokenizer(checkpoint: Path) -> None:
-    """The tokenizer where the public weights have theirs."""
+    """Write the tokenizer where the published layout has it."""
     folder = checkpoint / "google" / "umt5-xxl"
     folder.mkdir(parents=True)
     tokenizer().save(str(folder / "tokenizer.json"))
