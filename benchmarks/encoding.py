@@ -7,10 +7,11 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
+from avatar.types import BLOCK_FRAMES
 from avatar.vae.encodings import ENCODINGS, encode
 from benchmarks.row import Row, row
 
-NUM_BLOCKS, BLOCK_FRAMES, FRAME_RATE_HZ = 15, 12, 25
+NUM_BLOCKS, FRAME_RATE_HZ = 15, 25
 SIDE = 128
 PORTRAIT = Path(__file__).parents[1] / "assets" / "portrait.png"
 

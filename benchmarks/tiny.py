@@ -7,12 +7,13 @@ from statistics import median
 
 from tqdm import tqdm
 
+from avatar.types import BLOCK_FRAMES
 from benchmarks.pipeline.client import Job
 from benchmarks.pipeline.figures import most_that_pass, rate_hz, steady
 from benchmarks.pipeline.live import ENOUGH, conversed, share_on_time
 from benchmarks.pipeline.processes import clients
 from benchmarks.row import Row, row
-from benchmarks.standin.content import BLOCK_FRAMES, FRAME_RATE_HZ
+from benchmarks.standin.content import FRAME_RATE_HZ
 from services.local.launch import launched
 
 ROUNDS = 5

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from avatar.types import BLOCK_S
 from benchmarks.standin import content
 from benchmarks.standin.step import wake_in_time
 
@@ -60,7 +61,7 @@ class Microphone:
     def hear(self, block: int) -> bytes:
         """Wait for the sound of a block, counted from 0."""
         if self._job.pace == "live":
-            time.sleep(max(0.0, self._began + (block + 1) * content.BLOCK_S - time.monotonic()))
+            time.sleep(max(0.0, self._began + (block + 1) * BLOCK_S - time.monotonic()))
         self._report.sent_s.append(time.monotonic())
         return sound_of(block)
 

@@ -17,6 +17,7 @@ from typing import Any
 import grpc.aio
 import numpy as np
 
+from avatar.types import BLOCK_S
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
@@ -25,7 +26,7 @@ from benchmarks.standin import content
 
 # Of sound, in live sessions: four pieces a block.
 PIECE_BYTES = content.SOUND_BYTES // 4
-PIECE_S = content.BLOCK_S / 4
+PIECE_S = BLOCK_S / 4
 # A prime number of samples, so that no two blocks of a session sound alike.
 VOICE_BYTES = 2 * 500_009
 START_S = 1.0
@@ -216,7 +217,7 @@ async def work(job: Job) -> Report:
 
         async def converse(number: int, client: Client) -> None:
             try:
-                await asyncio.sleep(max(0.0, began + number * content.BLOCK_S / job.num_sessions - time.monotonic()))
+                await asyncio.sleep(max(0.0, began + number * BLOCK_S / job.num_sessions - time.monotonic()))
                 await client.open()
                 cpu_s.append(cpu_seconds(job.pids))
                 await PACES[job.pace](client)

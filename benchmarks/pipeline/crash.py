@@ -11,6 +11,7 @@ import psutil
 from tqdm import tqdm
 
 from avatar.rpc.channel import channel
+from avatar.types import BLOCK_FRAMES, BLOCK_S
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
 from benchmarks.pipeline.client import START_S, Heard, Job, Report
 from benchmarks.pipeline.contenders import Peer
@@ -18,7 +19,6 @@ from benchmarks.pipeline.figures import longest_pause, lost_and_doubled, rank
 from benchmarks.pipeline.processes import clients
 from benchmarks.pipeline.suite import STAGES, standing_in, start_worker, workers_of
 from benchmarks.row import Row, row
-from benchmarks.standin.content import BLOCK_FRAMES, BLOCK_S
 from services.local.launch import Suite, until_healthy
 
 ROUNDS = 5

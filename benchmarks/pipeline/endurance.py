@@ -8,17 +8,16 @@ import asyncio
 import time
 from bisect import bisect_right
 
+from avatar.types import BLOCK_LATENTS, BLOCK_S
 from benchmarks.pipeline.client import Heard, Job
 from benchmarks.pipeline.figures import slope_per_hour
 from benchmarks.pipeline.processes import clients, own_megabytes
 from benchmarks.pipeline.suite import standing_in
 from benchmarks.row import Row, row
-from benchmarks.standin.content import BLOCK_S
 from services.local.launch import Suite
 
 MEDIA_S, POSITIONS = 10_000.0, 45_000
 STEP_S = 0.001
-BLOCK_LATENTS = 3
 LONG_BLOCKS = POSITIONS // BLOCK_LATENTS + 100
 OTHERS = 3
 OTHER_BLOCKS = -int(-(MEDIA_S / BLOCK_S - LONG_BLOCKS) // OTHERS)

@@ -10,13 +10,14 @@ from statistics import median
 
 from tqdm import tqdm
 
+from avatar.types import BLOCK_S
 from benchmarks.pipeline.client import START_S, Heard, Job
 from benchmarks.pipeline.contenders import Peer
 from benchmarks.pipeline.figures import interval_std, most_that_pass, on_time
 from benchmarks.pipeline.processes import clients, started
 from benchmarks.pipeline.suite import standing_in
 from benchmarks.row import Row, row
-from benchmarks.standin.content import BLOCK_S, NUM_LEVELS
+from benchmarks.standin.content import NUM_LEVELS
 from services.local.launch import Suite
 
 ROUNDS = 5

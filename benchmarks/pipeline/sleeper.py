@@ -7,7 +7,7 @@ import json
 import sys
 import time
 
-from benchmarks.standin.content import BLOCK_S
+from avatar.types import BLOCK_S
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
+from avatar.types import BLOCK_FRAMES
+
 Bytes = NDArray[np.uint8]
 
-RATE_HZ, FRAME_RATE_HZ, BLOCK_FRAMES = 16000, 25, 12
-BLOCK_S = BLOCK_FRAMES / FRAME_RATE_HZ
+RATE_HZ, FRAME_RATE_HZ = 16000, 25
 # PCM16, one channel.
 SOUND_BYTES = RATE_HZ * BLOCK_FRAMES // FRAME_RATE_HZ * 2
 # bfloat16, as the public 14B network's at 720x400.

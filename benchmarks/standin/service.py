@@ -12,6 +12,7 @@ from avatar.rpc.server import Context, opening, parts
 from avatar.runtime.admission import AdmissionControl, StreamUsage
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import flatten, local
+from avatar.types import BLOCK_FRAMES, BLOCK_S
 from avatar.worker.v1 import (
     audio_pb2,
     audio_pb2_grpc,
@@ -86,7 +87,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         return audio_pb2.AudioServiceGetInfoResponse(
             encoder=DIGEST,
             digest=DIGEST,
-            block_frames=content.BLOCK_FRAMES,
+            block_frames=BLOCK_FRAMES,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
             step_s=self._stage.admission.step_times.p90_s,
@@ -99,7 +100,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         if (opened.encoding, opened.rate_hz, opened.num_channels) != ("pcm16", content.RATE_HZ, 1):
             raise ValueError(f"sound must be pcm16 at {content.RATE_HZ} Hz, one channel")
         with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
-            history_s = self._stage.history_blocks * content.BLOCK_S
+            history_s = self._stage.history_blocks * BLOCK_S
             yield audio_pb2.EncodeResponse(opened=audio_pb2.EncodeOpened(history_s=history_s))
             usage, num_blocks = StreamUsage(), 0
             answers = flatten(
@@ -190,7 +191,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             height=SIDE,
             fit="cover",
             frame_rate_hz=content.FRAME_RATE_HZ,
-            block_frames=content.BLOCK_FRAMES,
+            block_frames=BLOCK_FRAMES,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
             encodings=["fmp4"],
@@ -210,7 +211,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 motion=latent,
                 sink=latent,
                 frame_rate_hz=content.FRAME_RATE_HZ,
-                block_frames=content.BLOCK_FRAMES,
+                block_frames=BLOCK_FRAMES,
             )
         )
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from avatar.types import BLOCK_S
 from benchmarks.pipeline.figures import (
     FRAME_S,
     fairness,
@@ -16,8 +17,6 @@ from benchmarks.pipeline.figures import (
     steady,
 )
 from benchmarks.row import row, table
-
-BLOCK_S = 12 * FRAME_S
 
 
 def paced(count: int, *, late: dict[int, float] | None = None) -> list[tuple[int, int, float]]:

@@ -5,6 +5,7 @@ import asyncio
 import psutil
 import pytest
 
+from avatar.types import BLOCK_FRAMES, BLOCK_S
 from avatar.v1 import types_pb2 as types
 from benchmarks import peers
 from benchmarks.pipeline.client import Client, Heard, Job, Voice
@@ -15,7 +16,6 @@ from benchmarks.pipeline.live import share_on_time
 from benchmarks.pipeline.processes import clients
 from benchmarks.pipeline.suite import standing_in
 from benchmarks.standin import content
-from benchmarks.standin.content import BLOCK_FRAMES, BLOCK_S
 
 
 def heard(times: list[float], *, refused: str = "", is_idle: bool = False) -> Heard:
