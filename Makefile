@@ -1,4 +1,4 @@
-# The whole interface. Every target prepares what it needs.
+# The whole interface. Every target prepares its own requirements.
 .PHONY: install protos check docs alerts test test-slow test-web chaos demo web bench
 
 VENV := .venv
@@ -22,17 +22,17 @@ $(VENV)/installed: requirements.lock pyproject.toml $(PROTOS)
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-# What reads lips and faces in training.evaluate: 117 MB that running the suite does without.
+# Packages that read lips and faces in training.evaluate: 117 MB that the suite does not need.
 $(VENV)/evaluation: training/requirements-evaluate.txt | $(VENV)/installed
 	python -m pip install --quiet --no-deps --requirement training/requirements-evaluate.txt
 	touch $@
 
-# What lints images and manifests and builds the documentation.
+# Packages that lint images and manifests and build the documentation.
 $(VENV)/deployment: deploy/requirements.txt | $(VENV)/installed
 	python -m pip install --quiet --no-deps --requirement deploy/requirements.txt
 	touch $@
 
-# What the LiveKit adapter is tested against: 60 MB that running the suite does without.
+# Packages that the LiveKit integration is tested with: 60 MB that the suite does not need.
 $(VENV)/livekit: tests/integrations/requirements-livekit.txt | $(VENV)/installed
 	python -m pip install --quiet --no-deps --requirement tests/integrations/requirements-livekit.txt
 	touch $@
@@ -56,7 +56,7 @@ check: install $(VENV)/deployment $(VENV)/livekit
 docs: install $(VENV)/deployment
 	mkdocs build --strict
 
-# The rules of alerts, on made-up series. promtool comes from Debian's package, which is unpacked and not installed.
+# Tests the alerts' rules on made-up series. promtool comes from Debian's package, which is unpacked, not installed.
 alerts: $(VENV)/bin/promtool
 	promtool check config deploy/prometheus/prometheus.yml
 	promtool test rules deploy/prometheus/alerts_test.yml
@@ -76,17 +76,17 @@ test-slow: install
 test-web: install
 	pytest -m browser tests/web
 
-# Breaks a suite at random while sessions speak: make chaos MINUTES=60 SEED=7.
+# Breaks a suite at random while sessions stream: make chaos MINUTES=60 SEED=7.
 chaos: install
 	python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 demo: install
 	python -m services.local.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)"
 
-# The page in the browser: TTS='flite -t {text} -o {wav}' makes it take text.
+# The page in the browser: TTS='flite -t {text} -o {wav}' adds text input.
 web: install
 	python -m services.local.browser_demo --listen "$(LISTEN)" --tts "$(TTS)"
 
-# Minutes, on a machine that does nothing else; `python -m benchmarks --only NAME` for one figure.
+# Takes minutes, on an otherwise idle machine; `python -m benchmarks --only NAME` measures one of them.
 bench: install
 	python -m benchmarks
