@@ -1,266 +1,281 @@
-"""What every service reads from its environment: one frozen dataclass a service, its fields from `AVATAR_<FIELD>`."""
+"""Settings of the services: one frozen class a service, whose fields come from the environment's `AVATAR_<FIELD>`.
+
+Durations are float seconds; a list is separated by commas; an optional path is None where its variable is empty. `load`
+reads the environment, construction does not.
+"""
 
 import logging
-import math
 import re
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 Loaded = TypeVar("Loaded", bound="Settings")
 PREFIX = "AVATAR_"
-BOOLEANS = {"true": True, "false": False}
-DTYPES = ("float32", "bfloat16")
-# Of a client's message: names, numbers and tags beside a picture, a piece of sound or a prompt.
+# A client's message holds names, numbers and tags beside its picture, audio or prompt.
 OTHER_BYTES = 64 << 10
+# What pydantic's own checks expect, by its types of error.
+EXPECTED = {
+    "bool_parsing": "true or false",
+    "float_parsing": "float",
+    "int_parsing": "int",
+    "finite_number": "a finite number",
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What all services have in common.
+def _accept(is_valid: Callable[[Any], object], expected: str) -> AfterValidator:
+    """Return a check whose error is the text that follows `expected` in the message of `load`."""
+
+    def check(value: Any) -> Any:
+        if not is_valid(value):
+            raise ValueError(expected)
+        return value
+
+    return AfterValidator(check)
+
+
+def _match(pattern: str, expected: str) -> AfterValidator:
+    return _accept(re.compile(pattern).fullmatch, expected)
+
+
+def _split(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return [part.strip() for part in value.split(",")] if value.strip() else []
+
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Bytes = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
+# gRPC allows `dns:///` in front.
+Address = Annotated[str, _match(r"\S+:\d{1,5}", "HOST:PORT")]
+Addresses = Annotated[tuple[Address, ...], BeforeValidator(_split)]
+SomeAddresses = Annotated[Addresses, _accept(len, "at least one HOST:PORT")]
+LogLevel = Annotated[
+    str, _accept(lambda name: name.upper() in logging.getLevelNamesMapping(), "DEBUG, INFO, WARNING or ERROR")
+]
+
+
+class Settings(BaseSettings):
+    """Settings of all services.
 
     listen: HOST:PORT to serve at; port 0 takes a free one.
-    redis_url: where sessions are kept.
+    redis_url: the Redis server that keeps sessions.
     log_level: DEBUG, INFO, WARNING or ERROR.
-    drain_s: seconds that open streams are given when the process is asked to stop.
+    drain_s: seconds for open streams to end when the process is asked to stop.
     tls_cert, tls_key: PEM files of the server's certificate and its key; plain text without them.
     tls_client_ca: PEM file of the authority that signs clients' certificates; callers without one are then refused.
     """
 
-    listen: str
-    redis_url: str = "redis://127.0.0.1:6379"
-    log_level: str = "INFO"
-    drain_s: float = 5.0
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, enable_decoding=False, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
 
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if isinstance(value, int | float) and not 0 <= value < math.inf:
-                raise unusable(each.name, value, "a number from 0")
-        if self.log_level.upper() not in logging.getLevelNamesMapping():
-            raise unusable("log_level", self.log_level, "DEBUG, INFO, WARNING or ERROR")
-        if not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
-            host = self.redis_url.rpartition("@")[2]  # before it stands a password
-            raise unusable("redis_url", host, "redis://HOST:PORT, rediss:// or unix://")
-        check_addresses("listen", self.listen)
-        self._check_needs("tls_cert", "tls_key")
-        self._check_needs("tls_key", "tls_cert")
-        self._check_needs("tls_client_ca", "tls_cert")
+    listen: Address
+    redis_url: Annotated[str, _match(r"(redis|rediss|unix)://.*", "redis://HOST:PORT, rediss:// or unix://")] = (
+        "redis://127.0.0.1:6379"
+    )
+    log_level: LogLevel = "INFO"
+    drain_s: Seconds = 5.0
+    tls_cert: OptionalPath = None
+    tls_key: OptionalPath = None
+    tls_client_ca: OptionalPath = None
 
-    def _check_needs(self, name: str, other: str) -> None:
-        if getattr(self, name) is not None and getattr(self, other) is None:
-            raise ValueError(f"{PREFIX}{name.upper()} is set and {PREFIX}{other.upper()} is not; it needs both")
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take the values that the constructor is given, and nothing else."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        return self._check_pairs(("tls_cert", "tls_key"), ("tls_key", "tls_cert"), ("tls_client_ca", "tls_cert"))
+
+    def _check_pairs(self, *pairs: tuple[str, str]) -> Self:
+        for name, needed in pairs:
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise ValueError(f"{PREFIX}{name.upper()} is set and {PREFIX}{needed.upper()} is not; it needs both")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
 class WorkerSettings(Settings):
-    """What all workers have in common.
+    """Settings of all workers.
 
     checkpoint: folder in our layout, with a folder for each part, or in the published one.
-    capacity: streams at a time; one more is refused, and a live one that its device has no time for.
+    capacity: streams at a time; more are refused, and so is a live stream that its device has no time for.
     threads: CPU threads of one computation.
-    device: where it computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
-    dtype: what weights and states are kept in: float32, or bfloat16 where the device has instructions for it.
+    device: the device that computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
+    dtype: dtype of weights and states: float32, or bfloat16 where the device has instructions for it.
     """
 
     checkpoint: Path = Path("models/tiny")
-    capacity: int = 8
-    threads: int = 1
-    device: str = "cpu"
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("capacity", "threads"):
-            if getattr(self, name) < 1:
-                raise unusable(name, getattr(self, name), "at least 1")
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise unusable("device", self.device, "cpu, cuda or cuda:N")
-        if self.dtype not in DTYPES:
-            raise unusable("dtype", self.dtype, " or ".join(DTYPES))
+    capacity: Count = 8
+    threads: Count = 1
+    device: Annotated[str, _match(r"cpu|cuda(:\d+)?", "cpu, cuda or cuda:N")] = "cpu"
+    dtype: Annotated[str, _match("float32|bfloat16", "float32 or bfloat16")] = "float32"
 
 
-@dataclass(frozen=True, kw_only=True)
 class AudioSettings(WorkerSettings):
-    """The audio worker's settings."""
+    """Settings of the audio worker."""
 
-    listen: str = "127.0.0.1:7001"
+    listen: Address = "127.0.0.1:7001"
 
 
-@dataclass(frozen=True, kw_only=True)
 class DenoiserSettings(WorkerSettings):
-    """A denoiser's settings.
+    """Settings of a denoiser.
 
     levels: the levels that this process serves, noisiest is 0: a list such as `0` or `0,1`, or `all`.
-    adapter: file of adapter matrices to merge into the network's weights; none where they are merged already.
-    adapter_alpha: what the adapter was trained with; its product is scaled by alpha / rank.
-    sizes: WIDTHxHEIGHT of the videos to be ready for at the start; by default the size that the checkpoint fixes.
-    attention: the kernel of attention: `auto`, or torch's `math`, `flash`, `efficient` or `cudnn`.
-    compile: have torch.compile make the layers' code at the start; only `sizes` are served then.
+    adapter: file of LoRA matrices to merge into the network's weights; none where they are merged already.
+    adapter_alpha: alpha of the LoRA adapter's training; its product is scaled by alpha / rank.
+    sizes: WIDTHxHEIGHT of the videos to prepare for at the start; by default the size that the checkpoint fixes.
+    attention: the attention kernel: `auto`, or torch's `math`, `flash`, `efficient` or `cudnn`.
+    compile: compile the layers with torch.compile at the start; only `sizes` are served then.
     float8: keep the weights of linear maps in float8; needs the extra `float8` and a device that has it.
     chain: HOST:PORT where the denoisers of a chain meet, to hand latents to each other: the one of level 0 listens
         there; none where latents travel through the gateway.
     """
 
-    listen: str = "127.0.0.1:7010"
+    listen: Address = "127.0.0.1:7010"
     levels: str = "all"
-    adapter: Path | None = None
-    adapter_alpha: float = 64.0
-    sizes: tuple[str, ...] = ()
+    adapter: OptionalPath = None
+    adapter_alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 64.0
+    sizes: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     attention: str = "auto"
     compile: bool = False
     float8: bool = False
-    chain: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.chain:
-            check_addresses("chain", self.chain)
+    chain: Annotated[str, _match(r"(\S+:\d{1,5})?", "HOST:PORT")] = ""
 
     def served(self, num_levels: int) -> list[int]:
-        """The levels as numbers. ValueError if the checkpoint has no such level."""
+        """Return the levels as numbers. ValueError if the checkpoint has no such level."""
         if self.levels == "all":
             return list(range(num_levels))
         try:
             levels = [int(part) for part in self.levels.split(",")]
         except ValueError as error:
-            raise ValueError(f"{PREFIX}LEVELS is {self.levels!r}, expected `all` or a list such as `0,1`") from error
+            raise unusable("levels", self.levels, "`all` or a list such as `0,1`") from error
         if unknown := [level for level in levels if not 0 <= level < num_levels]:
             raise ValueError(f"{PREFIX}LEVELS names level {unknown[0]}, the checkpoint has 0 to {num_levels - 1}")
         return levels
 
     def pictures(self) -> list[tuple[int, int]]:
-        """The sizes as widths and heights. ValueError if one is none."""
+        """Return the sizes as widths and heights in pixels. ValueError if one is not WIDTHxHEIGHT."""
         found = [re.fullmatch(r"(\d+)x(\d+)", size) for size in self.sizes]
         if not all(found):
-            raise ValueError(f"{PREFIX}SIZES is {','.join(self.sizes)!r}, expected a list such as `704x384,512x512`")
+            raise unusable("sizes", ",".join(self.sizes), "a list such as `704x384,512x512`")
         return [(int(each[1]), int(each[2])) for each in found if each]
 
 
-@dataclass(frozen=True, kw_only=True)
 class VaeSettings(WorkerSettings):
-    """The VAE worker's settings."""
+    """Settings of the VAE worker."""
 
-    listen: str = "127.0.0.1:7002"
+    listen: Address = "127.0.0.1:7002"
 
 
-@dataclass(frozen=True, kw_only=True)
 class TextSettings(WorkerSettings):
-    """The text worker's settings; its capacity is how many prompts it computes at a time.
+    """Settings of the text worker; its capacity is the number of prompts that it computes at a time.
 
-    embedding_ttl_s: seconds that a prompt's embedding is kept in the store.
+    embedding_ttl_s: seconds that the store keeps a prompt's embedding.
     """
 
-    listen: str = "127.0.0.1:7003"
-    embedding_ttl_s: float = 86400.0
+    listen: Address = "127.0.0.1:7003"
+    embedding_ttl_s: Seconds = 86400.0
 
 
-@dataclass(frozen=True, kw_only=True)
 class GatewaySettings(Settings):
-    """The gateway's settings.
+    """Settings of the gateway.
 
     audio, vae: HOST:PORT of each of the stage's workers; a name that has several addresses is several workers.
-    denoisers: HOST:PORT of all denoisers, in any order: each says which levels it serves.
+    denoisers: HOST:PORT of all denoisers, in any order: each reports the levels that it serves.
     text: HOST:PORT of each text worker; empty if there is none, and prompts are refused.
-    stall_s: seconds that a live block may be due at a worker, beside four times what a step takes; then it is lost.
-    rebuild_s: seconds in which the stream of a lost worker has to be open at another.
-    session_ttl_s, reference_ttl_s: seconds that a session or reference is kept when nothing happens.
-    audio_ahead_s: seconds of sound that are taken ahead of the blocks that have been started.
-    live_ahead_s: the same in live mode, where more is not taken.
+    stall_s: seconds, added to four times a step, after which a worker that owes a live block counts as lost.
+    rebuild_s: seconds to open the stream of a lost worker at another one.
+    session_ttl_s, reference_ttl_s: seconds that an unused session or reference is kept.
+    audio_ahead_s: seconds of audio accepted ahead of the blocks that have started.
+    live_ahead_s: the same in live mode; audio beyond it is refused.
     patience_s: seconds that a live block waits for the rest of its speech before it is idle, or filled with silence.
-    max_unread_s: seconds that a stream whose client takes nothing is kept.
-    resume_s: seconds that a session waits to be resumed after its connection broke; 0 if it does not.
-    kept_s, kept_bytes: how much of what was sent is kept to be sent again, in seconds of video and in bytes.
-    max_picture_bytes, max_audio_bytes, max_prompt_bytes: largest picture, piece of sound and prompt.
-    worker_ca: PEM file of the authority that signed the workers' certificates; they are sent plain text without it.
+    max_unread_s: seconds after which a stream whose client reads nothing is closed.
+    resume_s: seconds that a session waits to be resumed after its connection broke; 0 disables it.
+    kept_s, kept_bytes: limits on what is kept to be sent again on resume, in seconds of video and in bytes.
+    max_picture_bytes, max_audio_bytes, max_prompt_bytes: largest picture, piece of audio and prompt.
+    worker_ca: PEM file of the authority that signed the workers' certificates; plain text to workers without it.
     worker_cert, worker_key: PEM files of the certificate that the gateway shows to workers, and of its key.
-    tenants: TOML file of who may call, and how much each; everybody may, any amount, without it.
+    tenants: TOML file of the tenants, their tokens and quotas; without it everybody may call, without limits.
     """
 
-    listen: str = "127.0.0.1:7000"
-    audio: tuple[str, ...] = ("127.0.0.1:7001",)
-    denoisers: tuple[str, ...] = ("127.0.0.1:7010", "127.0.0.1:7011", "127.0.0.1:7012", "127.0.0.1:7013")
-    vae: tuple[str, ...] = ("127.0.0.1:7002",)
-    text: tuple[str, ...] = ()
-    stall_s: float = 2.0
-    rebuild_s: float = 30.0
-    session_ttl_s: float = 300.0
-    reference_ttl_s: float = 86400.0
-    audio_ahead_s: float = 4.0
-    live_ahead_s: float = 30.0
-    patience_s: float = 0.25
-    max_unread_s: float = 10.0
-    resume_s: float = 10.0
-    kept_s: float = 2.0
-    kept_bytes: int = 64 << 20
-    max_picture_bytes: int = 8 << 20
-    max_audio_bytes: int = 1 << 20
-    max_prompt_bytes: int = 8 << 10
-    worker_ca: Path | None = None
-    worker_cert: Path | None = None
-    worker_key: Path | None = None
-    tenants: Path | None = None
+    listen: Address = "127.0.0.1:7000"
+    audio: SomeAddresses = ("127.0.0.1:7001",)
+    denoisers: SomeAddresses = ("127.0.0.1:7010", "127.0.0.1:7011", "127.0.0.1:7012", "127.0.0.1:7013")
+    vae: SomeAddresses = ("127.0.0.1:7002",)
+    text: Addresses = ()
+    stall_s: Seconds = 2.0
+    rebuild_s: Seconds = 30.0
+    session_ttl_s: Seconds = 300.0
+    reference_ttl_s: Seconds = 86400.0
+    audio_ahead_s: Seconds = 4.0
+    live_ahead_s: Seconds = 30.0
+    patience_s: Seconds = 0.25
+    max_unread_s: Seconds = 10.0
+    resume_s: Seconds = 10.0
+    kept_s: Seconds = 2.0
+    kept_bytes: Bytes = 64 << 20
+    max_picture_bytes: Bytes = 8 << 20
+    max_audio_bytes: Bytes = 1 << 20
+    max_prompt_bytes: Bytes = 8 << 10
+    worker_ca: OptionalPath = None
+    worker_cert: OptionalPath = None
+    worker_key: OptionalPath = None
+    tenants: OptionalPath = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("audio", "denoisers", "vae", "text"):
-            check_addresses(name, *getattr(self, name))
-            if name != "text" and not getattr(self, name):
-                raise unusable(name, "", "at least one HOST:PORT")
-        self._check_needs("worker_cert", "worker_key")
-        self._check_needs("worker_key", "worker_cert")
-        self._check_needs("worker_cert", "worker_ca")
+    @model_validator(mode="after")
+    def _check_worker_tls(self) -> Self:
+        pairs = ("worker_cert", "worker_key"), ("worker_key", "worker_cert"), ("worker_cert", "worker_ca")
+        return self._check_pairs(*pairs)
 
     @property
     def max_message_bytes(self) -> int:
-        """The largest message of a client: the largest of what it carries, and everything else in it."""
+        """The largest message of a client: the largest picture, audio or prompt, and everything else in it."""
         return max(self.max_picture_bytes, self.max_audio_bytes, self.max_prompt_bytes) + OTHER_BYTES
 
 
-def unusable(name: str, value: object, expected: str) -> ValueError:
-    """The error that names the variable of a field whose value cannot be used."""
+def load(cls: type[Loaded], environ: Mapping[str, str]) -> Loaded:
+    """Return the settings that the environment gives, with defaults for the rest.
+
+    ValueError names, in one line, a variable that is not set and has no default, or whose value cannot be used.
+    """
+    source = EnvSettingsSource(cls)
+    source.env_vars = {name.lower(): value for name, value in environ.items()}
+    try:
+        return cls(**source())
+    except ValidationError as error:
+        raise _as_value_error(error.errors()[0]) from error
+
+
+def unusable(name: str, value: str, expected: str) -> ValueError:
+    """Return the error that names the variable of a field whose value cannot be used."""
     return ValueError(f"{PREFIX}{name.upper()} is {value!r}, expected {expected}")
 
 
-def check_addresses(name: str, *addresses: str) -> None:
-    """ValueError if one is not HOST:PORT; `dns:///` may stand before it, as gRPC has it."""
-    for each in addresses:
-        if not re.fullmatch(r"\S+:\d{1,5}", each):
-            raise unusable(name, each, "HOST:PORT")
-
-
-def load(cls: type[Loaded], environ: Mapping[str, str]) -> Loaded:
-    """The settings that the environment gives, the defaults elsewhere. ValueError names a value that cannot be used."""
-    hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    for each in fields(cls):
-        name = PREFIX + each.name.upper()
-        if name in environ:
-            values[each.name] = _parse(name, environ[name], hints[each.name])
-        elif each.default is MISSING:
-            raise ValueError(f"{name} is not set")
-    return cls(**values)
-
-
-def _parse(name: str, text: str, kind: Any) -> Any:
-    if isinstance(kind, types.GenericAlias) and kind.__origin__ is tuple:
-        parts = text.split(",") if text.strip() else []
-        return tuple(_parse(name, part.strip(), kind.__args__[0]) for part in parts)
-    if isinstance(kind, types.UnionType):  # something, or None where it is not set or empty
-        if not text:
-            return None
-        kind = kind.__args__[0]
-    if kind is bool:
-        if text not in BOOLEANS:
-            raise ValueError(f"{name} is {text!r}, expected {' or '.join(BOOLEANS)}")
-        return BOOLEANS[text]
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ValueError(f"{name} is {text!r}, expected {kind.__name__}") from error
+def _as_value_error(details: ErrorDetails) -> ValueError:
+    """Return one of pydantic's errors in our words; one of a whole object is in our words already."""
+    kind, context = details["type"], details.get("ctx", {})
+    if not details["loc"]:
+        return ValueError(context["error"])
+    name, value = str(details["loc"][0]), details["input"]
+    if kind == "missing":
+        return ValueError(f"{PREFIX}{name.upper()} is not set")
+    if name == "redis_url":
+        value = value.rpartition("@")[2]  # a password precedes it
+    if kind == "greater_than_equal":
+        return unusable(name, value, f"at least {context['ge']:g}")
+    return unusable(name, value, EXPECTED.get(kind) or str(context.get("error", details["msg"])))

@@ -31,7 +31,7 @@ def test_the_tables_are_those_of_the_code(name: str) -> None:
 
 def test_every_field_of_a_settings_class_has_a_row() -> None:
     listed = {match[1].lower() for match in re.finditer(r"`AVATAR_(\w+)` \|", tables.settings_tables())}
-    assert listed == {name for cls in tables.SERVICES.values() for name in cls.__dataclass_fields__}
+    assert listed == {name for cls in tables.SERVICES.values() for name in cls.model_fields}
 
 
 def test_a_wrapped_line_belongs_to_its_field() -> None:

@@ -8,7 +8,6 @@ is started on a free port and ends with this process.
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -84,7 +83,7 @@ async def workers(
         if has_text_encoder(checkpoint):
             text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, queue)
             targets["text"] = (await served(text),)
-        yield replace(settings, **targets)
+        yield settings.model_copy(update=targets)
 
 
 @asynccontextmanager
@@ -115,7 +114,7 @@ async def main() -> None:
         if "AVATAR_REDIS_URL" not in os.environ:
             folder = stack.enter_context(TemporaryDirectory(prefix="avatar-redis-"))
             url = await stack.enter_async_context(local_redis(Path(folder)))
-            settings = replace(settings, redis_url=url)
+            settings = settings.model_copy(update={"redis_url": url})
         store = SessionStore(RedisHashes(settings.redis_url))
         stack.push_async_callback(store.aclose)
         await stack.enter_async_context(suite(models.checkpoint, store, settings, **switches))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,7 @@ async def test_who_resumes_may_not_choose_otherwise(stub: pb_grpc.AvatarServiceA
 async def test_a_client_that_does_not_read_is_told_and_let_go_and_others_go_on(
     checkpoint: Path, store: SessionStore, portrait: bytes, mode: pb.OpenAvatar.Mode.ValueType
 ) -> None:
-    settings = replace(SETTINGS, max_unread_s=0.3)
+    settings = SETTINGS.model_copy(update={"max_unread_s": 0.3})
     async with suite(checkpoint, store, settings) as target, connected(target) as stub:
         session = await new_session(stub, portrait)
         async with grpc.aio.insecure_channel(target, options=SMALL) as channel:
@@ -160,7 +159,9 @@ async def test_a_client_that_reads_late_is_told_and_has_every_frame(
     checkpoint: Path, store: SessionStore, portrait: bytes
 ) -> None:
     async with AsyncExitStack() as stack:
-        target = await stack.enter_async_context(suite(checkpoint, store, replace(SETTINGS, max_unread_s=30.0)))
+        target = await stack.enter_async_context(
+            suite(checkpoint, store, SETTINGS.model_copy(update={"max_unread_s": 30.0}))
+        )
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(target, options=SMALL))
         stub: pb_grpc.AvatarServiceAsyncStub = pb_grpc.AvatarServiceStub(channel)
         call = await begun(stub, (await new_session(stub, portrait)).id, mode=LIVE)
@@ -184,7 +185,7 @@ async def test_clients_are_told_when_the_gateway_stops(checkpoint: Path, store: 
         return got
 
     async with AsyncExitStack() as client:
-        async with suite(checkpoint, store, replace(SETTINGS, drain_s=5.0)) as target:
+        async with suite(checkpoint, store, SETTINGS.model_copy(update={"drain_s": 5.0})) as target:
             stub = await client.enter_async_context(connected(target))
             session = await new_session(stub, portrait)
             reading = asyncio.ensure_future(read(await begun(stub, session.id, mode=LIVE)))

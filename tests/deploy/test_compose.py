@@ -53,7 +53,7 @@ def names(profile: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def test_every_variable_is_a_setting_of_its_service(name: str) -> None:
     environment = {key: value for key, value in given(OURS[name]).items() if key.startswith("AVATAR_")}
     cls = SERVICES[served_by(OURS[name])]
-    assert {key.removeprefix("AVATAR_").lower() for key in environment} <= set(cls.__dataclass_fields__)
+    assert {key.removeprefix("AVATAR_").lower() for key in environment} <= set(cls.model_fields)
     assert load(cls, environment).drain_s < float(OURS[name]["stop_grace_period"].removesuffix("s"))
 
 
@@ -143,7 +143,7 @@ def test_what_is_mounted_is_there() -> None:
 def test_trust_is_for_every_service_of_ours() -> None:
     assert set(TRUST["services"]) == set(OURS)
     for name, service in TRUST["services"].items():
-        fields = set(SERVICES[served_by(OURS[name])].__dataclass_fields__)
+        fields = set(SERVICES[served_by(OURS[name])].model_fields)
         assert {variable.removeprefix("AVATAR_").lower() for variable in service["environment"]} <= fields
         (mounted,) = service["volumes"]
         assert mounted.endswith(":/secrets:ro")

@@ -140,7 +140,7 @@ def test_settings_are_those_of_the_classes(overlay: str) -> None:
     for name, deployment in stages(overlay).items():
         cls = SERVICES[name.partition("-")[0]]
         given = {key: value for key, value in environment(overlay, deployment).items() if key.startswith("AVATAR_")}
-        known = {f"AVATAR_{field.upper()}" for each in SERVICES.values() for field in each.__dataclass_fields__}
+        known = {f"AVATAR_{field.upper()}" for each in SERVICES.values() for field in each.model_fields}
         assert set(given) <= known
         settings: Any = load(cls, given)
         assert settings.drain_s < pod(deployment)["terminationGracePeriodSeconds"]
@@ -174,7 +174,7 @@ def test_with_trust_every_file_that_a_setting_names_is_mounted() -> None:
         files = {key: Path(value) for key, value in environment("trust", deployment).items() if value.startswith("/")}
         wanted = OF_THE_GATEWAY if name == "gateway" else OF_WORKERS
         assert set(files) == {f"AVATAR_{field}" for field in wanted}
-        assert {field.lower() for field in wanted} <= set(SERVICES[name.partition("-")[0]].__dataclass_fields__)
+        assert {field.lower() for field in wanted} <= set(SERVICES[name.partition("-")[0]].model_fields)
         mounted = {each["mountPath"]: each["name"] for each in container(deployment)["volumeMounts"]}
         secret = {each["name"] for each in pod(deployment)["volumes"] if "secret" in each}
         assert {mounted[str(path.parent)] for path in files.values()} == secret

@@ -3,7 +3,6 @@
 import signal
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ async def gateway_over(checkpoint: Path, *chains: Chain) -> AsyncGenerator[str, 
     targets = tuple(dict.fromkeys(target for chain in chains for target in chain.targets))
     async with (
         workers(checkpoint, store, SETTINGS) as given,
-        gateway(store, replace(given, denoisers=targets)) as target,
+        gateway(store, given.model_copy(update={"denoisers": targets})) as target,
     ):
         yield target
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ async def breakable(checkpoint: Path, store: SessionStore, stages: list[str]) ->
             first, *others = getattr(given, stage)
             through, cuts[stage] = await stack.enter_async_context(cuttable(first))
             addresses: dict[str, Any] = {stage: (through, first, *others)}
-            given = replace(given, **addresses)
+            given = given.model_copy(update=addresses)
         yield Breakable(await stack.enter_async_context(gateway(store, given)), cuts)
 
 

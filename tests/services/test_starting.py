@@ -19,7 +19,7 @@ from services.process import run
         ("gateway", "AVATAR_DRAIN_S", "soon", "AVATAR_DRAIN_S is 'soon', expected float"),
         ("gateway", "AVATAR_REDIS_URL", "localhost", "expected redis://HOST:PORT, rediss:// or unix://"),
         ("denoiser", "AVATAR_CAPACITY", "lots", "AVATAR_CAPACITY is 'lots', expected int"),
-        ("denoiser", "AVATAR_CAPACITY", "0", "AVATAR_CAPACITY is 0, expected at least 1"),
+        ("denoiser", "AVATAR_CAPACITY", "0", "AVATAR_CAPACITY is '0', expected at least 1"),
         ("denoiser", "AVATAR_CHECKPOINT", "nowhere", "no checkpoint at nowhere"),
         ("denoiser", "AVATAR_LEVELS", "9", "names level 9, the checkpoint has 0 to 2"),
     ],
