@@ -1,8 +1,8 @@
 """Measure this machine and print a table: `python -m benchmarks [--only NAME ...] [--compile] [--out out]`.
 
-Also writes OUT/bench.json; with --only, what the file has of other names is kept. What is compared is measured in turns
-and medians are given, so that a load that comes and goes meets all alike. `loading`, `block` and `encoding` are CPU
-time of one thread, which others' work touches least; all else is the wall clock's, and wants a machine without others.
+Also writes OUT/bench.json; with --only, the file's other rows are kept. Variants that are compared take turns, and
+values are medians, so that a varying load affects all of them alike. `loading`, `block` and `encoding` measure CPU time
+of one thread, which other load affects least; everything else is wall time and needs an otherwise idle machine.
 """
 
 import argparse
@@ -20,13 +20,13 @@ import torch
 from benchmarks import block, encoding, handoff, live, loading, tiny
 from benchmarks.pipeline import crash, endurance, throughput
 from benchmarks.pipeline import live as pipeline_live
-from benchmarks.row import Row, row_of, table
+from benchmarks.row import Row, row_from_dict, table
 
 ROOT = Path(__file__).parents[1]
 
 
 def parts(flags: argparse.Namespace) -> dict[str, Callable[[], list[Row]]]:
-    """What can be measured, by name, in the order in which it is."""
+    """Return the measurements by name, in order."""
     return {
         "loading": lambda: loading.rows(flags.checkpoint),
         "block": lambda: block.rows(flags.checkpoint, compiled=flags.compile),
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "models/tiny", help="folder of the models")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder to write to")
-    parser.add_argument("--compile", action="store_true", help="compiled layers too: takes minutes more")
+    parser.add_argument("--compile", action="store_true", help="measure compiled layers too: takes minutes more")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="measure these, keep other rows")
     flags = parser.parse_args()
     torch.set_num_threads(1)
@@ -61,8 +61,8 @@ def main() -> None:
         started = time.monotonic()
         try:
             report.put(name, available[name]())
-        except (RuntimeError, TimeoutError) as error:  # of a process that was measured; the others can be, still
-            failed.append(f"{name}: {error or 'not done in time'}")
+        except (RuntimeError, TimeoutError) as error:  # of a measured process; continue with the other measurements
+            failed.append(f"{name}: {error or 'timed out'}")
         print(f"{name}, {time.monotonic() - started:.0f} s", flush=True)
     print(f"\n{table(report.rows)}\n\n{machine()}\nwrote {report.path}")
     if failed:
@@ -70,29 +70,29 @@ def main() -> None:
 
 
 class Report:
-    """Rows by the name of what was measured, kept in a file from each on.
+    """Rows by the name of their measurement, written to a file after each one.
 
-    names: in the order of the table. afresh: whether what the file has is forgotten.
+    names: in the order of the table. afresh: whether to discard the file's rows.
     """
 
     def __init__(self, path: Path, names: list[str], *, afresh: bool) -> None:
         self.path = path
-        kept = [] if afresh or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))["rows"]
-        self._rows = {name: [row_of(each) for each in kept if each.get("name") == name] for name in names}
+        stored = [] if afresh or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))["rows"]
+        self._rows = {name: [row_from_dict(each) for each in stored if each.get("name") == name] for name in names}
 
     @property
     def rows(self) -> list[Row]:
         return [each for rows in self._rows.values() for each in rows]
 
     def put(self, name: str, rows: list[Row]) -> None:
-        """Keep these rows in the place of those of the same name."""
+        """Replace the rows of one measurement."""
         self._rows[name] = rows
-        told = [{"name": name, **each.to_dict()} for name, rows in self._rows.items() for each in rows]
-        self.path.write_text(json.dumps({"machine": machine(), "rows": told}, indent=2) + "\n", encoding="utf-8")
+        stored = [{"name": name, **each.to_dict()} for name, rows in self._rows.items() for each in rows]
+        self.path.write_text(json.dumps({"machine": machine(), "rows": stored}, indent=2) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, object]:
-    """What the figures were measured on. load: programs that wanted to run in the last minute, ours among them."""
+    """Describe this machine. load: average number of runnable programs in the last minute, including this one."""
     cores = [line.split(":")[1].strip() for line in cpu_lines() if line.startswith("model name")]
     return {
         "processor": cores[0] if cores else platform.machine(),

@@ -1,4 +1,4 @@
-"""What a block of 480 ms costs: sound, every level, and decoding, in each precision, compiled and not."""
+"""The cost of a block of 480 ms: audio, all levels, and decoding, in each precision, compiled and not."""
 
 import time
 from collections.abc import Callable
@@ -25,15 +25,15 @@ Out = TypeVar("Out")
 NUM_BLOCKS = 15
 BLOCK_MS = BLOCK_SAMPLES / SAMPLE_RATE_HZ * 1000
 PARTS = ("audio", "denoiser", "decoding")
-# What this processor has instructions for; without them bfloat16 takes minutes, and nobody would use it.
+# Only dtypes that this CPU has instructions for: emulated bfloat16 takes minutes.
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if is_native(dtype, torch.device("cpu"))]
 
 
 @dataclass
 class Stream:
-    """One variant's stream of a still grey picture and noise as sound; `times_ms` of each part, block by block.
+    """One variant's stream of a grey picture and noise as audio.
 
-    The window is full before anything is timed.
+    times_ms: time of each part, block by block. The window is full before anything is timed.
     """
 
     checkpoint: Path
@@ -51,8 +51,8 @@ class Stream:
         motion = self.vae.encode_picture(torch.full((128, 128, 3), 128, dtype=torch.uint8))
         session = Session("bench", 0, motion)
         self.conditions = Conditions(0, motion[:, :1], torch.zeros(0, 0))
-        self.hearing, self.decoding = self.audio.open(session), self.vae.open(session)
-        self.histories = [level.open(session) for level in self.levels]
+        self.audio_state, self.vae_state = self.audio.open(session), self.vae.open(session)
+        self.level_states = [level.open(session) for level in self.levels]
         for _ in range(config.window_blocks + 1):
             self.step()
         for times in self.times_ms.values():
@@ -63,41 +63,41 @@ class Stream:
         return f"{str(self.dtype).removeprefix('torch.')}{', compiled' if self.compiled else ''}"
 
     def step(self) -> None:
-        """A piece of sound as long as a block, and the blocks that it completes."""
+        """Process a block's length of audio, and the blocks that it completes."""
         piece = AudioPiece(torch.randn(1, BLOCK_SAMPLES) * 0.1, SAMPLE_RATE_HZ)
-        for heard in self._timed("audio", self.audio.step, piece, self.hearing):
-            block = self._timed("denoiser", self._denoise, heard)
-            self._timed("decoding", self.vae.step, block, self.decoding)
+        for features in self._timed("audio", self.audio.step, piece, self.audio_state):
+            block = self._timed("denoiser", self._denoise, features)
+            self._timed("decoding", self.vae.step, block, self.vae_state)
 
     def _denoise(self, block: Block) -> Block:
         block = replace(block, conditions=self.conditions)
-        for level, history in zip(self.levels, self.histories, strict=True):
-            block = level.step(block, history)
+        for level, state in zip(self.levels, self.level_states, strict=True):
+            block = level.step(block, state)
         return block
 
     def _timed(self, part: str, work: Callable[..., Out], *arguments: Any) -> Out:
         started = time.thread_time()
-        made = work(*arguments)
+        result = work(*arguments)
         self.times_ms[part].append((time.thread_time() - started) * 1000)
-        return made
+        return result
 
 
 def rows(checkpoint: Path, *, compiled: bool) -> list[Row]:
-    """Milliseconds a block of each part and of all, for each variant; blocks of the variants take turns."""
+    """Measure each part of a block and the whole, for each variant; the variants take turns block by block."""
     variants = [(dtype, is_compiled) for is_compiled in (False, True) for dtype in DTYPES]
-    made: list[Row] = []
+    measured: list[Row] = []
     streams: list[Stream] = []
     for dtype, is_compiled in variants:
         if compiled or not is_compiled:
             started = time.perf_counter()
             streams.append(stream := Stream(checkpoint, dtype, is_compiled))
             if is_compiled:
-                made.append(row(f"start and compilation, {stream.name}", time.perf_counter() - started, "s"))
+                measured.append(row(f"start and compilation, {stream.name}", time.perf_counter() - started, "s"))
     for _ in tqdm(range(NUM_BLOCKS), desc="blocks", disable=None):
         for stream in streams:
             stream.step()
     for stream in streams:
         parts = {part: median(times) for part, times in stream.times_ms.items()}
-        made += [row(f"{part}, {stream.name}", value, "ms") for part, value in parts.items()]
-        made.append(row(f"block, {stream.name}", sum(parts.values()), "ms", at_most=BLOCK_MS))
-    return made
+        measured += [row(f"{part}, {stream.name}", value, "ms") for part, value in parts.items()]
+        measured.append(row(f"block, {stream.name}", sum(parts.values()), "ms", at_most=BLOCK_MS))
+    return measured

@@ -1,4 +1,4 @@
-"""What it costs to encode the frames of a block, and how many bytes they have then."""
+"""The cost of encoding the frames of a block, and their encoded size."""
 
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ PORTRAIT = Path(__file__).parents[1] / "assets" / "portrait.png"
 
 
 def rows() -> list[Row]:
-    """CPU milliseconds a frame, and kilobytes a second, of a portrait that sways; encodings take turns."""
+    """Measure CPU time per frame and bitrate of a swaying portrait; the encodings take turns."""
     rng = np.random.default_rng(0)
     face = np.asarray(Image.open(PORTRAIT).convert("RGB").resize((SIDE, SIDE)))
     times_ms: dict[str, list[float]] = {name: [] for name in ENCODINGS}

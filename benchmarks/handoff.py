@@ -1,12 +1,11 @@
-"""What a hop from level to level costs: latents in messages through the caller, beside latents handed over.
+"""The cost of a hop from level to level: latents in messages through the caller, against latents handed over.
 
 `rows` starts a chain of stand-in workers, `python -m benchmarks.handoff LEVEL LISTEN MEETING`, which wait STEP_S for
-each block; what a block takes longer than that is the hops'. Blocks pass one at a time, each way in turns, at the same
+each block; the rest of a block's time is the hops'. Blocks pass one at a time, both paths in turns, at the same
 workers.
 """
 
 import asyncio
-import os
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -19,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 import grpc.aio
-import psutil
 from tqdm import tqdm
 
 from avatar.handoff.chain import Chain, Seat, joined
@@ -32,21 +30,22 @@ from avatar.runtime.pipeline import Stage
 from avatar.types import Block
 from avatar.worker.v1 import denoiser_pb2 as pb
 from avatar.worker.v1 import denoiser_pb2_grpc, types_pb2
+from benchmarks.pipeline.processes import cpu_seconds
 from benchmarks.row import Row, row
 from services.local.launch import Suite, free_ports
 
 Blocks: TypeAlias = AsyncGenerator[types_pb2.Block, None]
 
 NUM_LEVELS, STEP_S = 4, 0.02
-NUM_TURNS, BLOCKS_A_TURN = 6, 10
+NUM_TURNS, BLOCKS_PER_TURN = 6, 10
 START_S = 120.0
-# As the public 14B network's at 720x400, in bfloat16.
+# Shapes of the public 14B network at 720x400, in bfloat16.
 FEATURES = types_pb2.Tensor(dtype="bfloat16", shape=(25, 1024, 12), data=bytes(614_400))
 LATENT = tensor_from_pb(types_pb2.Tensor(dtype="bfloat16", shape=(16, 3, 50, 90), data=bytes(432_000)))
 
 
 class Level(denoiser_pb2_grpc.DenoiserServiceServicer):
-    """A level that waits, and adds one to every number."""
+    """A level that waits and adds one to every element."""
 
     service_name = "avatar.worker.v1.DenoiserService"
 
@@ -76,35 +75,35 @@ class Level(denoiser_pb2_grpc.DenoiserServiceServicer):
             yield pb.DenoiseResponse(closed=types_pb2.Closed())
 
     def _step(self, block: Block) -> Block:
-        until = time.monotonic() + STEP_S
+        end = time.monotonic() + STEP_S
         latent = (block.latent if self._level and block.latent is not None else LATENT) + 1
-        time.sleep(max(0.0, until - time.monotonic()))
+        time.sleep(max(0.0, end - time.monotonic()))
         return replace(block, latent=latent)
 
 
 async def work(level: int, listen: str, meeting: str) -> None:
-    """A worker's process."""
+    """Run a worker."""
     seat = Seat([level], NUM_LEVELS, "stand-in", LATENT.dtype, LATENT.device)
     async with joined(meeting, seat) as chain, serving(listen, Level(level, chain)):
         await until_stopped()
 
 
-class Way:
-    """One way through the levels, a block at a time."""
+class HopPath:
+    """One path through the levels, a block at a time."""
 
     def __init__(self, stage: Stage[types_pb2.Block, types_pb2.Block]):
-        self._given: asyncio.Queue[types_pb2.Block] = asyncio.Queue()
+        self._requests: asyncio.Queue[types_pb2.Block] = asyncio.Queue()
         self._answers = stage(self._blocks())
         self._index = 0
         self.hops_ms: list[float] = []
         self.cpu_ms = 0.0
 
     async def turn(self, pids: list[int]) -> None:
-        """Pass some blocks, one after the other."""
+        """Pass some blocks, one after another."""
         cpu_s = cpu_seconds(pids)
-        for _ in range(BLOCKS_A_TURN):
+        for _ in range(BLOCKS_PER_TURN):
             started = time.perf_counter()
-            self._given.put_nowait(types_pb2.Block(index=self._index, features=FEATURES))
+            self._requests.put_nowait(types_pb2.Block(index=self._index, features=FEATURES))
             answer = await anext(self._answers)
             self.hops_ms.append((time.perf_counter() - started - NUM_LEVELS * STEP_S) * 1000 / NUM_LEVELS)
             assert tensor_from_pb(answer.latent).eq(NUM_LEVELS).all()
@@ -112,21 +111,21 @@ class Way:
         self.cpu_ms += (cpu_seconds(pids) - cpu_s) * 1000
 
     def rows(self, name: str) -> list[Row]:
-        """What a hop took and cost."""
-        num_hops = NUM_TURNS * BLOCKS_A_TURN * NUM_LEVELS
+        """Return the wall time and CPU time of a hop."""
+        num_hops = NUM_TURNS * BLOCKS_PER_TURN * NUM_LEVELS
         wall = row(f"hop, latents {name}", median(self.hops_ms), "ms")
-        return [wall, row(f"hop, latents {name}, processor", self.cpu_ms / num_hops, "ms")]
+        return [wall, row(f"hop, latents {name}, CPU time", self.cpu_ms / num_hops, "ms")]
 
     async def close(self) -> None:
         await self._answers.aclose()
 
     async def _blocks(self) -> Blocks:
         while True:
-            yield await self._given.get()
+            yield await self._requests.get()
 
 
 def in_messages(levels: list[RemoteStage[Relayable, types_pb2.Block]]) -> Stage[types_pb2.Block, types_pb2.Block]:
-    """Levels one behind the other, as the gateway composes them."""
+    """Return a stage of all levels in a row, as the gateway composes them."""
 
     def stage(blocks: Blocks) -> Blocks:
         for level in levels:
@@ -143,13 +142,8 @@ async def _with_features(answers: Blocks) -> Blocks:
             yield answer
 
 
-def cpu_seconds(pids: list[int]) -> float:
-    """Time of the processor that these processes and this one have had."""
-    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in (*pids, os.getpid()))
-
-
-async def measure() -> dict[str, Way]:
-    """Both ways, with what was noted of them."""
+async def measure() -> dict[str, HopPath]:
+    """Measure both paths."""
     meeting, *ports = free_ports(1 + NUM_LEVELS)
     targets = {str(level): f"127.0.0.1:{port}" for level, port in enumerate(ports)}
     async with AsyncExitStack() as stack:
@@ -167,25 +161,25 @@ async def measure() -> dict[str, Way]:
             await stage.open(pb.OpenDenoise(session_id="in messages", level=level))
         chain = RemoteChain(channels)
         await chain.open(pb.OpenDenoise(session_id="handed over"))
-        ways = {"in messages": Way(in_messages(levels)), "handed over": Way(chain)}
+        paths = {"in messages": HopPath(in_messages(levels)), "handed over": HopPath(chain)}
         pids = [process.pid for process in suite.processes.values()]
-        for way in ways.values():  # the first turn is not counted
-            await way.turn(pids)
-            way.hops_ms, way.cpu_ms = [], 0.0
+        for path in paths.values():  # the first turn is not counted
+            await path.turn(pids)
+            path.hops_ms, path.cpu_ms = [], 0.0
         for _ in tqdm(range(NUM_TURNS), desc="hops", disable=None):
-            for way in ways.values():
-                await way.turn(pids)
-        for way in ways.values():
-            await way.close()
-        return ways
+            for path in paths.values():
+                await path.turn(pids)
+        for path in paths.values():
+            await path.close()
+        return paths
 
 
 def rows() -> list[Row]:
-    """Milliseconds a hop each way, and how many times more messages take."""
-    ways = asyncio.run(measure())
-    messages, handed = (median(way.hops_ms) for way in ways.values())
-    figures = [figure for name, way in ways.items() for figure in way.rows(name)]
-    return [*figures, row("hop, messages to hand-over", messages / handed, "")]
+    """Measure a hop on each path, and their ratio."""
+    paths = asyncio.run(measure())
+    messages, handed = (median(path.hops_ms) for path in paths.values())
+    per_path = [each for name, path in paths.items() for each in path.rows(name)]
+    return [*per_path, row("hop, messages to hand-over", messages / handed, "")]
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
-"""What loading a large network takes: CPU seconds, and the most memory of its own that the process had.
+"""CPU time and peak memory of loading a large network.
 
     python -m benchmarks.large [--gigabytes 2]
 
-A checkpoint of that size in bfloat16, and an adapter for it, are written first: the public network, less wide and deep.
-Mapped files are not the process's own: the kernel takes their pages back when it needs them.
+It first writes a checkpoint of that size in bfloat16, and a LoRA adapter for it: the public network, narrower and with
+fewer layers. Memory is anonymous memory; mapped files do not count.
 """
 
 import argparse
 import multiprocessing
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,19 +23,19 @@ from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import TARGET, LoraAdapter
 from avatar.denoiser.config import base, tiny
 from avatar.denoiser.model import Network, load
+from benchmarks.memory import anonymous_bytes, peak_bytes
 
 ADAPTER = "adapter.safetensors"
 RANK = 16
-SAMPLE_S = 0.001
 
 
 @dataclass(frozen=True)
 class Loading:
     """One measurement.
 
-    cpu_s: time of the processor, which others' work touches least.
+    cpu_s: CPU time, which other load on the machine affects least.
     weights_bytes: of the loaded network. largest_bytes: of its largest tensor in float32.
-    peak_bytes: of the process's own memory at its peak, less what it had before.
+    peak_bytes: peak growth of the process's anonymous memory.
     """
 
     cpu_s: float
@@ -48,7 +45,7 @@ class Loading:
 
 
 def write(folder: Path, num_bytes: int) -> None:
-    """A checkpoint whose denoiser has about so many bytes, and an adapter for it."""
+    """Write a checkpoint whose denoiser has about `num_bytes` bytes, and an adapter for it."""
     narrow = replace(base(), dim=2048, num_heads=16, ffn_dim=8192, audio_inject_layers=(0,), num_layers=1)
     with torch.device("meta"):
         one, two = (Network(replace(narrow, num_layers=layers)).bfloat16() for layers in (1, 2))
@@ -77,43 +74,16 @@ def measure(folder: Path, dtype: torch.dtype, with_adapter: bool) -> Loading:
 def _load(folder: Path, dtype: torch.dtype, with_adapter: bool) -> Loading:
     torch.set_num_threads(1)
     with torch.device("meta"):
-        Network(tiny())  # torch brings in what this needs the first time
+        Network(tiny())  # imports torch's lazy modules
     part = open_part(folder, "denoiser", LoraAdapter(folder / ADAPTER) if with_adapter else None)
-    before = own_memory()
+    before = anonymous_bytes()
     start = time.process_time()
-    with watched() as peak:
+    with peak_bytes() as peak:
         network, _ = load(part, dtype=dtype)
     cpu_s = time.process_time() - start
     weights = network.state_dict().values()
     largest = max(each.numel() for each in weights) * torch.float32.itemsize
     return Loading(cpu_s, sum(each.nbytes for each in weights), largest, peak[0] - before)
-
-
-@contextmanager
-def watched() -> Iterator[list[int]]:
-    """A list whose one number is the most memory of its own that the process has while the body runs."""
-    peak, over = [own_memory()], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(SAMPLE_S):
-            peak[0] = max(peak[0], own_memory())
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    try:
-        yield peak
-    finally:
-        over.set()
-        watching.join()
-        peak[0] = max(peak[0], own_memory())
-
-
-def own_memory() -> int:
-    """Bytes that are the process's alone and stand in no file: RssAnon."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon")
 
 
 def main() -> None:

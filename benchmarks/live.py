@@ -1,7 +1,7 @@
-"""What a live conversation is like on this machine, over the public contract: a click in silence, and interrupts.
+"""Latency of a live stream on this machine, over the public contract: a click in silence, and interrupts.
 
-The services run in one process of their own and share one thread, so a level waits for the others: figures are the wall
-clock's, and a busy machine shows in them.
+The services run in one process of their own and share one device thread, so levels wait for each other. Values are wall
+time and vary with the machine's load.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ import grpc.aio
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
-from benchmarks.pipeline.figures import rank
+from benchmarks.pipeline.metrics import percentile
 from benchmarks.row import Row, row
 
 RATE_HZ = 16000
@@ -33,95 +33,95 @@ PORTRAIT = Path(__file__).parents[1] / "assets/portrait.png"
 
 
 def rows(checkpoint: Path) -> list[Row]:
-    """Reaction to a click, acknowledgement of interrupts, sound against picture, and jitter of idle frames."""
+    """Measure reaction to a click, acknowledgement of interrupts, audio-video offset, and jitter of idle frames."""
     return asyncio.run(_measured(checkpoint))
 
 
 async def _measured(checkpoint: Path) -> list[Row]:
     async with _gateway(checkpoint) as stub:
-        told = await stub.GetCapabilities(pb.GetCapabilitiesRequest())
-        client = await _Client.begin(stub)
+        limits = await stub.GetCapabilities(pb.GetCapabilitiesRequest())
+        client = await _Client.open(stub)
         await client.idle(3.0)
-        block = told.block_frames
-        came_s = [at for frame, at in client.came if frame.index % block == 0]
-        jitter_ms = [abs(b - a - block / told.video.frame_rate_hz) * 1e3 for a, b in pairwise(came_s)]
+        block = limits.block_frames
+        arrived_s = [at for frame, at in client.arrivals if frame.index % block == 0]
+        jitter_ms = [abs(b - a - block / limits.video.frame_rate_hz) * 1e3 for a, b in pairwise(arrived_s)]
         reactions, acknowledged, held = [], [], []
         for trial in range(TRIALS):
-            await client.idle(0.6 + 0.48 * trial / TRIALS)  # at every place in a block
+            await client.idle(0.6 + 0.48 * trial / TRIALS)  # at different positions within a block
             reactions.append(await client.click())
             acknowledged_s, held_s = await client.interrupt()
             acknowledged.append(acknowledged_s * 1e3)
             held.append(held_s)
         client.call.cancel()
     return [
-        row("live: reaction to a click, p50", rank(reactions, 50), "s", at_most=told.reaction_s),
-        row("live: reaction to a click, p95", rank(reactions, 95), "s", at_most=told.reaction_s),
-        row("live: interrupt acknowledged, p50", rank(acknowledged, 50), "ms"),
-        row("live: interrupt acknowledged, p99", rank(acknowledged, 99), "ms"),
-        row("live: last frame holds after an interrupt, p50", rank(held, 50), "s", at_most=told.hold_s),
-        row("live: last frame holds after an interrupt, p95", rank(held, 95), "s", at_most=told.hold_s),
-        row("live: sound against picture, most", max(client.offsets_us, default=0) / 1e3, "ms", at_most=0.0),
-        row("live: jitter of idle blocks, p50", rank(jitter_ms, 50), "ms"),
-        row("live: jitter of idle blocks, p95", rank(jitter_ms, 95), "ms"),
+        row("live: reaction to a click, p50", percentile(reactions, 50), "s", at_most=limits.reaction_s),
+        row("live: reaction to a click, p95", percentile(reactions, 95), "s", at_most=limits.reaction_s),
+        row("live: interrupt acknowledged, p50", percentile(acknowledged, 50), "ms"),
+        row("live: interrupt acknowledged, p99", percentile(acknowledged, 99), "ms"),
+        row("live: last frame holds after an interrupt, p50", percentile(held, 50), "s", at_most=limits.hold_s),
+        row("live: last frame holds after an interrupt, p95", percentile(held, 95), "s", at_most=limits.hold_s),
+        row("live: audio-video offset, largest", max(client.offsets_us, default=0) / 1e3, "ms", at_most=0.0),
+        row("live: jitter of idle blocks, p50", percentile(jitter_ms, 50), "ms"),
+        row("live: jitter of idle blocks, p95", percentile(jitter_ms, 95), "ms"),
     ]
 
 
 class _Client:
-    """A live stream that is read all the time."""
+    """A live stream that is read continuously."""
 
     def __init__(self, call: Any) -> None:
         self.call = call
-        self.came: list[tuple[types.VideoFrame, float]] = []
+        self.arrivals: list[tuple[types.VideoFrame, float]] = []
         self.offsets_us: list[int] = []
-        self._sound_us, self._interrupted_s = 0, 0.0
-        self._spoke, self._interrupted = asyncio.Event(), asyncio.Event()
+        self._audio_us, self._interrupted_s = 0, 0.0
+        self._has_spoken, self._interrupted = asyncio.Event(), asyncio.Event()
 
     @classmethod
-    async def begin(cls, stub: "pb_grpc.AvatarServiceAsyncStub") -> "_Client":
+    async def open(cls, stub: "pb_grpc.AvatarServiceAsyncStub") -> "_Client":
         picture = PORTRAIT.read_bytes()
         reference = (await stub.CreateReference(pb.CreateReferenceRequest(picture=picture))).reference
         session = (await stub.CreateSession(pb.CreateSessionRequest(reference_id=reference.id))).session
-        sound = types.AudioFormat(encoding=types.SAMPLE_ENCODING_PCM16, rate_hz=RATE_HZ, num_channels=1)
+        audio = types.AudioFormat(encoding=types.SAMPLE_ENCODING_PCM16, rate_hz=RATE_HZ, num_channels=1)
         client = cls(stub.StreamAvatar())
         mode = pb.OpenAvatar.MODE_LIVE
-        opened = pb.OpenAvatar(session_id=session.id, audio=sound, mode=mode, return_audio=True)
+        opened = pb.OpenAvatar(session_id=session.id, audio=audio, mode=mode, return_audio=True)
         await client.call.write(pb.StreamAvatarRequest(open=opened))
         await client.call.read()
         return client
 
     async def idle(self, seconds: float) -> None:
-        """Read while nothing is said."""
-        await self._beside(asyncio.sleep(seconds))
+        """Read without sending audio."""
+        await self._read_during(asyncio.sleep(seconds))
 
     async def click(self) -> float:
-        """Say a click, and silence as a microphone gives it; seconds from the click to the first frame of speech."""
-        self._spoke.clear()
+        """Send a click and silence in real time; return the seconds from the click to the first frame of speech."""
+        self._has_spoken.clear()
         started = time.monotonic()
 
-        async def say() -> None:
+        async def speak() -> None:
             number = 0
-            while not self._spoke.is_set():
+            while not self._has_spoken.is_set():
                 data = SILENCE if number else CLICK
                 await self.call.write(pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data)))
                 number += 1
                 await asyncio.sleep(max(0.0, started + number * PIECE / RATE_HZ - time.monotonic()))
 
-        await self._beside(say())
-        return next(at for frame, at in self.came if not frame.is_idle and at > started) - started
+        await self._read_during(speak())
+        return next(at for frame, at in self.arrivals if not frame.is_idle and at > started) - started
 
     async def interrupt(self) -> tuple[float, float]:
-        """Interrupt; seconds until it is acknowledged, and from there until there are idle frames."""
+        """Interrupt; return the seconds until the acknowledgement, and from there until the first idle frame."""
         self._interrupted.clear()
         started = time.monotonic()
         await self.call.write(pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar()))
-        await self._beside(self._interrupted.wait())
-        while self.came[-1][1] < self._interrupted_s:
+        await self._read_during(self._interrupted.wait())
+        while self.arrivals[-1][1] < self._interrupted_s:
             self._take(await self.call.read())
-        return self._interrupted_s - started, self.came[-1][1] - self._interrupted_s
+        return self._interrupted_s - started, self.arrivals[-1][1] - self._interrupted_s
 
-    async def _beside(self, doing: Any) -> None:
-        """Read until something is done. A read that is cancelled ends the call, so one is always left to finish."""
-        done = asyncio.ensure_future(doing)
+    async def _read_during(self, activity: Any) -> None:
+        """Read until an activity has finished. A cancelled read ends the call, so each read runs to its end."""
+        done = asyncio.ensure_future(activity)
         while not done.done():
             self._take(await self.call.read())
         await done
@@ -129,13 +129,13 @@ class _Client:
     def _take(self, response: Any) -> None:
         match response.WhichOneof("part"):
             case "audio":
-                self._sound_us = response.audio.pts_us
+                self._audio_us = response.audio.pts_us
             case "frame":
                 frame = response.frame
-                self.offsets_us.append(abs(frame.pts_us - self._sound_us))
-                self.came.append((types.VideoFrame(index=frame.index, is_idle=frame.is_idle), time.monotonic()))
+                self.offsets_us.append(abs(frame.pts_us - self._audio_us))
+                self.arrivals.append((types.VideoFrame(index=frame.index, is_idle=frame.is_idle), time.monotonic()))
                 if not frame.is_idle:
-                    self._spoke.set()
+                    self._has_spoken.set()
             case "interrupted":
                 self._interrupted_s = time.monotonic()
                 self._interrupted.set()
@@ -143,7 +143,7 @@ class _Client:
 
 @asynccontextmanager
 async def _gateway(checkpoint: Path) -> "AsyncGenerator[pb_grpc.AvatarServiceAsyncStub, None]":
-    """All services in a process of their own."""
+    """Run all services in a process of their own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         target = f"127.0.0.1:{free.getsockname()[1]}"

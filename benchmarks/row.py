@@ -1,4 +1,4 @@
-"""One measured figure, what it should be, and what others reach."""
+"""One measured figure, its target, and the values of peers."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """A figure and what it should be, all in the same unit.
+    """A figure and its target, all in the same unit.
 
-    target: the most that it may be, or the least where `is_least`; None where nothing is asked.
-    bound: the best that it could be; None where there is none to tell.
-    beside: what peers reached in the same run, by their names.
-    note: what else there is to know.
+    target: the largest allowed value, or the smallest if `is_least`; None without a target.
+    bound: the best possible value; None if unknown.
+    beside: the peers' values in the same run, by name.
+    note: remark for the reader.
     """
 
     figure: str
@@ -25,27 +25,27 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether it is as it should be; None where nothing is asked."""
+        """Whether the value meets the target; None without a target."""
         if self.target is None:
             return None
         return self.value >= self.target if self.is_least else self.value <= self.target
 
     @property
     def ahead(self) -> dict[str, float]:
-        """How many times better than each peer; below 1 is behind. Peers at 0 are left out."""
+        """Factor by which the value is better than each peer's; below 1 is worse. Peers at 0 are left out."""
         pairs = {
             name: (self.value, peer) if self.is_least else (peer, self.value) for name, peer in self.beside.items()
         }
         return {name: better / worse for name, (better, worse) in pairs.items() if worse}
 
     def to_dict(self) -> dict[str, Any]:
-        """What `bench.json` keeps."""
+        """Return the row as `bench.json` stores it."""
         return {**asdict(self), "met": self.met, "ahead": self.ahead}
 
 
-def row_of(kept: dict[str, Any]) -> Row:
-    """The row that `bench.json` kept; `met` and `ahead` follow from the rest."""
-    return Row(**{each.name: kept[each.name] for each in fields(Row)})
+def row_from_dict(stored: dict[str, Any]) -> Row:
+    """Return a row of `bench.json`; `met` and `ahead` follow from the other fields."""
+    return Row(**{each.name: stored[each.name] for each in fields(Row)})
 
 
 def row(
@@ -64,7 +64,7 @@ def row(
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as people read them: for each peer what it reached, and how many times better we are."""
+    """Format rows as a table, with each peer's value and the factor by which the suite is better."""
     peers = list(dict.fromkeys(name for each in rows for name in each.beside))
     heads = ["figure", "value", "", "bound", "target", "met", *peers, "note"]
     lines = [heads, *([*_cells(each), *(_peer(each, name) for name in peers), each.note] for each in rows)]

@@ -1,4 +1,4 @@
-"""What the embedded default does on this machine, all services as processes: frames a second, and live sessions."""
+"""The embedded default on this machine, all services as processes: frames per second, and live sessions."""
 
 import asyncio
 import tempfile
@@ -8,10 +8,9 @@ from statistics import median
 from tqdm import tqdm
 
 from avatar.types import BLOCK_FRAMES
-from benchmarks.pipeline.client import Job
-from benchmarks.pipeline.figures import most_that_pass, rate_hz, steady
-from benchmarks.pipeline.live import ENOUGH, conversed, share_on_time
-from benchmarks.pipeline.processes import clients
+from benchmarks.pipeline.client import Job, run_clients
+from benchmarks.pipeline.live import ENOUGH, live_sessions, share_on_time
+from benchmarks.pipeline.metrics import next_to_try, rate_hz, steady
 from benchmarks.row import Row, row
 from benchmarks.standin.content import FRAME_RATE_HZ
 from services.local.launch import launched
@@ -24,7 +23,7 @@ LIMIT_S = 120.0
 
 
 def rows(checkpoint: Path) -> list[Row]:
-    """Frames a second and time to the first frame of one offline session; live sessions whose frames come in time."""
+    """Measure one offline session's frame rate and time to first frame, and live sessions whose frames are on time."""
     return asyncio.run(_rows(checkpoint))
 
 
@@ -34,14 +33,14 @@ async def _rows(checkpoint: Path) -> list[Row]:
         async with launched(checkpoint, Path(folder)) as suite:
             for _ in tqdm(range(ROUNDS), desc="tiny", disable=None):
                 job = Job(suite.gateway, "full", OFFLINE_BLOCKS, is_checked=False)
-                heard = (await clients(job, LIMIT_S)).sessions[0]
-                came = [at for _, _, at, _ in heard.arrivals]
-                firsts.append(came[0] - heard.sent_s[0])
-                rates.append(rate_hz(steady([came], FILL)[0]) * BLOCK_FRAMES)
-                ahead = int(rates[-1] / FRAME_RATE_HZ)  # more cannot be
+                session = (await run_clients(job, LIMIT_S)).sessions[0]
+                arrived = session.arrived_s
+                firsts.append(arrived[0] - session.sent_s[0])
+                rates.append(rate_hz(steady([arrived], FILL)[0]) * BLOCK_FRAMES)
+                ahead = int(rates[-1] / FRAME_RATE_HZ)  # an upper bound
                 tried: dict[int, bool] = {}
-                while (number := most_that_pass(tried, 0, min(ahead, MOST))) is not None:
-                    sessions = await conversed(suite, number, LIVE_BLOCKS, is_checked=False)
+                while (number := next_to_try(tried, 0, min(ahead, MOST))) is not None:
+                    sessions = await live_sessions(suite, number, LIVE_BLOCKS, is_checked=False)
                     tried[number] = share_on_time(sessions) >= ENOUGH
                 most.append(max((number for number, passes in tried.items() if passes), default=0))
     return [

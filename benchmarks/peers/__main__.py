@@ -1,4 +1,4 @@
-"""A peer's process: `python -m benchmarks.peers {gloo,loop,zeromq} --step-s SECONDS`; jobs come a line each."""
+"""A peer's process: `python -m benchmarks.peers {gloo,loop,zeromq} --step-s SECONDS`; one job per line."""
 
 import argparse
 import importlib
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from benchmarks.peers import NAMES
 from benchmarks.peers.work import Job
 from benchmarks.pipeline.processes import cpu_seconds
-from benchmarks.standin.step import wake_in_time
+from benchmarks.standin.step import set_timer_slack
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--step-s", type=float, required=True, help="seconds that a block takes at a stage")
     flags = parser.parse_args()
-    wake_in_time()
+    set_timer_slack()
     with importlib.import_module(f"benchmarks.peers.{flags.name}").peer(flags.step_s) as (peer, pids):
         for line in sys.stdin:
             before = cpu_seconds(pids)

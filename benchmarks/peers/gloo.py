@@ -1,12 +1,12 @@
-"""The reference's pattern, written anew: a rank a level, one more that decodes, blocking send and receive over gloo.
+"""The reference's pattern, rewritten: one rank per level, one that decodes, blocking send and receive over gloo.
 
-    sound -> rank 4 -> rank 0 -> 1 -> 2 -> 3 -> rank 4 -> frames
+    audio -> rank 4 -> rank 0 -> 1 -> 2 -> 3 -> rank 4 -> frames
 
-Its live variant: the decoder's rank hears the sound, and sends the features of the block that rank 0 begins next, once
-it has the latent that rank 3 has finished; features go on from level to level beside the latents. Four blocks are a
-clip. At the last block of the first clip the decoder's rank broadcasts the new sink, for which all levels wait, and
-prefill. The first two clips hear nothing: their blocks are made, and not counted.
-Source: `causal_s2v_pipeline_tpp_blockwise` of Alibaba-Quark/LiveAvatar, read for what is sent when; none of its code.
+In its live variant the decoder's rank receives the audio. Once it has the latent that rank 3 finished, it sends the
+features of the block that rank 0 starts next; features travel from level to level along with the latents. Four blocks
+form a clip. At the last block of the first clip the decoder's rank broadcasts the new sink; all levels wait for it and
+prefill. The first two clips are silent: their blocks are rendered and not counted.
+Source: `causal_s2v_pipeline_tpp_blockwise` of Alibaba-Quark/LiveAvatar, for the order of messages; no code is copied.
 """
 
 import socket
@@ -25,13 +25,13 @@ from benchmarks.standin.step import Step
 CLIP_BLOCKS = 4
 SILENT_BLOCKS = 2 * CLIP_BLOCKS
 SINK_BYTES = content.LATENT_BYTES // 3
-# Of a level's step.
+# Relative to a level's step.
 PREFILL_STEPS = 0.6
 LOST_S = 1800.0
 
 
 class Decoder:
-    """Rank 4, where sound comes in and frames come out."""
+    """Rank 4: audio in, frames out."""
 
     def __init__(self, step_s: float) -> None:
         self._device, self._audio = Step(step_s), Step(AUDIO_STEP_S)
@@ -41,29 +41,29 @@ class Decoder:
         microphone = Microphone(job, report)
         total = SILENT_BLOCKS + job.num_blocks
         dist.broadcast(torch.tensor([total]), DECODER)
-        sounds: dict[int, bytes] = {}
+        pending: dict[int, bytes] = {}
 
-        def hear(block: int) -> None:
+        def send_features(block: int) -> None:
             if SILENT_BLOCKS <= block < total:
-                sounds[block] = sound = microphone.hear(block - SILENT_BLOCKS)
-                dist.send(_tensor(self._audio.take(partial(content.heard, sound))), 0)
+                pending[block] = audio = microphone.read(block - SILENT_BLOCKS)
+                dist.send(_tensor(self._audio.run(partial(content.features_of, audio))), 0)
 
         for block in range(total):
             if job.pace == "alone":
-                hear(block)
+                send_features(block)
             latent = _received(content.LATENT_BYTES, DECODER - 1)
             if job.pace != "alone":
-                hear(block + CLIP_BLOCKS)  # earlier, all ranks would wait to send, and none receive
+                send_features(block + CLIP_BLOCKS)  # any earlier, all ranks would block in send
             if block == CLIP_BLOCKS - 1:
                 dist.broadcast(latent[:SINK_BYTES].clone(), DECODER)
-            picture = self._device.take(partial(content.decoded, latent.numpy()))
-            if block in sounds:
-                report.came(sounds.pop(block), picture)
+            picture = self._device.run(partial(content.decode, latent.numpy()))
+            if block in pending:
+                report.add(pending.pop(block), picture)
         return report
 
 
 def serve(level: int, port: int, step_s: float) -> None:
-    """Be the rank of a level."""
+    """Run the rank of a level."""
     _join(level, port)
     device = Step(step_s)
     while True:
@@ -71,14 +71,15 @@ def serve(level: int, port: int, step_s: float) -> None:
         for block in range(int(total)):
             if block == CLIP_BLOCKS:
                 dist.broadcast(torch.empty(SINK_BYTES, dtype=torch.uint8), DECODER)
-                Step(step_s * PREFILL_STEPS).take(lambda: None)
+                Step(step_s * PREFILL_STEPS).run(lambda: None)
             features = torch.zeros(content.FEATURES_BYTES, dtype=torch.uint8)
             if level or block >= SILENT_BLOCKS:
                 dist.recv(features, (level or DECODER + 1) - 1)
-            start = (
-                _received(content.LATENT_BYTES, level - 1).numpy() if level else content.noise(features.numpy().data)
-            )
-            latent = device.take(partial(content.denoised, start, level))
+            if level:
+                start = _received(content.LATENT_BYTES, level - 1).numpy()
+            else:
+                start = content.initial_latent(features.numpy().data)
+            latent = device.run(partial(content.denoise, start, level))
             if level < DECODER - 1:
                 dist.send(features, level + 1)
             dist.send(torch.from_numpy(latent), level + 1)
@@ -103,7 +104,7 @@ def _join(rank: int, port: int) -> None:
 
 @contextmanager
 def peer(step_s: float) -> Iterator[tuple[Peer, list[int]]]:
-    """The peer, and the processes that it has beside this one."""
+    """Give the peer and the ids of its other processes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with processes(serve, [(level, port, step_s) for level in range(content.NUM_LEVELS)]) as pids:

@@ -1,4 +1,4 @@
-"""One process and one device for all stages: no transport, and nothing at the same time."""
+"""One process and one device for all stages: no transport and no concurrency."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from benchmarks.standin.step import Step
 
 
 class Loop:
-    """Block after block, level after level."""
+    """Runs block after block, level after level."""
 
     def __init__(self, step_s: float) -> None:
         self._device, self._audio = Step(step_s), Step(AUDIO_STEP_S)
@@ -19,16 +19,16 @@ class Loop:
         report = Report()
         microphone = Microphone(job, report)
         for block in range(job.num_blocks):
-            sound = microphone.hear(block)
-            features = self._audio.take(partial(content.heard, sound))
-            latent = content.noise(features)
+            audio = microphone.read(block)
+            features = self._audio.run(partial(content.features_of, audio))
+            latent = content.initial_latent(features)
             for level in range(content.NUM_LEVELS):
-                latent = self._device.take(partial(content.denoised, latent, level))
-            report.came(sound, self._device.take(partial(content.decoded, latent)))
+                latent = self._device.run(partial(content.denoise, latent, level))
+            report.add(audio, self._device.run(partial(content.decode, latent)))
         return report
 
 
 @contextmanager
 def peer(step_s: float) -> Iterator[tuple[Peer, list[int]]]:
-    """The peer, and the processes that it has beside this one."""
+    """Give the peer and the ids of its other processes."""
     yield Loop(step_s), []

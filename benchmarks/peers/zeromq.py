@@ -1,8 +1,8 @@
-"""A ring of processes over ZeroMQ: sound's features and latents are pushed on, and nothing else is done.
+"""A ring of processes over ZeroMQ that pushes features and latents on, and does nothing else.
 
     source -> level 0 -> 1 -> 2 -> 3 -> decoder -> sink (the source's process)
 
-No sessions, no answers, no order, no recovery: what moving the bytes costs, and so the floor.
+No sessions, no answers, no ordering, no recovery: the cost of moving the bytes, and so the lower bound.
 """
 
 import socket
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import zmq
 
-from benchmarks.peers.work import AUDIO_STEP_S, DECODER, Job, Microphone, Peer, Report, processes, sound_of
+from benchmarks.peers.work import AUDIO_STEP_S, DECODER, Job, Microphone, Peer, Report, audio_of, processes
 from benchmarks.standin import content
 from benchmarks.standin.step import Step
 
-# Messages that wait at each end of a connection.
-WAITING = 1
+# Messages queued at each end of a connection.
+QUEUED = 1
 
 
 class Ring:
@@ -38,32 +38,32 @@ class Ring:
         def speak() -> None:
             for block in range(job.num_blocks):
                 in_flight.acquire()
-                sound = microphone.hear(block)
-                features = self._audio.take(partial(content.heard, sound))
+                audio = microphone.read(block)
+                features = self._audio.run(partial(content.features_of, audio))
                 self._source.send_multipart([features, b""], copy=False)
 
         speaking = threading.Thread(target=speak)
         speaking.start()
         for block in range(job.num_blocks):
             _, picture = self._sink.recv_multipart()
-            report.came(sound_of(block), picture)
+            report.add(audio_of(block), picture)
             in_flight.release()
         speaking.join()
         return report
 
 
 def serve(stage: int, here: str, there: str, step_s: float) -> None:
-    """Be a stage: a level, or the decoder."""
+    """Run a stage: a level, or the decoder."""
     source, sink = _sockets(zmq.Context(), here, there)
     device = Step(step_s)
     while True:
         features, data = sink.recv_multipart(copy=False)
         if stage == DECODER:
             latent = np.frombuffer(data.buffer, np.uint8)
-            message: list[Any] = [b"", device.take(partial(content.decoded, latent))]
+            message: list[Any] = [b"", device.run(partial(content.decode, latent))]
         else:
-            start = np.frombuffer(data.buffer, np.uint8) if stage else content.noise(features.buffer)
-            denoised = device.take(partial(content.denoised, start, stage))
+            start = np.frombuffer(data.buffer, np.uint8) if stage else content.initial_latent(features.buffer)
+            denoised = device.run(partial(content.denoise, start, stage))
             message = [features.buffer if stage < DECODER - 1 else b"", denoised.data]
         source.send_multipart(message, copy=False)
 
@@ -71,9 +71,9 @@ def serve(stage: int, here: str, there: str, step_s: float) -> None:
 def _sockets(
     context: "zmq.Context[zmq.Socket[bytes]]", here: str, there: str
 ) -> "tuple[zmq.Socket[bytes], zmq.Socket[bytes]]":
-    """What sends to the next, and what hears from the one before."""
+    """Return the socket that sends to the next stage, and the one that receives from the previous."""
     source, sink = context.socket(zmq.PUSH), context.socket(zmq.PULL)
-    source.sndhwm = sink.rcvhwm = WAITING
+    source.sndhwm = sink.rcvhwm = QUEUED
     source.linger = 0
     sink.bind(here)
     source.connect(there)
@@ -91,7 +91,7 @@ def _addresses(count: int) -> list[str]:
 
 @contextmanager
 def peer(step_s: float) -> Iterator[tuple[Peer, list[int]]]:
-    """The peer, and the processes that it has beside this one."""
+    """Give the peer and the ids of its other processes."""
     at = _addresses(DECODER + 2)
     stages = [(stage, at[stage], at[stage + 1], step_s) for stage in range(DECODER + 1)]
     with processes(serve, stages) as pids, zmq.Context() as context:

@@ -1,7 +1,8 @@
 """Clients of a gateway, in a process of their own: `python -m benchmarks.pipeline.client`, a Job in and a Report out.
 
-Both are JSON, on standard input and output. Sound is given, and what comes back is checked, byte for byte: the sound is
-what was sent, in order, and each picture is what its sound becomes on the one right way through all stages.
+Both are JSON, on standard input and output. The audio is predetermined, and the output is checked byte for byte: the
+returned audio equals what was sent, in order, and each picture is the one that its audio gives on the only correct path
+through all stages.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc.aio
 import numpy as np
@@ -21,13 +22,13 @@ from avatar.types import BLOCK_S
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
-from benchmarks.pipeline.processes import cpu_seconds
+from benchmarks.pipeline.processes import cpu_seconds, start_program
 from benchmarks.standin import content
 
-# Of sound, in live sessions: four pieces a block.
-PIECE_BYTES = content.SOUND_BYTES // 4
+# Live sessions send four pieces per block.
+PIECE_BYTES = content.BLOCK_BYTES // 4
 PIECE_S = BLOCK_S / 4
-# A prime number of samples, so that no two blocks of a session sound alike.
+# A prime number of samples, so that no two blocks of a session have equal audio.
 VOICE_BYTES = 2 * 500_009
 START_S = 1.0
 PORTRAIT = Path(__file__).parents[2] / "assets/portrait.png"
@@ -35,12 +36,13 @@ PORTRAIT = Path(__file__).parents[2] / "assets/portrait.png"
 
 @dataclass(frozen=True)
 class Job:
-    """What clients are to do.
+    """Work for clients.
 
-    pace: `alone`: a block is sent when the one before has come; `full`: offline, as fast as it goes; `live`: in real
-        time, sessions begun evenly over a block. num_blocks: that each session speaks.
-    pids: processes whose time of the processor is counted, beside the clients' own.
-    limit_s: at `full` pace, seconds after which no more is said. is_checked: stages stand in, so pictures are known.
+    pace: `alone`: send a block when the previous one has arrived; `full`: offline, as fast as possible; `live`: in real
+        time, with the sessions' starts spread evenly over a block. num_blocks: blocks that each session speaks.
+    pids: processes whose CPU time is counted in addition to the clients' own.
+    limit_s: at `full` pace, seconds after which the audio ends. is_checked: whether the stages are stand-ins, whose
+        pictures are known.
     """
 
     target: str
@@ -52,36 +54,49 @@ class Job:
     is_checked: bool = True
 
 
-@dataclass
-class Heard:
-    """What came to one session.
+class Arrival(NamedTuple):
+    """A message of frames. first_frame: number of the first. at_s: time on the monotonic clock."""
 
-    arrivals: number of the first frame of each message, how many it holds, seconds of the monotonic clock, whether
-        nobody speaks. sent_s: when each block was sent; not where it comes in pieces (`live`).
-    wrong: pictures or sound that are not what they should be, or speech that never came.
-    refused: what the gateway ended the stream with.
+    first_frame: int
+    num_frames: int
+    at_s: float
+    is_idle: bool
+
+
+@dataclass
+class SessionReport:
+    """Output of one session.
+
+    sent_s: time at which each block was sent; empty for `live`, where blocks are sent in pieces.
+    wrong: pictures or audio that differ from the expected, or speech that never arrived.
+    refused: the gateway's error, empty if there was none.
     """
 
-    arrivals: list[tuple[int, int, float, bool]] = field(default_factory=list)
+    arrivals: list[Arrival] = field(default_factory=list)
     sent_s: list[float] = field(default_factory=list)
     wrong: int = 0
     refused: str = ""
 
+    @property
+    def arrived_s(self) -> list[float]:
+        """Arrival times."""
+        return [each.at_s for each in self.arrivals]
+
 
 @dataclass
 class Report:
-    """What came of a job. cpu_s: time of the processor that its pids and the clients had with all streams open."""
+    """Output of a job. cpu_s: CPU time of its pids and the clients while all streams were open."""
 
-    sessions: list[Heard]
+    sessions: list[SessionReport]
     cpu_s: float = 0.0
 
 
 class Voice:
-    """A session's sound, without end."""
+    """A session's endless audio."""
 
     def __init__(self, session: int) -> None:
-        loud = np.random.default_rng(session).integers(1, 256, VOICE_BYTES, dtype=np.uint8)
-        self._data = loud.tobytes()  # without a zero, which would be silence
+        samples = np.random.default_rng(session).integers(1, 256, VOICE_BYTES, dtype=np.uint8)
+        self._data = samples.tobytes()  # without zeros, which would be silence
 
     def at(self, start: int, size: int) -> bytes:
         start %= VOICE_BYTES
@@ -93,13 +108,13 @@ class Client:
     """One session's stream."""
 
     def __init__(self, stub: Any, number: int, job: Job) -> None:
-        self.heard = Heard()
+        self.report = SessionReport()
         self.job = job
         self._stub = stub
         self._voice = Voice(number)
-        self._said = 0
-        self._sound = b""
-        self._place = 0
+        self._num_sent = 0
+        self._audio = b""
+        self._num_returned = 0
 
     async def open(self) -> None:
         """Open a stream of a new session."""
@@ -120,48 +135,49 @@ class Client:
         if (await self._call.read()) is grpc.aio.EOF:
             raise RuntimeError("the gateway ended the stream")
 
-    async def say(self, size: int) -> None:
-        """Say the next bytes."""
-        data = self._voice.at(self._said, size)
-        self._said += size
+    async def send(self, size: int) -> None:
+        """Send the next `size` bytes of audio."""
+        data = self._voice.at(self._num_sent, size)
+        self._num_sent += size
         await self._call.write(pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data)))
 
     async def close(self) -> None:
         await self._call.write(pb.StreamAvatarRequest(close=pb.CloseAvatar()))
 
     async def frames(self) -> AsyncGenerator[types.VideoFrame, None]:
-        """What comes, noted and checked, until all has."""
+        """Yield all messages of frames, recorded and checked."""
         while (response := await self._call.read()) is not grpc.aio.EOF:
             match response.WhichOneof("part"):
                 case "audio":
-                    self._sound = response.audio.data
+                    self._audio = response.audio.data
                 case "frame":
                     frame = response.frame
-                    self.heard.arrivals.append((frame.index, frame.num_frames, time.monotonic(), frame.is_idle))
-                    self.heard.wrong += self.job.is_checked and not self._is_right(frame)
+                    arrival = Arrival(frame.index, frame.num_frames, time.monotonic(), frame.is_idle)
+                    self.report.arrivals.append(arrival)
+                    self.report.wrong += self.job.is_checked and not self._is_correct(frame)
                     yield frame
                 case "closed":
-                    self.heard.wrong += self.job.is_checked and self._place != self._said
+                    self.report.wrong += self.job.is_checked and self._num_returned != self._num_sent
                     return
 
-    def _is_right(self, frame: types.VideoFrame) -> bool:
-        """Whether the sound is what was said next, with silence behind what came late, and the picture is its own."""
-        sound = self._sound
-        if len(sound) < content.SOUND_BYTES:  # the sound of frames that are not shown
-            missing = content.SOUND_BYTES - len(sound)
-            sound = (bytes(missing) if frame.is_idle else self._voice.at(self._place, missing)) + sound
-        spoken = sound.rstrip(b"\0")
-        is_next = self._voice.at(self._place, len(spoken)) == spoken and frame.is_idle != bool(spoken)
-        self._place += len(spoken)
-        return is_next and content.picture_of(frame.data) == content.expected(sound)
+    def _is_correct(self, frame: types.VideoFrame) -> bool:
+        """Return whether the audio is the next that was sent, padded if late, and the picture belongs to it."""
+        audio = self._audio
+        if len(audio) < content.BLOCK_BYTES:  # without the audio of frames that are not shown
+            missing = content.BLOCK_BYTES - len(audio)
+            audio = (bytes(missing) if frame.is_idle else self._voice.at(self._num_returned, missing)) + audio
+        spoken = audio.rstrip(b"\0")
+        is_next = self._voice.at(self._num_returned, len(spoken)) == spoken and frame.is_idle != bool(spoken)
+        self._num_returned += len(spoken)
+        return is_next and content.picture_in(frame.data) == content.expected_picture(audio)
 
 
 async def alone(client: Client) -> None:
-    """Say a block, wait for its frames, say the next."""
+    """Send a block, wait for its frames, send the next."""
     frames = client.frames()
     for _ in range(client.job.num_blocks):
-        client.heard.sent_s.append(time.monotonic())
-        await client.say(content.SOUND_BYTES)
+        client.report.sent_s.append(time.monotonic())
+        await client.send(content.BLOCK_BYTES)
         await anext(frames)
     await client.close()
     async for _ in frames:
@@ -169,26 +185,26 @@ async def alone(client: Client) -> None:
 
 
 async def full(client: Client) -> None:
-    """Say as much as is taken."""
+    """Send as fast as the gateway accepts."""
 
     async def speak() -> None:
         until = time.monotonic() + client.job.limit_s
-        while len(client.heard.sent_s) < client.job.num_blocks and time.monotonic() < until:
-            client.heard.sent_s.append(time.monotonic())
-            await client.say(content.SOUND_BYTES)
+        while len(client.report.sent_s) < client.job.num_blocks and time.monotonic() < until:
+            client.report.sent_s.append(time.monotonic())
+            await client.send(content.BLOCK_BYTES)
         await client.close()
 
     await _while_speaking(client, speak)
 
 
 async def live(client: Client) -> None:
-    """Say as a microphone does."""
+    """Send in real time, like a microphone."""
 
     async def speak() -> None:
-        began = time.monotonic()
+        started = time.monotonic()
         for number in range(1, 4 * client.job.num_blocks + 1):
-            await asyncio.sleep(max(0.0, began + number * PIECE_S - time.monotonic()))
-            await client.say(PIECE_BYTES)
+            await asyncio.sleep(max(0.0, started + number * PIECE_S - time.monotonic()))
+            await client.send(PIECE_BYTES)
         await client.close()
 
     await _while_speaking(client, speak)
@@ -207,32 +223,52 @@ async def _while_speaking(client: Client, speak: Callable[[], Any]) -> None:
 PACES = {"alone": alone, "full": full, "live": live}
 
 
-async def work(job: Job) -> Report:
-    """Do a job."""
+async def run_job(job: Job) -> Report:
+    """Run a job's sessions in this process."""
     options = [("grpc.max_receive_message_length", 16 << 20)]
     async with grpc.aio.insecure_channel(job.target, options=options) as channel:
         clients = [Client(pb_grpc.AvatarServiceStub(channel), n, job) for n in range(job.num_sessions)]
-        began = time.monotonic() + (START_S if job.pace == "live" else 0.0)
+        start = time.monotonic() + (START_S if job.pace == "live" else 0.0)
         cpu_s: list[float] = []
 
-        async def converse(number: int, client: Client) -> None:
+        async def run_session(number: int, client: Client) -> None:
             try:
-                await asyncio.sleep(max(0.0, began + number * BLOCK_S / job.num_sessions - time.monotonic()))
+                await asyncio.sleep(max(0.0, start + number * BLOCK_S / job.num_sessions - time.monotonic()))
                 await client.open()
                 cpu_s.append(cpu_seconds(job.pids))
                 await PACES[job.pace](client)
             except grpc.aio.AioRpcError as error:
-                client.heard.refused = f"{error.code().name}: {error.details()}"
+                client.report.refused = f"{error.code().name}: {error.details()}"
 
         async with asyncio.TaskGroup() as tasks:
             for number, client in enumerate(clients):
-                tasks.create_task(converse(number, client))
-        return Report([client.heard for client in clients], cpu_seconds(job.pids) - max(cpu_s, default=0.0))
+                tasks.create_task(run_session(number, client))
+        return Report([client.report for client in clients], cpu_seconds(job.pids) - max(cpu_s, default=0.0))
+
+
+async def run_clients(job: Job, limit_s: float) -> Report:
+    """Run a job in a process of its own. Raises TimeoutError if it takes longer than `limit_s`."""
+    process = await start_program("-m", "benchmarks.pipeline.client")
+    try:
+        async with asyncio.timeout(limit_s):
+            output, _ = await process.communicate(json.dumps(asdict(job)).encode())
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        raise RuntimeError(f"the clients ended with {process.returncode}")
+    report = json.loads(output)
+    sessions = [
+        SessionReport(**{**each, "arrivals": [Arrival(*arrival) for arrival in each["arrivals"]]})
+        for each in report["sessions"]
+    ]
+    return Report(sessions, report["cpu_s"])
 
 
 def main() -> None:
     job = Job(**json.load(sys.stdin))
-    json.dump(asdict(asyncio.run(work(job))), sys.stdout)
+    json.dump(asdict(asyncio.run(run_job(job))), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who is measured side by side: the suite with stand-in stages, and its peers. Each does jobs, and reports."""
+"""Systems that are measured side by side: the suite with stand-in stages, and its peers. Each runs jobs and reports."""
 
 import asyncio
 import json
@@ -10,27 +10,27 @@ from typing import Protocol
 from benchmarks import peers
 from benchmarks.peers.work import Job as PeerJob
 from benchmarks.peers.work import Report as PeerReport
-from benchmarks.pipeline.client import Job
-from benchmarks.pipeline.processes import clients, started
-from benchmarks.pipeline.suite import standing_in
+from benchmarks.pipeline.client import Job, run_clients
+from benchmarks.pipeline.processes import start_program
+from benchmarks.pipeline.suite import standin_suite
 
-# A job may take so much longer than its blocks would with one stage after another.
-SLACK_S = 60.0
+# A job may take this much longer than its blocks would with one stage after another.
+MARGIN_S = 60.0
 STOP_S = 5.0
-# client - audio - level 0 - 1 - 2 - 3 - vae - client; the gateway stands between each two.
+# client - audio - level 0 - 1 - 2 - 3 - vae - client, each through the gateway.
 HOPS = 7
-OURS = "avatar"
+SUITE = "avatar"
 
 
 class Contender(Protocol):
-    """Something that does jobs of one session. hops: how often a block is handed on."""
+    """A system that runs jobs of one session. hops: number of times a block is handed on."""
 
     hops: int
 
     async def work(self, pace: str, num_blocks: int) -> PeerReport: ...
 
 
-class Ours:
+class SuiteContender:
     """The suite."""
 
     hops = HOPS
@@ -41,23 +41,20 @@ class Ours:
         self._step_s = step_s
 
     async def work(self, pace: str, num_blocks: int) -> PeerReport:
-        """One session's job."""
+        """Run a job of one session."""
         return (await self.sessions(pace, num_blocks, 1))[0]
 
     async def sessions(self, pace: str, num_blocks: int, num_sessions: int) -> list[PeerReport]:
-        """A job of several sessions at once. RuntimeError if one is refused or gets a wrong picture."""
+        """Run a job of concurrent sessions. Raises RuntimeError if one is refused or receives a wrong picture."""
         job = Job(self._target, pace, num_blocks, num_sessions, self._pids)
-        limit_s = SLACK_S + num_blocks * num_sessions * max(1.0, 6 * self._step_s)
-        report = await clients(job, limit_s)
-        for heard in report.sessions:
-            if heard.refused or heard.wrong:
+        limit_s = MARGIN_S + num_blocks * num_sessions * max(1.0, 6 * self._step_s)
+        report = await run_clients(job, limit_s)
+        for session in report.sessions:
+            if session.refused or session.wrong:
                 raise RuntimeError(
-                    f"a session had {heard.wrong} wrong pictures and ended: {heard.refused or 'as it should'}"
+                    f"a session received {session.wrong} wrong pictures and ended: {session.refused or 'normally'}"
                 )
-        return [
-            PeerReport(heard.sent_s, [at for _, _, at, _ in heard.arrivals], 0, report.cpu_s)
-            for heard in report.sessions
-        ]
+        return [PeerReport(session.sent_s, session.arrived_s, 0, report.cpu_s) for session in report.sessions]
 
 
 class Peer:
@@ -69,7 +66,7 @@ class Peer:
         self._step_s = step_s
 
     async def work(self, pace: str, num_blocks: int) -> PeerReport:
-        """One job. RuntimeError if the peer makes a wrong picture, or ends."""
+        """Run a job. Raises RuntimeError if the peer makes a wrong picture, or ends."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(json.dumps(asdict(PeerJob(pace, num_blocks))).encode() + b"\n")
@@ -83,14 +80,14 @@ class Peer:
 
     @property
     def pid(self) -> int:
-        """Of its first process, whose children the others are."""
+        """Id of its first process, the parent of the others."""
         return self._process.pid
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
-        """Its processes run while the body does."""
+        """Run its processes while the body runs."""
         program = ["-m", "benchmarks.peers", self._name, "--step-s", str(self._step_s)]
-        self._process = await started(*program, limit=64 << 20)
+        self._process = await start_program(*program, limit=64 << 20)
         try:
             yield
         finally:
@@ -105,12 +102,12 @@ class Peer:
 
 
 @asynccontextmanager
-async def contenders(step_s: float) -> AsyncGenerator[tuple[Ours, dict[str, Contender]], None]:
-    """The suite, and all by name, the suite among them, with stages of `step_s` seconds, while the body runs."""
+async def contenders(step_s: float) -> AsyncGenerator[tuple[SuiteContender, dict[str, Contender]], None]:
+    """Start the suite and all peers with stages of `step_s` seconds; give the suite, and all contenders by name."""
     async with AsyncExitStack() as stack:
-        suite = await stack.enter_async_context(standing_in(step_s))
-        ours = Ours(suite.gateway, [each.pid for each in suite.processes.values()], step_s)
+        suite = await stack.enter_async_context(standin_suite(step_s))
+        ours = SuiteContender(suite.gateway, [each.pid for each in suite.processes.values()], step_s)
         others = {name: Peer(name, step_s) for name in peers.NAMES}
         for each in others.values():
             await stack.enter_async_context(each.running())
-        yield ours, {OURS: ours, **others}
+        yield ours, {SUITE: ours, **others}

@@ -1,6 +1,6 @@
-"""A bare process that wakes every 480 ms: `python -m benchmarks.pipeline.sleeper SECONDS` prints when it did, as JSON.
+"""A bare process that wakes every 480 ms: `python -m benchmarks.pipeline.sleeper SECONDS` prints the times, as JSON.
 
-What its intervals vary is the machine's, not ours.
+The variation of its intervals is the machine's, not the suite's.
 """
 
 import json
@@ -11,10 +11,10 @@ from avatar.types import BLOCK_S
 
 
 def main() -> None:
-    began = time.monotonic()
+    started = time.monotonic()
     woke: list[float] = []
-    while time.monotonic() - began < float(sys.argv[1]):
-        time.sleep(max(0.0, began + (len(woke) + 1) * BLOCK_S - time.monotonic()))
+    while time.monotonic() - started < float(sys.argv[1]):
+        time.sleep(max(0.0, started + (len(woke) + 1) * BLOCK_S - time.monotonic()))
         woke.append(time.monotonic())
     json.dump(woke, sys.stdout)
 

@@ -1,4 +1,4 @@
-"""The gateway and Redis as they are, over stand-in workers, each a process of this machine."""
+"""The real gateway and Redis over stand-in workers, each a process of this machine."""
 
 import sys
 import tempfile
@@ -10,19 +10,19 @@ from types import MappingProxyType
 from benchmarks.standin.content import NUM_LEVELS
 from services.local.launch import Suite, free_ports, start_redis, until_healthy
 
-# What an audio encoder takes where a level takes tens of milliseconds.
+# Step of the audio stage, where a level takes tens of milliseconds.
 AUDIO_STEP_S = 0.001
 STAGES = ("audio", *(f"denoiser-{level}" for level in range(NUM_LEVELS)), "vae")
 
 
 @asynccontextmanager
-async def standing_in(
+async def standin_suite(
     step_s: float, *, workers: int = 1, environment: Mapping[str, str] = MappingProxyType({})
 ) -> AsyncGenerator[Suite, None]:
-    """A suite whose levels and decoder take `step_s` seconds a block, while the body runs.
+    """Run a suite whose levels and decoder take `step_s` seconds per block, while the body runs.
 
-    workers: of each stage, named `audio`, or `audio.0`, `audio.1` ... where there are several. environment: of all but
-    Redis.
+    workers: number per stage; they are named `audio`, or `audio.0`, `audio.1` ... if there are several. environment:
+    additional variables of all processes but Redis.
     """
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
         names = [name for stage in STAGES for name in workers_of(stage, workers)]
@@ -53,7 +53,7 @@ async def start_worker(
 
 
 def workers_of(stage: str, workers: int) -> list[str]:
-    """The names of a stage's workers."""
+    """Return the names of a stage's workers."""
     return [stage] if workers == 1 else [f"{stage}.{number}" for number in range(workers)]
 
 

@@ -1,6 +1,6 @@
-"""How near the pipeline comes to its slowest stage, what a hop costs, and whether sessions are served alike.
+"""Efficiency relative to the slowest stage, cost of a hop, and fairness between sessions.
 
-All contenders are up at once and take turns, round by round.
+All contenders run at once and take turns, round by round.
 """
 
 import asyncio
@@ -9,36 +9,36 @@ from statistics import median
 
 from tqdm import tqdm
 
-from benchmarks.pipeline.contenders import OURS, contenders
-from benchmarks.pipeline.figures import fairness, rank, rate_hz, steady
+from benchmarks.pipeline.contenders import SUITE, contenders
+from benchmarks.pipeline.metrics import fairness, percentile, rate_hz, steady
 from benchmarks.pipeline.suite import AUDIO_STEP_S
 from benchmarks.row import Row, row
 from benchmarks.standin.content import NUM_LEVELS
 
 ROUNDS = 5
 STAGES = NUM_LEVELS + 1
-# Blocks until all stages are at work, and sessions beside each other.
+# Blocks until all stages are busy, and concurrent sessions.
 FILL, SESSIONS = 8, 4
 SHORT_S, LONG_S = 0.02, 0.265
-# One stage after another: a block takes five times as long, and the first is as good as the last.
+# One stage after another: a block takes five times as long, and no warm-up is needed.
 SEQUENTIAL = "loop"
 EFFICIENCY = "pipeline efficiency"
 
 
 def efficiency_rows() -> list[Row]:
-    """Share of the slowest stage's rate, with one session and with four, and how alike the four are served."""
+    """Measure the share of the slowest stage's rate, with one session and with four, and the four's fairness."""
     return asyncio.run(_efficiencies())
 
 
 def hop_rows() -> list[Row]:
-    """What it costs to hand a block on, when there is no other."""
+    """Measure the cost of handing a block on, with no other block in flight."""
     return asyncio.run(_hops())
 
 
 async def _efficiencies() -> list[Row]:
     short, many, fair = await _efficiency(SHORT_S, num_blocks=FILL + 120, is_many=True)
     long, _, _ = await _efficiency(LONG_S, num_blocks=FILL + 30, is_many=False)
-    ours, ours_long = short.pop(OURS), long.pop(OURS)
+    ours, ours_long = short.pop(SUITE), long.pop(SUITE)
     name = f"{EFFICIENCY}, stages of {SHORT_S * 1e3:g} ms"
     one = "one session; each block is handed on before the next is taken"
     return [
@@ -52,23 +52,23 @@ async def _efficiencies() -> list[Row]:
 async def _efficiency(
     step_s: float, num_blocks: int, *, is_many: bool
 ) -> tuple[dict[str, float], list[float], list[float]]:
-    """The median efficiency of each with one session; of ours with several, and the fairness, round by round."""
-    found: dict[str, list[float]] = defaultdict(list)
+    """Return all median efficiencies with one session, and the suite's with several and its fairness per round."""
+    efficiencies: dict[str, list[float]] = defaultdict(list)
     many: list[float] = []
     fair: list[float] = []
     async with contenders(step_s) as (ours, everyone):
         for _ in tqdm(range(ROUNDS), desc=f"efficiency, {step_s * 1e3:g} ms", disable=None):
             for name, contender in everyone.items():
                 skip, count = (0, num_blocks // STAGES) if name == SEQUENTIAL else (FILL, num_blocks)
-                came = (await contender.work("full", count)).came_s
-                found[name].append(step_s * rate_hz(steady([came], skip)[0]))
+                arrived = (await contender.work("full", count)).arrived_s
+                efficiencies[name].append(step_s * rate_hz(steady([arrived], skip)[0]))
             if is_many:
                 sessions = steady(
-                    [each.came_s for each in await ours.sessions("full", num_blocks // 2, SESSIONS)], FILL
+                    [each.arrived_s for each in await ours.sessions("full", num_blocks // 2, SESSIONS)], FILL
                 )
                 many.append(step_s * rate_hz([at for times in sessions for at in times]))
                 fair.append(fairness(sessions))
-    return {name: median(values) for name, values in found.items()}, many, fair
+    return {name: median(values) for name, values in efficiencies.items()}, many, fair
 
 
 async def _hops() -> list[Row]:
@@ -78,15 +78,15 @@ async def _hops() -> list[Row]:
             for name, contender in everyone.items():
                 report = await contender.work("alone", 30)
                 own_s = STAGES * SHORT_S + AUDIO_STEP_S
-                pairs = zip(report.sent_s, report.came_s, strict=True)
-                over_ms = [(came - sent - own_s) * 1e3 / contender.hops for sent, came in pairs]
+                pairs = zip(report.sent_s, report.arrived_s, strict=True)
+                over_ms = [(arrived - sent - own_s) * 1e3 / contender.hops for sent, arrived in pairs]
                 cpu_ms = report.cpu_s * 1e3 / contender.hops / len(over_ms)
-                rounds[name].append((rank(over_ms, 50), rank(over_ms, 99), cpu_ms))
-    names = ("p50", "p99", "time of the processor")
+                rounds[name].append((percentile(over_ms, 50), percentile(over_ms, 99), cpu_ms))
+    names = ("p50", "p99", "CPU time")
     units, targets = ("ms", "ms", "CPU-ms"), (2.0, 8.0, 2.5)
-    made = []
+    rows = []
     for place, (name, unit, target) in enumerate(zip(names, units, targets, strict=True)):
-        values = {each: median(figures[place] for figures in rounds[each]) for each in rounds}
-        ours = values.pop(OURS)
-        made.append(row(f"overhead per hop, {name}", ours, unit, at_most=target, bound=0.0, beside=values))
-    return made
+        values = {each: median(values[place] for values in rounds[each]) for each in rounds}
+        ours = values.pop(SUITE)
+        rows.append(row(f"overhead per hop, {name}", ours, unit, at_most=target, bound=0.0, beside=values))
+    return rows

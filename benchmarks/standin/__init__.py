@@ -1,7 +1,7 @@
-"""Stand-in stages: workers that speak the real contract, wait a given time for each block, and change it exactly.
+"""Stand-in workers: they speak the real worker contract, wait a given time per block, and change each block exactly.
 
     python -m benchmarks.standin STAGE --listen HOST:PORT --step-s SECONDS [--level N]
 
-What is left of a block's time is the system's share, on any machine. The change is one that only all levels in their
-order make, so a picture proves the way that its block took.
+The rest of a block's time is the system's overhead, on any machine. Only all levels in their order produce the expected
+change, so a block's picture proves the path that the block took.
 """

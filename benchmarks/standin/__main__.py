@@ -7,9 +7,9 @@ from avatar.rpc.server import Servicer, serving, until_stopped
 from avatar.runtime.device_queue import DeviceQueue
 from benchmarks.standin.content import NUM_LEVELS
 from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
-from benchmarks.standin.step import Step, wake_in_time
+from benchmarks.standin.step import Step, set_timer_slack
 
-# What rebuilds a stream: as the public 14B network's window, and the decoder's past.
+# Past blocks that rebuild a stream: the public 14B network's window, and the decoder's history.
 HISTORY_BLOCKS = {"audio": 3, "denoiser": 3, "vae": 10}
 
 
@@ -21,7 +21,7 @@ async def main() -> None:
     parser.add_argument("--level", type=int, default=0, choices=range(NUM_LEVELS), help="of a denoiser")
     parser.add_argument("--capacity", type=int, default=64, help="streams at a time")
     flags = parser.parse_args()
-    wake_in_time()
+    set_timer_slack()
     with DeviceQueue() as queue:
         stage = Stage(flags.stage, Step(flags.step_s), queue, flags.capacity, HISTORY_BLOCKS[flags.stage])
         async with serving(flags.listen, _servicer(flags.stage, stage, flags.level)):

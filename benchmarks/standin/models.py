@@ -1,4 +1,4 @@
-"""Stand-ins for the streaming models: `open` a session's state, `step` item by item, on messages instead of tensors."""
+"""Stand-in streaming models: `open` a session's state, `step` item by item, on messages instead of tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,128 +6,143 @@ from typing import Any
 
 import numpy as np
 
-from avatar.worker.v1 import audio_pb2
+from avatar.worker.v1 import audio_pb2, vae_pb2
 from avatar.worker.v1.types_pb2 import Block, Frame, Tensor
 from benchmarks.standin import content
 from benchmarks.standin.step import Step
 
-# Of a message of features, with its dtype and shape.
-FEATURES_WRITTEN = Tensor(dtype="bfloat16", shape=content.FEATURES_SHAPE, data=bytes(content.FEATURES_BYTES)).ByteSize()
+# Size of a features message with its dtype and shape.
+FEATURES_MESSAGE_BYTES = Tensor(
+    dtype="bfloat16", shape=content.FEATURES_SHAPE, data=bytes(content.FEATURES_BYTES)
+).ByteSize()
 
 
 @dataclass(frozen=True)
-class Due:
-    """A message, and when it is due, in seconds of the monotonic clock; None if nobody waits."""
+class Timed:
+    """A message and its deadline, in seconds of the monotonic clock; None without a deadline."""
 
     message: Any
     due_s: float | None = None
 
 
 @dataclass
-class Heard:
-    """A stream of sound. next_block: the one that is being filled. first_answer: the first that is answered."""
+class AudioState:
+    """An audio stream. next_block: the one being filled. first_answer: the first that is answered."""
 
     next_block: int = 0
     first_answer: int = 0
     data: bytearray = field(default_factory=bytearray)
 
 
-class Hearing:
-    """Sound to features. The end of the sound is a piece of None."""
+class AudioModel:
+    """Audio in, features out. A piece of None ends the audio. Ignores the context after a block."""
 
-    def __init__(self, step: Step, open_: audio_pb2.OpenEncode) -> None:
+    def __init__(self, step: Step, opened: audio_pb2.OpenEncode) -> None:
         self._step = step
-        self._open = open_
+        self._opened = opened
+        self._block_bytes = content.block_bytes(opened.rate_hz)
 
-    def open(self, session: object) -> Heard:
-        return Heard(self._open.first_block, self._open.first_answer)
+    def open(self, session: object) -> AudioState:
+        return AudioState(self._opened.first_block, self._opened.first_answer)
 
-    def step(self, item: Due, state: Heard) -> list[Block]:
-        """The blocks that a piece completes."""
-        piece, made = item.message, list[Block]()
+    def step(self, item: Timed, state: AudioState) -> list[Block]:
+        """Return the blocks that a piece completes."""
+        piece, blocks = item.message, list[Block]()
         if piece is not None:
             state.data += piece.data
-        while len(state.data) >= content.SOUND_BYTES:
-            made += self._encode(state)
-        due = state.data if piece is None else piece.HasField("completes") and state.next_block <= piece.completes
-        if due:
-            state.data += bytes(content.SOUND_BYTES - len(state.data))
-            made += self._encode(state)
-        return made
+        while len(state.data) >= self._block_bytes:
+            blocks += self._encode(state)
+        is_cut_here = (
+            state.data if piece is None else piece.HasField("completes") and state.next_block <= piece.completes
+        )
+        if is_cut_here:
+            state.data += bytes(self._block_bytes - len(state.data))
+            blocks += self._encode(state)
+        return blocks
 
-    def _encode(self, state: Heard) -> list[Block]:
-        index, sound = state.next_block, bytes(state.data[: content.SOUND_BYTES])
-        del state.data[: content.SOUND_BYTES]
+    def _encode(self, state: AudioState) -> list[Block]:
+        index, audio = state.next_block, bytes(state.data[: self._block_bytes])
+        del state.data[: self._block_bytes]
         state.next_block += 1
         if index < state.first_answer:
             return []
-        features = self._step.take(lambda: content.heard(sound))
+        features = self._step.run(lambda: content.features_of(audio))
         tensor = Tensor(dtype="bfloat16", shape=content.FEATURES_SHAPE, data=features)
         return [Block(index=index, features=tensor, statistics=index.to_bytes(8, "little"))]
 
 
 @dataclass
-class Order:
-    """A stream of blocks: which one comes next."""
+class BlockState:
+    """A stream of blocks: the index of the next one."""
 
     next_block: int
 
 
-class _InOrder:
-    """Takes blocks one after another, from the one that the stream was opened with."""
+class BlockModel:
+    """Takes blocks in order, from the one that the stream was opened with."""
 
     def __init__(self, step: Step, first_block: int) -> None:
         self._step = step
         self._first_block = first_block
 
-    def open(self, session: object) -> Order:
-        return Order(self._first_block)
+    def open(self, session: object) -> BlockState:
+        return BlockState(self._first_block)
 
-    def _taken(self, block: Block, state: Order, work: Callable[[], bytes]) -> bytes:
-        """What the step makes of a block. ValueError if it is not the next one."""
+    def _run(self, block: Block, state: BlockState, work: Callable[[], bytes]) -> bytes:
+        """Run a step on a block. Raises ValueError if it is not the next one."""
         if block.index != state.next_block:
             raise ValueError(f"block {block.index} came, expected {state.next_block}")
         state.next_block += 1
-        return self._step.take(work)
+        return self._step.run(work)
 
 
-class Level(_InOrder):
+class LevelModel(BlockModel):
     """Blocks with features in, latents out."""
 
     def __init__(self, step: Step, first_block: int, level: int) -> None:
         super().__init__(step, first_block)
         self._level = level
 
-    def step(self, item: Due, state: Order) -> Block:
+    def step(self, item: Timed, state: BlockState) -> Block:
         block = item.message
-        # Not `features.data`, which would be another copy of them.
-        if (size := block.features.ByteSize()) != FEATURES_WRITTEN:
-            raise ValueError(f"features are written in {size} bytes, expected {FEATURES_WRITTEN}")
-        data = self._taken(block, state, lambda: self._denoise(block))
+        # `features.data` would copy them again.
+        if (size := block.features.ByteSize()) != FEATURES_MESSAGE_BYTES:
+            raise ValueError(f"features have {size} bytes, expected {FEATURES_MESSAGE_BYTES}")
+        data = self._run(block, state, lambda: self._denoise(block))
         latent = Tensor(dtype="bfloat16", shape=content.LATENT_SHAPE, data=data)
         return Block(index=block.index, latent=latent, traceparent=block.traceparent)
 
     def _denoise(self, block: Block) -> bytes:
-        latent = np.frombuffer(block.latent.data, np.uint8) if self._level else content.noise(block.features.data)
+        latent = (
+            np.frombuffer(block.latent.data, np.uint8) if self._level else content.initial_latent(block.features.data)
+        )
         if len(latent) != content.LATENT_BYTES:
             raise ValueError(f"{len(latent)} bytes of latent at level {self._level}")
-        return content.denoised(latent, self._level).tobytes()
+        return content.denoise(latent, self._level).tobytes()
 
 
-class Decoding(_InOrder):
-    """Latents in, one fragment a block out."""
+class DecoderModel(BlockModel):
+    """Latents in; one fragment per block out, or raw frames if the stream is opened with `rgb24`."""
 
-    def step(self, item: Due, state: Order) -> Frame:
+    def __init__(self, step: Step, opened: vae_pb2.OpenDecode) -> None:
+        super().__init__(step, opened.first_block)
+        self._is_fragmented = opened.encoding == "fmp4"
+
+    def step(self, item: Timed, state: BlockState) -> list[Frame]:
         block = item.message
-        data = self._taken(block, state, lambda: self._decode(block))
-        return Frame(
-            block=block.index,
-            index=content.first_frame(block.index),
-            is_last=True,
-            data=data,
-            is_key=True,
-            num_frames=content.shown_frames(block.index),
-        )
-
-    def _decode(self, block: Block) -> bytes:
-        return content.fragment(content.decoded(np.frombuffer(block.latent.data, np.uint8)))
+        first, count = content.first_frame(block.index), content.num_frames(block.index)
+        latent = np.frombuffer(block.latent.data, np.uint8)
+        data = self._run(block, state, lambda: content.fragment_of(content.decode(latent)))
+        if self._is_fragmented:
+            return [Frame(block=block.index, index=first, is_last=True, data=data, is_key=True, num_frames=count)]
+        return [
+            Frame(
+                block=block.index,
+                index=first + number,
+                is_last=number == count - 1,
+                data=pixels,
+                is_key=True,
+                num_frames=1,
+            )
+            for number, pixels in enumerate(content.decode_rgb(latent, count))
+        ]

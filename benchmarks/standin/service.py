@@ -1,4 +1,4 @@
-"""Stand-in workers on the wire: the real services' contract over the stand-in models."""
+"""Servicers of the stand-in workers: the real worker contract over the stand-in models."""
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -23,20 +23,21 @@ from avatar.worker.v1 import (
     vae_pb2_grpc,
 )
 from benchmarks.standin import content
-from benchmarks.standin.models import Decoding, Due, Hearing, Level
+from benchmarks.standin.models import AudioModel, DecoderModel, LevelModel, Timed
 from benchmarks.standin.step import Step
 
 DIGEST = "stand-in"
-SIDE = 64
-# What a step takes is known; steps that others' work on this machine lengthens refuse nobody until they are the rule.
+# Pretend that this many steps of the known time were measured, so that single slow steps on a busy machine do not make
+# admission control refuse streams.
 WARM_STEPS = 50
 
 
 @dataclass
 class Stage:
-    """What the three services have in common, the product's but for what a step does.
+    """A stage's device queue and admission control, as in the product; only the step is simulated.
 
-    step: what a block takes. queue: of the device. history_blocks: that rebuild a stream.
+    step: the simulated computation of a block. queue: runs blocks, earliest deadline first. limit: streams at a time.
+    history_blocks: past blocks that rebuild a stream.
     """
 
     name: str
@@ -53,25 +54,25 @@ class Stage:
     async def stream(
         self, model: Any, items: AsyncGenerator[Any, None], usage: StreamUsage, *, is_live: bool
     ) -> AsyncGenerator[Any, None]:
-        """One session's answers."""
-        session: Any = None  # stand-ins know all from `open`
+        """Yield one session's answers."""
+        session: Any = None  # the stand-in models need no session
         stage = local(model, session, self.queue, usage, is_live=is_live)
-        async with aclosing(stage(_due(items))) as answers:
+        async with aclosing(stage(_timed(items))) as answers:
             async for answer in answers:
                 self.admission.step_times.add(usage.step_s)
                 yield answer
 
 
-async def _due(messages: AsyncGenerator[Any, None]) -> AsyncGenerator[Due, None]:
-    """Each message, and when it is due."""
+async def _timed(messages: AsyncGenerator[Any, None]) -> AsyncGenerator[Timed, None]:
+    """Yield each message with its deadline."""
     async with aclosing(messages):
         async for message in messages:
-            is_awaited = message is not None and message.HasField("slack_s")
-            yield Due(message, time.monotonic() + message.slack_s if is_awaited else None)
+            has_deadline = message is not None and message.HasField("slack_s")
+            yield Timed(message, time.monotonic() + message.slack_s if has_deadline else None)
 
 
 class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
-    """Features that repeat the sound; hears nothing behind a block."""
+    """Serves audio: features that repeat the audio."""
 
     service_name = "avatar.worker.v1.AudioService"
 
@@ -97,15 +98,15 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         self, requests: AsyncIterator[audio_pb2.EncodeRequest], context: Context
     ) -> AsyncGenerator[audio_pb2.EncodeResponse, None]:
         opened: audio_pb2.OpenEncode = await opening(requests)
-        if (opened.encoding, opened.rate_hz, opened.num_channels) != ("pcm16", content.RATE_HZ, 1):
-            raise ValueError(f"sound must be pcm16 at {content.RATE_HZ} Hz, one channel")
+        if (opened.encoding, opened.num_channels) != ("pcm16", 1):
+            raise ValueError(f"audio must be pcm16 with one channel, got {opened.encoding} with {opened.num_channels}")
         with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
             history_s = self._stage.history_blocks * BLOCK_S
             yield audio_pb2.EncodeResponse(opened=audio_pb2.EncodeOpened(history_s=history_s))
             usage, num_blocks = StreamUsage(), 0
             answers = flatten(
                 self._stage.stream(
-                    Hearing(self._stage.step, opened), _until_the_end(requests), usage, is_live=opened.is_live
+                    AudioModel(self._stage.step, opened), _pieces(requests), usage, is_live=opened.is_live
                 )
             )
             async with aclosing(answers) as blocks:
@@ -115,9 +116,10 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             yield audio_pb2.EncodeResponse(closed=types_pb2.Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
 
 
-async def _until_the_end(
+async def _pieces(
     requests: AsyncIterator[audio_pb2.EncodeRequest],
 ) -> AsyncGenerator[audio_pb2.AudioPiece | None, None]:
+    """Yield the pieces, then None."""
     async with aclosing(parts(requests, "piece")) as pieces:
         async for piece in pieces:
             yield piece
@@ -125,7 +127,7 @@ async def _until_the_end(
 
 
 class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
-    """One level."""
+    """Serves one level."""
 
     service_name = "avatar.worker.v1.DenoiserService"
 
@@ -161,7 +163,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                 )
             )
             usage, num_blocks = StreamUsage(), 0
-            level = Level(self._stage.step, opened.first_block, self._level)
+            level = LevelModel(self._stage.step, opened.first_block, self._level)
             async with aclosing(
                 self._stage.stream(level, parts(requests, "block"), usage, is_live=opened.is_live)
             ) as blocks:
@@ -172,7 +174,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
 
 
 class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
-    """One fragment a block; takes any picture for a reference."""
+    """Serves decoding. Accepts any picture as a reference."""
 
     service_name = "avatar.worker.v1.VaeService"
 
@@ -187,14 +189,14 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
     ) -> vae_pb2.VaeServiceGetInfoResponse:
         return vae_pb2.VaeServiceGetInfoResponse(
             digest=DIGEST,
-            width=SIDE,
-            height=SIDE,
+            width=content.SIDE,
+            height=content.SIDE,
             fit="cover",
             frame_rate_hz=content.FRAME_RATE_HZ,
             block_frames=BLOCK_FRAMES,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
-            encodings=["fmp4"],
+            encodings=["fmp4", "rgb24"],
             step_s=self._stage.admission.step_times.p90_s,
         )
 
@@ -205,8 +207,8 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         return vae_pb2.EncodeReferenceResponse(
             reference=types_pb2.Reference(
                 id="0" * 64,
-                width=SIDE,
-                height=SIDE,
+                width=content.SIDE,
+                height=content.SIDE,
                 fit="cover",
                 motion=latent,
                 sink=latent,
@@ -224,11 +226,10 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 opened=vae_pb2.DecodeOpened(history_blocks=self._stage.history_blocks, init_segment=b"init")
             )
             usage, num_blocks = StreamUsage(), 0
-            decoding = Decoding(self._stage.step, opened.first_block)
-            async with aclosing(
-                self._stage.stream(decoding, parts(requests, "block"), usage, is_live=opened.is_live)
-            ) as frames:
+            decoder = DecoderModel(self._stage.step, opened)
+            answers = flatten(self._stage.stream(decoder, parts(requests, "block"), usage, is_live=opened.is_live))
+            async with aclosing(answers) as frames:
                 async for frame in frames:
-                    num_blocks += 1
+                    num_blocks += frame.is_last
                     yield vae_pb2.DecodeResponse(frame=frame)
             yield vae_pb2.DecodeResponse(closed=types_pb2.Closed(num_blocks=num_blocks, busy_s=usage.busy_s))

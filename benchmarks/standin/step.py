@@ -1,4 +1,4 @@
-"""A step of a computation that is not there: it takes a given time."""
+"""A simulated computation that takes a given time."""
 
 import ctypes
 import sys
@@ -11,21 +11,21 @@ PR_SET_TIMERSLACK = 29
 
 
 class Step:
-    """Takes `step_s` seconds, what it does compute included."""
+    """A step of `step_s` seconds, including the work it does."""
 
     def __init__(self, step_s: float) -> None:
         self.step_s = step_s
 
-    def take(self, work: Callable[[], Out]) -> Out:
-        """What `work` gives, once the time is over."""
-        until = time.monotonic() + self.step_s
-        made = work()
-        while (left := until - time.monotonic()) > 0:
-            time.sleep(left)
-        return made
+    def run(self, work: Callable[[], Out]) -> Out:
+        """Return the result of `work` once the step's time has passed."""
+        end = time.monotonic() + self.step_s
+        result = work()
+        while (remaining_s := end - time.monotonic()) > 0:
+            time.sleep(remaining_s)
+        return result
 
 
-def wake_in_time() -> None:
-    """Have this thread's sleeps, and those of threads that it starts, end when they should, not 50 us later (Linux)."""
+def set_timer_slack() -> None:
+    """Make sleeps of this thread, and of threads that it starts, end on time instead of 50 us later (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)

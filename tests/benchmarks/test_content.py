@@ -1,4 +1,4 @@
-"""What stand-in stages make of a block proves its way."""
+"""The contents of stand-in stages prove the path of a block."""
 
 from itertools import permutations
 
@@ -7,42 +7,43 @@ import numpy as np
 from benchmarks.standin import content
 from services.gateway.stream.fragments import renumbered
 
-SOUND = np.random.default_rng(0).bytes(content.SOUND_BYTES)
+AUDIO = np.random.default_rng(0).bytes(content.BLOCK_BYTES)
 
 
-def picture(sound: bytes, levels: list[int]) -> bytes:
-    latent = content.noise(content.heard(sound))
+def picture(audio: bytes, levels: list[int]) -> bytes:
+    latent = content.initial_latent(content.features_of(audio))
     for level in levels:
-        latent = content.denoised(latent, level)
-    return content.decoded(latent)
+        latent = content.denoise(latent, level)
+    return content.decode(latent)
 
 
 def test_a_block_has_the_sizes_of_the_large_network() -> None:
-    assert len(content.heard(SOUND)) == 614_400 == np.prod(content.FEATURES_SHAPE) * 2
-    assert content.noise(content.heard(SOUND)).nbytes == 432_000 == np.prod(content.LATENT_SHAPE) * 2
-    assert 48_000 <= len(content.fragment(picture(SOUND, [0, 1, 2, 3]))) <= 50_000
+    assert len(content.features_of(AUDIO)) == 614_400 == np.prod(content.FEATURES_SHAPE) * 2
+    assert content.initial_latent(content.features_of(AUDIO)).nbytes == 432_000 == np.prod(content.LATENT_SHAPE) * 2
+    assert 48_000 <= len(content.fragment_of(picture(AUDIO, [0, 1, 2, 3]))) <= 50_000
 
 
 def test_only_every_level_once_and_in_order_gives_the_expected_picture() -> None:
-    ways = [list(way) for count in range(6) for way in permutations([0, 1, 2, 3], min(count, 4))]
-    ways += [[0, 1, 2, 3, 3], [0, 0, 1, 2, 3], [0, 1, 1, 2, 3]]
-    right = [way for way in ways if picture(SOUND, way) == content.expected(SOUND)]
-    assert all(way == [0, 1, 2, 3] for way in right)
-    assert right
+    paths = [list(path) for count in range(6) for path in permutations([0, 1, 2, 3], min(count, 4))]
+    paths += [[0, 1, 2, 3, 3], [0, 0, 1, 2, 3], [0, 1, 1, 2, 3]]
+    correct = [path for path in paths if picture(AUDIO, path) == content.expected_picture(AUDIO)]
+    assert all(path == [0, 1, 2, 3] for path in correct)
+    assert correct
 
 
-def test_another_sound_gives_another_picture() -> None:
-    changed = b"\x01" + SOUND[1:] if SOUND[0] != 1 else b"\x02" + SOUND[1:]
-    assert content.expected(changed) != content.expected(SOUND)
+def test_different_audio_gives_a_different_picture() -> None:
+    changed = b"\x01" + AUDIO[1:] if AUDIO[0] != 1 else b"\x02" + AUDIO[1:]
+    assert content.expected_picture(changed) != content.expected_picture(AUDIO)
 
 
-def test_the_gateway_can_renumber_a_fragment_and_leaves_its_picture() -> None:
-    made = renumbered(content.fragment(picture(SOUND, [0, 1, 2, 3])), 15)
-    assert made != content.fragment(picture(SOUND, [0, 1, 2, 3]))
-    assert content.picture_of(made) == content.expected(SOUND)
+def test_the_gateway_renumbers_a_fragment_without_changing_its_picture() -> None:
+    fragment = content.fragment_of(picture(AUDIO, [0, 1, 2, 3]))
+    changed = renumbered(fragment, 15)
+    assert changed != fragment
+    assert content.picture_in(changed) == content.expected_picture(AUDIO)
 
 
-def test_frames_of_blocks_follow_each_other() -> None:
+def test_frames_of_consecutive_blocks_are_contiguous() -> None:
     assert content.first_frame(0) == content.FIRST_FRAME
     for block in range(3):
-        assert content.first_frame(block) + content.shown_frames(block) == content.first_frame(block + 1)
+        assert content.first_frame(block) + content.num_frames(block) == content.first_frame(block + 1)

@@ -1,4 +1,4 @@
-"""What `make bench` keeps."""
+"""The rows that `make bench` stores."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ NEW = row("hop", 1.0, "ms", at_most=2.0, bound=0.0, beside={"gloo": 1.5})
 OTHER = row("share", 0.999, "", at_least=0.99)
 
 
-def test_a_figure_that_is_measured_again_takes_its_place_and_leaves_the_others(tmp_path: Path) -> None:
+def test_a_repeated_measurement_replaces_its_rows_and_keeps_the_others(tmp_path: Path) -> None:
     first = Report(tmp_path / "bench.json", ["share", "hops"], afresh=True)
     first.put("hops", [OLD])
     first.put("share", [OTHER])
@@ -21,16 +21,16 @@ def test_a_figure_that_is_measured_again_takes_its_place_and_leaves_the_others(t
     assert Report(tmp_path / "bench.json", ["share", "hops"], afresh=False).rows == [OTHER, NEW]
 
 
-def test_a_whole_run_forgets_the_one_before(tmp_path: Path) -> None:
+def test_a_full_run_discards_the_previous_one(tmp_path: Path) -> None:
     Report(tmp_path / "bench.json", ["hops"], afresh=True).put("hops", [OLD])
     assert Report(tmp_path / "bench.json", ["hops"], afresh=True).rows == []
 
 
-def test_the_file_says_what_was_asked_whether_it_is_met_and_how_far_ahead_we_are(tmp_path: Path) -> None:
+def test_the_file_has_target_result_and_factor_over_peers(tmp_path: Path) -> None:
     Report(tmp_path / "bench.json", ["hops"], afresh=True).put("hops", [OLD])
-    kept = json.loads((tmp_path / "bench.json").read_text())
-    assert kept["machine"]["cores"] >= 1
-    assert kept["rows"] == [
+    stored = json.loads((tmp_path / "bench.json").read_text())
+    assert stored["machine"]["cores"] >= 1
+    assert stored["rows"] == [
         {
             "name": "hops",
             "figure": "hop",

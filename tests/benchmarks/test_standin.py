@@ -1,4 +1,4 @@
-"""Stand-in workers keep the real contract."""
+"""Stand-in workers follow the worker contract."""
 
 import time
 from collections.abc import AsyncGenerator
@@ -13,24 +13,24 @@ from avatar.rpc.server import serving
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 from benchmarks.standin import content
-from benchmarks.standin.models import Decoding, Due, Hearing
+from benchmarks.standin.models import AudioModel, DecoderModel, Timed
 from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
 from benchmarks.standin.step import Step
 
 OPEN = audio_pb2.OpenEncode(session_id="s", encoding="pcm16", rate_hz=content.RATE_HZ, num_channels=1)
-SOUND = [bytes([number + 1]) * content.SOUND_BYTES for number in range(3)]
+AUDIO = [bytes([number + 1]) * content.BLOCK_BYTES for number in range(3)]
 
 
 @asynccontextmanager
 async def served(kind: Any, *arguments: Any, capacity: int = 1) -> AsyncGenerator[Any, None]:
-    """A channel to a stand-in that takes no time."""
+    """A channel to a stand-in worker whose steps take no time."""
     with DeviceQueue() as queue:
         stage = Stage("stand-in", Step(0.0), queue, capacity, 3)
         async with (
             serving("127.0.0.1:0", kind(stage, *arguments)) as port,
-            channel(f"127.0.0.1:{port}") as to_it,
+            channel(f"127.0.0.1:{port}") as to_worker,
         ):
-            yield to_it
+            yield to_worker
 
 
 async def items(*given: Any) -> AsyncGenerator[Any, None]:
@@ -38,11 +38,12 @@ async def items(*given: Any) -> AsyncGenerator[Any, None]:
         yield each
 
 
-async def test_a_block_that_passes_all_stages_becomes_the_expected_picture() -> None:
+@pytest.mark.parametrize("encoding", ["fmp4", "rgb24"])
+async def test_a_block_that_passes_all_stages_becomes_the_expected_picture(encoding: str) -> None:
     async with served(AudioServicer) as to_audio:
-        hearing = remote_audio(to_audio)
-        await hearing.open(OPEN)
-        blocks = [block async for block in hearing(items(audio_pb2.AudioPiece(data=SOUND[0])))]
+        audio = remote_audio(to_audio)
+        await audio.open(OPEN)
+        blocks = [block async for block in audio(items(audio_pb2.AudioPiece(data=AUDIO[0])))]
     for level in range(content.NUM_LEVELS):
         async with served(DenoiserServicer, level) as to_level:
             stage = remote_denoiser(to_level, level)
@@ -51,46 +52,52 @@ async def test_a_block_that_passes_all_stages_becomes_the_expected_picture() -> 
             assert stage.closed.num_blocks == len(answers) == 1
             blocks[0].latent.CopyFrom(answers[0].latent)
     async with served(VaeServicer) as to_vae:
-        decoding = remote_vae(to_vae)
-        await decoding.open(vae_pb2.OpenDecode(session_id="s", encoding="fmp4"))
-        frames = [frame async for frame in decoding(items(*blocks))]
-    assert [(frame.index, frame.num_frames, frame.is_last) for frame in frames] == [(3, 9, True)]
-    assert content.picture_of(frames[0].data) == content.expected(SOUND[0])
+        decoder = remote_vae(to_vae)
+        await decoder.open(vae_pb2.OpenDecode(session_id="s", encoding=encoding))
+        frames = [frame async for frame in decoder(items(*blocks))]
+    shown = [(frame.index, frame.num_frames, frame.is_last) for frame in frames]
+    if encoding == "fmp4":
+        assert shown == [(3, 9, True)]
+        assert content.picture_in(frames[0].data) == content.expected_picture(AUDIO[0])
+    else:
+        assert shown == [(index, 1, index == 11) for index in range(3, 12)]
+        latent = b"".join(frame.data for frame in frames)
+        assert content.expected_picture(AUDIO[0]).startswith(latent[:: content.PICTURE_STRIDE])
 
 
-def test_sound_is_cut_into_blocks_and_the_last_is_filled_with_silence() -> None:
-    hearing = Hearing(Step(0.0), OPEN)
-    state = hearing.open(None)
-    made = hearing.step(Due(audio_pb2.AudioPiece(data=SOUND[0] + SOUND[1] + b"\x07" * 8)), state)
-    made += hearing.step(Due(None), state)
-    sounds = [*SOUND[:2], b"\x07" * 8 + bytes(content.SOUND_BYTES - 8)]
-    assert [block.features.data for block in made] == [content.heard(sound) for sound in sounds]
-    assert [block.index for block in made] == [0, 1, 2]
+def test_audio_is_cut_into_blocks_and_the_last_is_padded_with_silence() -> None:
+    model = AudioModel(Step(0.0), OPEN)
+    state = model.open(None)
+    blocks = model.step(Timed(audio_pb2.AudioPiece(data=AUDIO[0] + AUDIO[1] + b"\x07" * 8)), state)
+    blocks += model.step(Timed(None), state)
+    expected = [*AUDIO[:2], b"\x07" * 8 + bytes(content.BLOCK_BYTES - 8)]
+    assert [block.features.data for block in blocks] == [content.features_of(audio) for audio in expected]
+    assert [block.index for block in blocks] == [0, 1, 2]
 
 
-def test_a_piece_that_completes_a_block_is_answered_at_once() -> None:
-    hearing = Hearing(Step(0.0), OPEN)
-    made = hearing.step(Due(audio_pb2.AudioPiece(data=SOUND[0][:8], completes=0)), hearing.open(None))
-    assert [block.features.data[: content.SOUND_BYTES].rstrip(b"\0") for block in made] == [SOUND[0][:8]]
+def test_a_completed_block_does_not_wait_for_the_rest_of_its_audio() -> None:
+    model = AudioModel(Step(0.0), OPEN)
+    blocks = model.step(Timed(audio_pb2.AudioPiece(data=AUDIO[0][:8], completes=0)), model.open(None))
+    assert [block.features.data[: content.BLOCK_BYTES].rstrip(b"\0") for block in blocks] == [AUDIO[0][:8]]
 
 
-def test_a_rebuilt_stream_hears_the_past_and_answers_from_where_it_was() -> None:
-    again = audio_pb2.OpenEncode(first_block=4, first_answer=6)
-    hearing = Hearing(Step(0.0), again)
-    made = hearing.step(Due(audio_pb2.AudioPiece(data=b"".join(SOUND))), hearing.open(None))
-    assert [(block.index, block.features.data) for block in made] == [(6, content.heard(SOUND[2]))]
+def test_a_rebuilt_stream_reads_past_audio_and_answers_from_the_requested_block() -> None:
+    opened = audio_pb2.OpenEncode(rate_hz=content.RATE_HZ, first_block=4, first_answer=6)
+    model = AudioModel(Step(0.0), opened)
+    blocks = model.step(Timed(audio_pb2.AudioPiece(data=b"".join(AUDIO))), model.open(None))
+    assert [(block.index, block.features.data) for block in blocks] == [(6, content.features_of(AUDIO[2]))]
 
 
 def test_a_block_out_of_order_is_refused() -> None:
-    decoding = Decoding(Step(0.0), 5)
-    state = decoding.open(None)
+    model = DecoderModel(Step(0.0), vae_pb2.OpenDecode(first_block=5))
+    state = model.open(None)
     latent = types_pb2.Tensor(data=bytes(content.LATENT_BYTES))
-    decoding.step(Due(types_pb2.Block(index=5, latent=latent)), state)
+    model.step(Timed(types_pb2.Block(index=5, latent=latent)), state)
     with pytest.raises(ValueError, match="block 5 came, expected 6"):
-        decoding.step(Due(types_pb2.Block(index=5, latent=latent)), state)
+        model.step(Timed(types_pb2.Block(index=5, latent=latent)), state)
 
 
 def test_a_step_never_takes_less_than_its_time() -> None:
-    began = time.monotonic()
-    assert Step(0.01).take(lambda: "made") == "made"
-    assert time.monotonic() - began >= 0.01
+    started = time.monotonic()
+    assert Step(0.01).run(lambda: "result") == "result"
+    assert time.monotonic() - started >= 0.01
