@@ -16,7 +16,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from avatar.audio.alignment import MAX_RATE_HZ, MIN_RATE_HZ
-from avatar.vae.encodings import describe_picture, picture_frame
+from avatar.vae.encodings import set_picture_format, to_video_frame
 
 FILM_RATE_HZ = 48000
 """Every player takes AAC of this rate; the encoder does not take every rate that a voice may have."""
@@ -102,7 +102,7 @@ def write_mp4(
             shown, heard = first_frame, 0
             for chunk in chain([first], chunks):
                 for image in chunk:
-                    film.mux(picture.encode(picture_frame(image, shown, frame_rate)))
+                    film.mux(picture.encode(to_video_frame(image, shown, frame_rate)))
                     shown += 1
                 # Sound keeps pace with the picture, so that a reader finds both without seeking.
                 until = shown * rate_hz // frame_rate
@@ -119,7 +119,7 @@ def write_mp4(
 def add_picture(film: OutputContainer, height: int, width: int, frame_rate: int) -> VideoStream:
     """A stream of H.264."""
     stream = film.add_stream("libx264", rate=frame_rate, options={"crf": "18"})
-    describe_picture(stream.codec_context, height, width, frame_rate)
+    set_picture_format(stream.codec_context, height, width, frame_rate)
     return stream
 
 

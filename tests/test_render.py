@@ -21,7 +21,7 @@ from avatar.audio.whole_file import file_blocks
 from avatar.media import read_video, write_mp4
 from avatar.render import Models, Options, in_clips, load, render
 from avatar.types import FrameChunk
-from avatar.vae.out_of_distribution import FIELDS, OutOfDistributionCheck
+from avatar.vae.out_of_distribution import GRID_CELLS, OutOfDistributionCheck
 from avatar.vae.picture import PictureRule
 from avatar.vae.vae import Vae
 from tests.conftest import RATE_HZ, sound
@@ -243,7 +243,7 @@ def test_a_picture_of_an_unknown_kind_is_noticed_and_drawn(
     models: Models, picture: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     codec, config = models.vae.codec, models.vae.config
-    k = FIELDS**2 + codec.channels
+    k = GRID_CELLS**2 + codec.channels
     nobody = OutOfDistributionCheck((0.0,) * k, (1.0,) * (k * (k + 1) // 2), 0.0, "not of my kind")
     strict = replace(models, vae=Vae(codec, replace(config, familiar=nobody)))
     options = Options(num_blocks=1)

@@ -1,7 +1,9 @@
-"""Convolutions that are causal in time, with the past as an argument.
+"""Convolutions that are causal in time, with their state as an argument.
 
-A clip is a row of steps, each a small picture of features: (b, t, c, h, w), t steps. Convolutions look at one step at a
-time; what came before is seen only through `Tails`, which holds the last step that each remembering layer was given.
+Activations are (b, t, c, h, w): t steps of features (c, h, w). A convolution sees one step at a time; the step before
+it comes from `Tails`, which keeps the last step of every layer with memory.
+
+Axes: b batch, t steps, c channels, h w height and width.
 """
 
 import torch
@@ -11,10 +13,9 @@ from torch.nn import functional
 
 
 class Tails:
-    """The last step that each layer saw: all that a stream carries from one call to the next.
+    """The last step that each layer with memory saw: all the state that a stream carries between calls.
 
-    A fresh one begins a clip. There a first step takes itself for its past, so that a still picture has no start-up
-    transient.
+    Fresh tails start a clip: its first step counts as its own past, so a still picture has no start-up transient.
     """
 
     def __init__(self) -> None:
@@ -22,11 +23,11 @@ class Tails:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether no step has been seen yet."""
+        """True before the first step."""
         return not self._last
 
     def extend(self, layer: int, steps: Tensor) -> Tensor:
-        """What came one step before each of `steps`; the last of them is kept for the layer's next call.
+        """Return the step before each of `steps`, and keep the last of them for the layer's next call.
 
         steps, result: (b, t, c, h, w).
         """
@@ -37,7 +38,7 @@ class Tails:
 
 
 class StepConv(nn.Conv2d):
-    """A convolution of every step by itself: (b, t, c, h, w) -> (b, t, c', h, w), zeros around the edge."""
+    """A 2D convolution of every step: (b, t, c, h, w) -> (b, t, c', h, w), zero padding."""
 
     def __init__(self, width: int, width_out: int, kernel: int) -> None:
         super().__init__(width, width_out, kernel, padding=kernel // 2)
@@ -48,9 +49,9 @@ class StepConv(nn.Conv2d):
 
 
 class Residual(nn.Module):
-    """Two convolutions that add to their input; with a `memory`, the first also sees the step before.
+    """A residual block of two convolutions; with `memory`, the first also sees the step before.
 
-    memory: the number of this layer in `Tails`; None for a layer that does not look back.
+    memory: this layer's key in `Tails`; None for a layer that sees its own step only.
     Source: the memory block of the tiny autoencoders for video (TAEHV).
     """
 

@@ -1,14 +1,14 @@
-"""The light codec of small avatars: eight times smaller in space, four times in time, 16 channels.
+"""The light codec, a small causal VAE: eight times smaller in space, four times in time, 16 channels.
 
-A linear map of patches (4 frames of 8x8 pixels) carries the picture; a causal convolutional correction adds what the
-map cannot say. Untrained, the map is the low frequencies of the patch's cosine transform and the correction is zero, so
-that the picture is blurred but there, and training starts from it.
+A linear map of patches (4 frames of 8x8 pixels) carries the picture; a causal convolutional correction adds detail.
+Untrained, the map keeps the low frequencies of the patch's cosine transform and the correction is zero: training starts
+from a blurred picture.
 
     frames (b, 3, f, H, W) --encode--> latents (b, 16, t, H/8, W/8) --decode--> frames
 
 In time the first frame stands for a whole patch: f = 1 + 4 (t - 1), as with the Wan codec. Streamed decoding equals
-decoding of the whole to 1e-6: the arithmetic is the same, but convolution kernels sum in an order that depends on how
-many steps they are given.
+decoding of the whole to 1e-6: the arithmetic is the same, but the order of a convolution kernel's sums depends on the
+number of steps.
 
 Axes: b batch, c channels, t latent frames, f pixel frames, h w height and width of latents; in a patch p frames, y x
 rows and columns.
@@ -30,8 +30,8 @@ SPACE_STRIDE = 8
 PATCH_AXES = "(c p y x)"
 PATCH_SIZES = {"c": 3, "p": FRAMES_PER_LATENT, "y": SPACE_STRIDE, "x": SPACE_STRIDE}
 PATCH = math.prod(PATCH_SIZES.values())
-# Cosine frequencies (colour, time, row, column) of the untrained channels: brightness in some detail, the two colour
-# differences coarsely, and whether the brightness of the patch is changing.
+# Cosine frequencies (colour, time, row, column) of the untrained channels: nine of brightness, three of each of the two
+# colour differences, and the patch's change of brightness over time.
 FREQUENCIES = (
     *((0, 0, y, x) for y in range(3) for x in range(3)),
     *((c, 0, y, x) for c in (1, 2) for y, x in ((0, 0), (0, 1), (1, 0))),
@@ -44,8 +44,8 @@ class LightConfig:
     """Sizes of a light codec.
 
     wide, mid, thin: channels at 1/8, 1/4 and 1/2 of the picture's height and width.
-    latent_scale: what raw latents, less their means, are divided by; one number for all channels, so that what is
-        small in the picture stays small in the latent.
+    latent_scale: divisor of the centred raw latents; one number for all channels, so that small signals of the picture
+        stay small in the latent.
     """
 
     wide: int
@@ -59,12 +59,12 @@ class LightConfig:
 
 
 def tiny() -> LightConfig:
-    """The embedded default's codec, 1.5 million parameters."""
+    """The embedded default's configuration: 1.5 million parameters."""
     return LightConfig(wide=128, mid=64, thin=24, latent_scale=2.0)
 
 
 class LightEncoder(nn.Module):
-    """Patches of whole clips to raw latents."""
+    """The encoder: patches of whole clips to raw latents."""
 
     def __init__(self, config: LightConfig) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class LightEncoder(nn.Module):
 
 
 class LightDecoder(nn.Module):
-    """Raw latents to frames, call after call; time and space double together on the way up."""
+    """The streaming decoder: raw latents to frames; each upsampling doubles time and space."""
 
     def __init__(self, config: LightConfig) -> None:
         super().__init__()
@@ -98,21 +98,21 @@ class LightDecoder(nn.Module):
     def forward(self, latents: Tensor, tails: Tails) -> Tensor:
         """latents: (b, t, 16, h, w). Returns frames (b, 3, 4 t, 8 h, 8 w)."""
         steps = self.wide_too(self.wide(self.enter(latents), tails), tails)
-        steps = self.mid(doubled(self.to_mid(steps)), tails)
-        steps = self.thin(doubled(self.to_thin(steps)), tails)
+        steps = self.mid(upsample(self.to_mid(steps)), tails)
+        steps = self.thin(upsample(self.to_thin(steps)), tails)
         correction = rearrange(self.leave(functional.silu(steps)), "b f (c y x) h w -> b c f (h y) (w x)", y=2, x=2)
         picture = rearrange(self.linear(latents), f"b t {PATCH_AXES} h w -> b c (t p) (h y) (w x)", **PATCH_SIZES)
         frames: Tensor = picture + correction
         return frames
 
 
-def doubled(steps: Tensor) -> Tensor:
-    """Channels as two steps of pictures twice as high and wide: (b, t, 8 c, h, w) -> (b, 2 t, c, 2 h, 2 w)."""
+def upsample(steps: Tensor) -> Tensor:
+    """Double time, height and width by channels-to-pixels: (b, t, 8 c, h, w) -> (b, 2 t, c, 2 h, 2 w)."""
     return rearrange(steps, "b t (c p y x) h w -> b (t p) c (h y) (w x)", p=2, y=2, x=2)
 
 
 class LightCodec(nn.Module):
-    """A `Codec`, and the module that training trains: forward gives the reconstruction of whole clips."""
+    """A `Codec` that is also the module to train; `forward` reconstructs whole clips."""
 
     mean: Tensor
 
@@ -134,12 +134,12 @@ class LightCodec(nn.Module):
 
     @property
     def history(self) -> int:
-        # The decoder looks one step back at each of its three rates: one, two and four steps a latent.
+        # The decoder uses one past step at each of its three rates: one, two and four steps a latent.
         return math.ceil(1 + 1 / 2 + 1 / 4)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """frames: (b, 3, f, H, W) in [-1, 1], f = 1 + 4 k. Returns what a decoder makes of their latents, alike."""
-        return self.decode(self.encode(frames), self.fresh())
+        """Encode and decode frames (b, 3, f, H, W) in [-1, 1], f = 1 + 4 k; returns the same shape."""
+        return self.decode(self.encode(frames), self.new_state())
 
     def encode(self, frames: Tensor) -> Tensor:
         frames = frames.to(self.mean)
@@ -154,11 +154,11 @@ class LightCodec(nn.Module):
         latents: Tensor = (raw - self.mean) / self.config.latent_scale
         return latents
 
-    def fresh(self) -> Tails:
+    def new_state(self) -> Tails:
         return Tails()
 
     def decode(self, latents: Tensor, state: Tails) -> Tensor:
-        # The stream's first latent stands for one frame; its patch has it four times, of which the last is shown.
+        # The stream's first latent stands for one frame; its patch repeats it four times, and the last is kept.
         hidden = FRAMES_PER_LATENT - 1 if state.is_fresh else 0
         raw = latents.to(self.mean) * self.config.latent_scale + self.mean
         frames: Tensor = self.decoder(rearrange(raw, "b c t h w -> b t c h w"), state)
@@ -166,7 +166,7 @@ class LightCodec(nn.Module):
 
 
 def initialise(config: LightConfig, seed: int) -> LightCodec:
-    """An untrained codec whose reconstruction is the low frequencies of its input, all of it decided by the seed."""
+    """Return an untrained codec that reconstructs the low frequencies of its input; seed: of its random weights."""
     codec = LightCodec(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -184,7 +184,7 @@ def initialise(config: LightConfig, seed: int) -> LightCodec:
 
 
 def cosine_basis() -> Tensor:
-    """FREQUENCIES as orthonormal patterns of a patch: (16, c p y x), float32. Source: the type-II cosine transform."""
+    """Return the DCT-II basis functions of FREQUENCIES, orthonormal over a patch: (16, c p y x) float32."""
 
     def wave(length: int, frequency: int) -> Tensor:
         phases = (torch.arange(length, dtype=torch.float64) + 0.5) * (math.pi * frequency / length)

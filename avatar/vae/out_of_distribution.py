@@ -1,10 +1,11 @@
-"""Whether a picture is like those that a checkpoint was trained on.
+"""The out-of-distribution check: is a picture unlike those that a checkpoint was trained on?
 
-A picture's traits are what its codec loses of it in each field, and how much each latent channel holds. Pictures of one
-kind lie close together there, by a distance that knows how traits go together; `training.out_of_distribution`
-measures the kind.
+A picture's descriptor is the log of the codec's reconstruction error in each cell of a 4x4 grid, and the log energy of
+each latent channel. The check is a Mahalanobis distance from the descriptors of the training pictures;
+`training.out_of_distribution` measures their mean and covariance.
 
-Axes: c channels, t latent frames, f pixel frames, h w height and width of latents, H W of pictures, k traits.
+Axes: c channels, t latent frames, f pixel frames, h w height and width of latents, H W of pictures, k components of a
+descriptor.
 """
 
 from dataclasses import dataclass
@@ -18,21 +19,23 @@ from torch.nn.functional import adaptive_avg_pool2d
 from avatar.vae.codec import Codec
 from avatar.vae.picture import to_pixels
 
-# Rows and columns of fields.
-FIELDS = 4
-# Latents that are looked at: the second is the first that stands for as many frames as all others.
+# Rows and columns of the grid of reconstruction errors.
+GRID_CELLS = 4
+# Latents that are used: the second is the first that stands for four frames, as all later ones do.
 LATENTS = 2
-# Below these, less is not told from nothing: of an error of values in [-1, 1] and of a latent, squared.
-LEAST_ERROR, LEAST_LATENT = 1e-8, 1e-4
+# Floors under the logarithms: of a squared error of values in [-1, 1], and of a squared latent.
+ERROR_FLOOR, LATENT_FLOOR = 1e-8, 1e-4
 
 
 @dataclass(frozen=True)
 class OutOfDistributionCheck:
-    """What pictures of one kind have in common.
+    """The distribution of a checkpoint's training pictures, under the names in the checkpoint's config.json.
 
-    mean: (k,) of their traits. root: the lower triangle, row by row, of the matrix that makes their traits' deviations
-    independent and of variance 1. limit: the distance beyond which a picture is unlike them; their own is about 1.
-    notice: what a client is told of such a picture.
+    mean: (k,) of their descriptors.
+    root: the whitening matrix of their descriptors, lower triangle row by row: root times a deviation from the mean has
+        independent components of variance 1.
+    limit: a picture at a greater distance is out of distribution; training pictures are at about 1.
+    notice: the message to the client about such a picture.
     """
 
     mean: tuple[float, ...]
@@ -43,23 +46,23 @@ class OutOfDistributionCheck:
     def __post_init__(self) -> None:
         k = len(self.mean)
         if len(self.root) != k * (k + 1) // 2:
-            raise ValueError(f"a triangle of {k} rows has {k * (k + 1) // 2} numbers, got {len(self.root)}")
+            raise ValueError(f"root must have {k * (k + 1) // 2} numbers for {k} components, got {len(self.root)}")
 
-    def distance(self, traits: Tensor) -> float:
-        """How far traits (k,) are from the mean: the root mean square of their independent deviations."""
+    def distance(self, descriptor: Tensor) -> float:
+        """Return the Mahalanobis distance of a descriptor (k,) from the mean, divided by sqrt(k)."""
         k = len(self.mean)
         root = torch.zeros(k, k, dtype=torch.float64)
         root[*torch.tril_indices(k, k)] = torch.tensor(self.root, dtype=torch.float64)
-        deviations = root @ (traits.double() - torch.tensor(self.mean, dtype=torch.float64))
+        deviations = root @ (descriptor.double() - torch.tensor(self.mean, dtype=torch.float64))
         return float(deviations.pow(2).mean().sqrt())
 
 
 def picture_descriptor(codec: Codec[Any], rgb: Tensor, motion: Tensor) -> Tensor:
-    """The traits (k,) float32 of a picture (H, W, 3) uint8, whose motion latents (c, t, h, w) the codec has made."""
+    """Return the descriptor (k,) float32 of a picture (H, W, 3) uint8; motion: its motion latents (c, t, h, w)."""
     motion = motion[:, :LATENTS]
     with torch.inference_mode():
-        frames = codec.decode(motion[None], codec.fresh())[0].float().clamp(-1, 1).cpu()
+        frames = codec.decode(motion[None], codec.new_state())[0].float().clamp(-1, 1).cpu()
     error = reduce((frames - to_pixels(rgb.cpu()).unsqueeze(1)) ** 2, "c f h w -> 1 h w", "mean")
-    fields = adaptive_avg_pool2d(error, FIELDS).flatten()
-    held = reduce(motion[:, -1].float().cpu() ** 2, "c h w -> c", "mean")
-    return torch.cat([torch.log(fields + LEAST_ERROR), torch.log(held + LEAST_LATENT)])
+    errors = adaptive_avg_pool2d(error, GRID_CELLS).flatten()
+    energies = reduce(motion[:, -1].float().cpu() ** 2, "c h w -> c", "mean")
+    return torch.cat([torch.log(errors + ERROR_FLOOR), torch.log(energies + LATENT_FLOOR)])

@@ -1,6 +1,8 @@
-"""From the bytes of a picture file to pixels of a wanted size.
+"""Picture files to pixels of the video's size.
 
-Nothing is decoded before the header's size has been looked at, so that a small file cannot fill the memory.
+    bytes --check the header--> Pillow image --decode, fit--> (h, w, 3) uint8
+
+Nothing is decoded before the header's size is checked, so that a small file cannot fill the memory.
 
 Axes: h w height and width, in pixels. Sizes are (width, height).
 """
@@ -25,16 +27,16 @@ Size = tuple[int, int]
 FORMATS = ("PNG", "JPEG", "WEBP")
 MIN_SIDE = 16
 MAX_SIDE = 8192
-# Sides of a video whose size is free: the reference implementation's grid, which codec and network divide evenly.
+# Sides of videos of free size are multiples of this, as in the reference; codec and network divide it evenly.
 GRID = 64
 
 
 @dataclass(frozen=True)
 class PictureRule:
-    """The sizes of video that a checkpoint makes, and how a picture is brought to them if nothing is asked for.
+    """The video sizes of a checkpoint, and its default fit.
 
-    Either width and height, the one size there is, or area: the most pixels of a size that follows the picture's
-    shape, or is asked for.
+    Either width and height: the only size; or area: the most pixels of a size that follows the picture's shape or is
+    requested.
     """
 
     fit: Fit
@@ -51,28 +53,31 @@ class PictureRule:
 
     @property
     def fixed_size(self) -> Size | None:
-        """The one size there is; None where sizes are free."""
+        """The only size; None if sizes are free."""
         return None if self.width is None or self.height is None else (self.width, self.height)
 
-    def video_size(self, picture: Size, asked: Size | int | None = None) -> Size:
-        """The video's size for a picture's, as asked or of at most that area. ValueError if it is not to be had."""
-        if asked is not None:
-            self.check(asked)
+    def video_size(self, picture: Size, requested: Size | int | None = None) -> Size:
+        """Return the video's size for a picture's size.
+
+        requested: a size, the most pixels, or None for the rule's choice. ValueError as in `check`.
+        """
+        if requested is not None:
+            self.check(requested)
         if self.fixed_size is not None:
             return self.fixed_size
         assert self.area is not None
-        return asked if isinstance(asked, tuple) else size_within(picture, asked or self.area)
+        return requested if isinstance(requested, tuple) else size_within(picture, requested or self.area)
 
-    def check(self, asked: Size | int) -> None:
-        """ValueError if no video has this size, (width, height) or an area in pixels."""
-        if isinstance(asked, int):
-            if self.area is None or not 0 < asked <= self.area:
-                most = f"1 to {self.area}" if self.area else "left out, as there is one size only"
-                raise ValueError(f"area must be {most}, got {asked}")
+    def check(self, requested: Size | int) -> None:
+        """Raise ValueError unless the checkpoint has videos of this size, (width, height) or an area in pixels."""
+        if isinstance(requested, int):
+            if self.area is None or not 0 < requested <= self.area:
+                most = f"1 to {self.area}" if self.area else "omitted, as there is only one size"
+                raise ValueError(f"area must be {most}, got {requested}")
             return
-        width, height = asked
+        width, height = requested
         if self.area is None:
-            if asked != self.fixed_size:
+            if requested != self.fixed_size:
                 only = f"{self.width}x{self.height}"
                 raise ValueError(f"size must be {only}, the only one of this checkpoint, got {width}x{height}")
         elif width <= 0 or height <= 0 or width % GRID or height % GRID:
@@ -82,17 +87,17 @@ class PictureRule:
 
 
 def check_fit(fit: str) -> None:
-    """ValueError unless fit is one of ours."""
+    """Raise ValueError unless fit is one of `Fit`."""
     if fit not in get_args(Fit):
         raise ValueError(f"fit must be one of {', '.join(get_args(Fit))}, got {fit!r}")
 
 
 def size_within(picture: Size, area: int) -> Size:
-    """The largest size of about the picture's shape on the grid, hardly larger than it, with at most `area` pixels.
+    """Return the largest size on the grid with about the picture's aspect ratio and at most `area` pixels.
 
-    ValueError if the picture is too narrow for any.
+    A picture is hardly enlarged. ValueError if it is too narrow for any size.
     Source: the reference implementation of arXiv 2512.04677. Its smallest scale takes the root of B^2 - 2NC where
-    B^2 - 4NC solves the equation; it is kept, since it decides which sizes are tried.
+    B^2 - 4NC solves the equation; this is kept, since it decides which sizes are tried.
     """
     width, height = picture
     pixels = width * height
@@ -119,14 +124,14 @@ def size_within(picture: Size, area: int) -> Size:
 
 
 def read_picture(data: bytes, rule: PictureRule, size: Size | int | None = None, fit: Fit | None = None) -> Tensor:
-    """Decode a picture and bring it to the video's size: (h, w, 3) uint8 RGB.
+    """Decode a picture and fit it to the video's size: (h, w, 3) uint8 RGB.
 
-    data: a PNG, JPEG or WebP file, both sides 16 to 8192 pixels; of an animation the first frame.
-    size, fit: what the session asks for, a size or an area; None for the rule's choice.
-    With fit "cover" a picture is taken as viewers show it: turned as its EXIF orientation says, transparent parts over
-    white. With fit "reference" it is taken as the reference implementation takes it, which ignores both: that fit
-    exists for equal numbers, and a photograph that needs turning is better served by "cover".
-    ValueError if it is no such picture, or damaged, or the size is not to be had.
+    data: a PNG, JPEG or WebP file, both sides 16 to 8192 pixels; an animation gives its first frame.
+    size, fit: the session's size or area, and its fit; None for the rule's choice.
+    Fit "cover" shows the picture as viewers do (EXIF orientation applied, transparent parts over white), cropped to the
+    video's shape. Fit "reference" equals the reference implementation, which ignores orientation and transparency and
+    pads with black; it exists for equal numbers.
+    ValueError if the file is no such picture or damaged, or the size or fit is not available.
     """
     fit = fit or rule.fit
     check_fit(fit)
@@ -135,7 +140,7 @@ def read_picture(data: bytes, rule: PictureRule, size: Size | int | None = None,
 
 
 def open_picture(data: bytes, fit: Fit) -> Image.Image:
-    """The RGB picture in a file, of its own size. ValueError as in `read_picture`."""
+    """Decode a file to an RGB image of its own size. ValueError as in `read_picture`."""
     with pillow_errors():
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     check_header(image)
@@ -144,17 +149,17 @@ def open_picture(data: bytes, fit: Fit) -> Image.Image:
 
 
 def fit_picture(image: Image.Image, size: Size, fit: Fit) -> Tensor:
-    """An RGB picture brought to a size: (h, w, 3) uint8."""
+    """Fit an RGB image to a size: (h, w, 3) uint8."""
     fitted = ImageOps.fit(image, size, Image.Resampling.BICUBIC) if fit == "cover" else fit_reference(image, size)
     return torch.from_numpy(np.array(fitted))
 
 
 def read_mask(data: bytes, portrait: bytes, size: Size, fit: Fit, cell: int) -> Tensor:
-    """Where an actor is, (rows, columns) float32 in [0, 1]: a picture's mean brightness in each cell of the video.
+    """Read an actor's mask: (rows, columns) float32 in [0, 1], the mask's mean brightness in each cell of the video.
 
     data: a file as in `read_picture`, white where the portrait shows the actor. portrait: the file of the portrait.
-    size, fit: the video's size, and how the portrait is brought to it. cell: side of a cell in pixels, which divides
-    the video's sides. ValueError if the mask is no picture, or of another size than the portrait.
+    size, fit: the video's size, and the portrait's fit. cell: side of a cell in pixels; it divides the video's sides.
+    ValueError if the mask is no picture, or of another size than the portrait.
     """
     image, shown = open_picture(data, fit), open_picture(portrait, fit)
     if image.size != shown.size:
@@ -164,15 +169,15 @@ def read_mask(data: bytes, portrait: bytes, size: Size, fit: Fit, cell: int) -> 
 
 
 def to_pixels(rgb: Tensor) -> Tensor:
-    """Bytes (h, w, 3) as numbers (3, h, w) float32 in [-1, 1]."""
+    """Convert uint8 (h, w, 3) to float32 (3, h, w) in [-1, 1]."""
     return rearrange(rgb, "h w c -> c h w") / 255 * 2 - 1
 
 
 @contextmanager
 def pillow_errors() -> Iterator[None]:
-    """Whatever Pillow has against a picture, as a ValueError."""
-    # Pillow warns of odd metadata and of sizes that we allow or refuse ourselves. The filters belong to the process:
-    # pictures are read on a device's one thread, so nobody else is inside.
+    """Turn Pillow's errors into ValueError, and silence its warnings."""
+    # Pillow warns about odd metadata and about sizes that `check_header` decides on. Warning filters are global to the
+    # process; pictures are read on a device's only thread, so no other reader interferes.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -180,26 +185,26 @@ def pillow_errors() -> Iterator[None]:
         except UnidentifiedImageError as error:
             raise ValueError("not a PNG, JPEG or WebP picture; send the bytes of such a file") from error
         except Image.DecompressionBombError as error:
-            raise ValueError(f"picture is too large, at most {MAX_SIDE} pixels a side are taken: {error}") from error
+            raise ValueError(f"picture is too large, at most {MAX_SIDE} pixels a side are accepted: {error}") from error
         except Exception as error:
-            # Decoders meet damaged data with exceptions of many kinds: OSError, SyntaxError, struct.error, ...
+            # Decoders raise many exceptions on damaged data: OSError, SyntaxError, struct.error and others.
             raise ValueError(f"picture is damaged or cut short: {error}") from error
 
 
 def check_header(image: Image.Image) -> None:
-    """ValueError if an opened, not yet decoded picture is not one that we take."""
+    """Raise ValueError if an opened, not yet decoded image has an unsupported size or mode."""
     width, height = image.size
     if min(width, height) < MIN_SIDE:
         raise ValueError(f"picture is too small: {width}x{height}, expected at least {MIN_SIDE} pixels a side")
     if max(width, height) > MAX_SIDE:
         raise ValueError(f"picture is too large: {width}x{height}, expected at most {MAX_SIDE} pixels a side")
     if image.mode.startswith(("I", "F")):
-        # Pillow would cut 16-bit grey to its lowest byte's range: all white.
+        # Pillow would clip 16-bit grey to 8 bits: all white.
         raise ValueError(f"picture must have 8 bits a channel, got mode {image.mode}; save it as 8-bit RGB")
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture as viewers show it, RGB."""
+    """Return an RGB image as viewers show it: EXIF orientation applied, transparent parts over white."""
     image = ImageOps.exif_transpose(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -210,7 +215,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def fit_reference(image: Image.Image, size: Size) -> Image.Image:
-    """Short side to the video's shorter side, then a centre crop; black where the picture does not reach.
+    """Scale the image's short side to the video's shorter side, then crop the centre, padding with black.
 
     Source: torchvision's Resize(min(size)) and CenterCrop, as the reference implementation applies them.
     """
@@ -220,10 +225,10 @@ def fit_reference(image: Image.Image, size: Size) -> Image.Image:
     if resized != image.size:
         image = image.resize(resized, Image.Resampling.BILINEAR)
     left, top = (crop_offset(have, want) for have, want in zip(resized, size, strict=True))
-    # Outside of the picture Pillow's crop is black.
+    # Pillow's crop is black outside the image.
     return image.crop((left, top, left + size[0], top + size[1]))
 
 
 def crop_offset(have: int, want: int) -> int:
-    """Where a centre crop begins; negative where the picture is padded instead. Halves round as torchvision's do."""
+    """Return a centre crop's offset, negative if the image is padded instead; halves round as in torchvision."""
     return round((have - want) / 2) if have >= want else -((want - have) // 2)

@@ -1,4 +1,4 @@
-"""A pose video as latents, which the network adds to what it draws.
+"""Latents of a pose video, the input of the network's pose (condition) encoder.
 
 Source: the reference implementation of arXiv 2512.04677. Axes: c channels, t latent frames, f pixel frames, h w height
 and width of latents, H W of frames.
@@ -17,20 +17,20 @@ from torch import Tensor
 from avatar.vae.codec import Codec, State
 from avatar.vae.picture import Fit, Size, fit_picture, to_pixels
 
-# What the frames after a video's last are.
-MISSING = -1.0
+# Frames after a video's end are black.
+BLACK = -1.0
 
 
 def pose_latents(
     codec: Codec[State], frames: Iterator[NDArray[np.uint8]], size: Size, fit: Fit, clip_frames: int
 ) -> Iterator[Tensor]:
-    """Latents (c, t, h, w) float32 of one clip after the other, without end; t = clip_frames / 4.
+    """Yield the latents (c, t, h, w) float32 of clip after clip, without end; t = clip_frames / 4.
 
-    frames: (H, W, 3) RGB at the film's rate, of any size. size, fit: (width, height) of the film, and how frames are
-    brought to it. Each clip is encoded alone, its first frame doubled and the first frame's latent left out.
+    frames: (H, W, 3) RGB at the video's rate, of any size. size: (width, height) of the video. fit: of the frames.
+    Each clip is encoded independently, with its first frame repeated once in front and that frame's latent dropped.
     """
     width, height = size
-    missing = torch.full((3, height, width), MISSING)
+    missing = torch.full((3, height, width), BLACK)
     while shown := [to_pixels(fit_picture(Image.fromarray(frame), size, fit)) for frame in islice(frames, clip_frames)]:
         yield _encode(codec, [*shown, *repeat(missing, clip_frames - len(shown))])
     yield from repeat(_encode(codec, [missing] * clip_frames))

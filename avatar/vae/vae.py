@@ -1,10 +1,10 @@
-"""The last stage: clean latents in, frames out; and the first thing a session needs: a picture as latents.
+"""The VAE stage: a session's picture to motion latents, and clean latents to frames.
 
     picture --read_picture--> rgb --encode_picture--> motion latents
     Block (latent) --step--> FrameChunk
 
-A session opens with the decoder warmed up on motion latents, so that its first block continues a still picture instead
-of starting from nothing. One decoder runs from the first block to the last.
+`open` warms the decoder up on motion latents, so that the first block continues a still picture instead of starting
+from an empty state. One decoder state runs from the first block to the last.
 
 Axes: c channels, t latent frames, f pixel frames, h w height and width of latents, H W of frames.
 """
@@ -24,10 +24,10 @@ from avatar.vae.codec import Codec, State
 from avatar.vae.out_of_distribution import OutOfDistributionCheck, picture_descriptor
 from avatar.vae.picture import Fit, PictureRule, Size, read_picture, to_pixels
 
-# Pixel frames of the still picture that motion latents are made from, and how many there are.
+# Pixel frames of the still clip that motion latents are encoded from, and the number of these latents.
 MOTION_FRAMES = 73
 MOTION_LATENTS = 1 + (MOTION_FRAMES - 1) // FRAMES_PER_LATENT
-# Motion latents that warm the decoder up, and frames of the session's first block that are not shown.
+# Motion latents that warm the decoder up, and frames of the first block that are dropped.
 # Source: the reference implementation of arXiv 2512.04677.
 WARMUP_LATENTS = 7
 HIDDEN_FRAMES = 3
@@ -36,11 +36,11 @@ WARM_BLOCKS = 2
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """What config.json of a VAE's checkpoint says.
+    """Configuration of a VAE, as in a checkpoint's config.json.
 
     codec: `light` or `wan`.
     network: the codec's own fields.
-    familiar: the kind of pictures that the checkpoint was trained on; None where any picture will do.
+    familiar: the out-of-distribution check for pictures; None for a checkpoint without one.
     """
 
     codec: str
@@ -55,16 +55,17 @@ class VaeConfig:
 
 
 def tiny() -> VaeConfig:
-    """The embedded default: the light codec at 128x128."""
+    """The embedded default's configuration: the light codec at 128x128."""
     return VaeConfig("light", PictureRule("cover", width=128, height=128), 25, asdict(light.tiny()))
 
 
 @dataclass(eq=False)
 class VaeState(Generic[State]):
-    """What a session's decoder carries between blocks.
+    """The state of one session's decoder.
 
-    next_index: index of the block that comes next; None before the first, which may be any.
-    latent_shape: of every block, (c, t, h, w).
+    decoder: the codec's state.
+    latent_shape: (c, t, h, w) of every block.
+    next_index: index of the next block; None before the first, which may have any index.
     """
 
     decoder: State
@@ -73,7 +74,7 @@ class VaeState(Generic[State]):
 
 
 class Vae(Generic[State]):
-    """A `StreamingModel` from blocks to frames."""
+    """A streaming model (`avatar.runtime.pipeline.StreamingModel`) of blocks to frames; also encodes pictures."""
 
     def __init__(self, codec: Codec[State], config: VaeConfig) -> None:
         self.codec = codec
@@ -81,7 +82,7 @@ class Vae(Generic[State]):
 
     @property
     def history_blocks(self) -> int:
-        """How many past blocks rebuild a stream's state exactly: open the session again and step through them."""
+        """Past blocks that rebuild a stream's state exactly: open the session again and step through them."""
         return -(-self.codec.history // BLOCK_LATENTS)
 
     def read_picture(self, data: bytes, size: Size | int | None = None, fit: Fit | None = None) -> Tensor:
@@ -89,7 +90,7 @@ class Vae(Generic[State]):
         return read_picture(data, self.config.picture, size, fit)
 
     def encode_picture(self, rgb: Tensor) -> Tensor:
-        """Motion latents (c, 19, h, w) float32: the picture held still. Latent 0 is the reference latent.
+        """Encode a picture to motion latents (c, 19, h, w) float32: of a still clip. Latent 0 is the reference latent.
 
         rgb: (H, W, 3) uint8. ValueError if it has another shape, or the codec's stride does not divide its sides.
         """
@@ -98,17 +99,17 @@ class Vae(Generic[State]):
         return latents[0].float().cpu()
 
     def notice(self, rgb: Tensor, motion: Tensor) -> str:
-        """What is to be said of a picture (H, W, 3) uint8 whose motion latents (c, t, h, w) these are.
+        """Return the notice about a picture that is unlike the checkpoint's training pictures; empty for others.
 
-        Empty if it is like those that the checkpoint was trained on, or nobody knows what those are like.
+        rgb: (H, W, 3) uint8. motion: its motion latents (c, t, h, w). Empty too if the checkpoint has no check.
         """
-        familiar = self.config.familiar
-        if familiar is None or familiar.distance(picture_descriptor(self.codec, rgb, motion)) <= familiar.limit:
+        check = self.config.familiar
+        if check is None or check.distance(picture_descriptor(self.codec, rgb, motion)) <= check.limit:
             return ""
-        return familiar.notice
+        return check.notice
 
     def still_clip(self, rgb: Tensor, num_frames: int) -> Tensor:
-        """A picture (H, W, 3) uint8 as a clip (1, 3, f, H, W) in [-1, 1]. ValueError as in `encode_picture`."""
+        """Repeat a picture (H, W, 3) uint8 to a clip (1, 3, f, H, W) in [-1, 1]. ValueError as in `encode_picture`."""
         stride = self.codec.space_stride
         if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != torch.uint8:
             raise ValueError(f"picture must be (h, w, 3) uint8, got {tuple(rgb.shape)} {rgb.dtype}")
@@ -117,19 +118,19 @@ class Vae(Generic[State]):
         return repeat(to_pixels(rgb), "c h w -> 1 c f h w", f=num_frames)
 
     def open(self, session: Session) -> VaeState[State]:
-        """A decoder that has seen the still picture. ValueError if the motion latents are not this codec's."""
+        """Return a decoder state warmed up on the still picture. ValueError if motion latents do not fit the codec."""
         shape = tuple(session.motion.shape)
         if len(shape) != 4 or shape[:2] != (self.codec.channels, MOTION_LATENTS):
             raise ValueError(
                 f"motion latents must have the shape ({self.codec.channels}, {MOTION_LATENTS}, h, w), got {shape}"
             )
-        state = VaeState(self.codec.fresh(), (shape[0], BLOCK_LATENTS, *shape[2:]))
+        state = VaeState(self.codec.new_state(), (shape[0], BLOCK_LATENTS, *shape[2:]))
         with torch.inference_mode():
             self.codec.decode(session.motion[None, :, :WARMUP_LATENTS], state.decoder)
         return state
 
     def warm(self, width: int, height: int) -> int:
-        """Decode blocks of nothing for a video of this size; how many."""
+        """Decode WARM_BLOCKS blocks of zeros for a video of this size, and return that number."""
         stride = self.codec.space_stride
         motion = torch.zeros(self.codec.channels, MOTION_LATENTS, height // stride, width // stride)
         state = self.open(Session("warm", 0, motion))
@@ -138,15 +139,15 @@ class Vae(Generic[State]):
         return WARM_BLOCKS
 
     def step(self, block: Block, state: VaeState[State]) -> FrameChunk:
-        """The block's frames as bytes. ValueError as in `frames`."""
+        """Decode the block to a chunk of frames (f, H, W, 3) uint8. ValueError as in `frames`."""
         rgb = to_bytes(self.frames(block, state))
         first_frame = block.index * BLOCK_FRAMES + (HIDDEN_FRAMES if block.index == 0 else 0)
         return FrameChunk(block.index, first_frame, rgb, block.traceparent)
 
     def frames(self, block: Block, state: VaeState[State]) -> Tensor:
-        """The block's frames as numbers: (3, f, H, W) float32 in [-1, 1]; f = 9 in block 0, 12 in every other.
+        """Decode the block to frames (3, f, H, W) float32 in [-1, 1]; f = 9 in block 0, 12 in every other.
 
-        ValueError if the block is not the next one, or its latent is missing or has not the shape of the session's.
+        ValueError if the block is not the next one, or its latent is missing or of another shape than the session's.
         """
         if state.next_index not in (None, block.index):
             raise ValueError(f"block {block.index} is out of order, expected block {state.next_index}")
@@ -160,14 +161,14 @@ class Vae(Generic[State]):
 
 
 def to_bytes(frames: Tensor) -> Tensor:
-    """Frames (3, f, H, W) in [-1, 1] as (f, H, W, 3) uint8, truncated as the reference saves them."""
+    """Convert frames (3, f, H, W) in [-1, 1] to (f, H, W, 3) uint8 on the CPU, truncated as in the reference."""
     return rearrange((255 * (frames + 1) / 2).to(torch.uint8), "c f h w -> f h w c").cpu().contiguous()
 
 
 def load(part: Part, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae[Any]:
-    """The VAE of a checkpoint's part. ValueError if its config or its weights are not what they should be."""
+    """Return the VAE of a checkpoint's part. ValueError if its config or weights are invalid."""
     try:
-        config = config_of(part.config)
+        config = parse_config(part.config)
         codec, network = CODECS[config.codec](config.network, torch.device(device), dtype)
     except TypeError as error:
         raise ValueError(f"config of {part.folder}: {error}") from error
@@ -175,12 +176,12 @@ def load(part: Part, device: torch.device | str = "cpu", dtype: torch.dtype = to
     return Vae(codec, config)
 
 
-def config_of(fields: Mapping[str, Any]) -> VaeConfig:
-    """What config.json says. TypeError or ValueError if its fields are not what they should be."""
-    familiar = fields.get("familiar")
+def parse_config(fields: Mapping[str, Any]) -> VaeConfig:
+    """Return the configuration in a config.json. TypeError or ValueError if fields are missing, unknown or invalid."""
+    check = fields.get("familiar")
     nested = {
         "picture": PictureRule(**fields.get("picture", {})),
-        "familiar": familiar and OutOfDistributionCheck(**familiar),
+        "familiar": check and OutOfDistributionCheck(**check),
     }
     return VaeConfig(**{**fields, **nested})
 
@@ -191,14 +192,14 @@ def _light(fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype) 
 
 
 def _wan(fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Codec[Any], nn.Module]:
-    # Imported here, because it brings diffusers, which whoever serves the light codec does without.
+    # Imported here: it imports diffusers, which serving the light codec does not need.
     from avatar.vae.wan import WanCodec, WanConfig
 
     codec = WanCodec(WanConfig(**fields), device, dtype)
     return codec, codec.network
 
 
-# From a config's network fields to a codec, and the module that the checkpoint's weights fill.
+# (network fields of the config, device, dtype) -> codec, and the module that the checkpoint's weights fill.
 CODECS: dict[str, Callable[[Mapping[str, Any], torch.device, torch.dtype], tuple[Codec[Any], nn.Module]]] = {
     "light": _light,
     "wan": _wan,

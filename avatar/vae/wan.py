@@ -2,10 +2,10 @@
 
     frames (b, 3, f, H, W) --encode--> latents (b, 16, t, H/8, W/8) --decode--> frames
 
-diffusers' own encode and decode keep their caches on the module and clear them in every call. Here its parts are called
-instead: encoder and decoder take a list of slots, one per causal convolution, each the last two frames of its input.
-Latents pass one at a time, because a fresh decoder treats the first one differently and would answer several with the
-wrong number of frames; so streamed decoding equals decoding of the whole, bit for bit.
+diffusers' own encode and decode keep their caches on the module and clear them in every call. Here the module's
+encoder and decoder are called directly: they take a list of cache slots, one per causal convolution, each the last two
+frames of its input. Latents pass one at a time, because a fresh decoder treats the first one differently and returns
+the wrong number of frames for several; so streamed decoding equals decoding of the whole, bit for bit.
 
 This is the only module that imports diffusers, which is slow to import.
 """
@@ -32,7 +32,7 @@ WAN_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )
 # fmt: on
-# A slot is empty, or holds frames, or a marker that the temporal upsampler leaves there after a stream's first latent.
+# A slot is empty, holds frames, or a marker that the temporal upsampler sets after a stream's first latent.
 Slots = list[Tensor | str | None]
 
 
@@ -40,10 +40,10 @@ Slots = list[Tensor | str | None]
 class WanConfig:
     """Fields of AutoencoderKLWan, under its names and with Wan 2.1's values.
 
-    base_dim: channels at full resolution; dim_mult times it on each level down.
-    num_res_blocks: residual blocks a level, one more on the way up.
-    temperal_downsample: whether time halves between a level and the next.
-    latents_mean, latents_std: (z_dim), of raw latents; normalised ones are (raw - mean) / std.
+    base_dim: channels at full resolution; dim_mult: their multiples at each level down.
+    num_res_blocks: residual blocks a level; the decoder has one more.
+    temperal_downsample: True if time halves between a level and the next.
+    latents_mean, latents_std: (z_dim,) of raw latents; normalised latents are (raw - mean) / std.
     """
 
     base_dim: int = 96
@@ -76,17 +76,17 @@ class WanCodec:
         """Weights are undefined until they are loaded into `network`."""
         self.config = config
         with torch.device("meta"):
-            # Lists, because it adds them to lists.
+            # diffusers adds these fields to lists.
             fields = {name: [*value] if isinstance(value, tuple) else value for name, value in asdict(config).items()}
             network: Any = AutoencoderKLWan(**fields)  # type: ignore[no-untyped-call]
-        # Through nn.Module, because diffusers' own `to` warns of modules to be kept in float32, of which it has none.
+        # nn.Module's `to`: diffusers' own warns about modules to keep in float32, of which there are none.
         nn.Module.to(network, dtype)
         self.network = network.to_empty(device=device).eval().requires_grad_(False)
         mean, std = (
             rearrange(torch.tensor(table, device=device), "c -> c 1 1 1")
             for table in (config.latents_mean, config.latents_std)
         )
-        # Rounded as the reference rounds: decoding and encoding in turn multiplies a last bit's error.
+        # The reciprocal, as in the reference: repeated decoding and encoding amplifies an error in the last bit.
         self._mean, self._scale = mean, 1 / std
 
     @property
@@ -100,15 +100,15 @@ class WanCodec:
 
     @property
     def history(self) -> int:
-        """Each convolution in time sees two of its frames back, and frames come at one, two or four a latent."""
+        """A sum over the convolutions in time: each uses two past frames, at one, two or four frames a latent."""
         config = self.config
-        rate, past = 1, 2.0 * (1 + 4)  # on the way in, and two residual blocks in the middle
+        rate, past = 1, 2.0 * (1 + 4)  # the input convolution, and two residual blocks in the middle
         for doubles in (*reversed(config.temperal_downsample), False):
             past += 2 * 2 * (config.num_res_blocks + 1) / rate
             if doubles:
                 past += 2 / rate
                 rate *= 2
-        past += 2 / rate  # on the way out
+        past += 2 / rate  # the output convolution
         return math.ceil(past)
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -117,12 +117,12 @@ class WanCodec:
         starts = range(1, frames.shape[2] - FRAMES_PER_LATENT + 1, FRAMES_PER_LATENT)
         later = (frames[:, :, start : start + FRAMES_PER_LATENT] for start in starts)
         parts = [self.network.encoder(part, feat_cache=slots, feat_idx=[0]) for part in (frames[:, :, :1], *later)]
-        # Mean and log variance of a distribution; the reference takes the mean.
+        # Mean and log variance of the posterior; the reference uses the mean.
         raw = self.network.quant_conv(torch.cat(parts, dim=2))[:, : self.channels]
         latents: Tensor = (raw - self._mean) * self._scale
         return latents
 
-    def fresh(self) -> Slots:
+    def new_state(self) -> Slots:
         return [None] * self.network._cached_conv_counts["decoder"]
 
     def decode(self, latents: Tensor, state: Slots) -> Tensor:

@@ -188,7 +188,7 @@ def test_a_decoder_that_is_trained_further_leaves_latents_as_they_are(data: Path
     latents = torch.randn(1, before.channels, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     pixels = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(before.encode(pixels), after.encode(pixels))
-    assert not torch.equal(before.decode(latents, before.fresh()), after.decode(latents, after.fresh()))
+    assert not torch.equal(before.decode(latents, before.new_state()), after.decode(latents, after.new_state()))
 
 
 def test_psnr_is_against_the_whole_range() -> None:

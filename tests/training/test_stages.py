@@ -318,7 +318,7 @@ def test_a_run_keeps_its_state_log_and_plot(config: NetworkConfig, latents: Path
 class Plain:
     """Shows three channels of latents as they are."""
 
-    def fresh(self) -> None:
+    def new_state(self) -> None:
         return None
 
     def decode(self, latents: Tensor, state: None) -> Tensor:  # noqa: ARG002

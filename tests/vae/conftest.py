@@ -1,4 +1,4 @@
-"""Small real codecs with random weights, and what streams through them."""
+"""Small real codecs with random weights, and sessions and blocks for them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ WAN = WanConfig(base_dim=4)
 
 
 def light_codec() -> LightCodec:
-    """As if trained: the correction, which an untrained codec has at zero, does something."""
+    """Return a codec as if trained: its correction, zero in an untrained codec, is not zero."""
     codec = initialise(LIGHT, seed=0).requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for layer in (codec.encoder.leave, codec.decoder.leave):
@@ -47,19 +47,19 @@ CODECS: dict[str, Callable[[], Codec[Any]]] = {"light": light_codec, "wan": wan_
 
 @pytest.fixture(params=CODECS)
 def vae(request: pytest.FixtureRequest) -> Vae[Any]:
-    """A VAE for pictures of SIZE, around each of the codecs."""
+    """A VAE for pictures of SIZE, with each of the codecs."""
     rule = PictureRule("cover", width=SIZE[0], height=SIZE[1])
     return Vae(CODECS[request.param](), VaeConfig(request.param, rule, 25, {}))
 
 
 def session(seed: int = 0) -> Session:
-    """A session whose motion latents are its seed's."""
+    """Return a session with motion latents drawn from its seed."""
     generator = torch.Generator().manual_seed(seed)
     return Session(f"session {seed}", seed, torch.randn(16, MOTION_LATENTS, 2, 3, generator=generator))
 
 
 def blocks(count: int, seed: int = 0) -> list[Block]:
-    """The session's blocks from index 0."""
+    """Return the session's blocks from index 0."""
     generator = torch.Generator().manual_seed(1000 + seed)
     latents = torch.randn(count, 16, BLOCK_LATENTS, 2, 3, generator=generator)
     return [Block(index, torch.empty(0), latent) for index, latent in enumerate(latents)]

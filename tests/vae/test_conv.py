@@ -20,7 +20,7 @@ def test_the_first_step_is_its_own_past() -> None:
     assert torch.equal(Tails().extend(0, whole)[:, 0], whole[:, 0])
 
 
-def test_tails_are_fresh_until_a_layer_saw_something() -> None:
+def test_tails_are_fresh_before_the_first_step() -> None:
     tails = Tails()
     assert tails.is_fresh
     tails.extend(3, steps(1))
@@ -49,7 +49,7 @@ def test_a_step_convolution_sees_one_step_at_a_time() -> None:
     assert [torch.equal(before[:, t], after[:, t]) for t in range(3)] == [True, False, True]
 
 
-def test_only_layers_with_memory_look_back_and_none_looks_ahead() -> None:
+def test_only_layers_with_memory_see_the_past_and_none_the_future() -> None:
     whole = steps(4)
     changed = whole.clone()
     changed[:, 1] += 1

@@ -1,4 +1,4 @@
-"""Facts about frames in the encodings that a client can ask for."""
+"""Tests of avatar.vae.encodings."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ Frames = NDArray[np.uint8]
 
 @pytest.fixture(scope="module")
 def frames() -> Frames:
-    """Three blocks of a portrait that moves, (36, 64, 96, 3)."""
+    """Three blocks of a moving portrait, (36, 64, 96, 3)."""
     image = np.asarray(Image.open(PORTRAIT).convert("RGB").resize((96, 64)))
     return np.stack([np.roll(image, number // 2, axis=1) for number in range(36)])
 
@@ -33,7 +33,7 @@ def decoded(data: bytes, container: str | None) -> tuple[Frames, list[int]]:
 
 
 def pictures(encoded: list[Encoded], encoding: str, init: bytes = b"") -> Frames:
-    """What a client sees of a block."""
+    """Decode a block as a client does."""
     data = [each.data for each in encoded]
     match encoding:
         case "rgb24":
@@ -50,7 +50,7 @@ def psnr(one: Frames, two: Frames) -> float:
 
 
 @pytest.mark.parametrize("encoding", [name for name in ENCODINGS if name != "rgb24"])
-def test_every_block_can_be_seen_alone(encoding: str, frames: Frames) -> None:
+def test_every_block_decodes_independently(encoding: str, frames: Frames) -> None:
     block = frames[12:24]
     init = init_segment(encoding, 64, 96, RATE_HZ)
     shown = pictures(encode(block, encoding, RATE_HZ), encoding, init)
@@ -64,14 +64,14 @@ def test_raw_frames_are_their_bytes(frames: Frames) -> None:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_block_has_the_same_bytes_whatever_came_before(encoding: str, frames: Frames) -> None:
+def test_a_blocks_bytes_do_not_depend_on_earlier_blocks(encoding: str, frames: Frames) -> None:
     encode(frames[:12], encoding, RATE_HZ)
     later = encode(frames[12:24], encoding, RATE_HZ)
     assert later == encode(frames[12:24], encoding, RATE_HZ)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_block_begins_with_a_key_frame_and_holds_all_of_its_frames(encoding: str, frames: Frames) -> None:
+def test_a_block_starts_with_a_key_frame_and_holds_all_its_frames(encoding: str, frames: Frames) -> None:
     block = encode(frames[:9], encoding, RATE_HZ)
     assert block[0].is_key
     assert sum(each.num_frames for each in block) == 9
@@ -80,7 +80,7 @@ def test_a_block_begins_with_a_key_frame_and_holds_all_of_its_frames(encoding: s
         assert not any(each.is_key for each in block[1:])
 
 
-def test_frames_at_the_end_of_a_bare_block_can_be_left_out(frames: Frames) -> None:
+def test_trailing_frames_of_a_bare_block_can_be_dropped(frames: Frames) -> None:
     first, second = (encode(frames[at : at + 12], "h264", RATE_HZ) for at in (0, 12))
     shown = pictures(first[:5] + second, "h264")
     assert len(shown) == 17
@@ -88,7 +88,7 @@ def test_frames_at_the_end_of_a_bare_block_can_be_left_out(frames: Frames) -> No
 
 
 @pytest.mark.parametrize("blocks", [(0, 1, 2), (1, 2), (0, 2)], ids=["all", "later ones", "one left out"])
-def test_any_fragments_are_shown_at_their_frames_times(frames: Frames, blocks: tuple[int, ...]) -> None:
+def test_fragments_play_at_their_frames_times(frames: Frames, blocks: tuple[int, ...]) -> None:
     init = init_segment("fmp4", 64, 96, RATE_HZ)
     run = [encode(frames[12 * at :][:12], "fmp4", RATE_HZ, first_frame=12 * at)[0].data for at in blocks]
     shown, times = decoded(init + b"".join(run), "mp4")
@@ -108,7 +108,7 @@ def test_a_fragments_time_has_eight_bytes_and_its_last_frame_a_length(frames: Fr
 
 
 def box(fragment: bytes, name: bytes) -> bytes:
-    """What a box holds: its size in four bytes and its name stand before it."""
+    """Return a box's content; its size (four bytes) and name precede it."""
     at = fragment.index(name)
     return fragment[at + 4 : at - 4 + int.from_bytes(fragment[at - 4 : at], "big")]
 
@@ -123,7 +123,7 @@ def test_a_fragment_is_moof_and_mdat_and_nothing_else(frames: Frames) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["jpeg", "h264", "fmp4"])
-def test_more_quality_is_nearer_to_the_truth_and_takes_more_bytes(encoding: str, frames: Frames) -> None:
+def test_higher_quality_has_less_error_and_more_bytes(encoding: str, frames: Frames) -> None:
     blocks = [encode(frames[:12], encoding, RATE_HZ, quality) for quality in (10, 50, 95)]
     sizes = [sum(len(each.data) for each in block) for block in blocks]
     inits = [init_segment(encoding, 64, 96, RATE_HZ, quality) for quality in (10, 50, 95)]

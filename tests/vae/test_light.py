@@ -1,4 +1,4 @@
-"""The light codec."""
+"""Tests of avatar.vae.light."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.vae.conftest import LIGHT, light_codec
 
 
 def clip(frames: int, batch: int = 1, height: int = 32, width: int = 48) -> Tensor:
-    """A soft spot of light that moves over a slope of colour: (batch, 3, frames, height, width) in [-1, 1]."""
+    """Return clips of a soft moving spot on a colour gradient: (batch, 3, frames, height, width) in [-1, 1]."""
     time = torch.arange(frames)[:, None, None] / 25
     y, x = torch.linspace(0, 1, height)[:, None], torch.linspace(0, 1, width)
     spot = torch.exp(-((x - 0.3 - 0.2 * time) ** 2 + (y - 0.5) ** 2) / 0.05)
@@ -27,21 +27,21 @@ def psnr(actual: Tensor, expected: Tensor) -> float:
     return float(-10 * ((actual.detach() - expected) / 2).square().mean().log10())
 
 
-def test_time_is_counted_as_by_the_wan_codec() -> None:
+def test_time_strides_equal_the_wan_codecs() -> None:
     codec = light_codec()
     # Frames that do not fill a latent are left out.
     for frames, latents in ((1, 1), (4, 1), (5, 2), (8, 2), (73, 19)):
         assert codec.encode(clip(frames)).shape == (1, 16, latents, 4, 6)
-    state = codec.fresh()
+    state = codec.new_state()
     assert [codec.decode(noise(count), state).shape[2] for count in (1, 1, 3)] == [1, 4, 12]
-    assert codec.decode(noise(7), codec.fresh()).shape == (1, 3, 25, 16, 24)
+    assert codec.decode(noise(7), codec.new_state()).shape == (1, 3, 25, 16, 24)
 
 
 def test_a_whole_clip_equals_its_pieces() -> None:
     codec, latents = light_codec(), noise(12)
-    whole = codec.decode(latents, codec.fresh())
+    whole = codec.decode(latents, codec.new_state())
     for sizes in ([1] * 12, [7, 3, 2], [2, 10]):
-        state = codec.fresh()
+        state = codec.new_state()
         pieces = [codec.decode(part, state) for part in torch.split(latents, sizes, dim=2)]
         torch.testing.assert_close(torch.cat(pieces, dim=2), whole, rtol=0, atol=1e-5)
 
@@ -55,7 +55,7 @@ def test_encoding_is_causal() -> None:
     assert not torch.equal(before[:, :, 3], after[:, :, 3])
 
 
-def test_clips_of_a_batch_do_not_touch() -> None:
+def test_clips_of_a_batch_are_independent() -> None:
     codec = light_codec()
     frames = torch.cat([clip(9), -clip(9)])
     together = codec(frames)
@@ -63,7 +63,7 @@ def test_clips_of_a_batch_do_not_touch() -> None:
         torch.testing.assert_close(together[i : i + 1], codec(frames[i : i + 1]), rtol=0, atol=1e-5)
 
 
-def test_an_untrained_codec_already_shows_smooth_pictures() -> None:
+def test_an_untrained_codec_reconstructs_smooth_pictures() -> None:
     frames = clip(25, height=128, width=128)
     codec = initialise(tiny(), seed=0).requires_grad_(False)
     assert psnr(codec(frames), frames) > 40

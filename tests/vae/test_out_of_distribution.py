@@ -1,4 +1,4 @@
-"""What a picture of another kind is told by, with hand-made traits and with the checkpoint that ships."""
+"""Tests of avatar.vae.out_of_distribution, with hand-made descriptors and with the embedded checkpoint."""
 
 from dataclasses import asdict, replace
 from io import BytesIO
@@ -12,7 +12,7 @@ from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.part import Part
 from avatar.vae.out_of_distribution import OutOfDistributionCheck
 from avatar.vae.picture import PictureRule
-from avatar.vae.vae import Vae, VaeConfig, config_of, load
+from avatar.vae.vae import Vae, VaeConfig, load, parse_config
 from services.local.launch import ROOT
 from tests.conftest import ASSETS
 from tests.vae.conftest import LIGHT, SIZE, light_codec
@@ -22,7 +22,7 @@ KIND = OutOfDistributionCheck((1.0, 2.0), (1.0, 0.0, 0.5), 1.5, "unlike")
 RGB = torch.zeros(SIZE[1], SIZE[0], 3, dtype=torch.uint8)
 
 
-def test_distance_knows_how_traits_go_together() -> None:
+def test_distance_uses_the_covariance() -> None:
     assert KIND.distance(torch.tensor([1.0, 2.0])) == 0
     assert KIND.distance(torch.tensor([3.0, 2.0])) == pytest.approx(2 / 2**0.5)
     along = torch.randn(400, 1, generator=torch.Generator().manual_seed(0))
@@ -31,12 +31,12 @@ def test_distance_knows_how_traits_go_together() -> None:
     assert kind.distance(torch.tensor([1.0, -1.0])) > 10 > kind.limit > kind.distance(torch.tensor([1.0, 1.0]))
 
 
-def test_a_triangle_has_as_many_numbers_as_traits_need() -> None:
-    with pytest.raises(ValueError, match="triangle of 2 rows has 3 numbers, got 2"):
+def test_a_root_of_the_wrong_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="root must have 3 numbers for 2 components, got 2"):
         replace(KIND, root=(1.0, 2.0))
 
 
-def test_a_notice_is_for_pictures_beyond_the_limit() -> None:
+def test_pictures_beyond_the_limit_get_a_notice() -> None:
     codec = light_codec()
     plain = Vae(codec, VaeConfig("light", PictureRule("cover", width=SIZE[0], height=SIZE[1]), 25, asdict(LIGHT)))
     motion = plain.encode_picture(RGB)
@@ -48,15 +48,15 @@ def test_a_notice_is_for_pictures_beyond_the_limit() -> None:
     assert Vae(codec, replace(plain.config, familiar=away)).notice(RGB, motion) == "unlike"
 
 
-def test_the_config_remembers_the_kind() -> None:
+def test_the_check_is_saved_in_the_config() -> None:
     part = open_part(ROOT / "models/tiny", "vae")
-    config = config_of({**part.config, "familiar": asdict(KIND)})
+    config = parse_config({**part.config, "familiar": asdict(KIND)})
     assert config.familiar == KIND
     assert load(Part(part.folder, asdict(config), part.files)).config.familiar == KIND
 
 
-def test_the_portraits_that_ship_are_familiar_and_other_pictures_are_not() -> None:
-    """Fails when the codec has changed and `python -m training.out_of_distribution` has not been called again."""
+def test_the_shipped_portraits_pass_and_other_pictures_do_not() -> None:
+    """It fails if the codec changed and `python -m training.out_of_distribution` was not run again."""
     vae = load(open_part(ROOT / "models/tiny", "vae"))
 
     def notice(data: bytes) -> str:

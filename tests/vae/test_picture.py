@@ -1,4 +1,4 @@
-"""Pictures of all kinds, good and bad."""
+"""Tests of avatar.vae.picture."""
 
 import io
 import struct
@@ -36,7 +36,7 @@ def half(data: bytes) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size, and has hardly any pixels."""
+    """Return a PNG whose header claims a size, with hardly any pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -56,7 +56,7 @@ def test_three_formats_are_read(kind: str) -> None:
     assert (rgb[:, -1, 0].float() - rgb[:, 0, 0].float()).min() > 150
 
 
-def test_a_picture_of_the_videos_size_is_left_as_it_is() -> None:
+def test_a_picture_of_the_videos_size_is_unchanged() -> None:
     image = photo(64, 48)
     assert torch.equal(read_picture(file(image), COVER), pixels_of(image))
     image = photo(128, 64)
@@ -94,7 +94,7 @@ def test_bad_pictures_are_refused_with_the_reason(data: bytes, words: str, rule:
         read_picture(data, rule)
 
 
-def test_pillows_warnings_stay_inside() -> None:
+def test_pillows_warnings_are_silenced() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with pytest.raises(ValueError, match="too large"):
@@ -104,7 +104,7 @@ def test_pillows_warnings_stay_inside() -> None:
     assert not caught
 
 
-def test_of_an_animation_the_first_frame_is_taken() -> None:
+def test_an_animation_gives_its_first_frame() -> None:
     first, second = photo(64, 48), Image.new("RGB", (64, 48), "black")
     for kind in ("PNG", "WEBP"):
         data = file(
@@ -113,7 +113,7 @@ def test_of_an_animation_the_first_frame_is_taken() -> None:
         assert torch.equal(read_picture(data, COVER), pixels_of(first))
 
 
-def test_transparent_parts_are_white_when_covering_and_ignored_as_by_the_reference() -> None:
+def test_transparent_parts_are_white_with_cover_and_ignored_with_reference() -> None:
     image = photo(64, 64, "RGBA")
     image.putalpha(Image.fromarray(np.repeat([[0], [255]], 32, axis=0).astype(np.uint8) * np.ones((1, 64), np.uint8)))
     opaque = pixels_of(photo(64, 64))
@@ -131,7 +131,7 @@ def test_colour_modes_become_rgb(mode: str) -> None:
         assert read_picture(data, rule).shape[2] == 3
 
 
-def test_exif_orientation_turns_the_picture_when_covering_and_not_as_by_the_reference() -> None:
+def test_exif_orientation_applies_with_cover_and_not_with_reference() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn a quarter clockwise to see it upright
     data = file(photo(128, 64), exif=exif.tobytes())
@@ -140,14 +140,14 @@ def test_exif_orientation_turns_the_picture_when_covering_and_not_as_by_the_refe
     assert torch.equal(read_picture(data, FREE, fit="reference"), pixels_of(photo(128, 64)))
 
 
-def test_covering_leaves_no_part_empty_and_keeps_the_centre() -> None:
+def test_cover_fills_the_frame_and_keeps_the_centre() -> None:
     image = Image.new("RGB", (400, 100), "red")
     image.paste("blue", (150, 0, 250, 100))
     rgb = read_picture(file(image), PictureRule("cover", width=64, height=64))
     assert (rgb == torch.tensor([0, 0, 255], dtype=torch.uint8)).all(dim=2)[:, 1:-1].all()
 
 
-def test_the_references_fit_pads_with_black() -> None:
+def test_reference_pads_with_black() -> None:
     fitted = pixels_of(fit_reference(Image.new("RGB", (1280, 720), "white"), (704, 384)))
     # 682 columns of picture between 11 and 11 of black.
     assert torch.equal(fitted.amin(dim=(0, 2)).nonzero()[:, 0], torch.arange(11, 693))
@@ -201,7 +201,7 @@ def test_a_picture_too_narrow_for_any_size_is_refused() -> None:
         size_within((8192, 16), 8192)
 
 
-def test_an_asked_size_must_be_on_the_grid_and_within_the_area() -> None:
+def test_a_requested_size_must_be_on_the_grid_and_within_the_area() -> None:
     data = file(photo(200, 100))
     assert read_picture(data, FREE, size=(64, 128)).shape == (128, 64, 3)
     for size, words in (
@@ -214,7 +214,7 @@ def test_an_asked_size_must_be_on_the_grid_and_within_the_area() -> None:
             read_picture(data, FREE, size=size)
 
 
-def test_where_there_is_one_size_others_are_refused() -> None:
+def test_a_fixed_size_refuses_others() -> None:
     data = file(photo(200, 100))
     assert read_picture(data, COVER, size=(64, 48)).shape == (48, 64, 3)
     with pytest.raises(ValueError, match="size must be 64x48, the only one of this checkpoint, got 128x128"):
@@ -229,6 +229,6 @@ def test_an_unknown_fit_is_refused() -> None:
 @pytest.mark.parametrize(
     "fields", [{}, {"width": 64}, {"width": 64, "height": 64, "area": 4096}, {"area": 0}, {"width": -64, "height": 64}]
 )
-def test_a_rule_has_one_size_or_an_area(fields: dict[str, int]) -> None:
+def test_a_rule_has_a_size_or_an_area(fields: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="picture rule"):
         PictureRule("cover", **fields)

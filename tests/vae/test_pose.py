@@ -20,7 +20,7 @@ def frames(count: int) -> list[NDArray[np.uint8]]:
     return [generator.integers(0, 256, (20, 30, 3), np.uint8) for _ in range(count)]
 
 
-def test_a_clip_is_encoded_alone_behind_its_first_frame_once_more() -> None:
+def test_a_clip_is_encoded_with_its_first_frame_repeated() -> None:
     codec, video = light_codec(), frames(24 + 10)
     clips = list(islice(pose_latents(codec, iter(video), SIZE, "reference", 24), 4))
     pixels = [to_pixels(torch.from_numpy(np.array(fit_reference(Image.fromarray(frame), SIZE)))) for frame in video]
@@ -33,7 +33,7 @@ def test_a_clip_is_encoded_alone_behind_its_first_frame_once_more() -> None:
     assert torch.equal(clips[3], clips[2])
 
 
-def test_no_more_of_the_video_is_read_than_a_clip_needs() -> None:
+def test_only_a_clips_frames_are_read() -> None:
     read = 0
 
     def counted() -> Iterator[NDArray[np.uint8]]:

@@ -1,4 +1,4 @@
-"""The Wan codec."""
+"""Tests of avatar.vae.wan."""
 
 import pytest
 import torch
@@ -12,39 +12,39 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def test_equals_the_public_methods_of_diffusers() -> None:
+def test_codec_equals_the_public_methods_of_diffusers() -> None:
     codec, frames, latents = wan_codec(), noise(1, 3, 13, 16, 24).clamp(-1, 1), noise(1, 16, 6, 2, 3)
     mean, std = (torch.tensor(table).view(1, 16, 1, 1, 1) for table in (WAN_MEAN, WAN_STD))
     with torch.inference_mode():
         encoded = (codec.network.encode(frames).latent_dist.mode() - mean) / std
         decoded = codec.network.decode(latents * std + mean).sample
         torch.testing.assert_close(codec.encode(frames), encoded, rtol=0, atol=1e-6)
-        torch.testing.assert_close(codec.decode(latents, codec.fresh()).clamp(-1, 1), decoded, rtol=0, atol=1e-5)
+        torch.testing.assert_close(codec.decode(latents, codec.new_state()).clamp(-1, 1), decoded, rtol=0, atol=1e-5)
 
 
 def test_a_whole_clip_equals_its_pieces_to_the_bit() -> None:
     codec, latents = wan_codec(), noise(1, 16, 12, 2, 3)
     with torch.inference_mode():
-        whole = codec.decode(latents, codec.fresh())
+        whole = codec.decode(latents, codec.new_state())
         for sizes in ([1] * 12, [7, 3, 2], [2, 10]):
-            state = codec.fresh()
+            state = codec.new_state()
             pieces = [codec.decode(part, state) for part in torch.split(latents, sizes, dim=2)]
             assert torch.equal(torch.cat(pieces, dim=2), whole)
 
 
-def test_frames_that_do_not_fill_a_latent_are_left_out() -> None:
+def test_frames_that_do_not_fill_a_latent_are_dropped() -> None:
     codec, frames = wan_codec(), noise(1, 3, 12, 16, 24)
     with torch.inference_mode():
         assert torch.equal(codec.encode(frames), codec.encode(frames[:, :, :9]))
 
 
-def test_encoding_leaves_streams_alone() -> None:
+def test_encoding_does_not_change_streams() -> None:
     codec, latents = wan_codec(), noise(1, 16, 4, 2, 3)
     with torch.inference_mode():
-        state = codec.fresh()
+        state = codec.new_state()
         codec.decode(latents[:, :, :2], state)
         known = codec.decode(latents[:, :, 2:], state)
-        state = codec.fresh()
+        state = codec.new_state()
         codec.decode(latents[:, :, :2], state)
         codec.encode(noise(1, 3, 5, 16, 24))
         assert torch.equal(codec.decode(latents[:, :, 2:], state), known)
@@ -57,9 +57,9 @@ def test_computes_in_the_weights_dtype() -> None:
     with torch.inference_mode():
         latents = codec.encode(frames)
         torch.testing.assert_close(half.encode(frames), latents, rtol=0, atol=0.05)
-        shown = half.decode(latents, half.fresh())
+        shown = half.decode(latents, half.new_state())
         assert shown.dtype == torch.bfloat16
-        torch.testing.assert_close(shown.float(), codec.decode(latents, codec.fresh()), rtol=0, atol=0.2)
+        torch.testing.assert_close(shown.float(), codec.decode(latents, codec.new_state()), rtol=0, atol=0.2)
 
 
 def test_configs_of_other_codecs_are_refused() -> None:

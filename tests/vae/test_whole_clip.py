@@ -12,7 +12,7 @@ VAE = Vae(CODEC, VaeConfig("light", PictureRule("cover", width=16, height=16), 2
 RGB = torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_motion_is_the_end_of_a_long_still_and_the_sink_its_second_latent() -> None:
+def test_motion_is_the_end_of_a_long_still_clip_and_the_sink_its_second_latent() -> None:
     codec = wan_codec()  # a still's latents differ only as long as it sees the beginning
     vae = Vae(codec, VAE.config)
     motion, sink = encode_picture(vae, RGB)
@@ -23,14 +23,14 @@ def test_motion_is_the_end_of_a_long_still_and_the_sink_its_second_latent() -> N
     assert not torch.equal(sink, still[:, :1])
 
 
-def test_a_clip_is_decoded_behind_the_frames_before_it_encoded_anew() -> None:
+def test_a_clip_is_decoded_after_the_reencoded_frames_before_it() -> None:
     generator = torch.Generator().manual_seed(1)
     clips = [torch.randn(16, frames, 2, 2, generator=generator) for frames in (6, 21, 3)]
     window = VAE.still_clip(RGB, WINDOW_FRAMES)
     for shown, clip, count in zip(decode_clips(VAE, RGB, clips), clips, (21, 84, 12), strict=True):
         with torch.inference_mode():
             behind = torch.cat([CODEC.encode(window), clip[None]], dim=2)
-            expected = CODEC.decode(behind, CODEC.fresh()).clamp(-1, 1)[0]
+            expected = CODEC.decode(behind, CODEC.new_state()).clamp(-1, 1)[0]
         assert torch.equal(shown, expected[:, -count:])
         # A clip of 84 frames moves the window by 73.
         moved = min(count, MOTION_FRAMES)

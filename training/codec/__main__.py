@@ -153,7 +153,7 @@ def losses(
         latents = codec.encode(frames).float()
         amount = recipe.noise * torch.rand(len(frames), 1, 1, 1, 1, generator=generator) * latents.std()
         noise = amount * torch.randn(latents.shape, generator=generator)
-        result = codec.decode(latents + noise, codec.fresh())
+        result = codec.decode(latents + noise, codec.new_state())
     error = result.float() - frames
     logs = latents.var((0, 2, 3, 4)).clamp_min(1e-6).log()
     return {

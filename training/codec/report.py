@@ -57,7 +57,7 @@ def report(codec: LightCodec, clips: Sequence[StoredClip], sheet: Path | None = 
             latent = codec.encode(frames[None]).float()
             noise = torch.randn(latent.shape, generator=generator) * NOISE * latent.std()
             result, degraded = (
-                codec.decode(value, codec.fresh())[0].float().clamp(-1, 1) for value in (latent, latent + noise)
+                codec.decode(value, codec.new_state())[0].float().clamp(-1, 1) for value in (latent, latent + noise)
             )
         error = (result - frames) ** 2
         whole.append(error.mean())

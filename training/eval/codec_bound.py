@@ -32,7 +32,7 @@ def codec_figures(
         pixels = to_pixels(truth)
         codec = models.vae.codec
         with torch.inference_mode():
-            decoded = codec.decode(codec.encode(pixels[None]), codec.fresh())[0].float().clamp(-1, 1)
+            decoded = codec.decode(codec.encode(pixels[None]), codec.new_state())[0].float().clamp(-1, 1)
         error = (decoded - pixels) ** 2
         whole.append(reduce(error, "c f h w -> 1", "mean"))
         if clip.has("lips"):

@@ -51,5 +51,5 @@ def rollout_rows(
 
 def frames_of(latents: Tensor, reference: Tensor, codec: Vae[Any]) -> Tensor:
     """(b, f, 3, h, w): what latents look like after the reference."""
-    frames = codec.codec.decode(torch.cat([reference, latents.to(reference)], dim=2), codec.codec.fresh())
+    frames = codec.codec.decode(torch.cat([reference, latents.to(reference)], dim=2), codec.codec.new_state())
     return rearrange(frames[:, :, -latents.shape[2] * FRAMES_PER_LATENT :].float().cpu(), "b c f h w -> b f c h w")
