@@ -135,17 +135,14 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
     async def _blocks(
         self, opened: pb.OpenDenoise, requests: AsyncIterator[pb.DenoiseRequest], link: Link | None
     ) -> AsyncGenerator[Block, None]:
-        """The stream's blocks, with the conditions that they name; a version that is new here is read once."""
+        """Yield the stream's blocks with their conditions, which the first block of each version carries."""
         conditions: Conditions | None = None
         async with aclosing(parts(requests, "block")) as blocks:
             async for block in blocks:
                 if conditions is None and block.index != opened.first_block:
                     raise ValueError(f"the first block is {block.index}, expected {opened.first_block} as opened")
                 if conditions is None or block.conditions != conditions.version:
-                    kept = block.carried
-                    if not block.HasField("carried"):
-                        kept = await self._store.conditions(opened.session_id, block.conditions)
-                    conditions = conditions_from_pb(kept)
+                    conditions = carried_conditions(block)
                 received = block_from_pb(block, conditions)
                 yield await link.take(received) if link else received
 
@@ -162,6 +159,17 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         except (StoreUnavailable, SessionNotFound):  # an emptied store is told again by the caller
             logger.warning("sink not kept", extra={"session": telemetry.tag(session_id)})
         return conditions
+
+
+def carried_conditions(block: types_pb2.Block) -> Conditions:
+    """Return the conditions that a block carries. ValueError unless they are of the version that it names."""
+    if not block.HasField("carried") or block.carried.version != block.conditions:
+        carried = f"carries version {block.carried.version}" if block.HasField("carried") else "carries none"
+        raise ValueError(
+            f"block {block.index} is the stream's first under version {block.conditions} of the conditions and"
+            f" {carried}; it must carry that version"
+        )
+    return conditions_from_pb(block.carried)
 
 
 def on_host(block: Block) -> Block:

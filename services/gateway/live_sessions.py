@@ -242,6 +242,9 @@ class Conversations:
                 conditions = await self._store.conditions(session.id, position.conditions)
                 async with open_stages(self._workers, _opening(session, choices, position), self._settings) as streams:
                     conversation = Conversation(streams, choices, session, position, conditions, self._settings)
+                    if position.coming_conditions:
+                        coming = await self._store.conditions(session.id, position.coming_conditions)
+                        conversation.versions.keep(coming)
                     position.opened = opened.SerializeToString()
                     held = self._held[session.id] = Held(opened, conversation, streams.init_segment)
                     try:

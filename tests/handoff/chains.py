@@ -104,6 +104,7 @@ async def made_there(stage: RemoteChain, checkpoint: Path, session: Session, pau
     """The same by a stage."""
     is_updated = asyncio.Event()
     made: list[bytes] = []
+    conditions = conditions_to_pb(first_conditions(session))
 
     async def blocks() -> AsyncGenerator[pb.Block, None]:
         for block in blocks_of(session, checkpoint):
@@ -112,11 +113,15 @@ async def made_there(stage: RemoteChain, checkpoint: Path, session: Session, pau
                 await is_updated.wait()
             message = block_to_pb(block)
             message.conditions = int(block.index >= SINK_UPDATE_BLOCK)
+            if block.index in (0, SINK_UPDATE_BLOCK):
+                message.carried.CopyFrom(conditions)
             yield message
 
     async for answer in stage(blocks()):
         assert answer.index == len(made)
-        is_updated.set()
+        if answer.HasField("carried"):
+            conditions = answer.carried
+            is_updated.set()
         made.append(answer.latent.data)
     return made
 

@@ -10,12 +10,13 @@ import pytest
 import pytest_asyncio
 
 from avatar.errors import StageLost
-from avatar.rpc.codec import block_to_pb
+from avatar.rpc.codec import block_to_pb, conditions_to_pb
 from avatar.worker.v1 import types_pb2 as pb
 from tests.handoff.chains import (
     NUM_BLOCKS,
     Chain,
     blocks_of,
+    first_conditions,
     in_processes,
     in_this_process,
     made_here,
@@ -47,8 +48,12 @@ async def first_blocks(
     checkpoint: Path, count: int, end: BaseException | None = None
 ) -> AsyncGenerator[pb.Block, None]:
     """A few blocks, and then the error, or nothing more for ever."""
-    for block in blocks_of(random_session("", 9), checkpoint)[:count]:
-        yield block_to_pb(block)
+    session = random_session("", 9)
+    for block in blocks_of(session, checkpoint)[:count]:
+        message = block_to_pb(block)
+        if block.index == 0:
+            message.carried.CopyFrom(conditions_to_pb(first_conditions(session)))
+        yield message
     if end:
         raise end
     await asyncio.Event().wait()

@@ -80,9 +80,9 @@ async def spoken_through(
     return out
 
 
-async def begun(stub: pb_grpc.AvatarServiceAsyncStub, picture: bytes) -> tuple[types.Session, Call]:
-    """A session whose stream is open."""
-    session = await new_session(stub, picture, seed=7)
+async def begun(stub: pb_grpc.AvatarServiceAsyncStub, picture: bytes, **fields: Any) -> tuple[types.Session, Call]:
+    """A session, with these further fields, whose stream is open."""
+    session = await new_session(stub, picture, seed=7, **fields)
     call = stub.StreamAvatar(timeout=60)
     await call.write(opened(session.id))
     await answer(call)
@@ -139,8 +139,11 @@ async def test_all_stages_are_lost_at_once(checkpoint: Path, store: SessionStore
     assert len(jumps(streamed)) == 1
 
 
-async def test_a_session_goes_on_at_another_gateway(checkpoint: Path, store: SessionStore, picture: bytes) -> None:
-    """It hears again what was not shown; its frames go on, and its window begins anew."""
+@pytest.mark.parametrize("sink_update_block", [2, 11], ids=["sink updated before", "sink updated after"])
+async def test_a_session_goes_on_at_another_gateway(
+    checkpoint: Path, store: SessionStore, picture: bytes, sink_update_block: int
+) -> None:
+    """It receives again the audio that was not shown; its frames go on, and its window starts anew."""
     requests = [*spoken(sound(2 * SECONDS)), CLOSE]
     out = Streamed()
     async with (
@@ -150,7 +153,7 @@ async def test_a_session_goes_on_at_another_gateway(checkpoint: Path, store: Ses
         connected(first) as stub,
         connected(second) as other,
     ):
-        session, lost = await begun(stub, picture)
+        session, lost = await begun(stub, picture, sink_update_block=sink_update_block)
         for request in requests:
             await lost.write(request)
         while len(out.frames) < 80:
@@ -171,7 +174,8 @@ async def test_a_session_goes_on_at_another_gateway(checkpoint: Path, store: Ses
     assert jumps(out) == [next_frame]
     # Frames that the first gateway had sent and the client had not read are not made again.
     assert 0 <= 13 * 12 - (3 + len(out.frames)) <= 48
-    assert out.pixels[:80] == rendered(checkpoint, picture, sound(2 * SECONDS), seed=7)[:80]
+    whole = rendered(checkpoint, picture, sound(2 * SECONDS), seed=7, sink_update_block=sink_update_block)
+    assert out.pixels[:80] == whole[:80]
     assert state == types.Session.STATE_CLOSED
 
 

@@ -1,0 +1,57 @@
+"""Tests of services.denoiser.service: where a stream's conditions come from."""
+
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+
+from avatar.errors import StageFailed
+from avatar.rpc.channel import channel
+from avatar.rpc.client import remote_denoiser
+from avatar.rpc.codec import block_to_pb, conditions_to_pb, tensor_to_pb
+from avatar.rpc.server import serving
+from avatar.runtime.device_queue import DeviceQueue
+from avatar.settings import DenoiserSettings
+from avatar.store.sessions import SessionStore
+from avatar.worker.v1 import types_pb2 as pb
+from avatar.worker.v1.denoiser_pb2 import OpenDenoise
+from services.denoiser.__main__ import build
+from tests.handoff.chains import blocks_of, first_conditions, random_session
+
+
+@pytest.mark.parametrize(
+    ("carried", "message"),
+    [
+        ([], "block 0 is the stream's first under version 0 .* carries none"),
+        ([1], "block 0 .* version 0 of the conditions and carries version 1"),
+        ([0], "block 1 is the stream's first under version 1 .* carries none"),
+        ([0, 0], "block 1 .* version 1 of the conditions and carries version 0"),
+    ],
+)
+async def test_the_first_block_of_a_version_must_carry_it(
+    checkpoint: Path, store: SessionStore, carried: list[int], message: str
+) -> None:
+    """Even if the store has it."""
+    session = random_session("a", 1)
+    versions = [conditions_to_pb(first_conditions(session)) for _ in range(2)]
+    versions[1].version = 1
+    constants = pb.Session(id=session.id, seed=session.seed, motion=tensor_to_pb(session.motion))
+    await store.create(constants, versions[0], pb.Position(ttl_s=60.0))
+    await store.put_conditions(session.id, versions[1])
+
+    async def blocks() -> AsyncGenerator[pb.Block, None]:
+        for block in blocks_of(session, checkpoint)[:2]:
+            sent = block_to_pb(block)
+            sent.conditions = block.index
+            if block.index < len(carried):
+                sent.carried.CopyFrom(versions[carried[block.index]])
+            yield sent
+
+    with DeviceQueue() as queue:
+        servicer = build(DenoiserSettings(checkpoint=checkpoint), store, queue)
+        async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
+            stage = remote_denoiser(connection, 0)
+            await stage.open(OpenDenoise(session_id=session.id))
+            with pytest.raises(StageFailed, match=message):
+                async for _ in stage(blocks()):
+                    pass
