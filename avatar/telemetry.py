@@ -1,13 +1,13 @@
 """Logs, traces, and the list of every metric.
 
-Logs are one JSON object a line. Traces and metrics are exported by OTLP over gRPC when OTEL_EXPORTER_OTLP_ENDPOINT (or
-the one for traces or metrics alone) is set; metrics can be read at http://HOST:9464/metrics when OTEL_METRICS_EXPORTER
-names `prometheus`. They cost next to nothing when neither is. A block is a trace: its audio stage is the root span,
-every other stage is a child, and `traceparent` rides on the block; the root links to the session's span.
+Logs are one JSON object a line. Traces and metrics are exported by OTLP over gRPC if OTEL_EXPORTER_OTLP_ENDPOINT (or
+the variable for traces or metrics alone) is set; metrics are served at http://HOST:9464/metrics if
+OTEL_METRICS_EXPORTER names `prometheus`. With neither, both cost next to nothing. A block is a trace: its audio stage
+is the root span, every other stage is a child, and `traceparent` travels with the block; the root links to the
+session's span.
 """
 
 import hashlib
-import json
 import logging
 import os
 import sys
@@ -18,12 +18,13 @@ from typing import Any
 from opentelemetry import metrics, trace
 from opentelemetry.trace import Link, SpanContext
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from pythonjsonlogger.json import JsonFormatter
 
 _tracer = trace.get_tracer("avatar")
 _meter = metrics.get_meter("avatar")
 _propagator = TraceContextTextMapPropagator()
 
-# A block is 0.48 s of video: what takes longer at a stage is not real time. Streams last minutes.
+# A block is 0.48 s of video: a stage that takes longer is slower than real time. Streams last minutes.
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.48, 0.75, 1, 2.5, 5, 10, 60, 600)
 
 
@@ -32,52 +33,46 @@ def _durations(name: str, description: str) -> metrics.Histogram:
 
 
 # Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae, encode), `level`, `reason`, `kept`, and
-# those of the RPC conventions; never a session's name.
+# those of the RPC conventions; never a session's id.
 BLOCK_DURATION = _durations("avatar.block.duration", "Computing one block at one stage")
-BLOCK_WAIT = _durations("avatar.block.queue_wait", "Waiting of one block for its stage's device")
+BLOCK_WAIT = _durations("avatar.block.queue_wait", "Waiting time of one block for its stage's device")
 SESSIONS_ACTIVE = _meter.create_up_down_counter("avatar.session.active", "{session}", "Streams open at a service")
 SESSIONS_CAPACITY = _meter.create_up_down_counter("avatar.session.capacity", "{session}", "Streams a worker takes")
 SESSIONS_CLOSED = _meter.create_counter("avatar.session.closed", "{session}", "Streams that ended, by reason")
 REBUILD_DURATION = _durations("avatar.rebuild.duration", "Opening a lost stream at another worker")
-TEXT_DURATION = _durations("avatar.text.duration", "Embedding one prompt, or finding it kept")
-TIME_TO_FIRST_FRAME = _durations("avatar.time_to_first_frame", "From the first sound to the first frame")
+TEXT_DURATION = _durations("avatar.text.duration", "Embedding one prompt, or reading it from the store")
+TIME_TO_FIRST_FRAME = _durations("avatar.time_to_first_frame", "From the first audio to the first frame")
 RPC_DURATION = _durations("rpc.server.call.duration", "Duration of inbound calls")
 
-# Attributes that every LogRecord has; what else it has came as `extra`.
-_PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
+def log_formatter() -> logging.Formatter:
+    """Return the formatter of log lines: a JSON object each.
 
-class JsonFormatter(logging.Formatter):
-    """A record as one JSON object: time, level, logger, message, extra fields, and the traceback if there is one."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line.update((key, value) for key, value in vars(record).items() if key not in _PLAIN)
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+    Its keys are time (UTC), level, logger, message, the record's extra fields, and traceback if there is one. A value
+    that JSON does not support is written as text.
+    """
+    names = {"asctime": "time", "levelname": "level", "name": "logger", "message": "message"}
+    formatter = JsonFormatter(list(names), rename_fields={**names, "exc_info": "traceback"}, json_default=str)
+    formatter.converter = time.gmtime
+    formatter.default_time_format, formatter.default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+    return formatter
 
 
 def set_up(service: str, log_level: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Configure the process: logs to standard error, and what the usual variables of OpenTelemetry ask for.
+    """Configure the process: logs to standard error, and the exporters that OpenTelemetry's variables ask for.
 
-    service: its name in traces and metrics, unless OTEL_SERVICE_NAME says otherwise.
-    ValueError if there is no such log level, OTLP is asked for by another protocol than gRPC, or metrics cannot be
-    served where the environment says.
+    service: its name in traces and metrics, unless OTEL_SERVICE_NAME gives another.
+    ValueError if the log level does not exist, if OTEL_EXPORTER_OTLP_PROTOCOL is not gRPC, or if metrics cannot be
+    served at the given host and port.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(log_formatter())
     logging.basicConfig(level=log_level.upper(), handlers=[handler], force=True)
-    is_sent = any(
+    is_exported = any(
         name.startswith("OTEL_EXPORTER_OTLP") and name.endswith("ENDPOINT") and value for name, value in environ.items()
     )
     exporters = {name.strip() for name in environ.get("OTEL_METRICS_EXPORTER", "otlp").split(",")}
-    if not is_sent and "prometheus" not in exporters:
+    if not is_exported and "prometheus" not in exporters:
         return
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
@@ -87,8 +82,8 @@ def set_up(service: str, log_level: str, environ: Mapping[str, str] = os.environ
     resource = Resource.create({} if is_named else {"service.name": service})
     readers: list[MetricReader] = []
     if "prometheus" in exporters:
-        readers.append(_served(environ))
-    if is_sent:
+        readers.append(_serve_metrics(environ))
+    if is_exported:
         from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace import TracerProvider
@@ -107,8 +102,8 @@ def set_up(service: str, log_level: str, environ: Mapping[str, str] = os.environ
         metrics.set_meter_provider(MeterProvider(resource=resource, metric_readers=readers))
 
 
-def _served(environ: Mapping[str, str]) -> Any:
-    """What collects metrics when somebody asks for `/metrics`, and the server that they ask."""
+def _serve_metrics(environ: Mapping[str, str]) -> Any:
+    """Start the HTTP server of `/metrics`; return the reader that collects metrics on each request."""
     from opentelemetry.exporter.prometheus import PrometheusMetricReader
     from prometheus_client import start_http_server
 
@@ -122,12 +117,12 @@ def _served(environ: Mapping[str, str]) -> Any:
 
 
 def tag(session_id: str) -> str:
-    """What logs and traces call a session: who knows its name can stream, so they do not say it."""
+    """Return a session's name in logs and traces: a hash, since anyone who has its id can stream."""
     return hashlib.sha256(session_id.encode()).hexdigest()[:12]
 
 
 def session_span(session_id: str) -> str:
-    """Mark a session's start with a span of its own; its traceparent, empty if traces are off."""
+    """Record a session's start as a span of its own; return its traceparent, empty if traces are off."""
     span = _tracer.start_span("avatar.session", attributes={"avatar.session": tag(session_id)})
     span.end()
     return _traceparent(span)
@@ -166,9 +161,9 @@ def block_span(
 
 
 def text_span(start_ns: int, end_ns: int, *, kept: bool) -> None:
-    """Record the embedding of one prompt, a trace of its own: its session has no name yet.
+    """Record the embedding of one prompt as a trace of its own, since its session has no id yet.
 
-    start_ns, end_ns: wall clock, nanoseconds. kept: it was found in the store.
+    start_ns, end_ns: wall clock, nanoseconds. kept: it came from the store.
     """
     TEXT_DURATION.record((end_ns - start_ns) / 1e9, {"kept": kept})
     _tracer.start_span("avatar.text", start_time=start_ns, attributes={"avatar.kept": kept}).end(end_ns)

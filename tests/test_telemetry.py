@@ -28,20 +28,20 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext
 
 from avatar import telemetry
-from avatar.telemetry import JsonFormatter, block_span, session_span, set_up, tag, text_span
+from avatar.telemetry import block_span, log_formatter, session_span, set_up, tag, text_span
 from services.local.launch import free_ports
 
-METRICS = ["avatar.block.duration"]  # of a block that waited for no device
+METRICS = ["avatar.block.duration"]  # those of a block without a device queue
 SECOND_NS = 1_000_000_000
 WAIT_S = 30.0
 
 
 def formatted(message: str, *args: object, exc_info: Any = None, **extra: object) -> dict[str, Any]:
-    """A record as it stands in the log."""
+    """Return a record's line in the log."""
     logger = logging.getLogger("avatar.tests")
     record = logger.makeRecord(logger.name, logging.WARNING, "file.py", 1, message, args, exc_info, extra=extra)
     record.created, record.msecs = 86400.25, 250.0
-    text = JsonFormatter().format(record)
+    text = log_formatter().format(record)
     assert "\n" not in text
     line: dict[str, Any] = json.loads(text)
     return line
@@ -56,15 +56,15 @@ def test_a_log_line_is_an_object_with_time_level_logger_and_message() -> None:
     }
 
 
-def test_extra_fields_stand_beside_the_message() -> None:
+def test_extra_fields_are_keys_of_the_line() -> None:
     line = formatted("stream ended", session="a", duration_s=1.5, stages=["audio", "vae"], code=grpc.StatusCode.OK)
     assert line["session"] == "a"
     assert line["duration_s"] == 1.5
     assert line["stages"] == ["audio", "vae"]
-    assert line["code"] == "StatusCode.OK", "what JSON does not know is written as text"
+    assert line["code"] == "StatusCode.OK", "JSON does not support it"
 
 
-def test_a_traceback_stands_in_the_line() -> None:
+def test_a_traceback_is_a_key_of_the_line() -> None:
     try:
         raise KeyError("nobody\nhere")
     except KeyError:
@@ -74,7 +74,7 @@ def test_a_traceback_stands_in_the_line() -> None:
     assert line["traceback"].endswith("KeyError: 'nobody\\nhere'")
 
 
-def test_a_log_level_that_is_not_there_is_refused() -> None:
+def test_an_unknown_log_level_is_refused() -> None:
     with pytest.raises(ValueError, match="LOUD"):
         set_up("avatar-test", "LOUD", {})
 
@@ -85,7 +85,7 @@ def only(spans: InMemorySpanExporter) -> ReadableSpan:
 
 
 def ids(context: SpanContext | None) -> tuple[str, str]:
-    """Of the trace and of the span, as a traceparent has them."""
+    """Return the ids of the trace and of the span, as a traceparent writes them."""
     assert context is not None
     return trace.format_trace_id(context.trace_id), trace.format_span_id(context.span_id)
 
@@ -97,18 +97,18 @@ def ids_of(traceparent: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def test_a_block_of_the_first_stage_begins_a_trace(spans: InMemorySpanExporter) -> None:
-    given = block_span("audio", 7, 3 * SECOND_NS, 4 * SECOND_NS)
+def test_a_block_of_the_first_stage_starts_a_trace(spans: InMemorySpanExporter) -> None:
+    traceparent = block_span("audio", 7, 3 * SECOND_NS, 4 * SECOND_NS)
     span = only(spans)
     assert span.name == "avatar.audio"
     assert span.parent is None
     assert dict(span.attributes or {}) == {"avatar.stage": "audio", "avatar.block.index": 7}
     assert (span.start_time, span.end_time) == (3 * SECOND_NS, 4 * SECOND_NS)
-    assert ids_of(given) == ids(span.context)
+    assert ids_of(traceparent) == ids(span.context)
     assert not span.links
 
 
-def test_later_stages_hang_below_the_first_and_pass_its_context_on(spans: InMemorySpanExporter) -> None:
+def test_later_stages_are_children_of_the_first_and_pass_its_context_on(spans: InMemorySpanExporter) -> None:
     parent = block_span("audio", 7, 0, 0)
     first = only(spans)
     spans.clear()
@@ -129,11 +129,11 @@ def test_a_block_links_to_its_session(spans: InMemorySpanExporter) -> None:
     block_span("audio", 0, 0, 0, link=session)
     span = only(spans)
     assert [ids(link.context) for link in span.links] == [ids(opened.context)]
-    assert ids(span.context)[0] != ids(opened.context)[0], "a conversation would be a trace of hours"
+    assert ids(span.context)[0] != ids(opened.context)[0], "a trace of a whole session would last hours"
 
 
 @pytest.mark.parametrize("text", ["nonsense", "00-0-0-00", "00-" + "0" * 32 + "-" + "0" * 16 + "-01"])
-def test_a_trace_context_that_is_none_is_left_out(spans: InMemorySpanExporter, text: str) -> None:
+def test_an_invalid_trace_context_is_ignored(spans: InMemorySpanExporter, text: str) -> None:
     block_span("audio", 0, 0, 0, parent=text, link=text)
     span = only(spans)
     assert span.parent is None
@@ -141,7 +141,7 @@ def test_a_trace_context_that_is_none_is_left_out(spans: InMemorySpanExporter, t
 
 
 def recorded(reader: InMemoryMetricReader) -> dict[str, Any]:
-    """All metrics by name."""
+    """Return all metrics by name."""
     data = reader.get_metrics_data()
     assert data is not None
     return {
@@ -152,7 +152,7 @@ def recorded(reader: InMemoryMetricReader) -> dict[str, Any]:
     }
 
 
-def test_every_metric_has_a_name_of_ours_and_a_unit(measured: InMemoryMetricReader) -> None:
+def test_every_metric_has_a_prefixed_name_and_a_unit(measured: InMemoryMetricReader) -> None:
     instruments = [each for each in vars(telemetry).values() if isinstance(each, metrics.Instrument)]
     for each in instruments:
         if isinstance(each, metrics.Histogram):
@@ -168,7 +168,7 @@ def test_every_metric_has_a_name_of_ours_and_a_unit(measured: InMemoryMetricRead
         assert metric.description
 
 
-def test_what_a_block_took_is_measured_by_stage_and_level(measured: InMemoryMetricReader) -> None:
+def test_a_blocks_durations_are_recorded_by_stage_and_level(measured: InMemoryMetricReader) -> None:
     block_span("denoiser", 0, 0, SECOND_NS // 4, 0.5, level=63)
     found = recorded(measured)
     for name, value in (("duration", 0.25), ("queue_wait", 0.5)):
@@ -178,13 +178,13 @@ def test_what_a_block_took_is_measured_by_stage_and_level(measured: InMemoryMetr
         assert (point.count, point.sum) == (1, value)
 
 
-def test_what_no_device_was_waited_for_has_not_waited(measured: InMemoryMetricReader) -> None:
+def test_a_block_without_a_device_queue_records_no_wait(measured: InMemoryMetricReader) -> None:
     block_span("encode", 0, 0, 0, level=62)
     points = recorded(measured)["avatar.block.queue_wait"].data.data_points
     assert not [point for point in points if point.attributes.get("level") == 62]
 
 
-def test_the_time_of_a_prompt_is_measured_apart_from_what_was_kept(
+def test_embedding_a_prompt_is_recorded_apart_from_reading_it(
     measured: InMemoryMetricReader, spans: InMemorySpanExporter
 ) -> None:
     def counts() -> dict[Any, int]:
@@ -204,7 +204,7 @@ def test_the_time_of_a_prompt_is_measured_apart_from_what_was_kept(
 
 @dataclass
 class Collected:
-    """What an OTLP collector was sent: names of services, spans and metrics."""
+    """The names of services, spans and metrics that an OTLP collector received."""
 
     services: set[str] = field(default_factory=set)
     spans: list[str] = field(default_factory=list)
@@ -216,7 +216,7 @@ class Collected:
 
 @asynccontextmanager
 async def collecting() -> AsyncGenerator[tuple[Collected, str], None]:
-    """A collector, and its address."""
+    """Run a collector while the body runs; give its record and its address."""
     collected = Collected()
 
     async def take_spans(request: ExportTraceServiceRequest, _: Any) -> ExportTraceServiceResponse:
@@ -246,7 +246,7 @@ async def collecting() -> AsyncGenerator[tuple[Collected, str], None]:
 
 
 async def run(program: str, **environment: str) -> tuple[str, list[dict[str, Any]]]:
-    """What a program prints, and the lines that it logs."""
+    """Run a program; return its output and the lines that it logs."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", program),
@@ -263,21 +263,21 @@ PROGRAM = """
 import logging, sys
 from avatar import telemetry
 telemetry.set_up("avatar-test", "info")
-logging.getLogger("avatar.tests").debug("unheard")
-logging.getLogger("avatar.tests").info("heard", extra={"port": 7000})
+logging.getLogger("avatar.tests").debug("hidden")
+logging.getLogger("avatar.tests").info("shown", extra={"port": 7000})
 session = telemetry.session_span("abc")
 print(repr(telemetry.block_span("audio", 0, 0, 0, link=session)))
 print("opentelemetry.sdk" in sys.modules)
 """
 
 
-async def test_nothing_is_exported_unless_the_environment_asks_for_it() -> None:
+async def test_nothing_is_exported_by_default() -> None:
     out, log = await run(PROGRAM)
     assert out.split() == ["''", "False"]
-    assert [(line["message"], line["port"], line["level"]) for line in log] == [("heard", 7000, "INFO")]
+    assert [(line["message"], line["port"], line["level"]) for line in log] == [("shown", 7000, "INFO")]
 
 
-async def test_spans_and_metrics_are_exported_where_the_environment_says() -> None:
+async def test_spans_and_metrics_are_exported_to_the_endpoint() -> None:
     async with collecting() as (collected, endpoint):
         out, _ = await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
     assert re.fullmatch(r"'00-[0-9a-f]{32}-[0-9a-f]{16}-0[13]'\nTrue\n", out)
@@ -286,38 +286,29 @@ async def test_spans_and_metrics_are_exported_where_the_environment_says() -> No
     assert collected.metrics == METRICS
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [("OTEL_SERVICE_NAME", "avatar-denoiser-eu"), ("OTEL_RESOURCE_ATTRIBUTES", "service.name=avatar-denoiser-eu")],
-)
-async def test_a_service_can_be_given_another_name(variable: str, value: str) -> None:
+async def test_traces_are_optional_and_the_service_can_be_renamed() -> None:
     async with collecting() as (collected, endpoint):
-        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, **{variable: value})
+        switches = {"OTEL_TRACES_EXPORTER": "none", "OTEL_SERVICE_NAME": "avatar-denoiser-eu"}
+        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, **switches)
+    assert (collected.spans, collected.metrics) == ([], METRICS)
     assert collected.services == {"avatar-denoiser-eu"}
 
 
-async def test_traces_and_metrics_can_be_left_out() -> None:
+async def test_metrics_are_optional_and_the_service_can_be_renamed_as_a_resource() -> None:
     async with collecting() as (collected, endpoint):
-        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_TRACES_EXPORTER="none")
-        assert (collected.spans, collected.metrics) == ([], METRICS)
-        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_METRICS_EXPORTER="none")
-    assert (collected.spans, collected.metrics) == (["avatar.session", "avatar.audio"], METRICS)
+        switches = {"OTEL_METRICS_EXPORTER": "none", "OTEL_RESOURCE_ATTRIBUTES": "service.name=avatar-denoiser-eu"}
+        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, **switches)
+    assert (collected.spans, collected.metrics) == (["avatar.session", "avatar.audio"], [])
+    assert collected.services == {"avatar-denoiser-eu"}
 
 
-async def test_another_protocol_than_grpc_is_refused() -> None:
+def test_a_protocol_other_than_grpc_is_refused() -> None:
     environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
-    program = f"""
-from avatar import telemetry
-try:
-    telemetry.set_up("avatar-test", "info", {environ!r})
-except ValueError as error:
-    print(error)
-"""
-    out, _ = await run(program)
-    assert out == "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/protobuf', expected 'grpc'\n"
+    with pytest.raises(ValueError, match="OTEL_EXPORTER_OTLP_PROTOCOL is 'http/protobuf', expected 'grpc'"):
+        set_up("avatar-test", "info", environ)
 
 
-async def test_metrics_can_be_read_without_a_collector() -> None:
+async def test_metrics_are_served_over_http() -> None:
     (port,) = free_ports(1)
     program = f"""
 import urllib.request
@@ -337,18 +328,18 @@ with urllib.request.urlopen("http://127.0.0.1:{port}/metrics") as answer:
 
 
 @pytest.mark.parametrize("port", ["metrics", "99999"])
-def test_a_port_for_metrics_that_is_none_is_named(port: str) -> None:
+def test_an_unusable_metrics_port_is_named(port: str) -> None:
     environ = {"OTEL_METRICS_EXPORTER": "prometheus", "OTEL_EXPORTER_PROMETHEUS_PORT": port}
     with pytest.raises(ValueError, match=f"OTEL_EXPORTER_PROMETHEUS_HOST, _PORT: no server at localhost:{port}"):
         set_up("avatar-test", "info", environ)
 
 
-def test_an_empty_endpoint_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_endpoint_exports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "set_meter_provider", lambda _: pytest.fail("nothing was asked for"))
     set_up("avatar-test", "warning", {"OTEL_EXPORTER_OTLP_ENDPOINT": ""})
 
 
-def test_a_tag_stands_for_a_session_and_does_not_tell_its_name() -> None:
+def test_a_tag_identifies_a_session_without_revealing_its_id() -> None:
     name = "pZ3kq9Yb7dQ1xR5t"
     assert tag(name) == tag(name) != tag(name + "x")
     assert re.fullmatch("[0-9a-f]{12}", tag(name))

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from avatar.telemetry import JsonFormatter
+from avatar.telemetry import log_formatter
 from avatar.v1 import avatar_service_pb2 as pb
 from tests.conftest import sound
 from tests.contract.refusals import Refusal, refused
@@ -218,7 +218,7 @@ async def test_logs_hold_no_secret_and_no_media(
 ) -> None:
     log, root = StringIO(), logging.getLogger()
     handler, level = logging.StreamHandler(log), root.level
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(log_formatter())
     root.addHandler(handler)
     root.setLevel(logging.DEBUG)
     prompt, said = "a person who whispers", sound(1.0)
