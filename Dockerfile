@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1.7
-# The images of the suite: targets gateway (no torch), worker-cpu and worker-cuda. What a container serves is its command:
-# python -m services.gateway, services.audio, services.denoiser, services.vae or services.text. Bases are pinned by tag.
-# requirements.lock is what everything is pinned by; which of it an image gets, pyproject.toml's extras say.
+# The images of the suite: targets gateway (no torch), worker-cpu and worker-cuda. The command selects the service:
+# python -m services.gateway, services.audio, services.denoiser, services.vae or services.text. Base images are pinned by
+# tag, packages by requirements.lock; pyproject.toml's extras list the packages of an image.
 
 FROM python:3.11.14-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_PYTHON=/opt/avatar/bin/python
@@ -18,12 +18,12 @@ FROM build AS build-worker-cpu
 RUN pip install --no-deps --constraint requirements.lock --index-url https://download.pytorch.org/whl/cpu torch \
     && pip install --constraint requirements.lock '.[worker]'
 
-# PyPI's torch brings CUDA with it; the machine gives the driver.
+# PyPI's torch includes CUDA; the host provides the driver.
 FROM build AS build-worker-cuda
 RUN pip install --constraint requirements.lock '.[worker,float8]'
 
 FROM python:3.11.14-slim-bookworm AS runtime
-# Large messages are memory that malloc would map and give back each time: 1.6 ms instead of 0.18 at 864 KB.
+# malloc would map and unmap memory for each large message: 1.6 ms instead of 0.18 ms at 864 KB.
 ENV MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864 \
     OMP_NUM_THREADS=1 \
     PATH=/opt/avatar/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \

@@ -1,7 +1,8 @@
-"""Have Kubernetes stop the pods with the fewest streams first: `python -m deploy.deletion_cost`.
+"""Make Kubernetes stop the pods with the fewest streams first: `python -m deploy.deletion_cost`.
 
-A set that gets fewer replicas deletes the pods of the lowest `controller.kubernetes.io/pod-deletion-cost`. This program
-writes there how many streams each pod has, by Prometheus, once; deploy/kubernetes/deletion-cost runs it every minute.
+When replicas become fewer, Kubernetes deletes the pods with the lowest `controller.kubernetes.io/pod-deletion-cost`.
+This program sets it once, for each pod, to its number of streams in Prometheus; the CronJob in
+deploy/kubernetes/deletion-cost runs it every minute.
 """
 
 import argparse
@@ -23,28 +24,28 @@ TIMEOUT_S = 10.0
 
 
 def streams(prometheus: str) -> dict[str, int]:
-    """How many streams each pod has, by its address. prometheus: its URL."""
+    """Return the number of open streams of each pod, by its address. prometheus: URL."""
     with urlopen(f"{prometheus}/api/v1/query?{urlencode({'query': STREAMS})}", timeout=TIMEOUT_S) as answer:
         found = json.load(answer)["data"]["result"]
     return {each["metric"]["instance"].rpartition(":")[0]: int(float(each["value"][1])) for each in found}
 
 
 class Pods:
-    """The suite's pods, by the API of the cluster."""
+    """The suite's pods, through the cluster's API."""
 
     def __init__(self, api: str, account: Path) -> None:
-        """api: its URL. account: folder of who asks, as it is mounted: `ca.crt`, `namespace` and `token`."""
+        """api: URL. account: mounted folder of the service account: `ca.crt`, `namespace` and `token`."""
         self._url = f"{api}/api/v1/namespaces/{(account / 'namespace').read_text()}/pods"
         self._token = (account / "token").read_text()
         self._tls = ssl.create_default_context(cafile=account / "ca.crt")
 
     def running(self) -> list[dict[str, Any]]:
-        """Those that run."""
+        """Return the running pods."""
         pods: list[dict[str, Any]] = self._call("GET", f"?{urlencode(PODS)}")["items"]
         return pods
 
     def mark(self, name: str, cost: int) -> None:
-        """Give a pod its cost; one that is gone by now needs none."""
+        """Set a pod's cost; do nothing if it no longer exists."""
         try:
             self._call("PATCH", f"/{name}", {"metadata": {"annotations": {COST: str(cost)}}})
         except HTTPError as error:
@@ -60,7 +61,7 @@ class Pods:
 
 
 def mark_all(pods: Pods, costs: dict[str, int]) -> None:
-    """Write the costs, by address, that have changed; a pod that is not among them keeps its own."""
+    """Write the costs that have changed; a pod without one in `costs` keeps its own. costs: by address."""
     for pod in pods.running():
         cost = costs.get(pod["status"].get("podIP", ""))
         if cost is not None and pod["metadata"].get("annotations", {}).get(COST) != str(cost):
@@ -72,11 +73,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m deploy.deletion_cost", description=description)
     parser.add_argument("--prometheus", default=PROMETHEUS, metavar="URL")
     parser.add_argument("--api", default="https://kubernetes.default.svc", metavar="URL", help="of the cluster")
-    parser.add_argument("--account", default=ACCOUNT, type=Path, metavar="FOLDER", help="of who asks")
+    parser.add_argument("--account", default=ACCOUNT, type=Path, metavar="FOLDER", help="of the service account")
     flags = parser.parse_args()
     try:
         mark_all(Pods(flags.api, flags.account), streams(flags.prometheus))
-    except OSError as error:  # away, or not allowed; it is tried again
+    except OSError as error:  # unreachable or forbidden; the next run tries again
         sys.exit(f"error: {error}")
 
 

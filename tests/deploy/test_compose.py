@@ -1,4 +1,4 @@
-"""docker-compose.yml fits the code: its variables are settings, its addresses services, and little of it is open."""
+"""docker-compose.yml matches the code: variables are settings, addresses are services, two ports are published."""
 
 import os
 import re
@@ -28,14 +28,14 @@ def of(profile: str) -> dict[str, dict[str, Any]]:
 
 
 def given(service: dict[str, Any]) -> dict[str, str]:
-    """A service's environment where nobody sets anything."""
+    """Return a service's environment with every variable at its default."""
     return {
         name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(value)) for name, value in service.get("environment", {}).items()
     }
 
 
 def served_by(service: dict[str, Any]) -> str:
-    """The name of the service that a container runs."""
+    """Return the name of the service that a container runs."""
     command = " ".join(service.get("command", [])) or STAGES[service["build"]["target"]]
     found = re.search(r"services\.(\w+)", command)
     assert found
@@ -43,7 +43,7 @@ def served_by(service: dict[str, Any]) -> str:
 
 
 def names(profile: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every name that a container of ours is found under, with it."""
+    """Yield every network name of the suite's containers, with the container."""
     for name, service in of(profile).items():
         aliases = service.get("networks", {}).get("default", {}).get("aliases", [])
         yield from ((each, service) for each in (name, *aliases) if name in OURS)
@@ -69,7 +69,7 @@ def test_the_gateway_finds_every_stage(profile: str) -> None:
         assert given(denoiser)["AVATAR_LEVELS"] in (str(level), "all")
 
 
-def test_workers_can_be_multiplied() -> None:
+def test_workers_can_have_replicas() -> None:
     for name in set(OURS) - {"gateway"}:
         assert OURS[name].keys() & {"container_name", "hostname", "ports"} == set(), name
         for network in OURS[name].get("networks", {}).values():
@@ -77,7 +77,7 @@ def test_workers_can_be_multiplied() -> None:
 
 
 @pytest.mark.parametrize("profile", RUNNING)
-def test_the_gateway_starts_after_all_that_it_needs(profile: str) -> None:
+def test_the_gateway_starts_after_its_dependencies(profile: str) -> None:
     needs = {name for name, how in ALL["gateway"]["depends_on"].items() if how["condition"] == "service_healthy"}
     assert set(of(profile)) - {"gateway"} <= needs
     for name in set(OURS) - {"gateway"}:
@@ -109,7 +109,7 @@ def test_only_the_gateway_and_the_dashboards_are_published() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_container_may_do_no_more_than_it_must(name: str) -> None:
+def test_a_container_has_minimal_privileges(name: str) -> None:
     service = ALL[name]
     assert service["read_only"]
     assert service["cap_drop"] == ["ALL"]
@@ -119,14 +119,14 @@ def test_a_container_may_do_no_more_than_it_must(name: str) -> None:
     assert ":" in service["image"]
 
 
-def test_health_is_known_of_all_that_others_wait_for() -> None:
+def test_every_dependency_has_a_health_check() -> None:
     asked = {name for name, service in ALL.items() if "healthcheck" in service}
     assert "HEALTHCHECK" in STAGES["runtime"]
     assert set(ALL) - set(OURS) - asked == {"collector", "jaeger"}, "nobody waits for these"
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_every_image_is_one_that_the_dockerfile_builds(name: str) -> None:
+def test_the_dockerfile_builds_every_image(name: str) -> None:
     target = OURS[name]["build"]["target"]
     assert STAGES[target].startswith("runtime AS")
     assert OURS[name]["image"].partition(":")[0] == f"avatar/{target}"
@@ -134,13 +134,13 @@ def test_every_image_is_one_that_the_dockerfile_builds(name: str) -> None:
         assert f'version = "{OURS[name]["image"].partition(":")[2]}"' in file.read()
 
 
-def test_what_is_mounted_is_there() -> None:
+def test_mounted_files_exist() -> None:
     volumes = [volume for service in ALL.values() for volume in service.get("volumes", [])]
     folders = {volume.partition(":")[0] for volume in volumes if volume.startswith(".")}
     assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
 
 
-def test_trust_is_for_every_service_of_ours() -> None:
+def test_trust_covers_every_service_of_the_suite() -> None:
     assert set(TRUST["services"]) == set(OURS)
     for name, service in TRUST["services"].items():
         fields = set(SERVICES[served_by(OURS[name])].model_fields)
@@ -151,7 +151,7 @@ def test_trust_is_for_every_service_of_ours() -> None:
         assert ("AVATAR_TLS_CLIENT_CA" in service["environment"]) is (name != "gateway")
 
 
-def test_compose_itself_takes_trust(tmp_path: Path) -> None:
+def test_compose_accepts_trust(tmp_path: Path) -> None:
     compose = Path(sys.executable).with_name("docker-compose")
     files = ("-f", "docker-compose.yml", "-f", "deploy/compose.trust.yaml", "--profile", "cpu")
     environment = {**os.environ, "AVATAR_SECRETS": str(tmp_path)}
@@ -162,7 +162,7 @@ def test_compose_itself_takes_trust(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("profiles", ["cpu", "gpu,text", "one-gpu", "cpu,observability"])
-def test_compose_itself_takes_it(profiles: str) -> None:
+def test_compose_accepts_every_profile(profiles: str) -> None:
     compose = Path(sys.executable).with_name("docker-compose")
     arguments = [part for each in profiles.split(",") for part in ("--profile", each)]
     done = subprocess.run([compose, *arguments, "config", "--quiet"], cwd=ROOT, capture_output=True, text=True)

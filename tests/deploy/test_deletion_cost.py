@@ -1,4 +1,4 @@
-"""Pods are marked with the streams that they have. Only the cluster's API and Prometheus are stood in for."""
+"""Each pod's deletion cost is its number of streams. Only the cluster's API and Prometheus are faked."""
 
 import json
 import ssl
@@ -21,7 +21,7 @@ TOKEN = "a token"
 
 @contextmanager
 def served(answer: Answer, pair: Pair | None = None) -> Iterator[str]:
-    """The URL of a server that answers a request and its JSON with a status and JSON; over TLS if there is a pair."""
+    """Serve at the yielded URL. answer: status and JSON for a request and its JSON. pair: certificate and key."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -51,7 +51,7 @@ def served(answer: Answer, pair: Pair | None = None) -> Iterator[str]:
 
 
 class Cluster:
-    """What is asked of a cluster, and of its Prometheus.
+    """A fake of a cluster's API and its Prometheus.
 
     costs: what each pod is marked with, by name; `a` has the address 10.0.0.1, `b` the next one. streams: of each.
     """
@@ -62,7 +62,7 @@ class Cluster:
         self.asked: list[str] = []
 
     def answer(self, request: BaseHTTPRequestHandler, change: Any) -> tuple[int, Any]:
-        """As the API does."""
+        """Answer like the API."""
         url = urlsplit(request.path)
         name = url.path.removeprefix("/api/v1/namespaces/avatar/pods").strip("/")
         self.asked.append(f"{request.command} {name}".strip())
@@ -82,7 +82,7 @@ class Cluster:
         return {"metadata": {"name": name, **marks}, "status": {"podIP": address(name)}}
 
     def measured(self, request: BaseHTTPRequestHandler, _: Any) -> tuple[int, Any]:
-        """As Prometheus does."""
+        """Answer like Prometheus."""
         assert parse_qs(urlsplit(request.path).query) == {"query": [STREAMS]}
         result = [
             {"metric": {"instance": f"{address(name)}:9464"}, "value": [1764066000.5, str(count)]}
@@ -100,7 +100,7 @@ Pass = Callable[[Cluster], None]
 
 @pytest.fixture
 def one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pass:
-    """Runs the program once beside a cluster."""
+    """Return a function that runs the program once against a cluster."""
     authority = Authority(tmp_path, "ca")
     pair = authority.issue("api", "127.0.0.1")
     (tmp_path / "ca.crt").write_bytes(authority.ca.read_bytes())
@@ -116,27 +116,27 @@ def one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pass:
     return run
 
 
-def test_a_pod_costs_the_streams_that_it_has(one_pass: Pass) -> None:
+def test_a_pods_cost_is_its_number_of_streams(one_pass: Pass) -> None:
     cluster = Cluster({"a": None, "b": "2", "c": "5", "d": "7"}, {"a": 3, "b": 0, "c": 5})
     one_pass(cluster)
     assert cluster.costs == {"a": "3", "b": "0", "c": "5", "d": "7"}, "nothing is known of d"
     assert cluster.asked == ["GET", "PATCH a", "PATCH b"], "what has not changed is not written again"
 
 
-def test_a_pod_that_is_gone_meanwhile_stops_nothing(one_pass: Pass) -> None:
+def test_a_deleted_pod_is_skipped(one_pass: Pass) -> None:
     cluster = Cluster({"a": None, "b": None}, {"a": 3, "b": 1})
     cluster.gone = {"a"}
     one_pass(cluster)
     assert cluster.costs == {"a": None, "b": "1"}
 
 
-def test_who_may_not_is_told_so_in_one_line(one_pass: Pass, tmp_path: Path) -> None:
+def test_a_forbidden_request_is_one_line_of_error(one_pass: Pass, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("another")
     with pytest.raises(SystemExit, match=r"^error: HTTP Error 403: Forbidden$"):
         one_pass(Cluster({"a": None}, {"a": 3}))
 
 
-def test_an_api_of_another_authority_is_not_shown_the_token(one_pass: Pass, tmp_path: Path) -> None:
+def test_the_token_is_not_sent_to_an_api_of_another_authority(one_pass: Pass, tmp_path: Path) -> None:
     (tmp_path / "ca.crt").write_bytes(Authority(tmp_path, "other").ca.read_bytes())
     cluster = Cluster({"a": None}, {"a": 3})
     with pytest.raises(SystemExit, match="CERTIFICATE_VERIFY_FAILED"):

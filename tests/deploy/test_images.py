@@ -1,4 +1,4 @@
-"""The Dockerfile: what each image gets is pinned, and the gateway's has no tensor library. It is never built here."""
+"""The Dockerfile pins every package, and the gateway's image has no tensor library. It is never built here."""
 
 import re
 from importlib import metadata
@@ -16,7 +16,7 @@ EXTRAS = {"gateway": ("gateway",), "worker-cpu": ("worker",), "worker-cuda": ("w
 
 
 def closure(*extras: str) -> set[str]:
-    """All that pip installs for extras of ours."""
+    """Return all packages that pip installs for extras of the suite."""
     found: set[tuple[str, str]] = set()
     waiting = [("avatar-suite", extra) for extra in ("", *extras)]
     while waiting:
@@ -44,7 +44,7 @@ def test_the_gateways_image_has_no_tensor_library() -> None:
 
 
 @pytest.mark.parametrize("image", ["gateway", "worker-cpu"])
-def test_all_that_an_image_gets_is_pinned(image: str) -> None:
+def test_every_package_of_an_image_is_pinned(image: str) -> None:
     assert closure(*EXTRAS[image]) - pinned() == set()
 
 
@@ -57,7 +57,7 @@ def test_an_image_is_built_with_the_lock_and_its_extras(image: str) -> None:
     assert STAGES[image].startswith("runtime AS")
 
 
-def test_images_have_the_allocators_settings_of_the_launcher() -> None:
+def test_images_have_the_launchers_allocator_settings() -> None:
     from services.local.launch import ENVIRONMENT
 
     assert [f"{name}={value}" for name, value in ENVIRONMENT.items() if f"{name}={value}" not in DOCKERFILE] == []

@@ -1,4 +1,4 @@
-"""The manifests, rendered by kustomize: valid, of the code's settings, and able to find and reach each other."""
+"""The manifests, rendered by kustomize, are valid, use existing settings, and connect to each other."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from avatar.settings import load
 from deploy import deletion_cost
 from docs.tables import SERVICES
 from tests.deploy.test_compose import COMPOSE
-from tests.deploy.test_monitoring import FOREIGN_LABELS, series, spoken_of
+from tests.deploy.test_monitoring import FOREIGN_LABELS, named_in, series
 
 OVERLAYS = Path(__file__).parents[2] / "deploy/kubernetes/overlays"
 BIN = Path(sys.executable).parent
@@ -32,7 +32,7 @@ def rendered(overlay: str) -> str:
 
 @functools.cache
 def objects(overlay: str, kind: str) -> dict[str, Any]:
-    """The objects of a kind by name."""
+    """Return the objects of a kind by name."""
     return {each["metadata"]["name"]: each for each in manifests(overlay) if each["kind"] == kind}
 
 
@@ -42,7 +42,7 @@ def manifests(overlay: str) -> list[Any]:
 
 
 def stages(overlay: str) -> dict[str, Any]:
-    """The deployments of the suite's own services."""
+    """Return the deployments of the suite's own services."""
     return {
         name: each for name, each in objects(overlay, "Deployment").items() if "stage" in each["metadata"]["labels"]
     }
@@ -60,7 +60,7 @@ def container(deployment: dict[str, Any]) -> dict[str, Any]:
 
 
 def environment(overlay: str, deployment: dict[str, Any]) -> dict[str, str]:
-    """What a pod's settings are: its maps, then its own variables."""
+    """Return a pod's settings: those of its ConfigMaps, then its own variables."""
     maps, found = objects(overlay, "ConfigMap"), {}
     for source in container(deployment)["envFrom"]:
         if not source["configMapRef"].get("optional"):
@@ -69,7 +69,7 @@ def environment(overlay: str, deployment: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("overlay", [path.name for path in OVERLAYS.iterdir()])
-def test_kubernetes_schemas_take_every_object(overlay: str, tmp_path: Path) -> None:
+def test_every_object_matches_kubernetes_schema(overlay: str, tmp_path: Path) -> None:
     file = tmp_path / "all.yaml"
     file.write_text(rendered(overlay), encoding="utf-8")
     done = subprocess.run([BIN / "kubernetes-validate", "--strict", file], capture_output=True, text=True)
@@ -79,7 +79,7 @@ def test_kubernetes_schemas_take_every_object(overlay: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("overlay", SUITES)
-def test_each_stage_and_level_is_found_under_its_name(overlay: str) -> None:
+def test_each_stage_and_level_has_a_service_of_its_name(overlay: str) -> None:
     deployments, services, budgets = (
         stages(overlay),
         objects(overlay, "Service"),
@@ -96,12 +96,12 @@ def test_each_stage_and_level_is_found_under_its_name(overlay: str) -> None:
 
 
 def chain() -> dict[str, Any]:
-    """The spec of a pod of the LeaderWorkerSet, in the place that it has in a Deployment."""
+    """Return the pod spec of the LeaderWorkerSet, where a Deployment would have it."""
     spec = objects("chain", "LeaderWorkerSet")["chain"]["spec"]["leaderWorkerTemplate"]
     return {"spec": {"template": spec["workerTemplate"]}, "size": spec["size"], "restarts": spec["restartPolicy"]}
 
 
-def test_pods_of_a_chain_are_the_levels_own_and_meet_at_level_0(tmp_path: Path) -> None:
+def test_pods_of_a_chain_are_the_levels_pods_and_connect_at_level_0(tmp_path: Path) -> None:
     set_of_pods, of_levels = chain(), stages("gpu")
     given = environment("chain", set_of_pods)
     assert given.pop("AVATAR_CHAIN").startswith("$(LWS_LEADER_ADDRESS):")
@@ -118,7 +118,7 @@ def test_pods_of_a_chain_are_the_levels_own_and_meet_at_level_0(tmp_path: Path) 
     subprocess.run([BIN / "kubernetes-validate", "--strict", file], check=True)
 
 
-def test_pods_of_a_chain_reach_each_other_and_are_found_by_the_gateway() -> None:
+def test_pods_of_a_chain_reach_each_other_and_the_gateway_resolves_them() -> None:
     labels = labels_of(chain())
     services, policies = objects("chain", "Service"), objects("chain", "NetworkPolicy")
     (address,) = environment("chain", stages("chain")["gateway"])["AVATAR_DENOISERS"].split(",")
@@ -136,7 +136,7 @@ def labels_of(deployment: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("overlay", SUITES)
-def test_settings_are_those_of_the_classes(overlay: str) -> None:
+def test_variables_are_settings_of_the_service(overlay: str) -> None:
     for name, deployment in stages(overlay).items():
         cls = SERVICES[name.partition("-")[0]]
         given = {key: value for key, value in environment(overlay, deployment).items() if key.startswith("AVATAR_")}
@@ -153,7 +153,7 @@ def test_settings_are_those_of_the_classes(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", SUITES)
-def test_pods_may_do_no_more_than_they_must(overlay: str) -> None:
+def test_pods_have_minimal_privileges(overlay: str) -> None:
     for deployment in stages(overlay).values():
         assert pod(deployment)["securityContext"]["runAsNonRoot"]
         assert pod(deployment)["automountServiceAccountToken"] is False
@@ -169,7 +169,7 @@ OF_WORKERS = {"TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA"}
 OF_THE_GATEWAY = {"TENANTS", "TLS_CERT", "TLS_KEY", "WORKER_CA", "WORKER_CERT", "WORKER_KEY"}
 
 
-def test_with_trust_every_file_that_a_setting_names_is_mounted() -> None:
+def test_trust_mounts_every_file_that_a_setting_names() -> None:
     for name, deployment in stages("trust").items():
         files = {key: Path(value) for key, value in environment("trust", deployment).items() if value.startswith("/")}
         wanted = OF_THE_GATEWAY if name == "gateway" else OF_WORKERS
@@ -201,26 +201,26 @@ def test_only_the_gateway_is_open_to_all() -> None:
     assert {each["spec"].get("type", "ClusterIP") for each in objects("cpu", "Service").values()} == {"ClusterIP"}
 
 
-def test_a_stage_is_scaled_by_the_sessions_that_it_has() -> None:
+def test_a_stage_is_scaled_by_its_sessions() -> None:
     scaled = objects("autoscaling", "ScaledObject")
     assert set(scaled) == STAGES - {"gateway"}, "one session's calls go to one gateway"
     for name, each in scaled.items():
         assert each["spec"]["scaleTargetRef"] == {"name": name}
         (trigger,) = each["spec"]["triggers"]
         assert f'worker="{name}"' in trigger["metadata"]["query"]
-        names, labels = spoken_of(trigger["metadata"]["query"])
+        names, labels = named_in(trigger["metadata"]["query"])
         assert names == {"avatar_session_active", "avatar_session_capacity"} <= series()
         assert labels <= FOREIGN_LABELS
         assert_is_served(trigger["metadata"]["serverAddress"])
 
 
 def assert_is_served(url: str) -> None:
-    """A Service of the overlay observability has the URL's host and port."""
+    """Check that a Service of the overlay observability has the URL's host and port."""
     host, _, port = url.removeprefix("http://").partition(":")
     assert int(port) in [each["port"] for each in objects("observability", "Service")[host]["spec"]["ports"]]
 
 
-def test_what_marks_pods_finds_them_and_may_do_no_more() -> None:
+def test_the_deletion_cost_job_selects_the_pods_and_has_minimal_rights() -> None:
     asker = objects("autoscaling", "CronJob")["deletion-cost"]["spec"]["jobTemplate"]
     assert container(asker)["command"] == ["python", "-m", deletion_cost.__name__]
     account = objects("autoscaling", "ServiceAccount")[pod(asker)["serviceAccountName"]]["metadata"]
@@ -231,7 +231,7 @@ def test_what_marks_pods_finds_them_and_may_do_no_more() -> None:
     role = objects("autoscaling", "Role")[binding["roleRef"]["name"]]
     assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "patch"]}]
     assert all(deletion_cost.PODS["labelSelector"] in labels_of(each) for each in stages("cpu").values())
-    names, labels = spoken_of(deletion_cost.STREAMS)
+    names, labels = named_in(deletion_cost.STREAMS)
     assert names <= series()
     assert labels <= FOREIGN_LABELS
     assert_is_served(deletion_cost.PROMETHEUS)
@@ -246,7 +246,7 @@ def test_compose_and_kubernetes_run_the_same_images() -> None:
     assert container(objects("cpu", "StatefulSet")["redis"])["image"] in composed
 
 
-def test_the_suite_is_told_where_traces_are_taken() -> None:
+def test_pods_export_traces_to_the_collector() -> None:
     (told,) = objects("observability", "ConfigMap")["telemetry"]["data"].values()
     assert_is_served(told)
     optional = [

@@ -1,4 +1,4 @@
-"""Alerts, dashboards and the Collector speak of what there is. Only the alerts have run, in promtool."""
+"""Alerts, dashboards and the Collector refer to what exists. Only the alerts have run, in promtool."""
 
 import json
 import re
@@ -18,14 +18,14 @@ RULES = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text(encoding="ut
 DASHBOARDS = {path.stem: json.loads(path.read_text("utf-8")) for path in (DEPLOY / "grafana/dashboards").glob("*.json")}
 SCRAPES = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
 
-# What Prometheus and its client add: a series for each process that is asked, and what a process knows of itself.
+# Series that Prometheus and its client add: one for each scraped process, and each process's own resources.
 FOREIGN = {"up", "process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"}
 FOREIGN |= {"process_start_time_seconds"}
 FOREIGN_LABELS = {"job", "instance", "worker", "le"}
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Every expression of ours in Prometheus' language, with where it stands."""
+    """Yield every PromQL expression of the suite with its place."""
     for rule in RULES:
         yield rule["alert"], rule["expr"]
     for name, dashboard in DASHBOARDS.items():
@@ -39,7 +39,7 @@ def targets(panel: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def series() -> set[str]:
-    """Every series that the suite's processes serve."""
+    """Return every series that the suite's processes serve."""
     shown = {name for *_, name in instruments()}
     return shown | {
         f"{name}_{part}"
@@ -49,8 +49,8 @@ def series() -> set[str]:
     }
 
 
-def spoken_of(expression: str) -> tuple[set[str], set[str]]:
-    """The series and the labels that an expression names."""
+def named_in(expression: str) -> tuple[set[str], set[str]]:
+    """Return the series and the labels that an expression names."""
     braces = re.findall(r"\{([^}]*)\}", expression)
     grouped = re.findall(r"(?:by|ignoring|on|without) \(([^)]*)\)", expression)
     labels = {label for part in braces for label in re.findall(r"(\w+)\s*[=!]~?", re.sub(r'"[^"]*"', "", part))}
@@ -62,19 +62,19 @@ def spoken_of(expression: str) -> tuple[set[str], set[str]]:
 
 @pytest.mark.parametrize(("where", "expression"), list(expressions()))
 def test_every_series_and_label_is_there(where: str, expression: str) -> None:
-    names, labels = spoken_of(expression)
+    names, labels = named_in(expression)
     assert names, where
     assert names <= series() | FOREIGN
     assert labels <= {label.replace(".", "_") for label in LABELS} | FOREIGN_LABELS
 
 
 def test_an_unknown_series_would_be_found() -> None:
-    found = spoken_of('sum by (worker) (rate(avatar_gone_total{reason="a=b"}[5m])) / sum(up) > 0.5')
+    found = named_in('sum by (worker) (rate(avatar_gone_total{reason="a=b"}[5m])) / sum(up) > 0.5')
     assert found == ({"avatar_gone_total", "up"}, {"worker", "reason"})
 
 
 def test_every_metric_is_shown_on_a_dashboard() -> None:
-    seen = {re.sub("_(bucket|sum|count)$", "", name) for _, text in expressions() for name in spoken_of(text)[0]}
+    seen = {re.sub("_(bucket|sum|count)$", "", name) for _, text in expressions() for name in named_in(text)[0]}
     assert {name for *_, name in instruments()} <= seen
 
 
@@ -89,7 +89,7 @@ def test_every_alert_is_tested() -> None:
     assert fired == {rule["alert"] for rule in RULES}
 
 
-def test_panels_have_places_and_words() -> None:
+def test_panels_have_positions_and_descriptions() -> None:
     for dashboard in DASHBOARDS.values():
         assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
         assert all(panel["title"] and panel["description"] for panel in dashboard["panels"])
@@ -98,7 +98,7 @@ def test_panels_have_places_and_words() -> None:
     assert set(DASHBOARDS) == {"blocks", "capacity", "faults"}
 
 
-def test_prometheus_asks_every_process_of_compose() -> None:
+def test_prometheus_scrapes_every_process_of_compose() -> None:
     (scrape,) = SCRAPES
     (found,) = scrape["dns_sd_configs"]
     served = {name for profile in ("cpu", "text") for name, _ in names(profile)}
@@ -108,7 +108,7 @@ def test_prometheus_asks_every_process_of_compose() -> None:
         assert service["environment"]["OTEL_EXPORTER_PROMETHEUS_HOST"] == "0.0.0.0"
 
 
-def test_traces_are_passed_on_to_where_they_are_kept() -> None:
+def test_the_collector_forwards_traces_to_the_trace_store() -> None:
     collector = yaml.safe_load((DEPLOY / "collector/collector.yaml").read_text(encoding="utf-8"))
     for pipeline in collector["service"]["pipelines"].values():
         for kind in ("receivers", "processors", "exporters"):
