@@ -1,4 +1,4 @@
-"""How the process of a service runs."""
+"""The main function of a service's process."""
 
 import asyncio
 import sys
@@ -11,7 +11,7 @@ from avatar.errors import StageLost
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a service until it is stopped.
 
-    What cannot be used of its settings or checkpoint, or ends it before it is asked to, is told in one line.
+    Settings or a checkpoint that cannot be used, and a lost chain, end the process with one line and status 1.
     """
     try:
         asyncio.run(main())

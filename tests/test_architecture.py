@@ -27,7 +27,7 @@ _WORKER = (
         "avatar.settings",
         "avatar.store",
     ),
-    *("avatar.telemetry", "avatar.types", "avatar.worker", "services.compute", "services.process"),
+    *("avatar.telemetry", "avatar.types", "avatar.worker", "services.process", "services.worker"),
 )
 
 # The narrow end of avatar.checkpoints: what a model is loaded from.
@@ -81,7 +81,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.__main__": ("avatar.checkpoints", "avatar.media", "avatar.render", "avatar.vae"),
     # Processes. Nobody imports them.
     "services.process": ("avatar.errors",),
-    "services.compute": ("avatar.checkpoints", "avatar.runtime", "avatar.settings"),
+    "services.worker": (
+        *("avatar.checkpoints", "avatar.rpc", "avatar.runtime", "avatar.settings", "avatar.store", "avatar.telemetry"),
+    ),
     "services.audio": (*_WORKER, "avatar.audio"),
     "services.denoiser": (*_WORKER, "avatar.denoiser", "avatar.handoff.chain"),
     "services.text": (*_WORKER, "avatar.text"),
@@ -91,8 +93,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("avatar.settings", "avatar.store", "avatar.telemetry", "avatar.v1", "avatar.worker", "services.process"),
     ),
     "services.local": (
-        *("avatar", "services.audio", "services.compute", "services.denoiser", "services.gateway"),
-        *("services.process", "services.text", "services.vae"),
+        *("avatar", "services.audio", "services.denoiser", "services.gateway", "services.process"),
+        *("services.text", "services.vae", "services.worker"),
     ),
     "services.__main__": ("services.local", "services.process"),
     "services": (),

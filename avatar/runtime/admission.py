@@ -46,6 +46,11 @@ class StreamUsage:
         """Seconds of the last step."""
         return (self.end_ns - self.start_ns) / 1e9
 
+    @property
+    def last_step(self) -> tuple[int, int, float | None]:
+        """start_ns, end_ns and waited_s, as `telemetry.block_span` takes them."""
+        return self.start_ns, self.end_ns, self.waited_s
+
     def add_step(self, start_ns: int, end_ns: int, waited_s: float | None = None) -> None:
         self.start_ns, self.end_ns, self.waited_s = start_ns, end_ns, waited_s
         self.busy_s += self.step_s

@@ -1,4 +1,4 @@
-"""The audio worker on the wire: pieces of sound in, blocks of features out."""
+"""The audio worker's service: pieces of speech in, blocks of features out."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -22,11 +22,12 @@ from avatar.worker.v1.types_pb2 import Closed
 
 
 class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
-    """Serves one audio model to any number of sessions up to the worker's capacity."""
+    """Serves one audio model to any number of sessions, up to the worker's capacity."""
 
     service_name = "avatar.worker.v1.AudioService"
 
     def __init__(self, audio: AudioModel, encoder: str, digest: str, queue: DeviceQueue, capacity: int) -> None:
+        """encoder: its name. digest: of the checkpoint's audio part. capacity: streams at a time."""
         self._audio = audio
         self._encoder = encoder
         self._digest = digest
@@ -37,7 +38,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         audio_pb2_grpc.add_AudioServiceServicer_to_server(self, server)
 
     def warm(self) -> None:
-        """Encode silence, to know how long a block takes."""
+        """Encode silence, to measure the duration of a step."""
         self._admission.measure(self._audio.warm)
 
     async def GetInfo(self, request: pb.AudioServiceGetInfoRequest, context: Context) -> pb.AudioServiceGetInfoResponse:
@@ -58,16 +59,15 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         opened: pb.OpenEncode = await opening(requests)
         with blaming("open.audio", InvalidAudio):
             check_piece(piece_from_bytes(b"", opened.encoding, opened.rate_hz, opened.num_channels))
-        taken = self._admission.admit(opened.session_id, is_live=opened.is_live)
-        with taken, blaming("audio.data", InvalidAudio):
+        admitted = self._admission.admit(opened.session_id, is_live=opened.is_live)
+        with admitted, blaming("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = StreamUsage(), 0
             model = ResumedAudioModel(self._audio, opened.first_block, opened.first_answer, opened.statistics)
             stage = local(model, session_of_sound(opened), self._queue, usage, is_live=opened.is_live)
             async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
                 async for block in blocks:
-                    step = usage.start_ns, usage.end_ns, usage.waited_s
-                    span = telemetry.block_span("audio", block.index, *step, link=opened.traceparent)
+                    span = telemetry.block_span("audio", block.index, *usage.last_step, link=opened.traceparent)
                     self._admission.step_times.add(usage.step_s)
                     num_blocks += 1
                     yield pb.EncodeResponse(block=block_to_pb(replace(block, traceparent=span)))
@@ -75,12 +75,13 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
 
 
 async def _pieces(opened: pb.OpenEncode, requests: AsyncIterator[pb.EncodeRequest]) -> AsyncGenerator[AudioPiece, None]:
-    async with aclosing(parts(requests, "piece")) as pieces:
-        async for piece in pieces:
-            format_ = opened.encoding, opened.rate_hz, opened.num_channels
-            sound = piece_from_bytes(piece.data, *format_)
-            if piece.HasField("completes"):
-                behind = piece_from_bytes(piece.behind, *format_).samples
-                sound = replace(sound, completes=piece.completes, behind=behind, due_s=due_s(piece))
-            yield sound
+    """Yield the stream's pieces, and the end of its audio after the last one."""
+    audio_format = opened.encoding, opened.rate_hz, opened.num_channels
+    async with aclosing(parts(requests, "piece")) as messages:
+        async for message in messages:
+            piece = piece_from_bytes(message.data, *audio_format)
+            if message.HasField("completes"):
+                behind = piece_from_bytes(message.behind, *audio_format).samples
+                piece = replace(piece, completes=message.completes, behind=behind, due_s=due_s(message))
+            yield piece
     yield end_of_sound(opened.rate_hz, opened.num_channels)

@@ -1,4 +1,4 @@
-"""A denoiser on the wire: blocks in, blocks with one level less of noise out."""
+"""The denoiser's service: blocks in, blocks one level cleaner out."""
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
@@ -27,9 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
-    """Serves the levels that it is given, each to any number of sessions, together up to the worker's capacity.
+    """Serves levels of one network to any number of sessions, up to the worker's capacity.
 
-    chain: this process's place among those that hand latents to each other; None where they travel in messages alone.
+    levels: that it serves, ascending. chain: of the processes that hand latents to each other; None where latents
+    travel in messages alone.
     """
 
     service_name = "avatar.worker.v1.DenoiserService"
@@ -42,7 +43,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         queue: DeviceQueue,
         capacity: int,
     ) -> None:
-        """capacity: streams of each level."""
+        """denoisers: by level. digest: of their network. capacity: streams of each level."""
         self.levels = sorted(denoisers)
         self._denoisers = denoisers
         self._config = next(iter(denoisers.values())).config
@@ -55,12 +56,12 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
 
     @property
     def seat(self) -> Seat:
-        """What this worker brings to a chain."""
+        """This worker, as a member of a chain."""
         network = next(iter(self._denoisers.values())).network
         return Seat(self.levels, self._config.num_levels, self._digest, network.dtype, network.device)
 
     def warm(self, height: int, width: int) -> None:
-        """Step through a session whose latents have this size at every level, and measure a step."""
+        """Step every level through a session of latents of this size, and measure the duration of a step."""
         for denoiser in self._denoisers.values():
             self._admission.measure(partial(denoiser.warm, height, width))
 
@@ -90,26 +91,26 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         denoiser = self._denoisers.get(opened.level)
         if denoiser is None:
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
-        taken = self._admission.admit(opened.session_id, is_live=opened.is_live)
-        with taken, self._link(opened) as link, blaming("block"):
+        admitted = self._admission.admit(opened.session_id, is_live=opened.is_live)
+        with admitted, self._link(opened) as link, blaming("block"):
             session = session_from_pb(await self._store.session(opened.session_id))
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = StreamUsage(), 0
-            # Copied in its turn: a GPU would have begun the next block before the event loop came to it.
+            # The copy to the host belongs to the step: later, a GPU would be computing the next block.
             then = None if link and not denoiser.is_last else on_host
             stage = local(denoiser, session, self._queue, usage, then=then, is_live=opened.is_live)
             async with aclosing(stage(self._blocks(opened, requests, link))) as blocks:
                 async for block in blocks:
-                    step = usage.start_ns, usage.end_ns, usage.waited_s
-                    telemetry.block_span("denoiser", block.index, *step, level=opened.level, parent=block.traceparent)
+                    step, level = usage.last_step, opened.level
+                    telemetry.block_span("denoiser", block.index, *step, level=level, parent=block.traceparent)
                     self._admission.step_times.add(usage.step_s)
-                    carried = None
-                    if denoiser.updates_sink(block, session):
-                        carried = await self._write_sink(opened.session_id, block)
                     num_blocks += 1
+                    conditions = None
+                    if denoiser.updates_sink(block, session):
+                        conditions = await self._write_sink(opened.session_id, block)
                     answer = latent_to_pb(link.give(block) if link else block)
-                    if carried is not None:
-                        answer.carried.CopyFrom(carried)
+                    if conditions is not None:
+                        answer.carried.CopyFrom(conditions)
                     yield pb.DenoiseResponse(block=answer)
             yield pb.DenoiseResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
 
@@ -123,7 +124,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
 
     @contextmanager
     def _link(self, opened: pb.OpenDenoise) -> Iterator[Link | None]:
-        """The stream's end in the chain, where latents are handed over."""
+        """Yield the stream's link to its neighbours in the chain; None if its latents travel in messages."""
         if not opened.handoff:
             yield None
             return
@@ -147,16 +148,17 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                 yield await link.take(received) if link else received
 
     async def _write_sink(self, session_id: str, block: Block) -> types_pb2.Conditions:
-        """Keep the conditions whose sink is this block's first frame, before anybody can be asked to use them.
+        """Store and return the next conditions, whose sink is this block's first latent frame.
 
-        The caller is given them too, and goes on without the store, which it tells when it is back.
+        They are stored before the answer, so that no block can name a version that the store lacks. The caller gets
+        them with the answer, too: while the store is away it goes on with them, and writes them when it is back.
         """
         assert block.conditions is not None
         assert block.latent is not None
         conditions = conditions_to_pb(block.conditions.with_sink(block.latent))
         try:
             await self._store.put_conditions(session_id, conditions)
-        except (StoreUnavailable, SessionNotFound):  # an emptied store is told again by the caller
+        except (StoreUnavailable, SessionNotFound):  # the caller writes them to a store that is back, or was emptied
             logger.warning("sink not kept", extra={"session": telemetry.tag(session_id)})
         return conditions
 
@@ -173,5 +175,5 @@ def carried_conditions(block: types_pb2.Block) -> Conditions:
 
 
 def on_host(block: Block) -> Block:
-    """The block with its latent in the host's memory."""
+    """Copy a block's latent into the host's memory."""
     return block if block.latent is None else replace(block, latent=block.latent.cpu())

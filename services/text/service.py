@@ -1,4 +1,4 @@
-"""The text worker on the wire: prompts in, embeddings out, each computed once."""
+"""The text worker's service: prompts in, embeddings out, each computed once."""
 
 import asyncio
 import hashlib
@@ -21,13 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 class TextServicer(text_pb2_grpc.TextServiceServicer):
-    """Serves one text encoder; what it has computed is kept in the store for `ttl_s` seconds."""
+    """Serves one text encoder, and caches its embeddings in the store."""
 
     service_name = "avatar.worker.v1.TextService"
 
     def __init__(
         self, encoder: TextEncoder, digest: str, store: SessionStore, queue: DeviceQueue, capacity: int, ttl_s: float
     ) -> None:
+        """digest: of the checkpoint's text part. capacity: prompts at a time. ttl_s: time to live of an embedding."""
         self._encoder = encoder
         self._digest = digest
         self._store = store
@@ -50,16 +51,16 @@ class TextServicer(text_pb2_grpc.TextServiceServicer):
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         started_ns = time.time_ns()
         name = hashlib.sha256(f"{self._digest}/{self._encoder.dtype}/{request.prompt}".encode()).hexdigest()
-        embedding = await self._kept(name)
-        is_kept = embedding is not None
+        embedding = await self._cached(name)
+        is_cached = embedding is not None
         if embedding is None:
             embedding = await self._compute(request.prompt)
             await self._store.put_embedding(name, embedding, self._ttl_s)
-        telemetry.text_span(started_ns, time.time_ns(), kept=is_kept)
+        telemetry.text_span(started_ns, time.time_ns(), kept=is_cached)
         return embedding
 
-    async def _kept(self, name: str) -> pb.EmbedResponse | None:
-        """What was computed before. What is damaged is as good as nothing: it will be computed, and written, again."""
+    async def _cached(self, name: str) -> pb.EmbedResponse | None:
+        """Return the stored embedding; None if there is none, or it is damaged, and is to be computed again."""
         try:
             return await self._store.embedding(name)
         except StateCorrupt as error:

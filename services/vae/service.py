@@ -1,11 +1,11 @@
-"""The VAE worker on the wire: pictures to references, and blocks of latents to frames in the encoding asked for."""
+"""The VAE worker's service: pictures to references, and blocks of latents to encoded frames."""
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc.aio
 
@@ -26,30 +26,33 @@ from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
 from avatar.worker.v1.types_pb2 import Closed, Frame, Reference
 
-# Pictures at a time: they wait for the same device as the streams' blocks.
-MAX_ENCODING = 2
+Out = TypeVar("Out")
+
+# References that are prepared at a time: each waits in the queue of the streams' blocks.
+MAX_REFERENCES = 2
 
 
 class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
-    """Serves one codec to any number of sessions up to the worker's capacity."""
+    """Serves one VAE to any number of sessions, up to the worker's capacity."""
 
     service_name = "avatar.worker.v1.VaeService"
 
     def __init__(self, vae: Vae[Any], digest: str, store: SessionStore, queue: DeviceQueue, capacity: int) -> None:
+        """digest: of the checkpoint's VAE part. capacity: streams at a time."""
         self._vae = vae
         self._digest = digest
         self._store = store
         self._queue = queue
         self._admission = AdmissionControl(capacity, "vae", queue.load)
-        self._encoding = asyncio.Semaphore(MAX_ENCODING)
-        # Frames are encoded beside the device, which decodes the next block meanwhile.
+        self._preparing = asyncio.Semaphore(MAX_REFERENCES)
+        # Frames are encoded on a thread of their own, while the device decodes the next block.
         self._encoder = ThreadPoolExecutor(1, "encode")
 
     def add_to(self, server: grpc.aio.Server) -> None:
         vae_pb2_grpc.add_VaeServiceServicer_to_server(self, server)
 
     def warm(self) -> None:
-        """Decode nothing, to know how long a block takes; not where sizes are free."""
+        """Decode blank blocks, to measure the duration of a step, if the checkpoint fixes the pictures' size."""
         if size := self._vae.config.picture.fixed_size:
             self._admission.measure(lambda: self._vae.warm(*size))
 
@@ -71,20 +74,20 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         )
 
     async def EncodeReference(self, request: pb.EncodeReferenceRequest, context: Context) -> pb.EncodeReferenceResponse:
-        if self._encoding.locked():
-            raise NoCapacity(f"{MAX_ENCODING} pictures are being prepared already", retry_s=1.0)
-        async with self._encoding:
-            # Behind every block that somebody waits for, and in turn with the others: last of all would be never.
-            return await self._queue.run(self._encode, request)
+        if self._preparing.locked():
+            raise NoCapacity(f"{MAX_REFERENCES} pictures are being prepared already", retry_s=1.0)
+        async with self._preparing:
+            # No deadline: below live blocks, but first come, first served with offline work, so it cannot starve.
+            return await self._queue.run(self._encode_reference, request)
 
-    def _encode(self, request: pb.EncodeReferenceRequest) -> pb.EncodeReferenceResponse:
+    def _encode_reference(self, request: pb.EncodeReferenceRequest) -> pb.EncodeReferenceResponse:
         size = (request.width, request.height) if request.width or request.height else request.area or None
         if size is not None:
             with blaming("area" if isinstance(size, int) else "width"):
                 self._vae.config.picture.check(size)
         fit = request.fit or self._vae.config.picture.fit
         with blaming("picture"):
-            rgb = self._vae.read_picture(request.picture, size, cast(Fit, fit))  # it refuses any other
+            rgb = self._vae.read_picture(request.picture, size, cast(Fit, fit))  # which refuses any other
         motion = self._vae.encode_picture(rgb)
         height, width, _ = rgb.shape
         name = hashlib.sha256(request.picture)
@@ -112,40 +115,38 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             encodings.check_encoding(encoding)
         with blaming("open.quality"):
             encodings.check_quality(quality)
+
+        def encode(chunk: FrameChunk) -> list[Frame]:
+            pixels = chunk.frames.numpy()
+            return _frames(chunk, encodings.encode(pixels, encoding, rate_hz, quality, chunk.first_frame))
+
         with self._admission.admit(opened.session_id, is_live=opened.is_live), blaming("block"):
             session = await self._store.session(opened.session_id)
-            loop = asyncio.get_running_loop()
-            init = await loop.run_in_executor(
-                self._encoder, encodings.init_segment, encoding, session.height, session.width, rate_hz, quality
+            init = await self._on_encoder(
+                encodings.init_segment, encoding, session.height, session.width, rate_hz, quality
             )
             yield pb.DecodeResponse(opened=pb.DecodeOpened(history_blocks=self._vae.history_blocks, init_segment=init))
-
-            def encode(chunk: FrameChunk) -> list[Frame]:
-                pixels = chunk.frames.numpy()
-                return _frames(chunk, encodings.encode(pixels, encoding, rate_hz, quality, chunk.first_frame))
-
-            decoded, encoded, num_blocks = StreamUsage(), StreamUsage(), 0
-            stage = local(self._vae, session_from_pb(session), self._queue, decoded, is_live=opened.is_live)
+            decoding_usage, encoding_usage, num_blocks = StreamUsage(), StreamUsage(), 0
+            stage = local(self._vae, session_from_pb(session), self._queue, decoding_usage, is_live=opened.is_live)
             async with aclosing(stage(_blocks(opened, requests))) as chunks:
                 async for chunk in chunks:
-                    _trace("vae", chunk, decoded)
-                    self._admission.step_times.add(decoded.step_s)
-                    frames = await loop.run_in_executor(self._encoder, encoded.measure, encode, chunk)
-                    _trace("encode", chunk, encoded)
+                    telemetry.block_span("vae", chunk.index, *decoding_usage.last_step, parent=chunk.traceparent)
+                    self._admission.step_times.add(decoding_usage.step_s)
+                    frames = await self._on_encoder(encoding_usage.measure, encode, chunk)
+                    telemetry.block_span("encode", chunk.index, *encoding_usage.last_step, parent=chunk.traceparent)
                     num_blocks += 1
                     for frame in frames:
                         yield pb.DecodeResponse(frame=frame)
-            busy_s = decoded.busy_s + encoded.busy_s
+            busy_s = decoding_usage.busy_s + encoding_usage.busy_s
             yield pb.DecodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=busy_s))
 
-
-def _trace(stage: str, chunk: FrameChunk, usage: StreamUsage) -> None:
-    step = usage.start_ns, usage.end_ns, usage.waited_s
-    telemetry.block_span(stage, chunk.index, *step, parent=chunk.traceparent)
+    async def _on_encoder(self, work: Callable[..., Out], *arguments: Any) -> Out:
+        """Call work on the encoder's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, work, *arguments)
 
 
 def _frames(chunk: FrameChunk, encoded: list[Encoded]) -> list[Frame]:
-    """One message a frame: twelve of 0.9 MB pass faster than one of 10 MB."""
+    """Return one message per frame: twelve of 0.9 MB pass faster than one of 10 MB."""
     frames, index = [], chunk.first_frame
     for each in encoded:
         frame = Frame(block=chunk.index, index=index, data=each.data, is_key=each.is_key, num_frames=each.num_frames)
@@ -156,10 +157,11 @@ def _frames(chunk: FrameChunk, encoded: list[Encoded]) -> list[Frame]:
 
 
 async def _blocks(opened: pb.OpenDecode, requests: AsyncIterator[pb.DecodeRequest]) -> AsyncGenerator[Block, None]:
+    """Yield the stream's blocks. ValueError if one is missing."""
     expected = opened.first_block
-    async with aclosing(parts(requests, "block")) as blocks:
-        async for block in blocks:
-            if block.index != expected:
-                raise ValueError(f"block {block.index} came, expected {expected}")
+    async with aclosing(parts(requests, "block")) as messages:
+        async for message in messages:
+            if message.index != expected:
+                raise ValueError(f"block {message.index} came, expected {expected}")
             expected += 1
-            yield block_from_pb(block, None)
+            yield block_from_pb(message, None)

@@ -73,7 +73,7 @@ async def test_other_workers_refuse_a_device_that_is_not_there(checkpoint: Path,
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_a_denoisers_weights_are_kept_in_its_dtype(dtype: str, checkpoint: Path, store: SessionStore) -> None:
-    with patch("services.denoiser.__main__.Denoiser", wraps=Denoiser) as made:
+    with patch("services.denoiser.loading.Denoiser", wraps=Denoiser) as made:
         built(checkpoint, store, dtype=dtype)
     weights = made.call_args.args[0].parameters()
     assert {weight.dtype for weight in weights} == {getattr(torch, dtype)}

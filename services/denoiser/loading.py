@@ -1,0 +1,50 @@
+"""The denoisers of a worker, from its settings and checkpoint."""
+
+from avatar.checkpoints.layouts import open_part
+from avatar.checkpoints.lora import LoraAdapter
+from avatar.denoiser import speed
+from avatar.denoiser.denoiser import Denoiser
+from avatar.denoiser.model import load
+from avatar.settings import PREFIX, DenoiserSettings
+from services.worker import device_and_dtype, naming_setting
+
+# Pixels on a side of one latent, whatever the VAE.
+SPACE_STRIDE = 8
+
+
+def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> tuple[dict[int, Denoiser], str]:
+    """Return the denoiser of each level to serve, which share their weights, and the digest of the network.
+
+    sizes: from `latent_sizes`. ValueError names a setting that the device or the checkpoint does not support.
+    """
+    adapter = LoraAdapter(settings.adapter, settings.adapter_alpha) if settings.adapter else None
+    part = open_part(settings.checkpoint, "denoiser", adapter)
+    device, dtype = device_and_dtype(settings)
+    network, config = load(part, device=device, dtype=dtype)
+    with naming_setting("attention"):
+        attention = speed.attention_kernel(settings.attention, network)
+    if settings.float8:
+        with naming_setting("float8"):
+            speed.use_float8(network)
+    if settings.compile:
+        speed.compile_layers(network)
+    served = sizes if settings.compile else None
+    levels = settings.served(config.num_levels)
+    denoisers = {level: Denoiser(network, config, level, sizes=served, attention=attention) for level in levels}
+    return denoisers, part.digest()
+
+
+def latent_sizes(settings: DenoiserSettings) -> list[tuple[int, int]]:
+    """Return heights and widths, in latents, to warm up for: the settings' sizes, or the one that the VAE fixes.
+
+    ValueError if a size is no multiple of SPACE_STRIDE, or if layers are compiled and there is no size.
+    """
+    pictures = settings.pictures()
+    if not pictures and (settings.checkpoint / "vae").is_dir():
+        rule = open_part(settings.checkpoint, "vae").config.get("picture", {})
+        pictures = [(rule["width"], rule["height"])] if rule.get("width") and rule.get("height") else []
+    if settings.compile and not pictures:
+        raise ValueError(f"{PREFIX}COMPILE needs {PREFIX}SIZES: this checkpoint leaves the size of its videos open")
+    if odd := [f"{width}x{height}" for width, height in pictures if width % SPACE_STRIDE or height % SPACE_STRIDE]:
+        raise ValueError(f"{PREFIX}SIZES names {odd[0]}, expected multiples of {SPACE_STRIDE}")
+    return [(height // SPACE_STRIDE, width // SPACE_STRIDE) for width, height in pictures]

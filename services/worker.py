@@ -1,0 +1,89 @@
+"""The process of a worker: its device, dtype, session store and server."""
+
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import grpc
+import torch
+
+from avatar import telemetry
+from avatar.checkpoints.files import is_native
+from avatar.rpc.server import Servicer, serving
+from avatar.rpc.tls import server_credentials
+from avatar.runtime.device_queue import DeviceQueue
+from avatar.settings import PREFIX, WorkerSettings
+from avatar.store.redis import RedisHashes
+from avatar.store.sessions import SessionStore
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class WorkerProcess:
+    """What a worker's service is built from, and its server."""
+
+    settings: WorkerSettings
+    store: SessionStore
+    queue: DeviceQueue
+    credentials: grpc.ServerCredentials | None
+
+    def serving(self, servicer: Servicer) -> AbstractAsyncContextManager[int]:
+        """Serve while the body runs."""
+        settings = self.settings
+        return serving(settings.listen, servicer, drain_s=settings.drain_s, credentials=self.credentials)
+
+
+@asynccontextmanager
+async def worker_process(service: str, settings: WorkerSettings) -> AsyncGenerator[WorkerProcess, None]:
+    """Set up this process as a worker while the body runs.
+
+    service: its name in traces and metrics. ValueError names the setting that cannot be used.
+    """
+    telemetry.set_up(f"avatar-{service}", settings.log_level)
+    credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    torch.set_num_threads(settings.threads)
+    store = SessionStore(RedisHashes(settings.redis_url))
+    try:
+        with open_device_queue(settings) as queue:
+            yield WorkerProcess(settings, store, queue, credentials)
+    finally:
+        await store.aclose()
+
+
+def device_and_dtype(settings: WorkerSettings) -> tuple[torch.device, torch.dtype]:
+    """Return the settings' device and dtype; log a hint if another dtype is faster there.
+
+    ValueError if this machine has no such device.
+    """
+    device, dtype = _device(settings), DTYPES[settings.dtype]
+    if not is_native(dtype, device):
+        hint = f"{PREFIX}DTYPE=float32 is many times faster here"
+        logger.warning("processor without bfloat16 instructions", extra={"hint": hint})
+    return device, dtype
+
+
+def open_device_queue(settings: WorkerSettings) -> DeviceQueue:
+    """Return the queue of the settings' device, a context. Calls to a GPU return early, so its queue synchronizes."""
+    device = _device(settings)
+    return DeviceQueue(partial(torch.cuda.synchronize, device) if device.type == "cuda" else None)
+
+
+def _device(settings: WorkerSettings) -> torch.device:
+    device, num_cuda = torch.device(settings.device), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_cuda:
+        raise ValueError(f"{PREFIX}DEVICE is {settings.device!r}, this machine has {num_cuda} CUDA devices")
+    return device
+
+
+@contextmanager
+def naming_setting(name: str) -> Iterator[None]:
+    """Put the setting's variable in front of a ValueError of the body."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{PREFIX}{name.upper()}: {error}") from error
