@@ -1,25 +1,32 @@
-"""What can go wrong in a way that a client can act on, and the gRPC status of each.
+"""Errors that a client can act on, each with its reason and gRPC status.
 
-The table of reasons stands in protos/avatar/v1/avatar_service.proto; tests hold the two together.
+protos/avatar/v1/avatar_service.proto documents the same reasons; tests compare the two.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from grpc import StatusCode
 
 DOMAIN = "avatar"
+REASONS: dict[str, type["AvatarError"]] = {}
 
 
 class AvatarError(Exception):
-    """An error with a status.
+    """An error with a reason and a status; of no subclass, a bug in the server.
 
-    metadata: what google.rpc.ErrorInfo carries beside the reason.
-    violations: (field, description) of google.rpc.BadRequest.
-    retry_s: when to try again, in seconds, for google.rpc.RetryInfo.
+    metadata: of google.rpc.ErrorInfo, beside the reason.
+    violations: (field, description) pairs of google.rpc.BadRequest.
+    retry_s: seconds to wait before another try, for google.rpc.RetryInfo.
     """
 
     reason: ClassVar[str] = "INTERNAL"
     code: ClassVar[StatusCode] = StatusCode.INTERNAL
+
+    def __init_subclass__(cls, *, reason: str, code: StatusCode | None = None) -> None:
+        """Register a subclass under its reason. code: by default that of its parent."""
+        assert reason not in REASONS, f"two errors have the reason {reason}"
+        cls.reason, cls.code = reason, code or cls.code
+        REASONS[reason] = cls
 
     def __init__(
         self,
@@ -36,181 +43,93 @@ class AvatarError(Exception):
         self.retry_s = retry_s
 
 
-class InvalidField(AvatarError):
-    """A field's value cannot be used."""
+REASONS[AvatarError.reason] = AvatarError
 
-    reason = "INVALID_FIELD"
-    code = StatusCode.INVALID_ARGUMENT
+
+class InvalidField(AvatarError, reason="INVALID_FIELD", code=StatusCode.INVALID_ARGUMENT):
+    """A field has an invalid value."""
 
     @classmethod
-    def at(cls, field: str, description: str) -> "InvalidField":
-        """The error that blames one field."""
+    def at(cls, field: str, description: str) -> Self:
+        """Return the error that names one field."""
         return cls(f"{field}: {description}", violations=((field, description),))
 
 
-class InvalidAudio(InvalidField):
-    """Sound cannot be used."""
-
-    reason = "INVALID_AUDIO"
+class InvalidAudio(InvalidField, reason="INVALID_AUDIO"):
+    """The audio or its format is invalid."""
 
 
-class Unauthenticated(AvatarError):
-    """The call carries no token that is known."""
-
-    reason = "UNAUTHENTICATED"
-    code = StatusCode.UNAUTHENTICATED
+class Unauthenticated(AvatarError, reason="UNAUTHENTICATED", code=StatusCode.UNAUTHENTICATED):
+    """The call carries no bearer token, or an unknown one."""
 
 
-class ReferenceNotFound(AvatarError):
-    """No reference of this name is kept."""
-
-    reason = "REFERENCE_NOT_FOUND"
-    code = StatusCode.NOT_FOUND
+class ReferenceNotFound(AvatarError, reason="REFERENCE_NOT_FOUND", code=StatusCode.NOT_FOUND):
+    """The reference does not exist, or belongs to another tenant."""
 
 
-class SessionNotFound(AvatarError):
-    """No session of this name is kept."""
-
-    reason = "SESSION_NOT_FOUND"
-    code = StatusCode.NOT_FOUND
+class SessionNotFound(AvatarError, reason="SESSION_NOT_FOUND", code=StatusCode.NOT_FOUND):
+    """The session does not exist, or belongs to another tenant."""
 
 
-class SessionBusy(AvatarError):
+class SessionBusy(AvatarError, reason="SESSION_BUSY", code=StatusCode.FAILED_PRECONDITION):
     """Another stream of the session is open."""
 
-    reason = "SESSION_BUSY"
-    code = StatusCode.FAILED_PRECONDITION
+
+class SessionClosed(AvatarError, reason="SESSION_CLOSED", code=StatusCode.FAILED_PRECONDITION):
+    """The session's stream has ended."""
 
 
-class SessionClosed(AvatarError):
-    """The session's stream was closed."""
-
-    reason = "SESSION_CLOSED"
-    code = StatusCode.FAILED_PRECONDITION
+class NotStreaming(AvatarError, reason="NOT_STREAMING", code=StatusCode.FAILED_PRECONDITION):
+    """No stream of the session is open at this gateway."""
 
 
-class NotStreaming(AvatarError):
-    """No stream of the session is open here."""
-
-    reason = "NOT_STREAMING"
-    code = StatusCode.FAILED_PRECONDITION
+class ProtocolOrder(AvatarError, reason="PROTOCOL_ORDER", code=StatusCode.FAILED_PRECONDITION):
+    """A message arrived out of order."""
 
 
-class ProtocolOrder(AvatarError):
-    """A message came where it may not come."""
-
-    reason = "PROTOCOL_ORDER"
-    code = StatusCode.FAILED_PRECONDITION
+class PromptUnsupported(AvatarError, reason="PROMPT_UNSUPPORTED", code=StatusCode.FAILED_PRECONDITION):
+    """The checkpoint does not take a prompt."""
 
 
-class PromptUnsupported(AvatarError):
-    """The checkpoint knows no text."""
-
-    reason = "PROMPT_UNSUPPORTED"
-    code = StatusCode.FAILED_PRECONDITION
+class ConfigMismatch(AvatarError, reason="CONFIG_MISMATCH", code=StatusCode.FAILED_PRECONDITION):
+    """The workers of a deployment do not match each other."""
 
 
-class ConfigMismatch(AvatarError):
-    """The workers of a deployment do not fit together."""
-
-    reason = "CONFIG_MISMATCH"
-    code = StatusCode.FAILED_PRECONDITION
+class ConnectionLost(AvatarError, reason="CONNECTION_LOST", code=StatusCode.CANCELLED):
+    """A stream ended without `close`."""
 
 
-class ConnectionLost(AvatarError):
-    """A stream ended without close."""
-
-    reason = "CONNECTION_LOST"
-    code = StatusCode.CANCELLED
+class SlowReader(AvatarError, reason="SLOW_READER", code=StatusCode.ABORTED):
+    """The client read no frame for too long."""
 
 
-class SlowReader(AvatarError):
-    """The client took no frame for too long."""
-
-    reason = "SLOW_READER"
-    code = StatusCode.ABORTED
+class ResumeImpossible(AvatarError, reason="RESUME_IMPOSSIBLE", code=StatusCode.OUT_OF_RANGE):
+    """The frames that a client lacks are no longer kept."""
 
 
-class ResumeImpossible(AvatarError):
-    """The frames that a client misses are no longer kept."""
-
-    reason = "RESUME_IMPOSSIBLE"
-    code = StatusCode.OUT_OF_RANGE
-
-
-class NoCapacity(AvatarError):
+class NoCapacity(AvatarError, reason="NO_CAPACITY", code=StatusCode.RESOURCE_EXHAUSTED):
     """Every worker of a stage is full."""
 
-    reason = "NO_CAPACITY"
-    code = StatusCode.RESOURCE_EXHAUSTED
+
+class QuotaExceeded(AvatarError, reason="QUOTA_EXCEEDED", code=StatusCode.RESOURCE_EXHAUSTED):
+    """The tenant has used up a quota; metadata `quota` names it."""
 
 
-class QuotaExceeded(AvatarError):
-    """The caller uses all that it may; metadata `quota` names what of."""
-
-    reason = "QUOTA_EXCEEDED"
-    code = StatusCode.RESOURCE_EXHAUSTED
+class MessageTooLarge(AvatarError, reason="MESSAGE_TOO_LARGE", code=StatusCode.RESOURCE_EXHAUSTED):
+    """A picture, a piece of audio or a prompt is larger than its limit."""
 
 
-class MessageTooLarge(AvatarError):
-    """A message has more bytes than the limits allow."""
-
-    reason = "MESSAGE_TOO_LARGE"
-    code = StatusCode.RESOURCE_EXHAUSTED
+class StageLost(AvatarError, reason="STAGE_LOST", code=StatusCode.UNAVAILABLE):
+    """A worker is unreachable; metadata `stage` names its stage."""
 
 
-class StageLost(AvatarError):
-    """A worker cannot be reached; metadata `stage` names its stage."""
-
-    reason = "STAGE_LOST"
-    code = StatusCode.UNAVAILABLE
-
-
-class StageFailed(AvatarError):
+class StageFailed(AvatarError, reason="STAGE_FAILED", code=StatusCode.INTERNAL):
     """A worker failed; metadata `stage` names its stage."""
 
-    reason = "STAGE_FAILED"
-    code = StatusCode.INTERNAL
+
+class StoreUnavailable(AvatarError, reason="STORE_UNAVAILABLE", code=StatusCode.UNAVAILABLE):
+    """The session store is unreachable."""
 
 
-class StoreUnavailable(AvatarError):
-    """The session store cannot be reached."""
-
-    reason = "STORE_UNAVAILABLE"
-    code = StatusCode.UNAVAILABLE
-
-
-class StateCorrupt(AvatarError):
-    """The session store holds something else than what was written."""
-
-    reason = "STATE_CORRUPT"
-    code = StatusCode.DATA_LOSS
-
-
-REASONS: dict[str, type[AvatarError]] = {
-    each.reason: each
-    for each in (
-        InvalidField,
-        InvalidAudio,
-        Unauthenticated,
-        ReferenceNotFound,
-        SessionNotFound,
-        SessionBusy,
-        SessionClosed,
-        NotStreaming,
-        ProtocolOrder,
-        PromptUnsupported,
-        ConfigMismatch,
-        ConnectionLost,
-        SlowReader,
-        ResumeImpossible,
-        NoCapacity,
-        QuotaExceeded,
-        MessageTooLarge,
-        StageLost,
-        StageFailed,
-        StoreUnavailable,
-        StateCorrupt,
-        AvatarError,
-    )
-}
+class StateCorrupt(AvatarError, reason="STATE_CORRUPT", code=StatusCode.DATA_LOSS):
+    """The session store returned damaged data."""

@@ -10,10 +10,6 @@ from avatar.errors import DOMAIN, REASONS, AvatarError, InvalidAudio, InvalidFie
 CONTRACT = Path(__file__).parents[1] / "protos" / "avatar" / "v1" / "avatar_service.proto"
 
 
-def descendants(cls: type[AvatarError]) -> set[type[AvatarError]]:
-    return {cls}.union(*(descendants(each) for each in cls.__subclasses__()))
-
-
 def test_the_contract_lists_every_reason_with_its_status() -> None:
     rows = re.findall(r"^//     ([A-Z_]+) +([A-Z_]+) {2,}\S", CONTRACT.read_text(encoding="utf-8"), re.MULTILINE)
     assert dict(rows) == {reason: error.code.name for reason, error in REASONS.items()}
@@ -24,17 +20,13 @@ def test_the_contract_names_the_domain() -> None:
     assert f"ErrorInfo of the domain `{DOMAIN}`" in CONTRACT.read_text(encoding="utf-8")
 
 
-def test_every_error_has_a_reason_of_its_own() -> None:
-    assert set(REASONS.values()) == descendants(AvatarError)
-
-
 @pytest.mark.parametrize("reason", REASONS)
-def test_a_reason_is_written_as_the_api_guide_asks(reason: str) -> None:
+def test_a_reason_has_the_format_of_googles_api_guide(reason: str) -> None:
     assert re.fullmatch(r"[A-Z][A-Z0-9_]{1,61}[A-Z0-9]", reason)
 
 
 @pytest.mark.parametrize("error", REASONS.values())
-def test_an_error_says_what_it_was_given(error: type[AvatarError]) -> None:
+def test_an_error_carries_its_details(error: type[AvatarError]) -> None:
     raised = error("the disk is full", metadata={"stage": "vae"}, violations=(("seed", "too large"),), retry_s=2.0)
     assert str(raised) == raised.message == "the disk is full"
     assert raised.metadata == {"stage": "vae"}
@@ -43,7 +35,7 @@ def test_an_error_says_what_it_was_given(error: type[AvatarError]) -> None:
 
 
 @pytest.mark.parametrize("error", [InvalidField, InvalidAudio])
-def test_blame_names_the_field(error: type[InvalidField]) -> None:
+def test_an_invalid_field_is_named(error: type[InvalidField]) -> None:
     raised = error.at("open.audio.rate_hz", "3000 Hz, expected 8000 to 48000")
     assert type(raised) is error
     assert str(raised) == "open.audio.rate_hz: 3000 Hz, expected 8000 to 48000"
