@@ -1,6 +1,7 @@
-"""What is kept of a training run: its state, complete or not there, and the checkpoint that it is for.
+"""Checkpoints of a training run, and the export of its network as a denoiser folder.
 
-The state is torch.distributed.checkpoint's: each process writes its shards, and any number of processes can read them.
+A run's state is kept with torch.distributed.checkpoint: each process writes its shards, and any number of processes can
+read them.
 """
 
 import shutil
@@ -22,26 +23,26 @@ from torch.optim import Optimizer
 from avatar.checkpoints import files
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
-from training.lora import AdapterRule, adapter_of, merged
+from training.lora import LoraConfig, lora_state, merge_lora
 from training.strategy import Strategy
 
-# Everything of a run that has a state.
+# The networks and optimizers of a run, by their name in checkpoints.
 Parts = Mapping[str, nn.Module | Optimizer]
 
 
 @dataclass
 class Progress:
-    """How far a run is, and how many of the clips it knows."""
+    """Progress of a run: optimizer steps done, and the number of training clips it uses."""
 
     step: int = 0
     num_clips: int = 0
 
 
 def save(parts: Parts, progress: Progress, out: Path, strategy: Strategy) -> None:
-    """Keep a run as it is in out/state/STEP; what was kept before goes when that is complete."""
+    """Write the run's state to out/state/STEP, then delete older states."""
     path = out / "state" / f"{progress.step:08d}"
     state = {name: part.state_dict() for name, part in parts.items()}
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # a single process is told that it is one
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # it warns if there is one process only
         save_shards({**state, "progress": asdict(progress)}, checkpoint_id=path)
     if strategy.is_first:
         for other in path.parent.iterdir():
@@ -49,18 +50,18 @@ def save(parts: Parts, progress: Progress, out: Path, strategy: Strategy) -> Non
                 shutil.rmtree(other)
 
 
-def kept(out: Path) -> Path | None:
-    """The state to go on from: the newest that was written to its end, since its metadata comes last."""
+def latest(out: Path) -> Path | None:
+    """Return the path of the newest complete state, or None. A state's metadata file is written last."""
     paths = sorted((out / "state").glob("*/.metadata"))
     if paths:
         return paths[-1].parent
-    # One file, as runs had it before they could be spread.
+    # The format of runs from before distributed checkpoints: one file.
     return out / "state.pt" if (out / "state.pt").exists() else None
 
 
 def restore(parts: Parts, progress: Progress, out: Path) -> None:
-    """Go on as it was kept, if it was."""
-    path = kept(out)
+    """Load the newest state of a run in place, if there is one."""
+    path = latest(out)
     if path is None:
         return
     state = read_file(path) if path.suffix else read_shards(path, parts)
@@ -76,18 +77,18 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def read_shards(path: Path, parts: Parts) -> dict[str, Any]:
     saved = FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {name: room_for(part, f"{name}.state.", saved) for name, part in parts.items()}
+    state = {name: state_to_fill(part, f"{name}.state.", saved) for name, part in parts.items()}
     state["progress"] = asdict(Progress())
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         load_shards(state, checkpoint_id=path)
     return state
 
 
-def room_for(part: nn.Module | Optimizer, prefix: str, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A state for a checkpoint to be read into: tensors are read in place.
+def state_to_fill(part: nn.Module | Optimizer, prefix: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict with a tensor for each one of the checkpoint, because tensors are read in place.
 
-    An optimiser has none before its first step, and afterwards only for parameters that had gradients: the checkpoint
-    knows. prefix: of the names of an optimiser's tensors in it.
+    An optimizer has no state before its first step, and afterwards only for parameters that had gradients; the
+    checkpoint's metadata says which. prefix: of the optimizer's tensor names there.
     """
     state = part.state_dict()
     if isinstance(part, Optimizer):
@@ -96,15 +97,15 @@ def room_for(part: nn.Module | Optimizer, prefix: str, saved: Mapping[str, Any])
             index, field = name.removeprefix(prefix).split(".")
             like: Tensor = parameters[int(index)]
             size = saved[name].size
-            room = torch.zeros_like(like) if size == like.shape else torch.zeros(size)
-            state["state"].setdefault(int(index), {})[field] = room
+            empty = torch.zeros_like(like) if size == like.shape else torch.zeros(size)
+            state["state"].setdefault(int(index), {})[field] = empty
     return state
 
 
-def export(network: Network, config: NetworkConfig, rule: AdapterRule | None, folder: Path, strategy: Strategy) -> None:
-    """Write a network as a checkpoint's denoiser folder: float16, or bfloat16 where the public weights are so.
+def export(network: Network, config: NetworkConfig, lora: LoraConfig | None, folder: Path, strategy: Strategy) -> None:
+    """Write a network as a denoiser folder: float16, or bfloat16 for the public network's kind.
 
-    An adapter is merged, and written by itself as adapter.safetensors too.
+    A LoRA adapter is merged, and also written by itself as adapter.safetensors.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(network, options=options)
@@ -112,8 +113,8 @@ def export(network: Network, config: NetworkConfig, rule: AdapterRule | None, fo
         return
     with torch.device("meta"):
         plain = Network(config)
-    plain.load_state_dict(merged(state, rule) if rule else state, assign=True)
+    plain.load_state_dict(merge_lora(state, lora) if lora else state, assign=True)
     dtype = torch.float16 if config.output == "x0_residual" else torch.bfloat16
     files.save(folder, config.to_dict(), plain, dtype)
-    if rule:
-        save_file(adapter_of(state), folder / "adapter.safetensors")
+    if lora:
+        save_file(lora_state(state), folder / "adapter.safetensors")

@@ -1,13 +1,13 @@
-"""Clips of talking people in shards: tar files as webdataset's, of arrays that are read where they lie.
+"""Clips of talking people in shards: tar files in webdataset's layout whose arrays are memory-mapped.
 
     CLIP.frames.npy     (f, h, w, 3) uint8 RGB at 25 Hz
-    CLIP.reference.npy  (h, w, 3) uint8: the same person, mouth at rest, another pose
-    CLIP.sound.npy      (s,) int16 at 16 kHz: `lead_frames` of sound before the first frame, and some behind the last
-    CLIP.lips.npy       (f, 2) float32: row and column of the lips' middle, in pixels; where that is known
-    CLIP.jaw.npy        (f,) float32: how far the mouth is open, 0 to 1; where that is known
+    CLIP.reference.npy  (h, w, 3) uint8: the same person with the mouth at rest, in another pose
+    CLIP.sound.npy      (s,) int16 audio at 16 kHz: `lead_frames` before the first frame, and a tail after the last
+    CLIP.lips.npy       (f, 2) float32: row and column of the lips' centre in pixels; optional
+    CLIP.jaw.npy        (f,) float32: opening of the jaw, 0 to 1; optional
     CLIP.json           person, voice, text, lead_frames
 
-A shard is complete or not there: it is written under another name first.
+A shard is written under a temporary name and renamed, so a file named *.tar is always complete.
 """
 
 import argparse
@@ -23,14 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 FRAME_RATE_HZ = 25
-SOUND_RATE_HZ = 16000
-FRAME_SAMPLES = SOUND_RATE_HZ // FRAME_RATE_HZ
-PARTS = ("train", "held_out")
-SHARE_HELP = "I/N: make every Nth shard from the Ith, beside other programs"
+AUDIO_RATE_HZ = 16000
+FRAME_SAMPLES = AUDIO_RATE_HZ // FRAME_RATE_HZ
+SPLITS = ("train", "held_out")
+SHARE_HELP = "I/N: make every Nth shard from the Ith on, so that N programs can share the work"
 
 
-def a_share(text: str) -> tuple[int, int]:
-    """The value of a flag `--share`: (i, n) of `I/N`, every nth shard from the ith."""
+def parse_share(text: str) -> tuple[int, int]:
+    """Parse a `--share I/N` flag into (i, n): every nth shard from the ith on."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, got {text!r}")
@@ -39,20 +39,21 @@ def a_share(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ClipShape:
-    """How long clips are, in frames.
+    """Lengths of a clip, in frames of 40 ms.
 
-    frames: pictures, whole blocks of 12. most_lead: of sound before the first picture, whole blocks too, so that a clip
-    lies on a stream's blocks. tail: of sound after the last, for encoders that look ahead.
+    num_frames: of video, whole blocks of 12. max_lead_frames: of audio before the first video frame, also whole blocks,
+    so that a clip lines up with the blocks of a stream. tail_frames: of audio after the last video frame, for audio
+    encoders that look ahead.
     """
 
-    frames: int = 60
-    most_lead: int = 60
-    tail: int = 16
+    num_frames: int = 60
+    max_lead_frames: int = 60
+    tail_frames: int = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A clip to be written: arrays by name, and what else is known of it."""
+    """A clip to write: arrays by name, and its JSON record."""
 
     name: str
     arrays: Mapping[str, NDArray[Any]]
@@ -61,7 +62,7 @@ class Clip:
 
 @dataclass(frozen=True, eq=False)
 class StoredClip:
-    """A clip in a shard; its arrays are mapped from the file, and nothing is read before it is used."""
+    """A clip in a shard. Arrays are memory-mapped; only the parts that are used are read."""
 
     shard: Path
     name: str
@@ -72,7 +73,7 @@ class StoredClip:
         return name in self.offsets
 
     def array(self, name: str) -> NDArray[Any]:
-        """One of the clip's arrays, read-only. ValueError if this clip has none of that name."""
+        """Map one of the clip's arrays, read-only. ValueError if the clip has none of that name."""
         if not self.has(name):
             raise ValueError(f"clip {self.name} of {self.shard} has no {name!r}, only {', '.join(self.offsets)}")
         with self.shard.open("rb") as file:
@@ -85,7 +86,7 @@ class StoredClip:
 
 
 def write_shard(path: Path, clips: Iterable[Clip]) -> None:
-    """Write clips as a tar file whose bytes depend on the clips alone."""
+    """Write clips as a tar file. Its bytes depend on the clips alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with tarfile.open(partial, "w") as tar:
@@ -105,7 +106,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def read_shard(path: Path) -> list[StoredClip]:
-    """The clips of a shard, in their order. ValueError if it is no such file."""
+    """Read the index of a shard and return its clips in order. ValueError if the file is not a tar file."""
     offsets: dict[str, dict[str, int]] = {}
     infos: dict[str, dict[str, Any]] = {}
     try:
@@ -123,9 +124,9 @@ def read_shard(path: Path) -> list[StoredClip]:
     return [StoredClip(path, name, offsets[name], infos[name]) for name in offsets]
 
 
-def read_clips(folder: Path, part: str) -> list[StoredClip]:
-    """All clips of a part that are there now, in the order of their numbers. ValueError if there are none."""
-    clips = [clip for path in sorted((folder / part).glob("*.tar")) for clip in read_shard(path)]
+def read_clips(folder: Path, split: str) -> list[StoredClip]:
+    """Return all clips that a split has now, in the order of its shards. ValueError if it has none."""
+    clips = [clip for path in sorted((folder / split).glob("*.tar")) for clip in read_shard(path)]
     if not clips:
-        raise ValueError(f"no shards in {folder / part}; make some: python -m training.make_data --out {folder}")
+        raise ValueError(f"no shards in {folder / split}; make some: python -m training.make_data --out {folder}")
     return clips

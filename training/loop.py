@@ -1,10 +1,10 @@
-"""A training run: what is kept of it between two programs, and the loop that both stages share.
+"""The training loop and command line that both stages share, and the files of a run.
 
-state/STEP   everything that decides what comes next, as torch.distributed.checkpoint keeps it: each process its shards
-log.jsonl    an entry for each checkpoint, drawn in loss.png
-events.*     every step, for TensorBoard
-sheet.png    held-out clips above what the network makes of them, where a codec is given
-recipe.json  what decides the run
+state/STEP   the run's state as torch.distributed.checkpoint writes it: each process its shards
+log.jsonl    an entry per checkpoint, plotted in loss.png
+events.*     metrics of every step, for TensorBoard
+sheet.png    previews: held-out clips, and below each the network's own; only where a codec is given
+recipe.json  the run's configuration
 """
 
 import json
@@ -28,18 +28,18 @@ from avatar.denoiser.config import NetworkConfig
 from training.checkpointing import Parts, Progress, export, restore, save
 from training.data import StoredClip, read_clips
 from training.eval.contact_sheets import save_plot, save_sheet
-from training.lora import AdapterRule
-from training.strategy import STRATEGIES, Spread, Strategy, leave
+from training.lora import LoraConfig
+from training.strategy import STRATEGIES, Strategy, WrappedNetwork, leave
 
-# Checkpoints from one sheet to the next.
-SHEET_EVERY = 4
+# Checkpoints per preview.
+PREVIEW_INTERVAL = 4
 
 
-class Trainee(Protocol):
-    """What `go_on` trains.
+class TrainingRun(Protocol):
+    """A stage's training, as `train` drives it.
 
-    recipe: a dataclass. steps: of the whole run. progress: how far it is. parts: everything with a state. average: the
-    network that is looked at and exported.
+    recipe: a dataclass. steps: of the whole run. parts: networks and optimizers to checkpoint. ema: the network that is
+    validated, previewed and exported.
     """
 
     recipe: Any
@@ -47,130 +47,129 @@ class Trainee(Protocol):
     strategy: Strategy
     progress: Progress
     parts: Parts
-    average: Spread
+    ema: WrappedNetwork
     config: NetworkConfig
 
     def advance(self, clips: Sequence[StoredClip]) -> dict[str, float]:
-        """One step; returns figures for the log."""
+        """Take one optimizer step and return its metrics."""
 
-    def watch(self, held_out: Sequence[StoredClip]) -> dict[str, float]:
-        """Figures on clips that training never sees."""
+    def validate(self, held_out: Sequence[StoredClip]) -> dict[str, float]:
+        """Return metrics on held-out clips."""
 
-    def sheet(self, held_out: Sequence[StoredClip]) -> list[Tensor]:
-        """Rows of frames, each (pictures, 3, h, w): clips that training never sees, and what the network makes of
-        them; none without a codec to see them with."""
+    def preview(self, held_out: Sequence[StoredClip]) -> list[Tensor]:
+        """Return rows of frames (n, 3, h, w): held-out clips and the network's own. Empty without a codec."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When a program ends, and how often it keeps its work, in minutes."""
+    """Time limits of a program, in minutes: its end, and between two checkpoints."""
 
     minutes: float
     save_minutes: float
 
 
-def arguments(module: str, doc: str, steps: str) -> ArgumentParser:
-    """What both stages are told when they are started; steps: of what the run counts."""
+def argument_parser(module: str, doc: str, steps: str) -> ArgumentParser:
+    """Return a parser with the flags that both stages share. steps: the unit of --steps."""
     parser = ArgumentParser(prog=f"python -m {module}", description=doc.split(":")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of shards, as training.prepare makes it")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run: state, log, sheets")
-    parser.add_argument("--preset", choices=("tiny", "base"), default="tiny", help="recipe, and what is trained")
-    parser.add_argument("--steps", type=int, help=f"length of the whole run, {steps}")
-    parser.add_argument("--batch", type=int, help="clips of a step, of all processes together")
-    parser.add_argument("--strategy", choices=STRATEGIES, default="single", help="the others are started by torchrun")
-    parser.add_argument("--adapter", type=adapter_rule, help="RANK,ALPHA: train a low-rank adapter, not the weights")
-    parser.add_argument("--vae", type=Path, help="a checkpoint's vae folder, to draw sheets with")
-    parser.add_argument("--minutes", type=float, default=60, help="stop after this long; the next call goes on")
-    parser.add_argument("--save-minutes", type=float, default=5, help="between two checkpoints")
-    parser.add_argument("--export", type=Path, help="train nothing: write the run's weights to this folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of shards that training.prepare wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run: state, log, previews")
+    parser.add_argument("--preset", choices=("tiny", "base"), default="tiny", help="recipe and network")
+    parser.add_argument("--steps", type=int, help=f"length of the whole run, in {steps}")
+    parser.add_argument("--batch", type=int, help="clips per step, of all processes together")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="single", help="ddp and fsdp2 need torchrun")
+    parser.add_argument("--adapter", type=lora_config, help="RANK,ALPHA: train a LoRA adapter in place of the weights")
+    parser.add_argument("--vae", type=Path, help="vae folder of a checkpoint, to decode previews with")
+    parser.add_argument("--minutes", type=float, default=60, help="time limit; the next call resumes (default 60)")
+    parser.add_argument("--save-minutes", type=float, default=5, help="time between two checkpoints (default 5)")
+    parser.add_argument("--export", type=Path, help="do not train: write the run's EMA weights to this folder")
     return parser
 
 
-def adapter_rule(text: str) -> AdapterRule:
+def lora_config(text: str) -> LoraConfig:
     rank, alpha = text.split(",")
-    return AdapterRule(int(rank), float(alpha))
+    return LoraConfig(int(rank), float(alpha))
 
 
-def chosen(flags: Namespace, *names: str) -> dict[str, Any]:
-    """The flags of these names that were given: what replaces the fields of a preset."""
-    return {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+def overrides(**values: Any) -> dict[str, Any]:
+    """Select the values that were given: the fields of a preset to replace."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def cosine(step: int, steps: int, warmup: int) -> float:
-    """What rates are multiplied by: up in a line, then down along half a cosine to a hundredth."""
-    fallen = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))
-    return min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * fallen)
+def cosine_schedule(step: int, steps: int, warmup: int) -> float:
+    """Return the factor on learning rates: linear warm-up, then half a cosine from 1 down to 0.01."""
+    fall = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))
+    return min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * fall)
 
 
 @torch.no_grad()
-def average_into(average: nn.Module, network: nn.Module, keep: float, step: int) -> None:
-    """Move the average of weights a little; a young one moves faster, or it would remember the start for too long."""
-    keep = min(keep, (step + 1) / (step + 10))
-    for mine, theirs in zip(average.parameters(), network.parameters(), strict=True):
+def update_ema(ema: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """Move an exponential moving average of weights. Early steps decay faster, so that initial weights fade."""
+    decay = min(decay, (step + 1) / (step + 10))
+    for mine, theirs in zip(ema.parameters(), network.parameters(), strict=True):
         if theirs.requires_grad:
-            mine.add_(theirs - mine, alpha=1 - keep)
+            mine.add_(theirs - mine, alpha=1 - decay)
 
 
-def carry_out(trainee: Trainee, flags: Namespace) -> None:
-    """What the command line asks of a run that is new or was kept: to be trained on, or to be exported."""
-    restore(trainee.parts, trainee.progress, flags.out)
+def run_program(run: TrainingRun, flags: Namespace) -> None:
+    """Resume or start a run as the command line asks: export it, or train it."""
+    restore(run.parts, run.progress, flags.out)
     if flags.export:
-        export(trainee.average.network, trainee.config, trainee.recipe.adapter, flags.export, trainee.strategy)
+        export(run.ema.network, run.config, run.recipe.lora, flags.export, run.strategy)
     else:
-        go_on(trainee, flags.data, flags.out, Limits(flags.minutes, flags.save_minutes))
-    leave(trainee.strategy)
+        train(run, flags.data, flags.out, Limits(flags.minutes, flags.save_minutes))
+    leave(run.strategy)
 
 
-def go_on(trainee: Trainee, data: Path, out: Path, limits: Limits) -> None:
-    """Train until the last step, the time is up, or SIGTERM; clips that arrive meanwhile join at checkpoints."""
-    strategy, progress = trainee.strategy, trainee.progress
+def train(run: TrainingRun, data: Path, out: Path, limits: Limits) -> None:
+    """Train until the last step, the time limit, or SIGTERM. Clips that arrive meanwhile join at checkpoints."""
+    strategy, progress = run.strategy, run.progress
     out.mkdir(parents=True, exist_ok=True)
-    clips, held_out = strategy.from_first(lambda: (read_clips(data, "train"), read_clips(data, "held_out")))
+    clips, held_out = strategy.broadcast(lambda: (read_clips(data, "train"), read_clips(data, "held_out")))
     progress.num_clips = progress.num_clips or len(clips)
-    begun = time.monotonic()
-    deadline, save_at, num_saved = begun + 60 * limits.minutes, begun + 60 * limits.save_minutes, 0
-    is_over = progress.step >= trainee.steps
-    with Journal(trainee, out) as journal, asked_to_stop() as is_asked:
+    start = time.monotonic()
+    deadline, save_at, num_saved = start + 60 * limits.minutes, start + 60 * limits.save_minutes, 0
+    is_over = progress.step >= run.steps
+    with RunLog(run, out) as log, sigterm_flag() as is_terminated:
         while not is_over:
-            journal.note(trainee.advance(clips[: progress.num_clips]))
+            log.add_step(run.advance(clips[: progress.num_clips]))
             now = time.monotonic()
-            # Clocks and signals differ between processes, and a checkpoint takes all of them.
-            is_stopped, is_late, is_due = strategy.agree(is_asked(), now >= deadline, now >= save_at)
-            is_over = is_stopped or is_late or progress.step >= trainee.steps
+            # Clocks and signals differ between processes, and all processes take part in a checkpoint.
+            is_stopped, is_late, is_due = strategy.any_of(is_terminated(), now >= deadline, now >= save_at)
+            is_over = is_stopped or is_late or progress.step >= run.steps
             if is_over or is_due:
-                clips = strategy.from_first(lambda: read_clips(data, "train"))
+                clips = strategy.broadcast(lambda: read_clips(data, "train"))
                 progress.num_clips = len(clips)
-                save(trainee.parts, progress, out, strategy)
+                save(run.parts, progress, out, strategy)
                 if not is_stopped:
-                    journal.sum_up(held_out, with_sheet=num_saved % SHEET_EVERY == 0)
+                    log.add_checkpoint(held_out, with_preview=num_saved % PREVIEW_INTERVAL == 0)
                 num_saved, save_at = num_saved + 1, time.monotonic() + 60 * limits.save_minutes
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come, which clusters send before they take a machine away."""
-    asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+def sigterm_flag() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says if SIGTERM was received; clusters send it before they take a machine away."""
+    received = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try:
-        yield asked.is_set
+        yield received.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-class Journal:
-    """What a run tells while it trains. The first process writes; all take part, since networks may be in shards."""
+class RunLog:
+    """The log, plots and previews of a run. The first process writes; all take part, because networks can be shards."""
 
-    def __init__(self, trainee: Trainee, out: Path) -> None:
-        self._trainee, self._out = trainee, out
-        self._sums: dict[str, list[float]] = {}
-        self._is_first = trainee.strategy.is_first
-        step = trainee.progress.step
-        self._bar = tqdm(total=trainee.steps, initial=step, unit="step", mininterval=20, disable=not self._is_first)
+    def __init__(self, run: TrainingRun, out: Path) -> None:
+        self._run, self._out = run, out
+        self._values: dict[str, list[float]] = {}
+        self._is_first = run.strategy.is_first
+        step = run.progress.step
+        self._bar = tqdm(total=run.steps, initial=step, unit="step", mininterval=20, disable=not self._is_first)
         self._board = SummaryWriter(str(out), purge_step=step) if self._is_first else None
         if self._is_first:
-            (out / "recipe.json").write_text(json.dumps(asdict(trainee.recipe), indent=2) + "\n")
+            (out / "recipe.json").write_text(json.dumps(asdict(run.recipe), indent=2) + "\n")
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -178,39 +177,40 @@ class Journal:
         if self._board:
             self._board.close()
 
-    def note(self, figures: Mapping[str, float]) -> None:
-        """Figures of a step, of this process's clips."""
-        for name, value in figures.items():
-            self._sums.setdefault(name, []).append(value)
-        self._show(figures)
+    def add_step(self, metrics: Mapping[str, float]) -> None:
+        """Log a step's metrics, which are of this process's clips."""
+        for name, value in metrics.items():
+            self._values.setdefault(name, []).append(value)
+        self._to_board(metrics)
         self._bar.update()
 
-    def sum_up(self, held_out: Sequence[StoredClip], with_sheet: bool) -> None:
-        """An entry for the steps since the last one, of all processes, with figures on held-out clips, and a sheet."""
-        trainee = self._trainee
-        means = {name: sum(values) / len(values) for name, values in self._sums.items()}
-        watched = trainee.watch(held_out)
-        entry = {**asdict(trainee.progress), **trainee.strategy.mean({**means, **watched})}
-        self._sums = {}
-        sheet = trainee.sheet(held_out) if with_sheet else []
+    def add_checkpoint(self, held_out: Sequence[StoredClip], with_preview: bool) -> None:
+        """Log the means since the last checkpoint over all processes, the validation metrics, and a preview."""
+        run = self._run
+        means = {name: sum(values) / len(values) for name, values in self._values.items()}
+        validation = run.validate(held_out)
+        entry = {**asdict(run.progress), **run.strategy.mean({**means, **validation})}
+        self._values = {}
+        rows = run.preview(held_out) if with_preview else []
         if not self._is_first:
             return
-        write_entry(self._out, entry)
-        self._show({name: entry[name] for name in watched})
-        if sheet:
-            save_sheet(self._out / "sheet.png", sheet)
+        losses = [name for name in entry if "loss" in name or "held_out" in name]
+        write_log(self._out, entry, {"loss": losses})
+        self._to_board({name: entry[name] for name in validation})
+        if rows:
+            save_sheet(self._out / "sheet.png", rows)
 
-    def _show(self, figures: Mapping[str, float]) -> None:
+    def _to_board(self, metrics: Mapping[str, float]) -> None:
         if self._board:
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, self._trainee.progress.step)
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, self._run.progress.step)
 
 
-def write_entry(out: Path, entry: Mapping[str, float]) -> None:
-    """Add an entry to the run's log, and draw its curves."""
+def write_log(out: Path, entry: Mapping[str, float], plots: Mapping[str, Sequence[str]]) -> None:
+    """Append an entry to out/log.jsonl and draw each plot's metrics over all entries to PLOT.png."""
     path = out / "log.jsonl"
     with path.open("a") as file:
         file.write(json.dumps({name: round(value, 5) for name, value in entry.items()}) + "\n")
     entries = [json.loads(line) for line in path.read_text().splitlines()]
-    names = [name for name in entries[-1] if "loss" in name or "held_out" in name]
-    save_plot(out / "loss.png", {name: [(e["step"], e[name]) for e in entries if name in e] for name in names})
+    for plot, names in plots.items():
+        save_plot(out / f"{plot}.png", {name: [(e["step"], e[name]) for e in entries if name in e] for name in names})

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, through peft): what is trained where a whole network is too much.
+"""LoRA adapters, through peft: trained in place of a whole network.
 
-Every weight W of attention and of the feed-forward networks, the audio injectors' included, becomes
-W + alpha / rank * B A; B and A are trained, and everything else stays.
+Every weight W of the attentions (audio injectors' included) and feed-forward networks becomes
+W + alpha / rank * B A; only A and B are trained.
 """
 
 import re
@@ -20,48 +20,49 @@ PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.default\.weight")
 
 
 @dataclass(frozen=True)
-class AdapterRule:
-    """How large an adapter is, and how much it counts."""
+class LoraConfig:
+    """Rank and scale of a LoRA adapter."""
 
     rank: int = 128
     alpha: float = 64.0
 
 
-def kept_in(rule: AdapterRule | None) -> torch.dtype:
-    """What weights are read as: those that an adapter leaves alone take as little memory as when they are served."""
-    return torch.bfloat16 if rule else torch.float32
+def weight_dtype(lora: LoraConfig | None) -> torch.dtype:
+    """Return the dtype to load weights in: bfloat16 where a LoRA adapter leaves them frozen, else float32."""
+    return torch.bfloat16 if lora else torch.float32
 
 
-def made_trainable(network: Network, rule: AdapterRule | None, seed: int) -> Network:
-    """The network with what is to be trained: an adapter that changes nothing yet, or with no rule all its weights."""
-    network.requires_grad_(rule is None)
-    if rule is not None:
-        # Imported here, since it takes seconds and most runs do without.
-        from peft import LoraConfig, inject_adapter_in_model
+def make_trainable(network: Network, lora: LoraConfig | None, seed: int) -> Network:
+    """Enable gradients in place: of a new LoRA adapter whose product is zero, or without one of all weights."""
+    network.requires_grad_(lora is None)
+    if lora is not None:
+        # Imported here, because it takes seconds and most runs have no adapter.
+        import peft
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            shape = LoraConfig(r=rule.rank, lora_alpha=rule.alpha, target_modules=TARGETS)  # type: ignore[arg-type]
-            inject_adapter_in_model(shape, network)
+            size = {"r": lora.rank, "lora_alpha": lora.alpha}
+            config = peft.LoraConfig(**size, target_modules=TARGETS)  # type: ignore[arg-type]
+            peft.inject_adapter_in_model(config, network)
         for parameter in network.parameters():
             if parameter.requires_grad:
-                # In bfloat16 small steps would be rounded away.
+                # bfloat16 would round small optimizer steps away.
                 parameter.data = parameter.data.float()
     return network
 
 
-def adapter_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter in a network's state, in peft's spelling and float32: what a public adapter file holds."""
+def lora_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Select the adapter of a network's state, in float32 under peft's names, as public adapter files have it."""
     return {f"base_model.model.{name}": tensor.float() for name, tensor in state.items() if PAIR.fullmatch(name)}
 
 
-def merged(state: Mapping[str, Tensor], rule: AdapterRule) -> dict[str, Tensor]:
-    """A network's state with its adapter taken in: names and shapes of a network without one."""
+def merge_lora(state: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
+    """Merge the adapter of a network's state: names and shapes are then those of a network without one."""
     plain = {name.replace(".base_layer.", "."): each for name, each in state.items() if not PAIR.fullmatch(name)}
     for name, a in state.items():
         found = PAIR.fullmatch(name)
         if found and found["side"] == "A":
             module, weight = found["module"], f"{found['module']}.weight"
             b = state[f"{module}.lora_B.default.weight"]
-            plain[weight] = merge(plain[weight], {"A": a, "B": b}, rule.alpha).to(plain[weight].dtype)
+            plain[weight] = merge(plain[weight], {"A": a, "B": b}, lora.alpha).to(plain[weight].dtype)
     return plain

@@ -1,10 +1,9 @@
-"""Teach a checkpoint what its pictures are like.
+"""Fit a checkpoint's out-of-distribution check.
 
     python -m training.out_of_distribution models/tiny/vae --data runs/data
 
-Writes into the config of the vae's folder what the portraits of training clips have in common, so that a picture of
-another kind gets a notice. To be called again when the codec has changed. `--show FILE ...` writes nothing and says
-how far pictures are.
+Fits the distribution of the portraits of training clips and writes it into the config of the vae folder, so that a
+picture outside it gets a notice. Run it again when the codec has changed. `--show FILE ...` only prints distances.
 """
 
 import argparse
@@ -29,80 +28,82 @@ NOTICE = (
     "this model knows drawn people alone, such as those in assets/portraits, and this picture is unlike them; "
     "the video may be blurred, or show somebody else"
 )
-# Beyond the largest distance of the pictures that were measured, since others of their kind can be a little farther.
+# The limit over the largest measured distance, because other pictures in distribution can be a little farther.
 MARGIN = 1.02
-# How much of the mean variance every direction has at least: in some hardly anything varies.
-LEAST_SHARE = 1e-3
+# Variance that is added to every direction, relative to the mean variance: some directions hardly vary.
+REGULARISATION = 1e-3
 DIGITS = 4
 
 
-def traits(vae: Vae[Any], rgb: Tensor) -> Tensor:
-    """The traits (k,) of a picture (H, W, 3) uint8."""
+def descriptor(vae: Vae[Any], rgb: Tensor) -> Tensor:
+    """Return the descriptor (k,) of a picture (H, W, 3) uint8."""
     with torch.inference_mode():
         motion = vae.codec.encode(vae.still_clip(rgb, 1 + 4 * (LATENTS - 1)))[0]
     return picture_descriptor(vae.codec, rgb, motion)
 
 
-def measured(each: Sequence[Tensor]) -> OutOfDistributionCheck:
-    """What pictures of these traits have in common. ValueError if they are fewer than twice the traits."""
-    together = torch.stack(list(each)).double()
-    count, k = together.shape
+def fit_check(descriptors: Sequence[Tensor]) -> OutOfDistributionCheck:
+    """Fit the check to descriptors (k,). ValueError with fewer than 2 k of them."""
+    stacked = torch.stack(list(descriptors)).double()
+    count, k = stacked.shape
     if count < 2 * k:
-        raise ValueError(f"{count} pictures say too little of {k} traits, expected at least {2 * k}")
-    covariance = torch.cov(together.T)
-    covariance += LEAST_SHARE * covariance.diagonal().mean() * torch.eye(k)
+        raise ValueError(f"{count} pictures are too few for {k} components, expected at least {2 * k}")
+    covariance = torch.cov(stacked.T)
+    covariance += REGULARISATION * covariance.diagonal().mean() * torch.eye(k)
     root = torch.linalg.inv(torch.linalg.cholesky(covariance))
-    numbers = [[round(value, DIGITS) for value in values] for values in (together.mean(0).tolist(), triangle(root))]
-    familiar = OutOfDistributionCheck(tuple(numbers[0]), tuple(numbers[1]), 0.0, NOTICE)
-    return replace(familiar, limit=round(MARGIN * max(map(familiar.distance, each)), DIGITS))
+    mean, triangle = (
+        tuple(round(value, DIGITS) for value in values) for values in (stacked.mean(0).tolist(), lower_triangle(root))
+    )
+    check = OutOfDistributionCheck(mean, triangle, 0.0, NOTICE)
+    return replace(check, limit=round(MARGIN * max(map(check.distance, descriptors)), DIGITS))
 
 
-def triangle(root: Tensor) -> list[float]:
-    """The lower triangle of a matrix, row by row."""
-    return [float(value) for value in root[*torch.tril_indices(len(root), len(root))]]
+def lower_triangle(matrix: Tensor) -> list[float]:
+    """Return the lower triangle of a matrix, row by row."""
+    return [float(value) for value in matrix[*torch.tril_indices(len(matrix), len(matrix))]]
 
 
-def portraits(vae: Vae[Any], data: Path, part: str, most: int) -> Iterable[Tensor]:
-    """Traits of the portraits of at most so many clips, evenly over all."""
-    clips = read_clips(data, part)
-    chosen = clips[:: -(-len(clips) // most)]
-    for clip in tqdm(chosen, f"portraits, {part}", unit="clip", mininterval=10):
+def portrait_descriptors(vae: Vae[Any], data: Path, split: str, max_clips: int) -> Iterable[Tensor]:
+    """Yield the descriptors of the portraits of at most `max_clips` clips, evenly spaced."""
+    clips = read_clips(data, split)
+    selected = clips[:: -(-len(clips) // max_clips)]
+    for clip in tqdm(selected, f"portraits, {split}", unit="clip", mininterval=10):
         reference: NDArray[np.uint8] = np.array(clip.array("reference"))
-        yield traits(vae, torch.from_numpy(reference))
+        yield descriptor(vae, torch.from_numpy(reference))
 
 
 def summary(name: str, distances: Sequence[float], limit: float) -> str:
     beyond = sum(distance > limit for distance in distances)
-    middle, farthest = np.median(distances), max(distances)
-    return f"{name}: {beyond} of {len(distances)} beyond {limit}, median {middle:.2f}, farthest {farthest:.2f}"
+    median, largest = np.median(distances), max(distances)
+    return f"{name}: {beyond} of {len(distances)} beyond {limit}, median {median:.2f}, largest {largest:.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.out_of_distribution", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("vae", type=Path, help="a checkpoint's vae folder")
-    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="shards, as training.make_data makes them")
-    parser.add_argument("--clips", type=int, default=500, help="the most training clips to look at (default 500)")
-    parser.add_argument("--show", type=Path, nargs="+", help="write nothing: say how far these pictures are")
+    parser.add_argument("vae", type=Path, help="vae folder of a checkpoint")
+    parser.add_argument("--data", type=Path, default=Path("runs/data"), help="shards that training.make_data wrote")
+    parser.add_argument("--clips", type=int, default=500, help="maximum number of clips per split (default 500)")
+    parser.add_argument("--show", type=Path, nargs="+", help="write nothing: print the distances of these pictures")
     flags = parser.parse_args()
     torch.set_num_threads(1)
     part = Part.read(flags.vae)
     vae = load(part)
     if flags.show:
-        familiar = vae.config.familiar
-        if familiar is None:
-            parser.error(f"{flags.vae} does not say what its pictures are like")
+        check = vae.config.familiar
+        if check is None:
+            parser.error(f"{flags.vae} has no out-of-distribution check")
         for path in flags.show:
-            distance = familiar.distance(traits(vae, vae.read_picture(path.read_bytes())))
-            print(f"{distance:6.2f}  {'unlike' if distance > familiar.limit else 'like  '}  {path}")
+            distance = check.distance(descriptor(vae, vae.read_picture(path.read_bytes())))
+            print(f"{distance:6.2f}  {'outside' if distance > check.limit else 'inside '}  {path}")
         return
-    each = list(portraits(vae, flags.data, "train", flags.clips))
-    familiar = measured(each)
-    print(summary("training", [familiar.distance(one) for one in each], familiar.limit))
-    held_out = [familiar.distance(one) for one in portraits(vae, flags.data, "held_out", flags.clips)]
-    print(summary("held out", held_out, familiar.limit))
-    write_config(flags.vae, {**part.config, "familiar": asdict(familiar)})
+    training = list(portrait_descriptors(vae, flags.data, "train", flags.clips))
+    check = fit_check(training)
+    print(summary("training", [check.distance(each) for each in training], check.limit))
+    held_out = [check.distance(each) for each in portrait_descriptors(vae, flags.data, "held_out", flags.clips)]
+    print(summary("held out", held_out, check.limit))
+    write_config(flags.vae, {**part.config, "familiar": asdict(check)})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The network on its own: block after block from noise, each conditioned on what it made before.
+"""Self-forcing: generate clips block by block, each block conditioned on the blocks generated before it.
 
-The caches are the product's, one per level, so a network is trained on what it will meet when it serves: a history at
-its own noise level, cut off from gradients, and a sink that stands where serving puts it.
+The caches are the product's, one per level, so training meets the conditions of serving: a history at the level's own
+noise, detached from gradients, and a sink at serving's positions.
+
+Source: Self-Forcing (arXiv 2506.08009).
 
 Axes: b batch, c channels, t latent frames, h w of latents.
 """
@@ -22,11 +24,8 @@ from avatar.denoiser.schedule import timesteps
 from training.batches import ClipBatch, Share
 
 
-class StepHistory:
-    """A cache as one block's history while that block has gradients: they reach its own keys and values and no others.
-
-    Source: Self-Forcing (arXiv 2506.08009) cuts the cache off in the same way.
-    """
+class DetachedHistory:
+    """A KV cache as the history of a block with gradients: they reach the block's own keys and values only."""
 
     visible = None
 
@@ -38,7 +37,7 @@ class StepHistory:
         if not k.requires_grad:
             return keys, values
         own = self._cache.current
-        # Copies, since later blocks write into the cache while this graph still needs it.
+        # Copies, because later blocks write into the cache while this graph still needs its values.
         return (
             torch.cat([keys[:, : own.start], k, keys[:, own.stop :]], dim=1),
             torch.cat([values[:, : own.start], v, values[:, own.stop :]], dim=1),
@@ -46,11 +45,11 @@ class StepHistory:
 
 
 @dataclass(eq=False)
-class Rollout:
-    """A batch of streams in the making.
+class BlockwiseGeneration:
+    """Generation of a batch of clips, block by block.
 
-    batch: what they are made under; all stand at batch.first_block[0]. distance: of the sink. share: the batch's, of
-    the clips of all processes.
+    batch: the clips' conditions; all clips start at batch.first_block[0]. distance: of the sink, in latent frames.
+    share: this process's share of the batch.
     """
 
     network: Network
@@ -72,8 +71,8 @@ class Rollout:
     def num_blocks(self) -> int:
         return self.batch.features.shape[-1] // self.config.frames_per_block
 
-    def cache(self) -> KVCache:
-        """An empty history of one level."""
+    def new_cache(self) -> KVCache:
+        """Return the cache of one level, with the sink and no blocks."""
         b, _, _, height, width = self.batch.motion.shape
         keys = self._conditions[0][0]
         cache = KVCache(self.config, height, width, batch=b, dtype=keys.dtype, device=keys.device)
@@ -81,37 +80,37 @@ class Rollout:
         return cache
 
     def velocity(self, x: Tensor, block: int, level: int, cache: KVCache) -> Tensor:
-        """The velocity at x (b, c, t, h, w), block `block` of the rollout as it enters a level."""
+        """Predict the velocity at x (b, c, t, h, w), the input of block number `block` at a level."""
         config, network, batch = self.config, self.network, self.batch
         index = int(batch.first_block[0]) + block
         first_frame = index * config.num_frames_per_block
         cache.begin(index, reference_frame(first_frame, self.distance))
-        heard = slice(block * config.frames_per_block, (block + 1) * config.frames_per_block)
-        audio = network.encode_audio(batch.features[..., heard])
+        frame_span = slice(block * config.frames_per_block, (block + 1) * config.frames_per_block)
+        audio = network.encode_audio(batch.features[..., frame_span])
         modulation = network.embed_time(timesteps(config.schedule)[level].to(x.device).reshape(1, 1))
-        output = network(x, modulation, self._text, audio, self._pose, first_frame, StepHistory(cache))
+        output = network(x, modulation, self._text, audio, self._pose, first_frame, DetachedHistory(cache))
         return velocity_of(output.float(), x, batch.reference, config.schedule[level], config)
 
     def clean(self, x: Tensor, block: int, level: int, cache: KVCache) -> Tensor:
-        """The clean latents that the network sees in x at a level."""
+        """Return the network's clean estimate of a block from its input x at a level."""
         return x - self.config.schedule[level] * self.velocity(x, block, level, cache)
 
     @torch.no_grad()
     def inputs(self, exit_level: int, generator: Generator) -> list[Tensor]:
-        """What every block is when it enters `exit_level`; the levels before it are taken as serving takes them."""
+        """Return each block's input at `exit_level`, reached from noise by the sampler's steps at earlier levels."""
         config, (b, c, _, h, w) = self.config, self.batch.motion.shape
-        caches = [self.cache() for _ in range(exit_level)]
-        entered = []
+        caches = [self.new_cache() for _ in range(exit_level)]
+        inputs = []
         for block in range(self.num_blocks):
-            drawn = self.share.noise((b, c, config.num_frames_per_block, h, w), generator)
-            x = config.noise_scale * drawn.to(self.batch.motion)
+            noise = self.share.noise((b, c, config.num_frames_per_block, h, w), generator)
+            x = config.noise_scale * noise.to(self.batch.motion)
             for level, cache in enumerate(caches):
                 velocity = self.velocity(x, block, level, cache)
                 x = SAMPLERS[config.sampler](x, velocity, *config.schedule[level : level + 2])
-            entered.append(x)
-        return entered
+            inputs.append(x)
+        return inputs
 
-    def outputs(self, entered: list[Tensor], exit_level: int) -> list[Tensor]:
-        """The clean latents of every block, from what entered `exit_level`; with gradients if they are enabled."""
-        cache = self.cache()
-        return [self.clean(x, block, exit_level, cache) for block, x in enumerate(entered)]
+    def outputs(self, inputs: list[Tensor], exit_level: int) -> list[Tensor]:
+        """Return the clean latents of all blocks from their inputs at `exit_level`; with gradients if enabled."""
+        cache = self.new_cache()
+        return [self.clean(x, block, exit_level, cache) for block, x in enumerate(inputs)]

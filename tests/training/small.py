@@ -1,4 +1,4 @@
-"""A small network, prepared clips for it, and what two processes of a run need to be told."""
+"""Small networks and clips, and stand-in landmarks."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator
 
 from avatar.denoiser.config import NetworkConfig, base, tiny
 from avatar.denoiser.model import Network
-from training.batches import BatchRule
+from training.batches import BatchConfig
 from training.data import Clip, write_shard
 
-RULE = BatchRule(batch=2, num_blocks=(3, 3))
+BATCHES = BatchConfig(batch_size=2, num_blocks=(3, 3))
 SIZES: dict[str, Any] = {
     "in_dim": 4,
     "out_dim": 4,
@@ -32,12 +33,12 @@ SIZES: dict[str, Any] = {
 
 
 def small() -> NetworkConfig:
-    """The embedded default in small."""
+    """Return the embedded default's configuration at toy size."""
     return replace(tiny(), **SIZES)
 
 
 def small_base() -> NetworkConfig:
-    """The public network in small."""
+    """Return the public network's configuration at toy size."""
     return replace(base(), **SIZES, text_dim=8, text_len=3)
 
 
@@ -53,14 +54,14 @@ def prepared_clip(number: int) -> Clip:
 
 
 def write_latents(folder: Path) -> Path:
-    """A folder of prepared shards: four clips to train on, two held out."""
+    """Write a folder of prepared shards: four training clips and two held-out clips."""
     write_shard(folder / "train" / "000000.tar", [prepared_clip(number) for number in range(4)])
     write_shard(folder / "held_out" / "000000.tar", [prepared_clip(number) for number in (90, 91)])
     return folder
 
 
 def network_of(config: NetworkConfig) -> Network:
-    """A network in which nothing is zero."""
+    """Return a network with no zero weights."""
     network = Network(config)
     generator = Generator().manual_seed(3)
     with torch.no_grad():
@@ -69,5 +70,40 @@ def network_of(config: NetworkConfig) -> Network:
     return network
 
 
-def begin(config: NetworkConfig) -> Callable[[], Network]:
+def maker(config: NetworkConfig) -> Callable[[], Network]:
     return lambda: network_of(config)
+
+
+def noisy_clip(number: int, lead_frames: int) -> Clip:
+    """Return a clip of 24 random frames at 64x64, with audio before and after them."""
+    rng = np.random.default_rng(number)
+    arrays: dict[str, Any] = {
+        "frames": rng.integers(0, 256, (24, 64, 64, 3), np.uint8),
+        "reference": rng.integers(0, 256, (64, 64, 3), np.uint8),
+        "sound": rng.integers(-9999, 9999, (lead_frames + 24 + 16) * 640, np.int16),
+        "jaw": np.arange(24, dtype=np.float32),
+    }
+    return Clip(str(number), arrays, {"lead_frames": lead_frames})
+
+
+class BrightMouths:
+    """Landmarks that take brightness for the opening of the mouth, and find no face in black frames."""
+
+    def points(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        brightness = frames.mean((1, 2, 3))
+        return np.where(brightness[:, None, None] > 0, face(brightness), np.float32(np.nan))
+
+
+class NoFaces:
+    """Landmarks that find no face."""
+
+    def points(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.full((len(frames), 468, 2), np.nan, np.float32)
+
+
+def face(openings: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Return mesh points with only lips and eyes set; the eyes are 20 apart."""
+    points = np.zeros((len(openings), 468, 2), np.float32)
+    points[:, 263, 0] = 20
+    points[:, 17, 1] = openings
+    return points

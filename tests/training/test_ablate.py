@@ -1,4 +1,4 @@
-"""Other rules of the rollout, at toy size."""
+"""Other rules of the generation, at toy size."""
 
 import json
 from dataclasses import replace
@@ -27,51 +27,51 @@ def models(checkpoint: Path) -> Models:
     return replace(models, config=replace(models.config, sink_update_block=None))
 
 
-def drawn(models: Models, drawing: type[DenoisingLoop], motion_seed: int = 0, num_blocks: int = 3) -> Tensor:
-    """Latents of some blocks of one session, which differs in the motion behind its picture alone."""
+def latents_with(models: Models, loop: type[DenoisingLoop], motion_seed: int = 0, num_blocks: int = 3) -> Tensor:
+    """Generate blocks of one session. Sessions of two seeds differ only in the motion latents after the picture."""
     config = models.config
     sink = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(9))
     motion = torch.randn(16, 18, 8, 8, generator=torch.Generator().manual_seed(motion_seed))
-    session = Session("ablated", 0, torch.cat([sink, motion], 1))
-    steps = drawing(models.network, config, session, Conditions(0, sink, torch.zeros(0, 0)))
+    session = Session("ablation", 0, torch.cat([sink, motion], 1))
+    levels = loop(models.network, config, session, Conditions(0, sink, torch.zeros(0, 0)))
     silence = torch.zeros(config.num_encoder_layers, config.audio_dim, 12)
     latents = []
     for index in range(num_blocks):
-        latent = steps.step(Block(index, silence)).latent
+        latent = levels.step(Block(index, silence)).latent
         assert latent is not None
         latents.append(latent)
     return torch.stack(latents)
 
 
-def test_without_a_sink_nothing_of_the_motion_reaches_a_block(models: Models) -> None:
-    assert torch.equal(drawn(models, NoSink, 0), drawn(models, NoSink, 1))
-    assert not torch.equal(drawn(models, DenoisingLoop, 0), drawn(models, DenoisingLoop, 1))
+def test_without_a_sink_motion_does_not_reach_a_block(models: Models) -> None:
+    assert torch.equal(latents_with(models, NoSink, 0), latents_with(models, NoSink, 1))
+    assert not torch.equal(latents_with(models, DenoisingLoop, 0), latents_with(models, DenoisingLoop, 1))
 
 
-def test_without_a_picture_the_first_block_still_has_it(models: Models) -> None:
-    with_it, without = drawn(models, NoSink), drawn(models, NoPicture)
-    assert torch.equal(with_it[0], without[0])
-    assert not torch.equal(with_it[1], without[1])
+def test_without_a_picture_only_the_first_block_has_it(models: Models) -> None:
+    with_picture, without = latents_with(models, NoSink), latents_with(models, NoPicture)
+    assert torch.equal(with_picture[0], without[0])
+    assert not torch.equal(with_picture[1], without[1])
 
 
-def test_a_clean_cache_is_another_history_but_no_other_first_block(models: Models) -> None:
-    noisy, clean = drawn(models, DenoisingLoop), drawn(models, CleanCache)
+def test_a_clean_cache_changes_blocks_after_the_first(models: Models) -> None:
+    noisy, clean = latents_with(models, DenoisingLoop), latents_with(models, CleanCache)
     assert torch.equal(noisy[0], clean[0])
     assert not torch.equal(noisy[1], clean[1])
 
 
-def test_fewer_levels_are_some_of_the_checkpoint_s_own() -> None:
+def test_fewer_levels_are_a_subset_of_the_checkpoints() -> None:
     rows = variants(SCHEDULE)
     assert rows["3 levels"].schedule == (1.0, 0.75, 0.5, 0.0)
     assert rows["2 levels"].schedule == (1.0, 0.75, 0.0)
 
 
-def test_rows_that_are_there_are_not_made_again(
+def test_existing_rows_are_not_repeated(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clip = synthetic_clip(90, 24, 64)
-    sound = np.zeros((24 + 16) * 640, np.int16)
-    arrays = {**clip.arrays, "reference": clip.arrays["frames"][0], "sound": sound}
+    audio = np.zeros((24 + 16) * 640, np.int16)
+    arrays = {**clip.arrays, "reference": clip.arrays["frames"][0], "sound": audio}
     write_shard(tmp_path / "data" / "held_out" / "0.tar", [Clip(clip.name, arrays, clip.info)])
     monkeypatch.setattr("training.ablate.available", lambda _: None)
     out = tmp_path / "rows.json"
@@ -83,10 +83,10 @@ def test_rows_that_are_there_are_not_made_again(
         return capsys.readouterr().out
 
     assert "| 2 levels |" in run("--only", "2 levels")
-    kept = json.loads(out.read_text())
-    assert isinstance(kept["2 levels"]["drift_ratio"], float)
-    assert kept["2 levels"]["block_passes"] == 2
-    monkeypatch.setattr("training.ablate.row", lambda *_: pytest.fail("made again"))
+    row = json.loads(out.read_text())["2 levels"]
+    assert isinstance(row["drift_ratio"], float)
+    assert row["block_passes"] == 2
+    monkeypatch.setattr("training.ablate.row", lambda *_: pytest.fail("repeated"))
     assert "| 2 levels |" in run("--only", "2 levels")
     with pytest.raises(SystemExit, match="no such row: 9 levels"):
         run("--only", "9 levels")

@@ -9,59 +9,57 @@ import torch
 from avatar.checkpoints.part import Part
 from avatar.vae import light, vae
 from tests.training.conftest import synthetic_clip
-from training.codec.__main__ import Limits, Recipe, Run, export, losses, train
-from training.codec.crops import CropRule, batch_of, lips_weight, to_pixels
-from training.codec.pca_init import normalised, patches_of, principal_components
+from training.codec.__main__ import CodecRecipe, CodecRun, export, loss_terms, train
+from training.codec.crops import CropConfig, lips_weight, load_crops, to_pixels
+from training.codec.pca_init import normalise_latents, patches_of, set_principal_components
 from training.codec.report import mouth_boxes, psnr, report
 from training.data import Clip, StoredClip, read_clips, read_shard, write_shard
+from training.loop import Limits
 
-RULE = CropRule(batch=2, size=32, num_frames=9)
-RECIPE = Recipe(steps=40, warmup=2, crops=RULE)
-NO_TIME = Limits(minutes=0, save_minutes=1)
-
-
+CROPS = CropConfig(batch_size=2, size=32, num_frames=9)
+RECIPE = CodecRecipe(steps=40, warmup=2, crops=CROPS)
+LIMITS = Limits(minutes=5, save_minutes=5)
 NUM_BATCHES = 10
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
+def few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.codec.pca_init.NUM_BATCHES", NUM_BATCHES)
 
 
-def same(one: Run, two: Run) -> bool:
+def same(one: CodecRun, two: CodecRun) -> bool:
     states = [
-        [*run.codec.state_dict().values(), *run.average.state_dict().values()]
-        + [value for slot in run.optimiser.state_dict()["state"].values() for value in slot.values()]
+        [*run.codec.state_dict().values(), *run.ema.state_dict().values()]
+        + [value for slot in run.optimizer.state_dict()["state"].values() for value in slot.values()]
         for run in (one, two)
     ]
     return one.step == two.step and all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
-def test_batches_follow_from_seed_and_step(clips: list[StoredClip]) -> None:
-    one, again, other = (batch_of(clips, RULE, 0, step)[0] for step in (3, 3, 4))
+def test_batches_depend_on_seed_and_step_alone(clips: list[StoredClip]) -> None:
+    one, again, other = (load_crops(clips, CROPS, 0, step)[0] for step in (3, 3, 4))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert one.shape == (2, 3, 9, 32, 32)
     assert one.abs().max() <= 1
 
 
-def test_weights_are_largest_at_the_lips_and_one_on_the_average() -> None:
+def test_weights_are_largest_at_the_lips_and_one_on_average() -> None:
     weight = lips_weight(np.array([[10, 20], [30, 5]], np.float32), 40, 48, 4.0)
     assert weight.shape == (1, 2, 40, 48)
     torch.testing.assert_close(weight.mean((0, 2, 3)), torch.ones(2))
     assert [divmod(int(frame.argmax()), 48) for frame in weight[0]] == [(10, 20), (30, 5)]
 
 
-def test_weights_stay_on_the_lips_when_crops_are_cut_and_mirrored(tmp_path: Path) -> None:
-    # Black, but for one white pixel at the lips.
+def test_weights_stay_on_the_lips_in_cut_and_mirrored_crops(tmp_path: Path) -> None:
+    # Black, except for one white pixel at the lips.
     frames = np.zeros((9, 48, 48, 3), np.uint8)
     frames[:, 20, 31] = 255
     lips = np.tile(np.array((20, 31), np.float32), (9, 1))
     write_shard(tmp_path / "0.tar", [Clip("0", {"frames": frames, "lips": lips}, {})])
     places = set()
     for step in range(20):
-        pixels, weights = batch_of(read_shard(tmp_path / "0.tar"), replace(RULE, batch=1), 0, step)
+        pixels, weights = load_crops(read_shard(tmp_path / "0.tar"), replace(CROPS, batch_size=1), 0, step)
         at_lips = pixels[0, :, 4].sum(0).argmax()
         if pixels[0, :, 4].std() > 0:
             assert abs(int(at_lips) % 32 - int(weights[0, 0, 4].argmax()) % 32) <= 1
@@ -72,8 +70,8 @@ def test_weights_stay_on_the_lips_when_crops_are_cut_and_mirrored(tmp_path: Path
 
 def test_principal_components_beat_the_cosine_basis(clips: list[StoredClip]) -> None:
     cosine, components = (light.initialise(light.tiny(), 0) for _ in range(2))
-    principal_components(components, clips, RULE, 0)
-    frames = torch.cat([batch_of(clips, RULE, 0, step)[0] for step in range(NUM_BATCHES)])
+    set_principal_components(components, clips, CROPS, 0)
+    frames = torch.cat([load_crops(clips, CROPS, 0, step)[0] for step in range(NUM_BATCHES)])
     with torch.no_grad():
         errors = [float((codec(frames) - frames).pow(2).mean()) for codec in (components, cosine)]
     assert errors[0] < 0.95 * errors[1]
@@ -82,7 +80,7 @@ def test_principal_components_beat_the_cosine_basis(clips: list[StoredClip]) -> 
 def test_patches_are_those_that_the_codec_encodes(clips: list[StoredClip]) -> None:
     """The linear map of a patch is the codec's raw latent while its correction is zero."""
     codec = light.initialise(replace(light.tiny(), latent_scale=1.0), 0)
-    frames, _ = batch_of(clips, RULE, 0, 0)
+    frames, _ = load_crops(clips, CROPS, 0, 0)
     with torch.no_grad():
         linear = patches_of(frames) @ codec.encoder.linear.weight[:, :, 0, 0].T
         latents = codec.encode(frames)[:, :, 1:]
@@ -91,8 +89,8 @@ def test_patches_are_those_that_the_codec_encodes(clips: list[StoredClip]) -> No
 
 def test_normalising_gives_unit_latents_and_changes_no_frame(clips: list[StoredClip]) -> None:
     codec = light.initialise(light.tiny(), 0)
-    unit = normalised(codec, clips, RULE, 0)
-    frames = torch.cat([batch_of(clips, RULE, 0, step)[0] for step in range(NUM_BATCHES)])
+    unit = normalise_latents(codec, clips, CROPS, 0)
+    frames = torch.cat([load_crops(clips, CROPS, 0, step)[0] for step in range(NUM_BATCHES)])
     with torch.no_grad():
         latents = unit.encode(frames)[:, :, 1:]
         torch.testing.assert_close(unit(frames[:4]), codec(frames[:4]), atol=1e-4, rtol=1e-4)
@@ -101,97 +99,90 @@ def test_normalising_gives_unit_latents_and_changes_no_frame(clips: list[StoredC
 
 
 def test_steps_on_one_batch_lower_its_loss(clips: list[StoredClip]) -> None:
-    run = Run(replace(RECIPE, warmup=1, rate=1e-3, noise=0.0), clips)
-    parts = []
+    run = CodecRun(replace(RECIPE, warmup=1, lr=1e-3, noise=0.0), clips)
+    losses = []
     for _ in range(12):
         run.step = 0
-        parts.append(run.advance(clips)["picture"])
-    assert parts[-1] < 0.9 * parts[0]
+        losses.append(run.advance(clips)["picture"])
+    assert losses[-1] < 0.9 * losses[0]
 
 
-def test_latents_get_noise_in_training(clips: list[StoredClip]) -> None:
+def test_latents_are_noised_in_training(clips: list[StoredClip]) -> None:
     codec = light.initialise(light.tiny(), 0)
-    frames, weights = batch_of(clips, RULE, 0, 0)
-    quiet, loud = (
-        losses(codec, frames, weights, replace(RECIPE, noise=noise), torch.Generator().manual_seed(0))["picture"]
+    frames, weights = load_crops(clips, CROPS, 0, 0)
+    clean, noisy = (
+        loss_terms(codec, frames, weights, replace(RECIPE, noise=noise), torch.Generator().manual_seed(0))["picture"]
         for noise in (0.0, 0.5)
     )
-    assert loud > quiet
+    assert noisy > clean
 
 
-def test_errors_that_stay_are_no_errors_of_motion(clips: list[StoredClip], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constant_error_has_no_motion_term(clips: list[StoredClip], monkeypatch: pytest.MonkeyPatch) -> None:
     codec = light.initialise(light.tiny(), 0)
-    frames, weights = batch_of(clips, RULE, 0, 0)
-    leaving = 0.5 * torch.arange(frames.shape[2]).reshape(-1, 1, 1) / frames.shape[2]
-    for error, expected in ((0.5, 0.0), (leaving, 0.5 / frames.shape[2])):
+    frames, weights = load_crops(clips, CROPS, 0, 0)
+    growing = 0.5 * torch.arange(frames.shape[2]).reshape(-1, 1, 1) / frames.shape[2]
+    for error, expected in ((0.5, 0.0), (growing, 0.5 / frames.shape[2])):
         monkeypatch.setattr(codec, "decode", lambda *_, error=error: frames + error)
-        parts = losses(codec, frames, weights, replace(RECIPE, noise=0.0), torch.Generator())
-        assert float(parts["motion"]) == pytest.approx(expected, abs=1e-6)
-        assert float(parts["picture"]) > 0.1
+        terms = loss_terms(codec, frames, weights, replace(RECIPE, noise=0.0), torch.Generator())
+        assert float(terms["motion"]) == pytest.approx(expected, abs=1e-6)
+        assert float(terms["picture"]) > 0.1
 
 
-def test_a_resumed_run_equals_one_that_never_stopped(clips: list[StoredClip], tmp_path: Path) -> None:
-    whole, first = Run(RECIPE, clips), Run(RECIPE, clips)
-    for _ in range(4):
-        whole.advance(clips)
-    for _ in range(2):
-        first.advance(clips)
-    first.save(tmp_path / "state.pt")
-    second = Run.load(tmp_path / "state.pt", RECIPE)
-    for _ in range(2):
-        second.advance(clips)
-    assert same(whole, second)
-    assert not same(whole, first)
+def test_a_stopped_run_resumes_bit_for_bit(clips: list[StoredClip], tmp_path: Path) -> None:
+    run = CodecRun(RECIPE, clips)
+    run.advance(clips)
+    run.save(tmp_path / "state.pt")
+    resumed = CodecRun.load(tmp_path / "state.pt", RECIPE)
+    run.advance(clips)
+    assert not same(run, resumed)
+    resumed.advance(clips)
+    assert same(run, resumed)
 
 
-def test_clips_that_arrive_do_not_change_steps_before_the_next_checkpoint(clips: list[StoredClip]) -> None:
-    one, two = Run(RECIPE, clips), Run(RECIPE, clips)
+def test_new_clips_do_not_change_steps_before_the_next_checkpoint(clips: list[StoredClip]) -> None:
+    one, two = CodecRun(RECIPE, clips), CodecRun(RECIPE, clips)
     one.advance(clips)
     two.advance([*clips, *clips])
     assert same(one, two)
 
 
-def test_a_session_stops_in_time_and_the_next_goes_on(data: Path, tmp_path: Path) -> None:
+def test_a_run_stops_at_its_time_limit_and_the_next_call_resumes(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    recipe = replace(RECIPE, steps=3)
-    train(data, out, recipe, NO_TIME)
+    recipe = replace(RECIPE, steps=2)
+    train(data, out, recipe, Limits(minutes=0, save_minutes=1))
     assert not (out / "state.pt").exists()
-    train(data, out, recipe, Limits(minutes=5, save_minutes=5))
+    train(data, out, recipe, LIMITS)
     write_shard(data / "train" / "000001.tar", [synthetic_clip(6)])
-    assert Run.load(out / "state.pt", recipe).step == 3
-    train(data, out, replace(recipe, steps=4), Limits(minutes=5, save_minutes=5))
-    state = Run.load(out / "state.pt", recipe)
-    assert (state.step, state.num_clips) == (4, 7)
+    train(data, out, replace(recipe, steps=3), LIMITS)
+    run = CodecRun.load(out / "state.pt", recipe)
+    assert (run.step, run.num_clips) == (3, 7)
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in entries] == [0, 0, 3, 4]
+    assert [entry["step"] for entry in entries] == [0, 0, 2, 3]
     assert (out / "sheet.png").exists()
     assert (out / "psnr.png").exists()
 
 
-def test_what_is_exported_is_what_the_product_loads(data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    train(data, out, replace(RECIPE, steps=2), Limits(minutes=5, save_minutes=5))
-    figures = export(data, out, RECIPE, tmp_path / "vae")
-    loaded = vae.load(Part.read(tmp_path / "vae"))
-    assert isinstance(loaded.codec, light.LightCodec)
-    assert report(loaded.codec, read_clips(data, "held_out"))["psnr"] == pytest.approx(figures["psnr"], abs=1e-6)
-    assert figures["step"] == 2
+def test_the_export_is_loaded_by_the_product_and_its_decoder_trains_alone(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "first", replace(RECIPE, steps=1), LIMITS)
+    metrics = export(data, tmp_path / "first", RECIPE, tmp_path / "vae")
+    before = vae.load(Part.read(tmp_path / "vae")).codec
+    assert isinstance(before, light.LightCodec)
+    assert report(before, read_clips(data, "held_out"))["psnr"] == pytest.approx(metrics["psnr"], abs=1e-6)
+    assert metrics["step"] == 1
 
-
-def test_a_decoder_that_is_trained_further_leaves_latents_as_they_are(data: Path, tmp_path: Path) -> None:
-    train(data, tmp_path / "first", replace(RECIPE, steps=1), Limits(minutes=5, save_minutes=5))
-    export(data, tmp_path / "first", RECIPE, tmp_path / "vae")
-    further = replace(RECIPE, steps=2, decoder_of=str(tmp_path / "vae"))
-    train(data, tmp_path / "second", further, Limits(minutes=5, save_minutes=5))
-    export(data, tmp_path / "second", further, tmp_path / "better")
-    before, after = (vae.load(Part.read(tmp_path / name)).codec for name in ("vae", "better"))
+    decoder_recipe = replace(RECIPE, steps=2, decoder_of=str(tmp_path / "vae"))
+    train(data, tmp_path / "second", decoder_recipe, LIMITS)
+    export(data, tmp_path / "second", decoder_recipe, tmp_path / "better")
+    after = vae.load(Part.read(tmp_path / "better")).codec
     latents = torch.randn(1, before.channels, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     pixels = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(before.encode(pixels), after.encode(pixels))
     assert not torch.equal(before.decode(latents, before.new_state()), after.decode(latents, after.new_state()))
 
 
-def test_psnr_is_against_the_whole_range() -> None:
+def test_psnr_is_relative_to_the_range_of_pixels() -> None:
+    frames = np.array([0, 255], np.uint8).reshape(1, 2, 1, 1).repeat(3, 3)
+    assert to_pixels(frames)[0, 0].flatten().tolist() == [-1, 1]
     assert psnr(torch.full((4,), 0.04)) == pytest.approx(20)
 
 
@@ -202,8 +193,3 @@ def test_the_mouth_box_follows_the_lips() -> None:
     boxes = mouth_boxes(values, np.array([[74, 58], [94, 68]], np.float32))
     assert boxes.shape == (2, 1, 28, 36)
     assert boxes.min() == 1
-
-
-def test_pixels_are_centred_bytes() -> None:
-    frames = np.array([0, 255], np.uint8).reshape(1, 2, 1, 1).repeat(3, 3)
-    assert to_pixels(frames)[0, 0].flatten().tolist() == [-1, 1]

@@ -7,7 +7,7 @@ from tests.training.conftest import synthetic_clip
 from training.data import StoredClip, read_clips, read_shard, write_shard
 
 
-def test_a_clip_comes_back_as_it_was_written(clips: list[StoredClip]) -> None:
+def test_a_clip_is_read_as_it_was_written(clips: list[StoredClip]) -> None:
     for number, stored in enumerate(clips):
         clip = synthetic_clip(number)
         assert (stored.name, stored.info) == (clip.name, clip.info)
@@ -22,7 +22,7 @@ def test_shards_of_the_same_clips_have_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
 
 
-def test_a_shard_that_failed_half_way_is_not_there(data: Path) -> None:
+def test_a_failed_write_leaves_no_shard(data: Path) -> None:
     def failing() -> object:
         yield synthetic_clip(7)
         raise OSError("disk full")
@@ -32,7 +32,7 @@ def test_a_shard_that_failed_half_way_is_not_there(data: Path) -> None:
     assert len(read_clips(data, "train")) == 6
 
 
-def test_clips_come_in_the_order_of_their_shards(data: Path) -> None:
+def test_clips_are_in_the_order_of_their_shards(data: Path) -> None:
     write_shard(data / "train" / "000001.tar", [synthetic_clip(6)])
     assert [clip.info["person"] for clip in read_clips(data, "train")] == list(range(7))
 
@@ -42,12 +42,12 @@ def test_an_unknown_array_is_named(clips: list[StoredClip]) -> None:
         clips[0].array("depth")
 
 
-def test_an_empty_folder_says_how_to_fill_it(tmp_path: Path) -> None:
+def test_an_empty_folder_names_the_program_that_fills_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"python -m training\.make_data"):
         read_clips(tmp_path, "train")
 
 
-def test_another_file_is_no_shard(tmp_path: Path) -> None:
-    (tmp_path / "x.tar").write_bytes(b"no tar at all" * 100)
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(b"not a tar file" * 100)
     with pytest.raises(ValueError, match="is not a shard of clips"):
         read_shard(tmp_path / "x.tar")

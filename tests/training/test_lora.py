@@ -1,12 +1,12 @@
 import torch
 
-from training.lora import AdapterRule, adapter_of, merged
+from training.lora import LoraConfig, lora_state, merge_lora
 
-RULE = AdapterRule(rank=2, alpha=1.0)
+LORA = LoraConfig(rank=2, alpha=1.0)
 
 
-def adapted_state() -> dict[str, torch.Tensor]:
-    """The state of a map with an adapter, and of one without, in bfloat16."""
+def state_with_lora() -> dict[str, torch.Tensor]:
+    """Return the bfloat16 state of a linear map with LoRA and of one without."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "ffn.0.base_layer.weight": (4, 3),
@@ -19,8 +19,8 @@ def adapted_state() -> dict[str, torch.Tensor]:
 
 
 def test_an_adapter_is_merged_with_one_rounding() -> None:
-    state = adapted_state()
-    plain = merged(state, RULE)
+    state = state_with_lora()
+    plain = merge_lora(state, LORA)
     assert plain.keys() == {"ffn.0.weight", "ffn.0.bias", "head.weight"}
     b, a = (state[f"ffn.0.lora_{side}.default.weight"].double() for side in "BA")
     exact = state["ffn.0.base_layer.weight"].double() + 0.5 * b @ a
@@ -29,6 +29,6 @@ def test_an_adapter_is_merged_with_one_rounding() -> None:
 
 
 def test_an_adapter_is_written_in_the_public_spelling() -> None:
-    adapter = adapter_of(adapted_state())
+    adapter = lora_state(state_with_lora())
     assert adapter.keys() == {f"base_model.model.ffn.0.lora_{side}.default.weight" for side in "AB"}
     assert all(matrix.dtype == torch.float32 for matrix in adapter.values())

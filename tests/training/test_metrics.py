@@ -1,35 +1,33 @@
-"""Tests of training.eval.metrics."""
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from training.eval.metrics import (
-    Figure,
-    above_chance,
+    Metric,
     best_lag,
     corners,
     correlation,
     distance,
     edge_energy,
     flicker,
-    ratio_figure,
+    ratio_metric,
+    ratio_to_chance,
     sharpness,
     stillness_db,
 )
 
 
 def curve(num_frames: int = 60, seed: int = 0) -> NDArray[np.float64]:
-    """A mouth's: smooth noise."""
+    """Return smooth noise, like the opening of a mouth."""
     return np.convolve(np.random.default_rng(seed).normal(size=num_frames + 4), np.ones(5) / 5, "valid")
 
 
-def test_truth_agrees_with_itself() -> None:
+def test_a_curve_correlates_with_itself_alone() -> None:
     assert correlation(curve(), curve()) == pytest.approx(1)
     assert abs(correlation(curve(400), curve(400, seed=1))) < 0.3
 
 
-def test_a_still_curve_agrees_with_nothing() -> None:
+def test_a_still_curve_correlates_with_nothing() -> None:
     assert correlation(np.ones(60), curve()) == 0
 
 
@@ -39,39 +37,39 @@ def test_a_late_mouth_has_a_positive_lag(lag: int) -> None:
     assert best_lag([(np.roll(truth, lag), truth) for truth in truths]) == lag
 
 
-def test_a_mouth_that_never_agrees_has_no_lag() -> None:
+def test_a_mouth_without_correlation_has_no_lag() -> None:
     assert best_lag([(np.ones(60), curve())]) is None
 
 
-def test_a_ratio_needs_a_truth() -> None:
-    assert ratio_figure([(1, 2), (2, 4)]).value == 0.5
-    assert ratio_figure([(1, 0)]) == Figure(None, "the truth is still")
+def test_a_ratio_needs_a_moving_truth() -> None:
+    assert ratio_metric([(1, 2), (2, 4)]).value == 0.5
+    assert ratio_metric([(1, 0)]) == Metric(None, "the truth is still")
 
 
-def test_edges_are_counted_in_grey_levels() -> None:
+def test_edge_energy_is_in_grey_levels() -> None:
     frames = np.zeros((2, 8, 8, 3), np.uint8)
     frames[:, :, ::2] = 10
     assert edge_energy(frames) == 10
     assert edge_energy(np.full((2, 8, 8, 3), 200, np.uint8)) == 0
 
 
-def test_stillness_is_of_the_places_that_are_asked_for() -> None:
+def test_stillness_is_measured_within_the_mask() -> None:
     frames = np.zeros((9, 8, 8, 3), np.uint8)
     frames[::2, :4] = 255
-    left = np.zeros((8, 8), bool)
-    left[4:] = True
-    assert stillness_db(frames, left) == 99
-    assert stillness_db(frames, ~left) == pytest.approx(0, abs=0.1)
+    lower = np.zeros((8, 8), bool)
+    lower[4:] = True
+    assert stillness_db(frames, lower) == 99
+    assert stillness_db(frames, ~lower) == pytest.approx(0, abs=0.1)
 
 
-def test_the_background_is_looked_for_in_the_upper_corners() -> None:
-    places = corners(64, 80)
-    assert places[:16, :10].all()
-    assert places[:16, -10:].all()
-    assert places.sum() == 2 * 16 * 10
+def test_the_background_mask_is_the_upper_corners() -> None:
+    mask = corners(64, 80)
+    assert mask[:16, :10].all()
+    assert mask[:16, -10:].all()
+    assert mask.sum() == 2 * 16 * 10
 
 
-def test_blur_lowers_sharpness_and_flicker_is_not_motion() -> None:
+def test_blur_lowers_sharpness_and_smooth_motion_has_no_flicker() -> None:
     sharp = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
     blurred = ((sharp.astype(int) + np.roll(sharp, 1, 1) + np.roll(sharp, 1, 2)) // 3).astype(np.uint8)
     assert sharpness(blurred) < 0.7 * sharpness(sharp)
@@ -81,7 +79,7 @@ def test_blur_lowers_sharpness_and_flicker_is_not_motion() -> None:
     assert flicker(ramp) == 10
 
 
-def test_distance_to_the_reference_is_in_grey_levels_and_blind_to_detail() -> None:
+def test_distance_to_the_reference_is_in_grey_levels_and_ignores_detail() -> None:
     reference = np.full((64, 64, 3), 100, np.uint8)
     assert distance(np.stack([reference + 7] * 4), reference) == pytest.approx(7)
     detailed = reference.copy()
@@ -89,9 +87,9 @@ def test_distance_to_the_reference_is_in_grey_levels_and_blind_to_detail() -> No
     assert distance(detailed[None], reference) == pytest.approx(0)
 
 
-def test_chance_is_what_a_shifted_sound_gives() -> None:
+def test_chance_is_the_correlation_of_shifted_curves() -> None:
     pair = curve(300), curve(300)
-    assert above_chance([pair]) == pytest.approx(1 / np.sqrt(chance_squared(pair[0])), rel=1e-6)
+    assert ratio_to_chance([pair]) == pytest.approx(1 / np.sqrt(chance_squared(pair[0])), rel=1e-6)
 
 
 def chance_squared(one: NDArray[np.float64]) -> float:

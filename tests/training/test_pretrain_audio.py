@@ -1,5 +1,3 @@
-"""An audio encoder learns to hear the mouth before the network learns to draw it."""
-
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +6,15 @@ import pytest
 import torch
 
 from avatar.denoiser import model
-from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
 from tests.training.small import small
 from training.data import Clip, StoredClip, read_clips, write_shard
-from training.pretrain_audio import centre, listen
+from training.pretrain_audio import centre_features, train_encoder
 
 
-def talking_clip(number: int, config: NetworkConfig) -> Clip:
-    """Features that are much the same all the time, but for one direction that is the jaw."""
-    rng = np.random.default_rng(number)
+def talking_clip(number: int) -> Clip:
+    """Make a clip of nearly constant features that vary with the jaw in one direction."""
+    config, rng = small(), np.random.default_rng(number)
     direction = np.random.default_rng(0).normal(size=(config.num_encoder_layers, config.audio_dim, 1))
     jaw = rng.uniform(0, 1, 12).repeat(4)
     features = 3 + 0.5 * direction * jaw + 0.02 * rng.normal(size=(*direction.shape[:2], 48))
@@ -26,28 +23,21 @@ def talking_clip(number: int, config: NetworkConfig) -> Clip:
 
 
 @pytest.fixture
-def config() -> NetworkConfig:
-    return small()
-
-
-@pytest.fixture
-def talking(config: NetworkConfig, tmp_path: Path) -> list[StoredClip]:
-    write_shard(tmp_path / "train" / "000000.tar", [talking_clip(number, config) for number in range(8)])
+def talking(tmp_path: Path) -> list[StoredClip]:
+    write_shard(tmp_path / "train" / "000000.tar", [talking_clip(number) for number in range(8)])
     return read_clips(tmp_path, "train")
 
 
 @pytest.fixture
-def network(config: NetworkConfig) -> Network:
-    network = Network(config)
+def network() -> Network:
+    network = Network(small())
     model.initialise(network, 0)
     return network
 
 
-def test_the_encoder_comes_to_tell_the_jaw_and_its_tokens_keep_moving(
-    network: Network, talking: list[StoredClip]
-) -> None:
+def test_the_encoder_learns_the_jaw_and_its_tokens_keep_varying(network: Network, talking: list[StoredClip]) -> None:
     others = {name: each.clone() for name, each in network.named_parameters() if "audio_encoder" not in name}
-    losses = listen(network, talking, 60, seed=0)
+    losses = train_encoder(network, talking, 60, seed=0)
     assert sum(losses[-5:]) / 5 < 0.4
     features = torch.from_numpy(np.array(talking[0].array("features"))).float()[None, None]
     local = network.encode_audio(features).local[..., :-1, :]
@@ -55,19 +45,19 @@ def test_the_encoder_comes_to_tell_the_jaw_and_its_tokens_keep_moving(
     assert all(torch.equal(each, others[name]) for name, each in network.named_parameters() if name in others)
 
 
-def test_a_centred_convolution_answers_to_what_varies(network: Network, talking: list[StoredClip]) -> None:
+def test_centring_cancels_the_mean_of_features(network: Network, talking: list[StoredClip]) -> None:
     features = torch.from_numpy(np.array(talking[0].array("features"))).float().mean(0)[None]
     convolution = network.casual_audio_encoder.encoder.conv1_local
     before = convolution(features)
-    centre(network, talking)
+    centre_features(network, talking)
     after = convolution(features)
     assert after.mean(-1).abs().mean() < 0.2 * before.mean(-1).abs().mean()
     torch.testing.assert_close(after.diff(dim=-1), before.diff(dim=-1), atol=1e-5, rtol=1e-4)
 
 
-def test_clips_without_a_known_jaw_are_refused(network: Network, tmp_path: Path, config: NetworkConfig) -> None:
-    clip = talking_clip(0, config)
-    silent = Clip(clip.name, {"features": clip.arrays["features"]}, clip.info)
-    write_shard(tmp_path / "films" / "train" / "000000.tar", [silent])
-    with pytest.raises(ValueError, match="no clip whose jaw is known"):
-        listen(network, read_clips(tmp_path / "films", "train"), 1, seed=0)
+def test_clips_without_a_known_jaw_are_refused(network: Network, tmp_path: Path) -> None:
+    clip = talking_clip(0)
+    unlabelled = Clip(clip.name, {"features": clip.arrays["features"]}, clip.info)
+    write_shard(tmp_path / "films" / "train" / "000000.tar", [unlabelled])
+    with pytest.raises(ValueError, match="no clip has a known jaw"):
+        train_encoder(network, read_clips(tmp_path / "films", "train"), 1, seed=0)

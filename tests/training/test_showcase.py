@@ -1,16 +1,16 @@
 import numpy as np
 
-from training.showcase import COLUMNS, ROWS, SCALE, STRIDE, enlarged, strip
+from training.showcase import COLUMNS, ROWS, SCALE, STRIDE, enlarge, make_strip
 
 
-def test_a_strip_goes_on_in_its_second_row() -> None:
+def test_a_strip_continues_in_its_second_row() -> None:
     frames = np.arange(200, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 6, 3), np.uint8)
-    shown = strip(frames)
-    assert shown.shape == (4 * ROWS, 6 * COLUMNS, 3)
-    assert (shown[0, 6, 0], shown[4, 0, 0]) == (STRIDE, STRIDE * COLUMNS)
+    strip = make_strip(frames)
+    assert strip.shape == (4 * ROWS, 6 * COLUMNS, 3)
+    assert (strip[0, 6, 0], strip[4, 0, 0]) == (STRIDE, STRIDE * COLUMNS)
 
 
-def test_a_film_s_frames_are_larger_and_as_bright() -> None:
+def test_enlarged_frames_keep_their_brightness() -> None:
     frames = np.full((2, 8, 8, 3), 77, np.uint8)
-    assert enlarged(frames).shape == (2, 8 * SCALE, 8 * SCALE, 3)
-    assert (enlarged(frames) == 77).all()
+    assert enlarge(frames).shape == (2, 8 * SCALE, 8 * SCALE, 3)
+    assert (enlarge(frames) == 77).all()

@@ -4,14 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data import SOUND_RATE_HZ
-from training.make_data import FIRST_HELD_OUT, Plan, utterance, wanted_shards
-from training.synthetic.sentences import belongs_to_held_out, sentence
-from training.synthetic.voices import PAUSE, VOICES, Engines, Speech, Voice, choose_voice, plain, without_marks
+from training.data import AUDIO_RATE_HZ
+from training.make_data import FIRST_HELD_OUT, Plan, make_utterance, missing_shards
+from training.synthetic.sentences import is_held_out_text, sentence
+from training.synthetic.voices import PAUSE, VOICES, Engines, Speech, Voice, choose_voice, merge_marks, strip_marks
 
 
 class Metronome(Engines):
-    """Says every text in half a second: a vowel of 0.3 s, then a pause."""
+    """Engines that speak every text in half a second: a vowel of 0.3 s, then a pause."""
 
     def __init__(self) -> None:
         super().__init__(Path("none"), seed=0)
@@ -19,21 +19,21 @@ class Metronome(Engines):
 
     def speak(self, text: str, voice: Voice, tempo: float = 1.0, pitch: float = 1.0) -> Speech:  # noqa: ARG002
         self.texts.append(text)
-        samples = np.zeros(SOUND_RATE_HZ // 2, np.float32)
-        samples[: int(0.3 * SOUND_RATE_HZ)] = 0.2
+        samples = np.zeros(AUDIO_RATE_HZ // 2, np.float32)
+        samples[: int(0.3 * AUDIO_RATE_HZ)] = 0.2
         return Speech(samples, [0.0, 0.3], ["ɑ", PAUSE])
 
 
-def test_no_sentence_is_in_both_parts() -> None:
+def test_no_sentence_is_in_both_splits() -> None:
     rng = random.Random(0)
     train = {sentence(rng, is_held_out=False) for _ in range(400)}
     held_out = {sentence(rng, is_held_out=True) for _ in range(100)}
     assert not train & held_out
-    assert not any(belongs_to_held_out(text) for text in train)
+    assert not any(is_held_out_text(text) for text in train)
     assert len(train) > 390
 
 
-def test_no_voice_is_in_both_parts() -> None:
+def test_no_voice_is_in_both_splits() -> None:
     rng = np.random.default_rng(0)
     names = [{choose_voice(rng, is_held_out).name for _ in range(300)} for is_held_out in (False, True)]
     assert not names[0] & names[1]
@@ -41,49 +41,49 @@ def test_no_voice_is_in_both_parts() -> None:
     assert len(names[1]) > 5
 
 
-def test_no_person_is_in_both_parts(tmp_path: Path) -> None:
+def test_no_person_is_in_both_splits(tmp_path: Path) -> None:
     plan = Plan(tmp_path, {"train": 60, "held_out": 30}, deadline=0.0)
-    numbers = {path.parent.name: set[int]() for path, _ in wanted_shards(plan)}
-    for path, clips in wanted_shards(plan):
+    numbers = {path.parent.name: set[int]() for path, _ in missing_shards(plan)}
+    for path, clips in missing_shards(plan):
         numbers[path.parent.name] |= set(clips)
     assert numbers["train"] == set(range(60))
     assert numbers["held_out"] == set(range(FIRST_HELD_OUT, FIRST_HELD_OUT + 30))
 
 
-def test_a_shard_that_is_there_is_not_made_again(tmp_path: Path) -> None:
+def test_an_existing_shard_is_not_made_again(tmp_path: Path) -> None:
     plan = Plan(tmp_path, {"train": 60, "held_out": 0}, deadline=0.0)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "000001.tar").touch()
-    assert [path.name for path, _ in wanted_shards(plan)] == ["000000.tar", "000002.tar"]
+    assert [path.name for path, _ in missing_shards(plan)] == ["000000.tar", "000002.tar"]
 
 
-def test_sounds_keep_their_place_in_an_utterance() -> None:
-    speech, text = utterance(Metronome(), VOICES[0], 3.0, False, np.random.default_rng(2))
-    assert len(speech.samples) == 3 * SOUND_RATE_HZ
+def test_phones_keep_their_times_in_an_utterance() -> None:
+    speech, text = make_utterance(Metronome(), VOICES[0], 3.0, False, np.random.default_rng(2))
+    assert len(speech.samples) == 3 * AUDIO_RATE_HZ
     assert speech.onsets == sorted(speech.onsets)
     assert len(text) > 20
     loud = np.abs(speech.samples) > 0.1
     ends = [*speech.onsets[1:], 3.0]
-    for start, end, sound in zip(speech.onsets, ends, speech.sounds, strict=True):
-        middle = int((start + end) / 2 * SOUND_RATE_HZ)
-        assert loud[middle] == (sound == "ɑ")
+    for start, end, phone in zip(speech.onsets, ends, speech.phones, strict=True):
+        middle = int((start + end) / 2 * AUDIO_RATE_HZ)
+        assert loud[middle] == (phone == "ɑ")
 
 
-def test_an_utterance_follows_from_its_seed() -> None:
+def test_an_utterance_depends_on_its_seed_alone() -> None:
     one, two = (Metronome(), Metronome())
     for engines in (one, two):
-        utterance(engines, VOICES[0], 2.0, False, np.random.default_rng(3))
+        make_utterance(engines, VOICES[0], 2.0, False, np.random.default_rng(3))
     assert one.texts == two.texts
 
 
 @pytest.mark.parametrize(
-    ("sound", "letters"), [("ˈɑː", "ɑ"), ("tʃ", "tʃ"), ("ˌoʊ", "oʊ"), ("ː", ""), (" ", ""), (",", "")]
+    ("phone", "letters"), [("ˈɑː", "ɑ"), ("tʃ", "tʃ"), ("ˌoʊ", "oʊ"), ("ː", ""), (" ", ""), (",", "")]
 )
-def test_marks_are_no_sounds(sound: str, letters: str) -> None:
-    assert plain(sound) == letters
+def test_marks_are_removed_from_phones(phone: str, letters: str) -> None:
+    assert strip_marks(phone) == letters
 
 
-def test_a_mark_s_time_belongs_to_its_sound() -> None:
-    onsets, sounds = without_marks([0.0, 0.1, 0.2, 0.3, 0.4], ["k", "ˈ", "ɔ", "ː", "l"])
-    assert sounds == ["k", "ɔ", "l"]
+def test_marks_extend_their_phones() -> None:
+    onsets, phones = merge_marks([0.0, 0.1, 0.2, 0.3, 0.4], ["k", "ˈ", "ɔ", "ː", "l"])
+    assert phones == ["k", "ɔ", "l"]
     assert onsets == [0.0, 0.1, 0.4]

@@ -17,7 +17,7 @@ def positions(face: Face, shapes: dict[str, float] | None = None, turn: Floats =
     return face.pose(face.head.weights(shapes or {}), turn, AHEAD)[0]
 
 
-def test_a_seed_is_always_the_same_person(head: Head) -> None:
+def test_a_seed_always_gives_the_same_person(head: Head) -> None:
     one, two = person_of(head, 11), person_of(head, 11)
     np.testing.assert_array_equal(one.mesh, two.mesh)
     np.testing.assert_array_equal(one.background, two.background)
@@ -25,14 +25,14 @@ def test_a_seed_is_always_the_same_person(head: Head) -> None:
     assert all(np.array_equal(one.look[name], two.look[name]) for name in one.look)
 
 
-def test_two_seeds_are_two_people(head: Head) -> None:
+def test_two_seeds_give_two_people(head: Head) -> None:
     one, two = person_of(head, 11), person_of(head, 12)
     assert np.abs(one.mesh - two.mesh).max() > 0.05
     assert not np.array_equal(one.look["skin"], two.look["skin"])
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_everybody_s_lips_are_in_the_lower_middle_of_the_picture(head: Head, seed: int) -> None:
+def test_lips_are_in_the_lower_middle_of_the_picture(head: Head, seed: int) -> None:
     face = Face(head, person_of(head, seed))
     row, column = face.lips_centre(positions(face), 128)
     assert 75 < row < 95
@@ -45,7 +45,7 @@ def test_an_open_jaw_lowers_the_lips(face: Face) -> None:
     assert opened > shut + 1
 
 
-def test_the_lips_go_along_with_the_head_s_turn(face: Face) -> None:
+def test_lips_turn_with_the_head(face: Face) -> None:
     _, ahead = face.lips_centre(positions(face), 128)
     _, turned = face.lips_centre(positions(face, turn=np.array((0, 0.2, 0))), 128)
     _, away = face.lips_centre(positions(face, turn=np.array((0, -0.2, 0))), 128)
@@ -53,14 +53,14 @@ def test_the_lips_go_along_with_the_head_s_turn(face: Face) -> None:
     assert away < ahead - 4
 
 
-def test_shoulders_stay_where_they_are(face: Face) -> None:
+def test_shoulders_do_not_turn_with_the_head(face: Face) -> None:
     low = face.head.rest[:, 1] < 5.5
     moved = positions(face, turn=np.array((0.1, 0.3, 0.1)))
     skin = low & (face.head.part == Part.SKIN)
     np.testing.assert_array_equal(moved[skin], positions(face)[skin])
 
 
-def test_a_glance_turns_the_eyes_and_nothing_else(face: Face) -> None:
+def test_a_glance_moves_only_the_eyes(face: Face) -> None:
     weights = face.head.weights({})
     there = face.pose(weights, STILL, np.array((0.5, 0)))[0]
     moved = np.abs(there - positions(face)).max(1) > 0.02
@@ -68,7 +68,7 @@ def test_a_glance_turns_the_eyes_and_nothing_else(face: Face) -> None:
     assert not moved[face.head.mask[:, 0] > 0.5].any()
 
 
-def test_normals_are_unit_and_agree_across_seams(face: Face) -> None:
+def test_normals_have_unit_length_and_match_across_seams(face: Face) -> None:
     head = face.head
     _, normals = face.pose(head.weights({}), STILL, AHEAD)
     count = len(head.unique)
@@ -79,7 +79,7 @@ def test_normals_are_unit_and_agree_across_seams(face: Face) -> None:
     np.testing.assert_array_equal(normals[skin], normals[skin[first][same]])
 
 
-def test_hair_lies_close_at_its_edge_and_stands_off_above(face: Face) -> None:
+def test_hair_is_flat_at_its_edge_and_has_volume_above(face: Face) -> None:
     height = above_hairline(face.head.rest, face.person.look["hairline"])
     cap, thick = face.head.has_cap, face.head.puff > 0.9
     lift = face._lift[:, 0]
@@ -88,10 +88,10 @@ def test_hair_lies_close_at_its_edge_and_stands_off_above(face: Face) -> None:
     assert crown.min() > 2 * edge.max()
 
 
-def test_an_unknown_expression_is_named(head: Head) -> None:
-    with pytest.raises(ValueError, match="no expression is called 'grin'"):
+def test_an_unknown_expression_is_refused(head: Head) -> None:
+    with pytest.raises(ValueError, match="unknown expression 'grin'"):
         head.weights({"grin": 1})
 
 
-def test_a_name_without_side_is_both_sides(head: Head) -> None:
+def test_a_name_without_side_sets_both_sides(head: Head) -> None:
     assert head.weights({"eyeBlink": 0.5}).sum() == 1

@@ -5,35 +5,35 @@ import pytest
 import torch
 
 from avatar.media import write_mp4
-from training.codec.crops import CropRule, batch_of
+from training.codec.crops import CropConfig, load_crops
 from training.data import ClipShape, read_clips
-from training.video import FIRST_FRAME, clips_of, convert, part_of, pictures
+from training.video import FIRST_FRAME, clips_of, convert, read_frames, split_of
 
-SHAPE = ClipShape(frames=24, most_lead=36, tail=4)
+SHAPE = ClipShape(num_frames=24, max_lead_frames=36, tail_frames=4)
 
 
 @pytest.fixture
 def film(tmp_path: Path) -> Path:
-    """Four seconds whose picture is white, and whose sound is loud, in the frames from 40 to 44."""
+    """A film of four seconds, white and loud in frames 40 to 44, else black and silent."""
     frames = np.zeros((100, 64, 96, 3), np.uint8)
     frames[40:45] = 255
-    sound = np.zeros((1, 4 * 48000), np.float32)
-    sound[:, 40 * 1920 : 45 * 1920] = 0.5
+    audio = np.zeros((1, 4 * 48000), np.float32)
+    audio[:, 40 * 1920 : 45 * 1920] = 0.5
     path = tmp_path / "films" / "flash.mp4"
     path.parent.mkdir()
-    write_mp4(path, [frames], 25, 0, sound, 48000)
+    write_mp4(path, [frames], 25, 0, audio, 48000)
     return path
 
 
-def test_a_film_s_frames_keep_their_times(film: Path) -> None:
-    bright = [picture.mean() > 128 for picture in pictures(film, (48, 32))]
+def test_frames_keep_their_times(film: Path) -> None:
+    bright = [frame.mean() > 128 for frame in read_frames(film, (48, 32))]
     assert len(bright) == 100
     assert np.flatnonzero(bright).tolist() == list(range(40, 45))
 
 
-def test_a_clip_s_sound_belongs_to_its_pictures(film: Path) -> None:
+def test_audio_matches_frames(film: Path) -> None:
     clips = list(clips_of(film, SHAPE, (48, 32)))
-    assert len(clips) == (100 - FIRST_FRAME) // SHAPE.frames
+    assert len(clips) == (100 - FIRST_FRAME) // SHAPE.num_frames
     second = clips[1]
     lead = second.info["lead_frames"]
     assert lead == 36
@@ -44,20 +44,20 @@ def test_a_clip_s_sound_belongs_to_its_pictures(film: Path) -> None:
     np.testing.assert_array_equal(bright, loud)
 
 
-def test_the_first_clip_has_the_sound_since_the_film_s_start(film: Path) -> None:
+def test_the_first_clip_has_the_audio_from_the_start_of_the_film(film: Path) -> None:
     assert [clip.info["lead_frames"] for clip in clips_of(film, SHAPE, (48, 32))] == [12, 36, 36]
 
 
 def test_films_become_shards_that_training_reads(film: Path, tmp_path: Path) -> None:
-    found = convert(film.parent, tmp_path / "data", ClipShape(), (64, 64))
-    assert found == {"train": int(part_of(film) == "train"), "held_out": int(part_of(film) == "held_out")}
-    clips = read_clips(tmp_path / "data", part_of(film))
-    frames, weights = batch_of(clips, CropRule(batch=1, size=32, num_frames=9), 0, 0)
+    counts = convert(film.parent, tmp_path / "data", ClipShape(), (64, 64))
+    assert counts == {"train": int(split_of(film) == "train"), "held_out": int(split_of(film) == "held_out")}
+    clips = read_clips(tmp_path / "data", split_of(film))
+    frames, weights = load_crops(clips, CropConfig(batch_size=1, size=32, num_frames=9), 0, 0)
     assert frames.shape == (1, 3, 9, 32, 32)
     assert torch.equal(weights, torch.ones_like(weights))
 
 
-def test_another_file_is_no_film(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no film")
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a film")
     with pytest.raises(ValueError, match=r"notes\.txt is not a film"):
-        next(pictures(tmp_path / "notes.txt", (32, 32)))
+        next(read_frames(tmp_path / "notes.txt", (32, 32)))

@@ -14,7 +14,7 @@ DTYPES = {"float16": 4, "int16": 2}
 
 
 def ctranslate2(variables: dict[str, NDArray[np.generic]], specification: str = "WhisperSpec") -> bytes:
-    """A model file as CTranslate2 writes it."""
+    """Return a model file in CTranslate2's format."""
 
     def text(value: str) -> bytes:
         return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
@@ -62,7 +62,7 @@ def test_conversion_keeps_sizes_and_every_tensor(encoder: Whisper, tmp_path: Pat
         assert torch.equal(state[name], tensor.half().float())
 
 
-def test_another_kind_of_model_is_refused() -> None:
+def test_a_model_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="WhisperSpec; got version 6 'TransformerSpec'"):
         read_encoder(ctranslate2({}, "TransformerSpec"))
 

@@ -16,7 +16,7 @@ from avatar.vae.vae import Vae, VaeConfig, load, parse_config
 from services.local.launch import ROOT
 from tests.conftest import ASSETS
 from tests.vae.conftest import LIGHT, SIZE, light_codec
-from training.out_of_distribution import measured, traits
+from training.out_of_distribution import descriptor, fit_check
 
 KIND = OutOfDistributionCheck((1.0, 2.0), (1.0, 0.0, 0.5), 1.5, "unlike")
 RGB = torch.zeros(SIZE[1], SIZE[0], 3, dtype=torch.uint8)
@@ -27,7 +27,7 @@ def test_distance_uses_the_covariance() -> None:
     assert KIND.distance(torch.tensor([3.0, 2.0])) == pytest.approx(2 / 2**0.5)
     along = torch.randn(400, 1, generator=torch.Generator().manual_seed(0))
     pairs = torch.cat([along, along], 1) + 0.01 * torch.randn(400, 2, generator=torch.Generator().manual_seed(1))
-    kind = measured([*pairs])
+    kind = fit_check([*pairs])
     assert kind.distance(torch.tensor([1.0, -1.0])) > 10 > kind.limit > kind.distance(torch.tensor([1.0, 1.0]))
 
 
@@ -41,7 +41,7 @@ def test_pictures_beyond_the_limit_get_a_notice() -> None:
     plain = Vae(codec, VaeConfig("light", PictureRule("cover", width=SIZE[0], height=SIZE[1]), 25, asdict(LIGHT)))
     motion = plain.encode_picture(RGB)
     assert plain.notice(RGB, motion) == ""
-    own = traits(plain, RGB)
+    own = descriptor(plain, RGB)
     kind = OutOfDistributionCheck((*own.tolist(),), (0.0,) * (len(own) * (len(own) + 1) // 2), 0.0, "unlike")
     assert Vae(codec, replace(plain.config, familiar=kind)).notice(RGB, motion) == ""
     away = replace(kind, root=(1.0, *kind.root[1:]), mean=(kind.mean[0] + 1, *kind.mean[1:]))

@@ -1,6 +1,6 @@
-"""Batches of crops for the codec, decided by clips, seed and step: a resumed run sees what it would have seen.
+"""Batches of crops for the codec, drawn from clips, seed and step alone, so a resumed run sees the crops it would have.
 
-Half of the crops hold the lips, if their place is known. Every crop is mirrored, and its colours changed, by chance.
+Half of the crops contain the lips, where their position is known. Crops are mirrored and recoloured at random.
 
 Axes: b batch, c channels, f frames, h w height and width of crops.
 """
@@ -17,74 +17,75 @@ from torch import Tensor
 
 from training.data import StoredClip
 
-# How far around the lips' middle errors count more, in pixels (rows, columns).
-LIPS_REACH = (11.0, 16.0)
+# Extent of the extra loss weight around the lips' centre, in pixels (rows, columns).
+LIPS_EXTENT = (11.0, 16.0)
 
 
 @dataclass(frozen=True)
-class CropRule:
-    """What a batch is.
+class CropConfig:
+    """Composition of a batch.
 
-    size: of a crop, pixels, a multiple of 8. num_frames: 1 + 4 k. lips: how much more errors count at the lips' middle.
+    size: of a crop in pixels, a multiple of 8. num_frames: 1 + 4 k. lips_gain: extra loss weight at the lips' centre.
     """
 
-    batch: int = 4
+    batch_size: int = 4
     size: int = 64
     num_frames: int = 13
-    lips: float = 4.0
+    lips_gain: float = 4.0
 
 
 def to_pixels(frames: NDArray[np.uint8]) -> Tensor:
-    """(..., f, h, w, 3) bytes to (..., 3, f, h, w) float32 in [-1, 1]."""
+    """Convert bytes (..., f, h, w, 3) to float32 (..., 3, f, h, w) in [-1, 1]."""
     return rearrange(torch.from_numpy(np.array(frames)), "... f h w c -> ... c f h w") / 127.5 - 1
 
 
-def lips_weight(lips: NDArray[np.float32], height: int, width: int, more: float) -> Tensor:
-    """How much each pixel's error counts, of mean 1 a frame: (f, 2) rows and columns to (1, f, h, w).
+def lips_weight(lips: NDArray[np.float32], height: int, width: int, gain: float) -> Tensor:
+    """Return loss weights of pixels, of mean 1 per frame: lips (f, 2) rows and columns -> (1, f, h, w).
 
-    more: how much more it counts at the lips' middle.
+    gain: extra weight at the lips' centre.
     """
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     row, column = rearrange(torch.from_numpy(np.array(lips)), "f (a h w) -> a f h w", h=1, w=1)
-    near = torch.exp(-(((rows - row) / LIPS_REACH[0]) ** 2) - ((columns - column) / LIPS_REACH[1]) ** 2)
-    weight = 1 + more * near
+    near = torch.exp(-(((rows - row) / LIPS_EXTENT[0]) ** 2) - ((columns - column) / LIPS_EXTENT[1]) ** 2)
+    weight = 1 + gain * near
     return (weight / weight.mean((1, 2), keepdim=True))[None]
 
 
-def recoloured(pixels: Tensor, rng: Generator) -> Tensor:
-    """Other light, and now and then other colours: (3, f, h, w) in [-1, 1], alike."""
+def recolour(pixels: Tensor, rng: Generator) -> Tensor:
+    """Change gain and offset of the channels, and sometimes their order: (3, f, h, w) in [-1, 1] to the same."""
     gain = torch.from_numpy(rng.uniform(0.85, 1.15, 3).astype(np.float32))
-    lift = torch.from_numpy((rng.uniform(-0.08, 0.08) + rng.uniform(-0.04, 0.04, 3)).astype(np.float32))
+    offset = torch.from_numpy((rng.uniform(-0.08, 0.08) + rng.uniform(-0.04, 0.04, 3)).astype(np.float32))
     order = rng.permutation(3) if rng.random() < 0.15 else np.arange(3)
-    shaped = rearrange(torch.stack([gain, lift]), "n c -> n c 1 1 1")
-    return (pixels[torch.from_numpy(order)] * shaped[0] + shaped[1]).clamp(-1, 1)
+    gain, offset = rearrange(torch.stack([gain, offset]), "n c -> n c 1 1 1")
+    recoloured: Tensor = (pixels[torch.from_numpy(order)] * gain + offset).clamp(-1, 1)
+    return recoloured
 
 
-def crop(clip: StoredClip, rule: CropRule, rng: Generator) -> tuple[Tensor, Tensor]:
-    """A crop (3, f, h, w) in [-1, 1], and the weight of its pixels (1, f, h, w)."""
-    frames, size = clip.array("frames"), rule.size
+def crop(clip: StoredClip, config: CropConfig, rng: Generator) -> tuple[Tensor, Tensor]:
+    """Draw a crop (3, f, h, w) in [-1, 1] and the loss weights of its pixels (1, f, h, w)."""
+    frames, size = clip.array("frames"), config.size
     lips = clip.array("lips") if clip.has("lips") else None
-    start = int(rng.integers(0, len(frames) - rule.num_frames + 1))
-    span = slice(start, start + rule.num_frames)
-    room = np.array(frames.shape[1:3]) - size
+    start = int(rng.integers(0, len(frames) - config.num_frames + 1))
+    span = slice(start, start + config.num_frames)
+    max_corner = np.array(frames.shape[1:3]) - size
     if lips is not None and rng.random() < 0.5:
         middle = lips[span].mean(0)
         corner = middle - rng.uniform(0.2, 0.8, 2) * size
     else:
-        corner = rng.uniform(0, 1, 2) * (room + 1)
-    top, left = (int(value) for value in np.clip(corner, 0, room))
+        corner = rng.uniform(0, 1, 2) * (max_corner + 1)
+    top, left = (int(value) for value in np.clip(corner, 0, max_corner))
     pixels = to_pixels(frames[span, top : top + size, left : left + size])
     weight = torch.ones_like(pixels[:1])
     if lips is not None:
-        weight = lips_weight(lips[span] - np.array((top, left), np.float32), size, size, rule.lips)
+        weight = lips_weight(lips[span] - np.array((top, left), np.float32), size, size, config.lips_gain)
     if rng.random() < 0.5:
         pixels, weight = pixels.flip(3), weight.flip(3)
-    return recoloured(pixels, rng), weight
+    return recolour(pixels, rng), weight
 
 
-def batch_of(clips: Sequence[StoredClip], rule: CropRule, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """The crops (b, 3, f, h, w) of a step, and their weights (b, 1, f, h, w)."""
+def load_crops(clips: Sequence[StoredClip], config: CropConfig, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Load a step's crops (b, 3, f, h, w) and their loss weights (b, 1, f, h, w)."""
     rng = np.random.default_rng((seed, step))
-    crops = [crop(clips[int(rng.integers(len(clips)))], rule, rng) for _ in range(rule.batch)]
+    crops = [crop(clips[int(rng.integers(len(clips)))], config, rng) for _ in range(config.batch_size)]
     frames, weights = zip(*crops, strict=True)
     return torch.stack(frames), torch.stack(weights)

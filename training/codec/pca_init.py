@@ -1,4 +1,4 @@
-"""Where the codec's training begins: the linear map as the principal components of patches, and the latents' scale.
+"""Initial weights of the codec: linear maps from the principal components of patches, and the scale of latents.
 
 Axes: b batch, t latent frames, z latent channels, n numbers of a patch, h w height and width of latents.
 """
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from avatar.types import FRAMES_PER_LATENT
 from avatar.vae.light import CHANNELS, PATCH_AXES, PATCH_SIZES, LightCodec
-from training.codec.crops import CropRule, batch_of
+from training.codec.crops import CropConfig, load_crops
 from training.data import StoredClip
 
 NUM_BATCHES = 60
 
 
-def principal_components(codec: LightCodec, clips: Sequence[StoredClip], rule: CropRule, seed: int) -> None:
-    """Set the codec's linear maps to the components of patches that say most.
+def set_principal_components(codec: LightCodec, clips: Sequence[StoredClip], crops: CropConfig, seed: int) -> None:
+    """Set the codec's linear maps to the leading principal components of patches.
 
-    A channel's deviation is the root of its component's: whitened latents would be as loud where they hardly matter,
-    and untouched ones so quiet in most channels that noise drowns them.
+    A channel's standard deviation is the square root of its component's: whitened latents would give components that
+    hardly matter the same amplitude, and unscaled ones would leave most channels below the noise.
     """
-    patches = torch.cat([patches_of(batch_of(clips, rule, seed, step)[0]) for step in range(NUM_BATCHES)]).double()
+    patches = torch.cat([patches_of(load_crops(clips, crops, seed, step)[0]) for step in range(NUM_BATCHES)]).double()
     mean = patches.mean(0)
     values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     gain = rearrange(values[-CHANNELS:].flip(0) ** 0.25, "z -> z 1")
@@ -36,7 +36,7 @@ def principal_components(codec: LightCodec, clips: Sequence[StoredClip], rule: C
 
 
 def patches_of(frames: Tensor) -> Tensor:
-    """All patches of whole latents, the clip's first frame left out: (b, 3, f, h, w) -> (patches, n)."""
+    """Cut frames into the patches of whole latents, without the clip's first frame: (b, 3, f, h, w) -> (patches, n)."""
     return rearrange(
         frames[:, :, 1 : 1 + (frames.shape[2] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT],
         f"b c (t p) (h y) (w x) -> (b t h w) {PATCH_AXES}",
@@ -44,14 +44,14 @@ def patches_of(frames: Tensor) -> Tensor:
     )
 
 
-def normalised(codec: LightCodec, clips: Sequence[StoredClip], rule: CropRule, seed: int) -> LightCodec:
-    """The same codec whose latents have mean 0 in every channel, and variance 1 over all of them together.
+def normalise_latents(codec: LightCodec, clips: Sequence[StoredClip], crops: CropConfig, seed: int) -> LightCodec:
+    """Return the same codec with latents of mean 0 in every channel and variance 1 over all channels together.
 
-    Means and scale are of latents behind a clip's first, over crops that training could have seen.
+    Means and scale are measured on crops like those of training, without each clip's first latent.
     """
     raw = LightCodec(replace(codec.config, latent_scale=1.0)).requires_grad_(False)
     raw.load_state_dict({**codec.state_dict(), "mean": torch.zeros_like(codec.mean)})
-    latents = torch.cat([raw.encode(batch_of(clips, rule, seed, step)[0])[:, :, 1:] for step in range(NUM_BATCHES)])
+    latents = torch.cat([raw.encode(load_crops(clips, crops, seed, step)[0])[:, :, 1:] for step in range(NUM_BATCHES)])
     mean = reduce(latents, "b z t h w -> z 1 1 1", "mean")
     scale = float((latents - mean).pow(2).mean().sqrt())
     result = LightCodec(replace(codec.config, latent_scale=scale))

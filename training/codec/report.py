@@ -1,4 +1,4 @@
-"""How good a codec is, on people that it has not seen: the figures, and a sheet to look at.
+"""Metrics and previews of a codec on held-out clips.
 
 Axes: b batch, c channels, f frames, h w height and width.
 """
@@ -18,19 +18,19 @@ from training.data import StoredClip
 from training.eval.contact_sheets import save_sheet
 from training.strategy import SINGLE
 
-# Height and width of the box that follows the lips, pixels.
+# Height and width of the box around the lips, in pixels.
 MOUTH_BOX = (28, 36)
 NUM_FRAMES = 33
 NOISE = 0.1
 
 
 def psnr(squared_error: Tensor) -> float:
-    """Of errors of frames in [-1, 1]: decibels against the range of 2."""
+    """Return the PSNR in dB of squared errors of frames in [-1, 1], a range of 2."""
     return -10 * math.log10(float(squared_error.mean()) / 4)
 
 
 def mouth_boxes(values: Tensor, lips: NDArray[np.float32]) -> Tensor:
-    """The box round the lips in every frame: (c, f, h, w) and (f, 2) -> (f, c, 28, 36)."""
+    """Cut the box around the lips out of every frame: (c, f, h, w) and lips (f, 2) -> (f, c, 28, 36)."""
     height, width = MOUTH_BOX
     boxes = []
     for frame, (row, column) in zip(values.unbind(1), lips.tolist(), strict=True):
@@ -42,13 +42,14 @@ def mouth_boxes(values: Tensor, lips: NDArray[np.float32]) -> Tensor:
 
 @torch.no_grad()
 def report(codec: LightCodec, clips: Sequence[StoredClip], sheet: Path | None = None) -> dict[str, float]:
-    """PSNR of reconstructions in dB, of whole frames and of the box, also with noise on the latents; second differences
-    in time by the truth's; what latents are.
+    """Return metrics of reconstructions, and write a preview if `sheet` names a file.
 
-    sheet: where to write truth, reconstruction and four times the difference of one frame a clip.
+    psnr, psnr_mouth, psnr_noisy: dB, of whole frames, of the box around the lips, and with noise on the latents.
+    flicker: second differences in time over the true frames'. latent_std: of all channels together, and its extremes.
+    sheet: PNG of truth, reconstruction and four times the difference, of one frame per clip.
     """
     whole, mouth, noisy, latents = [], [], [], []
-    seconds = torch.zeros(2)
+    second_differences = torch.zeros(2)
     columns: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
     for clip in clips:
@@ -64,7 +65,7 @@ def report(codec: LightCodec, clips: Sequence[StoredClip], sheet: Path | None = 
         if clip.has("lips"):
             mouth.append(mouth_boxes(error, clip.array("lips")[:NUM_FRAMES]).mean())
         noisy.append(((degraded - frames) ** 2).mean())
-        seconds += torch.stack([each.diff(n=2, dim=1).abs().mean() for each in (result, frames)])
+        second_differences += torch.stack([each.diff(n=2, dim=1).abs().mean() for each in (result, frames)])
         latents.append(latent[0, :, 1:].flatten(1))
         if len(columns) < 10:
             shown = NUM_FRAMES // 2
@@ -76,7 +77,7 @@ def report(codec: LightCodec, clips: Sequence[StoredClip], sheet: Path | None = 
         "psnr": psnr(torch.stack(whole)),
         **({"psnr_mouth": psnr(torch.stack(mouth))} if mouth else {}),
         "psnr_noisy": psnr(torch.stack(noisy)),
-        "flicker": float(seconds[0] / seconds[1].clamp_min(1e-9)),
+        "flicker": float(second_differences[0] / second_differences[1].clamp_min(1e-9)),
         "latent_std": float(torch.cat(latents, 1).std()),
         "latent_std_least": float(deviations.min()),
         "latent_std_most": float(deviations.max()),

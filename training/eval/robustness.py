@@ -1,4 +1,4 @@
-"""What is asked of a checkpoint beside held-out clips: recorded speech, a long session, and what a block costs.
+"""Metrics of a checkpoint beyond held-out clips: recorded speech, drift in long sessions, and the cost of a block.
 
 Axes: s samples at 16 kHz, f pixel frames, H W height and width of frames.
 """
@@ -14,73 +14,75 @@ from tqdm import tqdm
 from avatar.audio.whole_file import to_16khz
 from avatar.types import BLOCK_FRAMES
 from avatar.vae.vae import HIDDEN_FRAMES
-from training.data import FRAME_RATE_HZ, SOUND_RATE_HZ
-from training.eval.inference import BLOCK_SAMPLES, Models, Pixels, Rollout, Sound, pieces, until
+from training.data import AUDIO_RATE_HZ, FRAME_RATE_HZ
+from training.eval.inference import BLOCK_SAMPLES, Audio, Models, Pixels, SessionRenderer, pieces, until
 from training.eval.landmarks import Floats
-from training.eval.metrics import Curve, Figure, above_chance, correlation, distance, lag_figure
+from training.eval.metrics import Curve, Metric, correlation, distance, lag_metric, ratio_to_chance
 from training.synthetic.motion import loudness
 
-# Blocks at either end of a session that drift compares.
-ENDS = 10
-# Sessions whose ratios are told one by one.
-FEW = 4
+# Blocks at the start and at the end of a session that drift compares.
+END_BLOCKS = 10
+# With more sessions, only the worst ratio is listed.
+MAX_LISTED = 4
 # A block costs less before the caches are full.
 WARMUP_BLOCKS, TIMED_BLOCKS = 4, 8
 DTYPES = {"block_ms": torch.bfloat16, "block_ms_float32": torch.float32}
 
 
-def sound_from(samples: Floats, rate_hz: int) -> Sound:
-    """Sound (a, s) of any rate as one channel at 16 kHz, (s,)."""
-    sound: Sound = to_16khz(torch.from_numpy(samples), rate_hz).numpy()
-    return sound
+def to_mono_16k(samples: Floats, rate_hz: int) -> Audio:
+    """Convert audio (channels, s) of any rate to one channel at 16 kHz, (s,)."""
+    audio: Audio = to_16khz(torch.from_numpy(samples), rate_hz).numpy()
+    return audio
 
 
-def speech_figures(openings: Sequence[Curve], sound: Sound) -> dict[str, Figure]:
-    """How lips that are open go with loudness: the lag at which they agree best, r at none, and r against chance.
+def speech_metrics(openings: Sequence[Curve], audio: Audio) -> dict[str, Metric]:
+    """Compare the mouth with loudness: the lag of highest correlation, and the correlation over that of chance.
 
-    openings: (f,) each, of streams of this sound from frame HIDDEN_FRAMES on.
+    openings: (f,) each, of streams with this audio from frame HIDDEN_FRAMES on.
     """
     if not openings:
-        return dict.fromkeys(("speech_lag_frames", "speech_ratio"), Figure(None, "no faces were read"))
-    loud = [loudness(sound, len(opening) + HIDDEN_FRAMES)[HIDDEN_FRAMES:] for opening in openings]
+        return dict.fromkeys(("speech_lag_frames", "speech_ratio"), Metric(None, "no faces were found"))
+    loud = [loudness(audio, len(opening) + HIDDEN_FRAMES)[HIDDEN_FRAMES:] for opening in openings]
     pairs = list(zip(openings, loud, strict=True))
-    agreement = np.mean([correlation(*pair) for pair in pairs])
+    mean_r = np.mean([correlation(*pair) for pair in pairs])
     return {
-        "speech_lag_frames": lag_figure(pairs),
-        "speech_ratio": Figure(above_chance(pairs), f"r is {agreement:.2f}"),
+        "speech_lag_frames": lag_metric(pairs),
+        "speech_ratio": Metric(ratio_to_chance(pairs), f"r is {mean_r:.2f}"),
     }
 
 
-def endure(models: Models, reference: Pixels, sound: Sound, num_blocks: int, deadline: float = math.inf) -> list[float]:
-    """How far each block of a long session is from the reference; the sound is said again and again.
+def long_session_distances(
+    models: Models, reference: Pixels, audio: Audio, num_blocks: int, deadline: float = math.inf
+) -> list[float]:
+    """Render a long session with repeated audio and return each block's distance from the reference.
 
-    deadline: no block but those of both ends is begun after it, seconds of time.monotonic.
+    deadline: seconds of time.monotonic; after it no block is started, except the first 2 * END_BLOCKS.
     """
-    *whole, _ = pieces(sound[: len(sound) // BLOCK_SAMPLES * BLOCK_SAMPLES])
-    assert whole, "sound must fill a block"
-    chunks = islice(Rollout(models, reference).speak(cycle(whole)), num_blocks)
-    shown = tqdm(chunks, "long session", num_blocks, unit="block", mininterval=5)
-    return [distance(chunk.frames.numpy(), reference) for chunk in until(shown, deadline, least=2 * ENDS)]
+    *whole, _ = pieces(audio[: len(audio) // BLOCK_SAMPLES * BLOCK_SAMPLES])
+    assert whole, "audio must fill a block"
+    chunks = islice(SessionRenderer(models, reference).render(cycle(whole)), num_blocks)
+    progress = tqdm(chunks, "long session", num_blocks, unit="block", mininterval=5)
+    return [distance(chunk.frames.numpy(), reference) for chunk in until(progress, deadline, least=2 * END_BLOCKS)]
 
 
-def drift_figure(sessions: Sequence[Sequence[float]]) -> Figure:
-    """Distance in the last blocks by that in the first, mean over sessions of so many blocks' distances."""
+def drift_metric(sessions: Sequence[Sequence[float]]) -> Metric:
+    """Return the distance of the last blocks over that of the first, mean over sessions of distances per block."""
     num_blocks = min(map(len, sessions))
-    ends = min(ENDS, num_blocks // 2)
+    ends = min(END_BLOCKS, num_blocks // 2)
     if not ends:
-        return Figure(None, "too short to drift")
+        return Metric(None, "too short to drift")
     ratios = [float(np.mean(each[-ends:]) / np.mean(each[:ends])) for each in sessions]
     seconds = num_blocks * BLOCK_FRAMES / FRAME_RATE_HZ
-    each = ", ".join(f"{ratio:.2f}" for ratio in ratios) if len(ratios) <= FEW else f"worst {max(ratios):.2f}"
-    return Figure(float(np.mean(ratios)), f"{num_blocks} blocks, {seconds:.0f} s of video, of {len(ratios)}: {each}")
+    listed = ", ".join(f"{ratio:.2f}" for ratio in ratios) if len(ratios) <= MAX_LISTED else f"worst {max(ratios):.2f}"
+    return Metric(float(np.mean(ratios)), f"{num_blocks} blocks, {seconds:.0f} s of video, of {len(ratios)}: {listed}")
 
 
-def block_cost(models: Models, reference: Pixels) -> Figure:
-    """Milliseconds of one thread that a block takes: sound, all levels, decoding."""
-    rollout = Rollout(models, reference)
-    noise = np.random.default_rng(0).normal(0, 0.1, (WARMUP_BLOCKS + TIMED_BLOCKS) * BLOCK_SAMPLES + SOUND_RATE_HZ)
-    for _ in islice(rollout.speak(pieces(noise.astype(np.float32))), WARMUP_BLOCKS + TIMED_BLOCKS):
+def block_cost(models: Models, reference: Pixels) -> Metric:
+    """Return the CPU milliseconds of one thread per block: audio, all levels, decoding."""
+    session = SessionRenderer(models, reference)
+    noise = np.random.default_rng(0).normal(0, 0.1, (WARMUP_BLOCKS + TIMED_BLOCKS) * BLOCK_SAMPLES + AUDIO_RATE_HZ)
+    for _ in islice(session.render(pieces(noise.astype(np.float32))), WARMUP_BLOCKS + TIMED_BLOCKS):
         pass
-    stages = {stage: 1000 * float(np.median(costs[-TIMED_BLOCKS:])) for stage, costs in rollout.costs_s.items()}
+    stages = {stage: 1000 * float(np.median(costs[-TIMED_BLOCKS:])) for stage, costs in session.costs_s.items()}
     note = ", ".join(f"{stage} {cost:.0f}" for stage, cost in stages.items())
-    return Figure(sum(stages.values()), f"{note}; processor time of one thread")
+    return Metric(sum(stages.values()), f"{note}; processor time of one thread")

@@ -1,6 +1,6 @@
-"""Drawn people who talk: one seed is one person, drawn with any of 52 expressions, a pose of the head and a gaze.
+"""Synthetic talking people: one seed is one person, drawn with any of 52 expressions, a head pose and a gaze.
 
-    Head (the pack) --person_of(seed)--> Person --> Face --Stage.draw(Expression)--> a picture, and where the lips are
+    Head (the pack) --person_of(seed)--> Person --> Face --Renderer.draw(expression)--> picture and position of the lips
 
-Geometry needs numpy alone; only `stage` needs moderngl and an OpenGL driver.
+Geometry needs only numpy; `renderer` needs moderngl and an OpenGL driver.
 """

@@ -1,4 +1,4 @@
-"""One person's head in front of a camera: what an expression does to the mesh, and where that is in the picture.
+"""One person's head in front of a camera: the mesh of an expression, and its projection to the picture.
 
 Axes: n mesh vertices, m drawn vertices, f frames.
 """
@@ -11,9 +11,9 @@ import numpy as np
 from training.synthetic.head import Floats, Head, Part
 from training.synthetic.person import Person
 
-# Half the camera's angle of view, degrees.
+# Half the camera's angle of view, in degrees.
 HALF_VIEW = 8.4
-# What the pack's mouth needs for its inside to be readable at 128 pixels: scale, then shift of the rows of teeth.
+# Scale and shift of the pack's teeth, so that the inside of the mouth is visible at 128 pixels.
 TEETH_SCALE = np.array((0.84, 0.95, 0.95), np.float32)
 UPPER_TEETH_SHIFT = np.array((0, -0.055, -0.07), np.float32)
 LOWER_TEETH_SHIFT = np.array((0, -0.02, -0.075), np.float32)
@@ -21,13 +21,13 @@ LOWER_TEETH_SHIFT = np.array((0, -0.02, -0.075), np.float32)
 TONGUE_SCALE = np.array((1, 0.62, 0.95), np.float32)
 TONGUE_SHIFT = np.array((0, -0.02, -0.05), np.float32)
 CAP_LIFT = 0.015
-# How far above the hairline hair stands off in full.
+# Height above the hairline at which the hair has its full volume.
 EDGE_HEIGHT = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class Motion:
-    """How a face moves, frame by frame.
+    """Motion of a face, frame by frame.
 
     weights: (f, 52) of the expressions, 0 to 1, in the pack's order. turn: (f, 3) nod, turn and tilt of the head in
     radians. gaze: (f, 2) right and up as the viewer sees it, -1 to 1.
@@ -41,14 +41,14 @@ class Motion:
         return len(self.weights)
 
     def frames(self) -> Iterator[tuple[Floats, Floats, Floats]]:
-        """Weights, turn and gaze of each frame."""
+        """Yield weights, turn and gaze of each frame."""
         return zip(self.weights, self.turn, self.gaze, strict=True)
 
 
 class Face:
-    """A person at rest, and the camera that looks at them.
+    """A person at rest, and a camera in front of them.
 
-    camera: (4, 4) from a point (x, y, z, 1) to clip coordinates. eye: where the camera is.
+    camera: (4, 4) matrix from points (x, y, z, 1) to clip coordinates. eye: position of the camera.
     """
 
     def __init__(self, head: Head, person: Person) -> None:
@@ -63,7 +63,7 @@ class Face:
         self._pivot = np.array((0, lips - 0.55, 0.05), np.float32)
         self.camera, self.eye = camera(eyes, lips)
         self._lips = head.mask[:, 0] > 0.5
-        # Hair stands off less towards its edge, else the background shows between hair and temple.
+        # The hair's volume falls to zero at its edge, else the background shows between hair and temple.
         rooted = np.clip(above_hairline(head.rest, person.look["hairline"]) / EDGE_HEIGHT, 0, 1)
         lift = head.puff * np.float32(person.puff) * rooted + head.has_cap * np.float32(CAP_LIFT)
         self._lift = lift[:, None].astype(np.float32)
@@ -79,7 +79,7 @@ class Face:
         mesh[part == Part.TONGUE] = (tongue - low) * TONGUE_SCALE + low + TONGUE_SHIFT
 
     def _curtain(self, mesh: Floats, part: Floats) -> Floats:
-        """The sheet of hair, moved and grown as this head's skull is; folded into a point where there is none."""
+        """Fit the sheet of hair to this head's skull. Without one, all its vertices are one point inside the head."""
         head, person = self.head, self.person
         cap, plain_cap = mesh[part == Part.HAIR], head.base[head.unique[part == Part.HAIR]]
         if person.curtain is None:
@@ -90,9 +90,12 @@ class Face:
         return moved
 
     def pose(self, weights: Floats, turn: Floats, gaze: Floats) -> tuple[Floats, Floats]:
-        """Positions and unit normals (m, 3) of one frame; weights (52,), turn (3,) and gaze (2,) as in `Motion`."""
+        """Return positions and unit normals (m, 3) of one frame.
+
+        weights (52,), turn (3,), gaze (2,): as in `Motion`.
+        """
         head = self.head
-        weights = weights + head.weights(looking(*gaze))
+        weights = weights + head.weights(gaze_shapes(*gaze))
         positions = self.base.copy()
         positions[: len(head.unique)] += (weights.astype(np.float32) @ head.shapes).reshape(-1, 3)[head.unique]
         normals = head.normals(positions)
@@ -102,13 +105,13 @@ class Face:
         return positions, normals + (normals @ rotation.T - normals) * head.follow
 
     def lips_centre(self, positions: Floats, size: int) -> tuple[float, float]:
-        """(row, column) of the middle of the lips in a picture of size x size pixels."""
+        """Return (row, column) of the lips' centre in a picture of size x size pixels."""
         x, y, _, w = self.camera @ [*positions[self._lips].mean(0), 1]
         return (0.5 - 0.5 * y / w) * size, (0.5 + 0.5 * x / w) * size
 
 
 def above_hairline(rest: Floats, hairline: Sequence[float]) -> Floats:
-    """How high places on the plain head are above the edge of the hair: (m, 3) -> (m,); as noise.glsl has it."""
+    """Return the height of points of the plain head above the hairline, (m, 3) -> (m,). Must match noise.glsl."""
     side, height, depth = np.abs(rest[:, 0]), rest[:, 1], rest[:, 2]
     front = np.clip((depth - 0.2) / 0.6, 0, 1)
     line = 6.62 + 1.28 * np.clip((depth + 0.02) / 1.22, 0, 1) ** 1.25 - 0.10 * np.clip(side / 0.8, 0, 1) ** 2 * front
@@ -117,9 +120,9 @@ def above_hairline(rest: Floats, hairline: Sequence[float]) -> Floats:
     return above
 
 
-def looking(right: float, up: float) -> dict[str, float]:
-    """The expressions of a gaze."""
-    wanted = {
+def gaze_shapes(right: float, up: float) -> dict[str, float]:
+    """Return the expression weights of a gaze."""
+    weights = {
         "eyeLookInLeft": -right,
         "eyeLookOutRight": -right,
         "eyeLookOutLeft": right,
@@ -127,11 +130,11 @@ def looking(right: float, up: float) -> dict[str, float]:
         "eyeLookUp": up,
         "eyeLookDown": -up,
     }
-    return {name: weight for name, weight in wanted.items() if weight > 0}
+    return {name: weight for name, weight in weights.items() if weight > 0}
 
 
 def rotation_of(turn: Floats) -> Floats:
-    """(3, 3): tilt, then nod, then turn."""
+    """Return the rotation matrix (3, 3) of tilt, then nod, then turn."""
     (cx, cy, cz), (sx, sy, sz) = np.cos(turn), np.sin(turn)
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
@@ -141,7 +144,7 @@ def rotation_of(turn: Floats) -> Floats:
 
 
 def camera(eyes: float, lips: float) -> tuple[Floats, Floats]:
-    """Matrix and place of a camera before a face whose eyes and lips are at these heights, all faces alike large."""
+    """Return matrix and position of a camera that shows a face, given the heights of eyes and lips, at a fixed size."""
     distance = 9.6 * (0.5 + 0.5 * (eyes - lips) / 0.66)
     middle = eyes * 0.55 + lips * 0.45
     eye, target = np.array((0, middle + 0.15, 0.4 + distance)), np.array((0, middle + 0.07, 0.4))

@@ -1,8 +1,8 @@
-"""From speech to a moving face: lips that follow the sounds, and the blinks, glances, brows and nods of a speaker.
+"""Motion of a face from speech: lips that follow the phones, and blinks, glances, brows and nods.
 
-The lips are exact by construction: each sound has a target for the mouth, and neighbouring sounds share the time
-between them as far as each insists on its own (dominance, after Cohen and Massaro's model of co-articulation). The
-weight of `jawOpen` is the truth about the mouth that evaluation compares with.
+Each phone has a target for the mouth, and neighbouring targets are blended by their dominance (Cohen and Massaro's
+model of co-articulation), so the lips match the audio exactly. The weight of `jawOpen` is the true opening of the jaw
+that evaluation compares with.
 
 Axes: f frames at 25 Hz, g grid points at 200 Hz, e expressions.
 """
@@ -14,29 +14,29 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from training.data import FRAME_RATE_HZ, SOUND_RATE_HZ
+from training.data import AUDIO_RATE_HZ, FRAME_RATE_HZ
 from training.synthetic.face import Motion
 from training.synthetic.head import Floats, shape_indexes
-from training.synthetic.voices import PAUSE, Speech, plain
+from training.synthetic.voices import PAUSE, Speech, strip_marks
 
 GRID_HZ = 200
 BLEND_S = 0.03
-# How far a head turns about its rest while it speaks: deviations of pitch, yaw and roll, radians. With twice as much,
-# most of what a network has to say of a frame is where the edges of the head are.
+# Standard deviations of the head's pitch, yaw and roll during speech, in radians. With twice as much, most of the error
+# of a network is the position of the head's edges.
 SWAY = (0.01, 0.02, 0.006)
 PUNCTUATION = frozenset(",.;:?!^$")
 
 
 @dataclass(frozen=True)
 class Viseme:
-    """The mouth of a sound. shapes: weights by name. dominance: how much it insists against its neighbours."""
+    """The mouth of a phone. shapes: weights by name. dominance: weight against its neighbours."""
 
     dominance: float
     shapes: dict[str, float]
 
 
 REST = Viseme(0.6, {})
-# What is between words: the mouth goes on to the next sound.
+# Between words: the mouth moves on to the next phone.
 BETWEEN = Viseme(0.02, {})
 VISEMES: dict[str, Viseme] = {
     **dict.fromkeys("ɑaɐʌɒ", Viseme(1, {"jawOpen": 0.62, "mouthLowerDown": 0.15})),
@@ -61,12 +61,12 @@ VISEMES: dict[str, Viseme] = {
 
 
 def visemes_of(speech: Speech) -> list[tuple[float, float, Viseme]]:
-    """Start, end (seconds) and mouth of every sound; the parts of a diphthong or an affricate share its time."""
-    ends = [*speech.onsets[1:], len(speech.samples) / SOUND_RATE_HZ]
+    """Return start, end (seconds) and viseme of every phone; the parts of a diphthong or affricate share its time."""
+    ends = [*speech.onsets[1:], len(speech.samples) / AUDIO_RATE_HZ]
     result = []
-    for start, end, sound in zip(speech.onsets, ends, speech.sounds, strict=True):
-        letters = plain(sound)
-        if sound == PAUSE or (not letters and set(sound) & PUNCTUATION):
+    for start, end, phone in zip(speech.onsets, ends, speech.phones, strict=True):
+        letters = strip_marks(phone)
+        if phone == PAUSE or (not letters and set(phone) & PUNCTUATION):
             mouths = [REST]
         else:
             mouths = [VISEMES[letter] for letter in letters if letter in VISEMES] or [BETWEEN]
@@ -76,7 +76,7 @@ def visemes_of(speech: Speech) -> list[tuple[float, float, Viseme]]:
 
 
 def smooth(curves: Floats, deviation: float) -> Floats:
-    """A Gaussian blur in time, the ends held: (g, e) -> (g, e). deviation: in points."""
+    """Blur in time with a Gaussian, edge values repeated: (g, e) -> (g, e). deviation: in points."""
     reach = max(1, round(4 * deviation))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
     kernel /= kernel.sum()
@@ -85,9 +85,9 @@ def smooth(curves: Floats, deviation: float) -> Floats:
 
 
 def mouth_curves(speech: Speech, names: Sequence[str], num_frames: int) -> Floats:
-    """Weights of the mouth's expressions at the middle of each frame: (f, e).
+    """Return the weights of the mouth's expressions at the middle of each frame: (f, e).
 
-    names: of the expressions. Silence follows where the speech ends.
+    names: of the expressions. The mouth is at rest after the end of the speech.
     """
     num_points = round(num_frames / FRAME_RATE_HZ * GRID_HZ)
     targets, dominance = np.zeros((num_points, len(names))), np.full((num_points, 1), REST.dominance)
@@ -104,8 +104,8 @@ def mouth_curves(speech: Speech, names: Sequence[str], num_frames: int) -> Float
 
 
 def loudness(samples: NDArray[np.float32], num_frames: int) -> Floats:
-    """(f,) how loud each frame is, 0 to 1, blurred over a syllable."""
-    size = SOUND_RATE_HZ // FRAME_RATE_HZ
+    """Return the loudness of each frame, (f,) 0 to 1, blurred over a syllable."""
+    size = AUDIO_RATE_HZ // FRAME_RATE_HZ
     whole = np.zeros(num_frames * size)
     whole[: min(len(samples), len(whole))] = samples[: len(whole)]
     power = np.sqrt((whole.reshape(num_frames, size) ** 2).mean(1))
@@ -113,8 +113,8 @@ def loudness(samples: NDArray[np.float32], num_frames: int) -> Floats:
     return blurred / max(float(blurred.max()), 1e-4)
 
 
-def drift(rng: Generator, num_frames: int, count: int, tau_s: float) -> Floats:
-    """Slow, smooth noise of unit variance: (f, count)."""
+def smooth_noise(rng: Generator, num_frames: int, count: int, tau_s: float) -> Floats:
+    """Draw slow, smooth noise of unit variance: (f, count). tau_s: its time scale."""
     deviation = tau_s * FRAME_RATE_HZ
     margin = round(4 * deviation)
     noise = smooth(rng.normal(size=(num_frames + 2 * margin, count)), deviation)[margin:-margin]
@@ -123,7 +123,7 @@ def drift(rng: Generator, num_frames: int, count: int, tau_s: float) -> Floats:
 
 
 def blinks(rng: Generator, num_frames: int) -> NDArray[np.float64]:
-    """(f,) how far the eyes are closed: a blink of 0.2 s every 1.5 to 5 s."""
+    """Draw how far the eyes are closed, (f,) 0 to 1: a blink of 0.2 s every 1.5 to 5 s."""
     seconds = np.arange(num_frames) / FRAME_RATE_HZ
     closed: NDArray[np.float64] = np.zeros(num_frames)
     moment = rng.uniform(0, 4)
@@ -134,7 +134,7 @@ def blinks(rng: Generator, num_frames: int) -> NDArray[np.float64]:
 
 
 def glances(rng: Generator, num_frames: int) -> Floats:
-    """(f, 2) gaze: mostly at the viewer, now and then elsewhere for a second."""
+    """Draw a gaze (f, 2): mostly at the viewer, sometimes elsewhere for a second."""
     gaze, frame = np.zeros((num_frames, 2)), 0
     while frame < num_frames:
         length = int(rng.uniform(0.5, 2) * FRAME_RATE_HZ)
@@ -144,10 +144,10 @@ def glances(rng: Generator, num_frames: int) -> Floats:
 
 
 def motion_of(speech: Speech, names: Sequence[str], num_frames: int, rng: Generator) -> Motion:
-    """A face that says this; rng decides everything that the sound does not."""
+    """Return the motion of a face that speaks; rng determines everything except the lips."""
     weights = mouth_curves(speech, names, num_frames) * rng.uniform(0.9, 1.1)
     loud = loudness(speech.samples, num_frames)
-    slow = drift(rng, num_frames, 5, 0.6)
+    slow = smooth_noise(rng, num_frames, 5, 0.6)
 
     def add(name: str, curve: Floats | float) -> None:
         for index in shape_indexes(list(names), name):
@@ -165,7 +165,7 @@ def motion_of(speech: Speech, names: Sequence[str], num_frames: int, rng: Genera
 
 
 def portrait_of(motion: Motion, names: Sequence[str], rng: Generator) -> Motion:
-    """One frame that could be the speaker's portrait: mouth at rest, eyes to the viewer, about the same pose."""
+    """Return one frame as a portrait of the speaker: mouth at rest, eyes to the viewer, about the same pose."""
     weights = np.zeros((1, motion.weights.shape[1]), np.float32)
     resting = [i for name in ("mouthSmile", "eyeWide") for i in shape_indexes(list(names), name)]
     weights[0, resting] = motion.weights[:, resting].min(0)

@@ -1,4 +1,4 @@
-"""A person who does not exist, from one seed: shape, colours, hair, shirt, light and a still background.
+"""A synthetic person from one seed: shape, colours, hair, shirt, light and a still background.
 
 Colours are linear light, (red, green, blue) in [0, 1]. The names of `Person.look` are those of the shaders' uniforms.
 """
@@ -35,10 +35,10 @@ BACKGROUND_SIDE = 96
 
 @dataclass(frozen=True, eq=False)
 class Person:
-    """What a seed decides.
+    """The appearance of a person.
 
-    mesh: (n, 3) the head at rest. puff: how far hair stands off the skull. curtain: reach, top, bottom and bulge of the
-    sheet of hair at the back, None for hair without one. background: (96, 96, 3) uint8. look: values for the shaders.
+    mesh: (n, 3) the head at rest. puff: volume of the hair. curtain: reach, top, bottom and bulge of the sheet of hair
+    at the back, None for hair without one. background: (96, 96, 3) uint8. look: values for the shaders.
     """
 
     mesh: Floats
@@ -50,7 +50,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Nature:
-    """What colours and styles follow from. ancestry: three shares that sum to 1. male, old: 0 to 1."""
+    """Traits that shape, colours and styles depend on. ancestry: three shares that sum to 1. male, old: 0 to 1."""
 
     ancestry: NDArray[np.float64]
     male: float
@@ -58,7 +58,7 @@ class Nature:
 
 
 def person_of(head: Head, seed: int) -> Person:
-    """The person of a seed; two seeds give two people."""
+    """Draw the person of a seed."""
     rng = np.random.default_rng(seed)
     nature = Nature(rng.dirichlet([0.45] * 3), float(rng.beta(0.4, 0.4)), float(rng.beta(0.6, 2.2)))
     mesh = shape(head, nature, rng)
@@ -93,7 +93,7 @@ def pick(rng: Generator, choices: Sequence[tuple[float, ...]]) -> NDArray[np.flo
 
 
 def shape(head: Head, nature: Nature, rng: Generator) -> Floats:
-    """The mesh at rest: a blend of twelve typical heads, and details by chance."""
+    """Return the mesh at rest: a blend of twelve typical heads, with random details."""
     mesh = head.base.copy()
     for (ancestry, sex, age), change in head.macros.items():
         share = nature.ancestry[ANCESTRIES.index(ancestry)]
@@ -107,7 +107,7 @@ def shape(head: Head, nature: Nature, rng: Generator) -> Floats:
 
 
 def skin_tone(nature: Nature, rng: Generator) -> NDArray[np.float64]:
-    """Mixed as square roots, which is closer to how tones are seen."""
+    """Mix skin tones as square roots, which is closer to perception."""
     tone = np.sqrt(SKIN_TONES).T @ nature.ancestry + rng.normal(0, 0.02, 3) + rng.normal(0, 0.035)
     return np.clip(tone, 0.25, 0.95) ** 2
 
@@ -121,7 +121,7 @@ def hair_colour(nature: Nature, rng: Generator) -> NDArray[np.float64]:
 def hair_style(
     nature: Nature, rng: Generator
 ) -> tuple[str, float, tuple[float, float], tuple[float, float, float, float] | None]:
-    """Name, how far the hair stands off, height and dents of the hairline, and the curtain if there is one."""
+    """Draw the name of a style, its volume, height and dents of the hairline, and the curtain if it has one."""
     men, women = ("short", "short", "cropped", "receding"), ("bob", "long", "long", "short", "tied")
     styles = men if nature.male > 0.5 else women
     style = styles[rng.integers(len(styles))]
@@ -144,12 +144,12 @@ def lip_colour(nature: Nature, skin: NDArray[np.float64], rng: Generator) -> NDA
 
 
 def cloth(rng: Generator, low: float, high: float) -> NDArray[np.float64]:
-    """A colour that is half grey."""
+    """Draw a colour of half saturation."""
     return rng.uniform(low, high, 3) * 0.5 + rng.uniform(low, high) * 0.5
 
 
 def lights(rng: Generator, warmth: float) -> NDArray[np.float64]:
-    """(6, 3): direction and colour of a key light, a weak one from the other side, and one from behind."""
+    """Draw direction and colour of a key light, a fill light from the other side, and a back light: (6, 3)."""
     side = rng.uniform(-1, 1)
     return np.array(
         [
@@ -164,13 +164,13 @@ def lights(rng: Generator, warmth: float) -> NDArray[np.float64]:
 
 
 def background(rng: Generator) -> NDArray[np.uint8]:
-    """A still, soft picture (96, 96, 3): a gradient, a few panels and blurred lamps."""
+    """Draw a soft background (96, 96, 3): a gradient, a few panels and blurred lamps."""
     side = BACKGROUND_SIDE * 1j
     y, x = np.mgrid[-1:1:side, -1:1:side]
     ends = [rng.uniform(0.05, 0.8, 3) * 0.6 + rng.uniform(0.05, 0.5) for _ in range(2)]
     angle = rng.uniform(0, 2 * np.pi)
     ramp = np.clip((np.cos(angle) * x + np.sin(angle) * y) * 0.5 + 0.5, 0, 1)[..., None]
-    room = ends[0] * (1 - ramp) + ends[1] * ramp
+    picture = ends[0] * (1 - ramp) + ends[1] * ramp
 
     def inside(distance: NDArray[np.float64]) -> NDArray[np.float64]:
         return 1 / (1 + np.exp(-distance / 0.03))
@@ -178,10 +178,10 @@ def background(rng: Generator) -> NDArray[np.uint8]:
     for _ in range(rng.integers(0, 5)):
         (left, top), (width, height) = rng.uniform(-1, 1, 2), rng.uniform(0.1, 0.5, 2)
         panel = inside(width - abs(x - left)) * inside(height - abs(y - top))
-        room += panel[..., None] * rng.uniform(-0.2, 0.2, 3)
+        picture += panel[..., None] * rng.uniform(-0.2, 0.2, 3)
     for _ in range(rng.integers(0, 4)):
         (left, top), radius = rng.uniform(-1, 1, 2), rng.uniform(0.05, 0.2)
-        room += inside(radius - np.hypot(x - left, y - top))[..., None] * rng.uniform(0, 0.3, 3)
-    room = 0.55 * room + 0.45 * room.mean(2, keepdims=True)  # rooms are not that colourful
-    picture: NDArray[np.uint8] = (np.clip(room, 0.02, 0.98) * 255).astype(np.uint8)
-    return picture
+        picture += inside(radius - np.hypot(x - left, y - top))[..., None] * rng.uniform(0, 0.3, 3)
+    picture = 0.55 * picture + 0.45 * picture.mean(2, keepdims=True)  # less saturated, as real rooms are
+    pixels: NDArray[np.uint8] = (np.clip(picture, 0.02, 0.98) * 255).astype(np.uint8)
+    return pixels

@@ -1,8 +1,8 @@
-"""The stage: OpenGL draws a face, larger than wanted, and averages it down.
+"""Rendering of faces with OpenGL, at twice the resolution and averaged down.
 
-Runs without a display or a graphics card: EGL on Mesa's llvmpipe (Debian: libegl1 libgl1-mesa-dri). Set
-LP_NUM_THREADS=0 and OPENBLAS_NUM_THREADS=1 in the environment, else idle threads spin. Skin, brows, beard and shirt are
-painted once per person into a texture; a frame then costs the mesh, the lights and the read-back, 16 ms of a core.
+Needs no display or graphics card: EGL on Mesa's llvmpipe (Debian: libegl1 libgl1-mesa-dri). Set LP_NUM_THREADS=0 and
+OPENBLAS_NUM_THREADS=1 in the environment, else idle threads spin. Skin, brows, beard and shirt are painted once per
+person into a texture; a frame then costs mesh, lights and read-back, 16 ms of a core.
 """
 
 from pathlib import Path
@@ -18,14 +18,14 @@ from training.synthetic.person import BACKGROUND_SIDE
 
 SHADERS = Path(__file__).with_name("shaders")
 TEXTURE_SIDE = 1024
-# Texture units of the programs: what is painted, and what is copied.
-SOURCE = 0
+# The texture unit that programs read.
+TEXTURE_UNIT = 0
 
 
-class Stage:
-    """A place for one face at a time.
+class Renderer:
+    """A renderer of one face at a time.
 
-    size: height and width of the pictures. scale: how many times larger they are drawn.
+    size: height and width of pictures. scale: factor of supersampling.
     """
 
     def __init__(self, head: Head, size: int = 128, scale: int = 2) -> None:
@@ -72,8 +72,8 @@ class Stage:
         self._painting = gl.framebuffer([self._paint])
         self._result = gl.framebuffer([gl.renderbuffer((size, size), 4)])
 
-    def show(self, face: Face) -> None:
-        """Put a face on the stage: its colours, light, background and painted skin."""
+    def set_face(self, face: Face) -> None:
+        """Load a face: its colours, light, background and painted skin."""
         gl, person = self._gl, face.person
         self.face = face
         values = {**person.look, "camera": face.camera.T, "eye": face.eye}
@@ -90,11 +90,11 @@ class Stage:
         self._paint.filter = (moderngl.LINEAR_MIPMAP_NEAREST, moderngl.LINEAR)
 
     def draw(self, weights: Floats, turn: Floats, gaze: Floats) -> tuple[NDArray[np.uint8], tuple[float, float]]:
-        """One frame of the face on the stage: (size, size, 3) RGB, and the lips' centre, (row, column) in pixels.
+        """Draw one frame: return (size, size, 3) RGB and the lips' centre, (row, column) in pixels.
 
         weights, turn, gaze: as in `Motion`.
         """
-        assert self.face is not None, "show a face first"
+        assert self.face is not None, "set a face first"
         gl = self._gl
         positions, normals = self.face.pose(weights, turn, gaze)
         self._moving.write(np.hstack([positions, normals]).astype("f4").tobytes())
@@ -103,7 +103,7 @@ class Stage:
         gl.disable(moderngl.DEPTH_TEST | moderngl.BLEND)
         self._copy(self._backdrop, spread=0)
         gl.enable(moderngl.DEPTH_TEST | moderngl.CULL_FACE)
-        self._paint.use(SOURCE)
+        self._paint.use(TEXTURE_UNIT)
         skin, inside, hair = self._groups
         skin.render()
         gl.disable(moderngl.CULL_FACE)
@@ -118,7 +118,7 @@ class Stage:
         return picture, self.face.lips_centre(positions, self.size)
 
     def _copy(self, source: Any, spread: float) -> None:
-        """Fill the target with a texture; spread: how far apart the four points lie that a pixel is the mean of."""
-        source.use(SOURCE)
+        """Fill the target with a texture. spread: distance of the four points that a pixel is the mean of."""
+        source.use(TEXTURE_UNIT)
         self._programs["copy"]["spread"].value = spread
         self._whole.render()

@@ -1,4 +1,4 @@
-"""Sentences to say, from a seed; whether one is held out follows from its own letters."""
+"""Random sentences. Their split follows from their own letters."""
 
 import random
 import zlib
@@ -49,15 +49,15 @@ NUMBERS = (
 
 
 def sentence(rng: random.Random, is_held_out: bool) -> str:
-    """A sentence of the held-out part or of the training part; no sentence is in both."""
+    """Draw a sentence of a split; no sentence is in both."""
     while True:
         text = compose(rng)
-        if belongs_to_held_out(text) == is_held_out:
+        if is_held_out_text(text) == is_held_out:
             return text
 
 
-def belongs_to_held_out(text: str) -> bool:
-    """Which part a sentence is in: its checksum decides, for one in eight."""
+def is_held_out_text(text: str) -> bool:
+    """Return the split of a sentence from its checksum: one in HELD_OUT_SHARE is held out."""
     return zlib.crc32(text.encode()) % HELD_OUT_SHARE == 0
 
 

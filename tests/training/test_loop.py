@@ -1,0 +1,143 @@
+"""The training loop of both stages on a small network: resuming, checkpoints, logs and previews."""
+
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from einops import repeat
+from PIL import Image
+from torch import Tensor
+
+from avatar.denoiser import model
+from avatar.denoiser.model import Network
+from avatar.vae.vae import Vae
+from tests.training.small import BATCHES, maker, small
+from training.checkpointing import Parts, Progress, restore, save
+from training.data import StoredClip
+from training.distill import Distillation, DistillRecipe
+from training.loop import Limits, train
+from training.pretrain import Pretraining, PretrainRecipe
+from training.strategy import SINGLE, Strategy
+
+
+def initial_network() -> Network:
+    network = Network(small())
+    model.initialise(network, 0)
+    return network
+
+
+def pretraining() -> Pretraining:
+    return Pretraining(PretrainRecipe(steps=6, warmup=2, batches=BATCHES), initial_network)
+
+
+def distillation() -> Distillation:
+    batches = replace(BATCHES, same_position=True)
+    return Distillation(DistillRecipe(steps=6, update_ratio=2, batches=batches), maker(small()))
+
+
+def save_single_file(parts: Parts, progress: Progress, out: Path, _: Strategy) -> None:
+    """Save a run in the format of runs from before distributed checkpoints."""
+    state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+    torch.save({**state, **asdict(progress)}, out / "state.pt")
+
+
+@pytest.mark.parametrize("make_run", [pretraining, distillation])
+def test_a_stopped_run_resumes_bit_for_bit(
+    prepared: list[StoredClip], tmp_path: Path, make_run: Callable[[], Any]
+) -> None:
+    run = make_run()
+    for _ in range(2):
+        run.advance(prepared)
+    formats = {"distributed": save, "single": save_single_file}
+    for name, save_as in formats.items():
+        (tmp_path / name).mkdir()
+        save_as(run.parts, run.progress, tmp_path / name, SINGLE)
+    for _ in range(2):
+        run.advance(prepared)
+    for name in formats:
+        resumed = make_run()
+        restore(resumed.parts, resumed.progress, tmp_path / name)
+        assert resumed.progress.step == 2
+        for _ in range(2):
+            resumed.advance(prepared)
+        for part, state in run.parts.items():
+            for ours, theirs in zip(
+                tensors(resumed.parts[part].state_dict()), tensors(state.state_dict()), strict=True
+            ):
+                assert torch.equal(ours, theirs), (name, part)
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """Return all tensors of a nested state."""
+    if isinstance(state, Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else []
+    return [tensor for value in values for tensor in tensors(value)]
+
+
+def test_an_incomplete_checkpoint_is_ignored(tmp_path: Path) -> None:
+    run = pretraining()
+    run.progress.step = 7
+    save(run.parts, run.progress, tmp_path, SINGLE)
+    (tmp_path / "state" / "00000009").mkdir()
+    resumed = pretraining()
+    restore(resumed.parts, resumed.progress, tmp_path)
+    assert resumed.progress.step == 7
+    run.progress.step = 9
+    save(run.parts, run.progress, tmp_path, SINGLE)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["00000009"]
+
+
+def test_pretraining_lowers_the_loss_on_its_clips(prepared: list[StoredClip]) -> None:
+    run = Pretraining(PretrainRecipe(steps=30, warmup=5, batches=BATCHES), initial_network)
+    losses = [run.advance(prepared[:1])["loss"] for _ in range(30)]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_a_run_writes_state_log_plot_and_previews(latents: Path, tmp_path: Path) -> None:
+    run = pretraining()
+    run.steps = 2
+    run.codec = cast(Vae[Any], SimpleNamespace(codec=FirstChannels()))
+    train(run, latents, tmp_path, Limits(minutes=5, save_minutes=5))
+    names = {path.name.partition(".tfevents")[0] for path in tmp_path.iterdir()}
+    assert names == {"state", "log.jsonl", "loss.png", "recipe.json", "sheet.png", "events.out"}
+    assert '"held_out_loss"' in (tmp_path / "log.jsonl").read_text()
+    # Three held-out clips, and below each the network's own.
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (6 * 8, 9 * 8, 3)
+    truth, generated = sheet[0:8].astype(int), sheet[8:16].astype(int)
+    assert np.abs(truth - generated).mean() > 5
+
+
+class FirstChannels:
+    """A codec that shows the first three channels of latents as colours."""
+
+    def new_state(self) -> None:
+        return None
+
+    def decode(self, latents: Tensor, state: None) -> Tensor:  # noqa: ARG002
+        frames = repeat(latents[:, :3], "b c t h w -> b c (t four) h w", four=4)
+        return frames[:, :, 3:]
+
+
+def test_sigterm_saves_and_stops_a_run(latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = pretraining()
+    advance = run.advance
+
+    def terminated(clips: Sequence[StoredClip]) -> dict[str, float]:
+        signal.raise_signal(signal.SIGTERM)
+        return advance(clips)
+
+    monkeypatch.setattr(run, "advance", terminated)
+    train(run, latents, tmp_path, Limits(minutes=5, save_minutes=5))
+    assert run.progress.step == 1
+    resumed = pretraining()
+    restore(resumed.parts, resumed.progress, tmp_path)
+    assert resumed.progress == run.progress
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
