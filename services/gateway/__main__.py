@@ -11,9 +11,9 @@ from avatar.settings import GatewaySettings, load
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.store.usage import TenantUsage
-from services.gateway.access.quotas import counted
+from services.gateway.access.quotas import open_quotas
 from services.gateway.access.tenants import Authentication, Tokens
-from services.gateway.live_sessions import Conversations
+from services.gateway.live_sessions import LiveSessions
 from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
 from services.process import run
@@ -21,16 +21,16 @@ from services.process import run
 
 @asynccontextmanager
 async def gateway(settings: GatewaySettings, store: SessionStore, usage: TenantUsage) -> AsyncGenerator[int, None]:
-    """A gateway while the body runs; gives its port. ValueError names a setting whose file is of no use."""
+    """Run a gateway while the body runs; yields its port. ValueError names a setting whose file cannot be used."""
     credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     authentication = [Authentication(Tokens(settings.tenants))] if settings.tenants else []
     async with (
-        counted(usage) as quotas,
+        open_quotas(usage) as quotas,
         Workers(settings) as workers,
-        Conversations(settings, store, workers, quotas) as conversations,
+        LiveSessions(settings, store, workers, quotas) as live_sessions,
         serving(
             settings.listen,
-            AvatarServicer(settings, store, workers, conversations, quotas),
+            AvatarServicer(settings, store, workers, live_sessions, quotas),
             drain_s=settings.drain_s,
             credentials=credentials,
             interceptors=authentication,
@@ -38,7 +38,7 @@ async def gateway(settings: GatewaySettings, store: SessionStore, usage: TenantU
         ) as port,
     ):
         yield port
-        conversations.go_away()
+        live_sessions.announce_stop()
 
 
 async def main() -> None:

@@ -1,4 +1,4 @@
-"""What a client may choose, for a session beyond its picture and for a stream, in the words of the two contracts."""
+"""Options of sessions and streams, translated between the public and the worker contract."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -20,17 +20,18 @@ VIDEO_ENCODINGS = {
     types.VIDEO_ENCODING_FMP4: "fmp4",
 }
 ENCODING_OF = {name: encoding for encoding, name in VIDEO_ENCODINGS.items()}
-# One of the audio encoder's frames.
+# Duration of one frame of the audio encoder.
 FRAME_NS = 20_000_000
-Sink: TypeAlias = Literal["sink_update_block", "min_sink_distance", "max_sink_distance"]
-SINK: tuple[Sink, ...] = get_args(Sink)
+SinkOption: TypeAlias = Literal["sink_update_block", "min_sink_distance", "max_sink_distance"]
+SINK_OPTIONS: tuple[SinkOption, ...] = get_args(SinkOption)
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What a client chose when it opened a stream.
+class StreamOptions:
+    """Options of a stream, from the `open` message of its client.
 
-    encoding, rate_hz, num_channels: of its sound. video, quality: of its frames, as workers call them.
+    encoding, rate_hz, num_channels: of the client's audio. video, quality: of the frames, in the workers' words.
+    is_per_block: a block's frames travel in one message. returns_audio: frames are accompanied by their audio.
     """
 
     encoding: str
@@ -48,15 +49,15 @@ class Choices:
         return SAMPLE_BYTES[self.encoding] * self.num_channels
 
 
-def choices_of(opened: pb.OpenAvatar) -> Choices:
-    """What an `open` chooses. InvalidAudio or InvalidField if there is no such format of sound, or of frames."""
-    sound, output = opened.audio, opened.output
-    if sound.encoding not in SAMPLE_ENCODINGS:
+def stream_options(opened: pb.OpenAvatar) -> StreamOptions:
+    """Return the options of an `open` message. InvalidAudio or InvalidField if an audio or video format is unknown."""
+    audio, output = opened.audio, opened.output
+    if audio.encoding not in SAMPLE_ENCODINGS:
         raise InvalidAudio.at("open.audio.encoding", "expected PCM16 or FLOAT32")
-    if not MIN_RATE_HZ <= sound.rate_hz <= MAX_RATE_HZ:
-        raise InvalidAudio.at("open.audio.rate_hz", f"{sound.rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
-    if sound.num_channels not in (1, 2):
-        raise InvalidAudio.at("open.audio.num_channels", f"{sound.num_channels}, expected 1 or 2")
+    if not MIN_RATE_HZ <= audio.rate_hz <= MAX_RATE_HZ:
+        raise InvalidAudio.at("open.audio.rate_hz", f"{audio.rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
+    if audio.num_channels not in (1, 2):
+        raise InvalidAudio.at("open.audio.num_channels", f"{audio.num_channels}, expected 1 or 2")
     if opened.mode not in pb.OpenAvatar.Mode.values():
         raise InvalidField.at("open.mode", f"{opened.mode} is no mode")
     video = output.encoding or types.VIDEO_ENCODING_RGB24
@@ -64,10 +65,10 @@ def choices_of(opened: pb.OpenAvatar) -> Choices:
         raise InvalidField.at("open.output.encoding", f"{output.encoding} is no encoding of frames")
     if output.quality > MAX_QUALITY:
         raise InvalidField.at("open.output.quality", f"{output.quality}, expected 1 to {MAX_QUALITY}, or 0")
-    return Choices(
-        encoding=SAMPLE_ENCODINGS[sound.encoding],
-        rate_hz=sound.rate_hz,
-        num_channels=sound.num_channels,
+    return StreamOptions(
+        encoding=SAMPLE_ENCODINGS[audio.encoding],
+        rate_hz=audio.rate_hz,
+        num_channels=audio.num_channels,
         video=VIDEO_ENCODINGS[video],
         quality=output.quality,
         is_live=opened.mode == pb.OpenAvatar.MODE_LIVE,
@@ -76,40 +77,40 @@ def choices_of(opened: pb.OpenAvatar) -> Choices:
     )
 
 
-async def set_choices(
+async def set_session_options(
     session: types_pb2.Session, request: pb.CreateSessionRequest, max_right_frames: Callable[[], Awaitable[int]]
 ) -> None:
-    """Note in a session what the request chooses. InvalidField if it cannot be had.
+    """Copy the request's options into a session. InvalidField if one is out of range.
 
-    max_right_frames: asks the audio worker for the longest context, in frames.
+    max_right_frames: asks the audio worker for the longest audio context, in encoder frames.
     """
     if request.HasField("min_sink_distance") != request.HasField("max_sink_distance"):
         raise InvalidField.at("min_sink_distance", "set it together with max_sink_distance")
     if request.min_sink_distance > request.max_sink_distance:
         distances = f"{request.min_sink_distance} to {request.max_sink_distance}"
         raise InvalidField.at("min_sink_distance", f"{distances} latent frames is no range")
-    for name in SINK:
+    for name in SINK_OPTIONS:
         if request.HasField(name):
             setattr(session, name, getattr(request, name))
     if request.HasField("audio_context"):
-        frames, rest = divmod(request.audio_context.ToNanoseconds(), FRAME_NS)
-        most = await max_right_frames()
-        if rest or not 0 <= frames <= most:
-            allowed = f"whole 20 ms up to {most * FRAME_NS / 1e9:g} s" if most else "nothing: it cannot be chosen here"
-            raise InvalidField.at("audio_context", f"{frames * FRAME_NS + rest} ns, expected {allowed}")
+        frames, remainder_ns = divmod(request.audio_context.ToNanoseconds(), FRAME_NS)
+        limit = await max_right_frames()
+        if remainder_ns or not 0 <= frames <= limit:
+            allowed = f"a multiple of 20 ms up to {context_s(limit):g} s" if limit else "none: this checkpoint fixes it"
+            raise InvalidField.at("audio_context", f"{frames * FRAME_NS + remainder_ns} ns, expected {allowed}")
         session.audio_right_frames = frames
 
 
-def show_choices(kept: types_pb2.Session, session: types.Session) -> None:
-    """Tell a client what its session was created with."""
-    session.prompt = kept.prompt
-    for name in SINK:
-        if kept.HasField(name):
-            setattr(session, name, getattr(kept, name))
-    if kept.HasField("audio_right_frames"):
-        session.audio_context.FromNanoseconds(kept.audio_right_frames * FRAME_NS)
+def show_session_options(stored: types_pb2.Session, session: types.Session) -> None:
+    """Copy the options that a session was created with into the client's view of it."""
+    session.prompt = stored.prompt
+    for name in SINK_OPTIONS:
+        if stored.HasField(name):
+            setattr(session, name, getattr(stored, name))
+    if stored.HasField("audio_right_frames"):
+        session.audio_context.FromNanoseconds(stored.audio_right_frames * FRAME_NS)
 
 
-def context_s(max_right_frames: int) -> float:
-    """The longest context in seconds."""
-    return max_right_frames * FRAME_NS / 1e9
+def context_s(right_frames: int) -> float:
+    """Return the duration of an audio context, in seconds."""
+    return right_frames * FRAME_NS / 1e9

@@ -1,6 +1,6 @@
-"""The public contract: references, sessions and streams, kept in the store and made by the workers.
+"""The public contract, `avatar.v1.AvatarService`: references, sessions and streams over the store and the workers.
 
-The gateway relays messages. It opens no tensor and decodes no picture.
+The gateway relays messages; it opens no tensor and decodes no picture.
 """
 
 import secrets
@@ -11,7 +11,7 @@ from contextlib import aclosing
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
-from avatar.errors import ConnectionLost, InvalidField, MessageTooLarge, NotStreaming, SessionClosed
+from avatar.errors import InvalidField, MessageTooLarge, NotStreaming, SessionClosed
 from avatar.rpc.server import Context, opening
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
@@ -21,17 +21,17 @@ from avatar.v1 import types_pb2 as types
 from avatar.worker.v1 import types_pb2, vae_pb2
 from services.gateway.access.quotas import Quotas
 from services.gateway.access.tenants import caller
-from services.gateway.live_sessions import Conversations
+from services.gateway.live_sessions import LiveSessions
 from services.gateway.options import (
     ENCODING_OF,
     MAX_RATE_HZ,
     MIN_RATE_HZ,
-    choices_of,
     context_s,
-    set_choices,
-    show_choices,
+    set_session_options,
+    show_session_options,
+    stream_options,
 )
-from services.gateway.stream.live_stream import FIRST_FRAME
+from services.gateway.stream.in_flight import FIRST_FRAME
 from services.gateway.workers import Workers
 
 MIN_TTL_S, MAX_TTL_S = 1.0, 86400.0
@@ -50,13 +50,13 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         settings: GatewaySettings,
         store: SessionStore,
         workers: Workers,
-        conversations: Conversations,
+        live_sessions: LiveSessions,
         quotas: Quotas,
     ) -> None:
         self._settings = settings
         self._store = store
         self._workers = workers
-        self._conversations = conversations
+        self._live_sessions = live_sessions
         self._quotas = quotas
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -106,20 +106,20 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
                 area=request.area,
             )
         )
-        reference.id = caller().mark + reference.id[len(caller().mark) :]
-        await self._quotas.take_reference(reference.id, self._settings.reference_ttl_s)
+        reference.id = caller().prefix + reference.id[len(caller().prefix) :]
+        await self._quotas.lease_reference(reference.id, self._settings.reference_ttl_s)
         await self._store.put_reference(reference, self._settings.reference_ttl_s)
         return pb.CreateReferenceResponse(reference=_reference(reference, self._settings.reference_ttl_s))
 
     async def GetReference(self, request: pb.GetReferenceRequest, context: Context) -> pb.GetReferenceResponse:
         reference = await self._store.reference(caller().reference(request.reference_id))
-        left_s = await self._store.reference_expires_in_s(reference.id)
-        return pb.GetReferenceResponse(reference=_reference(reference, left_s))
+        remaining_s = await self._store.reference_expires_in_s(reference.id)
+        return pb.GetReferenceResponse(reference=_reference(reference, remaining_s))
 
     async def DeleteReference(self, request: pb.DeleteReferenceRequest, context: Context) -> pb.DeleteReferenceResponse:
         reference_id = caller().reference(request.reference_id)
         await self._store.delete_reference(reference_id)
-        await self._quotas.return_reference(reference_id)
+        await self._quotas.release_reference(reference_id)
         return pb.DeleteReferenceResponse()
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
@@ -127,9 +127,9 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             raise InvalidField.at("seed", f"{request.seed} is not below 2^63")
         ttl_s = _ttl_s("ttl", request.ttl) if request.HasField("ttl") else None
         reference = await self._store.reference(caller().reference(request.reference_id))
-        text = await self._embedded(request.prompt)
+        text = await self._embed(request.prompt)
         session = types_pb2.Session(
-            id=caller().mark + secrets.token_urlsafe(24),
+            id=caller().prefix + secrets.token_urlsafe(24),
             seed=request.seed if request.HasField("seed") else secrets.randbits(63),
             reference_id=reference.id,
             width=reference.width,
@@ -140,10 +140,10 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             prompt=request.prompt,
             tenant=caller().name,
         )
-        await set_choices(session, request, self._workers.max_right_frames)
+        await set_session_options(session, request, self._workers.max_right_frames)
         position = types_pb2.Position(next_frame=FIRST_FRAME, ttl_s=ttl_s or self._settings.session_ttl_s)
         conditions = types_pb2.Conditions(version=0, sink=reference.sink, text=text)
-        await self._quotas.take_session(session.id, position.ttl_s)
+        await self._quotas.lease_session(session.id, position.ttl_s)
         await self._store.create(session, conditions, position)
         return pb.CreateSessionResponse(session=await self._session(session.id))
 
@@ -158,18 +158,18 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         ttl_s = _ttl_s("session.ttl", request.session.ttl) if "ttl" in paths else None
         first_block = await self._change_prompt(session_id, request.session.prompt) if "prompt" in paths else None
         if ttl_s is not None:
-            conversation = self._conversations.get(session_id)
-            position = conversation.position if conversation else await self._store.position(session_id)
+            stream = self._live_sessions.stream(session_id)
+            position = stream.position if stream else await self._store.position(session_id)
             position.ttl_s = ttl_s
             await self._store.renew(session_id, position)
             if not position.is_closed:
-                await self._quotas.take_session(session_id, ttl_s)
+                await self._quotas.lease_session(session_id, ttl_s)
         return pb.UpdateSessionResponse(session=await self._session(session_id), first_block=first_block)
 
     async def _change_prompt(self, session_id: str, prompt: str) -> int:
-        """Make new conditions with the embedding of a prompt; the first block that is made under them."""
+        """Put conditions with a new prompt in force; return the first block that is made under them."""
         session = await self._store.session(session_id)
-        text = await self._embedded(prompt)
+        text = await self._embed(prompt)
 
         async def write(newest: int, version: int) -> types_pb2.Conditions:
             conditions = await self._store.conditions(session_id, newest)
@@ -180,9 +180,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             await self._store.put_conditions(session_id, conditions)
             return conditions
 
-        conversation = self._conversations.get(session_id)
-        if conversation:
-            first_block = await conversation.versions.change(write)
+        if stream := self._live_sessions.stream(session_id):
+            first_block = await stream.versions.change(write)
         else:
             position = await self._store.position(session_id)
             if await self._store.is_locked(session_id):
@@ -196,8 +195,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         await self._store.put_session(session)
         return first_block
 
-    async def _embedded(self, prompt: str) -> types_pb2.Tensor | None:
-        """A prompt's embedding, None if it is empty."""
+    async def _embed(self, prompt: str) -> types_pb2.Tensor | None:
+        """Return a prompt's embedding, None if the prompt is empty."""
         num_bytes, limit = len(prompt.encode()), self._settings.max_prompt_bytes
         if num_bytes > limit:
             raise MessageTooLarge(f"the prompt has {num_bytes} bytes, the limit is {limit}")
@@ -206,71 +205,65 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> pb.DeleteSessionResponse:
         session_id = caller().session(request.session_id)
         await self._store.delete(session_id)
-        await self._quotas.return_session(session_id)
-        if conversation := self._conversations.get(session_id):
-            conversation.advanced.set()  # its stream looks at the store, and ends
+        await self._quotas.release_session(session_id)
+        if stream := self._live_sessions.stream(session_id):
+            stream.advanced.set()  # has it renew the session, which ends it
         return pb.DeleteSessionResponse()
 
     async def Interrupt(self, request: pb.InterruptRequest, context: Context) -> pb.InterruptResponse:
         session_id = caller().session(request.session_id)
-        conversation = self._conversations.get(session_id)
-        if conversation is None:
+        stream = self._live_sessions.stream(session_id)
+        if stream is None:
             await self._store.expires_in_s(session_id)
             raise NotStreaming(f"no stream of session {session_id!r} is open at this gateway")
-        return conversation.interrupt()
+        return stream.interrupt()
 
     async def StreamAvatar(  # type: ignore[override]  # writes through its context, from more than one task
         self, requests: AsyncIterator[pb.StreamAvatarRequest], context: Context
     ) -> None:
-        async def write(response: pb.StreamAvatarResponse) -> None:
-            try:
-                await context.write(response)
-            except grpc.aio.BaseError as error:
-                raise ConnectionLost("the client is gone") from error
-
         opened: pb.OpenAvatar = await opening(requests)
         caller().session(opened.session_id)
         is_resumed = opened.HasField("resume")
-        held = await (self._conversations.resume(opened) if is_resumed else self._conversations.begin(opened))
+        session = await (self._live_sessions.resume(opened) if is_resumed else self._live_sessions.start(opened))
         next_frame = opened.resume.next_frame if is_resumed else None
-        sound = choices_of(held.opened)
-        async with aclosing(self._quotas.metered(requests, sound.rate_hz * sound.sample_bytes)) as metered:
-            await self._conversations.serve(held, self._opened, metered, write, next_frame)
+        options = stream_options(session.opened)
+        async with aclosing(self._quotas.metered(requests, options.rate_hz * options.sample_bytes)) as metered:
+            await session.serve(self._opened, metered, context.write, next_frame)
 
     async def _opened(self, session_id: str) -> pb.AvatarOpened:
         return pb.AvatarOpened(session=await self._session(session_id))
 
     async def _session(self, session_id: str) -> types.Session:
-        kept = await self._store.session(session_id)
+        stored = await self._store.session(session_id)
         position = await self._store.position(session_id)
         state = types.Session.STATE_IDLE
         if position.is_closed:
             state = types.Session.STATE_CLOSED
         elif await self._store.is_locked(session_id):
-            conversation = self._conversations.get(session_id)
-            is_detached = conversation is not None and not conversation.attached.is_set()
+            stream = self._live_sessions.stream(session_id)
+            is_detached = stream is not None and not stream.is_connected
             state = types.Session.STATE_DETACHED if is_detached else types.Session.STATE_STREAMING
         session = types.Session(
-            id=kept.id,
+            id=stored.id,
             state=state,
-            reference_id=kept.reference_id,
-            seed=kept.seed,
-            video=types.VideoFormat(width=kept.width, height=kept.height, frame_rate_hz=kept.frame_rate_hz),
+            reference_id=stored.reference_id,
+            seed=stored.seed,
+            video=types.VideoFormat(width=stored.width, height=stored.height, frame_rate_hz=stored.frame_rate_hz),
             next_frame=position.next_frame,
         )
-        show_choices(kept, session)
+        show_session_options(stored, session)
         session.ttl.FromMilliseconds(round(position.ttl_s * 1000))
         expires_in_s = await self._store.expires_in_s(session_id)
         session.expire_time.FromMilliseconds(round((time.time() + expires_in_s) * 1000))
         return session
 
 
-def _reference(reference: types_pb2.Reference, left_s: float) -> types.Reference:
+def _reference(reference: types_pb2.Reference, remaining_s: float) -> types.Reference:
     message = types.Reference(
         id=reference.id, width=reference.width, height=reference.height, fit=FIT_OF[reference.fit]
     )
     message.notice = reference.notice
-    message.expire_time.FromMilliseconds(round((time.time() + left_s) * 1000))
+    message.expire_time.FromMilliseconds(round((time.time() + remaining_s) * 1000))
     return message
 
 

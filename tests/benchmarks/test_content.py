@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 
 from benchmarks.standin import content
-from services.gateway.stream.fragments import renumbered
+from services.gateway.stream.fragments import renumber_fragment
 
 AUDIO = np.random.default_rng(0).bytes(content.BLOCK_BYTES)
 
@@ -38,7 +38,7 @@ def test_different_audio_gives_a_different_picture() -> None:
 
 def test_the_gateway_renumbers_a_fragment_without_changing_its_picture() -> None:
     fragment = content.fragment_of(picture(AUDIO, [0, 1, 2, 3]))
-    changed = renumbered(fragment, 15)
+    changed = renumber_fragment(fragment, 15)
     assert changed != fragment
     assert content.picture_in(changed) == content.expected_picture(AUDIO)
 

@@ -27,7 +27,7 @@ from avatar.worker.v1 import audio_pb2_grpc
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.access.quotas import Quotas
-from services.gateway.live_sessions import Conversations
+from services.gateway.live_sessions import LiveSessions
 from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
 from services.text.__main__ import build as build_text
@@ -86,7 +86,7 @@ async def test_every_service_answers_health_and_reflection(text_checkpoint: Path
             build_denoiser(DenoiserSettings(checkpoint=text_checkpoint), store, queue),
             build_text(TextSettings(checkpoint=text_checkpoint), store, queue),
             build_vae(VaeSettings(checkpoint=text_checkpoint), store, queue),
-            AvatarServicer(settings, store, workers, Conversations(settings, store, workers, quotas), quotas),
+            AvatarServicer(settings, store, workers, LiveSessions(settings, store, workers, quotas), quotas),
         ]
         names = [service.service_name for service in services]
         async with serving("127.0.0.1:0", *services) as port, channel(f"127.0.0.1:{port}") as connection:

@@ -19,9 +19,6 @@ from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
-from avatar.worker.v1 import types_pb2
-from services.gateway.stream.outbox import MAX_WAITING_ITEMS, Item, Outbox
-from services.gateway.stream.timeline import Grid
 from services.local.suite import gateway, workers
 from tests.conftest import RATE_HZ, sound
 from tests.contract.refusals import refused
@@ -272,21 +269,3 @@ async def test_a_store_that_is_emptied_between_two_blocks_is_told_again(
             out.take(response)
         assert (await store.session(session.id)).seed == 7
     assert out.pixels == rendered(checkpoint, picture, data, seed=7)
-
-
-async def test_no_more_is_taken_of_a_client_than_waits_for_it() -> None:
-    """Events are bounded as frames are, though a client causes them by messages of a few bytes."""
-    outbox = Outbox(Grid(16000, 25, 12), types_pb2.Position(), 50, 1 << 20, is_fragmented=False)
-    for _ in range(MAX_WAITING_ITEMS):
-        await outbox.until_few()
-        outbox.put(Item([pb.StreamAvatarResponse(event=pb.AvatarEvent())]))
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.05):
-            await outbox.until_few()
-    outbox.finish()
-
-    async def read(_: pb.StreamAvatarResponse) -> None:
-        pass
-
-    await outbox.drain(read, 1.0)
-    await outbox.until_few()

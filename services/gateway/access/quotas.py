@@ -1,7 +1,7 @@
-"""How much each tenant uses, against how much it may, over all gateways.
+"""Quotas of tenants, counted over all gateways.
 
-Sessions and references are names with a lease in the store; the gateway renews the lease of an open stream, and it
-expires soon after the gateway dies. Audio is counted here and added to the store's counter every few seconds.
+Sessions and references are leases of names in the store; the gateway renews the lease of an open stream, so that it
+expires soon after a gateway dies. Audio is counted here and added to the store's counter every few seconds.
 """
 
 import asyncio
@@ -19,91 +19,94 @@ from services.gateway.access.tenants import Tenant, caller
 
 DAY_S = 86400.0
 SAVE_S = LOCK_TTL_S / 3
-# A session ends now and then.
+# Seconds after which a client is told to try again where all its sessions are in use.
 RETRY_S = 1.0
 
 
 class Quotas:
-    """What the callers use. All that takes something raises QuotaExceeded, or StoreUnavailable if nobody knows."""
+    """The usage of all callers, checked against their quotas.
+
+    Whatever adds to it raises QuotaExceeded, or StoreUnavailable if the usage cannot be read.
+    """
 
     def __init__(self, usage: TenantUsage) -> None:
         self._usage = usage
         self._streaming: dict[str, Tenant] = {}
-        self._holding = asyncio.Lock()
-        # Seconds of each tenant's audio: not yet added to the store, and the store's total with its day.
+        self._renewing = asyncio.Lock()
+        # Seconds of each tenant's audio that are not in the store yet; and the day and the total that are.
         self._unsaved: defaultdict[str, float] = defaultdict(float)
         self._saved: dict[str, tuple[int, float]] = {}
 
-    async def take_reference(self, reference_id: str, ttl_s: float) -> None:
-        """Count a reference among those of the caller, for so long."""
-        await self._hold("references", caller().max_references, reference_id, ttl_s)
+    async def lease_reference(self, reference_id: str, ttl_s: float) -> None:
+        """Count a reference of the caller for ttl_s."""
+        await self._lease("references", caller().max_references, reference_id, ttl_s)
 
-    async def return_reference(self, reference_id: str) -> None:
-        """Count it no more."""
+    async def release_reference(self, reference_id: str) -> None:
+        """Stop counting a reference of the caller."""
         if caller().max_references is not None:
-            await self._usage.release(_held(caller(), "references"), reference_id)
+            await self._usage.release(_leases(caller(), "references"), reference_id)
 
-    async def take_session(self, session_id: str, ttl_s: float) -> None:
-        """Count a session among those of the caller, for so long unless it is streamed."""
-        await self._hold("sessions", caller().max_sessions, session_id, ttl_s, RETRY_S)
+    async def lease_session(self, session_id: str, ttl_s: float) -> None:
+        """Count a session of the caller for ttl_s, longer if it is streamed."""
+        await self._lease("sessions", caller().max_sessions, session_id, ttl_s, RETRY_S)
 
-    async def return_session(self, session_id: str) -> None:
-        """Count it no more."""
+    async def release_session(self, session_id: str) -> None:
+        """Stop counting a session of the caller."""
         if caller().max_sessions is not None:
-            await self._usage.release(_held(caller(), "sessions"), session_id)
+            await self._usage.release(_leases(caller(), "sessions"), session_id)
 
     @asynccontextmanager
     async def streaming(self, session_id: str) -> AsyncGenerator[None, None]:
-        """Count a session of the caller while its stream is open, and not afterwards."""
+        """Count a session of the caller while its stream is open, and no longer."""
         tenant = caller()
         if tenant.max_audio_s is not None:
-            await self._save_sound(tenant.name)
-            self._check_sound(tenant)
-        await self.take_session(session_id, LOCK_TTL_S)
+            await self._save_audio(tenant.name)
+            self._check_audio(tenant)
+        await self.lease_session(session_id, LOCK_TTL_S)
         self._streaming[session_id] = tenant
         try:
             yield
         finally:
             del self._streaming[session_id]
-            async with self._holding:
-                pass  # it is not being held again any more
+            async with self._renewing:
+                pass  # a renewal that had begun is over, and no other follows
             with suppress(StoreUnavailable):
-                await self.return_session(session_id)
+                await self.release_session(session_id)
 
     async def metered(
         self, requests: AsyncIterator[pb.StreamAvatarRequest], bytes_per_s: int
     ) -> AsyncGenerator[pb.StreamAvatarRequest, None]:
-        """What the caller sends on a stream, its sound counted. QuotaExceeded once the day's is used up."""
+        """Pass a stream's requests on and count their audio. QuotaExceeded once the day's audio is used up."""
         tenant = caller()
         async for request in requests:
             if tenant.max_audio_s is not None and request.HasField("audio"):
-                self._check_sound(tenant)
+                self._check_audio(tenant)
                 self._unsaved[tenant.name] += len(request.audio.data) / bytes_per_s
             yield request
 
     async def keep(self) -> None:
-        """Hold what is streaming, and save what was heard, for ever; later if the store cannot be reached."""
+        """Save every few seconds, for ever; later if the store cannot be reached."""
         while True:
             await asyncio.sleep(SAVE_S)
             with suppress(StoreUnavailable):
                 await self.save()
 
     async def save(self) -> None:
-        """The same once."""
+        """Renew the leases of open streams, and add the counted audio to the store's counters."""
         for session_id, tenant in list(self._streaming.items()):
-            async with self._holding:
+            async with self._renewing:
                 if session_id in self._streaming and tenant.max_sessions is not None:
-                    # Whatever others have taken meanwhile: what runs is not ended.
-                    await self._usage.lease(_held(tenant, "sessions"), session_id, LOCK_TTL_S)
+                    # Without a limit: an open stream is not ended, even if others took its place meanwhile.
+                    await self._usage.lease(_leases(tenant, "sessions"), session_id, LOCK_TTL_S)
         for name in list(self._unsaved):
-            await self._save_sound(name)
+            await self._save_audio(name)
 
-    async def _hold(self, what: str, most: int | None, name: str, ttl_s: float, retry_s: float | None = None) -> None:
-        if most is not None and not await self._usage.lease(_held(caller(), what), name, ttl_s, most):
-            message = f"all {most} {what} that {caller().name} may have are taken"
-            raise QuotaExceeded(message, metadata={"quota": what}, retry_s=retry_s)
+    async def _lease(self, kind: str, limit: int | None, name: str, ttl_s: float, retry_s: float | None = None) -> None:
+        if limit is not None and not await self._usage.lease(_leases(caller(), kind), name, ttl_s, limit):
+            message = f"all {limit} {kind} of tenant {caller().name} are in use"
+            raise QuotaExceeded(message, metadata={"quota": kind}, retry_s=retry_s)
 
-    async def _save_sound(self, name: str) -> None:
+    async def _save_audio(self, name: str) -> None:
         seconds, day = self._unsaved.pop(name, 0.0), _today()
         try:
             total = await self._usage.add(f"{name}/audio/{day}", seconds, 2 * DAY_S)
@@ -112,17 +115,17 @@ class Quotas:
             raise
         self._saved[name] = day, total
 
-    def _check_sound(self, tenant: Tenant) -> None:
+    def _check_audio(self, tenant: Tenant) -> None:
         day, total = self._saved.get(tenant.name, (0, 0.0))
         used = self._unsaved[tenant.name] + (total if day == _today() else 0.0)
         if tenant.max_audio_s is not None and used >= tenant.max_audio_s:
-            message = f"all {tenant.max_audio_s:g} s of sound that {tenant.name} may send in a day are used up"
+            message = f"all {tenant.max_audio_s:g} s of audio that tenant {tenant.name} may send in a day are used up"
             raise QuotaExceeded(message, metadata={"quota": "audio"}, retry_s=DAY_S - time.time() % DAY_S)
 
 
 @asynccontextmanager
-async def counted(usage: TenantUsage) -> AsyncGenerator[Quotas, None]:
-    """Quotas that are kept while the body runs."""
+async def open_quotas(usage: TenantUsage) -> AsyncGenerator[Quotas, None]:
+    """Count quotas while the body runs."""
     quotas = Quotas(usage)
     async with background(quotas.keep()):
         yield quotas
@@ -130,10 +133,10 @@ async def counted(usage: TenantUsage) -> AsyncGenerator[Quotas, None]:
         await quotas.save()
 
 
-def _held(tenant: Tenant, what: str) -> str:
-    return f"{tenant.name}/{what}"
+def _leases(tenant: Tenant, kind: str) -> str:
+    return f"{tenant.name}/{kind}"
 
 
 def _today() -> int:
-    """Days since 1970, by UTC."""
+    """Return the days since 1970, in UTC."""
     return int(time.time() // DAY_S)

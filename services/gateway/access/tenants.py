@@ -1,7 +1,7 @@
-"""Who calls: the tenants, the bearer tokens that stand for them, and the names that belong to each.
+"""Authentication: tenants, their bearer tokens, and the ids that belong to each.
 
-The name of every session and reference begins with its tenant's mark. A name with another mark is refused as one that
-nobody has, before anything is looked up: what is another's cannot be told from what is not there.
+The id of every session and reference begins with its tenant's prefix. An id with another prefix is answered like one
+that does not exist, before anything is looked up: a caller cannot tell another tenant's session from a missing one.
 """
 
 import hashlib
@@ -24,20 +24,20 @@ from avatar.store.sessions import no_reference, no_session
 
 logger = logging.getLogger(__name__)
 
-MARK_CHARS = 16
-# Of a reference: sha256 in hexadecimal. Sessions' are shorter.
-MAX_NAME_CHARS = 64
-# What may be called by everybody, beside nothing else.
-OPEN = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
+PREFIX_CHARS = 16
+# A reference's id is a sha256 in hexadecimal; ids of sessions are shorter.
+MAX_ID_CHARS = 64
+# Services that need no token.
+PUBLIC = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
 BEARER = "bearer "
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """Whom a token stands for, and how much that may be; by default everybody, and without a bound.
+    """An authenticated tenant and its quotas; without a name, any caller, with no quotas.
 
-    max_sessions: sessions at a time, each from its creation until its stream has ended. max_audio_s: seconds of sound
-    in a day, by UTC. max_references: references that are kept.
+    max_sessions: sessions at a time, each counted from its creation until its stream has ended.
+    max_audio_s: seconds of audio in a day of UTC. max_references: stored references.
     """
 
     name: str = ""
@@ -46,76 +46,76 @@ class Tenant:
     max_references: int | None = None
 
     @property
-    def mark(self) -> str:
-        """What the names of all that is this tenant's begin with: hexadecimal digits."""
-        return hashlib.sha256(self.name.encode()).hexdigest()[:MARK_CHARS] if self.name else ""
+    def prefix(self) -> str:
+        """The hexadecimal digits that ids of this tenant's sessions and references begin with."""
+        return hashlib.sha256(self.name.encode()).hexdigest()[:PREFIX_CHARS] if self.name else ""
 
     def session(self, session_id: str) -> str:
-        """The name of a session, which must be this tenant's. SessionNotFound if it cannot be."""
+        """Return the id of a session. SessionNotFound if it cannot be this tenant's."""
         if not self._owns(session_id):
             raise no_session(session_id)
         return session_id
 
     def reference(self, reference_id: str) -> str:
-        """The same of a reference. ReferenceNotFound if it cannot be."""
+        """Return the id of a reference. ReferenceNotFound if it cannot be this tenant's."""
         if not self._owns(reference_id):
             raise no_reference(reference_id)
         return reference_id
 
     def _owns(self, name: str) -> bool:
-        return len(name) <= MAX_NAME_CHARS and name.startswith(self.mark)
+        return len(name) <= MAX_ID_CHARS and name.startswith(self.prefix)
 
 
-EVERYBODY = Tenant()
-_CALLER: ContextVar[Tenant] = ContextVar("caller", default=EVERYBODY)
+ANYONE = Tenant()
+_CALLER: ContextVar[Tenant] = ContextVar("caller", default=ANYONE)
 
 
 def caller() -> Tenant:
-    """Whose call is being handled; everybody's where there are no tenants."""
+    """Return the tenant whose call is being handled; ANYONE if there are no tenants."""
     return _CALLER.get()
 
 
 class Tokens:
-    """The tenants of a file by their tokens. The file is read again when it has changed.
+    """The tokens in a file and their tenants. The file is read again when it has changed.
 
-    ValueError, at the start, if it cannot be used; later what was read last stays.
+    ValueError if it cannot be used at the start; later, the last usable content stays in force.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._state = self._seen()
+        self._version = self._file_version()
         self._tenants = read_tenants(path)
 
     def tenant(self, token: str) -> Tenant:
-        """Whom a token stands for. Unauthenticated if it is nobody."""
-        self._read_again()
-        given = _digest(token)
-        # All are compared, and each in constant time: how long it takes says nothing about any.
+        """Return the tenant of a token. Unauthenticated if the token is unknown."""
+        self._reload()
+        given = hashlib.sha256(token.encode()).hexdigest()
+        # Compare with all of them, each in constant time, so that the duration reveals nothing.
         found = [tenant for digest, tenant in self._tenants.items() if compare_digest(digest, given)]
         if not found:
             raise Unauthenticated("the bearer token is not known")
         return found[0]
 
-    def _read_again(self) -> None:
-        if (state := self._seen()) == self._state:
+    def _reload(self) -> None:
+        if (version := self._file_version()) == self._version:
             return
-        self._state = state
+        self._version = version
         try:
             self._tenants = read_tenants(self._path)
             logger.info("tenants read again", extra={"tokens": len(self._tenants)})
         except ValueError as error:
             logger.error("tenants not read again", extra={"problem": str(error)})
 
-    def _seen(self) -> tuple[int, int, int] | None:
+    def _file_version(self) -> tuple[int, int, int] | None:
         try:
-            now = self._path.stat()
+            status = self._path.stat()
         except OSError:
             return None
-        return now.st_mtime_ns, now.st_ino, now.st_size
+        return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 class Authentication(grpc.aio.ServerInterceptor):
-    """Lets only those call who have a token, except for health and reflection, and notes who it is."""
+    """Refuses calls without a known token, except for health and reflection, and sets the caller."""
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
@@ -126,9 +126,9 @@ class Authentication(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        # A method that is not there is nobody's: it must not become a name among metrics.
-        if handler is not None and not handler_call_details.method.startswith(OPEN):
-            # The handler runs in this very task.
+        # An unknown method needs no token: it must not become a label of metrics.
+        if handler is not None and not handler_call_details.method.startswith(PUBLIC):
+            # The handler runs in this task, so it sees the variable.
             _CALLER.set(self._tokens.tenant(_token(handler_call_details.invocation_metadata)))
         return handler
 
@@ -140,12 +140,11 @@ def _token(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     return values[0][len(BEARER) :]
 
 
-def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
 def read_tenants(path: Path) -> dict[str, Tenant]:
-    """Tenants by the sha256 of their tokens. ValueError if the file is malformed (docs/operations/security.md)."""
+    """Return the tenants by the sha256 of their tokens.
+
+    ValueError if the file is malformed; docs/operations/security.md describes it.
+    """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

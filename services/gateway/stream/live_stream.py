@@ -1,13 +1,12 @@
-"""One session's pipeline: a client's sound in at one end, frames out at the other.
+"""One session's pipeline: a client's speech in at one end, frames out at the other.
 
-    Sound -> audio -> admitted -> denoiser 0 .. N-1 -> finished -> vae -> Outbox
+    SpeechQueue -> audio -> admit -> denoiser 0 .. N-1 -> VAE -> Framer -> Outbox
 
-Blocks are admitted in order and numbered here, and always run through to the end. An interrupt drops what is not yet
-admitted, and the frames of what is; it never reaches into the pipeline, whose states have no way back.
+Blocks are numbered here when they are admitted, and then always run through to the end. An interrupt drops speech that
+is not admitted, and the frames of blocks that are; it never reaches into the pipeline, whose states cannot go back.
 """
 
 import asyncio
-import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
@@ -21,369 +20,311 @@ from avatar.rpc.wire import RelayedBlock
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.v1 import types_pb2 as api_types
-from avatar.worker.v1 import audio_pb2, types_pb2
-from services.gateway.options import Choices
+from avatar.worker.v1 import types_pb2
+from services.gateway.options import StreamOptions
 from services.gateway.stages import SessionStages
-from services.gateway.stream.acks import Heard
-from services.gateway.stream.conditions import Versions
-from services.gateway.stream.outbox import Item, Outbox
-from services.gateway.stream.speech import BlockSound, Sound, Turn
-from services.gateway.stream.timeline import TOLERANCE_S, Grid, Playout
+from services.gateway.stream.acks import Acks
+from services.gateway.stream.conditions import ConditionVersions
+from services.gateway.stream.framing import Framer, playback_finished
+from services.gateway.stream.in_flight import BlocksInFlight, SpeechBlock, Turn
+from services.gateway.stream.outbox import Item, Outbox, notice
+from services.gateway.stream.speech import LivePacing, SpeechQueue
+from services.gateway.stream.timeline import MediaGrid, Timeline
 
-# A session's first frames are the decoder's start, and not shown.
-FIRST_FRAME = 3
-# Each frame of these can be decoded alone.
-ALWAYS_KEY = ("rgb24", "jpeg")
+# The client is told that its stream is degraded after so many late blocks in a row.
 LATE_BLOCKS = 3
 
 
-class Conversation:
+class LiveStream:
     """The pipeline of one session.
 
-    position: where the session is; kept up to date. advanced: set when it has changed.
-    attached: set while a client is connected; nothing is admitted without one.
+    position: the session's record; `record_position` updates it. advanced: set when a block is finished.
     """
 
     def __init__(
         self,
-        streams: SessionStages,
-        choices: Choices,
+        stages: SessionStages,
+        options: StreamOptions,
         session: types_pb2.Session,
         position: types_pb2.Position,
         conditions: types_pb2.Conditions,
         settings: GatewaySettings,
     ) -> None:
+        """position, conditions: where the session starts or resumes, and the conditions of its next block."""
         self.position = position
         self.num_blocks = 0
-        self.advanced, self.attached = asyncio.Event(), asyncio.Event()
-        self.versions = Versions(position, conditions, streams.sink_update_block)
-        self.heard = Heard(position)
-        self._streams = streams
-        self._choices = choices
-        self._settings = settings
-        self._grid = Grid(choices.rate_hz, session.frame_rate_hz, session.block_frames)
-        self._sample_bytes = choices.sample_bytes
-        shown = position.num_turn_samples
-        turn = Turn(position.turn, num_samples=shown, num_drawn=shown, is_started=shown > 0)
-        self.sound = Sound(self._grid, self._sample_bytes, time.monotonic, turn, position.num_samples)
-        self.playout = Playout(self._grid, streams.block_latency_s)
-        kept_frames = round(settings.kept_s * session.frame_rate_hz)
-        is_fragmented = choices.video == "fmp4"
-        self.outbox = Outbox(self._grid, position, kept_frames, settings.kept_bytes, is_fragmented=is_fragmented)
-        # One for each stage behind admission keeps each busy, and one waits at the door; up to two are on their way
-        # between stages, which is a step's time where steps are as short as 20 ms.
-        self._most_inside = len(streams.remaining_s) + 2
-        self._slots = asyncio.Semaphore(self._most_inside)
-        self._room = asyncio.Event()
-        self._inside: deque[BlockSound] = deque()
-        # Blocks that are the first of a rebuilt stream, and whose frames did not come yet.
-        self._jumps: set[int] = {position.next_block} if position.opened else set()
+        self.advanced = asyncio.Event()
+        self.versions = ConditionVersions(position, conditions, stages.sink_update_block)
+        self.acks = Acks(position)
+        self._stages, self._options, self._settings = stages, options, settings
+        self._grid = MediaGrid(options.rate_hz, session.frame_rate_hz, session.block_frames)
+        self._timeline = Timeline(self._grid, stages.block_latency_s)
+        self.outbox = Outbox(
+            self._grid,
+            position,
+            kept_frames=round(settings.kept_s * session.frame_rate_hz),
+            kept_bytes=settings.kept_bytes,
+            max_unread_s=settings.max_unread_s,
+            is_fragmented=options.video == "fmp4",
+        )
+        self._in_flight = BlocksInFlight(len(stages.remaining_s) - 1)
+        delivered = position.num_turn_samples
+        turn = Turn(position.turn, num_samples=delivered, num_finished=delivered, is_started=delivered > 0)
+        lookahead_samples = -(-stages.lookahead_ns * options.rate_hz // 1_000_000_000)
+        pacing = LivePacing(lookahead_samples, settings.patience_s, stages.remaining_s[0])
+        self._speech = SpeechQueue(
+            self._grid, options.sample_bytes, self._in_flight, pacing, turn, position.num_samples
+        )
+        self._framer = Framer(options)
+        self._has_room = asyncio.Event()
+        # What the audio stage had accumulated by each admitted block.
         self._statistics: deque[bytes] = deque()
-        self._gathered: list[api_types.VideoFrame] = []
-        self._first_sound_s: float | None = None
-        self._num_late = 0
-        self._is_jump = False
-        self._last_jump: int | None = None
-        self._is_reader_slow = False
+        # Blocks before which a stage's stream was rebuilt, and whose frames have not come yet.
+        self._rebuilt: set[int] = {position.next_block} if position.opened else set()
+        self._last_rebuilt: int | None = None
+        self._is_discontinuity = False
+        self._first_audio_s: float | None = None
+        self._has_first_frame = False
 
-    def attach(self) -> None:
-        """A client is connected."""
-        if self._choices.is_live:
-            self.playout.restart(self.outbox.next_frame)
-        self.attached.set()
+    @property
+    def is_connected(self) -> bool:
+        return self._in_flight.connected.is_set()
 
-    async def hear(self, request: api.StreamAvatarRequest) -> bool:
-        """Take a message of the client; whether it was the last. Offline, waits until there is room for its sound."""
+    def connect(self) -> None:
+        """Start or go on admitting blocks: a client is connected."""
+        if self._options.is_live:
+            self._timeline.restart(self.outbox.next_frame)
+        self._in_flight.connected.set()
+
+    def disconnect(self) -> None:
+        """Admit nothing until a client is connected."""
+        self._in_flight.connected.clear()
+
+    async def wait_connected(self) -> None:
+        await self._in_flight.connected.wait()
+
+    async def receive(self, request: api.StreamAvatarRequest) -> bool:
+        """Take a message of the client and return whether it was the last. Offline, wait until its audio has room."""
         match request.WhichOneof("part"):
             case "audio":
-                self.heard.took(await self._take(request.audio.data))
+                self.acks.received(await self._add_audio(request.audio.data))
             case "end_turn":
-                turn = self.sound.end_turn()
-                self.heard.took(0, turn.number)
-                self._end(turn)
+                turn = self._speech.end_turn()
+                self.acks.received(0, turn.number)
+                self._finish_if_delivered(turn)
             case "interrupt":
-                interrupted = self.interrupt()
-                self.heard.took(0)
-                told = api.AvatarInterrupted(position_us=interrupted.position_us, was_speaking=interrupted.was_speaking)
-                self.outbox.put(Item([api.StreamAvatarResponse(interrupted=told)]))
+                response = self.interrupt()
+                self.acks.received(0)
+                interrupted = api.AvatarInterrupted(
+                    position_us=response.position_us, was_speaking=response.was_speaking
+                )
+                self.outbox.put(Item([api.StreamAvatarResponse(interrupted=interrupted)]))
             case "close":
-                if not self.sound.num_samples and not self._choices.is_live:
-                    raise InvalidAudio.at("audio.data", "the stream was closed before any sound came")
-                turn = self.sound.close()
-                self.heard.took(0, turn.number)
+                if not self._speech.num_samples and not self._options.is_live:
+                    raise InvalidAudio.at("audio.data", "the stream was closed before any audio came")
+                turn = self._speech.close()
+                self.acks.received(0, turn.number)
                 if turn.num_samples:
-                    self._end(turn)
+                    self._finish_if_delivered(turn)
                 return True
             case part:
                 raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream")
         return False
 
     def interrupt(self) -> api.InterruptResponse:
-        """Drop speech that is not yet admitted and frames that are not yet sent; what was shown of it."""
-        blocks = [block for block in self._inside if block.turn and not block.is_dropped]
-        if not (self.sound.is_speaking or blocks or self.outbox.has_speech):
+        """Drop speech that is not admitted and frames that are not sent; return how much of it was delivered."""
+        if not (self._speech.has_speech or self._in_flight.has_speech or self.outbox.has_speech):
             return api.InterruptResponse(next_frame=self.outbox.next_frame)
-        self._gathered.clear()
-        for block in self._inside:
-            block.is_dropped = True
-        for turn in self.sound.interrupt():
+        self._framer.drop()
+        self._in_flight.drop()
+        for turn in self._speech.interrupt():
             self._finish(turn, interrupted=True)
-        shown_us = self._grid.duration_us(self.outbox.drop())
-        self.outbox.num_shown = self.sound.num_samples
-        self.playout.restart(self.outbox.next_frame)
-        self._room.set()
-        return api.InterruptResponse(next_frame=self.outbox.next_frame, position_us=shown_us, was_speaking=True)
-
-    def tell(self, kind: api.Notice.Kind.ValueType, message: str, within_s: float = 0.0, num_samples: int = 0) -> None:
-        """Have the client told something."""
-        notice = api.Notice(kind=kind, message=message, within_s=within_s, num_samples=num_samples)
-        self.outbox.put(Item([api.StreamAvatarResponse(event=api.AvatarEvent(notice=notice))]))
+        delivered_us = self._grid.duration_us(self.outbox.drop())
+        self.outbox.num_delivered = self._speech.num_samples
+        self._timeline.restart(self.outbox.next_frame)
+        self._has_room.set()
+        return api.InterruptResponse(next_frame=self.outbox.next_frame, position_us=delivered_us, was_speaking=True)
 
     async def run(self) -> None:
-        """Make frames until the client has closed and all are on their way out."""
-        streams = self._streams
-        for stage in streams.all[1:]:
-            stage.on_rebuilt = self._jumps.add
-        blocks = self._admitted(streams.audio(self._live() if self._choices.is_live else self.sound.offline()))
-        behind = streams.remaining_s[-1 - len(streams.denoisers) : -1]
-        for denoiser, remaining_s in zip(streams.denoisers, behind, strict=True):
-            blocks = self._denoised(denoiser, remaining_s, blocks)
-        async with aclosing(streams.vae(self._finished(blocks))) as frames:
+        """Make frames until the client has closed the stream and all of them are in the outbox."""
+        for stage in self._stages.all[1:]:
+            stage.on_rebuilt = self._rebuilt.add
+        if self._options.is_live:
+            self._timeline.restart(self.position.next_frame)
+            pieces = self._speech.live(self._timeline, self.outbox)
+        else:
+            pieces = self._speech.offline()
+        blocks = self._admit(self._stages.audio(pieces))
+        levels = self._stages.denoisers
+        for level, remaining_s in zip(levels, self._stages.remaining_s[-1 - len(levels) : -1], strict=True):
+            blocks = self._denoise(level, remaining_s, blocks)
+        async with aclosing(self._stages.vae(self._decode(blocks))) as frames:
             async for frame in frames:
-                await self._made(frame)
+                await self._deliver(frame)
 
-    def note(self) -> types_pb2.Position:
-        """The position, as it is now."""
-        self.outbox.note(self.position)
-        self.heard.note(self.position, self.outbox.num_shown)
-        self.versions.note(self.position)
+    def record_position(self) -> types_pb2.Position:
+        """Update the position and return it."""
+        self.outbox.record(self.position)
+        self.acks.record(self.position, self.outbox.num_delivered)
+        self.versions.record(self.position)
         return self.position
 
-    def usage(self) -> list[api_types.StageUsage]:
-        """What each stage did, once all has been answered."""
+    def stage_usage(self) -> list[api_types.StageUsage]:
+        """Return what each stage has done, once all blocks are finished."""
         return [
             api_types.StageUsage(stage=each.stage, num_blocks=each.closed.num_blocks, busy_s=each.closed.busy_s)
-            for each in self._streams.all
+            for each in self._stages.all
         ]
 
-    async def _take(self, data: bytes) -> int:
-        """Take sound; how many samples of it count as taken."""
+    async def _add_audio(self, data: bytes) -> int:
+        """Add audio and return how many of its samples are accepted."""
         if len(data) > self._settings.max_audio_bytes:
-            raise MessageTooLarge(f"{len(data)} bytes of sound at once, the limit is {self._settings.max_audio_bytes}")
-        if len(data) % self._sample_bytes:
-            raise InvalidAudio.at("audio.data", f"{len(data)} bytes are no multiple of {self._sample_bytes}")
-        self._first_sound_s = self._first_sound_s or time.monotonic()
-        most, num_samples = self._settings.live_ahead_s * self._grid.rate_hz, len(data) // self._sample_bytes
-        if not self._choices.is_live:
-            await self._until_room()
-        elif self.sound.pending_samples + num_samples > most:
-            ahead = f"{self._settings.live_ahead_s:g} s of sound are waiting"
-            self.tell(api.Notice.KIND_AUDIO_REFUSED, ahead, num_samples=num_samples)
+            raise MessageTooLarge(f"{len(data)} bytes of audio at once, the limit is {self._settings.max_audio_bytes}")
+        sample_bytes = self._options.sample_bytes
+        if len(data) % sample_bytes:
+            raise InvalidAudio.at("audio.data", f"{len(data)} bytes are no multiple of {sample_bytes}")
+        self._first_audio_s = self._first_audio_s or time.monotonic()
+        num_samples = len(data) // sample_bytes
+        if not self._options.is_live:
+            await self._wait_for_room()
+        elif self._speech.pending_samples + num_samples > self._settings.live_ahead_s * self._grid.rate_hz:
+            message = f"{self._settings.live_ahead_s:g} s of audio are waiting"
+            self.outbox.put(notice(api.Notice.KIND_AUDIO_REFUSED, message, num_samples=num_samples))
             return 0
-        skip = min(self.heard.skip, num_samples)
-        self.heard.skip -= skip
-        self.sound.take(data[skip * self._sample_bytes :])
+        skip = min(self.acks.skip, num_samples)
+        self.acks.skip -= skip
+        self._speech.add(data[skip * sample_bytes :])
         return num_samples
 
-    async def _until_room(self) -> None:
-        """Wait until less sound than the settings allow is ahead of the blocks that are admitted."""
-        most = self._settings.audio_ahead_s * self._grid.rate_hz
-        while self.sound.ahead_samples >= most:
-            self._room.clear()
-            await self._room.wait()
+    async def _wait_for_room(self) -> None:
+        """Wait until less audio than `audio_ahead_s` is ahead of the admitted blocks."""
+        limit = self._settings.audio_ahead_s * self._grid.rate_hz
+        while self._speech.ahead_samples >= limit:
+            self._has_room.clear()
+            await self._has_room.wait()
 
-    def _end(self, turn: Turn) -> None:
-        """The turn has all of its sound: it ends with its last frame, which may be out already."""
-        if turn.num_drawn == turn.num_samples:
-            self._finish(turn, interrupted=False)
+    async def _admit(self, encoded: AsyncGenerator[types_pb2.Block, None]) -> AsyncGenerator[RelayedBlock, None]:
+        """Number the encoded blocks that are still wanted, as many at a time as there are slots."""
+        is_rebuilt = False
 
-    def _finish(self, turn: Turn, *, interrupted: bool) -> None:
-        if turn in self.sound.unfinished:
-            self.sound.unfinished.remove(turn)
-        finished = api.PlaybackFinished(turn=turn.number, interrupted=interrupted)
-        message = api.StreamAvatarResponse(event=api.AvatarEvent(playback_finished=finished))
-        self.outbox.put(Item([message], turn=turn.number, num_samples=turn.num_samples))
+        def mark_rebuilt(_: int) -> None:
+            nonlocal is_rebuilt
+            is_rebuilt = True
 
-    def _live(self) -> AsyncGenerator[audio_pb2.AudioPiece, None]:
-        async def until_free() -> None:
-            await self._slots.acquire()
-            await self.attached.wait()
-
-        behind_samples = -(-self._streams.lookahead_ns * self._grid.rate_hz // 1_000_000_000)
-        self.playout.restart(self.position.next_frame)
-        pieces = self.sound.live(
-            self.playout, self._planned_frame, behind_samples, self._settings.patience_s, until_free
-        )
-        return self._hurried(pieces)
-
-    async def _hurried(
-        self, pieces: AsyncGenerator[audio_pb2.AudioPiece, None]
-    ) -> AsyncGenerator[audio_pb2.AudioPiece, None]:
-        """Pieces of a block each, which say how soon the block is needed."""
-        async with aclosing(pieces):
-            async for piece in pieces:
-                due_s = self.sound.begun[-1].due_s
-                assert due_s is not None
-                piece.slack_s = due_s - self._streams.remaining_s[0] - time.monotonic()
-                yield piece
-
-    def _planned_frame(self) -> int:
-        """Number of the first frame of the block that is begun next."""
-        made = self.outbox.next_frame + self.outbox.num_waiting_frames
-        ahead = sum(block.num_left for block in (*self._inside, *self.sound.begun) if not block.is_dropped)
-        if ahead:
-            # Where blocks take longer than they last, no more are begun than are shown.
-            self.playout.overdue(made)
-        return made + ahead
-
-    async def _admitted(self, encoded: AsyncGenerator[types_pb2.Block, None]) -> AsyncGenerator[RelayedBlock, None]:
-        """The blocks that are denoised, numbered, as many at a time as keep every stage busy."""
+        self._stages.audio.on_rebuilt = mark_rebuilt
         async with aclosing(encoded):
-            is_jump = False
-
-            def jumped(_: int) -> None:
-                nonlocal is_jump
-                is_jump = True
-
-            self._streams.audio.on_rebuilt = jumped
             async for block in encoded:
-                if not self._choices.is_live:
-                    await self._slots.acquire()
-                    await self.attached.wait()
-                sound = self.sound.begun.popleft()
-                self._room.set()
-                if sound.is_dropped:
-                    self._slots.release()
+                if not self._options.is_live:
+                    await self._in_flight.take_slot()
+                speech = self._in_flight.admit()
+                self._has_room.set()
+                if speech is None:
                     continue
-                self._inside.append(sound)
                 self._statistics.append(block.statistics)
                 block.ClearField("statistics")
                 await self.versions.admit(block)
-                sound.number = block.index
-                if block.index == 0:
-                    sound.num_left -= FIRST_FRAME
-                if is_jump:
-                    is_jump = False
-                    self._jumps.add(block.index)
+                self._in_flight.number(speech, block.index)
+                if is_rebuilt:
+                    is_rebuilt = False
+                    self._rebuilt.add(block.index)
                 yield RelayedBlock.of(block)
 
-    async def _finished(self, blocks: AsyncGenerator[RelayedBlock, None]) -> AsyncGenerator[RelayedBlock, None]:
-        """Denoised blocks for the decoder; once block 0 is here, the last level has written the new sink."""
-        async with aclosing(blocks):
-            async for block in blocks:
-                self.versions.finished(block.index)
-                head = types_pb2.Block(index=block.index, traceparent=block.head.traceparent)
-                self._hurry(head, self._streams.remaining_s[-1])
-                yield RelayedBlock(head, latent=block.latent)
-
-    async def _denoised(
+    async def _denoise(
         self,
-        denoiser: FailoverStage[Relayable, types_pb2.Block],
+        level: FailoverStage[Relayable, types_pb2.Block],
         remaining_s: float,
         blocks: AsyncGenerator[RelayedBlock, None],
     ) -> AsyncGenerator[RelayedBlock, None]:
-        """A level's answers, with what it was given put back: it answers with the latent alone."""
-        given: dict[int, RelayedBlock] = {}
+        """Pass blocks through a level, which answers with the latent alone, and put their features back."""
+        sent: dict[int, RelayedBlock] = {}
 
-        async def kept() -> AsyncGenerator[RelayedBlock, None]:
+        async def send() -> AsyncGenerator[RelayedBlock, None]:
             async with aclosing(blocks):
                 async for block in blocks:
-                    self._hurry(block.head, remaining_s)
-                    given[block.index] = block
+                    self._set_slack(block.head, remaining_s)
+                    sent[block.head.index] = block
                     yield block
 
-        async with aclosing(denoiser(kept())) as answers:
+        async with aclosing(level(send())) as answers:
             async for answer in answers:
                 if answer.HasField("carried"):
-                    self.versions.keep(answer.carried)
-                yield given.pop(answer.index).with_latent(answer.latent)
+                    self.versions.add(answer.carried)
+                yield sent.pop(answer.index).with_latent(answer.latent)
 
-    def _hurry(self, block: types_pb2.Block, remaining_s: float) -> None:
-        """Say how soon a block is needed of the next stage, behind which it takes so long."""
-        due_s = next(each.due_s for each in self._inside if each.number == block.index)
+    async def _decode(self, blocks: AsyncGenerator[RelayedBlock, None]) -> AsyncGenerator[RelayedBlock, None]:
+        """Prepare denoised blocks for the VAE stage, which needs their latents alone."""
+        async with aclosing(blocks):
+            async for block in blocks:
+                self.versions.finish(block.head.index)
+                head = types_pb2.Block(index=block.head.index, traceparent=block.head.traceparent)
+                self._set_slack(head, self._stages.remaining_s[-1])
+                yield RelayedBlock(head, latent=block.latent)
+
+    def _set_slack(self, block: types_pb2.Block, remaining_s: float) -> None:
+        """Tell the next stage by when to answer: the block's due time, less what it still takes after the stage.
+
+        On the wire this is relative to now, since clocks of machines differ.
+        """
+        due_s = self._in_flight.due_s(block.index)
         if due_s is not None:
             block.slack_s = due_s - remaining_s - time.monotonic()
 
-    async def _made(self, frame: types_pb2.Frame) -> None:
-        """Put a frame, or all of its block, on its way out; nothing of a block that was dropped."""
-        block = self._inside[0]
-        if jumps := {index for index in self._jumps if index <= frame.block}:
-            self._jumps -= jumps
-            # Stages that are lost at once, each with another block, are one jump.
-            if self._last_jump is None or min(jumps) > self._last_jump + self._most_inside:
-                self._is_jump, self._last_jump = True, min(jumps)
+    async def _deliver(self, frame: types_pb2.Frame) -> None:
+        """Put a frame, or all frames of its block, into the outbox; nothing of a block that was dropped."""
+        block = self._in_flight.admitted[0]
+        if self._rebuilt:
+            self._note_discontinuity(frame.block)
         if not block.is_dropped:
-            if not block.is_shown:
-                block.is_shown = True
-                self._note_time(block)
-            is_key = frame.is_key or self._choices.video in ALWAYS_KEY
-            shown = api_types.VideoFrame(
-                data=frame.data, is_idle=block.turn is None, is_key=is_key, num_frames=frame.num_frames or 1
-            )
-            self._gathered.append(shown)
-            if frame.is_last or not self._choices.is_per_block:
-                await self._put(block)
+            if not block.has_frames:
+                block.has_frames = True
+                self._record_latency(block)
+            if self._framer.add(frame, block):
+                await self.outbox.wait_for_space(warns=self._options.is_live and self.is_connected)
+                if not block.is_dropped:
+                    for item in self._framer.take(block, is_discontinuity=self._is_discontinuity):
+                        self.outbox.put(item)
+                    self._is_discontinuity = False
         if frame.is_last:
-            self._inside.popleft()
-            self._slots.release()
-            self.num_blocks += 1
-            self.position.next_block = frame.block + 1
-            self.position.statistics = self._statistics.popleft()
-            self.advanced.set()
-            if block.turn and not block.is_dropped:
-                block.turn.num_drawn += block.num_samples
-                if block.turn.is_ended:
-                    self._end(block.turn)
+            self._finish_block(frame.block, block)
 
-    async def _put(self, block: BlockSound) -> None:
-        """Put the frames that are gathered on their way out, with their sound, once there is room."""
-        is_slow = self.outbox.is_full and self.attached.is_set()
-        if is_slow and self._choices.is_live and not self._is_reader_slow:
-            limit_s = self._settings.max_unread_s
-            self.tell(api.Notice.KIND_SLOW_READER, "frames are not read as fast as they are made", limit_s)
-        self._is_reader_slow = is_slow
-        await self.outbox.until_room()
-        frames, self._gathered = self._gathered, []
-        if block.is_dropped:
-            return
-        if self._is_jump:
-            frames[0].is_discontinuity = True
-            self._is_jump = False
-        num_frames = sum(frame.num_frames for frame in frames)
-        start = self._grid.block_frames - block.num_left
-        block.num_left -= num_frames
-        messages = [api.StreamAvatarResponse(frame=frame) for frame in frames]
-        if self._choices.is_per_block:
-            messages = [api.StreamAvatarResponse(chunk=api_types.VideoChunk(frames=frames))]
-        end_sample = self._sample(block, start + num_frames)
-        if self._choices.returns_audio:
-            data = block.data[self._sample(block, start) * self._sample_bytes : end_sample * self._sample_bytes]
-            messages.insert(0, api.StreamAvatarResponse(audio=api_types.AvatarAudio(data=data)))
-        item = Item(messages, num_frames)
-        if (turn := block.turn) is not None:
-            if not turn.is_started:
-                turn.is_started = True
-                event = api.AvatarEvent(playback_started=api.PlaybackStarted(turn=turn.number))
-                self.outbox.put(Item([api.StreamAvatarResponse(event=event)], turn=turn.number))
-            num_samples = min(block.num_samples, end_sample)
-            item.turn, item.num_samples = turn.number, block.before + num_samples
-            item.num_shown = block.first_sample + num_samples
-        self.outbox.put(item)
+    def _finish_block(self, index: int, block: SpeechBlock) -> None:
+        """All frames of a block are in the outbox, or were dropped."""
+        self._in_flight.finish(index)
+        self.num_blocks += 1
+        self.position.next_block = index + 1
+        self.position.statistics = self._statistics.popleft()
+        self.advanced.set()
+        if block.turn and not block.is_dropped:
+            block.turn.num_finished += block.num_samples
+            if block.turn.is_ended:
+                self._finish_if_delivered(block.turn)
 
-    def _sample(self, block: BlockSound, frame: int) -> int:
-        """Where a frame of a block begins in the block's sound."""
-        first = block.index * self._grid.block_frames
-        return self._grid.sample(first + frame) - self._grid.sample(first)
+    def _finish_if_delivered(self, turn: Turn) -> None:
+        """Finish a turn that has ended, unless frames of its speech are still to come."""
+        if turn.num_finished == turn.num_samples:
+            self._finish(turn, interrupted=False)
 
-    def _note_time(self, block: BlockSound) -> None:
-        """The first frame of a block is here."""
-        if block.turn and self._first_sound_s:
-            telemetry.TIME_TO_FIRST_FRAME.record(time.monotonic() - self._first_sound_s)
-            self._first_sound_s = math.inf
-        if not self._choices.is_live:
-            return
-        frame = self.outbox.next_frame + self.outbox.num_waiting_frames
-        late_s = max(block.late_s, self.playout.came(frame, time.monotonic() - block.begun_s))
-        self._num_late = self._num_late + 1 if late_s > TOLERANCE_S else 0
-        if self._num_late == LATE_BLOCKS:
-            self.tell(api.Notice.KIND_DEGRADED, "frames come later than they are shown")
+    def _finish(self, turn: Turn, *, interrupted: bool) -> None:
+        if turn in self._speech.unfinished:
+            self._speech.unfinished.remove(turn)
+        self.outbox.put(playback_finished(turn, interrupted=interrupted))
+
+    def _note_discontinuity(self, index: int) -> None:
+        """Mark the next frame if a stage's stream was rebuilt before its block."""
+        if rebuilt := {each for each in self._rebuilt if each <= index}:
+            self._rebuilt -= rebuilt
+            # Stages that are lost together, each with another block, make one discontinuity.
+            if self._last_rebuilt is None or min(rebuilt) > self._last_rebuilt + self._in_flight.max_admitted:
+                self._is_discontinuity, self._last_rebuilt = True, min(rebuilt)
+
+    def _record_latency(self, block: SpeechBlock) -> None:
+        """Record that the first frame of a block is there, and tell the client if blocks keep being late."""
+        now_s = time.monotonic()
+        if block.turn and self._first_audio_s and not self._has_first_frame:
+            self._has_first_frame = True
+            telemetry.TIME_TO_FIRST_FRAME.record(now_s - self._first_audio_s)
+        if self._options.is_live:
+            self._timeline.deliver_block(self.outbox.end_frame, now_s - block.started_s, block.start_late_s)
+            if self._timeline.num_late == LATE_BLOCKS:
+                message = "frames are delivered later than they are due"
+                self.outbox.put(notice(api.Notice.KIND_DEGRADED, message))

@@ -1,239 +1,249 @@
-"""What goes to a client: in order, bounded, numbered when it is sent, and kept for a while to be sent again.
+"""The way of messages to a client: in order, bounded, numbered when they are sent, and kept for resumption.
 
     put -> waiting -> drain -> kept
 
-What waits has no numbers yet, so that it can be dropped without a gap. Frames wait for room, everything else does not:
-there are a few events to a block.
+Waiting messages have no numbers, so they can be dropped without a gap. Frames wait for space; events need none, since
+there are a few per block.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from avatar.errors import InvalidField, ResumeImpossible, SlowReader
 from avatar.v1 import avatar_service_pb2 as api
-from avatar.v1 import types_pb2 as api_types
 from avatar.worker.v1 import types_pb2
-from services.gateway.stream.fragments import renumbered
-from services.gateway.stream.timeline import Grid
+from services.gateway.stream.fragments import renumber_fragment
+from services.gateway.stream.timeline import MediaGrid
 
 Write: TypeAlias = Callable[[api.StreamAvatarResponse], Awaitable[None]]
-# Blocks of frames that may wait: one that is sent, one that is made, and one between.
+# Blocks of frames that may wait: one being sent, one being made, and one between.
 MAX_WAITING_BLOCKS = 3
-# Messages of events and frames that wait before no more are taken of a client, and that are kept; a block of frames,
-# one by one with their sound, is two dozen.
+# Items that may wait before no more messages are read from the client, and that are kept. A block whose frames travel
+# one by one with their audio is two dozen items.
 MAX_WAITING_ITEMS, MAX_KEPT_ITEMS = 500, 2000
 
 
 @dataclass(eq=False)
 class Item:
-    """What is sent, and dropped, as one. Once it is sent its messages have their numbers.
+    """Messages that are sent, dropped and kept as one.
 
-    messages: in order; without numbers at first.
-    num_frames: that they hold; 0 in an event.
-    turn, num_samples: the turn whose speech the frames show, and how much of it is shown by their end; or the turn that
-        the event is about, and all of its speech.
-    num_shown: how much of all that the client sent is shown by the frames' end; None if they show nothing of it.
-    first: number of the next frame when it was sent.
+    messages: in order; numbered when they are sent.
+    num_frames: frames in them; 0 for an event.
+    turn, num_samples: the turn whose speech the frames show, and how much of it is delivered with them; for an event,
+        the turn that it is about, and all of its speech.
+    num_delivered: samples of all that the client sent whose frames are delivered with these; None if there are none.
+    first_frame: number of the next frame when the item was sent.
     """
 
     messages: list[api.StreamAvatarResponse]
     num_frames: int = 0
     turn: int | None = None
     num_samples: int = 0
-    num_shown: int | None = None
-    first: int = 0
-    num_bytes: int = field(init=False)
+    num_delivered: int | None = None
+    first_frame: int = 0
 
-    def __post_init__(self) -> None:
-        self.num_bytes = sum(message.ByteSize() for message in self.messages)
+    @property
+    def is_speech(self) -> bool:
+        return self.num_frames > 0 and self.turn is not None
+
+    def is_event(self, kind: str) -> bool:
+        return self.messages[0].event.WhichOneof("kind") == kind
+
+
+def notice(kind: api.Notice.Kind.ValueType, message: str, within_s: float = 0.0, num_samples: int = 0) -> Item:
+    """Return a notice to the client."""
+    content = api.Notice(kind=kind, message=message, within_s=within_s, num_samples=num_samples)
+    return Item([api.StreamAvatarResponse(event=api.AvatarEvent(notice=content))])
 
 
 class Outbox:
-    """One session's way out.
+    """The outgoing messages of one session.
 
-    next_frame: number of the next frame that is sent. num_frames: how many were.
-    num_waiting_frames: frames that wait.
-    next_event: number of the next event. num_shown: samples of the client's whose frames were sent, or never will be.
-    kept_frames, kept_bytes: how much of what was sent is kept.
+    next_frame, next_event: numbers of the next frame and event to be sent. num_frames: frames that were sent.
+    end_frame: number that the next frame to be put will get.
+    num_delivered: samples of the client's audio whose frames were sent, or never will be.
     """
 
     def __init__(
-        self, grid: Grid, position: types_pb2.Position, kept_frames: int, kept_bytes: int, *, is_fragmented: bool
+        self,
+        grid: MediaGrid,
+        position: types_pb2.Position,
+        *,
+        kept_frames: int,
+        kept_bytes: int,
+        max_unread_s: float,
+        is_fragmented: bool,
     ) -> None:
+        """kept_frames, kept_bytes: how much of what was sent is kept. max_unread_s: seconds that a client may read
+        nothing. is_fragmented: frames are MP4 fragments.
+        """
         self.next_frame = position.next_frame
         self.next_event = position.next_event
-        self.num_shown = position.num_samples
+        self.num_delivered = position.num_samples
         self.num_frames = 0
-        self.num_waiting_frames = 0
         # The turn whose speech was sent last, and how many samples of it.
-        self._shown: tuple[int | None, int] = (position.turn, position.num_turn_samples)
+        self._last_speech: tuple[int | None, int] = (position.turn, position.num_turn_samples)
         self._unfinished_turn = position.turn
         self._grid = grid
-        self._kept_frames, self._kept_bytes = kept_frames, kept_bytes
-        self._num_kept_frames = self._num_kept_bytes = 0
+        self._kept_frames, self._kept_bytes, self._max_unread_s = kept_frames, kept_bytes, max_unread_s
         self._is_fragmented = is_fragmented
-        self._kept: deque[Item] = deque()
         self._waiting: deque[Item] = deque()
-        self._again: deque[Item] = deque()
-        self._is_finished = False
-        self._room, self._more = asyncio.Event(), asyncio.Event()
+        self._num_waiting_frames = 0
+        self._kept: deque[tuple[Item, int]] = deque()  # with the bytes of each
+        self._num_kept_frames = self._num_kept_bytes = 0
+        self._repeated: deque[Item] = deque()
+        self._is_finished = self._is_reader_slow = False
+        self._has_space, self._has_items = asyncio.Event(), asyncio.Event()
 
     @property
-    def is_full(self) -> bool:
-        """Whether a frame that is put has to wait."""
-        return self.num_waiting_frames >= MAX_WAITING_BLOCKS * self._grid.block_frames
+    def end_frame(self) -> int:
+        return self.next_frame + self._num_waiting_frames
 
     @property
     def has_speech(self) -> bool:
-        """Whether frames of speech wait."""
-        return any(item.num_frames and item.turn is not None for item in self._waiting)
+        """Whether frames of speech are waiting."""
+        return any(item.is_speech for item in self._waiting)
 
-    async def until_room(self) -> None:
-        """Wait until frames may be put."""
-        while self.is_full:
-            self._room.clear()
-            await self._room.wait()
+    async def wait_for_space(self, *, warns: bool) -> None:
+        """Wait until frames may be put. warns: the client gets a notice, once, that it reads too slowly."""
+        is_slow = self._num_waiting_frames >= MAX_WAITING_BLOCKS * self._grid.block_frames
+        if is_slow and warns and not self._is_reader_slow:
+            message = "frames are not read as fast as they are made"
+            self.put(notice(api.Notice.KIND_SLOW_READER, message, self._max_unread_s))
+        self._is_reader_slow = is_slow and warns
+        while self._num_waiting_frames >= MAX_WAITING_BLOCKS * self._grid.block_frames:
+            self._has_space.clear()
+            await self._has_space.wait()
 
-    async def until_few(self) -> None:
-        """Wait until what a client causes by its messages may be put: events wait no less than frames."""
+    async def wait_for_few_items(self) -> None:
+        """Wait until a message of the client may cause another event: waiting events are bounded too."""
         while len(self._waiting) >= MAX_WAITING_ITEMS:
-            self._room.clear()
-            await self._room.wait()
+            self._has_space.clear()
+            await self._has_space.wait()
 
     def put(self, item: Item) -> None:
-        """Have something sent after all that waits."""
-        self.num_waiting_frames += item.num_frames
+        """Send an item after all that are waiting."""
+        self._num_waiting_frames += item.num_frames
         self._waiting.append(item)
-        self._more.set()
+        self._has_items.set()
 
     def drop(self) -> int:
-        """Forget the frames that wait; how many samples were shown of the speech that this cuts off."""
-        self._waiting = deque(item for item in self._waiting if not (item.num_frames or _is_start(item)))
-        self.num_waiting_frames = 0
-        self._room.set()
-        cut = [item.turn for item in self._waiting if _is_end(item) and self._shown_of(item.turn) < item.num_samples]
-        return self._shown_of(cut[0]) if cut else 0
+        """Drop waiting frames; return how many samples were delivered of the speech that this cuts off."""
+        self._waiting = deque(
+            item for item in self._waiting if not (item.num_frames or item.is_event("playback_started"))
+        )
+        self._num_waiting_frames = 0
+        self._has_space.set()
+        for item in self._waiting:
+            delivered = self._delivered_of(item.turn)
+            if item.is_event("playback_finished") and delivered < item.num_samples:
+                return delivered
+        return 0
 
-    def note(self, position: types_pb2.Position) -> None:
-        """Write how far what was sent is."""
+    def record(self, position: types_pb2.Position) -> None:
+        """Write into the position what was sent."""
         position.next_frame, position.next_event = self.next_frame, self.next_event
-        position.turn, position.num_turn_samples = self._unfinished_turn, self._shown_of(self._unfinished_turn)
+        position.turn, position.num_turn_samples = self._unfinished_turn, self._delivered_of(self._unfinished_turn)
 
     def finish(self) -> None:
-        """Nothing more is put: `drain` returns when all is sent."""
+        """End `drain` once everything is sent; nothing more is put."""
         self._is_finished = True
-        self._more.set()
+        self._has_items.set()
 
     def kept_from(self, frame: int) -> list[Item]:
-        """What was sent from this frame on, with the events before it.
+        """Return what was sent from a frame on, with the events before it.
 
         ResumeImpossible if it is no longer kept; InvalidField if it was never sent.
         """
         if frame > self.next_frame:
             raise InvalidField.at("open.resume.next_frame", f"{frame} was not sent yet, {self.next_frame} is the next")
-        items = [*self._kept]
-        at = next((i for i, item in enumerate(items) if item.num_frames and item.first == frame), len(items))
-        if at == len(items) and frame < self.next_frame:
+        items = [item for item, _ in self._kept]
+        start = next((i for i, item in enumerate(items) if item.num_frames and item.first_frame == frame), len(items))
+        if start == len(items) and frame < self.next_frame:
             raise ResumeImpossible(f"frame {frame} is no longer kept, or no message begins with it")
-        while at and not items[at - 1].num_frames:
-            at -= 1
-        return items[at:]
+        while start and not items[start - 1].num_frames:
+            start -= 1
+        return items[start:]
 
-    def again_from(self, frame: int) -> None:
-        """Let the next `drain` begin with this frame, and with the events before it. Raises as `kept_from`."""
-        self._again = deque(self.kept_from(frame))
+    def repeat_from(self, frame: int) -> None:
+        """Have the next `drain` begin with a frame, and with the events before it. Raises as `kept_from`."""
+        self._repeated = deque(self.kept_from(frame))
 
-    async def drain(self, write: Write, max_unread_s: float) -> None:
-        """Send all that is put, until there is nothing more. SlowReader if the client takes nothing for so long."""
-        while (item := await self._next()) is not None:
+    async def drain(self, write: Write) -> None:
+        """Send everything until `finish`. SlowReader if the client reads nothing for max_unread_s."""
+        while True:
+            while not (self._repeated or self._waiting or self._is_finished):
+                self._has_items.clear()
+                await self._has_items.wait()
+            if self._repeated:
+                item = self._repeated.popleft()
+            elif self._waiting:
+                item = self._waiting.popleft()
+                self._number(item)
+                self._has_space.set()
+            else:
+                return
             for message in item.messages:
                 try:
-                    async with asyncio.timeout(max_unread_s):
+                    async with asyncio.timeout(self._max_unread_s):
                         await write(message)
                 except TimeoutError as error:
-                    raise SlowReader(f"nothing was read for {max_unread_s:g} s") from error
-
-    async def _next(self) -> Item | None:
-        """The next item, which from here on counts as sent."""
-        while not (self._again or self._waiting or self._is_finished):
-            self._more.clear()
-            await self._more.wait()
-        if self._again:
-            return self._again.popleft()
-        if not self._waiting:
-            return None
-        item = self._waiting.popleft()
-        self._number(item)
-        self._keep(item)
-        self._room.set()
-        return item
+                    raise SlowReader(f"nothing was read for {self._max_unread_s:g} s") from error
 
     def _number(self, item: Item) -> None:
-        item.first = self.next_frame
+        """Number an item's messages and keep it; from here on it counts as sent."""
+        item.first_frame = self.next_frame
+        num_bytes = 0
         for message in item.messages:
+            pts_us = self._grid.pts_us(self.next_frame)
             match message.WhichOneof("part"):
-                case "frame":
-                    self._number_frames([message.frame])
-                case "chunk":
-                    self._number_frames(message.chunk.frames)
+                case "frame" | "chunk" as part:
+                    for frame in [message.frame] if part == "frame" else message.chunk.frames:
+                        frame.index, frame.pts_us = self.next_frame, self._grid.pts_us(self.next_frame)
+                        if self._is_fragmented:
+                            frame.data = renumber_fragment(frame.data, frame.index)
+                        self.next_frame += frame.num_frames
                 case "audio":
-                    message.audio.pts_us = self._grid.pts_us(self.next_frame)
+                    message.audio.pts_us = pts_us
                 case "event":
-                    message.event.number = self.next_event
-                    message.event.pts_us = self._grid.pts_us(self.next_frame)
+                    message.event.number, message.event.pts_us = self.next_event, pts_us
                     if message.event.HasField("playback_finished"):
-                        self._finish(message.event.playback_finished, item)
+                        self._finish_turn(message.event.playback_finished, item)
                     self.next_event += 1
                 case "interrupted":
                     message.interrupted.next_frame = self.next_frame
                 case "closed":
                     message.closed.num_frames = self.num_frames
-        self.num_waiting_frames -= item.num_frames
-        if item.num_shown is not None:
-            self.num_shown = item.num_shown
-        if item.num_frames and item.turn is not None:
-            self._shown = (item.turn, item.num_samples)
-
-    def _finish(self, finished: api.PlaybackFinished, item: Item) -> None:
-        """How a turn has ended is known only now: an interrupt may have dropped its last frames."""
-        shown = self._shown_of(item.turn)
-        finished.next_frame = self.next_frame
-        finished.position_us = self._grid.duration_us(shown)
-        finished.interrupted |= shown < item.num_samples
-        self._unfinished_turn = finished.turn + 1
-
-    def _shown_of(self, turn: int | None) -> int:
-        return self._shown[1] if self._shown[0] == turn else 0
-
-    def _number_frames(self, frames: Sequence[api_types.VideoFrame]) -> None:
-        for frame in frames:
-            frame.index = self.next_frame
-            frame.pts_us = self._grid.pts_us(frame.index)
-            if self._is_fragmented:
-                frame.data = renumbered(frame.data, frame.index)
-            self.next_frame += frame.num_frames
-            self.num_frames += frame.num_frames
-
-    def _keep(self, item: Item) -> None:
-        self._kept.append(item)
+            num_bytes += message.ByteSize()
+        self.num_frames += item.num_frames
+        self._num_waiting_frames -= item.num_frames
+        if item.num_delivered is not None:
+            self.num_delivered = item.num_delivered
+        if item.is_speech:
+            self._last_speech = (item.turn, item.num_samples)
+        self._kept.append((item, num_bytes))
         self._num_kept_frames += item.num_frames
-        self._num_kept_bytes += item.num_bytes
+        self._num_kept_bytes += num_bytes
         while len(self._kept) > 1 and (
             self._num_kept_frames > self._kept_frames
             or self._num_kept_bytes > self._kept_bytes
             or len(self._kept) > MAX_KEPT_ITEMS
         ):
-            oldest = self._kept.popleft()
+            oldest, oldest_bytes = self._kept.popleft()
             self._num_kept_frames -= oldest.num_frames
-            self._num_kept_bytes -= oldest.num_bytes
+            self._num_kept_bytes -= oldest_bytes
 
+    def _finish_turn(self, finished: api.PlaybackFinished, item: Item) -> None:
+        """Say how a turn ended, which is only known now: an interrupt may have dropped its last frames."""
+        delivered = self._delivered_of(item.turn)
+        finished.next_frame = self.next_frame
+        finished.position_us = self._grid.duration_us(delivered)
+        finished.interrupted |= delivered < item.num_samples
+        self._unfinished_turn = finished.turn + 1
 
-def _is_start(item: Item) -> bool:
-    return item.messages[0].event.WhichOneof("kind") == "playback_started"
-
-
-def _is_end(item: Item) -> bool:
-    return item.messages[0].event.WhichOneof("kind") == "playback_finished"
+    def _delivered_of(self, turn: int | None) -> int:
+        """Return how many samples of a turn were delivered."""
+        return self._last_speech[1] if self._last_speech[0] == turn else 0

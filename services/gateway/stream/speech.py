@@ -1,93 +1,76 @@
-"""A client's sound on its way to the audio stage: turns of speech, cut into blocks, with silence where there is none.
+"""A client's speech on its way to the audio stage: turns, cut into blocks.
 
-Offline, sound passes through as it comes. Live, it waits here and is passed on by the block, with a copy of the sound
-behind it, so that a block is complete the moment it is begun, and whatever comes next may follow it: speech or silence.
+    add -> turns -> offline() or live() -> audio stage
+
+Offline, audio passes through as it arrives. Live, it waits here until a block starts, and is passed on a block at a
+time with a copy of the audio behind it (the lookahead), so that the audio stage can answer at once and anything may
+follow the block: more speech, or silence.
 """
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 
 from avatar.worker.v1 import audio_pb2
-from services.gateway.stream.timeline import Grid, Playout
+from services.gateway.stream.in_flight import BlocksInFlight, SpeechBlock, Turn
+from services.gateway.stream.outbox import Outbox
+from services.gateway.stream.timeline import MediaGrid, Timeline
 
 
-@dataclass(eq=False)
-class Turn:
-    """What is said between two ends of turns.
+@dataclass(frozen=True)
+class LivePacing:
+    """Parameters of live blocks.
 
-    pending: sound that is not in a block yet.
-    num_samples: of all its sound. num_drawn: of that whose frames are on their way out.
+    lookahead_samples: audio behind a block that its features depend on.
+    patience_s: seconds that a block waits for the rest of its speech before it is idle, or filled with silence.
+    remaining_s: seconds that a block takes from the end of the audio stage to its first frame.
     """
 
-    number: int
-    pending: bytearray = field(default_factory=bytearray)
-    num_samples: int = 0
-    num_drawn: int = 0
-    is_ended: bool = False
-    is_started: bool = False
+    lookahead_samples: int = 0
+    patience_s: float = 0.0
+    remaining_s: float = 0.0
 
 
-@dataclass(eq=False)
-class BlockSound:
-    """The sound of one block, from the decision to draw it until its last frame is on its way out.
+class SpeechQueue:
+    """The speech of one session.
 
-    index: of the block, counted as the audio stage does. number: its index once it is admitted.
-    turn: whose speech it is; None where it is idle.
-    before: samples of the turn before it. num_samples: of the turn in it; silence follows them.
-    data: samples of the whole block.
-    first_sample: samples of the client's before it.
-    num_left: its frames that are not on their way out yet.
-    begun_s, late_s: when it was begun, and by how much that was late. due_s: when it is shown; None where nobody waits.
-    is_shown: its first frame came. is_dropped: its frames are not wanted.
-    """
-
-    index: int
-    turn: Turn | None
-    before: int
-    num_samples: int
-    data: bytes
-    first_sample: int
-    num_left: int
-    begun_s: float
-    due_s: float | None = None
-    number: int | None = None
-    late_s: float = 0.0
-    is_shown: bool = False
-    is_dropped: bool = False
-
-
-class Sound:
-    """The sound of one session.
-
-    num_samples: of each channel, that were taken.
-    begun: blocks that the audio stage has been given, or is being given, and that are not admitted yet.
-    unfinished: turns whose end is not on its way out, the oldest first; the last is the one that is being said.
+    num_samples: samples of each channel that were added.
+    unfinished: turns whose end is not in the outbox, the oldest first; the last one takes what is added.
     """
 
     def __init__(
-        self, grid: Grid, sample_bytes: int, now: Callable[[], float], turn: Turn | None = None, num_samples: int = 0
+        self,
+        grid: MediaGrid,
+        sample_bytes: int,
+        in_flight: BlocksInFlight,
+        pacing: LivePacing,
+        turn: Turn | None = None,
+        num_samples: int = 0,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.begun: deque[BlockSound] = deque()
         self.unfinished: list[Turn] = [turn or Turn(0)]
         self.num_samples = num_samples
-        self.changed = asyncio.Event()
         self._grid = grid
         self._sample_bytes = sample_bytes
+        self._in_flight = in_flight
+        self._pacing = pacing
         self._now = now
-        self._heard_s = 0.0
+        self._changed = asyncio.Event()
+        self._last_added_s = 0.0
         self._is_closed = False
-        # What is not passed on yet, but for the last: that is being said.
+        # Turns with audio that was not passed on; the last one takes what is added.
         self._turns: deque[Turn] = deque(self.unfinished)
         self._next_block = 0
+        # Offline: the block being filled, whose speech it is, and whether it was interrupted.
         self._filling = bytearray()
-        self._filled_of: Turn | None = None
-        self._is_cut = False
+        self._filling_turn: Turn | None = None
+        self._is_interrupted = False
 
     @property
     def turn(self) -> Turn:
-        """The turn that is being said."""
+        """The turn that takes what is added."""
         return self._turns[-1]
 
     @property
@@ -97,187 +80,195 @@ class Sound:
 
     @property
     def ahead_samples(self) -> int:
-        """Samples that are in no block which is admitted."""
-        return self.pending_samples + sum(block.num_samples for block in self.begun)
+        """Samples that are in no admitted block."""
+        return self.pending_samples + sum(block.num_samples for block in self._in_flight.started)
 
     @property
-    def is_speaking(self) -> bool:
+    def has_speech(self) -> bool:
         """Whether there is speech that is not admitted yet."""
-        return self.pending_samples > 0 or any(block.turn and not block.is_dropped for block in self.begun)
+        started = self._in_flight.started
+        return self.pending_samples > 0 or any(block.turn and not block.is_dropped for block in started)
 
-    def take(self, data: bytes) -> None:
-        """Take sound of the turn that is being said."""
-        turn = self.turn
-        turn.pending += data
-        turn.num_samples += len(data) // self._sample_bytes
-        self.num_samples += len(data) // self._sample_bytes
-        self._heard_s = self._now()
-        self.changed.set()
+    def add(self, data: bytes) -> None:
+        """Add audio to the current turn."""
+        num_samples = len(data) // self._sample_bytes
+        self.turn.pending += data
+        self.turn.num_samples += num_samples
+        self.num_samples += num_samples
+        self._last_added_s = self._now()
+        self._changed.set()
 
     def end_turn(self) -> Turn:
-        """End the turn that is being said; what comes is the next one's."""
+        """End the current turn and return it; what is added next belongs to a new one."""
         ended = self.turn
         ended.is_ended = True
-        self._begin_turn()
+        self._start_turn()
         return ended
 
     def interrupt(self) -> list[Turn]:
-        """Drop what is not admitted; the turns that this ends."""
+        """Drop what is not admitted, end all turns, and return those that had speech."""
         ended = self.unfinished
         for turn in ended:
             turn.is_ended = True
             turn.pending.clear()
-        for block in self.begun:
-            block.is_dropped = True
-        self._is_cut = self._filled_of is not None
+        self._is_interrupted = self._filling_turn is not None
         self.unfinished = []
-        self._begin_turn()
+        self._start_turn()
         return [turn for turn in ended if turn.num_samples]
 
     def close(self) -> Turn:
-        """No more sound comes; the turn that this ends."""
+        """End the current turn and return it; nothing is added any more."""
         self._is_closed = True
         self.turn.is_ended = True
-        self.changed.set()
+        self._changed.set()
         return self.turn
 
-    def _begin_turn(self) -> None:
+    def _start_turn(self) -> None:
         turn = Turn(self.turn.number + 1)
         self._turns.append(turn)
         self.unfinished.append(turn)
-        self.changed.set()
+        self._changed.set()
 
-    def _pass_over(self) -> Turn:
-        """The first turn that has something to pass on; else the one that is being said."""
-        while len(self._turns) > 1 and not self._turns[0].pending and self._filled_of is not self._turns[0]:
+    def _next_turn(self) -> Turn:
+        """Return the first turn with audio to pass on, else the current one; forget the turns before it."""
+        while len(self._turns) > 1 and not self._turns[0].pending and self._filling_turn is not self._turns[0]:
             self._turns.popleft()
         return self._turns[0]
 
     async def offline(self) -> AsyncGenerator[audio_pb2.AudioPiece, None]:
-        """Sound as it comes; the end of a turn fills its block with silence, and is passed on at once."""
+        """Pass audio on as it arrives; the end of a turn fills its block with silence at once."""
         while True:
-            turn = self._pass_over()
-            if self._is_cut or (self._filled_of is turn and turn.is_ended and not turn.pending and not self._is_last()):
+            turn = self._next_turn()
+            is_over = self._filling_turn is turn and turn.is_ended and not turn.pending
+            is_last = self._is_closed and len(self._turns) == 1
+            if self._is_interrupted or (is_over and not is_last):
                 yield self._fill_up()
             elif turn.pending:
                 yield self._pass_on(turn)
             elif self._is_closed:
                 if self._filling:
-                    self._settle()
+                    self._start_filled()
                 return
             else:
-                self.changed.clear()
-                await self.changed.wait()
-
-    def _is_last(self) -> bool:
-        return self._is_closed and len(self._turns) == 1
+                self._changed.clear()
+                await self._changed.wait()
 
     def _pass_on(self, turn: Turn) -> audio_pb2.AudioPiece:
-        """The turn's next sound, at most up to the end of the block."""
-        self._filled_of = turn
-        room = self._block_bytes() - len(self._filling)
-        data = bytes(turn.pending[:room])
-        del turn.pending[:room]
+        """Return the turn's next audio, at most up to the end of the block."""
+        self._filling_turn = turn
+        missing = self._block_bytes() - len(self._filling)
+        data = bytes(turn.pending[:missing])
+        del turn.pending[:missing]
         self._filling += data
-        if len(self._filling) == self._block_bytes():
-            self._settle()
+        if len(data) == missing:
+            self._start_filled()
         return audio_pb2.AudioPiece(data=data)
 
     def _fill_up(self) -> audio_pb2.AudioPiece:
-        """Silence up to the end of the block, which is then not waited for."""
+        """Return silence up to the end of the block, which completes it without lookahead."""
         data = b""
         if self._filling:
             data = bytes(self._block_bytes() - len(self._filling))
-            block = self._settle()
-            block.is_dropped = self._is_cut
-        self._filled_of, self._is_cut = None, False
+            self._start_filled().is_dropped = self._is_interrupted
+        self._filling_turn, self._is_interrupted = None, False
         return audio_pb2.AudioPiece(data=data, completes=self._next_block - 1)
 
-    def _settle(self) -> BlockSound:
-        """The block that is being filled, with silence where it is not full, is begun."""
-        turn = self._filled_of
-        assert turn is not None
-        block = self._begin(turn, bytes(self._filling))
+    def _start_filled(self) -> SpeechBlock:
+        """Start the block that is being filled, with silence where it is not full."""
+        block = self._start(self._filling_turn, bytes(self._filling))
         self._filling.clear()
         return block
 
-    def _begin(self, turn: Turn | None, spoken: bytes) -> BlockSound:
-        data = spoken + bytes(self._block_bytes() - len(spoken))
-        num_samples = len(spoken) // self._sample_bytes
-        before = 0
-        if turn is not None:
-            before = turn.num_samples - len(turn.pending) // self._sample_bytes - num_samples
-        num_left = self._grid.block_frames
-        waiting = sum(len(turn.pending) for turn in self._turns) // self._sample_bytes
-        first_sample = self.num_samples - waiting - num_samples
-        block = BlockSound(self._next_block, turn, before, num_samples, data, first_sample, num_left, self._now())
-        self.begun.append(block)
+    def _start(
+        self, turn: Turn | None, speech: bytes, due_s: float | None = None, start_late_s: float = 0.0
+    ) -> SpeechBlock:
+        """Start the next block, which shows this speech of a turn; it has been taken out of `turn.pending`."""
+        first = self._next_block * self._grid.block_frames
+        boundaries = [self._grid.sample(first + frame) for frame in range(self._grid.block_frames + 1)]
+        num_samples = len(speech) // self._sample_bytes
+        pending = sum(len(each.pending) for each in self._turns) // self._sample_bytes
+        block = SpeechBlock(
+            turn=turn,
+            num_samples=num_samples,
+            turn_offset=turn.num_samples - len(turn.pending) // self._sample_bytes - num_samples if turn else 0,
+            stream_offset=self.num_samples - pending - num_samples,
+            data=speech + bytes(self._block_bytes() - len(speech)),
+            boundaries=[sample - boundaries[0] for sample in boundaries],
+            num_frames=self._grid.block_frames,
+            started_s=self._now(),
+            due_s=due_s,
+            start_late_s=start_late_s,
+        )
+        self._in_flight.started.append(block)
         self._next_block += 1
         return block
 
     def _block_bytes(self) -> int:
+        """Return the size of the next block's audio; at rates that 25 does not divide, blocks differ by a sample."""
         start = self._grid.block_end(self._next_block - 1)
         return (self._grid.block_end(self._next_block) - start) * self._sample_bytes
 
-    async def live(
-        self,
-        playout: Playout,
-        first_frame: Callable[[], int],
-        behind_samples: int,
-        patience_s: float,
-        until_free: Callable[[], Awaitable[object]],
-    ) -> AsyncGenerator[audio_pb2.AudioPiece, None]:
-        """A block whenever there is one of speech, at most a block early; and silence where there is none, in time.
-
-        first_frame: number of the frame that the next block will begin with.
-        behind_samples: sound behind a block that is heard for it. until_free: waits until the next block may be begun.
-        """
+    async def live(self, timeline: Timeline, outbox: Outbox) -> AsyncGenerator[audio_pb2.AudioPiece, None]:
+        """Start a block of speech as soon as there is one, at most a block early, and an idle block when one is due."""
         while True:
-            await until_free()
-            while (wait_s := self._wait_s(playout.deadline_s(first_frame()), behind_samples, patience_s)) > 0:
-                self.changed.clear()
+            await self._in_flight.take_slot()
+            while (wait_s := self._wait_s(timeline.start_by_s(self._next_frame(timeline, outbox)))) > 0:
+                self._changed.clear()
                 try:
                     async with asyncio.timeout(wait_s):
-                        await self.changed.wait()
+                        await self._changed.wait()
                 except TimeoutError:
                     pass
-            turn = self._pass_over()
+            turn = self._next_turn()
             if self._is_closed and not turn.pending:
                 return
-            frame = first_frame()
-            late_s = playout.begun(frame)
-            due_s = playout.shown_s(frame)
-            piece = self._whole_block(turn, behind_samples, patience_s)
-            self.begun[-1].late_s, self.begun[-1].due_s = late_s, due_s
-            yield piece
+            frame = self._next_frame(timeline, outbox)
+            start_late_s = timeline.start_block(frame)
+            yield self._live_piece(turn, timeline.due_s(frame), start_late_s)
 
-    def _wait_s(self, deadline_s: float, behind_samples: int, patience_s: float) -> float:
-        """How long the next block's beginning may, or must, be put off; 0 for not at all."""
-        now, turn = self._now(), self._pass_over()
+    def _next_frame(self, timeline: Timeline, outbox: Outbox) -> int:
+        """Return the number of the next block's first frame."""
+        num_frames = self._in_flight.num_frames
+        if num_frames:
+            # Where blocks take longer than they last, no more are started than are delivered.
+            timeline.hold(outbox.end_frame)
+        return outbox.end_frame + num_frames
+
+    def _wait_s(self, start_by_s: float) -> float:
+        """Return by how many seconds the next block's start can or must be put off; 0 to start it now.
+
+        start_by_s: when it has to start at the latest.
+        """
+        now_s, turn = self._now(), self._next_turn()
         if self._is_closed and not turn.pending:
             return 0.0
-        if self._is_whole(turn, behind_samples):
-            return max(0.0, deadline_s - self._grid.block_s - now)
-        if now < deadline_s:
-            return deadline_s - now
-        whole_bytes = self._block_bytes() + behind_samples * self._sample_bytes
-        missing_s = (whole_bytes - len(turn.pending)) / self._sample_bytes / self._grid.rate_hz
-        if turn.pending and missing_s <= patience_s:
-            # It may be there in time; but not if nothing more comes.
-            return max(0.0, min(deadline_s, self._heard_s) + patience_s - now)
+        if self._is_complete(turn):
+            return max(0.0, start_by_s - self._grid.block_s - now_s)
+        if now_s < start_by_s:
+            return start_by_s - now_s
+        needed = self._block_bytes() + self._pacing.lookahead_samples * self._sample_bytes
+        missing_s = (needed - len(turn.pending)) / self._sample_bytes / self._grid.rate_hz
+        if turn.pending and missing_s <= self._pacing.patience_s:
+            # The rest may arrive in time; give up waiting once nothing has arrived for a while.
+            return max(0.0, min(start_by_s, self._last_added_s) + self._pacing.patience_s - now_s)
         return 0.0
 
-    def _is_whole(self, turn: Turn, behind_samples: int) -> bool:
-        """Whether the turn has a block's sound with what is behind it, or will have no more."""
-        needed = self._block_bytes() + behind_samples * self._sample_bytes
+    def _is_complete(self, turn: Turn) -> bool:
+        """Whether a turn has the audio of a block and its lookahead, or will get no more."""
+        needed = self._block_bytes() + self._pacing.lookahead_samples * self._sample_bytes
         return len(turn.pending) >= needed or (turn.is_ended and bool(turn.pending))
 
-    def _whole_block(self, turn: Turn, behind_samples: int, patience_s: float) -> audio_pb2.AudioPiece:
-        """Speech if it is whole, or if no more of it comes; else silence, in front of what there is of it."""
-        is_over = self._now() - self._heard_s >= patience_s
-        size = self._block_bytes() if self._is_whole(turn, behind_samples) or (turn.pending and is_over) else 0
-        spoken = bytes(turn.pending[:size])
+    def _live_piece(self, turn: Turn, due_s: float, start_late_s: float) -> audio_pb2.AudioPiece:
+        """Start a block and return its audio: speech if it is complete or no more arrives, else silence before it."""
+        has_stopped = self._now() - self._last_added_s >= self._pacing.patience_s
+        size = self._block_bytes() if self._is_complete(turn) or (turn.pending and has_stopped) else 0
+        speech = bytes(turn.pending[:size])
         del turn.pending[:size]
-        block = self._begin(turn if spoken else None, spoken)
-        behind = bytes(turn.pending[: behind_samples * self._sample_bytes]) if spoken else b""
-        return audio_pb2.AudioPiece(data=block.data, completes=self._next_block - 1, behind=behind)
+        block = self._start(turn if speech else None, speech, due_s, start_late_s)
+        lookahead = bytes(turn.pending[: self._pacing.lookahead_samples * self._sample_bytes]) if speech else b""
+        return audio_pb2.AudioPiece(
+            data=block.data,
+            completes=self._next_block - 1,
+            behind=lookahead,
+            slack_s=due_s - self._pacing.remaining_s - self._now(),
+        )

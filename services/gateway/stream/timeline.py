@@ -1,20 +1,24 @@
-"""A session's clocks, in integers: which samples a frame has, when it is shown, and when its block must be begun."""
+"""A session's frames and samples in integers, and when each frame of a live stream is due.
+
+`MediaGrid` cuts audio into blocks and frames. `Timeline` says when a block has to start so that its first frame is
+delivered when it is due, and by how much it was late.
+"""
 
 import time
 from collections import deque
 from collections.abc import Callable
 
-# A block may come so much later than it is shown before it counts as late.
+# A block counts as late if its first frame is delivered more than this many seconds after it was due.
 TOLERANCE_S = 0.04
-# What a block may take longer than it took of late.
+# Latency margin, in seconds: the next block may take this much longer than recent ones and is still on time.
 MARGIN_S = 0.03
 US = 1_000_000
 
 
-class Grid:
-    """Frames and samples of one session, both counted from the beginning of block 0.
+class MediaGrid:
+    """Positions of frames and samples of one session, both counted from the start of block 0.
 
-    Nothing is ever added up: each place is computed from its number, so that hours do not drift.
+    Every position is computed from its number and nothing is accumulated, so hours of media do not drift.
     """
 
     def __init__(self, rate_hz: int, frame_rate_hz: int, block_frames: int) -> None:
@@ -24,79 +28,93 @@ class Grid:
         self.block_s = block_frames / frame_rate_hz
 
     def sample(self, frame: int) -> int:
-        """The first sample of a frame."""
+        """Return the first sample of a frame."""
         return -(-frame * self.rate_hz // self.frame_rate_hz)
 
     def block_end(self, block: int) -> int:
-        """The first sample behind a block."""
+        """Return the first sample after a block."""
         return self.sample((block + 1) * self.block_frames)
 
     def pts_us(self, frame: int) -> int:
-        """When a frame is shown, in microseconds."""
+        """Return a frame's time on the media clock, in microseconds."""
         return frame * US // self.frame_rate_hz
 
     def duration_us(self, num_samples: int) -> int:
-        """How long so many samples sound, in microseconds."""
+        """Return the duration of audio, in microseconds."""
         return num_samples * US // self.rate_hz
 
 
-class Playout:
-    """When a live client shows each frame: the first when it comes, each other in its turn, later if it comes later.
+class Timeline:
+    """The due times of a live stream's frames.
 
-    promise_s: how long a block is known to take from its beginning to its first frame, until that is measured.
+    The first frame after a restart is due when it is delivered, and each other frame 1 / frame rate after the one
+    before. A frame that cannot be delivered when it is due moves itself and all later frames back.
+
+    block_latency_s: seconds from the start of a block to its first frame, as workers report it; recent blocks may show
+    that it takes longer. now: clock, in seconds.
+    num_late: blocks in a row, up to the last delivered one, that were late by more than TOLERANCE_S.
     """
 
-    def __init__(self, grid: Grid, promise_s: float, now: Callable[[], float] = time.monotonic) -> None:
-        self.now = now
+    def __init__(self, grid: MediaGrid, block_latency_s: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.num_late = 0
         self._grid = grid
-        self._promise_s = promise_s
-        self._taken: deque[float] = deque(maxlen=8)
-        self._start_s = 0.0
+        self._block_latency_s = block_latency_s
+        self._now = now
+        self._latencies: deque[float] = deque(maxlen=8)
+        self._origin_s = 0.0  # when frame 0 was due
         self._is_fresh = True
-        self._overdue_s = 0.0
+        self._held_s = 0.0
 
     @property
     def lead_s(self) -> float:
-        """How long before its first frame is shown a block must be begun."""
-        # The second longest: one hiccup must not make the next blocks early, and so what is said late.
-        longest = sorted(self._taken)[-2:-1] or [0.0]
-        return max(self._promise_s, min(longest[0], self._promise_s + self._grid.block_s)) + MARGIN_S
+        """Seconds that a block has to start before its first frame is due, latency margin included."""
+        # The second longest: after a single hiccup the next blocks would otherwise start early, and react late.
+        recent = sorted(self._latencies)[-2:-1] or [0.0]
+        limit = self._block_latency_s + self._grid.block_s
+        return max(self._block_latency_s, min(recent[0], limit)) + MARGIN_S
+
+    def due_s(self, frame: int) -> float:
+        """Return when a frame is due, in seconds of the clock."""
+        return self._origin_s + frame / self._grid.frame_rate_hz
+
+    def start_by_s(self, frame: int) -> float:
+        """Return when the block that begins with a frame has to start, in seconds of the clock."""
+        return self.due_s(frame) - self.lead_s
 
     def restart(self, frame: int) -> None:
-        """This frame would be shown now."""
-        self._start_s = self.now() - frame / self._grid.frame_rate_hz
+        """Make a frame due now: a client connected, or speech was interrupted."""
+        self._origin_s = self._now() - frame / self._grid.frame_rate_hz
         self._is_fresh = True
-        self._overdue_s = 0.0
+        self._held_s = 0.0
 
-    def overdue(self, frame: int) -> None:
-        """This frame, which is being made, has not come yet: it is not shown before now."""
-        self._overdue_s += max(0.0, self._not_before(frame, self.now()))
+    def hold(self, frame: int) -> None:
+        """Move a frame that is still being made, and all after it, back to now if it is overdue."""
+        self._held_s += max(0.0, self._delay_until(frame, self._now()))
 
-    def deadline_s(self, frame: int) -> float:
-        """When the block that begins with this frame must be begun."""
-        return self.shown_s(frame) - self.lead_s
+    def start_block(self, frame: int) -> float:
+        """Start the block of a frame now, which moves the frame back if too little time remains to make it.
 
-    def shown_s(self, frame: int) -> float:
-        """When a frame is shown."""
-        return self._start_s + frame / self._grid.frame_rate_hz
-
-    def begun(self, frame: int) -> float:
-        """The block of this frame is begun now, and cannot be shown before it is made; by how much that is late.
-
-        The first after a restart is not late: it could not be begun before.
+        Returns by how many seconds the start is late, negative if it is early. The first block after a restart is
+        never late: it could not start before.
         """
-        late_s = self._not_before(frame, self.now() + self.lead_s)
+        late_s = self._delay_until(frame, self._now() + self.lead_s)
         is_fresh, self._is_fresh = self._is_fresh, False
         return 0.0 if is_fresh else late_s
 
-    def came(self, frame: int, taken_s: float) -> float:
-        """The first frame of a block came, so long after its beginning; by how much it is late, in seconds."""
-        self._taken.append(taken_s)
-        late_s = self._not_before(frame, self.now()) + self._overdue_s
-        self._overdue_s = 0.0
+    def deliver_block(self, frame: int, latency_s: float, start_late_s: float = 0.0) -> float:
+        """Record that a block's first frame is delivered now.
+
+        latency_s: seconds since the block started. start_late_s: the result of `start_block` for it.
+        Returns by how many seconds the block is late.
+        """
+        self._latencies.append(latency_s)
+        late_s = max(start_late_s, self._delay_until(frame, self._now()) + self._held_s)
+        self._held_s = 0.0
+        self.num_late = self.num_late + 1 if late_s > TOLERANCE_S else 0
         return late_s
 
-    def _not_before(self, frame: int, shown_s: float) -> float:
-        late_s = shown_s - self.shown_s(frame)
-        self._start_s += max(0.0, late_s)
+    def _delay_until(self, frame: int, ready_s: float) -> float:
+        """Have a frame due no earlier than it is ready; return how late that is, negative if it is early."""
+        late_s = ready_s - self.due_s(frame)
+        self._origin_s += max(0.0, late_s)
         return late_s

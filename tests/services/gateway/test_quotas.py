@@ -14,7 +14,7 @@ from avatar.store.usage import TenantUsage
 from avatar.v1 import avatar_service_pb2 as pb
 from services.gateway.access import quotas as module
 from services.gateway.access import tenants
-from services.gateway.access.quotas import Quotas, counted
+from services.gateway.access.quotas import Quotas, open_quotas
 from services.gateway.access.tenants import Tenant
 from tests.store.expiry import elapse
 
@@ -63,14 +63,14 @@ async def hear(quotas: Quotas, seconds: int) -> None:
 async def test_a_stream_takes_one_place_until_it_ends(usage: Usage) -> None:
     quotas, elsewhere = Quotas(usage), Quotas(usage)
     with calling(ACME):
-        await quotas.take_session("a", 60.0)
+        await quotas.lease_session("a", 60.0)
         async with quotas.streaming("a"):
             with pytest.raises(QuotaExceeded):
-                await elsewhere.take_session("b", 60.0)
+                await elsewhere.lease_session("b", 60.0)
             with calling(GLOBEX):
-                await elsewhere.take_session("c", 60.0)
+                await elsewhere.lease_session("c", 60.0)
         await quotas.save()
-        await elsewhere.take_session("b", 60.0)
+        await elsewhere.lease_session("b", 60.0)
 
 
 async def test_a_place_that_is_let_go_meanwhile_is_not_held_again(usage: Usage) -> None:
@@ -80,7 +80,7 @@ async def test_a_place_that_is_let_go_meanwhile_is_not_held_again(usage: Usage) 
             saving = asyncio.ensure_future(quotas.save())
             await asyncio.sleep(0)
         await saving
-        await quotas.take_session("b", 60.0)
+        await quotas.lease_session("b", 60.0)
 
 
 async def test_the_place_of_a_gateway_that_died_is_free_after_its_lease(usage: Usage, redis_client: Redis) -> None:
@@ -92,22 +92,22 @@ async def test_the_place_of_a_gateway_that_died_is_free_after_its_lease(usage: U
                 await elapse(redis_client, LOCK_TTL_S / 3)
                 await dying.save()
                 with pytest.raises(QuotaExceeded):
-                    await living.take_session("b", 60.0)
+                    await living.lease_session("b", 60.0)
             await elapse(redis_client, LOCK_TTL_S + 0.1)
-            await living.take_session("b", 60.0)
+            await living.lease_session("b", 60.0)
             await dying.save()  # it was only slow: what runs is not ended
 
 
 async def test_a_session_that_nobody_streams_is_free_once_it_is_forgotten(usage: Usage, redis_client: Redis) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
-        await quotas.take_session("a", 60.0)
-        await quotas.take_session("a", 90.0)
+        await quotas.lease_session("a", 60.0)
+        await quotas.lease_session("a", 90.0)
         await elapse(redis_client, 61)
         with pytest.raises(QuotaExceeded):
-            await quotas.take_session("b", 60.0)
+            await quotas.lease_session("b", 60.0)
         await elapse(redis_client, 30)
-        await quotas.take_session("b", 60.0)
+        await quotas.lease_session("b", 60.0)
 
 
 async def test_sound_is_counted_over_all_gateways(usage: Usage) -> None:
@@ -160,7 +160,7 @@ async def test_a_store_that_is_away_hurts_nobody_who_streams(usage: Usage) -> No
             with pytest.raises(StoreUnavailable):
                 await quotas.save()
         with pytest.raises(StoreUnavailable):
-            await quotas.take_session("b", 60.0)
+            await quotas.lease_session("b", 60.0)
         with pytest.raises(StoreUnavailable):
             async with quotas.streaming("b"):
                 pass
@@ -179,7 +179,7 @@ async def test_sound_is_added_once_however_many_add_it(usage: Usage) -> None:
 
 async def test_what_was_heard_last_is_saved_at_the_end(usage: Usage) -> None:
     with calling(ACME):
-        async with counted(usage) as quotas:
+        async with open_quotas(usage) as quotas:
             await hear(quotas, 3)
     assert await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0) == 3.0
 
@@ -187,7 +187,7 @@ async def test_what_was_heard_last_is_saved_at_the_end(usage: Usage) -> None:
 async def test_counting_goes_on_while_nobody_calls(usage: Usage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAVE_S", 0.01)
     with calling(ACME):
-        async with counted(usage) as quotas:
+        async with open_quotas(usage) as quotas:
             await hear(quotas, 3)
             usage.is_away = True
             await asyncio.sleep(0.05)
@@ -200,10 +200,10 @@ async def test_counting_goes_on_while_nobody_calls(usage: Usage, monkeypatch: py
 async def test_where_there_are_no_tenants_nothing_is_asked_of_the_store(usage: Usage) -> None:
     usage.is_away = True
     quotas = Quotas(usage)
-    await quotas.take_reference("r", 60.0)
-    await quotas.return_reference("r")
-    await quotas.take_session("a", 60.0)
+    await quotas.lease_reference("r", 60.0)
+    await quotas.release_reference("r")
+    await quotas.lease_session("a", 60.0)
     async with quotas.streaming("a"):
         await hear(quotas, 100)
         await quotas.save()
-    await quotas.return_session("a")
+    await quotas.release_session("a")

@@ -1,4 +1,4 @@
-"""What the gateway lets into the pipeline, and when; the stages are stand-ins that a test holds and lets go."""
+"""Tests of services.gateway.stream.live_stream, over stand-in stages that a test holds and releases."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from avatar.rpc.wire import RelayedBlock
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.worker.v1 import types_pb2
-from services.gateway.options import Choices
+from services.gateway.options import StreamOptions
 from services.gateway.stages import SessionStages
-from services.gateway.stream.live_stream import Conversation
+from services.gateway.stream.live_stream import LiveStream
 from tests.product import CLOSE, END_TURN, spoken
+from tests.services.gateway.clock import settled
 
 BLOCK_BYTES = 2 * 7680
-OFFLINE = Choices(encoding="pcm16", rate_hz=16000, num_channels=1, video="rgb24")
+OFFLINE = StreamOptions(encoding="pcm16", rate_hz=16000, num_channels=1, video="rgb24")
 LIVE = replace(OFFLINE, is_live=True, returns_audio=True)
 SESSION = types_pb2.Session(frame_rate_hz=25, block_frames=12)
 
@@ -31,8 +32,8 @@ def sent(item: Any) -> Any:
     return type(item).FromString(item.SerializeToString())
 
 
-class Held:
-    """A stage that takes all items that come, and answers each with an item once it is let."""
+class HeldStage:
+    """A stage that takes all items, and answers each one when the test releases it."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
@@ -41,7 +42,7 @@ class Held:
         self.on_rebuilt: Any = None
         self.gate = asyncio.Semaphore(0)
 
-    def let(self, count: int = 1000) -> None:
+    def release(self, count: int = 1000) -> None:
         for _ in range(count):
             self.gate.release()
 
@@ -67,19 +68,19 @@ class Held:
         return types_pb2.Block(index=item.index, latent=types_pb2.Tensor(dtype="float32"))
 
 
-class Decoder(Held):
+class Decoder(HeldStage):
     """A stage that answers a block with one frame."""
 
     def answer(self, item: Any) -> Any:
         return types_pb2.Frame(block=item.index, is_last=True)
 
 
-class Ear(Held):
-    """A stage that answers every 0.48 s of sound with a block, and what is wanted at once; it needs no letting."""
+class Encoder(HeldStage):
+    """An audio stage that answers every 0.48 s of audio with a block, without being released."""
 
     async def __call__(self, items: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
         num_bytes = num_blocks = 0
-        self.let()
+        self.release()
         async with aclosing(super().__call__(items)) as pieces:
             async for piece in pieces:
                 num_bytes += len(piece.data)
@@ -94,17 +95,18 @@ class Ear(Held):
 
 
 class Pipeline:
-    """A conversation over stand-ins: an ear, two denoisers, a decoder."""
+    """A stream over stand-ins: an audio stage, two levels, a VAE stage."""
 
-    def __init__(self, sink_update_block: int | None = None, choices: Choices = OFFLINE, **settings: Any) -> None:
-        self.ear, self.denoisers, self.decoder = Ear("audio"), [Held("denoiser-0"), Held("denoiser-1")], Decoder("vae")
+    def __init__(self, sink_update_block: int | None = None, options: StreamOptions = OFFLINE, **settings: Any) -> None:
+        self.encoder, self.decoder = Encoder("audio"), Decoder("vae")
+        self.denoisers = [HeldStage("denoiser-0"), HeldStage("denoiser-1")]
         self.sent: list[api.StreamAvatarResponse] = []
         self.requests: asyncio.Queue[api.StreamAvatarRequest] = asyncio.Queue()
-        stages = cast(Any, self.ear), cast(Any, self.denoisers), cast(Any, self.decoder)
+        stages = cast(Any, self.encoder), cast(Any, self.denoisers), cast(Any, self.decoder)
         streams = SessionStages(*stages, remaining_s=[0.0] * 4, sink_update_block=sink_update_block)
         position = types_pb2.Position(next_frame=3)
         given = GatewaySettings(audio_ahead_s=2.0, **settings)
-        self.conversation = Conversation(streams, choices, SESSION, position, types_pb2.Conditions(), given)
+        self.stream = LiveStream(streams, options, SESSION, position, types_pb2.Conditions(), given)
 
     @property
     def admitted(self) -> list[types_pb2.Block]:
@@ -114,10 +116,10 @@ class Pipeline:
     def frames(self) -> list[int]:
         return [response.frame.index for response in self.sent if response.HasField("frame")]
 
-    def let(self) -> None:
-        """Let all stages answer whatever comes."""
+    def release(self) -> None:
+        """Have all stages answer everything."""
         for stage in (*self.denoisers, self.decoder):
-            stage.let()
+            stage.release()
 
     def say(self, num_blocks: float) -> None:
         for request in spoken(bytes(int(num_blocks * BLOCK_BYTES) // 2 * 2)):
@@ -126,60 +128,54 @@ class Pipeline:
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[asyncio.Task[None], None]:
         """The pipeline's task, with a client that is connected."""
-        task = asyncio.ensure_future(self.conversation.run())
-        async with background(self._hear()), background(self.conversation.outbox.drain(self._write, 10.0)):
-            self.conversation.attach()
+        task = asyncio.ensure_future(self.stream.run())
+        async with background(self._receive()), background(self.stream.outbox.drain(self._write)):
+            self.stream.connect()
             await settled()
             yield task
         task.cancel()
         await asyncio.wait({task})
 
-    async def _hear(self) -> None:
-        while not await self.conversation.hear(await self.requests.get()):
+    async def _receive(self) -> None:
+        while not await self.stream.receive(await self.requests.get()):
             pass
 
     async def _write(self, response: api.StreamAvatarResponse) -> None:
         self.sent.append(response)
 
 
-async def settled() -> None:
-    """Let every task run until it waits for something else."""
-    for _ in range(300):
-        await asyncio.sleep(0)
-
-
 async def test_blocks_in_flight_are_bounded() -> None:
     pipeline = Pipeline()
     for denoiser in pipeline.denoisers:
-        denoiser.let()
+        denoiser.release()
     pipeline.say(8)
     async with pipeline.running():
         inside = len(pipeline.denoisers) + 4
         assert len(pipeline.admitted) == inside
-        pipeline.decoder.let(1)
+        pipeline.decoder.release(1)
         await settled()
         assert len(pipeline.admitted) == inside + 1
 
 
-async def test_sound_is_read_no_further_than_the_bound_ahead_of_blocks_that_were_started() -> None:
+async def test_audio_is_read_at_most_the_bound_ahead_of_started_blocks() -> None:
     pipeline = Pipeline()
     pipeline.say(20)
     async with pipeline.running():
         started_s = 0.48 * (len(pipeline.admitted) - 1)
-        heard_s = sum(len(piece.data) for piece in pipeline.ear.seen) / 32000
-        # Two stages hold one block each before the first is let through; what is admitted counts as started.
-        assert heard_s <= started_s + 2.0 + 0.48 * 4
+        encoded_s = sum(len(piece.data) for piece in pipeline.encoder.seen) / 32000
+        # Two stages hold a block each before the first one is released; admitted blocks count as started.
+        assert encoded_s <= started_s + 2.0 + 0.48 * 4
         assert pipeline.requests.qsize() > 0
 
 
 async def test_the_block_of_the_sink_update_waits_for_block_0_to_be_finished() -> None:
     pipeline = Pipeline(sink_update_block=2)
-    pipeline.denoisers[0].let()
-    pipeline.decoder.let()
+    pipeline.denoisers[0].release()
+    pipeline.decoder.release()
     pipeline.say(4)
     async with pipeline.running():
         assert [block.index for block in pipeline.admitted] == [0, 1]
-        pipeline.denoisers[1].let(1)
+        pipeline.denoisers[1].release(1)
         await settled()
         assert [block.index for block in pipeline.admitted] == [0, 1, 2, 3]
         assert [block.conditions for block in pipeline.admitted] == [0, 0, 1, 1]
@@ -187,51 +183,51 @@ async def test_the_block_of_the_sink_update_waits_for_block_0_to_be_finished() -
 
 async def test_without_a_sink_update_no_block_waits() -> None:
     pipeline = Pipeline()
-    pipeline.denoisers[0].let()
+    pipeline.denoisers[0].release()
     pipeline.say(3)
     async with pipeline.running():
         assert [(block.index, block.conditions) for block in pipeline.admitted] == [(0, 0), (1, 0), (2, 0)]
 
 
-async def test_every_level_is_given_the_features_again() -> None:
+async def test_every_level_receives_the_features() -> None:
     pipeline = Pipeline()
-    pipeline.let()
+    pipeline.release()
     pipeline.say(1)
     async with pipeline.running():
         assert [denoiser.seen[0].HasField("features") for denoiser in pipeline.denoisers] == [True, True]
         assert not pipeline.decoder.seen[0].HasField("features")
 
 
-async def test_an_interrupt_drops_what_is_not_admitted_and_starts_the_next_sound_in_a_block_of_its_own() -> None:
+async def test_an_interrupt_drops_speech_that_is_not_admitted_and_what_follows_starts_a_block_of_its_own() -> None:
     pipeline = Pipeline()
     pipeline.say(1.5)
     async with pipeline.running():
-        pipeline.conversation.interrupt()
+        pipeline.stream.interrupt()
         pipeline.say(1)
-        pipeline.let()
+        pipeline.release()
         await settled()
-        # Block 0 was admitted and runs through unseen; half of block 1 was said before, filled up and dropped.
+        # Block 0 was admitted and runs through unsent; half of block 1 was there, filled up and dropped.
         assert [block.index for block in pipeline.admitted] == [0, 1]
-        assert sum(len(piece.data) for piece in pipeline.ear.seen) == 3 * BLOCK_BYTES
+        assert sum(len(piece.data) for piece in pipeline.encoder.seen) == 3 * BLOCK_BYTES
         assert pipeline.frames == [3]
 
 
-async def test_nothing_is_admitted_while_nobody_is_connected() -> None:
+async def test_nothing_is_admitted_while_no_client_is_connected() -> None:
     pipeline = Pipeline()
-    pipeline.let()
+    pipeline.release()
     async with pipeline.running():
-        pipeline.conversation.attached.clear()
+        pipeline.stream.disconnect()
         pipeline.say(2)
         await settled()
         assert not pipeline.admitted
-        pipeline.conversation.attach()
+        pipeline.stream.connect()
         await settled()
         assert [block.index for block in pipeline.admitted] == [0, 1]
 
 
-async def test_the_end_of_a_turn_draws_its_last_block_at_once_and_the_next_turn_begins_with_a_block() -> None:
+async def test_the_end_of_a_turn_completes_its_last_block_and_the_next_turn_starts_a_block() -> None:
     pipeline = Pipeline()
-    pipeline.let()
+    pipeline.release()
     pipeline.say(0.5)
     pipeline.requests.put_nowait(END_TURN)
     async with pipeline.running():
@@ -243,10 +239,10 @@ async def test_the_end_of_a_turn_draws_its_last_block_at_once_and_the_next_turn_
 
 async def test_close_runs_to_the_end() -> None:
     pipeline = Pipeline()
-    pipeline.let()
+    pipeline.release()
     pipeline.say(3)
     pipeline.requests.put_nowait(CLOSE)
     async with pipeline.running() as task:
         await task
     assert pipeline.frames == [3, 4, 5]
-    assert pipeline.conversation.position.next_block == 3
+    assert pipeline.stream.position.next_block == 3

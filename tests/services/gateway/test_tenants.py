@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from avatar.errors import ReferenceNotFound, SessionNotFound, Unauthenticated
-from services.gateway.access.tenants import EVERYBODY, Tenant, Tokens, read_tenants
+from services.gateway.access.tenants import ANYONE, Tenant, Tokens, read_tenants
 
 
 def digest(token: str) -> str:
@@ -103,9 +103,9 @@ def test_a_file_that_is_not_there_names_the_setting(tmp_path: Path) -> None:
 
 def test_a_name_with_another_mark_is_one_that_nobody_has() -> None:
     acme, globex = Tenant("acme"), Tenant("globex")
-    name = acme.mark + "x" * 32
+    name = acme.prefix + "x" * 32
     assert acme.session(name) == acme.reference(name) == name
-    for stranger, theirs in ((globex, name), (acme, "x" * 48), (acme, acme.mark[:-1]), (acme, "")):
+    for stranger, theirs in ((globex, name), (acme, "x" * 48), (acme, acme.prefix[:-1]), (acme, "")):
         with pytest.raises(SessionNotFound):
             stranger.session(theirs)
         with pytest.raises(ReferenceNotFound):
@@ -113,13 +113,13 @@ def test_a_name_with_another_mark_is_one_that_nobody_has() -> None:
 
 
 def test_a_name_that_is_too_long_is_one_that_nobody_has() -> None:
-    assert EVERYBODY.session("x" * 64) == "x" * 64
-    for tenant in (EVERYBODY, Tenant("acme")):
+    assert ANYONE.session("x" * 64) == "x" * 64
+    for tenant in (ANYONE, Tenant("acme")):
         with pytest.raises(SessionNotFound):
-            tenant.session(tenant.mark + "x" * 65)
+            tenant.session(tenant.prefix + "x" * 65)
 
 
 def test_where_there_are_no_tenants_names_have_no_mark() -> None:
-    assert EVERYBODY.mark == ""
-    assert len({Tenant("acme").mark, Tenant("globex").mark}) == 2
-    assert len(Tenant("acme").mark) == 16
+    assert ANYONE.prefix == ""
+    assert len({Tenant("acme").prefix, Tenant("globex").prefix}) == 2
+    assert len(Tenant("acme").prefix) == 16

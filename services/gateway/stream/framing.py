@@ -1,0 +1,80 @@
+"""The messages that a client receives, built from a block's frames and audio.
+
+Frame of the VAE stage + SpeechBlock -> items for the outbox
+"""
+
+from avatar.v1 import avatar_service_pb2 as api
+from avatar.v1 import types_pb2 as api_types
+from avatar.worker.v1 import types_pb2
+from services.gateway.options import StreamOptions
+from services.gateway.stream.in_flight import SpeechBlock, Turn
+from services.gateway.stream.outbox import Item
+
+# Encodings whose frames can each be decoded alone.
+ALWAYS_KEY = ("rgb24", "jpeg")
+
+
+class Framer:
+    """Frames of one session on their way into messages: one a message, or a block's together."""
+
+    def __init__(self, options: StreamOptions) -> None:
+        self._options = options
+        self._is_always_key = options.video in ALWAYS_KEY
+        self._frames: list[api_types.VideoFrame] = []
+
+    def add(self, frame: types_pb2.Frame, block: SpeechBlock) -> bool:
+        """Add a frame of a block; return whether a message is complete, which `take` then builds."""
+        shown = api_types.VideoFrame(
+            data=frame.data,
+            is_idle=block.turn is None,
+            is_key=frame.is_key or self._is_always_key,
+            num_frames=frame.num_frames or 1,
+        )
+        self._frames.append(shown)
+        return frame.is_last or not self._options.is_per_block
+
+    def drop(self) -> None:
+        """Drop the frames of an incomplete message."""
+        self._frames.clear()
+
+    def take(self, block: SpeechBlock, *, is_discontinuity: bool) -> list[Item]:
+        """Return the complete message as items, with its audio, and before it the event that its turn starts.
+
+        is_discontinuity: the picture may jump before the message's first frame.
+        """
+        frames, self._frames = self._frames, []
+        frames[0].is_discontinuity = is_discontinuity
+        num_frames = sum(frame.num_frames for frame in frames)
+        start = len(block.boundaries) - 1 - block.num_frames
+        start_sample, end_sample = block.boundaries[start], block.boundaries[start + num_frames]
+        block.num_frames -= num_frames
+        if self._options.is_per_block:
+            messages = [api.StreamAvatarResponse(chunk=api_types.VideoChunk(frames=frames))]
+        else:
+            messages = [api.StreamAvatarResponse(frame=frame) for frame in frames]
+        if self._options.returns_audio:
+            size = self._options.sample_bytes
+            audio = api_types.AvatarAudio(data=block.data[start_sample * size : end_sample * size])
+            messages.insert(0, api.StreamAvatarResponse(audio=audio))
+        item = Item(messages, num_frames)
+        if (turn := block.turn) is None:
+            return [item]
+        num_samples = min(block.num_samples, end_sample)
+        item.turn, item.num_samples = turn.number, block.turn_offset + num_samples
+        item.num_delivered = block.stream_offset + num_samples
+        if turn.is_started:
+            return [item]
+        turn.is_started = True
+        return [playback_started(turn), item]
+
+
+def playback_started(turn: Turn) -> Item:
+    """Return the event that a turn's first frame follows."""
+    event = api.AvatarEvent(playback_started=api.PlaybackStarted(turn=turn.number))
+    return Item([api.StreamAvatarResponse(event=event)], turn=turn.number)
+
+
+def playback_finished(turn: Turn, *, interrupted: bool) -> Item:
+    """Return the event that a turn has ended; the outbox fills in how far it was delivered."""
+    event = api.AvatarEvent(playback_finished=api.PlaybackFinished(turn=turn.number, interrupted=interrupted))
+    return Item([api.StreamAvatarResponse(event=event)], turn=turn.number, num_samples=turn.num_samples)

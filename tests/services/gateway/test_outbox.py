@@ -1,0 +1,29 @@
+"""Tests of services.gateway.stream.outbox."""
+
+import asyncio
+
+import pytest
+
+from avatar.v1 import avatar_service_pb2 as pb
+from avatar.worker.v1 import types_pb2
+from services.gateway.stream.outbox import MAX_WAITING_ITEMS, Item, Outbox
+from services.gateway.stream.timeline import MediaGrid
+
+
+async def test_messages_of_a_client_wait_while_too_many_events_are_waiting() -> None:
+    """A client can cause any number of events by messages of a few bytes."""
+    grid, position = MediaGrid(16000, 25, 12), types_pb2.Position()
+    outbox = Outbox(grid, position, kept_frames=50, kept_bytes=1 << 20, max_unread_s=1.0, is_fragmented=False)
+    for _ in range(MAX_WAITING_ITEMS):
+        await outbox.wait_for_few_items()
+        outbox.put(Item([pb.StreamAvatarResponse(event=pb.AvatarEvent())]))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await outbox.wait_for_few_items()
+    outbox.finish()
+
+    async def read(_: pb.StreamAvatarResponse) -> None:
+        pass
+
+    await outbox.drain(read)
+    await outbox.wait_for_few_items()
