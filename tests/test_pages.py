@@ -1,6 +1,7 @@
 """Tests of docs.pages, which generates pages of the site."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,10 @@ from avatar.v1 import avatar_service_pb2, types_pb2
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, text_pb2, vae_pb2
 from docs.pages import COPIED, REFERENCES, ROOT, reference, site_links
 
+# The log names files as they were on its days.
+PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent.name != "log"]
+PAGES += [ROOT / page for page in (*COPIED, "CHANGELOG.md")]
+FOLDERS = "assets|avatar|benchmarks|deploy|docs|examples|models|protos|services|tests|training|web"
 PACKAGES = {
     "api.md": (avatar_service_pb2, types_pb2),
     "workers.md": (audio_pb2, denoiser_pb2, text_pb2, vae_pb2),
@@ -64,3 +69,11 @@ def test_a_link_to_a_file_that_is_no_page_becomes_its_text() -> None:
 
 def test_every_page_that_is_copied_is_there() -> None:
     assert [source for source in COPIED if not (ROOT / source).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    linked = [page.parent / link for link in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text)]
+    quoted = [ROOT / path for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text)]
+    assert [str(path) for path in linked + quoted if not path.exists()] == []
