@@ -1,4 +1,4 @@
-"""Options of the whole test suite, and what its tests share: a small real checkpoint, Redis, sound, a picture."""
+"""Command-line options of the test suite, and shared fixtures: checkpoints, Redis, audio, a picture, telemetry."""
 
 import asyncio
 import json
@@ -50,16 +50,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--target",
-        help="HOST:PORT of a running gateway for tests/contract and tests/web; without it they bring their own",
+        help="HOST:PORT of a running gateway for tests/contract and tests/web; without it they start their own",
     )
-    parser.addoption("--screenshot", type=Path, help="PNG file that tests/web writes a picture of the page to")
+    parser.addoption("--screenshot", type=Path, help="PNG file for the screenshot that tests/web takes")
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the embedded default's kind at toy width, with random weights that leave nothing silent.
+    """A small checkpoint of the embedded default's kind, with random weights that no layer maps to zero.
 
-    Three levels, 64x64 pictures, and a sink that is updated at block 2. No text.
+    Three levels, 64x64 pixels, a sink update at block 2, no text.
     """
     folder = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(folder)
@@ -68,7 +68,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_level(checkpoint: Path, tmp_path: Path) -> Path:
-    """The same with one level, which needs as few processes as there can be."""
+    """The same checkpoint with one level, for the smallest number of processes."""
     shutil.copytree(checkpoint, tmp_path / "one-level")
     config = tmp_path / "one-level/denoiser/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "schedule": [1.0, 0.0]}))
@@ -77,7 +77,7 @@ def one_level(checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a text encoder, and a network that reads what it makes."""
+    """A checkpoint with a text encoder, and a network that takes its embeddings."""
     folder = tmp_path_factory.mktemp("text-checkpoint")
     encoder = tiny_text.encoder()
     write_checkpoint(folder, encoder.width, encoder.config.max_tokens)
@@ -117,7 +117,7 @@ def write_checkpoint(folder: Path, text_width: int = 8, text_rows: int = 1) -> N
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in the published layout, every name there and every width small; its adapter lies in it."""
+    """A small checkpoint in the published layout, with every tensor name, and a LoRA adapter in its folder."""
     folder = tmp_path_factory.mktemp("published") / "Wan2.2-S2V-14B"
     as_published.write(folder)
     return folder
@@ -134,7 +134,7 @@ def picture() -> bytes:
 
 
 def sound(seconds: float, seed: int = 0) -> bytes:
-    """Noise with silence in between, as PCM16 of one channel at 16 kHz."""
+    """Return noise with a silent quarter of a second, as 16 kHz mono PCM16."""
     generator = torch.Generator().manual_seed(seed)
     samples = torch.randn(round(seconds * RATE_HZ), generator=generator) * 3000
     samples[4000:8000] = 0
@@ -178,13 +178,13 @@ def store(hashes: RedisHashes) -> SessionStore:
 
 @pytest.fixture
 async def gateway(checkpoint: Path, store: SessionStore) -> AsyncGenerator[str, None]:
-    """HOST:PORT of a gateway over all services in this process, on one device thread."""
+    """HOST:PORT of a gateway, with all services in this process on one device thread."""
     async with services_suite(checkpoint, store, GatewaySettings(listen="127.0.0.1:0")) as target:
         yield target
 
 
 class Exploit:
-    """Unpickled, it writes a file."""
+    """An object whose unpickling writes a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -200,13 +200,13 @@ def exploit(tmp_path: Path) -> Exploit:
 
 @pytest.fixture
 def pickled(exploit: Exploit) -> tuple[bytes, Path]:
-    """A pickle, and the file that is there once somebody has unpickled it."""
+    """A pickle, and the file that its unpickling writes."""
     return pickle.dumps(exploit), exploit.path
 
 
 @pytest.fixture(scope="session")
 def exporter() -> InMemorySpanExporter:
-    """Where the spans of this process go. OpenTelemetry takes a provider once and keeps it."""
+    """The exporter of all spans of this process; OpenTelemetry takes a provider only once."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -216,14 +216,14 @@ def exporter() -> InMemorySpanExporter:
 
 @pytest.fixture
 def spans(exporter: InMemorySpanExporter) -> InMemorySpanExporter:
-    """The spans of this test."""
+    """The exporter, with no spans from earlier tests."""
     exporter.clear()
     return exporter
 
 
 @pytest.fixture(scope="session")
 def measured() -> InMemoryMetricReader:
-    """What metrics this process has recorded since this was first asked for."""
+    """The reader of all metrics that this process records."""
     reader = InMemoryMetricReader()
     metrics.set_meter_provider(MeterProvider(metric_readers=[reader]))
     return reader

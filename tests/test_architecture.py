@@ -6,6 +6,7 @@ services, training, benchmarks -> avatar.rpc -> avatar.runtime.pipeline
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -283,6 +284,10 @@ def modules_loaded_by(program: str) -> set[str]:
     done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
+
+
+def test_no_private_module_of_a_dependency_is_imported() -> None:
+    assert [str(each) for each in imports() if not is_ours(each.name) and re.search(r"\._[^_]", each.name)] == []
 
 
 def loaded_by(program: str) -> set[str]:
