@@ -20,7 +20,7 @@ from typing import TypeAlias
 import grpc.aio
 from tqdm import tqdm
 
-from avatar.handoff.chain import Chain, Seat, joined
+from avatar.handoff.chain import Chain, ChainMember, join_chain
 from avatar.handoff.client import RemoteChain
 from avatar.rpc.channel import channel
 from avatar.rpc.client import Relayable, RemoteStage, remote_denoiser
@@ -65,13 +65,13 @@ class Level(denoiser_pb2_grpc.DenoiserServiceServicer):
         self, requests: AsyncIterator[pb.DenoiseRequest], _: Context
     ) -> AsyncGenerator[pb.DenoiseResponse, None]:
         opened: pb.OpenDenoise = await opening(requests)
-        with self._chain.link(opened.handoff, opened.level) if opened.handoff else nullcontext() as link:
+        with self._chain.open_stream(opened.handoff, opened.level) if opened.handoff else nullcontext() as link:
             yield pb.DenoiseResponse(opened=pb.DenoiseOpened())
             async for message in parts(requests, "block"):
                 block = block_from_pb(message, None)
-                block = await link.take(block) if link else block
+                block = await link.receive(block) if link else block
                 block = await asyncio.get_running_loop().run_in_executor(self._device, self._step, block)
-                yield pb.DenoiseResponse(block=latent_to_pb(link.give(block) if link else block))
+                yield pb.DenoiseResponse(block=latent_to_pb(link.hand_over(block) if link else block))
             yield pb.DenoiseResponse(closed=types_pb2.Closed())
 
     def _step(self, block: Block) -> Block:
@@ -83,8 +83,8 @@ class Level(denoiser_pb2_grpc.DenoiserServiceServicer):
 
 async def work(level: int, listen: str, meeting: str) -> None:
     """Run a worker."""
-    seat = Seat([level], NUM_LEVELS, "stand-in", LATENT.dtype, LATENT.device)
-    async with joined(meeting, seat) as chain, serving(listen, Level(level, chain)):
+    member = ChainMember([level], NUM_LEVELS, "stand-in", LATENT.dtype, LATENT.device)
+    async with join_chain(meeting, member) as chain, serving(listen, Level(level, chain)):
         await until_stopped()
 
 

@@ -1,4 +1,4 @@
-"""Latents that go from a level's process straight to the next level's, while gRPC keeps the control.
+"""Direct transfer of latents from a level's process to the next level's, while gRPC carries the control messages.
 
-`chain` is the workers' end, over torch.distributed; `client` is the stage that opens all levels of a chain as one.
+`chain` is the workers' side, over torch.distributed; `client` is the stage that opens all levels of a chain as one.
 """

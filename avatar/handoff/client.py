@@ -19,23 +19,23 @@ Queued = TypeVar("Queued")
 class RemoteChain:
     """One session's streams at all levels of a chain: open them, then call it with the blocks.
 
-    A block's slack is the whole chain's at every level.
+    Every level receives a block's slack as that of the whole chain.
     """
 
     def __init__(self, channels: Sequence[grpc.aio.Channel]) -> None:
-        """channels: of each level's worker, from level 0; one that serves several is given for each."""
+        """channels: to the worker of each level, from level 0; one that serves several levels occurs several times."""
         self._levels = [remote_denoiser(channel, level) for level, channel in enumerate(channels)]
 
     @property
     def closed(self) -> Closed:
-        """What the levels said at their end: blocks of the chain, and the time of all."""
+        """Blocks of the chain, and the compute time of all levels, once the streams have ended."""
         busy_s = sum(each.closed.busy_s for each in self._levels)
         return Closed(num_blocks=self._levels[-1].closed.num_blocks, busy_s=busy_s)
 
     async def open(self, message: pb.OpenDenoise) -> pb.DenoiseOpened:
-        """Open the streams at once; what the last level answers. Raises what a worker says, or StageLost.
+        """Open the streams at once; return the last level's `opened`. Raises a worker's error, or StageLost.
 
-        message: the same for all levels, without the level and the name that latents are handed over under.
+        message: the same for all levels, without `level` and `handoff`.
         """
         handoff = secrets.randbelow(2**63 - 1) + 1
         try:
@@ -51,60 +51,60 @@ class RemoteChain:
         return opened
 
     async def __call__(self, blocks: AsyncGenerator[Relayable, None]) -> AsyncGenerator[Block, None]:
-        """The last level's answers to blocks without latents.
+        """Yield the last level's answers to blocks without latents.
 
-        A block goes to all levels at once, and one more than there are levels at a time. What fails first, the blocks
-        or a level, is what is raised.
+        A block goes to all levels at once, and one block more than there are levels is in flight. Raises the first
+        error of the blocks or of a level.
         """
-        ways: list[asyncio.Queue[Relayable | None]] = [asyncio.Queue() for _ in self._levels]
+        queues: list[asyncio.Queue[Relayable | None]] = [asyncio.Queue() for _ in self._levels]
         answers: asyncio.Queue[Block | None] = asyncio.Queue()
-        room = asyncio.Semaphore(len(self._levels))
+        slots = asyncio.Semaphore(len(self._levels))
 
-        async def share() -> None:
+        async def distribute() -> None:
             async with aclosing(blocks):
                 async for block in blocks:
-                    for way in ways:
-                        way.put_nowait(block)
-                    await room.acquire()
-            for way in ways:
-                way.put_nowait(None)
+                    for each in queues:
+                        each.put_nowait(block)
+                    await slots.acquire()
+            for each in queues:
+                each.put_nowait(None)
 
-        async def work_at(level: int) -> None:
-            async with aclosing(self._levels[level](_waiting(ways[level]))) as answered:
-                async for answer in answered:
+        async def run_level(level: int) -> None:
+            async with aclosing(self._levels[level](_until_none(queues[level]))) as level_answers:
+                async for answer in level_answers:
                     if level == len(self._levels) - 1:
                         answers.put_nowait(answer)
 
-        async def work() -> None:
+        async def run() -> None:
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(share())
+                    tasks.create_task(distribute())
                     for level in range(len(self._levels)):
-                        tasks.create_task(work_at(level))
+                        tasks.create_task(run_level(level))
             finally:
                 answers.put_nowait(None)
 
-        async with background(work()) as working:
-            async with aclosing(_waiting(answers)) as made:
-                async for answer in made:
-                    room.release()
+        async with background(run()) as running:
+            async with aclosing(_until_none(answers)) as last_answers:
+                async for answer in last_answers:
+                    slots.release()
                     yield answer
             try:
-                await working
+                await running
             except BaseExceptionGroup as error:
                 raise _first(error) from None
 
     def cancel(self) -> None:
-        """End the streams at once; nothing happens if they have ended."""
+        """End the streams at once; does nothing if they have ended."""
         for stage in self._levels:
             stage.cancel()
 
 
-async def _waiting(items: asyncio.Queue[Queued | None]) -> AsyncGenerator[Queued, None]:
+async def _until_none(items: asyncio.Queue[Queued | None]) -> AsyncGenerator[Queued, None]:
     while (item := await items.get()) is not None:
         yield item
 
 
 def _first(error: BaseException) -> BaseException:
-    """What failed first of a task group; the others failed because it did."""
+    """Return the first error of a task group; the others failed because it did."""
     return error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error

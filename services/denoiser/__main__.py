@@ -5,7 +5,7 @@ import os
 from contextlib import AsyncExitStack
 
 from avatar.aio import background
-from avatar.handoff.chain import Chain, joined
+from avatar.handoff.chain import Chain, join_chain
 from avatar.rpc.server import until_stopped
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import DenoiserSettings
@@ -34,7 +34,7 @@ async def main() -> None:
         servicer = build(settings, worker.store, worker.queue)
         if settings.chain:
             with naming_setting("chain"):
-                servicer.chain = await stack.enter_async_context(joined(settings.chain, servicer.seat))
+                servicer.chain = await stack.enter_async_context(join_chain(settings.chain, servicer.chain_member))
         await stack.enter_async_context(worker.serving(servicer))
         await until_stopped_or_lost(servicer.chain)
 
@@ -44,7 +44,7 @@ async def until_stopped_or_lost(chain: Chain | None) -> None:
     if chain is None:
         await until_stopped()
         return
-    async with background(until_stopped()) as stopping, background(chain.until_lost()) as losing:
+    async with background(until_stopped()) as stopping, background(chain.until_broken()) as losing:
         await asyncio.wait({stopping, losing}, return_when=asyncio.FIRST_COMPLETED)
         if not stopping.done():
             chain.check()

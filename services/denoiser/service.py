@@ -11,7 +11,7 @@ import grpc.aio
 from avatar import telemetry
 from avatar.denoiser.denoiser import Denoiser
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
-from avatar.handoff.chain import Chain, Link, Seat
+from avatar.handoff.chain import Chain, ChainMember, ChainStream
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
 from avatar.rpc.server import Context, blaming, opening, parts
 from avatar.runtime.admission import AdmissionControl, StreamUsage
@@ -55,10 +55,10 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         self.chain: Chain | None = None
 
     @property
-    def seat(self) -> Seat:
+    def chain_member(self) -> ChainMember:
         """This worker, as a member of a chain."""
         network = next(iter(self._denoisers.values())).network
-        return Seat(self.levels, self._config.num_levels, self._digest, network.dtype, network.device)
+        return ChainMember(self.levels, self._config.num_levels, self._digest, network.dtype, network.device)
 
     def warm(self, height: int, width: int) -> None:
         """Step every level through a session of latents of this size, and measure the duration of a step."""
@@ -92,14 +92,14 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         if denoiser is None:
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
         admitted = self._admission.admit(opened.session_id, is_live=opened.is_live)
-        with admitted, self._link(opened) as link, blaming("block"):
+        with admitted, self._chain_stream(opened) as chain_stream, blaming("block"):
             session = session_from_pb(await self._store.session(opened.session_id))
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = StreamUsage(), 0
             # The copy to the host belongs to the step: later, a GPU would be computing the next block.
-            then = None if link and not denoiser.is_last else on_host
+            then = None if chain_stream and not denoiser.is_last else on_host
             stage = local(denoiser, session, self._queue, usage, then=then, is_live=opened.is_live)
-            async with aclosing(stage(self._blocks(opened, requests, link))) as blocks:
+            async with aclosing(stage(self._blocks(opened, requests, chain_stream))) as blocks:
                 async for block in blocks:
                     step, level = usage.last_step, opened.level
                     telemetry.block_span("denoiser", block.index, *step, level=level, parent=block.traceparent)
@@ -108,7 +108,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                     conditions = None
                     if denoiser.updates_sink(block, session):
                         conditions = await self._write_sink(opened.session_id, block)
-                    answer = latent_to_pb(link.give(block) if link else block)
+                    answer = latent_to_pb(chain_stream.hand_over(block) if chain_stream else block)
                     if conditions is not None:
                         answer.carried.CopyFrom(conditions)
                     yield pb.DenoiseResponse(block=answer)
@@ -123,18 +123,18 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         )
 
     @contextmanager
-    def _link(self, opened: pb.OpenDenoise) -> Iterator[Link | None]:
-        """Yield the stream's link to its neighbours in the chain; None if its latents travel in messages."""
+    def _chain_stream(self, opened: pb.OpenDenoise) -> Iterator[ChainStream | None]:
+        """Open the stream in this worker's chain; None if its latents travel in messages."""
         if not opened.handoff:
             yield None
             return
         if self.chain is None:
             raise ConfigMismatch("latents are not handed over here; this worker is in no chain")
-        with self.chain.link(opened.handoff, opened.level) as link:
-            yield link
+        with self.chain.open_stream(opened.handoff, opened.level) as chain_stream:
+            yield chain_stream
 
     async def _blocks(
-        self, opened: pb.OpenDenoise, requests: AsyncIterator[pb.DenoiseRequest], link: Link | None
+        self, opened: pb.OpenDenoise, requests: AsyncIterator[pb.DenoiseRequest], chain_stream: ChainStream | None
     ) -> AsyncGenerator[Block, None]:
         """Yield the stream's blocks with their conditions, which the first block of each version carries."""
         conditions: Conditions | None = None
@@ -145,7 +145,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                 if conditions is None or block.conditions != conditions.version:
                     conditions = carried_conditions(block)
                 received = block_from_pb(block, conditions)
-                yield await link.take(received) if link else received
+                yield await chain_stream.receive(received) if chain_stream else received
 
     async def _write_sink(self, session_id: str, block: Block) -> types_pb2.Conditions:
         """Store and return the next conditions, whose sink is this block's first latent frame.

@@ -1,4 +1,4 @@
-"""Chains of real denoisers, in one process and in several, and what they are given."""
+"""Chains of real denoisers, in one process and in several, and their sessions and blocks."""
 
 import asyncio
 import sys
@@ -13,7 +13,7 @@ import torch
 from avatar.checkpoints.layouts import open_part
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
-from avatar.handoff.chain import joined
+from avatar.handoff.chain import join_chain
 from avatar.handoff.client import RemoteChain
 from avatar.rpc.channel import channel
 from avatar.rpc.codec import block_to_pb, conditions_to_pb, tensor_to_pb
@@ -37,9 +37,9 @@ LATENTS = (16, 3, 8, 8)
 
 @dataclass(frozen=True)
 class Chain:
-    """A chain that serves the tests' checkpoint.
+    """A running chain that serves the tests' checkpoint.
 
-    targets, channels: of each level's worker. suite: its processes; none where this one serves all levels.
+    targets, channels: of each level's worker. suite: its processes; None if this process serves all levels.
     """
 
     targets: list[str]
@@ -48,13 +48,13 @@ class Chain:
     suite: Suite | None = None
 
     async def stage(self, session_id: str) -> RemoteChain:
-        """A session's open streams."""
+        """Open a session's streams."""
         stage = RemoteChain(self.channels)
         await stage.open(OpenDenoise(session_id=session_id))
         return stage
 
     async def new_session(self, name: str, seed: int) -> Session:
-        """A session that the workers find."""
+        """Create a session in the store."""
         session = random_session(name, seed)
         message = pb.Session(id=name, seed=seed, motion=tensor_to_pb(session.motion))
         conditions = conditions_to_pb(first_conditions(session))
@@ -62,7 +62,7 @@ class Chain:
         return session
 
     async def infos(self) -> list[DenoiserServiceGetInfoResponse]:
-        """What each level's worker says of itself."""
+        """Return the description of each level's worker."""
         stubs = [denoiser_pb2_grpc.DenoiserServiceStub(each) for each in self.channels]
         return [await stub.GetInfo(DenoiserServiceGetInfoRequest(), timeout=5) for stub in stubs]
 
@@ -76,15 +76,15 @@ def first_conditions(session: Session) -> Conditions:
 
 
 def blocks_of(session: Session, checkpoint: Path) -> list[Block]:
-    """Blocks of noise as features; their conditions are still to come."""
+    """Return the session's blocks, of noise as features and without conditions."""
     config = open_part(checkpoint, "denoiser").config
     generator = torch.Generator().manual_seed(session.seed)
     shape = config["num_encoder_layers"], config["audio_dim"], 12
     return [Block(index, torch.randn(shape, generator=generator)) for index in range(NUM_BLOCKS)]
 
 
-def made_here(checkpoint: Path, session: Session) -> list[bytes]:
-    """The latents of the session's blocks, of the levels called in a row."""
+def denoised_locally(checkpoint: Path, session: Session) -> list[bytes]:
+    """Return the bytes of the blocks' latents, from levels called one after another in this process."""
     network, config = load(open_part(checkpoint, "denoiser"))
     levels = [Denoiser(network, config, level) for level in range(NUM_LEVELS)]
     states = [level.open(session) for level in levels]
@@ -100,8 +100,8 @@ def made_here(checkpoint: Path, session: Session) -> list[bytes]:
     return made
 
 
-async def made_there(stage: RemoteChain, checkpoint: Path, session: Session, pause_s: float = 0.0) -> list[bytes]:
-    """The same by a stage."""
+async def denoised_by(stage: RemoteChain, checkpoint: Path, session: Session, pause_s: float = 0.0) -> list[bytes]:
+    """Return the bytes of the blocks' latents, from a chain."""
     is_updated = asyncio.Event()
     made: list[bytes] = []
     conditions = conditions_to_pb(first_conditions(session))
@@ -128,14 +128,14 @@ async def made_there(stage: RemoteChain, checkpoint: Path, session: Session, pau
 
 @asynccontextmanager
 async def in_this_process(checkpoint: Path, redis_url: str) -> AsyncGenerator[Chain, None]:
-    """A chain of one process, which hands over in memory."""
+    """Run a chain of this process alone, which hands latents over in memory."""
     address = f"127.0.0.1:{free_ports(1)[0]}"
     async with AsyncExitStack() as stack:
         queue = stack.enter_context(DeviceQueue())
         store = SessionStore(RedisHashes(redis_url))
         stack.push_async_callback(store.aclose)
         servicer = build(DenoiserSettings(checkpoint=checkpoint, chain=address), store, queue)
-        servicer.chain = await stack.enter_async_context(joined(address, servicer.seat))
+        servicer.chain = await stack.enter_async_context(join_chain(address, servicer.chain_member))
         port = await stack.enter_async_context(serving("127.0.0.1:0", servicer))
         target = f"127.0.0.1:{port}"
         one = await stack.enter_async_context(channel(target))
@@ -146,7 +146,7 @@ async def in_this_process(checkpoint: Path, redis_url: str) -> AsyncGenerator[Ch
 async def in_processes(
     checkpoint: Path, redis_url: str, folder: Path, shares: tuple[str, ...]
 ) -> AsyncGenerator[Chain, None]:
-    """A chain of one process for each share of the levels, such as `0,1`."""
+    """Run a chain of one process for each share of the levels, such as `0,1`."""
     meeting, *ports = free_ports(1 + len(shares))
     targets = {levels: f"127.0.0.1:{port}" for levels, port in zip(shares, ports, strict=True)}
     suite = Suite(folder, redis_url, targets)

@@ -1,4 +1,4 @@
-"""Tests of avatar.handoff.chain within one process: who may meet, and what a stream's end takes and gives."""
+"""Tests of avatar.handoff.chain within one process: which members may meet, and how latents are handed over."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -10,7 +10,7 @@ import torch
 
 from avatar.errors import ConfigMismatch, InvalidField, StageLost
 from avatar.handoff import chain as chains
-from avatar.handoff.chain import Chain, Seat, joined
+from avatar.handoff.chain import Chain, ChainMember, join_chain
 from avatar.handoff.client import RemoteChain
 from avatar.rpc.channel import channel
 from avatar.rpc.server import serving
@@ -22,11 +22,11 @@ from avatar.worker.v1.denoiser_pb2 import OpenDenoise
 from services.denoiser.__main__ import build
 from services.local.launch import free_ports
 
-ALL = Seat([0, 1], 2, "digest", torch.float32, torch.device("cpu"))
+ALL = ChainMember([0, 1], 2, "digest", torch.float32, torch.device("cpu"))
 FEATURES = torch.zeros(1, 2, 12)
 
 
-def made(index: int) -> Block:
+def denoised(index: int) -> Block:
     return Block(index, FEATURES, torch.full((1, 3, 2, 2), float(index)))
 
 
@@ -38,76 +38,76 @@ def address() -> str:
 @pytest.fixture
 async def chain(address: str) -> AsyncGenerator[Chain, None]:
     """A chain of one process, which serves both levels."""
-    async with joined(address, ALL) as chain:
+    async with join_chain(address, ALL) as chain:
         yield chain
 
 
-async def test_the_first_level_takes_nothing_and_the_last_gives_nothing(chain: Chain) -> None:
-    with chain.link(7, 0) as first, chain.link(7, 1) as last:
+async def test_the_first_level_receives_nothing_and_the_last_hands_over_nothing(chain: Chain) -> None:
+    with chain.open_stream(7, 0) as first, chain.open_stream(7, 1) as last:
         block = Block(0, FEATURES)
-        assert await first.take(block) is block
-        given = made(0)
-        assert first.give(given).latent is None
-        taken = await last.take(block)
-        assert taken.latent is given.latent
-        assert last.give(taken) is taken
+        assert await first.receive(block) is block
+        given = denoised(0)
+        assert first.hand_over(given).latent is None
+        received = await last.receive(block)
+        assert received.latent is given.latent
+        assert last.hand_over(received) is received
 
 
-async def test_what_is_handed_to_no_stream_is_dropped(chain: Chain) -> None:
-    with chain.link(7, 0) as first:
-        first.give(made(0))
-        with chain.link(7, 1) as last:
-            first.give(made(1))
-            assert (await last.take(Block(1, FEATURES))).latent is not None
+async def test_a_latent_for_a_stream_that_is_not_open_is_dropped(chain: Chain) -> None:
+    with chain.open_stream(7, 0) as first:
+        first.hand_over(denoised(0))
+        with chain.open_stream(7, 1) as last:
+            first.hand_over(denoised(1))
+            assert (await last.receive(Block(1, FEATURES))).latent is not None
 
 
-async def test_a_stream_is_handed_no_more_than_the_contract_lets_a_caller_send_ahead(chain: Chain) -> None:
-    with chain.link(7, 0) as first, chain.link(7, 1) as last:
+async def test_a_stream_keeps_no_more_latents_than_a_caller_may_send_ahead(chain: Chain) -> None:
+    with chain.open_stream(7, 0) as first, chain.open_stream(7, 1) as last:
         for index in range(6):
-            first.give(made(index))
+            first.hand_over(denoised(index))
         for index in range(4):
-            await last.take(Block(index, FEATURES))
-        first.give(made(6))
+            await last.receive(Block(index, FEATURES))
+        first.hand_over(denoised(6))
         with pytest.raises(ValueError, match="block 6 was handed over, expected 4"):
-            await last.take(Block(4, FEATURES))
+            await last.receive(Block(4, FEATURES))
 
 
-async def test_one_name_opens_a_level_once_at_a_time(chain: Chain) -> None:
-    with chain.link(7, 1):
-        with pytest.raises(InvalidField, match="7 is open at level 1"), chain.link(7, 1):
+async def test_a_handoff_is_open_once_at_a_level(chain: Chain) -> None:
+    with chain.open_stream(7, 1):
+        with pytest.raises(InvalidField, match="7 is open at level 1"), chain.open_stream(7, 1):
             pass
-        with chain.link(8, 1):
+        with chain.open_stream(8, 1):
             pass
-    with chain.link(7, 1):
+    with chain.open_stream(7, 1):
         pass
 
 
-async def test_no_block_waits_for_ever(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chains, "TAKE_S", 0.01)
-    with chain.link(7, 1) as last, pytest.raises(StageLost, match="block 0 was not handed over within"):
-        await last.take(Block(0, FEATURES))
+async def test_a_latent_that_does_not_arrive_is_a_lost_stage(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "RECEIVE_S", 0.01)
+    with chain.open_stream(7, 1) as last, pytest.raises(StageLost, match="block 0 was not handed over within"):
+        await last.receive(Block(0, FEATURES))
 
 
-async def test_a_chain_that_breaks_wakes_who_waits_and_refuses_the_next(chain: Chain) -> None:
-    with chain.link(7, 0) as first, chain.link(7, 1) as last:
-        waiting = asyncio.ensure_future(last.take(Block(0, FEATURES)))
+async def test_a_broken_chain_fails_waiting_streams_and_new_ones(chain: Chain) -> None:
+    with chain.open_stream(7, 0) as first, chain.open_stream(7, 1) as last:
+        waiting = asyncio.ensure_future(last.receive(Block(0, FEATURES)))
         await asyncio.sleep(0)
-        chain._lose("the neighbour has gone")
+        chain._break("the neighbour has gone")
         with pytest.raises(StageLost, match="the neighbour has gone"):
             await waiting
         with pytest.raises(StageLost):
-            await last.take(Block(1, FEATURES))
+            await last.receive(Block(1, FEATURES))
         with pytest.raises(StageLost):
-            first.give(made(0))
-    with pytest.raises(StageLost), chain.link(8, 0):
+            first.hand_over(denoised(0))
+    with pytest.raises(StageLost), chain.open_stream(8, 0):
         pass
-    await chain.until_lost()
+    await chain.until_broken()
 
 
 @pytest.mark.usefixtures("chain")
-async def test_a_process_that_starts_alone_does_not_join_the_chain_that_runs(address: str) -> None:
+async def test_a_process_that_restarts_alone_cannot_join_the_running_chain(address: str) -> None:
     with pytest.raises(ValueError, match=f"level 1 is taken in the chain at {address}"):
-        async with joined(address, replace(ALL, levels=[1])):
+        async with join_chain(address, replace(ALL, levels=[1])):
             pass
 
 
@@ -120,23 +120,25 @@ async def test_a_process_that_starts_alone_does_not_join_the_chain_that_runs(add
     ],
     ids=["another network", "another precision", "a gap"],
 )
-async def test_processes_that_make_no_chain_do_not_start(first: Seat, second: Seat, message: str, address: str) -> None:
-    async def join(seat: Seat) -> None:
-        async with joined(address, seat):
+async def test_processes_that_make_no_chain_do_not_start(
+    first: ChainMember, second: ChainMember, message: str, address: str
+) -> None:
+    async def join(member: ChainMember) -> None:
+        async with join_chain(address, member):
             await asyncio.sleep(1)
 
     results = await asyncio.gather(join(first), join(second), return_exceptions=True)
     assert any(isinstance(each, ValueError) and message in str(each) for each in results)
 
 
-async def test_a_level_that_does_not_come_ends_the_start(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chains, "MEET_S", 0.2)
+async def test_a_missing_level_ends_the_start(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chains, "RENDEZVOUS_S", 0.2)
     with pytest.raises(ValueError, match=f"the chain did not meet at {address}"):
-        async with joined(address, replace(ALL, levels=[0])):
+        async with join_chain(address, replace(ALL, levels=[0])):
             pass
 
 
-async def test_a_worker_in_no_chain_hands_nothing_over(checkpoint: Path, store: SessionStore) -> None:
+async def test_a_worker_in_no_chain_refuses_to_hand_over(checkpoint: Path, store: SessionStore) -> None:
     with DeviceQueue() as queue:
         servicer = build(DenoiserSettings(checkpoint=checkpoint), store, queue)
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:

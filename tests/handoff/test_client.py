@@ -1,4 +1,4 @@
-"""Tests of avatar.handoff: what a chain of denoisers gives as one stage, and what is left when one of them goes."""
+"""Tests of avatar.handoff: a chain of denoisers as one stage, and the loss of one of its processes."""
 
 import asyncio
 import signal
@@ -16,18 +16,18 @@ from tests.handoff.chains import (
     NUM_BLOCKS,
     Chain,
     blocks_of,
+    denoised_by,
+    denoised_locally,
     first_conditions,
     in_processes,
     in_this_process,
-    made_here,
-    made_there,
     random_session,
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 EACH = ("0", "1", "2")
 SHARES = ("0", "1,2")
-# What is lost is noticed within 5 s, and the others drain for 5 s at most; the machine may be busy.
+# A loss is noticed within 5 s, and the other processes drain for 5 s at most; the machine may be busy.
 ALL_GONE_S = 30.0
 
 
@@ -35,7 +35,7 @@ ALL_GONE_S = 30.0
 async def chain(
     request: pytest.FixtureRequest, checkpoint: Path, redis_server: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncGenerator[Chain, None]:
-    """A running chain; the module's last test of it breaks it."""
+    """A running chain. The last test of the module breaks it."""
     if request.param == "one process":
         async with in_this_process(checkpoint, redis_server) as chain:
             yield chain
@@ -47,7 +47,7 @@ async def chain(
 async def first_blocks(
     checkpoint: Path, count: int, end: BaseException | None = None
 ) -> AsyncGenerator[pb.Block, None]:
-    """A few blocks, and then the error, or nothing more for ever."""
+    """Yield a few blocks, then raise the error, or wait for ever without one."""
     session = random_session("", 9)
     for block in blocks_of(session, checkpoint)[:count]:
         message = block_to_pb(block)
@@ -66,7 +66,7 @@ async def rest(answers: AsyncGenerator[pb.Block, None]) -> list[pb.Block]:
 async def test_remote_equals_local(chain: Chain, checkpoint: Path) -> None:
     session = await chain.new_session("alone", 1)
     stage = await chain.stage("alone")
-    assert await made_there(stage, checkpoint, session) == made_here(checkpoint, session)
+    assert await denoised_by(stage, checkpoint, session) == denoised_locally(checkpoint, session)
     assert stage.closed.num_blocks == NUM_BLOCKS
     assert stage.closed.busy_s > 0
 
@@ -75,19 +75,19 @@ async def test_interleaved_equals_alone(chain: Chain, checkpoint: Path) -> None:
     sessions = [await chain.new_session(f"one of {seed}", seed) for seed in range(2, 6)]
     stages = [await chain.stage(session.id) for session in sessions]
     made = await asyncio.gather(
-        *(made_there(stage, checkpoint, session) for stage, session in zip(stages, sessions, strict=True))
+        *(denoised_by(stage, checkpoint, session) for stage, session in zip(stages, sessions, strict=True))
     )
-    assert made == [made_here(checkpoint, session) for session in sessions]
+    assert made == [denoised_locally(checkpoint, session) for session in sessions]
 
 
-async def test_a_session_that_is_opened_again_is_handed_nothing_of_before(chain: Chain, checkpoint: Path) -> None:
+async def test_a_reopened_session_receives_no_latents_of_its_earlier_streams(chain: Chain, checkpoint: Path) -> None:
     session = await chain.new_session("again", 6)
     stages = [await chain.stage("again") for _ in range(3)]
     before = [stage(first_blocks(checkpoint, 3)) for stage in stages[:2]]
     for answers in before:
         await anext(answers)
     await before[0].aclose()
-    assert await made_there(stages[2], checkpoint, session) == made_here(checkpoint, session)
+    assert await denoised_by(stages[2], checkpoint, session) == denoised_locally(checkpoint, session)
     await before[1].aclose()
 
 
@@ -103,38 +103,38 @@ async def test_closing_a_stream_frees_state(chain: Chain, checkpoint: Path) -> N
             await asyncio.sleep(0.02)
 
 
-async def test_what_the_blocks_end_with_is_what_is_raised(chain: Chain, checkpoint: Path) -> None:
+async def test_an_error_of_the_blocks_is_raised(chain: Chain, checkpoint: Path) -> None:
     await chain.new_session("failing", 8)
     stage = await chain.stage("failing")
-    with pytest.raises(LookupError, match="the sound is gone"):
-        await rest(stage(first_blocks(checkpoint, 2, LookupError("the sound is gone"))))
+    with pytest.raises(LookupError, match="the audio is gone"):
+        await rest(stage(first_blocks(checkpoint, 2, LookupError("the audio is gone"))))
 
 
-async def test_workers_of_a_chain_say_one_name_and_every_level_once(chain: Chain) -> None:
+async def test_workers_of_a_chain_report_one_name(chain: Chain) -> None:
     infos = await chain.infos()
     assert len({info.chain for info in infos}) == 1
     assert all(info.chain for info in infos)
 
 
-@pytest.mark.parametrize("chain", ["two processes"], indirect=True)  # nobody is its own neighbour
-async def test_a_neighbour_that_stands_still_for_a_while_mixes_up_no_sessions(chain: Chain, checkpoint: Path) -> None:
+@pytest.mark.parametrize("chain", ["two processes"], indirect=True)  # one process has no neighbour
+async def test_a_neighbour_that_stops_for_a_while_mixes_up_no_sessions(chain: Chain, checkpoint: Path) -> None:
     sessions = [await chain.new_session(f"slow {seed}", seed) for seed in (10, 11)]
     stages = [await chain.stage(session.id) for session in sessions]
 
-    async def stand_still() -> None:
+    async def stop_for_a_while() -> None:
         assert chain.suite is not None
         chain.suite.processes["1,2"].send_signal(signal.SIGSTOP)
         await asyncio.sleep(1.5)
         chain.suite.processes["1,2"].send_signal(signal.SIGCONT)
 
     *made, _ = await asyncio.gather(
-        *(made_there(stage, checkpoint, each, 0.02) for stage, each in zip(stages, sessions, strict=True)),
-        stand_still(),
+        *(denoised_by(stage, checkpoint, each, 0.02) for stage, each in zip(stages, sessions, strict=True)),
+        stop_for_a_while(),
     )
-    assert made == [made_here(checkpoint, session) for session in sessions]
+    assert made == [denoised_locally(checkpoint, session) for session in sessions]
 
 
-@pytest.mark.parametrize("chain", ["two processes"], indirect=True)  # nobody is its own neighbour
+@pytest.mark.parametrize("chain", ["two processes"], indirect=True)  # one process has no neighbour
 async def test_a_killed_rank_ends_streams_and_every_process(chain: Chain, checkpoint: Path) -> None:
     await lose(chain, checkpoint, "0", signal.SIGKILL)
 
@@ -142,7 +142,7 @@ async def test_a_killed_rank_ends_streams_and_every_process(chain: Chain, checkp
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("lost", EACH)
-async def test_however_a_rank_is_lost_nothing_hangs(
+async def test_a_rank_lost_in_any_way_leaves_nothing_hanging(
     number: signal.Signals, lost: str, checkpoint: Path, redis: str, tmp_path: Path
 ) -> None:
     async with in_processes(checkpoint, redis, tmp_path, EACH) as chain:
@@ -150,7 +150,7 @@ async def test_however_a_rank_is_lost_nothing_hangs(
 
 
 async def lose(chain: Chain, checkpoint: Path, lost: str, number: signal.Signals) -> None:
-    """Lose a rank in the middle of a session: its stream ends as lost, and so do all other processes, with a status."""
+    """Lose a rank in the middle of a session: the stream ends as lost, and all other processes exit with status 1."""
     assert chain.suite is not None
     await chain.new_session("lost", 12)
     stage = await chain.stage("lost")
@@ -168,6 +168,6 @@ async def lose(chain: Chain, checkpoint: Path, lost: str, number: signal.Signals
         assert await asyncio.gather(*(each.wait() for each in processes.values())) == [1] * len(processes)
     print(f"{number.name} of {lost}: raised after {raised_s:.2f} s, all gone after {time.monotonic() - started:.2f} s")
     if number is signal.SIGSTOP:
-        gone.send_signal(signal.SIGCONT)  # it finds the others gone
+        gone.send_signal(signal.SIGCONT)  # it notices that the others are gone
     status = {signal.SIGKILL: -signal.SIGKILL, signal.SIGSTOP: 1, signal.SIGTERM: 0}[number]
     assert await asyncio.wait_for(gone.wait(), ALL_GONE_S) == status

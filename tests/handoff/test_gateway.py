@@ -1,4 +1,4 @@
-"""Tests of a gateway over chains: the same frames, and sessions that go on at another chain when theirs is lost."""
+"""Tests of a gateway over chains: the same frames, and sessions that continue at another chain after a loss."""
 
 import signal
 from collections.abc import AsyncGenerator
@@ -20,7 +20,7 @@ SETTINGS = GatewaySettings(listen="127.0.0.1:0", stall_s=60.0)
 
 @asynccontextmanager
 async def gateway_over(checkpoint: Path, *chains: Chain) -> AsyncGenerator[str, None]:
-    """A gateway, with other workers in this process; gives its HOST:PORT."""
+    """Run a gateway over the chains, with the other workers in this process; yield its HOST:PORT."""
     store = chains[0].store
     targets = tuple(dict.fromkeys(target for chain in chains for target in chain.targets))
     async with (
@@ -30,7 +30,7 @@ async def gateway_over(checkpoint: Path, *chains: Chain) -> AsyncGenerator[str, 
         yield target
 
 
-async def test_frames_do_not_depend_on_the_way_of_latents(checkpoint: Path, redis: str, picture: bytes) -> None:
+async def test_frames_do_not_depend_on_how_latents_travel(checkpoint: Path, redis: str, picture: bytes) -> None:
     async with (
         in_this_process(checkpoint, redis) as chain,
         gateway_over(checkpoint, chain) as target,
@@ -44,10 +44,10 @@ async def test_frames_do_not_depend_on_the_way_of_latents(checkpoint: Path, redi
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
-async def test_a_session_whose_chain_is_lost_goes_on_at_another(
+async def test_a_session_whose_chain_is_lost_continues_at_another(
     number: signal.Signals, checkpoint: Path, redis: str, picture: bytes, tmp_path: Path
 ) -> None:
-    data = sound(2 * SECONDS)  # the chain has not made all of it when it is lost
+    data = sound(2 * SECONDS)  # longer than the chain has denoised when it is lost
     async with (
         in_processes(checkpoint, redis, tmp_path, ("0", "1,2")) as first,
         in_this_process(checkpoint, redis) as second,
