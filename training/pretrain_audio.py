@@ -1,6 +1,6 @@
-"""Pretrain the audio encoder before stage 1: `python -m training.pretrain_audio --data runs/latents --out runs/heard`.
+"""Pretrain the audio encoder before stage 1: `python -m training.pretrain_audio --data runs/latents --out runs/audio`.
 
-Stage 1 then starts from it with `--start runs/heard`. Trained by stage 1 alone, the encoder collapsed to a constant: at
+Stage 1 then starts from it with `--start runs/audio`. Trained by stage 1 alone, the encoder collapsed to a constant: at
 first its tokens carry nothing that helps, and suppressing their variation lowers the loss before any layer uses them.
 Here it is trained together with a linear head from its tokens to the opening of the jaw, on clips where that is known;
 the head is then discarded.
