@@ -31,7 +31,7 @@ from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.config import PATCH, NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
-from avatar.denoiser.sampler import NoiseSource, noise, noise_of_clips
+from avatar.denoiser.sampler import NoiseSource, clip_noise, noise
 from avatar.text import model as text_model
 from avatar.types import AudioPiece, Block, Conditions, FrameChunk, Session
 from avatar.vae import vae as vae_model
@@ -126,7 +126,7 @@ def render(
     blocks = heard(models.audio, sounds, rate_hz, session, config, options)
     if options.pose is not None:
         blocks = posed(blocks, vae, rgb, config, options)
-    draw = noise_of_clips(config.window_blocks) if options.noise == "clip" else noise
+    draw = clip_noise(config.window_blocks) if options.noise == "clip" else noise
     asked = islice(blocks, options.num_blocks)
     drawn = map(DenoisingLoop(models.network, config, session, Conditions(0, sink, text), draw).step, asked)
     if options.schedule == "offline":

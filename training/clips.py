@@ -13,7 +13,7 @@ from torch import Tensor
 from avatar.denoiser.attention import REFERENCE_FRAME
 from avatar.denoiser.cache import ClipHistory
 from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.denoiser import velocity_of
+from avatar.denoiser.denoiser import to_velocity
 from avatar.denoiser.model import Network
 from training.batches import ClipBatch
 
@@ -62,4 +62,4 @@ def predict_velocity(
     modulation = network.embed_time(1000 * sigma[:, 0, :, 0, 0])
     audio = network.encode_audio(batch.features)
     output = network(x, modulation, text, audio, pose, first_block * config.num_frames_per_block, history)
-    return velocity_of(output.float(), x, batch.reference, sigma, config)
+    return to_velocity(output.float(), x, batch.reference, sigma, config)

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from avatar.denoiser.attention import reference_frame
 from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.denoiser import velocity_of
+from avatar.denoiser.denoiser import to_velocity
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import SAMPLERS
 from avatar.denoiser.schedule import timesteps
@@ -84,12 +84,12 @@ class BlockwiseGeneration:
         config, network, batch = self.config, self.network, self.batch
         index = int(batch.first_block[0]) + block
         first_frame = index * config.num_frames_per_block
-        cache.begin(index, reference_frame(first_frame, self.distance))
+        cache.start_block(index, reference_frame(first_frame, self.distance))
         frame_span = slice(block * config.frames_per_block, (block + 1) * config.frames_per_block)
         audio = network.encode_audio(batch.features[..., frame_span])
         modulation = network.embed_time(timesteps(config.schedule)[level].to(x.device).reshape(1, 1))
         output = network(x, modulation, self._text, audio, self._pose, first_frame, DetachedHistory(cache))
-        return velocity_of(output.float(), x, batch.reference, config.schedule[level], config)
+        return to_velocity(output.float(), x, batch.reference, config.schedule[level], config)
 
     def clean(self, x: Tensor, block: int, level: int, cache: KVCache) -> Tensor:
         """Return the network's clean estimate of a block from its input x at a level."""

@@ -1,6 +1,6 @@
-"""The network that turns noise into latents, one block and one level at a time.
+"""The diffusion transformer that turns noise into latents, one block and one noise level at a time.
 
     Block (features) --level 0 .. N-1--> Block (latent)
 
-`model` computes, `cache` remembers, `denoiser` joins them to a streaming model.
+`model` is the network, `cache` its KV cache, `denoiser` the streaming model of one level around both.
 """

@@ -1,10 +1,11 @@
-"""Attention over tokens, and where tokens stand.
+"""Attention, rotary position embedding (RoPE), and the positions of tokens.
 
-A token's position (frame, row, column) is rotated into its query and key; a frame may be negative (motion before the
-stream) and grows without bound, so angles are computed, never looked up in a table.
+RoPE rotates a token's position (frame, row, column) into its query and key. A frame may be negative (motion before the
+stream) and grows without bound, so a rope table is computed for the positions at hand, never stored for all.
 
-Axes: b batch, t latent frames, n tokens, h heads, d width (of all heads, or of one where h stands beside it),
-m complex channels (pairs of neighbouring real ones), h w of latents where sizes are meant.
+Source: RoPE (arXiv 2104.09864), in the three-axis form of Wan2.2-S2V.
+Axes: b batch, t latent frames, n tokens, h heads, d width (of all heads; of one head in (b, n, h, d)), m complex
+channels of a head (pairs of neighbouring real ones). height, width: of latents.
 """
 
 from collections.abc import Sequence
@@ -19,23 +20,23 @@ from torch.nn import functional
 from avatar.denoiser.config import PATCH
 
 THETA = 10000.0
-# The frame on which prefill places the reference, and on which it stays until a block comes near.
+# The reference's frame in prefill; it stays there until blocks come near (`reference_frame`).
 REFERENCE_FRAME = 30
-# Frames and rows/columns (in latents) of each group of motion tokens, newest group first, and the frame of its tokens.
+# Groups of motion tokens, newest first: a token's size (latent frames, rows and columns), and the tokens' frames.
 MOTION_GROUPS = (((1, 2), (-1,)), ((2, 4), (-3,)), ((4, 8), (-19, -14, -9, -4)))
 
 
-# For each equal share of a pass's queries, in order, the spans of keys that it sees.
+# An attention mask: for each of equal shares of the queries, in order, the spans of keys that it attends to.
 Visible: TypeAlias = Sequence[Sequence[slice]]
 
 
-def widen(x: Tensor) -> Tensor:
-    """x in float32 at least: what norms, rotations and time are computed in."""
+def upcast(x: Tensor) -> Tensor:
+    """Cast x to float32 at least: the dtype of norms, RoPE and timestep embeddings."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the whole width with a learned weight."""
+    """Root-mean-square norm over the whole width, with a learned weight. Source: arXiv 1910.07467."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -43,14 +44,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(widen(x), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return functional.rms_norm(upcast(x), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
-    """Projections to queries, keys and values, and softmax attention between them.
+    """Multi-head attention: projections, QK norm and scaled dot-product attention.
 
-    Queries and keys are normalised over the whole width before they are split into heads. Self-attention, text and
-    audio differ only in where keys and values come from.
+    Queries and keys are normalised over the whole width before they are split into heads. Self-attention and the
+    cross-attention to text and audio differ only in the source of keys and values.
     """
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
@@ -64,12 +65,12 @@ class Attention(nn.Module):
         self.num_heads = num_heads
 
     def queries(self, x: Tensor) -> Tensor:
-        """(b, n, d) -> (b, n, h, d)."""
+        """Project x (b, n, d) to normalised queries (b, n, h, d)."""
         q: Tensor = self.norm_q(self.q(x))
         return rearrange(q, "b n (h d) -> b n h d", h=self.num_heads)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, n, d) -> keys and values (b, n, h, d)."""
+        """Project x (b, n, d) to normalised keys, and values, (b, n, h, d) each."""
         k, v = self.norm_k(self.k(x)), self.v(x)
         return (
             rearrange(k, "b n (h d) -> b n h d", h=self.num_heads),
@@ -77,37 +78,37 @@ class Attention(nn.Module):
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
-        """(b, n, d): what each query reads of the keys that it sees. q, k, v: (b, n, h, d)."""
+        """Attend from q to k and v, (b, n, h, d) each, under the mask `visible`; returns the output (b, n, d)."""
         if visible is None:
             return self.project(attend(q, k, v))
         shares = q.chunk(len(visible), dim=1)
-        read = [attend(share, *seen(spans, k, v)) for share, spans in zip(shares, visible, strict=True)]
-        return self.project(torch.cat(read, dim=1))
+        attended = [attend(share, *select(spans, k, v)) for share, spans in zip(shares, visible, strict=True)]
+        return self.project(torch.cat(attended, dim=1))
 
-    def project(self, read: Tensor) -> Tensor:
-        """Values that were read, (b, n, h, d), back to the hidden width: (b, n, d)."""
-        projected: Tensor = self.o(rearrange(read, "b n h d -> b n (h d)"))
+    def project(self, attended: Tensor) -> Tensor:
+        """Project attended values (b, n, h, d) back to the hidden width: (b, n, d)."""
+        projected: Tensor = self.o(rearrange(attended, "b n h d -> b n (h d)"))
         return projected
 
 
-def seen(spans: Sequence[slice], *tokens: Tensor) -> list[Tensor]:
-    """The tokens (b, n, h, d) of the spans, one after the other."""
+def select(spans: Sequence[slice], *tokens: Tensor) -> list[Tensor]:
+    """Concatenate the spans of tokens (b, n, h, d), for each tensor."""
     return [torch.cat([each[:, span] for span in spans], dim=1) for each in tokens]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of all queries to all keys, each (b, n, h, d)."""
+    """Softmax attention of all queries to all keys; q, k, v, result: (b, n, h, d)."""
     q, k, v = (each.transpose(1, 2) for each in (q, k, v))
     if q.requires_grad and q.device.type == "cpu":
-        # The backward pass of the CPU's fused attention takes twice as long as that of the softmax spelt out.
-        read: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+        # The CPU's fused attention takes twice as long in the backward pass as an explicit softmax.
+        attended: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
     else:
-        read = functional.scaled_dot_product_attention(q, k, v)
-    return read.transpose(1, 2)
+        attended = functional.scaled_dot_product_attention(q, k, v)
+    return attended.transpose(1, 2)
 
 
 def axis_frequencies(head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse frequencies of time, height and width, float64, (m,) each: a third of the channels per spatial axis."""
+    """Return RoPE's frequencies of time, height and width, float64 (m,) each; a spatial axis has a third of m."""
     spatial = head_dim // 2 // 3
     sizes = (head_dim // 2 - 2 * spatial, spatial, spatial)
     time, height, width = (
@@ -117,33 +118,36 @@ def axis_frequencies(head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def num_time_channels(head_dim: int) -> int:
-    """Real channels of a head, from the first, that turn with the frame alone."""
+    """Return the number of real channels of a head, the first ones, that RoPE rotates by the frame."""
     return 2 * len(axis_frequencies(head_dim)[0])
 
 
-def rotation(positions: Tensor, head_dim: int) -> Tensor:
-    """(..., n, m) complex64: the turn of each channel at positions (..., n, 3) of (frame, row, column).
+def rope_table(positions: Tensor, head_dim: int) -> Tensor:
+    """Return RoPE's factors at positions (..., n, 3) of (frame, row, column): (..., n, m) complex64.
 
-    Cosine and sine are float64 rounded through float32 to float16, as the reference stores its tables.
+    Cosine and sine are float64 rounded through float32 to float16, as in the reference's tables.
     """
     frequencies = (each.to(positions.device) for each in axis_frequencies(head_dim))
     angles = torch.cat([positions[..., axis, None] * each for axis, each in enumerate(frequencies)], dim=-1)
     return torch.complex(*(part.float().half().float() for part in (angles.cos(), angles.sin())))
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """x (b, n, h, d) with each pair of neighbouring channels turned; turns: (n, m) or (b, n, m) of `rotation`."""
-    pairs = torch.view_as_complex(rearrange(widen(x), "b n h (m pair) -> b n h m pair", pair=2))
-    return rearrange(torch.view_as_real(pairs * turns.unsqueeze(-2)), "b n h m pair -> b n h (m pair)").to(x.dtype)
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate each pair of neighbouring channels of x (b, n, h, d); table: (n, m) or (b, n, m) of `rope_table`."""
+    pairs = torch.view_as_complex(rearrange(upcast(x), "b n h (m pair) -> b n h m pair", pair=2))
+    return rearrange(torch.view_as_real(pairs * table.unsqueeze(-2)), "b n h m pair -> b n h (m pair)").to(x.dtype)
 
 
 def grid_size(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tokens on a frame of height x width latents."""
+    """Return rows and columns of tokens of a frame of height x width latents."""
     return height // PATCH, width // PATCH
 
 
 def block_positions(first_frame: int | Tensor, num_frames: int, height: int, width: int) -> Tensor:
-    """(n, 3) or, for first_frame (b,), (b, n, 3): tokens of num_frames frames, ordered (frame, row, column)."""
+    """Return the positions of num_frames frames' tokens, ordered by frame, row, column: (n, 3).
+
+    first_frame: of the first; a tensor (b,) gives (b, n, 3).
+    """
     rows, columns = grid_size(height, width)
     grid = torch.cartesian_prod(torch.arange(num_frames), torch.arange(rows), torch.arange(columns))
     start = torch.as_tensor(first_frame)
@@ -152,9 +156,9 @@ def block_positions(first_frame: int | Tensor, num_frames: int, height: int, wid
 
 
 def condition_positions(height: int, width: int) -> Tensor:
-    """(n, 3): reference tokens on REFERENCE_FRAME, then motion tokens, newest group first.
+    """Return the positions (n, 3) of the condition tokens: reference, then motion, newest group first.
 
-    Motion groups are coarser than the grid and spread over all of it.
+    The reference is on REFERENCE_FRAME. Motion groups have fewer tokens than the grid, spread over all of it.
     """
     rows, columns = grid_size(height, width)
     groups = [block_positions(REFERENCE_FRAME, 1, height, width)]
@@ -165,5 +169,8 @@ def condition_positions(height: int, width: int) -> Tensor:
 
 
 def reference_frame(first_frame: int, distance: int) -> int:
-    """Where the reference stands for a block: on its own frame at first, later `distance` ahead of the block."""
+    """Return the reference's frame for a block: REFERENCE_FRAME at first, later `distance` ahead of the block.
+
+    Source: the rolling sink frame of arXiv 2512.04677, which keeps the relative positions of training.
+    """
     return max(REFERENCE_FRAME, first_frame + distance)

@@ -1,7 +1,9 @@
-"""How sound reaches the network: features to audio tokens, and audio tokens into the hidden state.
+"""Audio conditioning: features to audio tokens, and cross-attention from picture tokens to audio tokens.
 
-Each latent frame hears its own few local tokens, and one overall vector that shifts and scales what listens.
-Everything here is computed in float32 at least until tokens leave the encoder.
+    features --mix layers, causal convolutions--> local tokens and an overall vector --AdaLN, cross-attention--> hidden
+
+Each latent frame attends to its own few local tokens; its overall vector modulates the queries. The encoder computes in
+float32 at least. Source: Wan2.2-S2V. Module names are the checkpoint's.
 
 Axes: b batch, a actors, l encoder layers, f pixel frames, t latent frames, n audio tokens of a latent frame,
 s picture tokens of a latent frame, d width, c channels.
@@ -14,19 +16,19 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from avatar.denoiser.attention import Attention, widen
+from avatar.denoiser.attention import Attention, upcast
 from avatar.denoiser.config import NetworkConfig
 
-# The norm before an injection has an epsilon of its own.
+# Epsilon of the norm before an injection, which differs from the network's.
 INJECTION_EPS = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
 class AudioTokens:
-    """What a clip of latent frames hears.
+    """The audio tokens of a clip's latent frames.
 
-    local: (b, a, t, n, d). overall: (b, a, t, d).
-    mask: (b, a, t, s, 1) weight of each actor's sound at each picture token; None where there is one actor.
+    local: (b, a, t, n, d) keys and values of the cross-attention. overall: (b, a, t, d) for AdaLN.
+    mask: (b, a, t, s, 1) weight of each actor's audio at each picture token; None for one actor.
     """
 
     local: Tensor
@@ -34,16 +36,15 @@ class AudioTokens:
     mask: Tensor | None = None
 
 
-class WideLinear(nn.Linear):
-    """A linear map computed in the input's dtype, whatever dtype its weights are kept in."""
+class UpcastLinear(nn.Linear):
+    """A linear map computed in the input's dtype, whatever the dtype of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class CausalConvolution(nn.Module):
-    """A convolution over three columns, the current one and the two before it; the first column stands in for earlier
-    ones. Computed in the input's dtype."""
+    """A causal convolution over three pixel frames, padded by repeating the first; computed in the input's dtype."""
 
     def __init__(self, in_dim: int, out_dim: int, stride: int = 1) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class CausalConvolution(nn.Module):
 
 
 class AudioConvolutions(nn.Module):
-    """Columns of features to audio tokens, four columns to a latent frame."""
+    """Causal convolutions from features to audio tokens, four pixel frames to a latent frame."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -67,20 +68,20 @@ class AudioConvolutions(nn.Module):
         self.conv1_global = CausalConvolution(config.audio_dim, dim // 4)
         self.conv2 = CausalConvolution(dim // 4, dim // 2, stride=2)
         self.conv3 = CausalConvolution(dim // 2, dim, stride=2)
-        self.final_linear = WideLinear(dim, dim)
+        self.final_linear = UpcastLinear(dim, dim)
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
         self.num_tokens, self.eps = tokens, config.eps
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns (b, d, f) -> local tokens (b, t, n, d), the learned padding token last, and overall (b, t, d)."""
+        """Features (b, d, f) -> local tokens (b, t, n, d), the learned padding token last, and overall (b, t, d)."""
         local = rearrange(self.conv1_local(x), "b (n c) f -> (b n) c f", n=self.num_tokens)
-        local = rearrange(self.shorten(local), "(b n) t d -> b t n d", n=self.num_tokens)
+        local = rearrange(self.downsample(local), "(b n) t d -> b t n d", n=self.num_tokens)
         padding = self.padding_tokens.to(local.dtype).expand(*local.shape[:2], -1, -1)
-        overall = self.final_linear(self.shorten(self.conv1_global(x)))
+        overall = self.final_linear(self.downsample(self.conv1_global(x)))
         return torch.cat([local, padding], dim=2), overall
 
-    def shorten(self, x: Tensor) -> Tensor:
-        """(b, c, f) -> (b, t, d)."""
+    def downsample(self, x: Tensor) -> Tensor:
+        """Downsample time by four: (b, c, f) -> (b, t, d)."""
         x = self.conv2(rearrange(self.activate(x), "b f c -> b c f"))
         x = self.conv3(rearrange(self.activate(x), "b f c -> b c f"))
         return self.activate(x)
@@ -91,8 +92,8 @@ class AudioConvolutions(nn.Module):
         return functional.silu(functional.layer_norm(x, x.shape[-1:], eps=self.eps))
 
 
-class AudioEncoder(nn.Module):
-    """A learned mixture of the encoder's layers, then convolutions."""
+class CausalAudioEncoder(nn.Module):
+    """A learned mixture of the audio encoder's layers, then causal convolutions."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -102,19 +103,19 @@ class AudioEncoder(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(b, l, d, f) -> local tokens (b, t, n, d) and overall vectors (b, t, d); t = f / 4, rounded up."""
         shares = functional.silu(self.weights)
-        mixed = widen(features.to(shares.dtype) * shares).sum(1) / widen(shares).sum()
+        mixed = upcast(features.to(shares.dtype) * shares).sum(1) / upcast(shares).sum()
         local, overall = self.encoder(mixed)
         return local, overall
 
     def blocks(self, features: Tensor, frames_per_block: int) -> AudioTokens:
-        """Tokens of one or more whole blocks, each heard by itself: no sound crosses from block to block.
+        """Return the tokens of one or more whole blocks; blocks are encoded independently.
 
         features: (b, a, l, d, f), f a multiple of frames_per_block.
         """
         b, a = features.shape[:2]
         columns = rearrange(features, "b a l d (blocks f) -> (b a blocks) l d f", f=frames_per_block)
-        # Outputs end on columns 0, 4, 8 ...: one column in front, its output dropped, lets a latent frame end on the
-        # last of its four. More copies would change nothing, as the convolutions repeat the first column themselves.
+        # Outputs end on frames 0, 4, 8 ...: one frame more in front, its output dropped, lets a latent frame end on the
+        # last of its four. Further copies would not change results, as the convolutions repeat the first frame anyway.
         local, overall = (each[:, 1:] for each in self(torch.cat([columns[..., :1], columns], dim=-1)))
         return AudioTokens(
             rearrange(local, "(b a blocks) t n d -> b a (blocks t) n d", b=b, a=a).to(self.weights.dtype),
@@ -122,37 +123,37 @@ class AudioEncoder(nn.Module):
         )
 
 
-class InjectionNorm(nn.Module):
-    """A norm whose shift and scale are read from the overall audio vector."""
+class AudioAdaLN(nn.Module):
+    """AdaLN: a layer norm whose shift and scale come from the overall audio vector."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, 2 * dim)
 
     def forward(self, x: Tensor, overall: Tensor) -> Tensor:
-        """x and overall (..., d) of shapes that broadcast."""
-        moved: Tensor = self.linear(functional.silu(overall))
-        shift, scale = moved.chunk(2, dim=-1)
-        return functional.layer_norm(widen(x), x.shape[-1:], eps=INJECTION_EPS) * (1 + widen(scale)) + shift
+        """Normalise and modulate x; x and overall: (..., d), of shapes that broadcast."""
+        modulation: Tensor = self.linear(functional.silu(overall))
+        shift, scale = modulation.chunk(2, dim=-1)
+        return functional.layer_norm(upcast(x), x.shape[-1:], eps=INJECTION_EPS) * (1 + upcast(scale)) + shift
 
 
 class AudioInjector(nn.Module):
-    """Cross-attention from picture tokens to the audio tokens of their own latent frame, after some of the layers."""
+    """Cross-attention from picture tokens to the audio tokens of their latent frame, after some of the layers."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         count = len(config.audio_inject_layers)
         self.injector = nn.ModuleList(Attention(config.dim, config.num_heads, config.eps) for _ in range(count))
-        self.injector_adain_layers = nn.ModuleList(InjectionNorm(config.dim) for _ in range(count))
+        self.injector_adain_layers = nn.ModuleList(AudioAdaLN(config.dim) for _ in range(count))
 
     def forward(self, injection: int, x: Tensor, audio: AudioTokens) -> Tensor:
-        """What sound adds to x (b, t, s, d); injection: index of the injected layer among the injected ones."""
+        """Return the residual that audio adds to x (b, t, s, d); injection: index into config.audio_inject_layers."""
         attention = self.injector[injection]
         assert isinstance(attention, Attention)
-        listening = self.injector_adain_layers[injection](x.unsqueeze(1), audio.overall.unsqueeze(-2)).to(x.dtype)
-        b, a, t = listening.shape[:3]
-        q = attention.queries(rearrange(listening, "b a t s d -> (b a t) s d"))
+        normed = self.injector_adain_layers[injection](x.unsqueeze(1), audio.overall.unsqueeze(-2)).to(x.dtype)
+        b, a, t = normed.shape[:3]
+        q = attention.queries(rearrange(normed, "b a t s d -> (b a t) s d"))
         k, v = attention.keys_values(rearrange(audio.local, "b a t n d -> (b a t) n d"))
-        heard: Tensor = attention(q, k, v)
-        heard = rearrange(heard, "(b a t) s d -> b a t s d", b=b, a=a, t=t)
-        return (heard if audio.mask is None else heard * audio.mask.to(heard.dtype)).sum(1)
+        residual: Tensor = attention(q, k, v)
+        residual = rearrange(residual, "(b a t) s d -> b a t s d", b=b, a=a, t=t)
+        return (residual if audio.mask is None else residual * audio.mask.to(residual.dtype)).sum(1)

@@ -1,10 +1,13 @@
-"""Keys and values that a block attends to: its history.
+"""KV caches: the keys and values that a block attends to.
 
-Layers hand a history their new keys and values and get back all that may be read, the new ones among them. Serving
-keeps a ring per layer (`KVCache`); training puts a whole clip through the network at once (`ClipHistory`).
+A layer passes its new keys and values to a history and gets back all that the block attends to, the new ones included.
+Serving keeps a ring buffer per layer (`KVCache`); training runs a whole clip at once (`ClipHistory`).
 
-A cache has two regions in one buffer. The sink holds the condition tokens (reference, then motion) and is never
-evicted; the window holds the most recent blocks and forgets the oldest first.
+The cache of a layer has two regions in one buffer. The sink holds the condition tokens (reference, then motion) and is
+never evicted; the window holds the most recent blocks and evicts the oldest first.
+
+Source: causal attention with a KV cache as in CausVid (arXiv 2412.07772) and Self-Forcing (arXiv 2506.08009); the sink
+frame is arXiv 2512.04677's.
 
 Axes: b batch, n tokens, h heads, d head width.
 """
@@ -19,12 +22,12 @@ from torch import Tensor
 from avatar.denoiser.attention import (
     REFERENCE_FRAME,
     Visible,
+    apply_rope,
     block_positions,
     condition_positions,
     grid_size,
     num_time_channels,
-    rotate,
-    rotation,
+    rope_table,
 )
 from avatar.denoiser.config import NetworkConfig
 
@@ -33,22 +36,22 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class History(Protocol):
-    """What a block's layers see besides the block."""
+    """The keys and values that layers attend to, extended by each layer's own."""
 
     @property
     def visible(self) -> Visible | None:
-        """Which keys each share of the queries sees; None: all of them."""
+        """The attention mask; None: all queries attend to all keys."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
-        """Add a layer's new keys, rotated, and values; returns all keys and values to be read."""
+        """Add a layer's new keys (with RoPE) and values (b, n, h, d); return all keys and values to attend to."""
 
 
 class KVCache:
-    """One level's history of one session (or of b sessions that step together): a sink and a ring of blocks.
+    """The history of one session at one level: a sink and a ring of blocks (b > 1 in training).
 
-    Per block: `begin`, then `extend` once per layer. Keys lie in the buffer as they are read, rotated. Of the sink
-    only the reference moves, and only its frame changes, so the unrotated keys are kept for those of its channels
-    that turn with the frame.
+    Per block: `start_block`, then `extend` once per layer. Keys are stored with RoPE applied. In the sink only the
+    reference's position changes, and only its frame, so keys without RoPE are kept too, of the reference's tokens and
+    the channels that depend on the frame.
     """
 
     visible = None
@@ -80,23 +83,23 @@ class KVCache:
         capacity = self._sink_tokens + self._window_blocks * self._block_tokens
         self._keys = buffers(capacity, config.head_dim)
         self._values = buffers(capacity, config.head_dim)
-        self._moving = buffers(self._reference_tokens, self._time_channels)
+        self._unrotated = buffers(self._reference_tokens, self._time_channels)
         self._reference_frame = REFERENCE_FRAME
         self._first_block: int | None = None
         self._filled = 0
         self._slot = 0
 
     def set_sink(self, conditions: Sequence[KeysValues]) -> None:
-        """Replace the sink by prefill's keys, not rotated, and values of every layer; the window stays as it is."""
-        turns = rotation(self._positions, self._head_dim)
+        """Replace the sink by prefill's keys (without RoPE) and values of every layer; keep the window."""
+        table = rope_table(self._positions, self._head_dim)
         for layer, (k, v) in enumerate(conditions):
-            self._keys[layer][:, : self._sink_tokens] = rotate(k, turns)
+            self._keys[layer][:, : self._sink_tokens] = apply_rope(k, table)
             self._values[layer][:, : self._sink_tokens] = v
-            self._moving[layer].copy_(k[:, : self._reference_tokens, :, : self._time_channels])
+            self._unrotated[layer].copy_(k[:, : self._reference_tokens, :, : self._time_channels])
         self._reference_frame = REFERENCE_FRAME
 
-    def begin(self, index: int, reference_frame: int) -> None:
-        """Make room for block `index` in the oldest block's place, and stand the reference on its frame."""
+    def start_block(self, index: int, reference_frame: int) -> None:
+        """Assign the oldest block's slot to block `index`, and move the reference to its frame."""
         if self._first_block is None:
             self._first_block = index
         self._slot = (index - self._first_block) % self._window_blocks
@@ -106,7 +109,7 @@ class KVCache:
             self._move_reference(reference_frame)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
-        """Write the block's keys and values (b, n, h, d); returns views of sink and window."""
+        """Write the block's keys and values (b, n, h, d) into its slot; return views of sink and window."""
         keys, values = self._keys[layer], self._values[layer]
         end = self._sink_tokens + self._filled * self._block_tokens
         keys[:, self.current] = k
@@ -115,31 +118,32 @@ class KVCache:
 
     @property
     def current(self) -> slice:
-        """Where the block that has begun stands among the keys."""
+        """The current block's slot among the keys."""
         start = self._sink_tokens + self._slot * self._block_tokens
         return slice(start, start + self._block_tokens)
 
     def window(self, layer: int) -> KeysValues:
-        """The ring of one layer in the order of its slots, unfilled ones zero."""
+        """Return keys and values of one layer's ring in the order of its slots, unfilled ones zero."""
         return self._keys[layer][:, self._sink_tokens :], self._values[layer][:, self._sink_tokens :]
 
     @property
     def num_bytes(self) -> int:
-        return sum(each.nbytes for each in (*self._keys, *self._values, *self._moving))
+        return sum(each.nbytes for each in (*self._keys, *self._values, *self._unrotated))
 
     def _move_reference(self, frame: int) -> None:
         position = torch.tensor([[frame, 0, 0]], device=self._positions.device)
-        turns = rotation(position, self._head_dim)[:, : self._time_channels // 2]
-        for keys, moving in zip(self._keys, self._moving, strict=True):
-            keys[:, : self._reference_tokens, :, : self._time_channels] = rotate(moving, turns)
+        table = rope_table(position, self._head_dim)[:, : self._time_channels // 2]
+        for keys, unrotated in zip(self._keys, self._unrotated, strict=True):
+            keys[:, : self._reference_tokens, :, : self._time_channels] = apply_rope(unrotated, table)
         self._reference_frame = frame
 
 
 class ClipHistory:
-    """The history of every block of a clip at once, for training: gradients flow through all of it.
+    """The history of all blocks of a clip at once, for training; it keeps gradients.
 
-    Keys are: one copy of the reference per block, standing where that block sees it; motion; the clip itself. A block
-    sees its own reference, motion, itself and the blocks of the window before it.
+    Keys are: a copy of the reference per block, at the position for that block; motion; the clip itself. A block
+    attends to its own reference, motion, itself and the window's blocks before it.
+    Source: teacher forcing with a block-causal mask, as in CausVid (arXiv 2412.07772).
     """
 
     def __init__(
@@ -151,9 +155,9 @@ class ClipHistory:
         reference_frames: Sequence[int | Tensor],
         is_causal: bool = True,
     ) -> None:
-        """conditions: prefill's. reference_frames: where each block of the clip sees the reference, or (b,) of them.
+        """conditions: from prefill. reference_frames: the reference's frame for each block, or (b,) of them.
 
-        Not causal: one place of the reference for all blocks, and each sees the whole clip.
+        is_causal False: one reference for all blocks, and each attends to the whole clip.
         """
         device = conditions[0][0].device
         reference = [block_positions(frame, 1, height, width) for frame in reference_frames]
@@ -161,14 +165,14 @@ class ClipHistory:
         self._reference_tokens = reference[0].shape[-2]
         motion = condition_positions(height, width)[self._reference_tokens :]
         positions = torch.cat([*reference, motion.expand(*reference[0].shape[:-2], -1, -1)], dim=-2)
-        self._turns = rotation(positions.to(device), config.head_dim)
+        self._rope_table = rope_table(positions.to(device), config.head_dim)
         self._conditions = conditions
         self.visible = self._visible(config, motion_tokens=len(motion)) if is_causal else None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
-        """All keys and values of a layer, the clip's own k, v (b, n, h, d) last."""
+        """Return all keys and values of a layer, the clip's own k, v (b, n, h, d) last."""
         condition_k, condition_v = map(self._copy_reference, self._conditions[layer])
-        return torch.cat([rotate(condition_k, self._turns), k], dim=1), torch.cat([condition_v, v], dim=1)
+        return torch.cat([apply_rope(condition_k, self._rope_table), k], dim=1), torch.cat([condition_v, v], dim=1)
 
     def _copy_reference(self, x: Tensor) -> Tensor:
         reference, motion = x[:, : self._reference_tokens], x[:, self._reference_tokens :]

@@ -1,7 +1,7 @@
-"""What the network is and how it is run: the fields of a checkpoint's config.json.
+"""The network's configuration: the fields of a checkpoint's config.json.
 
-The names are those of the public class `WanModel_S2V`; a field that its file leaves out has the value of the public
-14B network. Our own fields follow after them.
+Names are those of the public class `WanModel_S2V`; a field missing from the file has the value of the public 14B
+network. Our own fields follow after them.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from avatar.types import FRAMES_PER_LATENT
 CLASS_NAME = "WanModel_S2V"
 PATCH = 2  # latent rows and columns of one token
 
-# Fields that public checkpoints may carry and that change nothing here.
+# Fields of public checkpoints that have no effect here.
 IGNORED = {
     "_class_name",
     "_diffusers_version",
@@ -25,7 +25,7 @@ IGNORED = {
     "trainable_token_pos_emb",
     "zero_init",
 }
-# Fields that public checkpoints may carry and whose other values are other networks.
+# Fields of public checkpoints with their only supported value; another value means another network.
 FIXED = {
     "model_type": "s2v",
     "patch_size": [1, PATCH, PATCH],
@@ -46,12 +46,12 @@ FIXED = {
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Sizes of the network, and the constants of the rollout that its weights were trained for.
+    """Sizes of the network, and the constants of the rollout for which its weights were trained.
 
     in_dim, out_dim, cond_dim: channels of noisy latent, output and pose latent.
-    text_len: rows of text that are always attended; shorter text is padded with zeros.
+    text_len: text tokens that are always attended to; shorter text is padded with zeros.
     audio_dim, num_encoder_layers: width and number of the audio encoder's states, embedding output included.
-    audio_inject_layers: ascending indexes of the layers that audio enters after.
+    audio_inject_layers: ascending indexes of the layers after which audio is injected.
     """
 
     in_dim: int = 16
@@ -76,15 +76,15 @@ class NetworkConfig:
     # Descending sigmas, the last one 0: level i moves a block from schedule[i] to schedule[i + 1].
     schedule: tuple[float, ...] = flow_match_schedule(4, shift=3.0)
     sampler: str = "euler"
-    # The standard deviation of the noise that a block starts from: below 1, blocks differ less from what is likeliest.
+    # Standard deviation of a block's initial noise; below 1, blocks vary less around the most likely one.
     noise_scale: float = 1.0
     # Latent frames from a block's first frame to the sink ahead of it: fixed, or drawn from low..high.
     sink_distance: int | tuple[int, int] = (4, 30)
-    # The first block made under a sink taken from block 0's result; None keeps the reference for ever.
+    # The first block whose sink is block 0's result; None keeps the reference as the sink.
     sink_update_block: int | None = 4
     # What the pose input carries: "zeros", or the "reference" latent repeated over the block's frames.
     pose: str = "zeros"
-    # "velocity", or "x0_residual": the output F means x0 = reference + residual_scale F.
+    # "velocity", or "x0_residual": the output F gives x0 = reference + residual_scale F.
     output: str = "velocity"
     residual_scale: float = 1.0
 
@@ -97,13 +97,13 @@ class NetworkConfig:
         )
         rules = (
             (self.dim % 4 == 0 and self.dim % (2 * self.num_heads) == 0, "dim must be a multiple of 4 and 2 num_heads"),
-            (ascends((-1, *layers, self.num_layers)), "audio_inject_layers must ascend within the layers"),
+            (is_ascending((-1, *layers, self.num_layers)), "audio_inject_layers must ascend within the layers"),
             (min(self.num_frames_per_block, self.window_blocks) > 0, "blocks and their window must not be empty"),
-            (len(sigmas) > 1 and ascends(sigmas[::-1]), "schedule must descend"),
+            (len(sigmas) > 1 and is_ascending(sigmas[::-1]), "schedule must descend"),
             (sigmas[-1:] == (0,) and sigmas[0] <= 1, "schedule must begin with at most 1 and end with 0"),
             (self.sampler in SAMPLERS, f"sampler must be one of {sorted(SAMPLERS)}"),
             (0 <= self.noise_scale <= 1, "noise_scale must be 0 to 1"),
-            (is_distance(distance), "sink_distance must be a number or (low, high)"),
+            (is_sink_distance(distance), "sink_distance must be a number or (low, high)"),
             (update is None or update > 0, "sink_update_block must be after block 0"),
             (self.pose in ("zeros", "reference"), "pose must be zeros or reference"),
             (self.pose == "zeros" or self.cond_dim == self.in_dim, "a reference as pose needs cond_dim = in_dim"),
@@ -129,44 +129,44 @@ class NetworkConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "NetworkConfig":
-        """The configuration in a config.json. ValueError names fields that are unknown or mean another network."""
+        """Return the configuration in a config.json. ValueError names fields that are unknown or of another network."""
         for name, value in FIXED.items():
             if values.get(name, value) != value:
-                raise ValueError(f"{name} is {values[name]!r}; this network is written for {value!r} alone")
+                raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported")
         known = {field.name for field in fields(cls)}
         unknown = sorted(values.keys() - known - IGNORED - FIXED.keys())
         if unknown:
             raise ValueError(f"unknown fields in the network's config: {', '.join(unknown)}")
         try:
-            return cls(**{name: frozen(values[name]) for name in known & values.keys()})
+            return cls(**{name: to_tuple(values[name]) for name in known & values.keys()})
         except TypeError as error:
             raise ValueError(f"a field of the network's config has the wrong type: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads, for config.json."""
+        """Return the fields for config.json, as `from_dict` reads them."""
         return {"_class_name": CLASS_NAME, **asdict(self)}
 
 
-def is_distance(value: int | tuple[int, ...]) -> bool:
-    """Whether it says how far ahead the sink stands: so many frames, or low..high."""
+def is_sink_distance(value: int | tuple[int, ...]) -> bool:
+    """Return True for a number of frames >= 0, or a pair 0 <= low <= high."""
     low, high = (value, value) if isinstance(value, int) else value if len(value) == 2 else (1, 0)
     return 0 <= low <= high
 
 
-def ascends(values: tuple[float, ...]) -> bool:
+def is_ascending(values: tuple[float, ...]) -> bool:
     return all(low < high for low, high in pairwise(values))
 
 
-def frozen(value: Any) -> Any:
-    """A JSON value whose lists are tuples."""
+def to_tuple(value: Any) -> Any:
+    """Convert a JSON list to a tuple; return other values unchanged."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def tiny() -> NetworkConfig:
     """The embedded default: 128x128 pictures, Whisper tiny.en's four layers and embedding output, no text.
 
-    The sink stands two frames ahead of a block's last one, and stays the reference: the network is trained on such
-    portraits, so an update could only lose sharpness.
+    The sink stands two frames ahead of a block's last one and stays the reference: the network is trained on such
+    portraits, and an update would lose sharpness.
     """
     return NetworkConfig(
         dim=256,
@@ -188,5 +188,5 @@ def tiny() -> NetworkConfig:
 
 
 def base() -> NetworkConfig:
-    """The public 14B network with the adapter that makes it causal: four levels, a sink that rolls 4 to 30 ahead."""
+    """The public 14B network with its causal LoRA adapter: four levels, a sink that rolls 4 to 30 frames ahead."""
     return NetworkConfig()

@@ -2,9 +2,8 @@
 
     Block (features) --level 0--> Block (latent) --level 1--> ... --level N-1--> Block (clean latent)
 
-Every level keeps its own history of what went into it: a block attends to the blocks before it at its own noise
-level, and finished blocks are never looked at again. That is what lets levels run in processes that do not talk back
-(timestep forcing, arXiv 2512.04677).
+Every level has its own KV cache: a block attends to earlier blocks at its own noise level, never to finished ones. So
+levels can run in separate processes, and data flows one way (timestep-forcing pipeline parallelism, arXiv 2512.04677).
 
 Axes: c channels, t latent frames, h w of latents, l encoder layers, d width, f pixel frames.
 """
@@ -20,21 +19,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avatar.denoiser.attention import grid_size, reference_frame
 from avatar.denoiser.cache import KeysValues, KVCache
-from avatar.denoiser.config import PATCH, NetworkConfig, is_distance
+from avatar.denoiser.config import PATCH, NetworkConfig, is_sink_distance
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import SAMPLERS, NoiseSource, noise, sink_distance
 from avatar.denoiser.schedule import timesteps
 from avatar.types import Block, Conditions, Session
 
-# In latents: the coarsest motion tokens are so wide.
+# In latents: the side of the coarsest motion token.
 SMALLEST_SIDE = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """What a session's current conditions became.
+    """The result of prefill for one version of a session's conditions; the sink's keys and values are in the cache.
 
-    reference: (1, c, 1, h, w) float32. pose: (1, c, t, h, w). text: keys and values per layer.
+    reference: (1, c, 1, h, w) float32. pose: (1, c, t, h, w) default pose input. text: keys and values per layer.
     """
 
     version: int
@@ -45,9 +44,11 @@ class Prefilled:
 
 @dataclass(eq=False)
 class DenoiserState:
-    """What one level carries from block to block of one session.
+    """The state of one session at one level.
 
-    masks: (1, a, t, n, 1), the session's at every token of a block.
+    sink_distance: the session's, or the checkpoint's.
+    masks: (1, a, t, n, 1), the session's, for every token of a block.
+    prefilled: None before the first block. next_index: index of the next block; None before the first.
     """
 
     session: Session
@@ -59,7 +60,7 @@ class DenoiserState:
 
 
 class Denoiser:
-    """Level `level` of the checkpoint's schedule. Any number of levels may share a network."""
+    """The streaming model of one level of the schedule; several levels may share a network."""
 
     def __init__(
         self,
@@ -73,8 +74,8 @@ class Denoiser:
     ) -> None:
         """ValueError if the schedule has no such level.
 
-        noise: what level 0 starts a block from. sizes: heights and widths of the latents that it serves; None: any.
-        attention: the kernel of all attention; None: torch chooses.
+        noise: initial noise of level 0. sizes: (height, width) of the latents that are served; None: any.
+        attention: the attention kernel; None: torch chooses.
         """
         if not 0 <= level < config.num_levels:
             raise ValueError(f"level must be 0 to {config.num_levels - 1}, as the schedule has it, got {level}")
@@ -92,21 +93,21 @@ class Denoiser:
 
     @property
     def history_blocks(self) -> int:
-        """How many blocks before the next one a stream that is opened anew should be given first."""
+        """Past blocks that a reopened stream must step through first, to see what the lost stream saw."""
         return self.config.window_blocks - 1
 
     def sink_update_block(self, session: Session) -> int | None:
-        """The first block of a session that is made under a sink from its own block 0; None: the picture stays."""
+        """Return the first block whose sink is the result of block 0; None: the reference stays the sink."""
         if session.sink_update_block is None:
             return self.config.sink_update_block
         return session.sink_update_block or None
 
     def updates_sink(self, block: Block, session: Session) -> bool:
-        """The result of this block, here, is what the session's next conditions take their sink from."""
+        """Return True if this level's result of this block becomes the sink of the session's next conditions."""
         return self.is_last and block.index == 0 and self.sink_update_block(session) is not None
 
     def open(self, session: Session) -> DenoiserState:
-        """An empty history for a session. ValueError if it does not fit the network."""
+        """Return a state with an empty cache. ValueError if the session does not fit the network."""
         channels, shape = self.config.in_dim, tuple(session.motion.shape)
         if len(shape) != 4 or shape[0] != channels or not shape[1]:
             raise ValueError(f"motion latents must have shape ({channels}, t, h, w), got {shape}")
@@ -114,7 +115,7 @@ class Denoiser:
         if height % PATCH or width % PATCH or min(height, width) < SMALLEST_SIDE:
             raise ValueError(f"latents must have even sides of at least {SMALLEST_SIDE}, got {height}x{width}")
         distance = self.config.sink_distance if session.sink_distance is None else session.sink_distance
-        if not is_distance(distance):
+        if not is_sink_distance(distance):
             raise ValueError(f"sink_distance must be a number or (low, high), got {distance}")
         if self._sizes is not None and (height, width) not in self._sizes:
             served = ", ".join(f"{h}x{w}" for h, w in self._sizes)
@@ -128,27 +129,28 @@ class Denoiser:
 
         Blocks come in order; a stream may start with any index. ValueError if one does not follow, or does not fit.
         """
-        conditions = self._checked(block, state)
+        conditions = self._check(block, state)
         with nullcontext() if self._attention is None else sdpa_kernel(self._attention):
             if state.prefilled is None or state.prefilled.version != conditions.version:
                 state.prefilled = self._prefill(conditions, state)
             state.next_index = block.index + 1
             distance = sink_distance(state.session, block.index, self.level, state.sink_distance)
-            state.cache.begin(block.index, reference_frame(self._first_frame(block), distance))
+            state.cache.start_block(block.index, reference_frame(self._first_frame(block), distance))
             return replace(block, latent=self._denoise(block, state.prefilled, state))
 
     def _denoise(self, block: Block, prefilled: Prefilled, state: DenoiserState) -> Tensor:
-        """Return the latent (c, t, h, w) of a block for which the cache has made room."""
+        """Return the latent (c, t, h, w) after this level's step; the cache has a slot for the block."""
         network = self.network
-        x = self._start(block, state).to(network.device, network.dtype).unsqueeze(0)
-        audio = network.encode_audio(_heard(block).to(network.device).unsqueeze(0), state.masks)
+        x = self._input(block, state).to(network.device, network.dtype).unsqueeze(0)
+        features = block.features if state.masks is not None else block.features.unsqueeze(0)
+        audio = network.encode_audio(features.to(network.device).unsqueeze(0), state.masks)
         pose = prefilled.pose if block.pose is None else block.pose.to(x).unsqueeze(0)
         output = network(x, self._modulation, prefilled.text, audio, pose, self._first_frame(block), state.cache)
-        velocity = velocity_of(output, x, prefilled.reference, self.sigma, self.config)
+        velocity = to_velocity(output, x, prefilled.reference, self.sigma, self.config)
         return SAMPLERS[self.config.sampler](x, velocity, self.sigma, self.sigma_next)[0]
 
-    def _start(self, block: Block, state: DenoiserState) -> Tensor:
-        """(c, t, h, w): what this level begins with."""
+    def _input(self, block: Block, state: DenoiserState) -> Tensor:
+        """Return this level's input latent (c, t, h, w): noise at level 0, else the block's latent."""
         if self.level == 0:
             return self.config.noise_scale * self._noise(state.session, block.index, self.config.num_frames_per_block)
         assert block.latent is not None
@@ -165,16 +167,16 @@ class Denoiser:
         return repeat(masks, "a rows columns -> 1 a t (rows columns) 1", t=self.config.num_frames_per_block)
 
     def warm(self, height: int, width: int) -> int:
-        """Step once through every shape that a stream of latents of this size has: a window of blocks, and one more.
+        """Step through every shape that a stream of height x width latents has: a window of blocks, and one more.
 
-        Returns how many that were.
+        Returns the number of blocks.
         """
         state = self.open(blank_session(self.config, height, width))
         num_blocks = self.config.window_blocks + 1
         for index in range(num_blocks):
             block = self.step(blank_block(self.config, index, height, width), state)
         assert block.latent is not None
-        block.latent.cpu()  # a GPU has done its work when this is there
+        block.latent.cpu()  # waits for a GPU
         return num_blocks
 
     def _prefill(self, conditions: Conditions, state: DenoiserState) -> Prefilled:
@@ -189,17 +191,18 @@ class Denoiser:
             pose = torch.zeros_like(pose)
         return Prefilled(conditions.version, reference, pose, text)
 
-    def _checked(self, block: Block, state: DenoiserState) -> Conditions:
-        """The block's conditions, when everything in it fits the session and the network."""
+    def _check(self, block: Block, state: DenoiserState) -> Conditions:
+        """Return the block's conditions. ValueError if the block does not fit the session or the network."""
         config = self.config
         channels, _, height, width = state.session.motion.shape
         if block.index < 0 or state.next_index not in (None, block.index):
             raise ValueError(f"expected block {state.next_index or 0}, got {block.index}; blocks come in order")
         if block.conditions is None:
-            raise ValueError(f"block {block.index} has no conditions; a block is given them when it is admitted")
+            raise ValueError(f"block {block.index} has no conditions; they are attached when a block is admitted")
         actors = () if state.session.masks is None else (len(state.session.masks),)
-        heard = (*actors, config.num_encoder_layers, config.audio_dim, config.frames_per_block)
-        check_shape("features", block.features, *heard)
+        check_shape(
+            "features", block.features, *actors, config.num_encoder_layers, config.audio_dim, config.frames_per_block
+        )
         if block.pose is not None:
             if config.pose != "zeros":
                 raise ValueError("this checkpoint's pose input carries the reference; it takes no pose video")
@@ -211,34 +214,28 @@ class Denoiser:
         check_shape("sink", block.conditions.sink, channels, 1, height, width)
         rows = len(block.conditions.text)
         if rows > config.text_len:
-            raise ValueError(f"text has {rows} rows, the network reads at most {config.text_len}")
+            raise ValueError(f"text has {rows} tokens, the network reads at most {config.text_len}")
         if rows:
             check_shape("text", block.conditions.text, rows, config.text_dim)
         return block.conditions
 
 
 def blank_session(config: NetworkConfig, height: int, width: int) -> Session:
-    """A session of nothing, to warm up with."""
+    """Return a session of zeros, for warm-up."""
     return Session("warm", 0, torch.zeros(config.in_dim, 1, height, width))
 
 
 def blank_block(config: NetworkConfig, index: int, height: int, width: int) -> Block:
-    """A block of nothing, for a blank session."""
+    """Return a block of zeros for a blank session."""
     latent = torch.zeros(config.in_dim, config.num_frames_per_block, height, width)
     features = torch.zeros(config.num_encoder_layers, config.audio_dim, config.frames_per_block)
     return Block(index, features, latent, Conditions(0, latent[:, :1], torch.zeros(0, config.text_dim)))
 
 
-def _heard(block: Block) -> Tensor:
-    """(a, l, d, f)."""
-    return block.features if block.features.ndim == 4 else block.features.unsqueeze(0)
+def to_velocity(output: Tensor, x: Tensor, reference: Tensor, sigma: float | Tensor, config: NetworkConfig) -> Tensor:
+    """Convert the network's output at x to a velocity; output, x, result: (b, c, t, h, w), reference: (b, c, 1, h, w).
 
-
-def velocity_of(output: Tensor, x: Tensor, reference: Tensor, sigma: float | Tensor, config: NetworkConfig) -> Tensor:
-    """The velocity at x that the network's output means; all (b, c, t, h, w), the reference of one frame.
-
-    sigma: the level of all of x, or of each frame, in a shape that broadcasts.
-
+    sigma: noise level of x, or of each frame, in a shape that broadcasts; in (0, 1].
     With residual output F, x0 = reference + residual_scale F and velocity = (x - x0) / sigma.
     """
     if config.output == "velocity":

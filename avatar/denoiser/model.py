@@ -1,8 +1,9 @@
 """The causal speech-to-video transformer of Wan2.2-S2V and Live Avatar (arXiv 2512.04677).
 
-The network keeps nothing. What a level, a text or a reference contributes is computed once by `embed_time`,
-`embed_text` and `prefill` and given to every call; what earlier blocks contribute comes from a history
-(`avatar.denoiser.cache`). One call denoises one block, or in training all blocks of a clip, for any batch.
+The network has no state. The contributions of a level, a text and a reference are computed once, by `embed_time`,
+`embed_text` and `prefill`, and passed to every call; those of earlier blocks come from a history
+(`avatar.denoiser.cache`). One call denoises one block, or in training all blocks of a clip, for any batch size.
+Classifier-free guidance is not needed: the weights are distilled.
 
     reference, motion, text --prefill--> condition keys and values --history--+
     noisy latent, pose, audio -----------------------------------> network ---+--> velocity
@@ -22,24 +23,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from avatar.checkpoints.part import Part, load_weights
-from avatar.denoiser.attention import block_positions, condition_positions, grid_size, rotate, rotation
-from avatar.denoiser.audio_injection import AudioEncoder, AudioInjector, AudioTokens, WideLinear
+from avatar.denoiser.attention import apply_rope, block_positions, condition_positions, grid_size, rope_table
+from avatar.denoiser.audio_injection import AudioInjector, AudioTokens, CausalAudioEncoder, UpcastLinear
 from avatar.denoiser.cache import History, KeysValues
 from avatar.denoiser.config import PATCH, NetworkConfig
-from avatar.denoiser.layers import FramePacker, Head, Layer, PatchEmbedding, sinusoid, unpatch
+from avatar.denoiser.layers import FramePacker, Head, Layer, PatchEmbedding, timestep_embedding, unpatchify
 
-# Rows of the type embedding.
+# Rows of the token type embedding `trainable_cond_mask`.
 NOISY, REFERENCE, MOTION = range(3)
-# Maps that start at zero, see `initialise`.
-SILENT = re.compile(r"(time_projection\.1|cross_attn\.o|injector\.\d+\.o|adain_layers\.\d+\.linear|head\.head)\.weight")
+# Weights that `initialise` sets to zero.
+ZERO_INIT = re.compile(
+    r"(time_projection\.1|cross_attn\.o|injector\.\d+\.o|adain_layers\.\d+\.linear|head\.head)\.weight"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Modulation:
-    """What a timestep does to the network, in float32.
+    """The AdaLN modulation of a timestep, in float32.
 
     layers: (6, b, t, 1, d) per layer: shift, scale and gate of self-attention, then of the feed-forward network.
-    head: (2, b, t, 1, d) shift and scale. t is 1 where all latent frames share the timestep.
+    head: (2, b, t, 1, d) shift and scale. t is 1 if all latent frames share the timestep.
     """
 
     layers: list[Tensor]
@@ -47,7 +50,7 @@ class Modulation:
 
 
 class Network(nn.Module):
-    """Predicts a block's velocity, or what `config.output` says, from its noisy latent."""
+    """The network: predicts velocity or x0 residual (`config.output`) of a block from its noisy latent."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -60,10 +63,10 @@ class Network(nn.Module):
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
-        self.time_embedding = nn.Sequential(WideLinear(config.freq_dim, dim), nn.SiLU(), WideLinear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), WideLinear(dim, 6 * dim))
+        self.time_embedding = nn.Sequential(UpcastLinear(config.freq_dim, dim), nn.SiLU(), UpcastLinear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), UpcastLinear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.casual_audio_encoder = AudioEncoder(config)
+        self.casual_audio_encoder = CausalAudioEncoder(config)
         self.audio_injector = AudioInjector(config)
         self.head = Head(config)
 
@@ -80,22 +83,25 @@ class Network(nn.Module):
         return self.patch_embedding.weight.device
 
     def embed_time(self, timesteps: Tensor) -> Modulation:
-        """What timesteps (b, t) in [0, 1000] do; t = 1 where all latent frames share one."""
-        embedded = self.time_embedding(sinusoid(timesteps, self.config.freq_dim))
+        """Return the modulation of timesteps (b, t) in [0, 1000]; t = 1 if all latent frames share one."""
+        embedded = self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim))
         shared = rearrange(self.time_projection(embedded), "b t (six d) -> six b t 1 d", six=6)
         rows = [rearrange(layer.modulation.to(shared.dtype), "1 six d -> six 1 1 1 d") for layer in self.layers]
         head = rearrange(self.head.modulation.to(shared.dtype), "1 two d -> two 1 1 1 d")
         return Modulation([row + shared for row in rows], head + rearrange(embedded, "b t d -> 1 b t 1 d"))
 
     def embed_text(self, text: Tensor) -> list[KeysValues]:
-        """Keys and values of text (b, n, d), n <= text_len, per layer. Rows that are missing are zero, and attended."""
+        """Return the keys and values of text (b, n, d), n <= text_len, per layer.
+
+        Text is padded with zeros to text_len, and the padding is attended to, as in the reference.
+        """
         assert text.shape[1] <= self.config.text_len, text.shape
         padded = functional.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])).to(self.dtype)
         embedded = self.text_embedding(padded)
         return [layer.cross_attn.keys_values(embedded) for layer in self.layers]
 
     def prefill(self, reference: Tensor, motion: Tensor, text: list[KeysValues]) -> list[KeysValues]:
-        """Keys, not rotated, and values of the condition tokens (reference, then motion) per layer.
+        """Return keys (without RoPE) and values of the condition tokens, reference then motion, per layer.
 
         reference: (b, c, 1, h, w). motion: (b, c, t, h, w), oldest first. text: from `embed_text`.
         """
@@ -104,19 +110,19 @@ class Network(nn.Module):
         moving = self.frame_packer(motion.to(self.dtype)) + types[MOTION]
         x = rearrange(torch.cat([still, moving], dim=1), "b n d -> b 1 n d")
         modulation = self.embed_time(torch.zeros(1, 1, device=x.device))
-        turns = rotation(condition_positions(*reference.shape[-2:]).to(x.device), self.config.head_dim)
+        table = rope_table(condition_positions(*reference.shape[-2:]).to(x.device), self.config.head_dim)
         conditions: list[KeysValues] = []
-        for layer, row, words in zip(self.layers, modulation.layers, text, strict=True):
+        for layer, row, text_kv in zip(self.layers, modulation.layers, text, strict=True):
             q, k, v = layer.project(x, row)
             conditions.append((k, v))
             if len(conditions) < self.config.num_layers:
-                x = layer(x, (rotate(q, turns), rotate(k, turns), v), words, row)
+                x = layer(x, (apply_rope(q, table), apply_rope(k, table), v), text_kv, row)
         return conditions
 
     def encode_audio(self, features: Tensor, mask: Tensor | None = None) -> AudioTokens:
-        """What the latent frames of whole blocks hear.
+        """Return the audio tokens of whole blocks.
 
-        features: (b, a, l, d, f). mask: (b, a, t, s, 1) weight of each actor's sound at each token; needed if a > 1.
+        features: (b, a, l, d, f). mask: (b, a, t, s, 1) weight of each actor's audio at each token; required if a > 1.
         """
         assert mask is not None or features.shape[1] == 1, "several actors need a mask"
         audio = self.casual_audio_encoder.blocks(features, self.config.frames_per_block)
@@ -132,28 +138,29 @@ class Network(nn.Module):
         first_frame: int | Tensor,
         history: History,
     ) -> Tensor:
-        """The output for noisy latents x (b, c, t, h, w): of x's shape and dtype.
+        """Return the output for noisy latents x (b, c, t, h, w), of x's shape and dtype.
 
-        pose: latents of x's shape. first_frame: number of x's first latent frame in the stream, or (b,) of them.
-        history: holds what x attends to besides text and audio, and is extended by x.
+        modulation: from `embed_time`. text: from `embed_text`. audio: from `encode_audio`. pose: latents of x's shape.
+        first_frame: number of x's first latent frame in the stream, or (b,) of them.
+        history: the keys and values that x attends to besides text and audio; it is extended by x's own.
         """
         config = self.config
-        turns = rotation(block_positions(first_frame, *x.shape[-3:]).to(x.device), config.head_dim)
+        table = rope_table(block_positions(first_frame, *x.shape[-3:]).to(x.device), config.head_dim)
         hidden = self.patch_embedding(x) + self.cond_encoder(pose) + self.trainable_cond_mask.weight[NOISY]
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(hidden, modulation.layers[i])
-            keys, values = history.extend(i, rotate(k, turns), v)
-            attended = rotate(q, turns), keys, values
+            keys, values = history.extend(i, apply_rope(k, table), v)
+            attended = apply_rope(q, table), keys, values
             hidden = layer(hidden, attended, text[i], modulation.layers[i], history.visible)
             if i in config.audio_inject_layers:
                 hidden = hidden + self.audio_injector(config.audio_inject_layers.index(i), hidden, audio)
-        return unpatch(self.head(hidden, modulation.head), grid_size(*x.shape[-2:])[0]).to(x.dtype)
+        return unpatchify(self.head(hidden, modulation.head), grid_size(*x.shape[-2:])[0]).to(x.dtype)
 
 
 def load(
     part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Network, NetworkConfig]:
-    """The network of a checkpoint's denoiser part, ready to serve, and its configuration.
+    """Return the network of a checkpoint's denoiser part, in eval mode without gradients, and its configuration.
 
     ValueError if the configuration is another network's, or the weights do not fit it.
     """
@@ -167,15 +174,15 @@ def load(
 
 @torch.no_grad()
 def initialise(network: Network, seed: int) -> None:
-    """Fill a network with weights to train from.
+    """Initialise a network's weights for training.
 
-    Everything that adds to the hidden state starts at zero (the layers' gates, what text and sound say) and so does
-    the head: an `x0_residual` network begins as the still reference. Other maps keep the variance of what they map.
-    Source: the zero gates of DiT (arXiv 2212.09748).
+    Everything that adds to the hidden state starts at zero (the layers' gates, the output of text and audio), and so
+    does the head: an `x0_residual` network starts as the still reference. Other maps preserve variance (Xavier).
+    Source: adaLN-Zero of DiT (arXiv 2212.09748).
     """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in network.named_parameters():
-        if SILENT.search(name) or name.endswith(("bias", "modulation")):
+        if ZERO_INIT.search(name) or name.endswith(("bias", "modulation")):
             nn.init.zeros_(weight)
         elif "norm" in name or name.endswith("encoder.weights"):
             nn.init.ones_(weight)

@@ -1,7 +1,9 @@
-"""How a block moves from one noise level to the next, and what is drawn at random for it.
+"""Samplers, and the random numbers of a block: its initial noise and its sink distance.
 
-All randomness comes from the session's seed and the block's index, drawn on the CPU in float32: any number of
-processes and any device start from the same bytes, in whatever order they ask.
+All randomness comes from the session's seed and the block's index, drawn on the CPU in float32, so any number of
+processes on any device start from the same bytes, in any order.
+
+Axes: c channels, t latent frames, h w height and width of latents.
 """
 
 import hashlib
@@ -21,7 +23,7 @@ def euler_step(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> 
     Source: flow matching's Euler step, as in diffusers' FlowMatchEulerDiscreteScheduler.
     """
     now, following = torch.tensor([sigma, sigma_next], dtype=torch.float32).unbind()
-    # As there, the distance is a scalar tensor on the CPU and the first factor: torch rounds the product accordingly.
+    # As in diffusers, the step is a scalar CPU tensor and the first factor, which decides how torch rounds the product.
     move = (following - now) * velocity
     return (x.to(torch.promote_types(x.dtype, torch.float32)) + move).to(velocity.dtype)
 
@@ -34,38 +36,41 @@ NoiseSource = Callable[[Session, int, int], Tensor]
 
 
 def noise(session: Session, index: int, num_frames: int) -> Tensor:
-    """(c, t, h, w) standard normal float32: what block `index` is before level 0; t = num_frames."""
+    """Draw the initial noise of block `index`: (c, t, h, w) standard normal float32, t = num_frames."""
     channels, _, height, width = session.motion.shape
-    generator = torch.Generator().manual_seed(mixed_seed(session.seed, "noise", index))
+    generator = torch.Generator().manual_seed(mix_seed(session.seed, "noise", index))
     return torch.randn(channels, num_frames, height, width, generator=generator)
 
 
-def noise_of_clips(clip_blocks: int) -> NoiseSource:
-    """The reference's noise: a clip of clip_blocks blocks is drawn at once, clip r from a generator seeded seed + r.
+def clip_noise(clip_blocks: int) -> NoiseSource:
+    """Return the reference's noise source: one draw per clip of clip_blocks blocks, clip r seeded with seed + r.
 
-    Equal to the reference's only where it draws on the CPU.
+    It equals the reference's noise only if that draws on the CPU.
     """
 
-    def cut(session: Session, index: int, num_frames: int) -> Tensor:
+    def draw(session: Session, index: int, num_frames: int) -> Tensor:
         channels, _, height, width = session.motion.shape
         clip, block = divmod(index, clip_blocks)
         generator = torch.Generator().manual_seed((session.seed + clip) % 2**63)
-        drawn = torch.randn(channels, clip_blocks * num_frames, height, width, generator=generator)
-        return drawn[:, block * num_frames : (block + 1) * num_frames]
+        noise = torch.randn(channels, clip_blocks * num_frames, height, width, generator=generator)
+        return noise[:, block * num_frames : (block + 1) * num_frames]
 
-    return cut
+    return draw
 
 
 def sink_distance(session: Session, index: int, level: int, allowed: int | tuple[int, int]) -> int:
-    """How many latent frames ahead of block `index` the sink stands at this level: fixed, or drawn from low..high."""
+    """Return the latent frames from block `index` to the sink ahead of it at this level.
+
+    allowed: the fixed distance, or the bounds (low, high), inclusive, of a uniform draw.
+    """
     if isinstance(allowed, int):
         return allowed
     low, high = allowed
-    generator = torch.Generator().manual_seed(mixed_seed(session.seed, "sink_distance", index, level))
+    generator = torch.Generator().manual_seed(mix_seed(session.seed, "sink_distance", index, level))
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
-def mixed_seed(*parts: int | str) -> int:
-    """63 bits that change entirely with any of the parts."""
+def mix_seed(*parts: int | str) -> int:
+    """Hash the parts to a seed of 63 bits."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

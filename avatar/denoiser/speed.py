@@ -1,7 +1,7 @@
-"""What makes a network's steps faster where a device has it. Each is off unless it is asked for, and refused, never
-replaced by something slower, where it cannot be had.
+"""Optional acceleration: torch.compile, float8 weights, attention kernels.
 
-Float8 has not run on a GPU yet.
+Each is off by default, and raises ValueError on a device that does not support it instead of falling back to something
+slower. Float8 has not run on a GPU yet.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from avatar.denoiser.model import Network
 
-# torch's own names; `auto` lets it choose call by call.
+# torch's attention kernels; with `auto` torch chooses for each call.
 ATTENTION = {
     "auto": None,
     "math": SDPBackend.MATH,
@@ -21,19 +21,18 @@ ATTENTION = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-# The first CUDA devices with products of float8.
+# The lowest CUDA compute capability with float8 matrix products.
 FLOAT8_CAPABILITY = (8, 9)
 
-# Graphs of one layer that torch may make before it takes them for a mistake: five for each size and dtype are meant.
+# Recompilations of a layer before torch reports an error; five per size and dtype are expected.
 MAX_GRAPHS = 256
 
 
 def compile_layers(network: Network) -> None:
-    """Have torch.compile make the layers' code, once for each number of tokens and keys that comes.
+    """Compile the network's layers in place with torch.compile; shapes (numbers of tokens and keys) are static.
 
-    Layers are compiled and not the network, since all of them share what is made for one: the public network's forty
-    cost no more than two. Histories and positions stay outside, so that nothing is made again for another slot or
-    block.
+    Layers are compiled instead of the network because they share compiled code: the public network's forty layers cost
+    no more than two. KV caches and positions stay outside, so that another slot or block triggers no recompilation.
     """
     options: Any = {"fullgraph": True, "dynamic": False, "recompile_limit": MAX_GRAPHS}
     for layer in network.layers:
@@ -42,15 +41,15 @@ def compile_layers(network: Network) -> None:
 
 
 def use_float8(network: Network) -> None:
-    """Keep the weights of linear maps in float8 (e4m3), and round what enters them to it: one scale for each tensor.
+    """Quantise linear maps in place to float8 (e4m3), weights and activations, with one scale per tensor.
 
-    Embeddings of text and time, the head and the audio encoder stay as they are. ValueError if the device, the dtype or
-    torchao cannot.
+    Embeddings of text and time, the head and the audio encoder are unchanged. ValueError if the device or the dtype
+    does not support it, or torchao is missing.
     Source: the reference's float8 mode.
     """
     device = network.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
-        raise ValueError(f"float8 needs a CUDA device of compute capability 8.9 or newer, {device} is none")
+        raise ValueError(f"float8 needs a CUDA device of compute capability 8.9 or newer, got {device}")
     if network.dtype != torch.bfloat16:
         raise ValueError(f"float8 needs bfloat16 around it, the network has {network.dtype}")
     try:
@@ -61,12 +60,12 @@ def use_float8(network: Network) -> None:
 
 
 def is_float8(module: nn.Module, name: str) -> bool:
-    """Whether float8 takes a module of the network. What is computed in float32 is a `WideLinear`, and stays."""
+    """Return True for modules to quantise; those computed in float32 (`UpcastLinear`) are not."""
     return type(module) is nn.Linear and not name.startswith("text_embedding")
 
 
 def attention_kernel(name: str, network: Network) -> SDPBackend | None:
-    """The attention kernel of a name in ATTENTION. ValueError if there is none, or the device does not run it."""
+    """Return the attention kernel of that name. ValueError if there is none, or the device does not run it."""
     if name not in ATTENTION:
         raise ValueError(f"attention is {name!r}, expected one of {', '.join(ATTENTION)}")
     kernel, config = ATTENTION[name], network.config

@@ -1,4 +1,4 @@
-"""A small network in which nothing is zero, and sessions for it."""
+"""A small random network without zero weights, and sessions, conditions and blocks for it."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ HEIGHT, WIDTH = 8, 12
 
 @pytest.fixture(scope="session")
 def config() -> NetworkConfig:
-    """Four levels, text of five rows, a sink whose distance is drawn, velocity as the public network has it."""
+    """Four levels, five text tokens, a random sink distance, and velocity output as in the public network."""
     return replace(
         tiny(),
         in_dim=4,
@@ -62,7 +62,7 @@ def conditions(config: NetworkConfig) -> Conditions:
 
 
 def random_network(config: NetworkConfig) -> Network:
-    """Weights of a size that lets every part of the network matter, and none drown another."""
+    """Return a network with weights of a scale at which every part contributes to the output."""
     generator = torch.Generator().manual_seed(0)
     network = Network(config).eval().requires_grad_(False)
     for name, weight in network.named_parameters():
@@ -82,7 +82,7 @@ def random_conditions(config: NetworkConfig, version: int) -> Conditions:
 
 
 def random_block(config: NetworkConfig, index: int, conditions: Conditions) -> Block:
-    """A block on its way into any level."""
+    """Return a block with features and latent, for any level."""
     features = randn(300 + index, config.num_encoder_layers, config.audio_dim, config.frames_per_block)
     latent = randn(400 + index, config.in_dim, config.num_frames_per_block, HEIGHT, WIDTH)
     return Block(index, features, latent, conditions)

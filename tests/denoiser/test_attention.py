@@ -9,13 +9,13 @@ from torch import Tensor
 from avatar.denoiser.attention import (
     Attention,
     RMSNorm,
+    apply_rope,
     attend,
     axis_frequencies,
     block_positions,
     condition_positions,
     reference_frame,
-    rotate,
-    rotation,
+    rope_table,
 )
 from tests.denoiser.conftest import randn
 
@@ -25,33 +25,33 @@ def at(frame: int, row: int = 0, column: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("head_dim", "split"), [(128, [22, 21, 21]), (64, [12, 10, 10]), (32, [6, 5, 5])])
-def test_each_spatial_axis_turns_a_third_of_the_channels(head_dim: int, split: list[int]) -> None:
+def test_each_spatial_axis_rotates_a_third_of_the_channels(head_dim: int, split: list[int]) -> None:
     assert [len(each) for each in axis_frequencies(head_dim)] == split
 
 
-def test_neighbouring_channels_turn_together() -> None:
-    turned = rotate(torch.tensor([1.0, 0.0] * 16).reshape(1, 1, 1, 32), rotation(at(1), 32))
+def test_neighbouring_channels_rotate_together() -> None:
+    turned = apply_rope(torch.tensor([1.0, 0.0] * 16).reshape(1, 1, 1, 32), rope_table(at(1), 32))
     angle = torch.tensor(1.0)
     torch.testing.assert_close(turned[0, 0, 0, :2], torch.stack([angle.cos(), angle.sin()]), atol=1e-3, rtol=0)
 
 
-def test_turns_are_rounded_to_half_precision() -> None:
-    turns = rotation(block_positions(3000, 3, 16, 16), 64)
-    assert torch.equal(turns.real, turns.real.half().float())
-    assert torch.equal(turns.imag, turns.imag.half().float())
+def test_rope_tables_are_rounded_to_half_precision() -> None:
+    table = rope_table(block_positions(3000, 3, 16, 16), 64)
+    assert torch.equal(table.real, table.real.half().float())
+    assert torch.equal(table.imag, table.imag.half().float())
 
 
-def test_frames_before_the_stream_turn_the_other_way() -> None:
-    assert torch.equal(rotation(at(-19, 2, 3), 64)[:, :12], rotation(at(19, 2, 3), 64)[:, :12].conj())
-    assert torch.equal(rotation(at(-19, 2, 3), 64)[:, 12:], rotation(at(19, 2, 3), 64)[:, 12:])
+def test_frames_before_the_stream_rotate_backwards() -> None:
+    assert torch.equal(rope_table(at(-19, 2, 3), 64)[:, :12], rope_table(at(19, 2, 3), 64)[:, :12].conj())
+    assert torch.equal(rope_table(at(-19, 2, 3), 64)[:, 12:], rope_table(at(19, 2, 3), 64)[:, 12:])
 
 
 @pytest.mark.parametrize("offset", [100, 45_000, 30_000_000])
-def test_scores_depend_on_distance_alone(offset: int) -> None:
+def test_scores_depend_on_relative_positions_only(offset: int) -> None:
     q, k = randn(1, 1, 1, 1, 64), randn(2, 1, 1, 1, 64)
 
     def score(start: int) -> Tensor:
-        return (rotate(q, rotation(at(start), 64)) * rotate(k, rotation(at(start + 4), 64))).sum()
+        return (apply_rope(q, rope_table(at(start), 64)) * apply_rope(k, rope_table(at(start + 4), 64))).sum()
 
     torch.testing.assert_close(score(offset), score(0), atol=0.02, rtol=0)
     assert abs(score(offset) - (q * k).sum()) > 0.1
@@ -62,12 +62,12 @@ def test_a_block_is_ordered_by_frame_then_row_then_column() -> None:
     assert positions.tolist() == [[t, r, c] for t in (6, 7) for r in range(2) for c in range(3)]
 
 
-def test_each_sample_may_stand_elsewhere() -> None:
+def test_each_sample_may_have_its_own_positions() -> None:
     both = block_positions(torch.tensor([6, 30]), 2, 4, 6)
     assert torch.equal(both, torch.stack([block_positions(6, 2, 4, 6), block_positions(30, 2, 4, 6)]))
 
 
-def test_old_motion_is_spread_over_the_whole_picture() -> None:
+def test_old_motion_spreads_over_the_whole_grid() -> None:
     positions = condition_positions(16, 24)
     tokens = Counter(positions[:, 0].tolist())
     assert tokens == {30: 96, -1: 96, -3: 24, -4: 6, -9: 6, -14: 6, -19: 6}
@@ -75,7 +75,7 @@ def test_old_motion_is_spread_over_the_whole_picture() -> None:
     assert oldest.tolist() == [[-4, r, c] for r in (0, 7) for c in (0, 5, 11)]
 
 
-def test_the_reference_rolls_ahead_once_a_block_comes_near() -> None:
+def test_the_reference_rolls_ahead_of_later_blocks() -> None:
     assert [reference_frame(first, 4) for first in (0, 3, 24, 27, 30)] == [30, 30, 30, 31, 34]
 
 
@@ -85,14 +85,14 @@ def test_queries_are_normalised_over_all_heads_together() -> None:
     torch.testing.assert_close(q.square().mean(-1), torch.ones(1, 3), atol=1e-4, rtol=0)
 
 
-def test_a_norm_rounds_before_it_is_weighted() -> None:
+def test_rms_norm_rounds_before_the_weight() -> None:
     norm, x = RMSNorm(64, 1e-6).bfloat16(), randn(1, 5, 64).bfloat16()
     torch.nn.init.constant_(norm.weight, 1.3)
     unit = torch.nn.functional.rms_norm(x.float(), (64,), eps=1e-6).bfloat16()
     assert torch.equal(norm(x), unit * norm.weight)
 
 
-def test_each_share_of_the_queries_reads_what_it_sees() -> None:
+def test_each_share_of_the_queries_attends_to_its_spans() -> None:
     attention = Attention(8, 2, eps=1e-6)
     q, k, v = (randn(seed, 1, 4, 2, 4) for seed in (1, 2, 3))
     visible = [[slice(0, 1), slice(3, 4)], [slice(0, 4)]]
@@ -100,7 +100,7 @@ def test_each_share_of_the_queries_reads_what_it_sees() -> None:
     torch.testing.assert_close(attention(q, k, v, visible), torch.cat(apart, dim=1))
 
 
-def test_attention_with_gradients_reads_the_same() -> None:
+def test_attention_with_gradients_equals_attention_without() -> None:
     q, k, v = (randn(seed, 1, 4, 2, 4) for seed in (1, 2, 3))
     fused, spelt_out = attend(q, k, v), attend(q.requires_grad_(), k, v)
     assert spelt_out.requires_grad

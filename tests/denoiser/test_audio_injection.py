@@ -12,7 +12,7 @@ def columns(config: NetworkConfig, num: int) -> torch.Tensor:
     return randn(1, 1, 1, config.num_encoder_layers, config.audio_dim, num)
 
 
-def test_one_column_of_padding_is_heard_as_seventy_three(network: Network, config: NetworkConfig) -> None:
+def test_one_frame_of_padding_equals_seventy_three(network: Network, config: NetworkConfig) -> None:
     features = columns(config, config.frames_per_block)
     padded = torch.cat([features[..., :1].expand(-1, -1, -1, -1, 73), features], dim=-1)
     local, overall = network.casual_audio_encoder(padded[0])
@@ -21,7 +21,7 @@ def test_one_column_of_padding_is_heard_as_seventy_three(network: Network, confi
     torch.testing.assert_close(audio.overall[0], overall[:, 19:])
 
 
-def test_no_sound_crosses_from_block_to_block(network: Network, config: NetworkConfig) -> None:
+def test_blocks_of_audio_are_encoded_independently(network: Network, config: NetworkConfig) -> None:
     features = columns(config, 3 * config.frames_per_block)
     together = network.encode_audio(features)
     apart = [network.encode_audio(each) for each in torch.split(features, config.frames_per_block, dim=-1)]
@@ -29,7 +29,7 @@ def test_no_sound_crosses_from_block_to_block(network: Network, config: NetworkC
     torch.testing.assert_close(together.overall, torch.cat([each.overall for each in apart], dim=2))
 
 
-def test_a_latent_frame_hears_nothing_after_it(network: Network, config: NetworkConfig) -> None:
+def test_audio_tokens_are_causal(network: Network, config: NetworkConfig) -> None:
     features = columns(config, config.frames_per_block)
     changed = features.clone()
     changed[..., 4:] += 1
@@ -38,14 +38,14 @@ def test_a_latent_frame_hears_nothing_after_it(network: Network, config: Network
     assert not torch.equal(before.local[:, :, 1], after.local[:, :, 1])
 
 
-def test_the_padding_token_is_heard_last(network: Network, config: NetworkConfig) -> None:
+def test_the_padding_token_is_last(network: Network, config: NetworkConfig) -> None:
     local = network.encode_audio(columns(config, config.frames_per_block)).local
     padding = network.casual_audio_encoder.encoder.padding_tokens[0, 0]
     assert local.shape[3] == config.num_audio_token + 1
     assert torch.equal(local[0, 0, :, -1:], padding.expand(config.num_frames_per_block, 1, -1))
 
 
-def test_actors_are_heard_where_their_masks_say(network: Network, config: NetworkConfig) -> None:
+def test_masks_weight_the_actors_audio(network: Network, config: NetworkConfig) -> None:
     t, s = config.num_frames_per_block, 24
     features = randn(2, 1, 2, config.num_encoder_layers, config.audio_dim, config.frames_per_block)
     x, mask = randn(3, 1, t, s, config.dim), torch.rand(1, 2, t, s, 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from avatar.denoiser.attention import block_positions, condition_positions, rotate, rotation
+from avatar.denoiser.attention import apply_rope, block_positions, condition_positions, rope_table
 from avatar.denoiser.cache import ClipHistory, KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig
 from tests.denoiser.conftest import HEIGHT, WIDTH, randn
@@ -31,34 +31,34 @@ def sink_of(config: NetworkConfig, seed: int) -> list[KeysValues]:
 
 
 def marked(config: NetworkConfig, index: int) -> Tensor:
-    """Keys or values of a block that all are its index + 1."""
+    """Return keys or values of a block, all equal to its index + 1."""
     return torch.full((1, REFERENCE * config.num_frames_per_block, config.num_heads, config.head_dim), index + 1.0)
 
 
 def attended(cache: KVCache, config: NetworkConfig, index: int, reference: int = 30) -> KeysValues:
-    """What layer 0 reads at a block."""
-    cache.begin(index, reference)
+    """Return the keys and values that layer 0 attends to at a block."""
+    cache.start_block(index, reference)
     k = marked(config, index)
     return cache.extend(0, k, k)
 
 
 def blocks_in(values: Tensor) -> list[float]:
-    """Marks of the blocks in the window part of what is read, each once."""
+    """Return the values of the blocks in the window, each once."""
     return sorted(set(values[0, SINK:, 0, 0].tolist()))
 
 
-def test_the_oldest_block_is_forgotten_first(cache: KVCache, config: NetworkConfig) -> None:
+def test_the_oldest_block_is_evicted_first(cache: KVCache, config: NetworkConfig) -> None:
     seen = [blocks_in(attended(cache, config, index)[1]) for index in range(6)]
     assert seen == [[1], [1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5], [4, 5, 6]]
 
 
-def test_unfilled_slots_are_not_read(cache: KVCache, config: NetworkConfig) -> None:
+def test_unfilled_slots_are_not_attended_to(cache: KVCache, config: NetworkConfig) -> None:
     lengths = [attended(cache, config, index)[0].shape[1] for index in range(5)]
     block = REFERENCE * config.num_frames_per_block
     assert lengths == [SINK + count * block for count in (1, 2, 3, 3, 3)]
 
 
-def test_a_stream_that_begins_late_begins_with_an_empty_window(cache: KVCache, config: NetworkConfig) -> None:
+def test_a_stream_that_starts_late_has_an_empty_window(cache: KVCache, config: NetworkConfig) -> None:
     seen = [blocks_in(attended(cache, config, index)[1]) for index in range(7, 12)]
     assert seen == [[8], [8, 9], [8, 9, 10], [9, 10, 11], [10, 11, 12]]
 
@@ -66,8 +66,8 @@ def test_a_stream_that_begins_late_begins_with_an_empty_window(cache: KVCache, c
 def test_sink_survives_a_full_window(cache: KVCache, config: NetworkConfig, sink: list[KeysValues]) -> None:
     for index in range(8):
         keys, values = attended(cache, config, index)
-    turns = rotation(condition_positions(HEIGHT, WIDTH), config.head_dim)
-    assert torch.equal(keys[:, :SINK], rotate(sink[0][0], turns))
+    table = rope_table(condition_positions(HEIGHT, WIDTH), config.head_dim)
+    assert torch.equal(keys[:, :SINK], apply_rope(sink[0][0], table))
     assert torch.equal(values[:, :SINK], sink[0][1])
 
 
@@ -77,19 +77,21 @@ def test_only_the_reference_moves(cache: KVCache, config: NetworkConfig, sink: l
         positions = torch.cat(
             [block_positions(frame, 1, HEIGHT, WIDTH), condition_positions(HEIGHT, WIDTH)[REFERENCE:]]
         )
-        torch.testing.assert_close(keys, rotate(sink[0][0], rotation(positions, config.head_dim)), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            keys, apply_rope(sink[0][0], rope_table(positions, config.head_dim)), atol=1e-6, rtol=0
+        )
 
 
-def test_a_new_sink_stands_where_its_block_sees_it(cache: KVCache, config: NetworkConfig) -> None:
+def test_a_new_sink_is_positioned_for_its_block(cache: KVCache, config: NetworkConfig) -> None:
     attended(cache, config, 0, 45)
     other = sink_of(config, seed=5)
     cache.set_sink(other)
     keys = attended(cache, config, 1, 45)[0][:, :REFERENCE]
-    turns = rotation(block_positions(45, 1, HEIGHT, WIDTH), config.head_dim)
-    torch.testing.assert_close(keys, rotate(other[0][0][:, :REFERENCE], turns), atol=1e-6, rtol=0)
+    table = rope_table(block_positions(45, 1, HEIGHT, WIDTH), config.head_dim)
+    torch.testing.assert_close(keys, apply_rope(other[0][0][:, :REFERENCE], table), atol=1e-6, rtol=0)
 
 
-def test_a_new_sink_leaves_the_window_as_it_is(cache: KVCache, config: NetworkConfig) -> None:
+def test_a_new_sink_keeps_the_window(cache: KVCache, config: NetworkConfig) -> None:
     for index in range(4):
         attended(cache, config, index)
     before = [each.clone() for each in cache.window(0)]
@@ -97,14 +99,14 @@ def test_a_new_sink_leaves_the_window_as_it_is(cache: KVCache, config: NetworkCo
     assert all(torch.equal(was, now) for was, now in zip(before, cache.window(0), strict=True))
 
 
-def test_what_is_read_is_not_copied(cache: KVCache, config: NetworkConfig) -> None:
+def test_extend_returns_views(cache: KVCache, config: NetworkConfig) -> None:
     keys, values = attended(cache, config, 0)
     following = attended(cache, config, 1)
     assert keys.data_ptr() == following[0].data_ptr()
     assert values.data_ptr() == following[1].data_ptr()
 
 
-def test_layers_and_caches_are_apart(config: NetworkConfig, sink: list[KeysValues]) -> None:
+def test_layers_and_caches_are_independent(config: NetworkConfig, sink: list[KeysValues]) -> None:
     one, other = KVCache(config, HEIGHT, WIDTH), KVCache(config, HEIGHT, WIDTH)
     for cache in (one, other):
         cache.set_sink(sink)
@@ -114,7 +116,7 @@ def test_layers_and_caches_are_apart(config: NetworkConfig, sink: list[KeysValue
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_keys_values_and_the_moving_channels(config: NetworkConfig, dtype: torch.dtype) -> None:
+def test_memory_is_keys_values_and_unrotated_reference_channels(config: NetworkConfig, dtype: torch.dtype) -> None:
     cache = KVCache(config, HEIGHT, WIDTH, dtype=dtype)
     block = REFERENCE * config.num_frames_per_block
     per_layer = 2 * (SINK + config.window_blocks * block) * config.dim
@@ -123,7 +125,7 @@ def test_memory_is_keys_values_and_the_moving_channels(config: NetworkConfig, dt
     assert cache.num_bytes == config.num_layers * (per_layer + moving) * dtype.itemsize
 
 
-def test_a_clip_shows_each_block_its_own_reference_and_window(config: NetworkConfig) -> None:
+def test_in_a_clip_each_block_attends_to_its_own_reference_and_window(config: NetworkConfig) -> None:
     history = ClipHistory(config, HEIGHT, WIDTH, sink_of(config, seed=1), [30, 31, 32, 33, 34])
     block, motion = REFERENCE * config.num_frames_per_block, SINK - REFERENCE
     clip = 5 * REFERENCE + motion

@@ -46,7 +46,7 @@ def test_the_public_file_gives_the_base_preset() -> None:
 
 
 @pytest.mark.parametrize("preset", [tiny, base])
-def test_a_saved_config_reads_back(preset: Callable[[], NetworkConfig]) -> None:
+def test_a_saved_config_loads_equal(preset: Callable[[], NetworkConfig]) -> None:
     assert NetworkConfig.from_dict(json.loads(json.dumps(preset().to_dict()))) == preset()
 
 
@@ -87,7 +87,7 @@ def test_another_network_is_refused(name: str, value: Any) -> None:
         ({"out_dim": 8}, "out_dim"),
     ],
 )
-def test_values_that_contradict_each_other_are_refused(change: dict[str, Any], said: str) -> None:
+def test_contradicting_values_are_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         replace(tiny(), **change)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from avatar.denoiser.attention import condition_positions
 from avatar.denoiser.config import NetworkConfig, tiny
-from avatar.denoiser.denoiser import Denoiser, velocity_of
+from avatar.denoiser.denoiser import Denoiser, to_velocity
 from avatar.denoiser.model import Network, initialise
 from avatar.denoiser.sampler import noise
 from avatar.types import Block, Conditions, Session
@@ -19,7 +19,7 @@ from tests.denoiser.conftest import HEIGHT, WIDTH, randn, random_block, random_c
 
 
 def latents(denoiser: Denoiser, session: Session, blocks: list[Block]) -> list[Tensor]:
-    """What a new stream of a session answers to the blocks."""
+    """Return the latents of a new stream of a session for the blocks."""
     state = denoiser.open(session)
     return [latent_of(denoiser.step(block, state)) for block in blocks]
 
@@ -53,7 +53,7 @@ def test_level_0_starts_from_the_sessions_noise(
     assert not torch.equal(answers[0], latents(denoiser, replace(session, seed=2), bare)[0])
 
 
-def test_a_block_starts_from_as_much_noise_as_the_checkpoint_says(
+def test_initial_noise_has_the_checkpoints_scale(
     network: Network, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
     blocks = blocks_of(config, conditions, 0)
@@ -74,7 +74,7 @@ def test_later_levels_continue_the_level_before(
         latents(denoiser, session, [replace(blocks[0], latent=None)])
 
 
-def test_levels_share_a_network_and_no_history(
+def test_levels_share_a_network_but_no_cache(
     network: Network, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
     levels, alone = [[Denoiser(network, config, level) for level in range(4)] for _ in range(2)]
@@ -116,7 +116,7 @@ def test_closing_a_stream_frees_state(
     assert answer.latent is not None
 
 
-def test_new_conditions_are_prefilled_and_the_window_stays(
+def test_new_conditions_are_prefilled_and_keep_the_window(
     denoiser: Denoiser, session: Session, config: NetworkConfig
 ) -> None:
     first, second = (random_conditions(config, version) for version in (0, 1))
@@ -159,7 +159,7 @@ def test_blocks_come_in_order(
     denoiser.step(random_block(config, 5, conditions), state)
 
 
-def test_a_stream_opened_anew_needs_history_blocks_to_see_what_it_saw(
+def test_history_blocks_rebuild_a_stream(
     network: Network, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
     shallow = replace(config, num_layers=1, audio_inject_layers=(0,))
@@ -182,12 +182,12 @@ def test_a_stream_opened_anew_needs_history_blocks_to_see_what_it_saw(
         ({"latent": torch.zeros(4, 3, 8, 12)}, r"latent must have shape \(4, 2, 8, 12\)"),
         ({"conditions": None}, "no conditions"),
         ({"conditions": Conditions(0, torch.zeros(4, 2, 8, 12), torch.zeros(0, 10))}, "sink must have shape"),
-        ({"conditions": Conditions(0, torch.zeros(4, 1, 8, 12), torch.zeros(6, 10))}, "text has 6 rows.* at most 5"),
+        ({"conditions": Conditions(0, torch.zeros(4, 1, 8, 12), torch.zeros(6, 10))}, "text has 6 tokens.* at most 5"),
         ({"conditions": Conditions(0, torch.zeros(4, 1, 8, 12), torch.zeros(2, 9))}, "text must have shape"),
         ({"index": -1}, "expected block 0, got -1"),
     ],
 )
-def test_a_block_that_does_not_fit_is_refused_and_nothing_is_lost(
+def test_an_invalid_block_is_refused_and_changes_nothing(
     network: Network,
     session: Session,
     conditions: Conditions,
@@ -206,7 +206,7 @@ def test_a_block_that_does_not_fit_is_refused_and_nothing_is_lost(
     ("shape", "said"),
     [((3, 19, 8, 12), "motion latents"), ((4, 19, 8), "motion"), ((4, 1, 7, 12), "even"), ((4, 1, 8, 6), "8")],
 )
-def test_a_session_whose_latents_do_not_fit_is_refused(denoiser: Denoiser, shape: tuple[int, ...], said: str) -> None:
+def test_a_session_with_unfit_latents_is_refused(denoiser: Denoiser, shape: tuple[int, ...], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         denoiser.open(Session("odd", 1, torch.zeros(shape)))
 
@@ -217,14 +217,14 @@ def test_a_level_outside_the_schedule_is_refused(network: Network, config: Netwo
         Denoiser(network, config, level)
 
 
-def test_a_session_without_text_is_one_of_zero_rows(
+def test_no_text_equals_zero_padding(
     denoiser: Denoiser, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
     none, zero = (replace(conditions, text=text) for text in (torch.zeros(0, 0), torch.zeros(5, config.text_dim)))
     assert torch.equal(*(latents(denoiser, session, blocks_of(config, each, 0))[0] for each in (none, zero)))
 
 
-def test_frame_ten_million_equals_frame_a_thousand_when_motion_moves_along(
+def test_frame_ten_million_equals_frame_one_thousand_with_shifted_motion(
     network: Network,
     session: Session,
     conditions: Conditions,
@@ -247,7 +247,7 @@ def test_frame_ten_million_equals_frame_a_thousand_when_motion_moves_along(
     near, far = answers_from(10**3, 0), answers_from(10**7, 10**7 - 10**3)
     assert far.isfinite().all()
     assert torch.equal(far, answers_from(10**7, 10**7 - 10**3))
-    # What is left is the rounding of turns to half precision.
+    # What is left is the rounding of the rope table to half precision.
     assert relative_rms(far, near) < 2e-5
     assert relative_rms(answers_from(10**7, 0), near) > 1e-3, "motion that stays behind is seen otherwise"
 
@@ -256,7 +256,7 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).square().mean().sqrt() / expected.std()).item()
 
 
-def test_the_last_level_makes_the_next_sink_from_block_0(
+def test_the_last_level_updates_the_sink_from_block_0(
     network: Network, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
     made = [
@@ -271,7 +271,7 @@ def test_the_last_level_makes_the_next_sink_from_block_0(
 @pytest.mark.parametrize(
     ("own", "asked", "update"), [(4, None, 4), (4, 7, 7), (4, 0, None), (None, None, None), (None, 2, 2)]
 )
-def test_a_session_decides_where_its_sink_is_replaced(
+def test_a_session_sets_its_sink_update_block(
     network: Network,
     session: Session,
     conditions: Conditions,
@@ -286,7 +286,7 @@ def test_a_session_decides_where_its_sink_is_replaced(
     assert last.updates_sink(random_block(config, 0, conditions), asking) is (update is not None)
 
 
-def test_a_session_decides_how_far_ahead_its_sink_stands(
+def test_a_session_sets_its_sink_distance(
     network: Network, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
     blocks, denoiser = blocks_of(config, conditions, 50), Denoiser(network, config, level=1)
@@ -299,7 +299,7 @@ def test_a_session_decides_how_far_ahead_its_sink_stands(
         denoiser.open(replace(session, sink_distance=(6, 5)))
 
 
-def test_each_token_hears_the_actors_of_its_mask(
+def test_each_token_gets_the_audio_of_its_masks_actors(
     network: Network, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
     one, other = (random_block(config, 0, conditions) for _ in range(2))
@@ -316,7 +316,7 @@ def test_each_token_hears_the_actors_of_its_mask(
     assert rows.argmax() in (4, 5)  # the third row of tokens
 
 
-def test_masks_and_features_have_the_same_actors(
+def test_masks_and_features_must_have_equal_actors(
     denoiser: Denoiser, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
     with pytest.raises(ValueError, match=r"masks must have shape \(2, 4, 6\)"):
@@ -326,16 +326,16 @@ def test_masks_and_features_have_the_same_actors(
         denoiser.step(random_block(config, 0, conditions), state)
 
 
-def test_a_residual_output_means_the_velocity_of_the_path_to_it(config: NetworkConfig) -> None:
+def test_a_residual_output_converts_to_a_velocity(config: NetworkConfig) -> None:
     clean, epsilon, reference = randn(1, 1, 4, 2, 8, 12), randn(2, 1, 4, 2, 8, 12), randn(3, 1, 4, 1, 8, 12)
     residual = replace(config, output="x0_residual", residual_scale=0.3)
     x = 0.25 * clean + 0.75 * epsilon
-    velocity = velocity_of((clean - reference) / 0.3, x, reference, 0.75, residual)
+    velocity = to_velocity((clean - reference) / 0.3, x, reference, 0.75, residual)
     torch.testing.assert_close(velocity, epsilon - clean, atol=1e-5, rtol=0)
-    assert velocity_of(epsilon, x, reference, 0.75, config) is epsilon
+    assert to_velocity(epsilon, x, reference, 0.75, config) is epsilon
 
 
-def test_an_untrained_tiny_network_shows_the_reference_held_still() -> None:
+def test_an_untrained_tiny_network_gives_the_still_reference() -> None:
     config = replace(tiny(), num_layers=2, audio_inject_layers=(0,))
     network = Network(config)
     initialise(network, seed=1)
@@ -351,7 +351,7 @@ def test_an_untrained_tiny_network_shows_the_reference_held_still() -> None:
     torch.testing.assert_close(latent_of(block), motion[:, :1].expand(-1, 3, -1, -1), atol=1e-5, rtol=0)
 
 
-def test_the_pose_input_carries_the_reference_where_the_checkpoint_says_so(
+def test_the_pose_input_is_the_reference_if_configured(
     network: Network, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
     seen: list[Tensor] = []
@@ -365,7 +365,7 @@ def test_the_pose_input_carries_the_reference_where_the_checkpoint_says_so(
     assert torch.equal(seen[1][0], conditions.sink.expand(-1, config.num_frames_per_block, -1, -1))
 
 
-def test_half_precision_answers_in_half_precision(
+def test_half_precision_latents_are_half_precision(
     network: Network, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
     half = Network(config).bfloat16()
@@ -378,7 +378,7 @@ def test_half_precision_answers_in_half_precision(
             assert relative_rms(answer.float(), expected) < 2e-2
 
 
-def test_a_denoiser_of_given_sizes_serves_no_others(network: Network, config: NetworkConfig, session: Session) -> None:
+def test_a_denoiser_of_given_sizes_refuses_others(network: Network, config: NetworkConfig, session: Session) -> None:
     Denoiser(network, config, 0, sizes=[(HEIGHT, WIDTH)]).open(session)
     with pytest.raises(ValueError, match="latents of 8x12 are not served here, only 8x8, 16x16"):
         Denoiser(network, config, 0, sizes=[(8, 8), (16, 16)]).open(session)

@@ -23,7 +23,7 @@ DISTANCES = (30, 7, 4, 21, 4)
 
 
 class Clip:
-    """A batch of random clips and everything they are made from; block i stands at block i + start of its stream."""
+    """A batch of random clips and their inputs; block i of a clip is block i + start of its stream."""
 
     def __init__(self, config: NetworkConfig, seed: int = 0, batch: int = 1, start: int = 6) -> None:
         self.config, self.start, frames = config, start, BLOCKS * config.num_frames_per_block
@@ -62,7 +62,7 @@ class Clip:
         cache.set_sink(conditions)
         frames, columns, outputs = self.config.num_frames_per_block, self.config.frames_per_block, []
         for block, reference in enumerate(self.reference_frames()):
-            cache.begin(self.start + block, int(reference))
+            cache.start_block(self.start + block, int(reference))
             now, heard = slice(block * frames, (block + 1) * frames), slice(block * columns, (block + 1) * columns)
             steps = self.timesteps if self.timesteps.shape[1] == 1 else self.timesteps[:, now]
             audio = network.encode_audio(self.features[..., heard])
@@ -127,7 +127,7 @@ def test_a_common_level_equals_one_level_per_frame(network: Network, config: Net
 
 @pytest.mark.parametrize("changed", ["x", "features", "pose"])
 @pytest.mark.parametrize("way", ["whole", "streamed"])
-def test_the_future_does_not_reach_the_past(network: Network, config: NetworkConfig, changed: str, way: str) -> None:
+def test_the_future_does_not_affect_the_past(network: Network, config: NetworkConfig, changed: str, way: str) -> None:
     clip = Clip(config)
     before = getattr(clip, way)(network)
     along = 4 if changed == "features" else 2
@@ -140,7 +140,7 @@ def test_the_future_does_not_reach_the_past(network: Network, config: NetworkCon
 
 
 @pytest.mark.parametrize("changed", ["reference", "motion", "text"])
-def test_conditions_reach_every_block(network: Network, config: NetworkConfig, changed: str) -> None:
+def test_conditions_affect_every_block(network: Network, config: NetworkConfig, changed: str) -> None:
     clip = Clip(config)
     before = clip.whole(network)
     getattr(clip, changed).add_(1)
@@ -158,7 +158,7 @@ def test_a_batch_of_two_equals_two_of_one(network: Network, config: NetworkConfi
     torch.testing.assert_close(both.whole(network), apart, atol=1e-5, rtol=0)
 
 
-def test_samples_of_a_batch_may_stand_elsewhere_in_their_streams(network: Network, config: NetworkConfig) -> None:
+def test_samples_of_a_batch_may_have_different_positions(network: Network, config: NetworkConfig) -> None:
     clips = [Clip(config, start=start) for start in (3, 4000)]
     apart = torch.cat([clip.whole(network) for clip in clips])
     both = Clip(config, batch=2)
@@ -172,9 +172,7 @@ def test_samples_of_a_batch_may_stand_elsewhere_in_their_streams(network: Networ
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
 
 
-def test_ten_million_blocks_on_the_network_is_finite_and_the_same_again(
-    network: Network, config: NetworkConfig
-) -> None:
+def test_block_ten_million_is_finite_and_reproducible(network: Network, config: NetworkConfig) -> None:
     clip = Clip(config, start=10_000_000)
     output = clip.streamed(network)
     assert output.isfinite().all()
@@ -182,7 +180,7 @@ def test_ten_million_blocks_on_the_network_is_finite_and_the_same_again(
     torch.testing.assert_close(output, clip.whole(network), atol=1e-5, rtol=0)
 
 
-def test_missing_text_rows_are_zero_and_attended(network: Network, config: NetworkConfig) -> None:
+def test_text_is_padded_with_zeros_that_are_attended_to(network: Network, config: NetworkConfig) -> None:
     clip = Clip(config)
     short = clip.whole(network)
     clip.text = torch.cat([clip.text, torch.zeros(1, config.text_len - 3, config.text_dim)], dim=1)
@@ -191,13 +189,13 @@ def test_missing_text_rows_are_zero_and_attended(network: Network, config: Netwo
     assert not torch.allclose(clip.whole(network), short, atol=1e-3)
 
 
-def test_a_single_text_row_is_read_as_attention_would_read_it(config: NetworkConfig) -> None:
+def test_the_shortcut_for_one_text_token_equals_attention(config: NetworkConfig) -> None:
     network = random_network(replace(config, text_len=1))
     text, x = network.embed_text(randn(1, 1, 1, config.text_dim)), randn(2, 1, 2, 24, config.dim)
     layer = network.layers[0]
     q = layer.cross_attn.queries(layer.norm3(x).flatten(1, 2))
     read = rearrange(layer.cross_attn(q, *text[0]), "b (t s) d -> b t s d", t=2)
-    torch.testing.assert_close(layer.read_text(x, text[0]).expand_as(read), read)
+    torch.testing.assert_close(layer.attend_to_text(x, text[0]).expand_as(read), read)
 
 
 def test_half_precision_stays_close(network: Network, config: NetworkConfig) -> None:
@@ -210,7 +208,7 @@ def test_half_precision_stays_close(network: Network, config: NetworkConfig) -> 
         assert error < 2e-2
 
 
-def test_training_reaches_every_parameter(config: NetworkConfig) -> None:
+def test_gradients_reach_every_parameter(config: NetworkConfig) -> None:
     network = random_network(config).requires_grad_(True)
     torch.autograd.backward(Clip(config).whole(network).square().mean())
     assert without_gradient(network) == []
@@ -223,7 +221,7 @@ def test_an_untrained_network_adds_nothing() -> None:
     assert not clip.whole(network).any()
 
 
-def test_initial_weights_are_decided_by_their_seed(config: NetworkConfig) -> None:
+def test_initial_weights_depend_on_the_seed_only(config: NetworkConfig) -> None:
     one, same, other = (Network(config) for _ in range(3))
     for network, seed in ((one, 3), (same, 3), (other, 4)):
         initialise(network, seed)
@@ -231,7 +229,7 @@ def test_initial_weights_are_decided_by_their_seed(config: NetworkConfig) -> Non
     assert not torch.equal(one.patch_embedding.weight, other.patch_embedding.weight)
 
 
-def test_four_steps_of_training_wake_an_untrained_network(config: NetworkConfig) -> None:
+def test_four_training_steps_reach_the_zero_initialised_weights(config: NetworkConfig) -> None:
     network, clip = Network(config), Clip(config)
     initialise(network, seed=3)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
@@ -243,7 +241,7 @@ def test_four_steps_of_training_wake_an_untrained_network(config: NetworkConfig)
     assert without_gradient(network) == []
 
 
-def test_a_saved_network_loads_and_computes_the_same(network: Network, config: NetworkConfig, tmp_path: Path) -> None:
+def test_a_saved_network_loads_with_equal_output(network: Network, config: NetworkConfig, tmp_path: Path) -> None:
     save(tmp_path, config.to_dict(), network)
     loaded, loaded_config = load(Part.read(tmp_path))
     assert loaded_config == config

@@ -1,4 +1,4 @@
-"""Where a bfloat16 network computes in which precision, as the reference does under autocast."""
+"""The precisions in which a bfloat16 network computes, as the reference under autocast."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from avatar.denoiser.model import Network
 from avatar.types import Conditions, Session
 from tests.denoiser.conftest import randn, random_block
 
-WIDE, HALF = torch.float32, torch.bfloat16
+FULL, HALF = torch.float32, torch.bfloat16
 
 
 @pytest.fixture
@@ -30,19 +30,19 @@ def half(network: Network, config: NetworkConfig) -> Network:
         ("cond_encoder", HALF, HALF),
         ("frame_packer", HALF, HALF),
         ("text_embedding", HALF, HALF),
-        ("time_embedding", WIDE, WIDE),
-        ("time_projection", WIDE, WIDE),
+        ("time_embedding", FULL, FULL),
+        ("time_projection", FULL, FULL),
         ("blocks.1", HALF, HALF),
         ("blocks.1.self_attn.norm_q", HALF, HALF),
         ("blocks.1.self_attn", HALF, HALF),
         ("blocks.1.norm3", HALF, HALF),
         ("blocks.1.cross_attn", HALF, HALF),
         ("blocks.1.ffn", HALF, HALF),
-        ("casual_audio_encoder.encoder", WIDE, WIDE),
-        ("audio_injector.injector_adain_layers.0", HALF, WIDE),
+        ("casual_audio_encoder.encoder", FULL, FULL),
+        ("audio_injector.injector_adain_layers.0", HALF, FULL),
         ("audio_injector.injector.0", HALF, HALF),
-        ("head", HALF, WIDE),
-        ("head.head", WIDE, WIDE),
+        ("head", HALF, FULL),
+        ("head.head", FULL, FULL),
     ],
 )
 def test_each_part_computes_in_its_precision(
@@ -65,12 +65,12 @@ def test_each_part_computes_in_its_precision(
     assert seen == {(enters, leaves)}
 
 
-def test_time_modulates_in_full_precision(half: Network) -> None:
+def test_modulation_is_float32(half: Network) -> None:
     modulation = half.embed_time(torch.tensor([[500.0]]))
-    assert {each.dtype for each in (*modulation.layers, modulation.head)} == {WIDE}
+    assert {each.dtype for each in (*modulation.layers, modulation.head)} == {FULL}
 
 
-def test_the_residual_is_wide_within_a_layer_and_rounded_at_its_end(config: NetworkConfig) -> None:
+def test_the_residual_is_float32_within_a_layer_and_rounded_at_its_end(config: NetworkConfig) -> None:
     layer = Layer(config).to(HALF)
     for parameter in layer.parameters():
         torch.nn.init.zeros_(parameter)

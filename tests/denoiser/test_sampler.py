@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.sampler import euler_step, mixed_seed, noise, noise_of_clips, sink_distance
+from avatar.denoiser.sampler import clip_noise, euler_step, mix_seed, noise, sink_distance
 from avatar.types import Session
 from tests.denoiser.conftest import randn, random_session
 
 
-def test_the_last_step_arrives_at_the_clean_latent() -> None:
+def test_the_last_step_gives_the_clean_latent() -> None:
     clean, noisy = randn(1, 4, 2, 8, 8), randn(2, 4, 2, 8, 8)
     x = 0.75 * noisy + 0.25 * clean
     torch.testing.assert_close(euler_step(x, noisy - clean, 0.75, 0.0), clean)
 
 
-def test_two_steps_along_one_velocity_are_one() -> None:
+def test_two_steps_along_one_velocity_equal_one() -> None:
     x, velocity = randn(1, 4, 2, 8, 8), randn(2, 4, 2, 8, 8)
     halfway = euler_step(euler_step(x, velocity, 0.9, 0.75), velocity, 0.75, 0.5)
     torch.testing.assert_close(halfway, euler_step(x, velocity, 0.9, 0.5))
@@ -33,7 +33,7 @@ def test_half_precision_rounds_the_product_and_then_the_sum() -> None:
     assert not torch.equal(moved, (x.float() + distance * velocity.float()).bfloat16())
 
 
-def test_noise_is_decided_by_seed_and_block_alone(config: NetworkConfig) -> None:
+def test_noise_depends_on_seed_and_block_only(config: NetworkConfig) -> None:
     one, other = random_session(config, "one", 7), random_session(config, "other", 8)
     first = noise(one, 5, 2)
     noise(other, 3, 2)
@@ -52,33 +52,33 @@ def test_noise_is_standard_normal(config: NetworkConfig) -> None:
     assert abs(drawn.std().item() - 1) < 0.02
 
 
-def test_noise_of_clips_is_cut_from_one_draw_a_clip_seeded_in_order(config: NetworkConfig) -> None:
-    session, draw = random_session(config, "one", 2**63 - 1), noise_of_clips(3)
+def test_clip_noise_is_one_draw_per_clip(config: NetworkConfig) -> None:
+    session, draw = random_session(config, "one", 2**63 - 1), clip_noise(3)
     for clip, seed in enumerate((2**63 - 1, 0)):
         whole = torch.randn(4, 6, 8, 12, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(torch.cat([draw(session, 3 * clip + block, 2) for block in range(3)], dim=1), whole)
 
 
-def test_sink_distance_reaches_both_ends_of_its_range_evenly(config: NetworkConfig) -> None:
+def test_sink_distances_are_uniform_over_their_range(config: NetworkConfig) -> None:
     session = random_session(config, "one", 7)
     drawn = Counter(sink_distance(session, index, level, (4, 6)) for index in range(300) for level in range(4))
     assert sorted(drawn) == [4, 5, 6]
     assert min(drawn.values()) > 300
 
 
-def test_levels_draw_their_sink_distances_apart(config: NetworkConfig) -> None:
+def test_levels_draw_independent_sink_distances(config: NetworkConfig) -> None:
     session = random_session(config, "one", 7)
     zero, one = ([sink_distance(session, index, level, (4, 30)) for index in range(20)] for level in (0, 1))
     assert zero != one
     assert zero == [sink_distance(session, index, 0, (4, 30)) for index in range(20)]
 
 
-def test_a_fixed_sink_distance_is_never_drawn(config: NetworkConfig) -> None:
+def test_a_fixed_sink_distance_is_constant(config: NetworkConfig) -> None:
     session = random_session(config, "one", 7)
     assert {sink_distance(session, index, 2, 4) for index in range(20)} == {4}
 
 
 @pytest.mark.parametrize("other", [(1, "noise", 3), (2, "noise", 2), (1, "sink", 2), (12, "noise", 2)])
-def test_every_part_changes_a_mixed_seed(other: tuple[int | str, ...]) -> None:
-    assert mixed_seed(*other) != mixed_seed(1, "noise", 2)
-    assert 0 <= mixed_seed(*other) < 2**63
+def test_every_part_changes_the_seed(other: tuple[int | str, ...]) -> None:
+    assert mix_seed(*other) != mix_seed(1, "noise", 2)
+    assert 0 <= mix_seed(*other) < 2**63

@@ -28,7 +28,7 @@ def audio_load(golden: Golden, report: Report) -> None:
 
 
 def read(pcm: Tensor, rate_hz: int) -> tuple[Tensor, int]:
-    """Samples (s, a) int16 as the library reads them from a file."""
+    """Write samples (s, a) int16 to a file, and read them with the library."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sound.wav"
         with wave.open(str(path), "wb") as file:
@@ -41,7 +41,7 @@ def read(pcm: Tensor, rate_hz: int) -> tuple[Tensor, int]:
 
 
 def audio_bucket(golden: Golden, report: Report) -> None:
-    """50 Hz to 30 Hz, and from there to the pixel frames of whole clips."""
+    """States at 50 Hz to the 30 Hz grid, and the grid to the pixel frames of whole clips."""
     info, tensors = golden.info, golden.tensors
     for case in info["cases"]:
         name = case["name"]
@@ -112,7 +112,7 @@ def wav2vec2_tiny_e2e(golden: Golden, report: Report) -> None:
 
 
 def load(golden: Golden) -> Wav2Vec2:
-    """The golden's weights, from a published folder under their own names."""
+    """Load the golden's weights from a published folder, under their own names."""
     prefix = golden.info["weight_prefix"]
     weights = {k.removeprefix(prefix): v for k, v in golden.tensors.items() if k.startswith(prefix)}
     with published(AUDIO_FOLDER, golden.info["config"]) as checkpoint:

@@ -36,7 +36,7 @@ def dit_lora(golden: Golden, report: Report) -> None:
 
 
 def dit_ckpt_tiny(golden: Golden, report: Report) -> None:
-    """A whole folder as it is published, shards and index, and an adapter with keys of another spelling."""
+    """A whole published folder with shards and index, and an adapter with another spelling of its keys."""
     checkpoint, expected = golden.folder / golden.name, golden.sibling(golden.info["golden"])
     adapter = LoraAdapter(checkpoint / ADAPTER, golden.info["lora"]["alpha"])
     replay_calls(expected, report, load_denoiser(checkpoint, expected, adapter))
@@ -68,7 +68,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with the prefix, without it."""
+    """Return the tensors whose names start with the prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 

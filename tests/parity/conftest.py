@@ -1,4 +1,4 @@
-"""`pytest tests/parity --goldens DIR` runs every golden that DIR holds and is understood, and prints a row for each."""
+"""`pytest tests/parity --goldens DIR` runs every golden of a supported kind in DIR, and prints a row for each."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def held(folder: Path) -> set[str]:
-    """Names of the goldens in a folder: a json beside a safetensors of that name, or a folder that says what it is."""
+    """Return the names of the goldens in a folder: a json and a safetensors of that name, or a folder with metadata."""
     files = {path.stem for path in folder.glob("*.safetensors") if path.with_suffix(".json").is_file()}
     return files | {path.parent.name for path in folder.glob(f"*/{ABOUT}")}
 
@@ -46,7 +46,7 @@ def held(folder: Path) -> set[str]:
 def report(golden: Golden, request: pytest.FixtureRequest) -> Iterator[Report]:
     report = Report(golden.name)
     yield report
-    # A property of the test reaches the process that prints the table, whichever ran the test.
+    # A test property reaches the process that prints the table, whichever process ran the test.
     request.node.user_properties.append((GOLDEN, asdict(report)))
 
 

@@ -1,4 +1,4 @@
-"""Goldens of the network, its parts and the schedule: our modules are given the recorded weights and inputs."""
+"""Goldens of the network, its parts and the schedule: our modules run with the recorded weights and inputs."""
 
 import re
 from collections.abc import Callable
@@ -10,18 +10,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from avatar.denoiser.attention import (
+    apply_rope,
     axis_frequencies,
     block_positions,
     condition_positions,
     grid_size,
     reference_frame,
-    rotate,
-    rotation,
+    rope_table,
 )
-from avatar.denoiser.audio_injection import AudioEncoder, AudioTokens, InjectionNorm
+from avatar.denoiser.audio_injection import AudioAdaLN, AudioTokens, CausalAudioEncoder
 from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.layers import FramePacker, Head, Layer, sinusoid, unpatch
+from avatar.denoiser.layers import FramePacker, Head, Layer, timestep_embedding, unpatchify
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import euler_step
 from avatar.denoiser.schedule import flow_match_schedule, timesteps
@@ -47,7 +47,7 @@ def config_of(golden: Golden) -> NetworkConfig:
 
 
 def replay_calls(golden: Golden, report: Report, network: Network) -> None:
-    """The calls of a golden on a network, wherever its weights are from."""
+    """Replay the calls of a golden on a network with its weights."""
     replay = Replay(golden, report, network)
     with torch.no_grad():
         for call in golden.info["calls"]:
@@ -56,7 +56,7 @@ def replay_calls(golden: Golden, report: Report, network: Network) -> None:
 
 @dataclass
 class Level:
-    """One recorded cache, and what fills its sink."""
+    """A recorded cache, and the conditions of its sink."""
 
     cache: KVCache
     text: list[KeysValues] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Level:
 
 
 class Replay:
-    """Runs the calls of one golden, each method named for a kind of call."""
+    """Replays the calls of one golden; each method is named for a kind of call."""
 
     def __init__(self, golden: Golden, report: Report, network: Network) -> None:
         self.report, self.tensors, self.info = report, golden.tensors, golden.info
@@ -97,8 +97,8 @@ class Replay:
             "framepack.tokens": self.seen["frame_packer"][0],
             "layer0.input": self.seen["blocks.0.input"].flatten(0, 2),
             "layer0.output": self.seen["blocks.0"].flatten(0, 2),
-            **turns("layer0.rope", self.turns(condition_positions(*self.size))),
-            **turns("framepack.rope", self.turns(self.motion_positions())),
+            **table("layer0.rope", self.rope_table(condition_positions(*self.size))),
+            **table("framepack.rope", self.rope_table(self.motion_positions())),
         }
         self.check_taps(call["id"], places)
 
@@ -111,7 +111,7 @@ class Replay:
         reference = reference_frame(first_frame, call["relative_dist"])
         audio = self.audio(call)
         before = level.cache.window(0)[1].clone()
-        level.cache.begin(first_frame // self.frames, reference)
+        level.cache.start_block(first_frame // self.frames, reference)
         modulation = self.network.embed_time(t)
         pose = self.tensors[call["cond_states"]].to(x.dtype)
         velocity = self.network(x[None], modulation, level.text, audio, pose, first_frame, level.cache)[0]
@@ -169,12 +169,12 @@ class Replay:
             "inject0.hidden_after": after.flatten(0, 2),
             "head.input": seen["head.input"].flatten(0, 2),
             "head.output": seen["head"].flatten(0, 2),
-            **turns("layer0.rope", self.turns(block_positions(first_frame, frames, *self.size))),
-            **turns("layer0.rope_cond", self.turns(torch.cat([standing, self.motion_positions()]))),
+            **table("layer0.rope", self.rope_table(block_positions(first_frame, frames, *self.size))),
+            **table("layer0.rope_cond", self.rope_table(torch.cat([standing, self.motion_positions()]))),
         }
 
-    def turns(self, positions: Tensor) -> Tensor:
-        return rotation(positions, self.config.head_dim)
+    def rope_table(self, positions: Tensor) -> Tensor:
+        return rope_table(positions, self.config.head_dim)
 
     def motion_positions(self) -> Tensor:
         rows, columns = grid_size(*self.size)
@@ -199,14 +199,14 @@ class Replay:
 
 
 def with_weights(module: Module, tensors: dict[str, Tensor], prefix: str) -> Module:
-    """The module with the tensors whose names begin with the prefix."""
+    """Load the tensors whose names start with the prefix into the module."""
     weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     module.load_state_dict(weights)
     return module.eval()
 
 
 def watch(network: Network) -> dict[str, Tensor]:
-    """A dict that always holds the last output of every module, and the inputs of layers, attention and head."""
+    """Return a dict that always holds the last output of every module, and the inputs of layers, attention and head."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -228,7 +228,7 @@ def grid(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return rearrange(tokens, "1 t (h w) d -> d t h w", h=grid_size(*size)[0])
 
 
-def turns(name: str, table: Tensor) -> dict[str, Tensor]:
+def table(name: str, table: Tensor) -> dict[str, Tensor]:
     return {f"{name}.re": table.real, f"{name}.im": table.imag}
 
 
@@ -244,7 +244,7 @@ def run_rope(golden: Golden, report: Report) -> None:
             if f"{key}.re" in tensors:
                 along = tensors["positions"] if axis == 0 else torch.arange(len(tensors[f"{key}.re"]))
                 positions = torch.stack([along if axis == each else along * 0 for each in range(3)], dim=-1)
-                table = rotation(positions, head_dim)[:, first : first + len(frequency)]
+                table = rope_table(positions, head_dim)[:, first : first + len(frequency)]
                 check_table(report, tensors, key, table)
             first += len(frequency)
     for name in tensors:
@@ -253,27 +253,29 @@ def run_rope(golden: Golden, report: Report) -> None:
             report.exact(name, condition_positions(*map(int, match.groups())).int(), tensors[name])
         elif match := re.fullmatch(r"cond_table\.(\d+)x(\d+)\.hd(\d+)\.re", name):
             height, width_, head_dim = map(int, match.groups())
-            check_table(report, tensors, key, rotation(condition_positions(height, width_), head_dim))
+            check_table(report, tensors, key, rope_table(condition_positions(height, width_), head_dim))
         elif match := re.fullmatch(r"cond_table_shift(\d+)\.(\d+)x(\d+)\.hd(\d+)\.ref_every(\d+)\.re", name):
             shift, height, width_, head_dim, stride = map(int, match.groups())
             frame = condition_positions(height, width_)[0, 0].item() + shift
-            table = rotation(block_positions(int(frame), 1, height, width_), head_dim)
+            table = rope_table(block_positions(int(frame), 1, height, width_), head_dim)
             check_table(report, tensors, key, table[::stride])
         elif match := re.fullmatch(r"noisy_table\.f(\d+)\.re", name):
             check_table(report, tensors, key, noisy_table(meaning[name], len(tensors[name])))
     start = re.search(r"start frame (\d+)", meaning["apply.out"])
     assert start
     table = noisy_table(meaning[f"noisy_table.f{start[1]}.re"], tensors["apply.x"].shape[1])
-    report.compare("apply", rotate(tensors["apply.x"], table), tensors["apply.out"], **golden.info["tolerance"]["taps"])
+    report.compare(
+        "apply", apply_rope(tensors["apply.x"], table), tensors["apply.out"], **golden.info["tolerance"]["taps"]
+    )
 
 
 def noisy_table(meaning: str, tokens: int) -> Tensor:
-    """The table of a block that its recorded meaning describes."""
+    """Return the rope table of a block, from its recorded description."""
     match = re.search(r"latent (\d+)x(\d+), head_dim (\d+), start frame (\d+)", meaning)
     assert match, meaning
     height, width, head_dim, start = map(int, match.groups())
     rows, columns = grid_size(height, width)
-    return rotation(block_positions(start, tokens // (rows * columns), height, width), head_dim)
+    return rope_table(block_positions(start, tokens // (rows * columns), height, width), head_dim)
 
 
 def check_table(report: Report, tensors: dict[str, Tensor], key: str, table: Tensor) -> None:
@@ -292,7 +294,7 @@ def run_audio(golden: Golden, report: Report) -> None:
         num_audio_token=sizes["num_token"],
         num_frames_per_block=columns // FRAMES_PER_LATENT,
     )
-    encoder: AudioEncoder = with_weights(AudioEncoder(config), tensors, "weights.casual_audio_encoder.")
+    encoder: CausalAudioEncoder = with_weights(CausalAudioEncoder(config), tensors, "weights.casual_audio_encoder.")
     with torch.no_grad():
         for case in golden.info["cases"]:
             features = tensors[f"in.{case['id']}.features"]
@@ -321,7 +323,7 @@ def run_framepack(golden: Golden, report: Report) -> None:
         positions = condition_positions(case["H"], case["W"])[rows * columns :]
         report.compare(f"tokens {name}", tokens, tensors[f"out.{name}.tokens"], **limits)
         report.exact(f"positions {name}", positions.int(), tensors[f"out.{name}.positions"])
-        check_table(report, tensors, f"out.{name}.rope", rotation(positions, config.head_dim))
+        check_table(report, tensors, f"out.{name}.rope", rope_table(positions, config.head_dim))
 
 
 def run_misc(golden: Golden, report: Report) -> None:
@@ -335,7 +337,7 @@ def run_misc(golden: Golden, report: Report) -> None:
         in_dim=len(pixels),
         out_dim=len(pixels),
     )
-    layer, norm = Layer(config), InjectionNorm(config.dim)
+    layer, norm = Layer(config), AudioAdaLN(config.dim)
     with torch.no_grad():
         for scale in sorted({name.split(".rms")[0] for name in tensors if name.endswith(".rms.weight")}):
             x, out = tensors[f"{scale}.x"], scale.replace("in.", "out.", 1)
@@ -355,9 +357,9 @@ def run_misc(golden: Golden, report: Report) -> None:
         shared = rearrange(tensors["in.head.e"], "t d -> 1 1 t 1 d")
         out = head(x, rearrange(tensors["in.head.modulation"], "1 two d -> two 1 1 1 d") + shared)
         report.compare("head", out.flatten(1, 2), tensors["out.head.tokens"], **limits)
-        report.compare("unpatch", unpatch(out, rows)[0], pixels, **limits)
+        report.compare("unpatch", unpatchify(out, rows)[0], pixels, **limits)
         for name in (name for name in tensors if name.startswith("out.sinusoid.")):
-            values = sinusoid(tensors["in.timesteps"], int(name.removeprefix("out.sinusoid.")))
+            values = timestep_embedding(tensors["in.timesteps"], int(name.removeprefix("out.sinusoid.")))
             report.compare(name, values, tensors[name], **limits)
 
 

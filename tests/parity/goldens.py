@@ -1,4 +1,4 @@
-"""A recorded run of the reference, and the comparison of ours with it."""
+"""Goldens: recorded runs of the reference, and the comparison of ours with them."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ ABOUT = "about.json"
 
 @dataclass(frozen=True)
 class Golden:
-    """One golden: `name.json` says what was done and the tolerances, `name.safetensors` holds the tensors.
+    """One golden: `name.json` describes the run and its tolerances, `name.safetensors` holds the tensors.
 
     A checkpoint is a folder of that name, whose `about.json` says what it must give.
     """
@@ -46,7 +46,7 @@ class Golden:
 
 @contextmanager
 def published(folder: str = ".", config: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """A checkpoint in the published layout for as long as it takes to load, with a part's config in its folder."""
+    """Make a temporary checkpoint in the published layout, with a part's config in its folder."""
     with TemporaryDirectory() as name:
         root = Path(name)
         (root / folder).mkdir(exist_ok=True)

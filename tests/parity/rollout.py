@@ -1,4 +1,4 @@
-"""Goldens of the rollout: our levels, caches, conditions, sampler and decoder around the recordings' stand-in network.
+"""Goldens of the rollout: our levels, caches, conditions, sampler and decoder around the recorded stand-in network.
 
 The stand-in answers tanh of its input plus means of everything that it is given, so that sink, history, levels, audio
 and their order all leave marks in the latents. It keeps its means as values in our own cache.
@@ -16,7 +16,7 @@ from avatar.denoiser.cache import History, KeysValues
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
-from avatar.denoiser.sampler import noise_of_clips
+from avatar.denoiser.sampler import clip_noise
 from avatar.denoiser.schedule import flow_match_schedule
 from avatar.types import FRAMES_PER_LATENT, Block, Conditions, Session
 from avatar.vae import whole_clip
@@ -34,14 +34,14 @@ DENOISE = (
 
 
 def run_tpp(golden: Golden, report: Report) -> None:
-    """Picture to frames, every level on its own, the sink replaced once by block 0's result."""
+    """Picture to frames with separate levels, the sink replaced once by block 0's result."""
     info, tensors, vae, limit = golden.info, golden.tensors, rollout_vae(golden), golden.info["tolerance_latents"]
     motion = vae.encode_picture(tensors["image/rgb_u8"])
     check_motion(report, golden, motion, motion)
 
     config, session = rollout_config(golden), Session("golden", info["seed"], motion)
     levels = [Level(golden, config, level, session) for level in range(config.num_levels)]
-    blocks = draw(report, golden, levels, Conditions(0, motion[:, :1], tensors["context"]))
+    blocks = generate(report, golden, levels, Conditions(0, motion[:, :1], tensors["context"]))
     state = vae.open(session)
     check_video(report, golden, [vae.frames(block, state) for block in blocks])
     for level, each in enumerate(levels):
@@ -61,7 +61,7 @@ def run_offline(golden: Golden, report: Report) -> None:
     config = replace(rollout_config(golden), sink_update_block=None)
     session = Session("golden", info["seed"], motion)
     levels = [Level(golden, config, level, session) for level in range(config.num_levels)]
-    latents = [block.latent for block in draw(report, golden, levels, Conditions(0, sink, tensors["context"]))]
+    latents = [block.latent for block in generate(report, golden, levels, Conditions(0, sink, tensors["context"]))]
     whole = torch.cat([latent for latent in latents if latent is not None], dim=1)
     clips = torch.split(whole, config.num_frames_per_block * info["blocks_per_clip"], dim=1)
     check_video(report, golden, list(whole_clip.decode_clips(vae, rgb, clips)))
@@ -78,21 +78,21 @@ def rollout_vae(golden: Golden) -> Vae[Slots]:
 
 
 def check_motion(report: Report, golden: Golden, first: Tensor, last: Tensor) -> None:
-    """Compare motion latents, from the still's first on and up to its last."""
+    """Compare motion latents at the start and at the end of the still clip."""
     limit, warmup = golden.info["tolerance_latents"], golden.tensors["motion/initial_first7"]
     report.compare("warm-up", first[:, : warmup.shape[1]], warmup, max_abs=limit)
     report.compare("motion", last, golden.tensors["motion/initial_last19"], max_abs=limit)
 
 
-def draw(report: Report, golden: Golden, levels: list["Level"], conditions: Conditions) -> list[Block]:
-    """All blocks through all levels; latents and the sinks that they were made under are compared."""
+def generate(report: Report, golden: Golden, levels: list["Level"], conditions: Conditions) -> list[Block]:
+    """Run all blocks through all levels, and compare their latents and sinks."""
     tensors, limit, features = golden.tensors, golden.info["tolerance_latents"], audio_blocks(golden)
     last, session, sinks, blocks = levels[-1].denoiser, levels[-1].state.session, [conditions], []
-    clip_noise = noise_of_clips(golden.info["blocks_per_clip"])
+    noise_source = clip_noise(golden.info["blocks_per_clip"])
     for index, name in enumerate(block_names(golden)):
         update = last.sink_update_block(session)
         block = Block(index, features[index], conditions=sinks[0 if update is None or index < update else -1])
-        noise = clip_noise(session, index, golden.info["frames_per_block"])
+        noise = noise_source(session, index, golden.info["frames_per_block"])
         report.compare(f"{name}/noise", noise, tensors[f"{name}/noise"], max_abs=limit)
         for level, each in enumerate(levels):
             block = each.denoiser.step(block, each.state)
@@ -107,7 +107,7 @@ def draw(report: Report, golden: Golden, levels: list["Level"], conditions: Cond
 
 
 def block_names(golden: Golden) -> list[str]:
-    """The recording's names of its blocks, in order."""
+    """Return the recording's names of its blocks, in order."""
     clips, blocks = golden.info["clips"], golden.info["blocks_per_clip"]
     return [f"r{clip}/b{block}" for clip in range(clips) for block in range(blocks)]
 
@@ -118,7 +118,7 @@ def audio_blocks(golden: Golden) -> tuple[Tensor, ...]:
 
 
 class Level:
-    """One of our denoisers around a stand-in of its own."""
+    """A denoiser around its own stand-in network."""
 
     def __init__(self, golden: Golden, config: NetworkConfig, level: int, session: Session) -> None:
         names = block_names(golden)
@@ -132,7 +132,7 @@ class Level:
 
 
 def rollout_config(golden: Golden) -> NetworkConfig:
-    """The stand-in's sizes, and the recorded rollout's constants."""
+    """Return the stand-in's sizes and the recorded rollout's constants."""
     info, tensors = golden.info, golden.tensors
     _, layers, width, _ = tensors["audio/model_input"].shape
     rows, columns = tensors["context"].shape
@@ -153,7 +153,7 @@ def rollout_config(golden: Golden) -> NetworkConfig:
 
 
 class StandIn:
-    """The recorded network, with our network's interface. `events` lists its calls as the recording lists its own."""
+    """The recorded stand-in network with our network's interface; `events` lists its calls in the recording's form."""
 
     dtype = torch.float32
     device = torch.device("cpu")
@@ -222,7 +222,7 @@ def mean(x: Tensor) -> float:
 
 
 def check_events(report: Report, level: Level, recorded: list[dict[str, Any]], limit: float) -> None:
-    """Order and whole numbers exactly, means within the limit."""
+    """Compare order and integers exactly, means within the limit."""
     events, rank = level.standin.events, f"level {level.denoiser.level}"
     recorded = sorted(recorded, key=lambda event: event["seq"])
     report.exact(f"{rank} order", [each["kind"] for each in events], [each["kind"] for each in recorded])

@@ -1,4 +1,4 @@
-"""Our numbers are the reference's."""
+"""Our numbers equal the reference's."""
 
 import torch
 

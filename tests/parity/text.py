@@ -1,4 +1,4 @@
-"""The golden of text: cleaning, and the encoder from a published checkpoint."""
+"""Golden of text: prompt cleaning, and the encoder of a published checkpoint."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ WEIGHTS = "weights/"
 
 
 def umt5_tiny(golden: Golden, report: Report) -> None:
-    """Padded tokens to all rows, and the rows of each text's own tokens."""
+    """Padded tokens to all embeddings, and to those of each text's own tokens."""
     info, tensors = golden.info, golden.tensors
     for case in info["cleaning"]:
         report.exact(f"clean {case['text']!r}", clean(case["text"]), case["clean"])
