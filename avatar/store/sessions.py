@@ -40,18 +40,22 @@ class SessionStore:
         self._hashes = hashes
 
     async def put_reference(self, reference: pb.Reference, ttl_s: float) -> None:
+        """Store a reference for ttl_s seconds, in place of one with the same id."""
         await self._hashes.create(_reference_key(reference.id), {"reference": _pack(reference)}, ttl_s)
 
     async def reference(self, reference_id: str) -> pb.Reference:
+        """Return a reference."""
         value = await self._hashes.read(_reference_key(reference_id), "reference")
         if value is None:
             raise no_reference(reference_id)
         return _unpack(value, pb.Reference, "reference")
 
     async def reference_expires_in_s(self, reference_id: str) -> float:
+        """Return the seconds until a reference expires; 0 if it does not exist."""
         return await self._hashes.expires_in_s(_reference_key(reference_id))
 
     async def delete_reference(self, reference_id: str) -> None:
+        """Delete a reference."""
         if not await self._hashes.delete(_reference_key(reference_id)):
             raise no_reference(reference_id)
 
@@ -65,6 +69,7 @@ class SessionStore:
         return None if value is None else _unpack(value, EmbedResponse, f"embedding {name}")
 
     async def create(self, session: pb.Session, conditions: pb.Conditions, position: pb.Position) -> None:
+        """Write a new session with its first conditions; position.ttl_s is its time to live in seconds."""
         fields = {
             "session": _pack(session),
             "position": _pack(position),
@@ -73,30 +78,28 @@ class SessionStore:
         await self._hashes.create(_session_key(session.id), fields, position.ttl_s)
 
     async def session(self, session_id: str) -> pb.Session:
+        """Return a session's constants."""
         return await self._field(session_id, "session", pb.Session)
 
     async def put_session(self, session: pb.Session) -> None:
         """Replace a session's constants."""
-        if not await self._hashes.update(_session_key(session.id), {"session": _pack(session)}, None):
-            raise no_session(session.id)
+        await self._update(session.id, "session", session)
 
     async def conditions(self, session_id: str, version: int) -> pb.Conditions:
+        """Return one version of a session's conditions. SessionNotFound if it was not written."""
         return await self._field(session_id, f"conditions/{version}", pb.Conditions)
 
     async def put_conditions(self, session_id: str, conditions: pb.Conditions) -> None:
         """Write a version of the conditions. Call it before any block names that version."""
-        fields = {f"conditions/{conditions.version}": _pack(conditions)}
-        if not await self._hashes.update(_session_key(session_id), fields, None):
-            raise no_session(session_id)
+        await self._update(session_id, f"conditions/{conditions.version}", conditions)
 
     async def position(self, session_id: str) -> pb.Position:
+        """Return a session's position: the next block and frame, and the time to live."""
         return await self._field(session_id, "position", pb.Position)
 
     async def renew(self, session_id: str, position: pb.Position) -> None:
         """Write a session's position and restart its time to live."""
-        fields = {"position": _pack(position)}
-        if not await self._hashes.update(_session_key(session_id), fields, position.ttl_s):
-            raise no_session(session_id)
+        await self._update(session_id, "position", position, position.ttl_s)
 
     async def expires_in_s(self, session_id: str) -> float:
         """Return the seconds until the session expires."""
@@ -106,6 +109,7 @@ class SessionStore:
         return remaining_s
 
     async def delete(self, session_id: str) -> None:
+        """Delete a session; the lock of its stream stays until it is released or expires."""
         if not await self._hashes.delete(_session_key(session_id)):
             raise no_session(session_id)
 
@@ -150,7 +154,12 @@ class SessionStore:
         await self._hashes.release(_lock(session_id, owner))
 
     async def aclose(self) -> None:
+        """Close the connections."""
         await self._hashes.aclose()
+
+    async def _update(self, session_id: str, field: str, message: Message, ttl_s: float | None = None) -> None:
+        if not await self._hashes.update(_session_key(session_id), {field: _pack(message)}, ttl_s):
+            raise no_session(session_id)
 
     async def _field(self, session_id: str, field: str, kind: type[Stored]) -> Stored:
         value = await self._hashes.read(_session_key(session_id), field)
