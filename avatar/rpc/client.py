@@ -1,4 +1,4 @@
-"""A stage that lives in another process. Works on messages and never opens a tensor."""
+"""A stage in another process: the client of one worker's stream. Relays messages and never opens a tensor."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -14,16 +14,16 @@ from google.protobuf.message_factory import GetMessageClass
 from avatar.aio import background
 from avatar.errors import REASONS, AvatarError, ConfigMismatch, InvalidField, StageFailed, StageLost
 from avatar.rpc.status import ENDED_EARLY, CallStatus, error_details
-from avatar.rpc.wire import RelayedBlock, field, written
+from avatar.rpc.wire import RelayedBlock, serialize, serialize_field
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 
 Relayable: TypeAlias = types_pb2.Block | RelayedBlock
 Item = TypeVar("Item", bound=Message | RelayedBlock)
 Answer = TypeVar("Answer", bound=Message)
 
-# A worker opens a stream before its device has to do with it; the store may keep it waiting.
+# Opening a stream does not wait for the worker's device, but it reads the session store.
 OPEN_S = 5.0
-# How a call ends when the worker does. OK is no better: a worker says `closed` before it ends a stream.
+# Statuses of a call whose worker is gone. OK is one of them: a stream that ends properly ends with `closed`.
 GONE = (
     grpc.StatusCode.OK,
     grpc.StatusCode.UNAVAILABLE,
@@ -35,26 +35,26 @@ GONE = (
 class RemoteStage(Generic[Item, Answer]):
     """One session's stream at a worker: open it, then call it with the stream of items.
 
-    stage: name that errors carry. method: of the worker's service. item, answer: which part of its requests and answers
-    carries items.
+    stage: name that errors carry. closed: the worker's report, once the stream has ended.
     """
 
     def __init__(
         self, stage: str, connection: grpc.aio.Channel, method: MethodDescriptor, item: str, answer: str
     ) -> None:
+        """method: of the worker's service. item, answer: the fields of its requests and responses that hold items."""
         self.stage = stage
         self.closed = types_pb2.Closed()
         self._request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
         path = f"/{method.containing_service.full_name}/{method.name}"
-        # Not the generated stub, which writes nothing but whole messages.
-        open_call: Any = connection.stream_stream(path, written, response.FromString)
+        # The generated stub could only send whole messages, and not their serialized parts.
+        open_call: Any = connection.stream_stream(path, serialize, response.FromString)
         self._call = open_call()
         self._status = CallStatus(self._call)
         self._item = method.input_type.fields_by_name[item].number
         self._answer = answer
 
     async def open(self, message: Message) -> Any:
-        """Open the stream; the worker's `opened`. Raises what the worker says, or StageLost."""
+        """Open the stream; return the worker's `opened`. Raises the worker's error, or StageLost."""
         is_open = False
         try:
             async with asyncio.timeout(OPEN_S):
@@ -69,31 +69,31 @@ class RemoteStage(Generic[Item, Answer]):
                 self.cancel()
 
     async def __call__(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Answer, None]:
-        """The worker's answers, until it has answered all. If `items` fails, that is what is raised."""
+        """Yield the worker's answers until it has answered all items. If `items` fails, its error is raised."""
         async with background(self._feed(items)) as feeding:
             try:
                 while (response := await self._read()).WhichOneof("part") != "closed":
                     yield getattr(response, self._answer)
                 self.closed = response.closed
             except asyncio.CancelledError:
-                # A failure before this stage cancels its call, and not this task; tell which it was.
+                # A failure of `items` cancels the call, not this task. Distinguish it from a cancellation of this task.
                 task = asyncio.current_task()
-                is_asked = task is not None and task.cancelling() > 0
-                if not is_asked and feeding.done() and not feeding.cancelled() and (failure := feeding.exception()):
+                is_cancelled = task is not None and task.cancelling() > 0
+                if not is_cancelled and feeding.done() and not feeding.cancelled() and (failure := feeding.exception()):
                     raise failure from None
                 raise
             finally:
                 self.cancel()
 
     def cancel(self) -> None:
-        """End the stream at once; nothing happens if it has ended."""
+        """End the stream at once; does nothing if it has ended."""
         self._call.cancel()
 
     async def _feed(self, items: AsyncGenerator[Item, None]) -> None:
         try:
             async with aclosing(items):
                 async for item in items:
-                    await self._write(field(self._item, item))
+                    await self._write(serialize_field(self._item, item))
             await self._write(self._request(close={}))
             await self._call.done_writing()
         except BaseException:
@@ -103,7 +103,7 @@ class RemoteStage(Generic[Item, Answer]):
     async def _write(self, request: Any) -> None:
         try:
             await self._call.write(request)
-        except asyncio.InvalidStateError:  # the call has ended; reading tells how
+        except asyncio.InvalidStateError:  # the call has ended; reading raises its status
             await self._read()
         except grpc.aio.AioRpcError as error:
             raise stage_error(self.stage, self._status.instead_of(error)) from error
@@ -137,17 +137,17 @@ def remote_vae(channel: grpc.aio.Channel) -> RemoteStage[Relayable, types_pb2.Fr
 
 
 def stage_error(stage: str, error: grpc.aio.AioRpcError, *, is_request: bool = False) -> AvatarError:
-    """What a worker's status means to the caller of the whole pipeline, with the stage's name.
+    """Return the error that a worker's status means to the caller of the whole pipeline, with the stage's name.
 
-    What the client can act on passes through; a defect of the worker is StageFailed, its absence StageLost.
-    is_request: the worker was given what the client sent, and not a block.
+    Errors that the client can act on pass through; a defect of the worker is StageFailed, its absence StageLost.
+    is_request: the worker's input came from the client; its input was not a block.
     """
     details = error_details(error)
     reason, violations, retry_s = details.reason, details.violations, details.retry_s
     text = error.details() or error.code().name
     kind: type[AvatarError]
     if reason == InvalidField.reason and not is_request:
-        # What a worker cannot use of a block is our mistake, and not the client's.
+        # A block that a worker cannot use is our defect, not the client's.
         kind, violations = StageFailed, ()
     elif reason in REASONS and reason != AvatarError.reason:
         kind = REASONS[reason]

@@ -1,4 +1,4 @@
-"""Our types to messages and back. The only place that knows both tensors and messages."""
+"""Conversion of our types to messages and back. The only module that handles both tensors and messages."""
 
 import math
 import sys
@@ -12,7 +12,7 @@ from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.audio_pb2 import AudioPiece as AudioPieceMessage
 from avatar.worker.v1.audio_pb2 import OpenEncode
 
-assert sys.byteorder == "little", "tensors travel as they lie in memory, and the wire is little-endian"
+assert sys.byteorder == "little", "tensors are sent as their bytes in memory, and the wire is little-endian"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -20,18 +20,18 @@ SAMPLE_DTYPES = {"pcm16": torch.int16, "float32": torch.float32}
 
 
 def tensor_to_pb(x: Tensor) -> pb.Tensor:
-    """The message of a tensor of any shape, in its own dtype."""
+    """Return the message of a tensor of any shape, in its own dtype."""
     data = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return pb.Tensor(dtype=NAMES[x.dtype], shape=x.shape, data=data)
 
 
 def tensor_from_pb(message: pb.Tensor) -> Tensor:
-    """The tensor of a message. ValueError if its dtype is unknown or its data do not fill its shape."""
+    """Return the tensor of a message. ValueError if its dtype is unknown or its data do not fill its shape."""
     dtype = DTYPES.get(message.dtype)
     if dtype is None:
         raise ValueError(f"dtype is {message.dtype!r}, expected one of {', '.join(DTYPES)}")
     expected = math.prod(message.shape) * dtype.itemsize
-    data = message.data  # a copy, each time that it is asked for
+    data = message.data  # each access makes a copy
     if len(data) != expected:
         raise ValueError(f"{len(data)} bytes for shape {tuple(message.shape)}, expected {expected}")
     if not expected:
@@ -40,6 +40,7 @@ def tensor_from_pb(message: pb.Tensor) -> Tensor:
 
 
 def session_from_pb(message: pb.Session) -> Session:
+    """Return a session's constants; None for each option that the session leaves to the checkpoint."""
     has = message.HasField
     return Session(
         id=message.id,
@@ -51,8 +52,8 @@ def session_from_pb(message: pb.Session) -> Session:
     )
 
 
-def session_of_sound(message: OpenEncode) -> Session:
-    """A session as the audio stage sees it: neither seed nor picture reaches the features."""
+def audio_session_from_pb(message: OpenEncode) -> Session:
+    """Return a session for the audio stage: features depend on neither the seed nor the picture."""
     right_frames = message.right_frames if message.HasField("right_frames") else None
     return Session(id=message.session_id, seed=0, motion=torch.zeros(0), audio_right_frames=right_frames)
 
@@ -69,7 +70,7 @@ def conditions_from_pb(message: pb.Conditions) -> Conditions:
 
 
 def block_to_pb(block: Block) -> pb.Block:
-    """The whole block; a denoiser's answer is made by `latent_to_pb`."""
+    """Return the message of a whole block; see `latent_to_pb` for a denoiser's answer."""
     return pb.Block(
         index=block.index,
         features=tensor_to_pb(block.features),
@@ -81,13 +82,13 @@ def block_to_pb(block: Block) -> pb.Block:
 
 
 def latent_to_pb(block: Block) -> pb.Block:
-    """A denoiser's answer: the latent alone, since the caller keeps the features; without it if it was handed over."""
+    """Return a denoiser's answer: the latent alone, since the caller keeps the features; none if it was handed over."""
     latent = None if block.latent is None else tensor_to_pb(block.latent)
     return pb.Block(index=block.index, latent=latent, traceparent=block.traceparent)
 
 
 def block_from_pb(message: pb.Block, conditions: Conditions | None) -> Block:
-    """The block; `conditions` are those whose version it names, None where the receiver has no use for them."""
+    """Return the block; `conditions` are of the version that it names, or None if the receiver does not need them."""
     return Block(
         index=message.index,
         features=tensor_from_pb(message.features) if message.HasField("features") else torch.zeros(0, 0, 0),
@@ -99,14 +100,14 @@ def block_from_pb(message: pb.Block, conditions: Conditions | None) -> Block:
 
 
 def due_s(message: pb.Block | AudioPieceMessage) -> float | None:
-    """When a message that has just come is due, in seconds of this process's `time.monotonic`; None if nobody waits."""
+    """Return the deadline of a message that has just arrived, on the clock of `time.monotonic`; None without slack."""
     return time.monotonic() + message.slack_s if message.HasField("slack_s") else None
 
 
 def piece_from_bytes(data: bytes, encoding: str, rate_hz: int, num_channels: int) -> AudioPiece:
-    """Sound as it came from a client. ValueError if it is no whole number of samples of every channel.
+    """Return a piece of audio, (channels, s). ValueError unless the data are whole samples of every channel.
 
-    data: little-endian, channels interleaved, integers at full scale 32768.
+    data: little-endian, channels interleaved; integers are divided by 32768, floats are taken as they are.
     """
     dtype = SAMPLE_DTYPES.get(encoding)
     if dtype is None:
@@ -120,6 +121,6 @@ def piece_from_bytes(data: bytes, encoding: str, rate_hz: int, num_channels: int
     return AudioPiece(scaled.reshape(-1, num_channels).T.contiguous(), rate_hz)
 
 
-def end_of_sound(rate_hz: int, num_channels: int) -> AudioPiece:
-    """The piece that says that no more sound comes."""
+def end_of_audio(rate_hz: int, num_channels: int) -> AudioPiece:
+    """Return the empty piece that marks the end of the audio."""
     return AudioPiece(torch.zeros(num_channels, 0), rate_hz, is_last=True)

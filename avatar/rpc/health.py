@@ -1,10 +1,10 @@
-"""Ask a service whether it serves: `python -m avatar.rpc.health HOST:PORT [SERVICE]`.
+"""Health check of a service: `python -m avatar.rpc.health HOST:PORT [SERVICE]`.
 
-Exit status 0 if it does; 1, with one line that says why, if not. SERVICE is the full name of one of its services, such
-as avatar.v1.AvatarService; without it, all of the server is meant.
+Exits with 0 if it serves; otherwise with 1 and a line that gives the reason. SERVICE is the full name of one service,
+such as avatar.v1.AvatarService; without it, the server as a whole is checked.
 
-Where AVATAR_TLS_CERT and AVATAR_TLS_KEY are set, as they are for the server, it must show this very certificate, under
-whatever name; the same one is shown to a server that asks for clients' certificates.
+If AVATAR_TLS_CERT and AVATAR_TLS_KEY are set, as they are for the server, the server must present exactly this
+certificate, whatever names it is for. The check presents it too, to a server that asks for clients' certificates.
 """
 
 import os
@@ -21,7 +21,7 @@ ANSWER_S = 3.0
 
 
 def problem(target: str, service: str = "", *, cert: Path | None = None, key: Path | None = None) -> str:
-    """Why the service at HOST:PORT does not serve; empty if it does. cert, key: files of a server that speaks TLS."""
+    """Return why the service at HOST:PORT does not serve; empty if it does. cert, key: files of a server with TLS."""
     request = health_pb2.HealthCheckRequest(service=service)
     try:
         with _channel(target, cert, key) as channel:
@@ -44,11 +44,11 @@ def _channel(target: str, cert: Path | None, key: Path | None) -> grpc.Channel:
 
 
 def _name(target: str, cert: Path, key: Path) -> str:
-    """One of the names that the server's certificate is for; it is asked at an address that is none of them."""
+    """Return one of the names in the server's certificate: the address that is checked need not be one of them."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.load_verify_locations(cert)
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is trusted, not who signed it
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # trust the certificate itself, not its issuer
     context.load_cert_chain(cert, key)
     host, _, port = target.rpartition(":")
     with (

@@ -1,7 +1,7 @@
-"""Blocks that pass through without being opened, and requests that are put together from what lies there already.
+"""Blocks that are relayed without being opened, and requests that are assembled from serialized parts.
 
-Python's protobuf puts one message into another by writing and reading it. A block of 1 MB is moved six times that way
-for every stage that it is sent to; written with a tag and a length in front of its bytes, once.
+Python's protobuf copies one message into another by serializing and parsing it. A block of 1 MB would be copied six
+times for every stage that it is sent to. With a tag and a length written before its serialized bytes it is copied once.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ FIELDS = types_pb2.Block.DESCRIPTOR.fields_by_name
 
 @dataclass(eq=False)
 class RelayedBlock:
-    """A block as its reader passes it on.
+    """A block that is passed on with its tensors serialized.
 
-    head: what is read of it. features, latent: those fields as they are written, in parts.
+    head: the message without its tensors. features, latent: those fields, each as its serialized parts.
     """
 
     head: types_pb2.Block
@@ -28,35 +28,35 @@ class RelayedBlock:
     latent: Sequence[bytes] = ()
 
     @classmethod
-    def of(cls, block: types_pb2.Block) -> "RelayedBlock":
-        """A block of features, which the message then has no more."""
-        features = field(FIELDS["features"].number, block.features)
+    def from_pb(cls, block: types_pb2.Block) -> "RelayedBlock":
+        """Make a relayed block of a message without a latent; takes the features out of the message."""
+        features = serialize_field(FIELDS["features"].number, block.features)
         block.ClearField("features")
         return cls(block, features)
 
     def with_latent(self, latent: types_pb2.Tensor) -> "RelayedBlock":
-        """The same block with another latent; a message of its own, since what was sent is kept."""
+        """Return the block with another latent. The head is copied: a replay may keep the block as it was sent."""
         head = types_pb2.Block()
         head.CopyFrom(self.head)
-        return RelayedBlock(head, self.features, field(FIELDS["latent"].number, latent))
+        return RelayedBlock(head, self.features, serialize_field(FIELDS["latent"].number, latent))
 
     @property
     def index(self) -> int:
         return self.head.index
 
     def parts(self) -> list[bytes]:
-        """The message as it is written, in parts."""
+        """Return the serialized message, in parts."""
         return [self.head.SerializeToString(), *self.features, *self.latent]
 
 
-def field(number: int, message: Message | RelayedBlock) -> list[bytes]:
-    """A message as a field of another one, as it is written, in parts."""
+def serialize_field(number: int, message: Message | RelayedBlock) -> list[bytes]:
+    """Serialize a message as a field of another one, in parts."""
     parts = message.parts() if isinstance(message, RelayedBlock) else [message.SerializeToString()]
     return [_varint(number << 3 | LENGTH_DELIMITED) + _varint(sum(map(len, parts))), *parts]
 
 
-def written(request: Any) -> bytes:
-    """A request's bytes, where it is a message or the parts of one."""
+def serialize(request: Any) -> bytes:
+    """Serialize a request, which is a message or the parts of one."""
     return b"".join(request) if isinstance(request, list) else request.SerializeToString()
 
 

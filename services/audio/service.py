@@ -10,7 +10,7 @@ from avatar import telemetry
 from avatar.audio.model import AudioModel, ResumedAudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
-from avatar.rpc.codec import block_to_pb, due_s, end_of_sound, piece_from_bytes, session_of_sound
+from avatar.rpc.codec import audio_session_from_pb, block_to_pb, due_s, end_of_audio, piece_from_bytes
 from avatar.rpc.server import Context, blaming, opening, parts
 from avatar.runtime.admission import AdmissionControl, StreamUsage
 from avatar.runtime.device_queue import DeviceQueue
@@ -64,7 +64,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = StreamUsage(), 0
             model = ResumedAudioModel(self._audio, opened.first_block, opened.first_answer, opened.statistics)
-            stage = local(model, session_of_sound(opened), self._queue, usage, is_live=opened.is_live)
+            stage = local(model, audio_session_from_pb(opened), self._queue, usage, is_live=opened.is_live)
             async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
                 async for block in blocks:
                     span = telemetry.block_span("audio", block.index, *usage.last_step, link=opened.traceparent)
@@ -84,4 +84,4 @@ async def _pieces(opened: pb.OpenEncode, requests: AsyncIterator[pb.EncodeReques
                 behind = piece_from_bytes(message.behind, *audio_format).samples
                 piece = replace(piece, completes=message.completes, behind=behind, due_s=due_s(message))
             yield piece
-    yield end_of_sound(opened.rate_hz, opened.num_channels)
+    yield end_of_audio(opened.rate_hz, opened.num_channels)

@@ -1,4 +1,4 @@
-"""Which worker takes the next stream, while workers come, go and hang."""
+"""Tests of avatar.failover.pool: the worker of the next stream, while workers come, go and hang."""
 
 import asyncio
 import socket
@@ -31,7 +31,7 @@ async def get_info(connection: grpc.aio.Channel) -> pb.AudioServiceGetInfoRespon
 
 @asynccontextmanager
 async def workers(count: int, capacity: int = 4) -> AsyncGenerator[list[Worker], None]:
-    """Workers whose streams are counted by nobody but their callers."""
+    """Run workers that report no streams of their own."""
     found = [Worker() for _ in range(count)]
     async with asyncio.TaskGroup() as tasks:
         over = asyncio.Event()
@@ -52,7 +52,7 @@ async def workers(count: int, capacity: int = 4) -> AsyncGenerator[list[Worker],
 
 
 def taken(at: list[str], refuse: Callable[[str], Exception | None] = lambda _: None) -> Callable[[Any], Awaitable[str]]:
-    """What opens a stream that nobody closes, and notes where."""
+    """Return a function that opens a stream, which stays open, and appends its worker's target."""
 
     async def open_at(worker: PoolWorker[Any]) -> str:
         if error := refuse(worker.target):
@@ -73,7 +73,7 @@ async def test_streams_are_spread_over_workers() -> None:
     assert {target: at.count(target) for target in at} == {each.target: 2 for each in found}
 
 
-async def test_what_others_have_opened_counts() -> None:
+async def test_streams_of_other_processes_count() -> None:
     async with workers(2) as (busy, idle):
         busy.info = lambda: pb.AudioServiceGetInfoResponse(capacity=4, active=3)
         audio: Audio = WorkerPool("audio", [busy.target, idle.target], get_info)
@@ -84,7 +84,7 @@ async def test_what_others_have_opened_counts() -> None:
     assert at == [idle.target] * 3
 
 
-async def test_the_next_worker_takes_what_one_refuses_and_the_last_refusal_is_told() -> None:
+async def test_a_refused_stream_is_opened_at_the_next_worker_and_no_capacity_is_raised_first() -> None:
     async with workers(2) as (full, other):
         audio: Audio = WorkerPool("audio", [full.target, other.target], get_info)
         async with audio.running():
@@ -94,12 +94,12 @@ async def test_the_next_worker_takes_what_one_refuses_and_the_last_refusal_is_to
             assert at == [other.target]
             with pytest.raises(NoCapacity):
                 await audio.open(taken(at, lambda target: no if target == full.target else StageLost("gone")))
-            # The one that was gone is asked again, and answers.
+            # The worker that was lost is polled again, and answers.
             await audio.poll()
             assert await audio.open(taken(at)) is not None
 
 
-async def test_a_worker_that_is_gone_is_passed_over_and_one_that_comes_is_found(
+async def test_a_missing_worker_is_skipped_and_a_new_one_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pool_module, "POLL_EVERY_S", 0.05)
@@ -140,13 +140,13 @@ async def test_a_name_with_two_addresses_is_two_workers(monkeypatch: pytest.Monk
         assert [worker.target for worker, _ in await audio.workers()] == [f"127.0.0.2:{port}"]
 
 
-async def test_streams_of_a_worker_that_hangs_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_streams_of_a_worker_that_hangs_are_notified(monkeypatch: pytest.MonkeyPatch) -> None:
     async with workers(1) as (worker,):
         audio: Audio = WorkerPool("audio", [worker.target], get_info)
         async with audio.running():
-            worker_seen, _ = await audio.open(taken([]))
+            pooled, _ = await audio.open(taken([]))
             notified = asyncio.Event()
-            worker_seen.on_silence.add(notified.set)
+            pooled.on_silence.add(notified.set)
             await audio.poll()
             assert not notified.is_set()
 
@@ -158,7 +158,7 @@ async def test_streams_of_a_worker_that_hangs_are_told(monkeypatch: pytest.Monke
             assert notified.is_set()
 
 
-async def test_a_worker_that_is_lost_while_another_is_tried_is_passed_over() -> None:
+async def test_a_worker_lost_while_another_is_tried_is_skipped() -> None:
     async with workers(2) as found:
         audio: Audio = WorkerPool("audio", [each.target for each in found], get_info)
         async with audio.running():

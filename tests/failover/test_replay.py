@@ -54,7 +54,7 @@ def relayed(index: int, version: int, *, carries: bool = False) -> RelayedBlock:
     block = Block(index=index, conditions=version, features=Tensor(dtype="uint8", shape=[1], data=bytes([index])))
     if carries:
         block.carried.version = version
-    return RelayedBlock.of(block)
+    return RelayedBlock.from_pb(block)
 
 
 def carried(replay: BlockReplay) -> list[tuple[int, int | None]]:

@@ -1,4 +1,4 @@
-"""A stream that outlives its workers; the workers answer, hang or break as a test says."""
+"""Tests of avatar.failover.stage, over workers that answer, hang or fail as a test tells them."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -77,7 +77,7 @@ async def all_of(stage: Stage, source: Source) -> list[int]:
 
 
 def breaking(after: int, error: Exception) -> Callable[[Requests, Context], Responses]:
-    """A worker that answers so many pieces, then fails."""
+    """Return the behaviour of a worker that answers so many pieces and then fails."""
 
     async def encode(requests: Requests, _: Context) -> Responses:
         await opening(requests)
@@ -93,7 +93,7 @@ def breaking(after: int, error: Exception) -> Callable[[Requests, Context], Resp
 
 
 async def hanging(requests: Requests, _: Context) -> Responses:
-    """A worker that answers one piece, and nothing more."""
+    """A worker that answers one piece and then hangs."""
     await opening(requests)
     yield OPENED
     async for each in parts(requests, "piece"):
@@ -101,7 +101,7 @@ async def hanging(requests: Requests, _: Context) -> Responses:
         await asyncio.Event().wait()
 
 
-async def test_answers_go_on_without_a_gap_or_a_repeat() -> None:
+async def test_answers_continue_without_a_gap_or_a_repeat() -> None:
     async with workers(2) as found:
         found[0].encode = breaking(3, StageFailed("its device is gone"))
         async with opened_stage(found) as stage:
@@ -112,14 +112,14 @@ async def test_answers_go_on_without_a_gap_or_a_repeat() -> None:
             assert stage.closed == Closed(num_blocks=10, busy_s=0.25)
 
 
-async def test_a_worker_that_does_not_answer_in_time_is_left() -> None:
+async def test_a_worker_that_does_not_answer_in_time_is_replaced() -> None:
     async with workers(2) as found:
         found[0].encode = hanging
         async with opened_stage(found, IMPATIENT) as stage:
             assert await all_of(stage, Source(range(5))) == list(range(5))
 
 
-async def test_a_stream_that_waits_for_items_is_not_late() -> None:
+async def test_a_stream_without_items_does_not_stall() -> None:
     source = Source(range(3), end=...)
     async with workers(1) as found, opened_stage(found, IMPATIENT) as stage:
         answers = stage(source.stream())
@@ -129,7 +129,7 @@ async def test_a_stream_that_waits_for_items_is_not_late() -> None:
                 await anext(answers)
 
 
-async def test_the_only_worker_takes_the_stream_again() -> None:
+async def test_a_stream_is_rebuilt_at_the_only_worker() -> None:
     async with workers(1) as found:
         found[0].encode = breaking(2, StageLost("gone"))
 
@@ -143,7 +143,7 @@ async def test_the_only_worker_takes_the_stream_again() -> None:
             assert got + [each.index async for each in answers] == [0, 1, 2, 3]
 
 
-async def test_a_full_spare_is_asked_until_it_has_room() -> None:
+async def test_a_full_spare_is_tried_until_it_has_capacity() -> None:
     async with workers(2) as found:
         found[0].encode = breaking(1, StageLost("gone"))
         num_refused = 0
@@ -163,8 +163,8 @@ async def test_a_full_spare_is_asked_until_it_has_room() -> None:
         assert num_refused >= 3
 
 
-async def test_a_stream_that_is_lost_wherever_it_is_opened_ends() -> None:
-    """One block that no worker survives must not end them one after the other."""
+async def test_a_stream_that_every_worker_loses_ends() -> None:
+    """A block that no worker survives must not end one worker after another."""
     async with workers(2) as found:
         opened = 0
 
@@ -182,7 +182,7 @@ async def test_a_stream_that_is_lost_wherever_it_is_opened_ends() -> None:
         assert opened == 4
 
 
-async def test_what_the_client_did_wrong_is_no_loss() -> None:
+async def test_an_error_of_the_client_is_not_a_loss() -> None:
     async with workers(2) as found:
         found[0].encode = breaking(1, InvalidAudio("no sound"))
         async with opened_stage(found) as stage:
@@ -191,7 +191,7 @@ async def test_what_the_client_did_wrong_is_no_loss() -> None:
 
 
 @pytest.mark.parametrize("error", [StageLost("the stage before"), RuntimeError("ours")])
-async def test_what_the_items_fail_with_is_raised_and_nothing_is_opened_again(error: Exception) -> None:
+async def test_an_error_of_the_items_is_raised_and_the_stream_not_rebuilt(error: Exception) -> None:
     source = Source(range(2), end=error)
     async with workers(1) as found, opened_stage(found) as stage:
         with pytest.raises(type(error), match=str(error)):
@@ -199,7 +199,7 @@ async def test_what_the_items_fail_with_is_raised_and_nothing_is_opened_again(er
         assert source.closed.is_set()
 
 
-async def test_the_time_that_a_reader_takes_is_not_the_workers() -> None:
+async def test_time_that_the_reader_takes_does_not_count_against_the_worker() -> None:
     async with workers(1) as found, opened_stage(found, IMPATIENT) as stage:
         rebuilt: list[int] = []
         stage.on_rebuilt = rebuilt.append
@@ -211,7 +211,7 @@ async def test_the_time_that_a_reader_takes_is_not_the_workers() -> None:
         assert not rebuilt
 
 
-async def test_a_worker_that_never_says_that_it_is_done_is_left() -> None:
+async def test_a_worker_that_never_closes_the_stream_is_replaced() -> None:
     async def endless(requests: Requests, _: Context) -> Responses:
         await opening(requests)
         yield OPENED

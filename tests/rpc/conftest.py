@@ -1,4 +1,4 @@
-"""A small real worker, whose streams do what a test says, and what it is sent."""
+"""A small real worker whose streams behave as a test tells them, and the items that it is sent."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
@@ -26,7 +26,7 @@ WAIT_S = 10.0
 
 
 def piece(number: int) -> pb.AudioPiece:
-    """Sound that `numbered` answers with a block of this number."""
+    """Return audio that `numbered` answers with the block of this number."""
     return pb.AudioPiece(data=str(number).encode())
 
 
@@ -35,7 +35,7 @@ def block(number: int) -> pb.EncodeResponse:
 
 
 async def numbered(requests: Requests, _: Context) -> Responses:
-    """A worker as it should be: each piece is answered with the block whose number it holds."""
+    """A correct worker: each piece is answered with the block whose number it holds."""
     await opening(requests)
     yield OPENED
     num_blocks = 0
@@ -48,7 +48,7 @@ async def numbered(requests: Requests, _: Context) -> Responses:
 class Worker(audio_pb2_grpc.AudioServiceServicer):
     """An audio worker without a model.
 
-    encode: what happens in a stream. info: what GetInfo does. target: HOST:PORT.
+    encode: handles a stream. info: handles GetInfo. target: HOST:PORT.
     """
 
     service_name = "avatar.worker.v1.AudioService"
@@ -72,9 +72,9 @@ class Worker(audio_pb2_grpc.AudioServiceServicer):
 
 @dataclass
 class Source:
-    """A stream of pieces, and what became of it.
+    """A stream of pieces; `closed` is set when it is closed.
 
-    end: what it ends with: nothing, an error, or ... for no end at all.
+    end: an error to raise after the pieces, None to end, or ... to wait for ever.
     """
 
     numbers: Iterable[int]
@@ -95,7 +95,7 @@ class Source:
 
 @asynccontextmanager
 async def cuttable(target: str) -> AsyncGenerator[tuple[str, Callable[[], None]], None]:
-    """HOST:PORT that leads to the target, and what cuts it off, as the kernel does when a process is killed."""
+    """Yield HOST:PORT of a proxy of the target, and a function that cuts it off, as if the target were killed."""
     host, port = target.split(":")
     writers: list[asyncio.StreamWriter] = []
 

@@ -35,7 +35,7 @@ OPEN = pb.OpenEncode(session_id="a")
 
 
 async def opened(connection: grpc.aio.Channel) -> Audio:
-    """A stage whose stream is open. A call begins when its stage is made: the worker must know by then what to do."""
+    """Return a stage whose stream is open. Its call starts here, so set the worker's behaviour before."""
     stage = remote_audio(connection)
     assert await stage.open(OPEN) == OPENED.opened
     return stage
@@ -52,14 +52,14 @@ async def as_pieces(blocks: AsyncGenerator[Block, None]) -> AsyncGenerator[pb.Au
 
 
 async def failing(requests: Requests, context: Context) -> Responses:
-    """A worker that breaks at the block of number 3."""
+    """A worker that fails at block 3."""
     async for response in numbered(requests, context):
         if response.block.index == 3:
             raise RuntimeError("the device is lost")
         yield response
 
 
-async def test_answers_come_in_order_and_the_last_tells_what_they_cost(connection: grpc.aio.Channel) -> None:
+async def test_answers_arrive_in_order_and_closed_reports_their_cost(connection: grpc.aio.Channel) -> None:
     stage = await opened(connection)
     source = Source([7, *range(50)])
     assert await indexes(stage(source.stream())) == [7, *range(50)]
@@ -67,7 +67,9 @@ async def test_answers_come_in_order_and_the_last_tells_what_they_cost(connectio
     assert source.closed.is_set()
 
 
-async def test_a_stage_may_answer_more_or_less_than_it_is_given(worker: Worker, connection: grpc.aio.Channel) -> None:
+async def test_a_stage_may_answer_more_or_fewer_items_than_it_received(
+    worker: Worker, connection: grpc.aio.Channel
+) -> None:
     async def repeated(requests: Requests, _: Context) -> Responses:
         await opening(requests)
         yield OPENED
@@ -81,7 +83,7 @@ async def test_a_stage_may_answer_more_or_less_than_it_is_given(worker: Worker, 
     assert await indexes(stage(Source([0, 2, 0, 1]).stream())) == [2, 2, 1]
 
 
-async def test_streams_of_one_channel_do_not_touch(connection: grpc.aio.Channel) -> None:
+async def test_streams_of_one_channel_are_independent(connection: grpc.aio.Channel) -> None:
     stages = [await opened(connection) for _ in range(4)]
     answers = await asyncio.gather(
         *(indexes(stage(Source(range(n, n + 20)).stream())) for n, stage in enumerate(stages))
@@ -118,8 +120,8 @@ async def test_a_failure_upstream_surfaces_as_itself(connection: grpc.aio.Channe
         pass
 
     stage = await opened(connection)
-    with pytest.raises(MyError, match="the sound is gone"):
-        await indexes(stage(Source([1, 2], MyError("the sound is gone")).stream()))
+    with pytest.raises(MyError, match="the audio is gone"):
+        await indexes(stage(Source([1, 2], MyError("the audio is gone")).stream()))
 
 
 async def test_a_stages_failure_surfaces_through_those_after_it(worker: Worker, connection: grpc.aio.Channel) -> None:
@@ -157,7 +159,7 @@ async def test_a_workers_failure_is_named_and_closes_the_items(worker: Worker, c
     ],
     ids=lambda error: error.reason,
 )
-async def test_what_a_client_can_act_on_passes_through(
+async def test_errors_that_a_client_can_act_on_pass_through(
     worker: Worker, connection: grpc.aio.Channel, error: AvatarError
 ) -> None:
     async def refusing(requests: Requests, _: Context) -> Responses:
@@ -175,7 +177,7 @@ async def test_what_a_client_can_act_on_passes_through(
 
 
 @pytest.mark.parametrize("is_request", [False, True])
-async def test_a_block_that_cannot_be_used_is_no_fault_of_the_client(
+async def test_an_unusable_block_is_not_the_clients_fault(
     worker: Worker, connection: grpc.aio.Channel, is_request: bool
 ) -> None:
     def info() -> pb.AudioServiceGetInfoResponse:
@@ -221,23 +223,23 @@ async def test_a_status_without_details_is_read_by_its_code(
 ) -> None:
     async def aborting(requests: Requests, context: Context) -> Responses:
         await opening(requests)
-        await context.abort(code, "as a proxy says it")
+        await context.abort(code, "from a proxy")
         yield OPENED
 
     worker.encode = aborting
-    with pytest.raises(AvatarError, match="audio: as a proxy says it") as caught:
+    with pytest.raises(AvatarError, match="audio: from a proxy") as caught:
         await opened(connection)
     assert type(caught.value) is kind
     assert caught.value.retry_s == (1.0 if kind is StageLost else None)
 
 
-async def test_a_worker_of_another_kind_does_not_fit(connection: grpc.aio.Channel) -> None:
+async def test_a_worker_of_another_kind_is_a_config_mismatch(connection: grpc.aio.Channel) -> None:
     stage = remote_vae(connection)
     with pytest.raises(ConfigMismatch, match="vae: "):
         await stage.open(vae_pb2.OpenDecode(session_id="a"))
 
 
-async def test_a_worker_that_is_not_there_is_lost() -> None:
+async def test_a_missing_worker_is_lost() -> None:
     async with channel("127.0.0.1:1") as connection:
         with pytest.raises(StageLost, match="audio: ") as caught:
             await opened(connection)
@@ -245,24 +247,24 @@ async def test_a_worker_that_is_not_there_is_lost() -> None:
     assert caught.value.retry_s
 
 
-async def test_a_worker_that_never_opens_is_lost_in_time(
+async def test_a_worker_that_never_opens_a_stream_is_lost_in_time(
     worker: Worker, connection: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given_up = asyncio.Event()
+    cancelled = asyncio.Event()
 
     async def silent(*_: object) -> Responses:
         try:
             await asyncio.Event().wait()
             yield OPENED
         finally:
-            given_up.set()
+            cancelled.set()
 
     worker.encode = silent
     monkeypatch.setattr("avatar.rpc.client.OPEN_S", 0.1)
     with pytest.raises(StageLost, match=r"audio did not open a stream in 0\.1 s") as caught:
         await opened(connection)
     assert caught.value.metadata == {"stage": "audio"}
-    await asyncio.wait_for(given_up.wait(), WAIT_S)
+    await asyncio.wait_for(cancelled.wait(), WAIT_S)
 
 
 @pytest.mark.parametrize("num_blocks", [0, 1])
@@ -326,7 +328,7 @@ async def test_closing_the_generator_cancels_the_call_and_closes_the_items(
     source = Source([1], end)
     blocks = (await opened(connection))(source.stream())
     assert (await anext(blocks)).index == 1
-    await asyncio.sleep(0.05)  # what can be sent is sent
+    await asyncio.sleep(0.05)  # until everything is sent
     assert source.closed.is_set() == (end is None)
     assert not is_ended.is_set()
     await blocks.aclose()
@@ -355,7 +357,7 @@ async def test_cancelling_the_reader_as_the_items_fail_is_a_cancellation(connect
     reading = asyncio.ensure_future(indexes((await opened(connection))(items())))
     await asyncio.sleep(0.01)
     failing.set()
-    await asyncio.sleep(0)  # the items fail, and nobody has heard of it
+    await asyncio.sleep(0)  # the items have failed, and the reader has not noticed yet
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
@@ -368,7 +370,7 @@ async def test_cancelling_a_stage_that_has_ended_does_nothing(connection: grpc.a
     assert stage.closed.num_blocks == 1
 
 
-async def test_a_failure_leaves_nothing_that_nobody_looked_at(
+async def test_a_failure_leaves_no_exception_unretrieved(
     worker: Worker, connection: grpc.aio.Channel, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker.encode = failing

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from avatar.rpc.codec import (
     DTYPES,
+    audio_session_from_pb,
     block_from_pb,
     block_to_pb,
     conditions_from_pb,
     conditions_to_pb,
     due_s,
-    end_of_sound,
+    end_of_audio,
     latent_to_pb,
     piece_from_bytes,
     session_from_pb,
-    session_of_sound,
     tensor_from_pb,
     tensor_to_pb,
 )
@@ -34,7 +34,7 @@ SHAPES = [(), (1,), (0,), (3, 0, 2), (2, 3, 4, 5)]
 
 
 def sent(message: Sent) -> Sent:
-    """The message as it arrives."""
+    """Return the message as it arrives."""
     return type(message).FromString(message.SerializeToString())
 
 
@@ -44,7 +44,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def assert_same(actual: Tensor | None, expected: Tensor | None) -> None:
-    """Same dtype, shape and bytes: -0 is not 0, and one NaN not another."""
+    """Assert the same dtype, shape and bytes: -0 differs from 0, and one NaN from another."""
     assert actual is not None
     assert expected is not None
     assert actual.dtype == expected.dtype
@@ -70,7 +70,7 @@ def test_special_numbers_arrive_byte_for_byte(dtype: torch.dtype) -> None:
     assert_same(tensor_from_pb(sent(tensor_to_pb(torch.cat([x, tiny])))), torch.cat([x, tiny]))
 
 
-def test_the_store_knows_the_same_dtypes() -> None:
+def test_the_store_accepts_the_same_dtypes() -> None:
     assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEM_BYTES
 
 
@@ -81,13 +81,13 @@ def test_numbers_are_little_endian_and_row_major() -> None:
     assert tensor_to_pb(torch.tensor([1.0], dtype=torch.bfloat16)).data == b"\x80\x3f"
 
 
-def test_views_and_parameters_are_sent_as_what_they_show() -> None:
+def test_views_and_parameters_are_sent_by_their_values() -> None:
     x = randn(4, 6)
     for view in (x.T, x[1:3, ::2], x[:1].expand(3, 6), torch.nn.Parameter(x)):
         assert_same(tensor_from_pb(sent(tensor_to_pb(view))), view.detach())
 
 
-def test_a_received_tensor_is_ones_own() -> None:
+def test_a_received_tensor_is_a_copy() -> None:
     message = tensor_to_pb(torch.zeros(3))
     tensor_from_pb(message).add_(1)
     assert message.data == bytes(12)
@@ -118,7 +118,7 @@ def test_a_session_arrives() -> None:
     assert_same(session.motion, motion)
 
 
-def test_what_a_session_has_not_chosen_stays_the_checkpoints_choice() -> None:
+def test_options_that_a_session_leaves_out_are_none() -> None:
     motion = tensor_to_pb(torch.zeros(1, 1, 1, 1))
     session = session_from_pb(sent(pb.Session(motion=motion)))
     assert (session.sink_update_block, session.sink_distance, session.audio_right_frames) == (None, None, None)
@@ -129,11 +129,11 @@ def test_what_a_session_has_not_chosen_stays_the_checkpoints_choice() -> None:
     assert (session.sink_update_block, session.sink_distance, session.audio_right_frames) == (0, (0, 9), 0)
 
 
-def test_a_session_of_sound_has_a_name_and_how_far_it_hears() -> None:
-    session = session_of_sound(OpenEncode(session_id="a-b"))
+def test_an_audio_session_has_an_id_and_an_audio_context() -> None:
+    session = audio_session_from_pb(OpenEncode(session_id="a-b"))
     assert (session.id, session.seed, session.motion.numel()) == ("a-b", 0, 0)
     assert session.audio_right_frames is None
-    assert session_of_sound(OpenEncode(right_frames=0)).audio_right_frames == 0
+    assert audio_session_from_pb(OpenEncode(right_frames=0)).audio_right_frames == 0
 
 
 @pytest.mark.parametrize("num_tokens", [0, 7])
@@ -185,7 +185,7 @@ def test_a_denoiser_answers_with_the_latent_alone() -> None:
     assert_same(arrived.latent, block.latent)
 
 
-def test_whole_numbers_are_scaled_by_their_full_range() -> None:
+def test_integers_are_scaled_by_their_full_range() -> None:
     piece = piece_from_bytes(struct.pack("<4h", -32768, 0, 16384, 32767), "pcm16", 16000, 1)
     assert piece.samples.tolist() == [[-1.0, 0.0, 0.5, 32767 / 32768]]
     assert (piece.rate_hz, piece.is_last) == (16000, False)
@@ -220,19 +220,19 @@ def test_no_bytes_are_no_samples(num_channels: int) -> None:
         (4, "mp3", 1, "encoding is 'mp3', expected one of pcm16, float32"),
     ],
 )
-def test_sound_that_is_no_whole_samples_is_refused(size: int, encoding: str, num_channels: int, words: str) -> None:
+def test_audio_of_partial_samples_is_refused(size: int, encoding: str, num_channels: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         piece_from_bytes(bytes(size), encoding, 16000, num_channels)
 
 
-def test_the_end_of_sound_is_a_last_piece_without_samples() -> None:
-    piece = end_of_sound(44100, 2)
+def test_the_end_of_audio_is_a_last_piece_without_samples() -> None:
+    piece = end_of_audio(44100, 2)
     assert piece.is_last
     assert piece.rate_hz == 44100
     assert piece.samples.shape == (2, 0)
 
 
-def test_slack_counts_from_when_a_message_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slack_counts_from_the_arrival_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("avatar.rpc.codec.time", SimpleNamespace(monotonic=lambda: 100.0))
     assert [due_s(pb.Block(slack_s=slack_s)) for slack_s in (0.5, 0.0, -1.0)] == [100.5, 100.0, 99.0]
     assert due_s(AudioPiece(slack_s=2)) == 102

@@ -1,4 +1,4 @@
-"""Tests of avatar.rpc.health, as a container runs it: a program of its own against a live server."""
+"""Tests of avatar.rpc.health as a container runs it: as a program, against a live server."""
 
 import asyncio
 import sys
@@ -11,46 +11,46 @@ from services.local.launch import free_ports
 from tests.rpc.conftest import Worker
 
 
-async def asked(*arguments: str) -> tuple[int | None, str]:
-    """The program's exit status, and what it says."""
+async def check(*arguments: str) -> tuple[int | None, str]:
+    """Return the program's exit status and its output."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "avatar.rpc.health", *arguments), stderr=asyncio.subprocess.PIPE
     )
-    _, said = await process.communicate()
-    return process.returncode, said.decode()
+    _, output = await process.communicate()
+    return process.returncode, output.decode()
 
 
 async def test_a_server_that_serves_is_healthy() -> None:
     async with serving("127.0.0.1:0", worker := Worker()) as port:
-        assert await asked(f"127.0.0.1:{port}") == (0, "")
-        assert await asked(f"127.0.0.1:{port}", worker.service_name) == (0, "")
-        status, said = await asked(f"127.0.0.1:{port}", "avatar.v1.AvatarService")
+        assert await check(f"127.0.0.1:{port}") == (0, "")
+        assert await check(f"127.0.0.1:{port}", worker.service_name) == (0, "")
+        status, output = await check(f"127.0.0.1:{port}", "avatar.v1.AvatarService")
     assert status == 1
-    assert said.startswith(f"127.0.0.1:{port}: NOT_FOUND")
+    assert output.startswith(f"127.0.0.1:{port}: NOT_FOUND")
 
 
-async def test_a_server_that_drains_is_not() -> None:
+async def test_a_draining_server_is_not_healthy() -> None:
     server = grpc.aio.server()
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     await checks.set("", health_pb2.HealthCheckResponse.SERVING)
-    assert await asked(f"127.0.0.1:{port}") == (0, "")
+    assert await check(f"127.0.0.1:{port}") == (0, "")
     await checks.enter_graceful_shutdown()
-    assert await asked(f"127.0.0.1:{port}") == (1, f"127.0.0.1:{port}: NOT_SERVING\n")
+    assert await check(f"127.0.0.1:{port}") == (1, f"127.0.0.1:{port}: NOT_SERVING\n")
     await server.stop(None)
 
 
-async def test_nobody_is_not_healthy() -> None:
+async def test_a_missing_server_is_not_healthy() -> None:
     (port,) = free_ports(1)
-    status, said = await asked(f"127.0.0.1:{port}")
+    status, output = await check(f"127.0.0.1:{port}")
     assert status == 1
-    assert said.startswith(f"127.0.0.1:{port}: UNAVAILABLE")
-    assert said.count("\n") == 1
+    assert output.startswith(f"127.0.0.1:{port}: UNAVAILABLE")
+    assert output.count("\n") == 1
 
 
-async def test_without_an_address_it_says_how_it_is_used() -> None:
-    status, said = await asked()
+async def test_usage_is_printed_without_an_address() -> None:
+    status, output = await check()
     assert status == 1
-    assert "python -m avatar.rpc.health HOST:PORT" in said
+    assert "python -m avatar.rpc.health HOST:PORT" in output

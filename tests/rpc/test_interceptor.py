@@ -14,7 +14,7 @@ import pytest
 import torch
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from avatar.errors import REASONS, InvalidAudio, NoCapacity, SessionNotFound, StageLost
+from avatar.errors import REASONS, InvalidAudio, SessionNotFound, StageLost
 from avatar.rpc.channel import channel
 from avatar.rpc.server import Context, opening
 from avatar.worker.v1 import audio_pb2 as pb
@@ -33,10 +33,11 @@ def raising(error: BaseException) -> Responses:
 
 
 @pytest.mark.parametrize("reason", REASONS)
-async def test_every_error_arrives_as_its_status_with_error_info(
+async def test_every_error_arrives_as_its_status_with_its_details(
     worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub, reason: str
 ) -> None:
-    error = REASONS[reason]("the disk is full", metadata={"stage": "vae"})
+    violations = (("a", "too long"), ("b", "too short"))
+    error = REASONS[reason]("the disk is full", metadata={"stage": "vae"}, violations=violations, retry_s=1.5)
 
     def info() -> pb.AudioServiceGetInfoResponse:
         raise error
@@ -49,21 +50,10 @@ async def test_every_error_arrives_as_its_status_with_error_info(
         await encode(stub, [])
     assert in_unary == in_stream
     assert (in_unary.message, in_unary.metadata) == ("the disk is full", {"stage": "vae"})
-    assert (in_unary.fields, in_unary.retries) == ([], False)
+    assert (in_unary.fields, in_unary.retry_s) == (["a", "b"], 1.5)
 
 
-async def test_a_bad_field_and_a_time_to_retry_are_told(
-    worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub
-) -> None:
-    error = NoCapacity("full", violations=(("a", "too long"), ("b", "too short")), retry_s=1.5)
-    worker.encode = lambda *_: raising(error)
-    async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "NO_CAPACITY") as refusal:
-        await encode(stub, [])
-    assert refusal.fields == ["a", "b"]
-    assert refusal.retries
-
-
-async def test_a_message_that_is_too_long_for_a_header_is_cut(
+async def test_a_text_that_is_too_long_for_a_header_is_cut(
     worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub
 ) -> None:
     worker.encode = lambda *_: raising(InvalidAudio.at("audio", "x" * 100_000))
@@ -93,7 +83,7 @@ async def test_an_unexpected_error_is_internal_and_logged_as_text(
     assert vars(record)["method"] == "/avatar.worker.v1.AudioService/Encode"
     assert 'raise RuntimeError("the device is lost")' in vars(record)["traceback"]
     gc.collect()
-    assert tensors[0]() is None, "the log keeps the frames of the traceback"
+    assert tensors[0]() is None, "the log keeps the traceback's frames alive"
 
 
 async def test_an_error_that_is_meant_for_the_client_is_not_logged(
@@ -105,7 +95,7 @@ async def test_an_error_that_is_meant_for_the_client_is_not_logged(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-async def test_of_several_errors_the_first_that_a_client_can_act_on_is_told(
+async def test_of_several_errors_the_first_that_a_client_can_act_on_is_sent(
     worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub
 ) -> None:
     async def fail(error: Exception) -> None:
@@ -137,11 +127,11 @@ async def test_a_generator_is_closed_when_its_call_is_cancelled(
         finally:
             is_closed.set()
 
-    kept = endless()  # or else it would be closed when it is collected
+    kept = endless()  # a reference, so that garbage collection does not close it
     worker.encode = lambda *_: kept
     call = stub.Encode(iter([OPEN]))
     await call.read()
-    await asyncio.sleep(0.05)  # it fills what the client may have unread, and waits in a write
+    await asyncio.sleep(0.05)  # it fills the flow-control window, and blocks in a write
     assert not is_closed.is_set()
     call.cancel()
     await asyncio.wait_for(is_closed.wait(), WAIT_S)

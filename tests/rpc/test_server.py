@@ -40,7 +40,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def health(connection: grpc.aio.Channel) -> Any:
-    """A stub of the standard service, which comes without types."""
+    """Return a stub of the standard health service, which has no types."""
     return health_pb2_grpc.HealthStub(connection)
 
 
@@ -50,7 +50,7 @@ async def test_a_second_server_at_the_same_port_is_refused(worker: Worker) -> No
             pass
 
 
-async def test_open_streams_are_given_time_to_end() -> None:
+async def test_open_streams_get_time_to_end() -> None:
     worker, going_on = Worker(), asyncio.Event()
 
     async def slow(requests: Requests, context: Context) -> Responses:
@@ -153,7 +153,7 @@ async def test_open_comes_first_and_once_and_close_last(
     assert words in refusal.message
 
 
-async def test_a_stream_that_is_not_opened_in_time_is_let_go(
+async def test_a_stream_that_is_not_opened_in_time_is_ended(
     stub: audio_pb2_grpc.AudioServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("avatar.rpc.server.OPEN_S", 0.1)
@@ -162,7 +162,7 @@ async def test_a_stream_that_is_not_opened_in_time_is_let_go(
     assert refusal.message == "the stream was not opened within 0.1 s"
 
 
-def test_blame_names_the_field_and_keeps_the_cause() -> None:
+def test_blaming_names_the_field_and_keeps_the_cause() -> None:
     with pytest.raises(InvalidAudio, match=r"^audio\.data: it is NaN$") as caught, blaming("audio.data", InvalidAudio):
         raise ValueError("it is NaN")
     assert caught.value.violations == (("audio.data", "it is NaN"),)

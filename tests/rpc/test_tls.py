@@ -1,4 +1,4 @@
-"""Tests of avatar.rpc.tls: who is let in, what is shown, and what is said of a file that is of no use."""
+"""Tests of avatar.rpc.tls: which peers connect, renewed certificates, and errors about unusable files."""
 
 import asyncio
 import os
@@ -30,18 +30,18 @@ def authority(tmp_path: Path) -> Authority:
 
 @pytest.fixture
 def worker(authority: Authority) -> Pair:
-    """Of a worker that is called by name."""
+    """The certificate of a worker, for its name."""
     return authority.issue("worker", "worker.test")
 
 
 @pytest.fixture
 def gateway(authority: Authority) -> Pair:
-    """Of the gateway, as the workers' client."""
+    """The certificate of the gateway as the workers' client."""
     return authority.issue("gateway", "gateway.test")
 
 
-async def answers(target: str, credentials: grpc.ChannelCredentials | None, name: str = "") -> bool:
-    """Whether who listens at HOST:PORT speaks with such a client."""
+async def connects(target: str, credentials: grpc.ChannelCredentials | None, name: str = "") -> bool:
+    """Return whether the server at HOST:PORT accepts a client with these credentials."""
     async with channel(target, credentials, name=name) as connection:
         stub: Any = health_pb2_grpc.HealthStub(connection)
         try:
@@ -51,25 +51,25 @@ async def answers(target: str, credentials: grpc.ChannelCredentials | None, name
         return True
 
 
-async def test_a_server_with_a_certificate_speaks_to_who_trusts_it(authority: Authority, worker: Pair) -> None:
+async def test_a_client_that_trusts_the_certificate_connects(authority: Authority, worker: Pair) -> None:
     async with serving(ANY, Worker(), credentials=server_credentials(*worker)) as port:
         target = f"127.0.0.1:{port}"
-        assert await answers(target, channel_credentials(authority.ca), "worker.test")
-        assert not await answers(target, channel_credentials(authority.ca), "another.test")
-        assert not await answers(target, channel_credentials(authority.ca)), "its address is not in its certificate"
-        assert not await answers(target, channel_credentials(), "worker.test"), "no public authority has signed it"
-        assert not await answers(target, None)
+        assert await connects(target, channel_credentials(authority.ca), "worker.test")
+        assert not await connects(target, channel_credentials(authority.ca), "another.test")
+        assert not await connects(target, channel_credentials(authority.ca)), "its address is not in its certificate"
+        assert not await connects(target, channel_credentials(), "worker.test"), "no public authority has signed it"
+        assert not await connects(target, None)
 
 
-async def test_mutual_tls_lets_nobody_in_without_a_certificate(
+async def test_mutual_tls_refuses_clients_without_a_certificate(
     tmp_path: Path, authority: Authority, worker: Pair, gateway: Pair
 ) -> None:
     stranger = Authority(tmp_path, "stranger").issue("forged", "gateway.test")
     async with serving(ANY, Worker(), credentials=server_credentials(*worker, authority.ca)) as port:
         target = f"127.0.0.1:{port}"
-        assert await answers(target, worker_credentials(authority.ca, *gateway), "worker.test")
-        assert not await answers(target, worker_credentials(authority.ca, None, None), "worker.test")
-        assert not await answers(target, channel_credentials(authority.ca, *stranger), "worker.test")
+        assert await connects(target, worker_credentials(authority.ca, *gateway), "worker.test")
+        assert not await connects(target, worker_credentials(authority.ca, None, None), "worker.test")
+        assert not await connects(target, channel_credentials(authority.ca, *stranger), "worker.test")
 
 
 def test_without_files_everything_is_plain_text() -> None:
@@ -77,24 +77,24 @@ def test_without_files_everything_is_plain_text() -> None:
     assert worker_credentials(None, None, None) is None
 
 
-async def test_a_certificate_that_is_replaced_is_shown_to_the_next_connection(
-    authority: Authority, worker: Pair
-) -> None:
+async def test_a_replaced_certificate_is_used_for_the_next_connection(authority: Authority, worker: Pair) -> None:
     trusting = channel_credentials(authority.ca)
     async with serving(ANY, Worker(), credentials=server_credentials(*worker)) as port:
         target = f"127.0.0.1:{port}"
-        assert await answers(target, trusting, "worker.test")
+        assert await connects(target, trusting, "worker.test")
         key = worker.key.read_bytes()
         worker.key.write_text("half of it")
-        assert await answers(target, trusting, "worker.test"), "what does not fit together is not taken"
+        assert await connects(target, trusting, "worker.test"), "files that do not match are not used"
         worker.key.write_bytes(key)
         authority.issue("worker", "renewed.test")
-        assert await answers(target, trusting, "renewed.test")
+        assert await connects(target, trusting, "renewed.test")
 
 
 @pytest.mark.parametrize("is_mutual", [False, True])
 @pytest.mark.parametrize("host", ["worker.test", "*.worker.test", "127.0.0.1"])
-async def test_the_probe_knows_its_own_server(authority: Authority, host: str, is_mutual: bool) -> None:
+async def test_the_health_check_accepts_only_its_own_servers_certificate(
+    authority: Authority, host: str, is_mutual: bool
+) -> None:
     pair = authority.issue("worker", host)
     client_ca = authority.ca if is_mutual else None
     async with serving(ANY, Worker(), credentials=server_credentials(*pair, client_ca)) as port:
@@ -105,7 +105,7 @@ async def test_the_probe_knows_its_own_server(authority: Authority, host: str, i
         assert target in await asyncio.to_thread(problem, target, cert=another.cert, key=another.key)
 
 
-async def test_the_probe_takes_its_files_from_the_servers_variables(worker: Pair) -> None:
+async def test_the_health_check_reads_the_servers_variables(worker: Pair) -> None:
     variables = {"AVATAR_TLS_CERT": str(worker.cert), "AVATAR_TLS_KEY": str(worker.key)}
     async with serving(ANY, Worker(), credentials=server_credentials(*worker)) as port:
         program = (sys.executable, "-m", "avatar.rpc.health", f"127.0.0.1:{port}")
@@ -123,7 +123,7 @@ async def test_the_probe_takes_its_files_from_the_servers_variables(worker: Pair
         ("client_ca", "", "AVATAR_TLS_CLIENT_CA is .*, expected a PEM file of certificates"),
     ],
 )
-def test_a_file_of_no_use_is_named_by_its_variable(
+def test_an_unusable_file_is_named_by_its_variable(
     tmp_path: Path, authority: Authority, worker: Pair, name: str, content: str | None, words: str
 ) -> None:
     broken = tmp_path / "broken.pem"
@@ -161,7 +161,7 @@ def test_a_variable_that_is_empty_names_no_file() -> None:
     assert load(GatewaySettings, {"AVATAR_TLS_CERT": "", "AVATAR_TENANTS": ""}) == GatewaySettings()
 
 
-def test_a_service_does_not_start_with_a_certificate_of_no_use(worker: Pair) -> None:
+def test_a_service_does_not_start_with_an_unusable_certificate(worker: Pair) -> None:
     variables = {"AVATAR_TLS_CERT": str(worker.cert), "AVATAR_TLS_KEY": str(worker.cert)}
     program = [sys.executable, "-m", "services.gateway"]
     done = subprocess.run(program, env={**os.environ, **variables}, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-from avatar.rpc.wire import RelayedBlock, field, written
+from avatar.rpc.wire import RelayedBlock, serialize, serialize_field
 from avatar.worker.v1 import denoiser_pb2
 from avatar.worker.v1.types_pb2 import Block, Tensor
 
@@ -7,19 +7,19 @@ def tensor(num_bytes: int, value: int) -> Tensor:
     return Tensor(dtype="uint8", shape=[num_bytes], data=bytes([value]) * num_bytes)
 
 
-def test_a_request_that_is_put_together_is_the_message() -> None:
+def test_an_assembled_request_equals_the_message() -> None:
     for num_bytes in (0, 1, 127, 128, 70_000):
         given = Block(index=300, features=tensor(num_bytes, 1), conditions=2, traceparent="00-1", slack_s=-0.5)
         whole = denoiser_pb2.DenoiseRequest(block=given)
-        relayed = RelayedBlock.of(Block.FromString(given.SerializeToString()))
-        assert denoiser_pb2.DenoiseRequest.FromString(written(field(2, relayed))) == whole
+        relayed = RelayedBlock.from_pb(Block.FromString(given.SerializeToString()))
+        assert denoiser_pb2.DenoiseRequest.FromString(serialize(serialize_field(2, relayed))) == whole
         with_latent = relayed.with_latent(tensor(num_bytes, 2))
         whole.block.latent.CopyFrom(tensor(num_bytes, 2))
-        assert denoiser_pb2.DenoiseRequest.FromString(written(field(2, with_latent))) == whole
+        assert denoiser_pb2.DenoiseRequest.FromString(serialize(serialize_field(2, with_latent))) == whole
 
 
-def test_what_was_sent_is_not_touched_by_what_follows_it() -> None:
-    first = RelayedBlock.of(Block(index=1, features=tensor(9, 1)))
+def test_a_block_that_was_sent_does_not_change_afterwards() -> None:
+    first = RelayedBlock.from_pb(Block(index=1, features=tensor(9, 1)))
     second = first.with_latent(tensor(9, 2))
     second.head.slack_s = 1.0
     third = second.with_latent(tensor(9, 3))
@@ -28,7 +28,7 @@ def test_what_was_sent_is_not_touched_by_what_follows_it() -> None:
     assert Block.FromString(b"".join(third.parts())).latent == tensor(9, 3)
 
 
-def test_a_message_is_written_as_it_is() -> None:
+def test_a_message_is_serialized_unchanged() -> None:
     request = denoiser_pb2.DenoiseRequest(open=denoiser_pb2.OpenDenoise(session_id="a"))
-    assert denoiser_pb2.DenoiseRequest.FromString(written(request)) == request
-    assert denoiser_pb2.DenoiseRequest.FromString(written(field(1, request.open))) == request
+    assert denoiser_pb2.DenoiseRequest.FromString(serialize(request)) == request
+    assert denoiser_pb2.DenoiseRequest.FromString(serialize(serialize_field(1, request.open))) == request

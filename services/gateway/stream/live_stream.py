@@ -227,7 +227,7 @@ class LiveStream:
                 if is_rebuilt:
                     is_rebuilt = False
                     self._rebuilt.add(block.index)
-                yield RelayedBlock.of(block)
+                yield RelayedBlock.from_pb(block)
 
     async def _denoise(
         self,
