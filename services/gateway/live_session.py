@@ -9,10 +9,8 @@ the grace period ends.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
-
-import grpc.aio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 
 from avatar import telemetry
 from avatar.errors import ConnectionLost, SessionBusy, SessionNotFound, StoreUnavailable
@@ -55,7 +53,6 @@ class LiveSession:
         # Retrieve the error: no connection may be there to do it.
         self.ended.add_done_callback(lambda ended: ended.exception())
         self._failure: asyncio.Future[None] = loop.create_future()
-        self._is_drained = asyncio.Event()
         self._disconnected = asyncio.Event()
         self._replaced: asyncio.Future[None] | None = None
         self._serving = asyncio.Lock()
@@ -84,12 +81,11 @@ class LiveSession:
                 opened = await describe(self.opened.session_id)
                 opened.init_segment = self.init_segment
                 opened.num_samples, opened.num_messages = self.stream.acks.num_samples, self.stream.acks.num_messages
-                with _losing_connection():
-                    await write(pb.StreamAvatarResponse(opened=opened))
+                await write(pb.StreamAvatarResponse(opened=opened))
                 async with asyncio.TaskGroup() as tasks:
                     connection = [
                         tasks.create_task(self._receive(requests)),
-                        tasks.create_task(self._send(write)),
+                        tasks.create_task(self.stream.outbox.drain(write)),
                         tasks.create_task(_until_replaced(replaced)),
                     ]
                     await asyncio.wait({self.ended})
@@ -111,11 +107,6 @@ class LiveSession:
                 return
             await self.stream.outbox.wait_for_few_items()
         raise ConnectionLost("the stream ended without close")
-
-    async def _send(self, write: Write) -> None:
-        with _losing_connection():
-            await self.stream.outbox.drain(write)
-        self._is_drained.set()
 
     def _fail(self, error: Exception) -> None:
         """End the session."""
@@ -140,7 +131,7 @@ class LiveSession:
                 closed = pb.AvatarClosed(num_blocks=self.stream.num_blocks, stages=self.stream.stage_usage())
                 self.stream.outbox.put(Item([pb.StreamAvatarResponse(closed=closed)]))
                 self.stream.outbox.finish()
-                await self._is_drained.wait()
+                await self.stream.outbox.is_drained.wait()
                 for task in watchers:
                     task.cancel()
         except BaseException as error:
@@ -206,12 +197,3 @@ class LiveSession:
 async def _until_replaced(replaced: "asyncio.Future[None]") -> None:
     await asyncio.wait({replaced})
     raise ConnectionLost("another connection resumed this session")
-
-
-@contextmanager
-def _losing_connection() -> Iterator[None]:
-    """Raise ConnectionLost where the client cannot be written to."""
-    try:
-        yield
-    except grpc.aio.BaseError as error:
-        raise ConnectionLost("the client is gone") from error

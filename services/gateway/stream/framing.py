@@ -21,9 +21,14 @@ class Framer:
         self._options = options
         self._is_always_key = options.video in ALWAYS_KEY
         self._frames: list[api_types.VideoFrame] = []
+        self._num_frames = 0
 
-    def add(self, frame: types_pb2.Frame, block: SpeechBlock) -> bool:
-        """Add a frame of a block; return whether a message is complete, which `take` then builds."""
+    def add(self, frame: types_pb2.Frame, block: SpeechBlock, *, is_discontinuity: bool) -> list[Item]:
+        """Add a frame of a block; return the message that it completes, if any, as items.
+
+        A turn's first frame follows the event that the turn starts; with `returns_audio`, frames follow their audio.
+        is_discontinuity: the picture may jump before the message's first frame.
+        """
         shown = api_types.VideoFrame(
             data=frame.data,
             is_idle=block.turn is None,
@@ -31,27 +36,18 @@ class Framer:
             num_frames=frame.num_frames or 1,
         )
         self._frames.append(shown)
-        return frame.is_last or not self._options.is_per_block
-
-    def drop(self) -> None:
-        """Drop the frames of an incomplete message."""
-        self._frames.clear()
-
-    def take(self, block: SpeechBlock, *, is_discontinuity: bool) -> list[Item]:
-        """Return the complete message as items, with its audio, and before it the event that its turn starts.
-
-        is_discontinuity: the picture may jump before the message's first frame.
-        """
-        frames, self._frames = self._frames, []
+        self._num_frames += shown.num_frames
+        if self._options.is_per_block and not frame.is_last:
+            return []
+        frames, num_frames = self._frames, self._num_frames
+        self.drop()
         frames[0].is_discontinuity = is_discontinuity
-        num_frames = sum(frame.num_frames for frame in frames)
         start = len(block.boundaries) - 1 - block.num_frames
         start_sample, end_sample = block.boundaries[start], block.boundaries[start + num_frames]
-        block.num_frames -= num_frames
         if self._options.is_per_block:
             messages = [api.StreamAvatarResponse(chunk=api_types.VideoChunk(frames=frames))]
         else:
-            messages = [api.StreamAvatarResponse(frame=frame) for frame in frames]
+            messages = [api.StreamAvatarResponse(frame=frames[0])]
         if self._options.returns_audio:
             size = self._options.sample_bytes
             audio = api_types.AvatarAudio(data=block.data[start_sample * size : end_sample * size])
@@ -66,6 +62,10 @@ class Framer:
             return [item]
         turn.is_started = True
         return [playback_started(turn), item]
+
+    def drop(self) -> None:
+        """Forget the frames of an incomplete message."""
+        self._frames, self._num_frames = [], 0
 
 
 def playback_started(turn: Turn) -> Item:

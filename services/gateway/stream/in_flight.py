@@ -62,6 +62,7 @@ class BlocksInFlight:
     """The blocks of one session that were started and are not finished.
 
     started: given to the audio stage, not admitted. admitted: in the pipeline behind it. The oldest come first.
+    due_s: when each admitted block's first frame is due, by its index; None if the stream is not live.
     max_admitted: number of slots. connected: set while a client is connected.
     """
 
@@ -73,7 +74,7 @@ class BlocksInFlight:
         self.started: deque[SpeechBlock] = deque()
         self.admitted: deque[SpeechBlock] = deque()
         self.connected = asyncio.Event()
-        self._due_s: dict[int, float | None] = {}
+        self.due_s: dict[int, float | None] = {}
         self._slots = asyncio.Semaphore(self.max_admitted)
 
     @property
@@ -102,18 +103,14 @@ class BlocksInFlight:
 
     def number(self, block: SpeechBlock, index: int) -> None:
         """Give an admitted block its index in the session."""
-        self._due_s[index] = block.due_s
+        self.due_s[index] = block.due_s
         if index == 0:
             block.num_frames -= FIRST_FRAME
-
-    def due_s(self, index: int) -> float | None:
-        """Return when an admitted block's first frame is due; None if the stream is not live."""
-        return self._due_s[index]
 
     def finish(self, index: int) -> None:
         """Remove the oldest admitted block, whose frames have all come, and free its slot."""
         self.admitted.popleft()
-        del self._due_s[index]
+        del self.due_s[index]
         self._slots.release()
 
     def drop(self) -> None:

@@ -265,7 +265,7 @@ class LiveStream:
 
         On the wire this is relative to now, since clocks of machines differ.
         """
-        due_s = self._in_flight.due_s(block.index)
+        due_s = self._in_flight.due_s[block.index]
         if due_s is not None:
             block.slack_s = due_s - remaining_s - time.monotonic()
 
@@ -278,11 +278,12 @@ class LiveStream:
             if not block.has_frames:
                 block.has_frames = True
                 self._record_latency(block)
-            if self._framer.add(frame, block):
+            if items := self._framer.add(frame, block, is_discontinuity=self._is_discontinuity):
                 await self.outbox.wait_for_space(warns=self._options.is_live and self.is_connected)
                 if not block.is_dropped:
-                    for item in self._framer.take(block, is_discontinuity=self._is_discontinuity):
+                    for item in items:
                         self.outbox.put(item)
+                        block.num_frames -= item.num_frames
                     self._is_discontinuity = False
         if frame.is_last:
             self._finish_block(frame.block, block)

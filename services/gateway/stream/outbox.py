@@ -12,7 +12,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from avatar.errors import InvalidField, ResumeImpossible, SlowReader
+import grpc.aio
+
+from avatar.errors import ConnectionLost, InvalidField, ResumeImpossible, SlowReader
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.worker.v1 import types_pb2
 from services.gateway.stream.fragments import renumber_fragment
@@ -45,10 +47,6 @@ class Item:
     num_delivered: int | None = None
     first_frame: int = 0
 
-    @property
-    def is_speech(self) -> bool:
-        return self.num_frames > 0 and self.turn is not None
-
     def is_event(self, kind: str) -> bool:
         return self.messages[0].event.WhichOneof("kind") == kind
 
@@ -65,6 +63,7 @@ class Outbox:
     next_frame, next_event: numbers of the next frame and event to be sent. num_frames: frames that were sent.
     end_frame: number that the next frame to be put will get.
     num_delivered: samples of the client's audio whose frames were sent, or never will be.
+    is_drained: set when everything is sent and nothing more follows.
     """
 
     def __init__(
@@ -97,6 +96,7 @@ class Outbox:
         self._repeated: deque[Item] = deque()
         self._is_finished = self._is_reader_slow = False
         self._has_space, self._has_items = asyncio.Event(), asyncio.Event()
+        self.is_drained = asyncio.Event()
 
     @property
     def end_frame(self) -> int:
@@ -105,7 +105,7 @@ class Outbox:
     @property
     def has_speech(self) -> bool:
         """Whether frames of speech are waiting."""
-        return any(item.is_speech for item in self._waiting)
+        return any(item.num_frames and item.turn is not None for item in self._waiting)
 
     async def wait_for_space(self, *, warns: bool) -> None:
         """Wait until frames may be put. warns: the client gets a notice, once, that it reads too slowly."""
@@ -173,7 +173,10 @@ class Outbox:
         self._repeated = deque(self.kept_from(frame))
 
     async def drain(self, write: Write) -> None:
-        """Send everything until `finish`. SlowReader if the client reads nothing for max_unread_s."""
+        """Send everything until `finish`, then set `is_drained`.
+
+        SlowReader if the client reads nothing for max_unread_s; ConnectionLost if it is gone.
+        """
         while True:
             while not (self._repeated or self._waiting or self._is_finished):
                 self._has_items.clear()
@@ -185,6 +188,7 @@ class Outbox:
                 self._number(item)
                 self._has_space.set()
             else:
+                self.is_drained.set()
                 return
             for message in item.messages:
                 try:
@@ -192,13 +196,14 @@ class Outbox:
                         await write(message)
                 except TimeoutError as error:
                     raise SlowReader(f"nothing was read for {self._max_unread_s:g} s") from error
+                except grpc.aio.BaseError as error:
+                    raise ConnectionLost("the client is gone") from error
 
     def _number(self, item: Item) -> None:
         """Number an item's messages and keep it; from here on it counts as sent."""
         item.first_frame = self.next_frame
         num_bytes = 0
         for message in item.messages:
-            pts_us = self._grid.pts_us(self.next_frame)
             match message.WhichOneof("part"):
                 case "frame" | "chunk" as part:
                     for frame in [message.frame] if part == "frame" else message.chunk.frames:
@@ -207,9 +212,10 @@ class Outbox:
                             frame.data = renumber_fragment(frame.data, frame.index)
                         self.next_frame += frame.num_frames
                 case "audio":
-                    message.audio.pts_us = pts_us
+                    message.audio.pts_us = self._grid.pts_us(self.next_frame)
                 case "event":
-                    message.event.number, message.event.pts_us = self.next_event, pts_us
+                    message.event.number = self.next_event
+                    message.event.pts_us = self._grid.pts_us(self.next_frame)
                     if message.event.HasField("playback_finished"):
                         self._finish_turn(message.event.playback_finished, item)
                     self.next_event += 1
@@ -222,7 +228,7 @@ class Outbox:
         self._num_waiting_frames -= item.num_frames
         if item.num_delivered is not None:
             self.num_delivered = item.num_delivered
-        if item.is_speech:
+        if item.num_frames and item.turn is not None:
             self._last_speech = (item.turn, item.num_samples)
         self._kept.append((item, num_bytes))
         self._num_kept_frames += item.num_frames

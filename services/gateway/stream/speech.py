@@ -63,6 +63,7 @@ class SpeechQueue:
         # Turns with audio that was not passed on; the last one takes what is added.
         self._turns: deque[Turn] = deque(self.unfinished)
         self._next_block = 0
+        self._boundaries = grid.boundaries(0)
         # Offline: the block being filled, whose speech it is, and whether it was interrupted.
         self._filling = bytearray()
         self._filling_turn: Turn | None = None
@@ -183,8 +184,6 @@ class SpeechQueue:
         self, turn: Turn | None, speech: bytes, due_s: float | None = None, start_late_s: float = 0.0
     ) -> SpeechBlock:
         """Start the next block, which shows this speech of a turn; it has been taken out of `turn.pending`."""
-        first = self._next_block * self._grid.block_frames
-        boundaries = [self._grid.sample(first + frame) for frame in range(self._grid.block_frames + 1)]
         num_samples = len(speech) // self._sample_bytes
         pending = sum(len(each.pending) for each in self._turns) // self._sample_bytes
         block = SpeechBlock(
@@ -193,7 +192,7 @@ class SpeechQueue:
             turn_offset=turn.num_samples - len(turn.pending) // self._sample_bytes - num_samples if turn else 0,
             stream_offset=self.num_samples - pending - num_samples,
             data=speech + bytes(self._block_bytes() - len(speech)),
-            boundaries=[sample - boundaries[0] for sample in boundaries],
+            boundaries=self._boundaries,
             num_frames=self._grid.block_frames,
             started_s=self._now(),
             due_s=due_s,
@@ -201,12 +200,12 @@ class SpeechQueue:
         )
         self._in_flight.started.append(block)
         self._next_block += 1
+        self._boundaries = self._grid.boundaries(self._next_block)
         return block
 
     def _block_bytes(self) -> int:
         """Return the size of the next block's audio; at rates that 25 does not divide, blocks differ by a sample."""
-        start = self._grid.block_end(self._next_block - 1)
-        return (self._grid.block_end(self._next_block) - start) * self._sample_bytes
+        return self._boundaries[-1] * self._sample_bytes
 
     async def live(self, timeline: Timeline, outbox: Outbox) -> AsyncGenerator[audio_pb2.AudioPiece, None]:
         """Start a block of speech as soon as there is one, at most a block early, and an idle block when one is due."""

@@ -31,9 +31,11 @@ class MediaGrid:
         """Return the first sample of a frame."""
         return -(-frame * self.rate_hz // self.frame_rate_hz)
 
-    def block_end(self, block: int) -> int:
-        """Return the first sample after a block."""
-        return self.sample((block + 1) * self.block_frames)
+    def boundaries(self, block: int) -> list[int]:
+        """Return the first sample of each of a block's frames and of the next block, counted from the block's start."""
+        first = block * self.block_frames
+        start = self.sample(first)
+        return [self.sample(first + frame) - start for frame in range(self.block_frames + 1)]
 
     def pts_us(self, frame: int) -> int:
         """Return a frame's time on the media clock, in microseconds."""
