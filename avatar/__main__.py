@@ -1,7 +1,7 @@
 """Render one clip in one process, without any transport: `python -m avatar SPEECH PORTRAIT OUT.mp4`.
 
-docs/reference_options.md says which of the reference implementation's options each flag is. `python -m avatar inspect`
-and `python -m avatar pack` are `avatar/checkpoints/inspect.py`.
+docs/reference_options.md maps the flags to the reference implementation's options. `python -m avatar inspect` and
+`python -m avatar pack` are in `avatar/checkpoints/inspect.py`.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from avatar.checkpoints import inspect
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.media import read_audio, read_video, write_mp4
-from avatar.render import Models, Options, embed, in_clips, load, render
+from avatar.render import Models, RenderOptions, embed, load, render, with_clip_frames
 from avatar.vae.picture import Size
 from avatar.vae.vae import HIDDEN_FRAMES
 
-FRAME_S = 0.02  # of the audio encoder
+FRAME_S = 0.02  # encoder frames are 50 Hz
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -33,71 +33,81 @@ def main() -> None:
     flags = parser().parse_args()
     torch.set_num_threads(flags.threads)
     try:
-        sounds, rate_hz = read_sounds(flags.speech)
+        speech, rate_hz = read_speech(flags.speech)
         picture = flags.portrait.read_bytes()
         flags.out.parent.mkdir(parents=True, exist_ok=True)
         adapter = LoraAdapter(flags.adapter) if flags.adapter else None
         models = load(flags.checkpoint, adapter, dtype=DTYPES[flags.dtype], device=flags.device)
-        chunks = render(models, list(map(torch.from_numpy, sounds)), rate_hz, picture, options(flags, models))
+        chunks = render(models, list(map(torch.from_numpy, speech)), rate_hz, picture, render_options(flags, models))
         frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="block"))
         with logging_redirect_tqdm():
-            write_mp4(flags.out, frames, models.vae.config.frame_rate_hz, HIDDEN_FRAMES, mixed(sounds), rate_hz)
+            write_mp4(flags.out, frames, models.vae.config.frame_rate_hz, HIDDEN_FRAMES, mix(speech), rate_hz)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     out = argparse.ArgumentParser(prog="python -m avatar", description="Render one clip in one process.")
-    out.add_argument("speech", type=Path, nargs="+", help="a sound file; one for each actor, with --mask for each")
+    out.add_argument("speech", type=Path, nargs="+", help="an audio file; one per actor, each with a --mask")
     out.add_argument("portrait", type=Path, help="a PNG, JPEG or WebP picture of a person")
     out.add_argument("out", type=Path, help="the MP4 file to write")
     out.add_argument("--checkpoint", type=Path, default=Path("models/tiny"), help="folder of the models")
-    out.add_argument("--adapter", type=Path, help="file of an adapter to merge into the network's weights")
-    out.add_argument("--device", type=torch.device, default="cpu", help="where to compute (default cpu)")
+    out.add_argument("--adapter", type=Path, help="LoRA adapter file to merge into the network's weights")
+    out.add_argument("--device", type=torch.device, default="cpu", help="torch device (default cpu)")
     out.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and states (default float32)")
     out.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
 
-    what = out.add_argument_group("what is shown")
-    what.add_argument("--prompt", default="", help="what the video shows, in words; for checkpoints that know text")
-    what.add_argument("--seed", type=int, default=420, help="seed of all randomness (default 420); -1 draws one")
-    size = what.add_mutually_exclusive_group()
-    size.add_argument("--size", type=area, metavar="A*B", help="at most so many pixels, in the portrait's own shape")
+    content = out.add_argument_group("content")
+    content.add_argument("--prompt", default="", help="text prompt; for checkpoints with a text encoder")
+    content.add_argument("--seed", type=int, default=420, help="seed of all randomness (default 420); -1: random")
+    size = content.add_mutually_exclusive_group()
+    size.add_argument("--size", type=area, metavar="A*B", help="greatest area in pixels; the shape is the portrait's")
     size.add_argument("--exact-size", dest="size", type=width_height, metavar="WxH", help="width and height in pixels")
-    what.add_argument("--fit", choices=("cover", "reference"), help="how the portrait is brought to the size")
-    what.add_argument("--mask", type=Path, action="append", help="an actor's mask: white where the portrait shows it")
-    what.add_argument("--pose-video", type=Path, help="a video whose poses are followed")
+    content.add_argument("--fit", choices=("cover", "reference"), help="how the portrait is fitted to the size")
+    content.add_argument("--mask", type=Path, action="append", help="an actor's mask: white where the actor is")
+    content.add_argument("--pose-video", type=Path, help="a video of poses to follow")
 
-    how = out.add_argument_group("how it is drawn; what is not given is the checkpoint's choice")
-    length = how.add_mutually_exclusive_group()
+    generation = out.add_argument_group("generation; defaults are the checkpoint's")
+    length = generation.add_mutually_exclusive_group()
     length.add_argument("--num-clips", type=positive, help="the most clips, of --clip-frames each (default: all)")
     length.add_argument("--num-blocks", type=positive, help="the most blocks, of 0.48 s each (default: all)")
-    how.add_argument("--clip-frames", type=positive, help="frames of the reference's clip: 24, 36, 48, ...")
-    how.add_argument("--levels", type=positive, help="denoising steps; other numbers than the checkpoint's are refused")
-    how.add_argument("--sink-update-block", type=block_or_never, help="where the sink is replaced: a block, or never")
-    how.add_argument("--sink-distance", type=distance, metavar="N|LOW-HIGH", help="latent frames from block to sink")
-    how.add_argument("--right-context", type=encoder_frames, metavar="S", help="seconds of sound heard behind a block")
-    how.add_argument("--schedule", choices=("pipeline", "offline"), default="pipeline", help="as services; as one GPU")
-    how.add_argument("--audio", choices=("live", "whole"), default="live", help="heard as it comes, or as whole files")
-    how.add_argument("--noise", choices=("block", "clip"), default="block", help="draw it as we, or as the reference")
+    generation.add_argument("--clip-frames", type=positive, help="frames of the reference's clip: 24, 36, 48, ...")
+    generation.add_argument("--levels", type=positive, help="denoising steps; must equal the checkpoint's number")
+    generation.add_argument(
+        "--sink-update-block", type=block_or_never, help="block at which the sink is updated, or never"
+    )
+    generation.add_argument(
+        "--sink-distance", type=distance, metavar="N|LOW-HIGH", help="latent frames from block to sink"
+    )
+    generation.add_argument(
+        "--right-context", type=encoder_frames, metavar="S", help="seconds of audio after a block to use"
+    )
+    generation.add_argument(
+        "--schedule", choices=("pipeline", "offline"), default="pipeline", help="the services', or the reference's"
+    )
+    generation.add_argument(
+        "--audio", choices=("live", "whole"), default="live", help="features of live audio or whole files"
+    )
+    generation.add_argument("--noise", choices=("block", "clip"), default="block", help="drawn per block, or per clip")
     return out
 
 
-def options(flags: argparse.Namespace, models: Models) -> Options:
-    """What the flags ask for. ValueError if the checkpoint cannot give it."""
+def render_options(flags: argparse.Namespace, models: Models) -> RenderOptions:
+    """Return the options of the flags. ValueError if the checkpoint does not support them."""
     config = models.config
     if flags.levels not in (None, config.num_levels):
         raise ValueError(
-            f"this checkpoint has {config.num_levels} levels, which its weights were made for; "
-            f"it cannot be run at {flags.levels}"
+            f"this checkpoint has {config.num_levels} levels, for which its weights were trained; "
+            f"it cannot run with {flags.levels}"
         )
     if not -1 <= flags.seed < 1 << 63:
         raise ValueError(f"seed must be 0 to 2^63 - 1, or -1, got {flags.seed}")
     num_blocks = flags.num_blocks
     if flags.num_clips is not None:
-        num_blocks = flags.num_clips * in_clips(config, flags.clip_frames).window_blocks
+        num_blocks = flags.num_clips * with_clip_frames(config, flags.clip_frames).window_blocks
     frame_rate_hz = models.vae.config.frame_rate_hz
-    return Options(
+    return RenderOptions(
         seed=secrets.randbits(63) if flags.seed == -1 else flags.seed,
         size=flags.size,
         fit=flags.fit,
@@ -115,22 +125,22 @@ def options(flags: argparse.Namespace, models: Models) -> Options:
     )
 
 
-def read_sounds(paths: list[Path]) -> tuple[list[NDArray[np.float32]], int]:
-    """Each file's samples, (1 or 2, s) in [-1, 1], and their rate. ValueError if they do not have the same."""
-    sounds, rates = zip(*map(read_audio, paths), strict=True)
+def read_speech(paths: list[Path]) -> tuple[list[NDArray[np.float32]], int]:
+    """Return each file's samples, (1 or 2, s) in [-1, 1], and their rate in Hz. ValueError if rates differ."""
+    speech, rates = zip(*map(read_audio, paths), strict=True)
     if len(set(rates)) > 1:
         raise ValueError(f"all speech must have the same rate, got {', '.join(f'{rate} Hz' for rate in rates)}")
-    return list(sounds), rates[0]
+    return list(speech), rates[0]
 
 
-def mixed(sounds: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """What is heard in the film: one sound as it is, several together in one channel."""
-    if len(sounds) == 1:
-        return sounds[0]
-    together = np.zeros((1, max(sound.shape[1] for sound in sounds)), np.float32)
-    for sound in sounds:
-        together[:, : sound.shape[1]] += sound.mean(0)
-    return together.clip(-1, 1)
+def mix(speech: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Return the video's audio: the samples of one actor unchanged, those of several mixed to mono."""
+    if len(speech) == 1:
+        return speech[0]
+    mixed = np.zeros((1, max(samples.shape[1] for samples in speech)), np.float32)
+    for samples in speech:
+        mixed[:, : samples.shape[1]] += samples.mean(0)
+    return mixed.clip(-1, 1)
 
 
 def area(text: str) -> int:
@@ -149,10 +159,10 @@ def distance(text: str) -> int | tuple[int, int]:
 
 
 def encoder_frames(text: str) -> int:
-    """Seconds as frames of the audio encoder, whole ones."""
+    """Convert seconds to frames of the audio encoder. ValueError if they are not whole frames."""
     frames = round(float(text) / FRAME_S)
     if abs(frames * FRAME_S - float(text)) > 1e-6:
-        raise ValueError(f"{text} s are no whole number of {FRAME_S} s")
+        raise ValueError(f"{text} s is not a multiple of {FRAME_S} s")
     return frames
 
 

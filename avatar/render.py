@@ -1,9 +1,9 @@
-"""One clip in one process, without any transport: the same models as the services run, called in a row.
+"""Rendering of a clip in one process, without transport: the services' models, called one after the other.
 
-    sounds --audio--> blocks --denoisers--> blocks --vae--> chunks
+    speech --audio--> Block (features) --denoiser 0..N-1--> Block (latent) --vae--> FrameChunk
 
-By default the frames are the services', byte for byte. What else can be asked of a clip is in `Options`, and means what
-it means in the reference implementation of arXiv 2512.04677 (docs/reference_options.md).
+By default the frames equal the services', byte for byte. `RenderOptions` has further options, which mean the same as in
+the reference implementation of arXiv 2512.04677 (docs/reference_options.md).
 
 Axes: a actors, c latent channels, t latent frames, h w height and width, s samples, n text tokens, d width.
 """
@@ -42,13 +42,13 @@ from avatar.vae.vae import HIDDEN_FRAMES, Vae, to_bytes
 
 logger = logging.getLogger(__name__)
 
-# Sound is encoded a second at a time, so that a long file's features are never all in memory.
+# Audio is encoded one second at a time, so that a long file's features are never all in memory.
 PIECE_S = 1
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a checkpoint."""
+    """The models of a checkpoint that render a clip."""
 
     audio: AudioModel
     network: Network
@@ -63,35 +63,38 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Models:
-    """The models of a checkpoint folder. ValueError if one of them is not what it should be."""
+    """Load the models of a checkpoint folder. ValueError if a config or weights do not fit."""
     network, config = denoiser_model.load(open_part(checkpoint, "denoiser", adapter), dtype=dtype, device=device)
     audio = audio_model.load(open_part(checkpoint, "audio"), dtype=dtype, device=device)
     return Models(audio, network, config, vae_model.load(open_part(checkpoint, "vae"), dtype=dtype, device=device))
 
 
 def embed(checkpoint: Path, prompt: str) -> Tensor:
-    """The embedding (n, d) of a prompt, by an encoder that is let go again. ValueError if the checkpoint has none."""
+    """Return the embedding (n, d) of a prompt; the text encoder is loaded for this call only.
+
+    ValueError if the checkpoint has no text encoder.
+    """
     return text_model.load(open_part(checkpoint, "text")).embed(prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What can be asked of a clip. What is None is the checkpoint's choice.
+class RenderOptions:
+    """Options of a clip; None stands for the checkpoint's default.
 
     seed: of all randomness, 0 to 2^63 - 1.
-    size: of the video, (width, height), or the area in pixels that it has at most.
-    fit: how the picture is brought to this size.
-    text: (n, d) embedding of the prompt.
-    masks: a picture's file for each actor, white where the portrait shows it.
-    pose: frames (h, w, 3) RGB of a pose video, at the video's rate.
-    num_blocks: the most blocks that are drawn; None: to the end of the sound.
-    clip_frames: pixel frames of the reference's clip: whole blocks, two at least. The window holds a clip, the sink is
-        replaced behind the first one, and pose videos, files' features and the reference's noise come in clips.
+    size: (width, height) of the video, or its greatest area in pixels.
+    fit: of the picture to this size.
+    text: (n, d) embedding of the prompt; None: no prompt.
+    masks: a picture file for each actor, white where the portrait shows the actor; None: one actor.
+    pose: frames (h, w, 3) RGB of a pose video, at the video's rate; None: no pose video.
+    num_blocks: the most blocks to generate; None: to the end of the speech.
+    clip_frames: pixel frames of a clip of the reference: whole blocks, two or more. The window holds a clip, the sink
+        is replaced after the first clip, and pose videos, features of whole files and clip noise come in clips.
     sink_update_block, sink_distance, audio_right_frames: as in `Session`.
-    schedule: "pipeline", as the services draw; or "offline", as the reference does on one GPU without online decoding:
-        the picture stays the sink, and clips are decoded one by one.
-    audio: features of "live" sound, as it comes; or of the "whole" file, as the public weights were trained on.
-    noise: drawn for each "block"; or for each "clip", as the reference draws it.
+    schedule: "pipeline", as in the services; or "offline", as the reference on one GPU without online decoding: the
+        picture stays the sink, and clips are decoded one by one.
+    audio: features of "live" audio, as it arrives; or of the "whole" file, as in the public weights' training.
+    noise: drawn per "block"; or per "clip", as in the reference.
     """
 
     seed: int = 420
@@ -111,39 +114,42 @@ class Options:
 
 
 def render(
-    models: Models, sounds: Sequence[Tensor], rate_hz: int, picture: bytes, options: Options | None = None
+    models: Models, speech: Sequence[Tensor], rate_hz: int, picture: bytes, options: RenderOptions | None = None
 ) -> Iterator[FrameChunk]:
-    """The frames of a clip: a chunk for each block, or for each clip of the reference's where it is drawn offline.
+    """Yield the frames of a clip: a chunk per block, or per clip of the reference with schedule "offline".
 
-    sounds: each actor's, (1 or 2, s) float32 in [-1, 1]. picture: a PNG, JPEG or WebP file.
-    ValueError if something cannot be used, or does not go with the rest.
+    speech: each actor's samples, (1 or 2, s) float32 in [-1, 1]. picture: a PNG, JPEG or WebP file.
+    ValueError if an input or an option is invalid, or they do not fit together.
     """
-    options = options or Options()
-    config, vae = in_clips(models.config, options.clip_frames), models.vae
+    options = options or RenderOptions()
+    config, vae = with_clip_frames(models.config, options.clip_frames), models.vae
     rgb = vae.read_picture(picture, options.size, options.fit)
     session, sink = open_session(vae, rgb, picture, options)
     text = torch.zeros(0, 0) if options.text is None else options.text
-    blocks = heard(models.audio, sounds, rate_hz, session, config, options)
+    blocks = encode_speech(models.audio, speech, rate_hz, session, config, options)
     if options.pose is not None:
-        blocks = posed(blocks, vae, rgb, config, options)
-    draw = clip_noise(config.window_blocks) if options.noise == "clip" else noise
-    asked = islice(blocks, options.num_blocks)
-    drawn = map(DenoisingLoop(models.network, config, session, Conditions(0, sink, text), draw).step, asked)
+        blocks = add_poses(blocks, vae, rgb, config, options)
+    noise_source = clip_noise(config.window_blocks) if options.noise == "clip" else noise
+    loop = DenoisingLoop(models.network, config, session, Conditions(0, sink, text), noise_source)
+    denoised = map(loop.step, islice(blocks, options.num_blocks))
     if options.schedule == "offline":
-        yield from decoded_in_clips(vae, rgb, drawn, config.window_blocks)
+        yield from decode_in_clips(vae, rgb, denoised, config.window_blocks)
     else:
-        decoding = vae.open(session)
-        for block in drawn:
-            yield vae.step(block, decoding)
+        state = vae.open(session)
+        for block in denoised:
+            yield vae.step(block, state)
 
 
-def in_clips(config: NetworkConfig, frames: int | None) -> NetworkConfig:
-    """The configuration with another window, and another block at which the sink is replaced if it ever is."""
+def with_clip_frames(config: NetworkConfig, frames: int | None) -> NetworkConfig:
+    """Return the configuration with a window of so many pixel frames, and the sink updated after it, if at all.
+
+    None: unchanged. ValueError unless frames are whole blocks, at least two.
+    """
     if frames is None:
         return config
     clip_blocks, rest = divmod(frames, config.frames_per_block)
     if rest or clip_blocks < 2:
-        # In the reference, frames beyond the last block are lost and its ring comes to stand askew.
+        # In the reference, frames beyond the last whole block are lost and its ring buffer gets out of step.
         least = 2 * config.frames_per_block
         raise ValueError(f"clip_frames must be a multiple of {config.frames_per_block}, at least {least}: {frames}")
     update = None if config.sink_update_block is None else clip_blocks
@@ -151,12 +157,15 @@ def in_clips(config: NetworkConfig, frames: int | None) -> NetworkConfig:
 
 
 def clip_frames(config: NetworkConfig) -> int:
-    """Pixel frames of the reference's clip, which its window holds."""
+    """Return the pixel frames of a clip of the reference, which fill the window."""
     return config.window_blocks * config.frames_per_block
 
 
-def open_session(vae: Vae[Any], rgb: Tensor, picture: bytes, options: Options) -> tuple[Session, Tensor]:
-    """The session of a picture (h, w, 3) uint8, and its first sink (c, 1, h, w)."""
+def open_session(vae: Vae[Any], rgb: Tensor, picture: bytes, options: RenderOptions) -> tuple[Session, Tensor]:
+    """Return the session of a picture, and its first sink (c, 1, h, w).
+
+    rgb: the picture at the video's size, (h, w, 3) uint8. picture: its file, for the masks.
+    """
     update = options.sink_update_block
     if options.schedule == "offline":
         (motion, sink), update = whole_clip.encode_picture(vae, rgb), 0
@@ -173,48 +182,49 @@ def open_session(vae: Vae[Any], rgb: Tensor, picture: bytes, options: Options) -
 
 
 def size_of(rgb: Tensor) -> Size:
+    """Return (width, height) of a picture (h, w, 3)."""
     return rgb.shape[1], rgb.shape[0]
 
 
-def heard(
-    audio: AudioModel, sounds: Sequence[Tensor], rate_hz: int, session: Session, config: NetworkConfig, options: Options
+def encode_speech(
+    audio: AudioModel,
+    speech: Sequence[Tensor],
+    rate_hz: int,
+    session: Session,
+    config: NetworkConfig,
+    options: RenderOptions,
 ) -> Iterator[Block]:
-    """Blocks of features to the end of the longest sound."""
+    """Yield blocks of features to the end of the longest speech; (a, l, d, f) if the session has masks."""
     actors = 1 if session.masks is None else len(session.masks)
-    if len(sounds) != actors:
-        raise ValueError(f"{len(sounds)} sounds and {len(options.masks or ())} masks: several actors need a mask each")
-    num_samples = max(sound.shape[1] for sound in sounds)
-    # Who has finished is silent.
-    padded = [functional.pad(sound, (0, num_samples - sound.shape[1])) for sound in sounds]
+    if len(speech) != actors:
+        masks = len(options.masks or ())
+        raise ValueError(f"got {len(speech)} speech files and {masks} masks; several actors need a mask each")
+    num_samples = max(samples.shape[1] for samples in speech)
+    # An actor whose speech has ended is silent.
+    padded = [functional.pad(samples, (0, num_samples - samples.shape[1])) for samples in speech]
     if options.audio == "live":
-        streams = [listen(audio, sound, rate_hz, session) for sound in padded]
+        streams = [stream_blocks(audio, samples, rate_hz, session) for samples in padded]
     else:
-        streams = [file_blocks(audio.encoder, sound, rate_hz, clip_frames(config)) for sound in padded]
-    # A file's features fill whole clips; the film ends with the block that the sound ends in.
+        streams = [file_blocks(audio.encoder, samples, rate_hz, clip_frames(config)) for samples in padded]
+    # Features of a file fill whole clips; the video ends with the block in which the speech ends.
     num_blocks = -(-num_samples * SAMPLE_RATE_HZ // (rate_hz * BLOCK_SAMPLES))
     for blocks in islice(zip(*streams, strict=True), num_blocks):
         features = [block.features for block in blocks]
         yield blocks[0] if session.masks is None else replace(blocks[0], features=torch.stack(features))
 
 
-def listen(audio: AudioModel, samples: Tensor, rate_hz: int, session: Session) -> Iterator[Block]:
-    """A sound's blocks as a stream hears them."""
-    hearing = audio.open(session)
-    for piece in pieces(samples, rate_hz):
-        yield from audio.step(piece, hearing)
-
-
-def pieces(samples: Tensor, rate_hz: int) -> Iterator[AudioPiece]:
-    """Sound (channels, s) in pieces, the last one marked."""
+def stream_blocks(audio: AudioModel, samples: Tensor, rate_hz: int, session: Session) -> Iterator[Block]:
+    """Yield the blocks of samples (1 or 2, s), encoded as a stream."""
+    state = audio.open(session)
     for start in range(0, samples.shape[1], rate_hz * PIECE_S):
-        yield AudioPiece(samples[:, start : start + rate_hz * PIECE_S], rate_hz)
-    yield AudioPiece(samples[:, :0], rate_hz, is_last=True)
+        yield from audio.step(AudioPiece(samples[:, start : start + rate_hz * PIECE_S], rate_hz), state)
+    yield from audio.step(AudioPiece(samples[:, :0], rate_hz, is_last=True), state)
 
 
-def posed(
-    blocks: Iterator[Block], vae: Vae[Any], rgb: Tensor, config: NetworkConfig, options: Options
+def add_poses(
+    blocks: Iterator[Block], vae: Vae[Any], rgb: Tensor, config: NetworkConfig, options: RenderOptions
 ) -> Iterator[Block]:
-    """The blocks with the latents of the pose video."""
+    """Yield the blocks with the latents of the pose video."""
     assert options.pose is not None
     fit = options.fit or vae.config.picture.fit
     clips = pose_latents(vae.codec, options.pose, size_of(rgb), fit, clip_frames(config))
@@ -224,7 +234,10 @@ def posed(
 
 
 class DenoisingLoop:
-    """A session's blocks through every level in a row; the sink is replaced where session or checkpoint ask for it."""
+    """The denoising loop of a session: every block passes through all levels in order.
+
+    The sink is updated from block 0's result at the session's or checkpoint's `sink_update_block`.
+    """
 
     def __init__(
         self,
@@ -232,36 +245,37 @@ class DenoisingLoop:
         config: NetworkConfig,
         session: Session,
         conditions: Conditions,
-        draw: NoiseSource = noise,
+        noise_source: NoiseSource = noise,
     ) -> None:
         """conditions: of block 0."""
         self.session, self.conditions = session, conditions
-        self.levels = [Denoiser(network, config, level, draw) for level in range(config.num_levels)]
-        self.histories = [level.open(session) for level in self.levels]
-        self._updated = conditions
+        self.levels = [Denoiser(network, config, level, noise_source) for level in range(config.num_levels)]
+        self.states = [level.open(session) for level in self.levels]
+        self._updated_conditions = conditions
 
     def step(self, block: Block) -> Block:
-        """The block with its clean latent; blocks come in order."""
+        """Return the block with its clean latent. Blocks come in order."""
         last = self.levels[-1]
         if block.index == last.sink_update_block(self.session):
-            self.conditions = self._updated
+            self.conditions = self._updated_conditions
         block = replace(block, conditions=self.conditions)
-        for level, history in zip(self.levels, self.histories, strict=True):
-            block = level.step(block, history)
+        for level, state in zip(self.levels, self.states, strict=True):
+            block = level.step(block, state)
         if last.updates_sink(block, self.session):
             assert block.latent is not None
-            self._updated = self.conditions.with_sink(block.latent)
+            self._updated_conditions = self.conditions.with_sink(block.latent)
         return block
 
 
-def decoded_in_clips(vae: Vae[Any], rgb: Tensor, blocks: Iterator[Block], clip_blocks: int) -> Iterator[FrameChunk]:
-    """A chunk for each clip; it carries the index of the clip's first block. The last clip may be shorter."""
-
-    def clips() -> Iterator[Tensor]:
-        while clip := [block.latent for block in islice(blocks, clip_blocks) if block.latent is not None]:
-            yield torch.cat(clip, dim=1)
-
+def decode_in_clips(vae: Vae[Any], rgb: Tensor, blocks: Iterator[Block], clip_blocks: int) -> Iterator[FrameChunk]:
+    """Yield a chunk per clip, with the index of the clip's first block; the last clip may be shorter."""
     first_frame = HIDDEN_FRAMES
-    for clip, frames in enumerate(whole_clip.decode_clips(vae, rgb, clips())):
+    for clip, frames in enumerate(whole_clip.decode_clips(vae, rgb, clip_latents(blocks, clip_blocks))):
         yield FrameChunk(clip * clip_blocks, first_frame, to_bytes(frames))
         first_frame += frames.shape[1]
+
+
+def clip_latents(blocks: Iterator[Block], clip_blocks: int) -> Iterator[Tensor]:
+    """Join the latents of each clip_blocks blocks: (c, t, h, w)."""
+    while clip := [block.latent for block in islice(blocks, clip_blocks) if block.latent is not None]:
+        yield torch.cat(clip, dim=1)

@@ -23,7 +23,7 @@ def write_wav(path: Path, pcm: NDArray[np.integer], rate_hz: int = 16000) -> Pat
     return path
 
 
-def film(size: int, num_frames: int, flash: int | None = None) -> NDArray[np.uint8]:
+def frames_of(size: int, num_frames: int, flash: int | None = None) -> NDArray[np.uint8]:
     frames = np.full((num_frames, size, size, 3), (200, 60, 30), np.uint8)
     if flash is not None:
         frames[flash] = 255
@@ -35,8 +35,8 @@ def pictures(path: Path) -> list[av.VideoFrame]:
         return list(container.decode(container.streams.video[0]))
 
 
-def sound(path: Path) -> tuple[float, NDArray[np.float32], int]:
-    """When the sound begins, its first channel, and its rate."""
+def audio_of(path: Path) -> tuple[float, NDArray[np.float32], int]:
+    """Return the start of the audio in seconds, its first channel, and its rate."""
     with av.open(str(path)) as container:
         stream = container.streams.audio[0]
         frames = list(container.decode(stream))
@@ -62,9 +62,9 @@ def test_other_formats_are_scaled_by_their_full_range(tmp_path: Path) -> None:
     np.testing.assert_allclose(read_audio(write_wav(tmp_path / "b.wav", low))[0], [[-1, 0, 0.5]])
 
 
-def test_sound_is_read_from_a_film(tmp_path: Path) -> None:
+def test_audio_is_read_from_a_video(tmp_path: Path) -> None:
     tone = np.sin(np.arange(16000) * 0.2, dtype=np.float32)[None] / 2
-    write_mp4(tmp_path / "a.mp4", [film(64, 22)], 25, 3, tone, 16000)
+    write_mp4(tmp_path / "a.mp4", [frames_of(64, 22)], 25, 3, tone, 16000)
     samples, rate_hz = read_audio(tmp_path / "a.mp4")
     assert rate_hz == 48000
     assert 0.3 < samples[0, 12000:36000].std() < 0.4
@@ -73,21 +73,21 @@ def test_sound_is_read_from_a_film(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.wav", b"RIFF but not really a wav", "not a sound file"),
-        ("a.txt", b"hello " * 100, "not a sound file"),
-        ("a.wav", b"", "not a sound file"),
-        ("b.wav", None, "no sound file at"),
+        ("a.wav", b"RIFF but not really a wav", "not an audio file"),
+        ("a.txt", b"hello " * 100, "not an audio file"),
+        ("a.wav", b"", "not an audio file"),
+        ("b.wav", None, "no audio file at"),
     ],
 )
-def test_what_is_no_sound_file_is_refused(name: str, data: bytes | None, message: str, tmp_path: Path) -> None:
+def test_invalid_audio_files_are_refused(name: str, data: bytes | None, message: str, tmp_path: Path) -> None:
     if data is not None:
         (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
         read_audio(tmp_path / name)
 
 
-def test_a_picture_holds_no_sound() -> None:
-    with pytest.raises(ValueError, match="holds no sound"):
+def test_a_picture_has_no_audio() -> None:
+    with pytest.raises(ValueError, match="has no audio stream"):
         read_audio(Path(__file__).parents[1] / "assets" / "portrait.png")
 
 
@@ -95,20 +95,18 @@ def test_a_picture_holds_no_sound() -> None:
     ("shape", "rate_hz", "message"),
     [((1, 0), 16000, "is empty"), ((1, 99), 3000, "3000 Hz, expected 8000"), ((3, 99), 16000, "3 channels")],
 )
-def test_sound_that_cannot_be_used_is_refused(
-    shape: tuple[int, int], rate_hz: int, message: str, tmp_path: Path
-) -> None:
+def test_unsupported_audio_is_refused(shape: tuple[int, int], rate_hz: int, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_audio(write_wav(tmp_path / "a.wav", np.zeros(shape, np.int16), rate_hz))
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 16000, 22050, 44100, 48000])
 @pytest.mark.parametrize("first_frame", [0, 3])
-def test_sound_and_picture_share_a_clock(rate_hz: int, first_frame: int, tmp_path: Path) -> None:
-    """A click in the sound and a flash in the picture at 2 s stay together."""
+def test_audio_and_video_are_in_sync(rate_hz: int, first_frame: int, tmp_path: Path) -> None:
+    """A click in the audio and a flash in the video, both at 2 s, stay together."""
     samples = np.zeros((1, rate_hz * 4), np.float32)
     samples[0, rate_hz * 2 : rate_hz * 2 + rate_hz // 100] = 0.9
-    frames = film(64, 100 - first_frame, flash=50 - first_frame)
+    frames = frames_of(64, 100 - first_frame, flash=50 - first_frame)
     path = tmp_path / "a.mp4"
     write_mp4(path, np.array_split(frames, 8), 25, first_frame, samples, rate_hz)
 
@@ -117,8 +115,8 @@ def test_sound_and_picture_share_a_clock(rate_hz: int, first_frame: int, tmp_pat
     np.testing.assert_allclose(times, np.arange(first_frame, 100) / 25, atol=1e-6)
     brightness = [frame.to_ndarray(format="gray").mean() for frame in shown]
     flash_s = times[int(np.argmax(brightness))]
-    start_s, heard, heard_hz = sound(path)
-    click_s = start_s + float(np.abs(heard).argmax()) / heard_hz
+    start_s, audio, audio_hz = audio_of(path)
+    click_s = start_s + float(np.abs(audio).argmax()) / audio_hz
     assert start_s == 0
     assert flash_s == 2.0
     assert abs(click_s - flash_s) < 0.02
@@ -131,8 +129,8 @@ def test_sound_and_picture_share_a_clock(rate_hz: int, first_frame: int, tmp_pat
         assert abs(container.duration / av.time_base - 4) < 0.03
 
 
-def test_a_late_picture_is_an_empty_edit_of_its_track(tmp_path: Path) -> None:
-    write_mp4(tmp_path / "a.mp4", [film(64, 22)], 25, 3, np.zeros((1, 16000), np.float32), 16000)
+def test_a_late_video_track_has_an_empty_edit(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "a.mp4", [frames_of(64, 22)], 25, 3, np.zeros((1, 16000), np.float32), 16000)
     data = (tmp_path / "a.mp4").read_bytes()
     # The picture's edit list: duration and media time of each edit; -1 stands for nothing to show.
     at = data.index(b"elst") + 8
@@ -146,18 +144,18 @@ def test_a_late_picture_is_an_empty_edit_of_its_track(tmp_path: Path) -> None:
 
 
 def test_colours_survive(tmp_path: Path) -> None:
-    write_mp4(tmp_path / "a.mp4", [film(64, 5)], 25, 3, np.zeros((2, 3200), np.float32), 16000)
+    write_mp4(tmp_path / "a.mp4", [frames_of(64, 5)], 25, 3, np.zeros((2, 3200), np.float32), 16000)
     np.testing.assert_allclose(
         pictures(tmp_path / "a.mp4")[2].to_ndarray(format="rgb24")[32, 32], (200, 60, 30), atol=3
     )
 
 
-def test_a_film_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(b"the old one")
 
     def failing() -> Iterator[NDArray[np.uint8]]:
-        yield film(64, 12)
+        yield frames_of(64, 12)
         raise RuntimeError("the renderer died")
 
     with pytest.raises(RuntimeError, match="renderer died"):
@@ -168,9 +166,13 @@ def test_a_film_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("frames", "num_samples", "message"),
-    [([], 100, "got none"), ([film(64, 2)], 0, "got no samples"), ([film(63, 2)], 100, "even sides, got 63 x 63")],
+    [
+        ([], 100, "no frames"),
+        ([frames_of(64, 2)], 0, "no samples"),
+        ([frames_of(63, 2)], 100, "even sides, got 63 x 63"),
+    ],
 )
-def test_a_film_without_picture_or_sound_is_refused(
+def test_a_video_without_frames_or_audio_is_refused(
     frames: list[NDArray[np.uint8]], num_samples: int, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):

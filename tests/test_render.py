@@ -1,4 +1,4 @@
-"""What can be asked of a clip, each option at toy size."""
+"""Tests of avatar.render and of `python -m avatar`: every option with a tiny checkpoint."""
 
 import sys
 import wave
@@ -19,7 +19,7 @@ from avatar.audio.model import AudioModel
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.audio.whole_file import file_blocks
 from avatar.media import read_video, write_mp4
-from avatar.render import Models, Options, in_clips, load, render
+from avatar.render import Models, RenderOptions, load, render, with_clip_frames
 from avatar.types import FrameChunk
 from avatar.vae.out_of_distribution import GRID_CELLS, OutOfDistributionCheck
 from avatar.vae.picture import PictureRule
@@ -31,7 +31,7 @@ SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round 
 
 @pytest.fixture(scope="module")
 def models(checkpoint: Path) -> Models:
-    """The toy checkpoint with wav2vec2, which hears whole files too, and with a pose input that a video may fill."""
+    """The tiny checkpoint with wav2vec2, which supports whole files, and with a free pose input."""
     torch.manual_seed(0)
     models = load(checkpoint)
     return replace(models, audio=AudioModel(Wav2Vec2.tiny()), config=replace(models.config, pose="zeros"))
@@ -41,16 +41,16 @@ def samples(seed: int, seconds: float = SECONDS) -> Tensor:
     return torch.frombuffer(bytearray(sound(seconds, seed)), dtype=torch.int16)[None] / 32768
 
 
-def film(chunks: Iterator[FrameChunk]) -> Tensor:
+def join(chunks: Iterator[FrameChunk]) -> Tensor:
     return torch.cat([chunk.frames for chunk in chunks]).int()
 
 
-def drawn(models: Models, picture: bytes, options: Options, seed: int = 0) -> Tensor:
-    return film(render(models, [samples(seed)], RATE_HZ, picture, options))
+def rendered(models: Models, picture: bytes, options: RenderOptions, seed: int = 0) -> Tensor:
+    return join(render(models, [samples(seed)], RATE_HZ, picture, options))
 
 
 def first_difference(one: Tensor, other: Tensor) -> int:
-    """The first frame that is not the same."""
+    """Return the first frame that differs."""
     return int((one != other).flatten(1).any(1).nonzero()[0])
 
 
@@ -65,115 +65,116 @@ def poses(num_frames: int) -> Iterator[NDArray[np.uint8]]:
     return iter([generator.integers(0, 256, (48, 64, 3), np.uint8) for _ in range(num_frames)])
 
 
-@pytest.mark.parametrize("heard", [0, 1])
-def test_an_actor_is_heard_where_its_mask_is_white(models: Models, picture: bytes, heard: int) -> None:
-    masks = [plain(255 if actor == heard else 0) for actor in (0, 1)]
-    both = film(render(models, [samples(0), samples(1)], RATE_HZ, picture, Options(masks=masks)))
-    alone, other = (drawn(models, picture, Options(), seed) for seed in (heard, 1 - heard))
+@pytest.mark.parametrize("speaker", [0, 1])
+def test_an_actors_speech_drives_the_white_part_of_its_mask(models: Models, picture: bytes, speaker: int) -> None:
+    masks = [plain(255 if actor == speaker else 0) for actor in (0, 1)]
+    both = join(render(models, [samples(0), samples(1)], RATE_HZ, picture, RenderOptions(masks=masks)))
+    alone, other = (rendered(models, picture, RenderOptions(), seed) for seed in (speaker, 1 - speaker))
     assert (both - alone).abs().max() <= 1
     assert (both - other).abs().max() > 1
 
 
-def test_an_actor_who_has_finished_is_silent(models: Models, picture: bytes) -> None:
-    options = Options(masks=[plain(128), plain(128)])
+def test_an_actor_is_silent_after_its_speech(models: Models, picture: bytes) -> None:
+    options = RenderOptions(masks=[plain(128), plain(128)])
     short, long = samples(0, seconds=1.0), samples(1)
     padded = torch.nn.functional.pad(short, (0, long.shape[1] - short.shape[1]))
-    early, late = (film(render(models, [each, long], RATE_HZ, picture, options)) for each in (short, padded))
+    early, late = (join(render(models, [each, long], RATE_HZ, picture, options)) for each in (short, padded))
     assert torch.equal(early, late)
 
 
 def test_several_actors_need_a_mask_each_of_the_portraits_size(models: Models, picture: bytes) -> None:
     for masks in (None, [plain(255)]):
         with pytest.raises(ValueError, match="several actors need a mask each"):
-            next(render(models, [samples(0), samples(1)], RATE_HZ, picture, Options(masks=masks)))
+            next(render(models, [samples(0), samples(1)], RATE_HZ, picture, RenderOptions(masks=masks)))
     with pytest.raises(ValueError, match=r"portrait's size \(60, 80\), got \(64, 64\)"):
-        next(render(models, [samples(0)], RATE_HZ, picture, Options(masks=[plain(255, (64, 64))])))
+        next(render(models, [samples(0)], RATE_HZ, picture, RenderOptions(masks=[plain(255, (64, 64))])))
 
 
-def test_a_pose_video_is_followed_clip_by_clip(models: Models, picture: bytes) -> None:
-    still = drawn(models, picture, Options())
-    longer, shorter = (drawn(models, picture, Options(pose=poses(frames))) for frames in (96, 48))
+def test_a_pose_video_is_encoded_clip_by_clip(models: Models, picture: bytes) -> None:
+    still = rendered(models, picture, RenderOptions())
+    longer, shorter = (rendered(models, picture, RenderOptions(pose=poses(frames))) for frames in (96, 48))
     assert first_difference(longer, still) == 0
     assert first_difference(longer, shorter) == 48 - 3
 
 
-def test_a_pose_video_is_refused_where_the_pose_input_carries_the_reference(models: Models, picture: bytes) -> None:
+def test_a_pose_video_is_refused_if_the_pose_input_is_the_reference(models: Models, picture: bytes) -> None:
     taken = replace(models, config=replace(models.config, pose="reference"))
     with pytest.raises(ValueError, match="takes no pose video"):
-        drawn(taken, picture, Options(pose=poses(48)))
+        rendered(taken, picture, RenderOptions(pose=poses(48)))
 
 
-def test_the_sink_is_replaced_where_it_is_asked(models: Models, picture: bytes) -> None:
-    never, own, late = (drawn(models, picture, Options(sink_update_block=update)) for update in (0, None, 4))
+def test_the_sink_is_updated_at_the_requested_block(models: Models, picture: bytes) -> None:
+    never, own, late = (rendered(models, picture, RenderOptions(sink_update_block=update)) for update in (0, None, 4))
     assert models.config.sink_update_block == 2
     assert first_difference(own, never) == 12 * 2 - 3
     assert first_difference(late, never) == 12 * 4 - 3
 
 
-def test_clips_of_another_length_move_window_and_sink(models: Models, picture: bytes) -> None:
-    config = in_clips(models.config, 36)
+def test_clip_frames_set_window_and_sink_update(models: Models, picture: bytes) -> None:
+    config = with_clip_frames(models.config, 36)
     assert (config.window_blocks, config.sink_update_block) == (3, 3)
-    assert in_clips(replace(models.config, sink_update_block=None), 36).sink_update_block is None
-    clips = drawn(models, picture, Options(clip_frames=36, noise="clip"))
-    as_config = drawn(replace(models, config=config), picture, Options(noise="clip"))
+    assert with_clip_frames(replace(models.config, sink_update_block=None), 36).sink_update_block is None
+    clips = rendered(models, picture, RenderOptions(clip_frames=36, noise="clip"))
+    as_config = rendered(replace(models, config=config), picture, RenderOptions(noise="clip"))
     assert torch.equal(clips, as_config)
-    assert not torch.equal(clips, drawn(models, picture, Options(noise="clip")))
+    assert not torch.equal(clips, rendered(models, picture, RenderOptions(noise="clip")))
 
 
 @pytest.mark.parametrize("frames", [12, 30, 0])
-def test_a_clip_is_whole_blocks_and_two_at_least(models: Models, frames: int) -> None:
+def test_a_clip_has_two_or_more_whole_blocks(models: Models, frames: int) -> None:
     with pytest.raises(ValueError, match="clip_frames must be a multiple of 12, at least 24"):
-        in_clips(models.config, frames)
+        with_clip_frames(models.config, frames)
 
 
-def test_no_more_blocks_are_drawn_than_asked(models: Models, picture: bytes) -> None:
-    assert torch.equal(drawn(models, picture, Options(num_blocks=2)), drawn(models, picture, Options())[: 2 * 12 - 3])
+def test_num_blocks_limits_the_clip(models: Models, picture: bytes) -> None:
+    limited, whole = (rendered(models, picture, RenderOptions(num_blocks=most)) for most in (2, None))
+    assert torch.equal(limited, whole[: 2 * 12 - 3])
 
 
-def test_a_whole_file_is_heard_as_the_reference_hears_it(models: Models, picture: bytes) -> None:
+def test_whole_file_features_are_the_references(models: Models, picture: bytes) -> None:
     blocks = list(file_blocks(models.audio.encoder, samples(0), RATE_HZ, clip_frames=48))
     assert [block.index for block in blocks] == list(range(8))
-    whole, live = (drawn(models, picture, Options(audio=audio)) for audio in ("whole", "live"))
+    whole, live = (rendered(models, picture, RenderOptions(audio=audio)) for audio in ("whole", "live"))
     assert len(whole) == len(live) == 7 * 12 - 3
     assert not torch.equal(whole, live)
 
 
 def test_a_whole_file_needs_wav2vec2(checkpoint: Path, picture: bytes) -> None:
     with pytest.raises(ValueError, match="need wav2vec2"):
-        drawn(load(checkpoint), picture, Options(audio="whole"))
+        rendered(load(checkpoint), picture, RenderOptions(audio="whole"))
 
 
-def test_more_sound_behind_a_block_changes_what_is_heard(models: Models, picture: bytes) -> None:
-    own, same, more = (drawn(models, picture, Options(audio_right_frames=frames)) for frames in (None, 4, 24))
+def test_right_context_changes_the_features(models: Models, picture: bytes) -> None:
+    own, same, more = (rendered(models, picture, RenderOptions(audio_right_frames=frames)) for frames in (None, 4, 24))
     assert torch.equal(own, same)
     assert not torch.equal(own, more)
 
 
-def test_offline_the_picture_stays_the_sink_and_a_cut_clip_is_the_beginning_of_a_whole_one(
+def test_offline_keeps_the_picture_as_sink_and_a_partial_clip_starts_a_whole_one(
     models: Models, picture: bytes
 ) -> None:
-    options = Options(schedule="offline", clip_frames=24, num_blocks=3)
+    options = RenderOptions(schedule="offline", clip_frames=24, num_blocks=3)
     chunks = list(render(models, [samples(0)], RATE_HZ, picture, options))
     assert [(chunk.index, chunk.first_frame, len(chunk.frames)) for chunk in chunks] == [(0, 3, 21), (2, 24, 12)]
-    whole = drawn(models, picture, replace(options, num_blocks=4, sink_update_block=1))
-    assert torch.equal(film(iter(chunks)), whole[: 21 + 12])
+    whole = rendered(models, picture, replace(options, num_blocks=4, sink_update_block=1))
+    assert torch.equal(join(iter(chunks)), whole[: 21 + 12])
 
 
-def test_a_size_is_asked_for_as_such_or_as_an_area(models: Models, picture: bytes) -> None:
+def test_a_size_is_exact_or_an_area(models: Models, picture: bytes) -> None:
     vae = replace(models.vae.config, picture=PictureRule("reference", area=128 * 128))
     free = replace(models, vae=type(models.vae)(models.vae.codec, vae))
     sizes = [
-        next(render(free, [samples(0)], RATE_HZ, picture, Options(size=size))).frames.shape[1:3]
+        next(render(free, [samples(0)], RATE_HZ, picture, RenderOptions(size=size))).frames.shape[1:3]
         for size in (None, (128, 64), 64 * 64)
     ]
     assert sizes == [(128, 64), (64, 128), (64, 64)]
-    with pytest.raises(ValueError, match="area must be left out"):
-        drawn(models, picture, Options(size=64 * 64))
+    with pytest.raises(ValueError, match="area must be omitted"):
+        rendered(models, picture, RenderOptions(size=64 * 64))
 
 
-def test_half_precision_shows_nearly_the_same(checkpoint: Path, picture: bytes) -> None:
+def test_half_precision_is_close(checkpoint: Path, picture: bytes) -> None:
     full, half = (
-        drawn(load(checkpoint, dtype=dtype), picture, Options(num_blocks=2)).double()
+        rendered(load(checkpoint, dtype=dtype), picture, RenderOptions(num_blocks=2)).double()
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert not torch.equal(half, full)
@@ -196,7 +197,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path, picture: bytes, checkpoint: Path) -> list[object]:
-    """Two voices, a portrait, a place for the film, and the checkpoint."""
+    """Two speech files, a portrait, an output path, and the checkpoint."""
     (tmp_path / "face.png").write_bytes(picture)
     voices = [wav(tmp_path / f"{seed}.wav", seed) for seed in (0, 1)]
     return [*voices, tmp_path / "face.png", tmp_path / "out.mp4", "--checkpoint", checkpoint]
@@ -215,39 +216,39 @@ def test_the_command_renders_two_actors(files: list[object], tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--levels", "4"], "has 3 levels, which its weights were made for; it cannot be run at 4"),
+        (["--levels", "4"], "has 3 levels, for which its weights were trained; it cannot run with 4"),
         (["--prompt", "a person"], "has no text encoder"),
         (["--exact-size", "128x64"], "size must be 64x64"),
-        (["--size", "720*400"], "area must be left out"),
+        (["--size", "720*400"], "area must be omitted"),
         (["--seed", "-2"], "seed must be"),
         (["--pose-video", "nowhere.mp4"], "no video file"),
         (["--right-context", "0.5"], "needs 4 frames after a block; no other number"),
         (["--clip-frames", "25"], "clip_frames must be a multiple"),
     ],
 )
-def test_the_command_says_what_cannot_be_had(
+def test_the_command_names_unsupported_options(
     files: list[object], monkeypatch: pytest.MonkeyPatch, flags: list[str], said: str
 ) -> None:
     with pytest.raises(SystemExit, match=said):
         run(monkeypatch, *files[:1], *files[2:], *flags)
 
 
-def test_a_video_of_a_higher_rate_is_thinned(tmp_path: Path) -> None:
+def test_frames_of_a_faster_video_are_skipped(tmp_path: Path) -> None:
     shades = np.arange(30, dtype=np.uint8)[:, None, None, None] * 8 * np.ones((1, 32, 32, 3), np.uint8)
     write_mp4(tmp_path / "fast.mp4", [shades], 50, 0, np.zeros((1, RATE_HZ), np.float32), RATE_HZ)
     seen = [frame.mean() for frame in read_video(tmp_path / "fast.mp4", 25)]
     np.testing.assert_allclose(seen, np.arange(0, 30, 2) * 8, atol=6)
 
 
-def test_a_picture_of_an_unknown_kind_is_noticed_and_drawn(
+def test_an_out_of_distribution_picture_is_logged_and_rendered(
     models: Models, picture: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     codec, config = models.vae.codec, models.vae.config
     k = GRID_CELLS**2 + codec.channels
-    nobody = OutOfDistributionCheck((0.0,) * k, (1.0,) * (k * (k + 1) // 2), 0.0, "not of my kind")
+    nobody = OutOfDistributionCheck((0.0,) * k, (1.0,) * (k * (k + 1) // 2), 0.0, "unlike the training pictures")
     strict = replace(models, vae=Vae(codec, replace(config, familiar=nobody)))
-    options = Options(num_blocks=1)
-    plain = drawn(models, picture, options)
+    options = RenderOptions(num_blocks=1)
+    plain = rendered(models, picture, options)
     assert not caplog.messages
-    assert torch.equal(drawn(strict, picture, options), plain)
-    assert caplog.messages == ["notice: not of my kind"]
+    assert torch.equal(rendered(strict, picture, options), plain)
+    assert caplog.messages == ["notice: unlike the training pictures"]

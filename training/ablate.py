@@ -57,8 +57,8 @@ class NoSink(DenoisingLoop):
     def __init__(self, network: Network, config: NetworkConfig, session: Session, conditions: Conditions) -> None:
         super().__init__(network, config, session, conditions)
         height, width = session.motion.shape[2:]
-        for history in self.histories:
-            history.cache = WithoutSink(config, height, width, dtype=network.dtype, device=network.device)
+        for state in self.states:
+            state.cache = WithoutSink(config, height, width, dtype=network.dtype, device=network.device)
 
 
 class NoPicture(NoSink):
@@ -82,8 +82,8 @@ class CleanCache(DenoisingLoop):
         last = replace(config, schedule=(*config.schedule[:-1], CLEAN_SIGMA, 0.0))
         self._clean_pass = Denoiser(network, last, last.num_levels - 1)
         self._clean_state = self._clean_pass.open(session)
-        for history in self.histories:
-            history.cache = self._clean_state.cache
+        for state in self.states:
+            state.cache = self._clean_state.cache
 
     def step(self, block: Block) -> Block:
         result = super().step(block)

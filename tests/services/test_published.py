@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from avatar.checkpoints.lora import LoraAdapter
-from avatar.render import Options, embed, load, render
+from avatar.render import RenderOptions, embed, load, render
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import DenoiserSettings, GatewaySettings
 from avatar.store.sessions import SessionStore
@@ -29,7 +29,7 @@ async def test_a_published_checkpoint_is_served_and_rendered(
     async with suite(published, store, settings, adapter=adapter) as target, connected(target) as stub:
         session = await new_session(stub, picture, seed=7)
         streamed = await speak(stub, session.id, sound(SECONDS))
-    chunks = list(render(load(published, LoraAdapter(adapter)), [samples()], RATE_HZ, picture, Options(seed=7)))
+    chunks = list(render(load(published, LoraAdapter(adapter)), [samples()], RATE_HZ, picture, RenderOptions(seed=7)))
     assert [len(chunk.frames) for chunk in chunks] == [9, 12]
     frames = torch.cat([chunk.frames for chunk in chunks])
     assert frames.shape == (21, *SIZE, 3)
@@ -42,7 +42,7 @@ def samples() -> Tensor:
 
 
 def test_a_published_checkpoint_is_rendered_as_the_reference_is_asked(published: Path, picture: bytes) -> None:
-    options = Options(
+    options = RenderOptions(
         size=64 * 64,
         num_blocks=1,
         text=embed(published, "a person who smiles"),

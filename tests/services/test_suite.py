@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.denoiser.denoiser import Denoiser
-from avatar.render import Options, load, render
+from avatar.render import RenderOptions, load, render
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
@@ -27,7 +27,7 @@ SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round 
 
 def rendered(checkpoint: Path, picture: bytes, data: bytes, seed: int, **choices: Any) -> list[bytes]:
     samples = torch.frombuffer(bytearray(data), dtype=torch.int16).unsqueeze(0) / 32768
-    chunks = render(load(checkpoint), [samples], RATE_HZ, picture, Options(seed=seed, **choices))
+    chunks = render(load(checkpoint), [samples], RATE_HZ, picture, RenderOptions(seed=seed, **choices))
     return [frame.numpy().tobytes() for chunk in chunks for frame in chunk.frames]
 
 

@@ -74,4 +74,4 @@ async def test_a_file_that_is_no_sound_ends_in_one_line(program: str, checkpoint
     assert status == 1
     assert output.startswith("error: ")
     assert len(output.splitlines()) == 1
-    assert "is not a sound file" in output
+    assert "is not an audio file" in output
