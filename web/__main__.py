@@ -1,4 +1,4 @@
-"""Serve the page in the browser for a gateway.
+"""Serve a browser page for a gateway.
 
 python -m web --target 127.0.0.1:7000 [--listen 127.0.0.1:8080] [--tts "flite -t {text} -o {wav}"]
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from avatar.client import AvatarError, channel_credentials, connect
 from web.playout import RATE_HZ
-from web.server import Front, portraits
+from web.server import PageServer, portraits
 from web.text_to_speech import Synthesiser
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -22,23 +22,23 @@ ASSETS = Path(__file__).parents[1] / "assets"
 async def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m web", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
-    parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="speak TLS; file of who signed it, if private")
+    parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="use TLS; PEM file of a private authority")
     parser.add_argument("--token", default=os.environ.get("AVATAR_TOKEN", ""), help="bearer token; or AVATAR_TOKEN")
     parser.add_argument("--listen", default="127.0.0.1:8080", help="HOST:PORT to serve the page at")
-    parser.add_argument("--tts", default="", metavar="COMMAND", help="speaks {text} into the sound file {wav}")
-    parser.add_argument("--max-peers", type=int, default=4, help="conversations at a time")
+    parser.add_argument("--tts", default="", metavar="COMMAND", help="writes speech of {text} to the file {wav}")
+    parser.add_argument("--max-peers", type=int, default=4, help="sessions at a time")
     flags = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     host, _, port = flags.listen.rpartition(":")
     task = asyncio.current_task()
     assert task
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # as ctrl-C does
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # like ctrl-C
     synthesiser = Synthesiser(flags.tts, RATE_HZ) if flags.tts else None
     credentials = None if flags.tls is None else channel_credentials(flags.tls)
     async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
         limits = await avatar.capabilities()
-        front = Front(avatar, limits, portraits(ASSETS), synthesiser, flags.max_peers)
-        async with front.serving(host, int(port)) as address:
+        server = PageServer(avatar, limits, portraits(ASSETS), synthesiser, flags.max_peers)
+        async with server.serving(host, int(port)) as address:
             print(f"the page is at {address}", flush=True)
             await asyncio.Event().wait()
 

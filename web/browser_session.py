@@ -1,13 +1,13 @@
-"""One browser's conversation: a WebRTC connection on one side, a live stream of the gateway on the other.
+"""One browser's session: a WebRTC connection on one side, a live stream of the gateway on the other.
 
-    microphone, clip, text -> waiting -> stream -> Playout -> picture and voice
+    microphone, clip, text -> PendingSpeech -> stream -> Playout -> video and audio track
 
-The microphone comes as an audio track. Everything else goes over a data channel that the browser makes: binary messages
+The microphone arrives as an audio track. Everything else uses a data channel that the browser opens: binary messages
 are mono PCM16 at `RATE_HZ`, text messages are JSON objects with a `type`.
 
-    browser -> us   end_turn | interrupt | microphone {is_on} | text {text}
-    us -> browser   state {state: idle, speaking, interrupted} | reaction {seconds} | interrupted {position_s}
-                    notice {text} | ended {text}
+    from the browser  end_turn | interrupt | microphone {is_on} | text {text}
+    to the browser    state {state: idle, speaking, interrupted} | reaction {seconds} | interrupted {position_s}
+                      notice {text} | ended {text}
 """
 
 import asyncio
@@ -23,116 +23,116 @@ from av import AudioFrame
 
 from avatar.aio import background
 from avatar.client import AvatarError, Frame, Interrupted, Item, Notice, PlaybackStarted, Session, Stream
-from web.playout import RATE_HZ, SAMPLE_BYTES, Picture, Playout, Voice
+from web.playout import RATE_HZ, SAMPLE_BYTES, AudioTrack, Playout, VideoTrack
 from web.text_to_speech import MAX_TEXT, Resampler, SpeechError, Synthesiser
 
 logger = logging.getLogger(__name__)
 
 CONNECT_S = 20.0
-# Sound that waits for the gateway: a clip of a minute; of a microphone only what a hiccup leaves behind.
-MAX_WAITING_S, MAX_HEARD_S = 60.0, 0.5
-# What is told last is given so long to be sent.
-FAREWELL_S = 0.3
+# Audio that may wait for the gateway: a clip of a minute, but only a short backlog of the microphone.
+MAX_PENDING_S, MAX_MICROPHONE_S = 60.0, 0.5
+# Time for the last message to be sent before the connection closes.
+CLOSE_S = 0.3
 MAX_COMMANDS = 32
 
 
-class Waiting:
-    """What is to be said, in order: sound, texts, and ends of turns (None). Sound is bounded."""
+class PendingSpeech:
+    """Audio, texts, and ends of turns (None) that wait for the stream, in order."""
 
     def __init__(self) -> None:
         self._items: deque[bytes | str | None] = deque()
         self._num_bytes = 0
-        self._more = asyncio.Event()
+        self._added = asyncio.Event()
 
     @property
     def seconds(self) -> float:
-        """How much sound waits."""
+        """Amount of pending audio."""
         return self._num_bytes / SAMPLE_BYTES / RATE_HZ
 
     def put(self, item: bytes | str | None) -> None:
-        """Have something said."""
+        """Append an item."""
         self._items.append(item)
         self._num_bytes += len(item) if isinstance(item, bytes) else 0
-        self._more.set()
+        self._added.set()
 
     async def get(self) -> bytes | str | None:
-        """What is said next."""
+        """Wait for the next item and remove it."""
         while not self._items:
-            self._more.clear()
-            await self._more.wait()
+            self._added.clear()
+            await self._added.wait()
         item = self._items.popleft()
         self._num_bytes -= len(item) if isinstance(item, bytes) else 0
         return item
 
     def clear(self) -> None:
-        """Say nothing of it."""
+        """Drop all items."""
         self._items.clear()
         self._num_bytes = 0
 
 
-class Conversation:
-    """A conversation with one browser. Its tracks are in `peer` from the beginning; `run` does the rest.
+class BrowserSession:
+    """A session with one browser. Its tracks are added to `peer` at once; `run` does the rest.
 
-    synthesiser: what makes speech of text, if anything does.
+    synthesiser: converts text to speech; None if the page takes no text.
     """
 
     def __init__(self, peer: RTCPeerConnection, session: Session, synthesiser: Synthesiser | None) -> None:
         self._peer, self._session, self._synthesiser = peer, session, synthesiser
         self._channel: RTCDataChannel | None = None
-        self._track: MediaStreamTrack | None = None
+        self._microphone: MediaStreamTrack | None = None
         self._connected, self._closed = asyncio.Event(), asyncio.Event()
         self._commands: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MAX_COMMANDS)
-        self._waiting = Waiting()
+        self._pending = PendingSpeech()
         self._num_interrupts = 0
-        self._is_hearing = self._is_refusing = self._is_in_turn = False
-        self._begun: deque[float] = deque()  # when the first piece of each turn came that is not yet shown
+        self._is_microphone_on = self._is_refusing = self._is_in_turn = False
+        self._turn_starts: deque[float] = deque()  # arrival of the first piece of each turn that is not yet shown
         self._state = ""
-        self._playout = Playout(self._shown)
-        peer.addTrack(Picture(self._playout, session.video.width, session.video.height))
-        peer.addTrack(Voice(self._playout))
-        peer.on("connectionstatechange", self._note_connection)
-        peer.on("track", self._note_track)
-        peer.on("datachannel", self._note_channel)
+        self._playout = Playout(self._on_item)
+        peer.addTrack(VideoTrack(self._playout, session.video.width, session.video.height))
+        peer.addTrack(AudioTrack(self._playout))
+        peer.on("connectionstatechange", self._on_connection_state)
+        peer.on("track", self._on_track)
+        peer.on("datachannel", self._on_channel)
 
     async def run(self) -> None:
-        """Converse until the browser leaves or the gateway ends the stream; then everything is closed."""
+        """Run until the browser leaves or the gateway ends the stream, then close the connection."""
         try:
             async with asyncio.timeout(CONNECT_S):
                 await self._connected.wait()
             async with self._session.stream(rate_hz=RATE_HZ, live=True, return_audio=True) as stream:
-                await self._converse(stream)
+                await self._run_stream(stream)
         except TimeoutError:
             logger.info("a browser did not connect")
         except AvatarError as error:
-            self._tell("ended", text=str(error), reason=error.reason)
-            await asyncio.sleep(FAREWELL_S)
+            self._send("ended", text=str(error), reason=error.reason)
+            await asyncio.sleep(CLOSE_S)
         finally:
             await self._peer.close()
 
-    async def _converse(self, stream: Stream) -> None:
+    async def _run_stream(self, stream: Stream) -> None:
+        """Run all tasks of a stream until the first one ends."""
         async with (
-            background(self._show(stream)) as showing,
-            background(self._say(stream)) as saying,
-            background(self._obey(stream)) as obeying,
-            background(self._hear()) as hearing,
+            background(self._play(stream)) as playing,
+            background(self._push_speech(stream)) as pushing,
+            background(self._run_commands(stream)) as commands,
+            background(self._read_microphone()) as microphone,
             background(self._until_closed()) as closed,
         ):
-            done, _ = await asyncio.wait(
-                {showing, saying, obeying, hearing, closed}, return_when=asyncio.FIRST_COMPLETED
-            )
+            tasks = {playing, pushing, commands, microphone, closed}
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
                 each.result()
 
     async def _until_closed(self) -> None:
         await self._closed.wait()
 
-    async def _show(self, stream: Stream) -> None:
+    async def _play(self, stream: Stream) -> None:
         async for item in stream:
             await self._playout.put(item)
 
-    async def _say(self, stream: Stream) -> None:
+    async def _push_speech(self, stream: Stream) -> None:
         while True:
-            match await self._waiting.get():
+            match await self._pending.get():
                 case bytes(data):
                     await stream.push(data)
                 case str(text):
@@ -146,114 +146,113 @@ class Conversation:
         try:
             data = await self._synthesiser.speak(text)
         except SpeechError as error:
-            self._tell("notice", text=str(error))
+            self._send("notice", text=str(error))
             return
         if self._num_interrupts == num_interrupts:
-            self._take(data)
+            self._add_audio(data)
             self._end_turn()
 
-    async def _hear(self) -> None:
-        """Take what the microphone hears while it is on."""
+    async def _read_microphone(self) -> None:
+        """Add the microphone's audio while it is on."""
         resample = Resampler(RATE_HZ)
         try:
-            while self._track:
-                frame = await self._track.recv()
+            while self._microphone:
+                frame = await self._microphone.recv()
                 assert isinstance(frame, AudioFrame)
                 data = resample(frame)
-                if self._is_hearing and self._waiting.seconds < MAX_HEARD_S:
-                    self._take(data)
+                if self._is_microphone_on and self._pending.seconds < MAX_MICROPHONE_S:
+                    self._add_audio(data)
         except MediaStreamError:
-            pass  # the browser has taken its track back
+            pass  # the browser has removed its track
         await self._closed.wait()
 
-    async def _obey(self, stream: Stream) -> None:
+    async def _run_commands(self, stream: Stream) -> None:
         while True:
             match await self._commands.get():
                 case {"type": "interrupt"}:
                     await self._interrupt(stream)
                 case {"type": "microphone", "is_on": bool(is_on)}:
-                    if self._is_hearing and not is_on:
+                    if self._is_microphone_on and not is_on:
                         self._end_turn()
-                    self._is_hearing = is_on
+                    self._is_microphone_on = is_on
                 case {"type": "end_turn"}:
                     self._is_refusing = False
                     self._end_turn()
                 case {"type": "text", "text": str(text)} if self._synthesiser:
-                    self._waiting.put(text[:MAX_TEXT])
+                    self._pending.put(text[:MAX_TEXT])
                 case command:
-                    self._tell("notice", text=f"not understood: {command.get('type')!r}"[:80])
+                    self._send("notice", text=f"unknown command: {command.get('type')!r}"[:80])
 
     async def _interrupt(self, stream: Stream) -> None:
-        """Fall silent: here at once, at the gateway as soon as it answers."""
+        """Stop the speech: locally at once, at the gateway as soon as it answers."""
         self._num_interrupts += 1
-        self._waiting.clear()
-        self._begun.clear()
+        self._pending.clear()
+        self._turn_starts.clear()
         self._is_in_turn = False
         self._playout.drop()
         interrupted: Interrupted = await stream.interrupt()
         self._playout.drop()
-        self._tell("interrupted", position_s=interrupted.position_s, was_speaking=interrupted.was_speaking)
-        self._enter("interrupted")
+        self._send("interrupted", position_s=interrupted.position_s, was_speaking=interrupted.was_speaking)
+        self._set_state("interrupted")
 
-    def _take(self, data: bytes) -> None:
-        """Have sound said, unless too much waits already."""
-        if self._waiting.seconds > MAX_WAITING_S:
+    def _add_audio(self, data: bytes) -> None:
+        """Queue audio, unless too much is pending."""
+        if self._pending.seconds > MAX_PENDING_S:
             if not self._is_refusing:
-                self._tell(
-                    "notice", text=f"Only {MAX_WAITING_S:g} seconds can wait to be spoken; the rest is left out."
-                )
+                text = f"Only {MAX_PENDING_S:g} seconds of speech can be queued; the rest is dropped."
+                self._send("notice", text=text)
             self._is_refusing = True
             return
         if not self._is_in_turn:
-            self._begun.append(time.monotonic())
+            self._turn_starts.append(time.monotonic())
             self._is_in_turn = True
-        self._waiting.put(data)
+        self._pending.put(data)
 
     def _end_turn(self) -> None:
         self._is_in_turn = False
-        self._waiting.put(None)
+        self._pending.put(None)
 
-    def _shown(self, item: Item) -> None:
-        """An item's turn has come."""
+    def _on_item(self, item: Item) -> None:
+        """Report an item that is due to the browser."""
         match item:
             case Frame(is_idle=is_idle):
-                self._enter("idle" if is_idle else "speaking")
-            case PlaybackStarted() if self._begun:
-                self._tell("reaction", seconds=time.monotonic() - self._begun.popleft())
+                self._set_state("idle" if is_idle else "speaking")
+            case PlaybackStarted() if self._turn_starts:
+                self._send("reaction", seconds=time.monotonic() - self._turn_starts.popleft())
             case Notice(message=message):
-                self._tell("notice", text=f"{message[:1].upper()}{message[1:].rstrip('.')}.")
+                self._send("notice", text=f"{message[:1].upper()}{message[1:].rstrip('.')}.")
 
-    def _enter(self, state: str) -> None:
+    def _set_state(self, state: str) -> None:
         if state != self._state:
             self._state = state
-            self._tell("state", state=state)
+            self._send("state", state=state)
 
-    def _tell(self, kind: str, **fields: Any) -> None:
-        """Tell the browser, if it can be told."""
+    def _send(self, kind: str, **fields: Any) -> None:
+        """Send a message to the browser, if the channel is open."""
         if self._channel and self._channel.readyState == "open":
             self._channel.send(json.dumps({"type": kind, **fields}))
 
-    def _note_connection(self) -> None:
+    def _on_connection_state(self) -> None:
         match self._peer.connectionState:
             case "connected":
                 self._connected.set()
             case "failed" | "closed":
                 self._closed.set()
 
-    def _note_track(self, track: MediaStreamTrack) -> None:
-        self._track = track
+    def _on_track(self, track: MediaStreamTrack) -> None:
+        self._microphone = track
 
-    def _note_channel(self, channel: RTCDataChannel) -> None:
+    def _on_channel(self, channel: RTCDataChannel) -> None:
         self._channel = channel
-        channel.on("message", self._note_message)
+        channel.on("message", self._on_message)
         channel.on("close", self._closed.set)
         if self._state:
-            self._tell("state", state=self._state)
+            self._send("state", state=self._state)
 
-    def _note_message(self, message: bytes | str) -> None:
-        """Sound is taken at once; commands are obeyed in order. What is no command is ignored."""
+    def _on_message(self, message: bytes | str) -> None:
+        """Add audio at once and queue commands in order. Ignore messages that are neither."""
         if isinstance(message, bytes):
-            self._take(message[: len(message) // SAMPLE_BYTES * SAMPLE_BYTES])
+            self._add_audio(message[: len(message) // SAMPLE_BYTES * SAMPLE_BYTES])
             return
         try:
             command = json.loads(message)

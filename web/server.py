@@ -1,4 +1,4 @@
-"""The page's HTTP: its files, what it may ask for, and the offer that begins a conversation."""
+"""HTTP server of the page: its files, its settings, and the offer that starts a session."""
 
 import logging
 from asyncio import Task, TaskGroup
@@ -15,7 +15,7 @@ from aiortc.exceptions import InvalidStateError
 from avatar.client import Avatar, AvatarError
 from avatar.errors import ConnectionLost, NoCapacity
 from avatar.v1.avatar_service_pb2 import GetCapabilitiesResponse
-from web.browser_session import MAX_WAITING_S, Conversation
+from web.browser_session import MAX_PENDING_S, BrowserSession
 from web.playout import RATE_HZ
 from web.text_to_speech import MAX_TEXT, Synthesiser
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 MAX_OFFER_BYTES = 256 << 10
-# Nothing comes from elsewhere, and nobody else shows the page. Blobs are the picture that a person has chosen.
+# The page loads nothing from other sites and cannot be framed. Blobs are pictures that the user has selected.
 POLICY = "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 STATUS: Mapping[type[AvatarError], HTTPStatus] = {
     ConnectionLost: HTTPStatus.BAD_GATEWAY,
@@ -31,10 +31,10 @@ STATUS: Mapping[type[AvatarError], HTTPStatus] = {
 }
 
 
-class Front:
-    """What answers the browser.
+class PageServer:
+    """Serves the page and runs its sessions.
 
-    portraits: the pictures that can be chosen, by name. max_peers: conversations at a time; num_peers: how many now.
+    portraits: selectable pictures by name. max_peers: sessions at a time. num_peers: current sessions.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Front:
 
     @asynccontextmanager
     async def serving(self, host: str, port: int) -> AsyncGenerator[str, None]:
-        """Answer while the body runs; gives the page's address. Conversations end with it. OSError: a taken port."""
+        """Serve while the body runs; give the page's address. Sessions end with it. Raises OSError for a used port."""
         runner = web.AppRunner(self.application(), access_log=None)
         await runner.setup()
         try:
@@ -65,7 +65,7 @@ class Front:
             await runner.cleanup()
 
     def application(self) -> web.Application:
-        """The routes."""
+        """Return the routes."""
         app = web.Application(client_max_size=self._limits.max_picture_bytes + MAX_OFFER_BYTES)
         app.on_response_prepare.append(_guard)
         app.router.add_get("/", _file("index.html"))
@@ -77,34 +77,33 @@ class Front:
         return app
 
     async def about(self, _: web.Request) -> web.Response:
-        """What the page needs to know."""
+        """Return the page's settings."""
         about = {
             "portraits": list(self._portraits),
             "max_picture_bytes": self._limits.max_picture_bytes,
             "rate_hz": RATE_HZ,
-            "max_clip_s": MAX_WAITING_S,
+            "max_clip_s": MAX_PENDING_S,
             "max_text": MAX_TEXT if self._synthesiser else 0,
         }
         return web.json_response(about)
 
     async def portrait(self, request: web.Request) -> web.FileResponse:
-        """One of the pictures that can be chosen."""
+        """Return a selectable picture."""
         path = self._portraits.get(request.match_info["name"])
         if path is None:
             raise web.HTTPNotFound
         return web.FileResponse(path, headers={"Cache-Control": "max-age=3600"})
 
     async def offer(self, request: web.Request) -> web.Response:
-        """Begin a conversation: a form with `sdp`, and `portrait` (a name) or `picture` (a file). Answers with `sdp`,
-        the picture's `notice` and the promised `reaction_s`.
+        """Start a session from a form with `sdp`, and `portrait` (a name) or `picture` (a file).
 
-        Whatever is refused is refused with JSON: `error` says why, in words.
+        The JSON response has `sdp`, the picture's `notice` and the promised `reaction_s`, or `error` with a reason.
         """
         origin = request.headers.get("Origin")
         if origin and urlsplit(origin).netloc != request.host:
-            return _refusal(HTTPStatus.FORBIDDEN, "Only the page itself may start a conversation.")
+            return _refusal(HTTPStatus.FORBIDDEN, "Only the page itself may start a session.")
         if self.num_peers >= self._max_peers:
-            text = f"All {self._max_peers} places are taken. Try again when somebody has left."
+            text = f"All {self._max_peers} sessions are in use. Try again later."
             return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, text)
         self.num_peers += 1
         is_running = False
@@ -113,25 +112,25 @@ class Front:
             picture, sdp = self._picture(form), form.get("sdp")
             if picture is None or not isinstance(sdp, str):
                 return _refusal(HTTPStatus.BAD_REQUEST, "An offer needs `sdp`, and `portrait` or `picture`.")
-            answer = await self._begin(picture, sdp)
+            answer = await self._start(picture, sdp)
             is_running = True
             return web.json_response(answer)
         except web.HTTPRequestEntityTooLarge:
-            text = f"The picture is too large: at most {self._limits.max_picture_bytes >> 20} MB are taken."
+            text = f"The picture is too large: at most {self._limits.max_picture_bytes >> 20} MB are accepted."
             return _refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
         except AvatarError as error:
             return _refusal(STATUS.get(type(error), HTTPStatus.BAD_REQUEST), str(error))
         except (ValueError, InvalidStateError) as error:
-            return _refusal(HTTPStatus.BAD_REQUEST, f"The offer cannot be answered: {error}")
+            return _refusal(HTTPStatus.BAD_REQUEST, f"The offer is invalid: {error}")
         finally:
             self.num_peers -= not is_running
 
-    async def _begin(self, picture: bytes, sdp: str) -> dict[str, str | float]:
-        """Have a conversation run; the answer to its offer. ValueError or InvalidStateError for an unfit offer."""
-        promised = await self._avatar.capabilities()  # what was measured of late
+    async def _start(self, picture: bytes, sdp: str) -> dict[str, str | float]:
+        """Start a session and return the answer. Raises ValueError or InvalidStateError for a bad offer."""
+        capabilities = await self._avatar.capabilities()  # with the latest measured reaction time
         session = await self._avatar.create(picture)
         peer = RTCPeerConnection()
-        conversation = Conversation(peer, session, self._synthesiser)
+        browser_session = BrowserSession(peer, session, self._synthesiser)
         try:
             await peer.setRemoteDescription(RTCSessionDescription(sdp, "offer"))
             await peer.setLocalDescription(await peer.createAnswer())
@@ -139,10 +138,10 @@ class Front:
             await peer.close()
             await session.delete()
             raise
-        task = self._group.create_task(self._converse(conversation))
+        task = self._group.create_task(self._run(browser_session))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return {"sdp": peer.localDescription.sdp, "notice": session.notice, "reaction_s": promised.reaction_s}
+        return {"sdp": peer.localDescription.sdp, "notice": session.notice, "reaction_s": capabilities.reaction_s}
 
     def _picture(self, form: Mapping[str, object]) -> bytes | None:
         picture, name = form.get("picture"), form.get("portrait")
@@ -150,17 +149,17 @@ class Front:
             return picture.file.read()
         return self._portraits[name].read_bytes() if isinstance(name, str) and name in self._portraits else None
 
-    async def _converse(self, conversation: Conversation) -> None:
+    async def _run(self, browser_session: BrowserSession) -> None:
         try:
-            await conversation.run()
-        except Exception:  # as for a request: what one browser meets must not end the others
-            logger.exception("a conversation failed")
+            await browser_session.run()
+        except Exception:  # a failed session must not end the others
+            logger.exception("a browser session failed")
         finally:
             self.num_peers -= 1
 
 
 def portraits(folder: Path) -> dict[str, Path]:
-    """The pictures that ship with the repository, by name."""
+    """Return the repository's pictures by name."""
     paths = [folder / "portrait.png", *sorted((folder / "portraits").glob("*.png"))]
     return {path.stem: path for path in paths}
 

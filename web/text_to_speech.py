@@ -1,4 +1,4 @@
-"""Text to speech by a command line of the operator's, such as `flite -t {text} -o {wav}`."""
+"""Text to speech by an operator's command line, such as `flite -t {text} -o {wav}`."""
 
 import asyncio
 import shlex
@@ -13,24 +13,24 @@ SYNTHESIS_S = 30.0
 
 
 class SpeechError(Exception):
-    """The command did not make speech."""
+    """The command made no speech."""
 
 
 class Resampler:
-    """Sound of any rate and number of channels as mono PCM16 of one rate."""
+    """Converts audio of any rate and number of channels to mono PCM16 of one rate."""
 
     def __init__(self, rate_hz: int) -> None:
         self._resampler = av.AudioResampler(format="s16", layout="mono", rate=rate_hz)
 
     def __call__(self, frame: AudioFrame | None) -> bytes:
-        """What a frame becomes, or what is left at the end."""
+        """Convert a frame, or flush the rest with None."""
         return b"".join(bytes(each.planes[0])[: each.samples * 2] for each in self._resampler.resample(frame))
 
 
 class Synthesiser:
-    """A command that is given `{text}` and writes the sound file `{wav}`. It runs without a shell.
+    """A command that receives `{text}` and writes the audio file `{wav}`. It runs without a shell.
 
-    ValueError if the command names neither.
+    Raises ValueError if the command lacks one of the two.
     """
 
     def __init__(self, command: str, rate_hz: int) -> None:
@@ -40,15 +40,15 @@ class Synthesiser:
             raise ValueError(f"the speech command must contain {' and '.join(missing)}, got {command!r}")
 
     async def speak(self, text: str) -> bytes:
-        """Speech as mono PCM16. SpeechError if the command fails, says nothing, or takes too long."""
-        # A text that begins with a dash must not become an option of the command.
+        """Return speech as mono PCM16. Raises SpeechError if the command fails, writes nothing, or takes too long."""
+        # A text that starts with a dash must not become an option of the command.
         words = " ".join(text.split()).lstrip("- ")[:MAX_TEXT]
         if not words:
             raise SpeechError("there is nothing to say")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "speech.wav"
             await self._run([part.replace("{wav}", str(path)).replace("{text}", words) for part in self._parts])
-            return await asyncio.to_thread(read_sound, path, self._rate_hz)
+            return await asyncio.to_thread(read_pcm16, path, self._rate_hz)
 
     async def _run(self, arguments: list[str]) -> None:
         quiet = asyncio.subprocess.DEVNULL
@@ -69,11 +69,11 @@ class Synthesiser:
             raise SpeechError(f"the speech command ended with status {status}")
 
 
-def read_sound(path: Path, rate_hz: int) -> bytes:
-    """A sound file as mono PCM16. SpeechError if it is none."""
+def read_pcm16(path: Path, rate_hz: int) -> bytes:
+    """Return an audio file as mono PCM16. Raises SpeechError if it is none."""
     try:
         with av.open(str(path)) as file:
             resample = Resampler(rate_hz)
             return b"".join([*map(resample, file.decode(audio=0)), resample(None)])
     except (av.FFmpegError, IndexError, OSError) as error:
-        raise SpeechError("the speech command made no sound file") from error
+        raise SpeechError("the speech command wrote no audio file") from error

@@ -1,44 +1,38 @@
-"""The client over a gateway by script: live mode, and connections that break."""
+"""The client's live streams over the real gateway, and over connections that break."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import numpy as np
 import pytest
 
-from avatar.client import (
-    Audio,
-    Frame,
-    Item,
-    NoticeKind,
-    PlaybackFinished,
-    PlaybackStarted,
-    Stream,
-    connect,
-)
-from avatar.client.stream import MAX_QUEUED_ITEMS
-from avatar.errors import ConnectionLost, ResumeImpossible
-from avatar.v1 import avatar_service_pb2 as pb
-from tests.client.gateway import Gateway, Wire, scripted, wired
-from tests.conftest import RATE_HZ, sound
-
-SECOND_BYTES = 2 * RATE_HZ
+from avatar.client import Audio, Frame, Item, Notice, PlaybackFinished, PlaybackStarted, Stream, connect
+from avatar.client import stream as client_stream
+from avatar.errors import ConnectionLost
+from avatar.store.sessions import SessionStore
+from tests.chaos.proxy import Proxy, proxied
+from tests.conftest import sound
+from tests.standin import standin_gateway
 
 
 @asynccontextmanager
-async def talking(gateway: Gateway, **options: object) -> AsyncGenerator[tuple[Stream, Wire], None]:
-    """A live stream over a wire."""
+async def live_stream(
+    store: SessionStore, *, settings: dict[str, Any] | None = None, **options: Any
+) -> AsyncGenerator[tuple[Stream, Proxy], None]:
+    """A live stream over a proxy. settings: of the gateway. options: of the stream."""
     async with (
-        scripted(gateway) as target,
-        wired(target) as (address, wire),
-        connect(address) as avatar,
-        (await avatar.create(b"face")).stream(live=True, **options) as stream,  # type: ignore[arg-type]
+        standin_gateway(store, **settings or {}) as gateway,
+        proxied(gateway.target) as proxy,
+        connect(proxy.target) as avatar,
+        (await avatar.create(b"face")).stream(live=True, **options) as stream,
     ):
-        yield stream, wire
+        yield stream, proxy
 
 
 async def until(stream: Stream, kind: type[Item]) -> list[Item]:
-    """What comes, up to the first of a kind."""
+    """The next items, up to the first of a kind."""
     items: list[Item] = []
     async for item in stream:
         items.append(item)
@@ -47,256 +41,257 @@ async def until(stream: Stream, kind: type[Item]) -> list[Item]:
     return items
 
 
+def finish(items: list[Item]) -> PlaybackFinished:
+    """The last item, which ends a turn."""
+    assert isinstance(items[-1], PlaybackFinished)
+    return items[-1]
+
+
+def samples(data: bytes) -> list[int]:
+    """The samples of speech, without silence: the gateway inserts some where speech is late."""
+    return [each for each in np.frombuffer(data, "<i2").tolist() if each]
+
+
 def spoken(items: list[Item]) -> list[int]:
-    return [item.index for item in items if isinstance(item, Frame) and not item.is_idle]
+    """The samples of speech that came back."""
+    return samples(b"".join(item.data for item in items if isinstance(item, Audio)))
 
 
-async def test_a_turn_starts_before_its_first_frame_and_finishes_after_its_last() -> None:
-    async with talking(Gateway()) as (stream, _):
-        await stream.push(sound(1.0))
-        await stream.end_turn()
+def assert_complete(items: list[Item]) -> None:
+    """Frames and events have neither a gap nor a repetition."""
+    frames = [item.index for item in items if isinstance(item, Frame)]
+    assert frames == list(range(3, 3 + len(frames)))
+    events = [item.number for item in items if not isinstance(item, Frame | Audio)]
+    assert events == list(range(len(events)))
+
+
+async def speak(stream: Stream, data: bytes) -> None:
+    """A whole turn."""
+    await stream.push(data)
+    await stream.end_turn()
+
+
+async def test_a_turn_starts_before_its_first_frame_and_finishes_after_its_last(store: SessionStore) -> None:
+    async with live_stream(store) as (stream, _):
+        idle = [await anext(stream) for _ in range(9)]
+        await speak(stream, sound(1.0))
         items = await until(stream, PlaybackFinished)
-    started = next(item for item in items if isinstance(item, PlaybackStarted))
-    finished = items[-1]
-    assert isinstance(finished, PlaybackFinished)
+    assert all(isinstance(item, Frame) and item.is_idle for item in idle)
+    started, finished = next(item for item in items if isinstance(item, PlaybackStarted)), finish(items)
     assert (started.turn, finished.turn, finished.position_s, finished.was_interrupted) == (0, 0, 1.0, False)
+    shown = [item.index for item in items if isinstance(item, Frame) and not item.is_idle]
     first = items[items.index(started) + 1]
     assert isinstance(first, Frame)
-    assert first.index == spoken(items)[0]
-    assert finished.next_frame == spoken(items)[-1] + 1
+    assert first.index == shown[0]
+    assert shown[0] < finished.next_frame <= shown[-1] + 1
+    assert all(item.index < finished.next_frame for item in items if isinstance(item, Frame))
 
 
-async def test_it_idles_when_nobody_speaks() -> None:
-    async with talking(Gateway()) as (stream, _):
-        idle = [await anext(stream) for _ in range(30)]
-    assert all(isinstance(item, Frame) and item.is_idle for item in idle)
-
-
-async def test_an_interrupt_says_what_was_shown_and_drops_what_waits_to_be_sent() -> None:
-    gateway = Gateway(max_live_ahead_s=2.0)
-    async with talking(gateway) as (stream, _), asyncio.TaskGroup() as tasks:
+async def test_an_interrupt_reports_the_position_and_drops_pending_audio(store: SessionStore) -> None:
+    settings = {"live_ahead_s": 2.0}
+    async with live_stream(store, settings=settings, return_audio=True) as (stream, _), asyncio.TaskGroup() as tasks:
         pushing = tasks.create_task(stream.push(sound(60.0)))
         items = await until(stream, PlaybackStarted)
-        items += [await anext(stream) for _ in range(20)]
+        items += await until(stream, Frame)
         interrupted = await stream.interrupt()
         await pushing
-        heard = len(gateway.talk.heard)
+        items += await until(stream, PlaybackFinished)
+        finished = finish(items)
+        await speak(stream, sound(0.5, seed=1))
         rest = await until(stream, PlaybackFinished)
-        finished = rest[-1]
-        await stream.push(sound(0.5))
-        again = await until(stream, PlaybackStarted)
-    assert isinstance(finished, PlaybackFinished)
     assert interrupted.was_speaking
     assert interrupted.position_s == finished.position_s > 0
     assert interrupted.next_frame == finished.next_frame
-    assert heard < 10 * SECOND_BYTES
-    assert gateway.talk.heard[heard:] == sound(0.5)
-    frames = [item.index for item in items + rest + again if isinstance(item, Frame)]
-    assert frames == list(range(3, 3 + len(frames)))
+    assert spoken(rest) == samples(sound(0.5, seed=1))
+    assert_complete(items + rest)
 
 
-async def test_an_interrupt_is_answered_while_nobody_iterates() -> None:
-    async with talking(Gateway(tick_s=0.001)) as (stream, _):
+async def test_an_interrupt_is_answered_while_nobody_iterates(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_stream, "MAX_QUEUED_ITEMS", 4)
+    async with live_stream(store) as (stream, _):
         await stream.push(sound(3.0))
         await anext(stream)
-        await asyncio.sleep(0.3)  # more waits than is read ahead
+        await asyncio.sleep(1)  # more items arrive than are read ahead
         async with asyncio.timeout(5):
             await stream.interrupt()
 
 
-async def test_an_interrupt_from_elsewhere_lets_a_waiting_push_go_on() -> None:
-    gateway = Gateway(max_live_ahead_s=2.0, tick_s=0.01)
-    async with scripted(gateway) as target, connect(target) as avatar:
+async def test_an_interrupt_from_elsewhere_lets_a_waiting_push_continue(store: SessionStore) -> None:
+    async with standin_gateway(store, live_ahead_s=1.0) as gateway, connect(gateway.target) as avatar:
         session = await avatar.create(b"face")
-        async with session.stream(live=True) as stream, asyncio.TaskGroup() as tasks:
-            pushing = tasks.create_task(stream.push(sound(5.0)))
+        async with session.stream(live=True, return_audio=True) as stream, asyncio.TaskGroup() as tasks:
+            tasks.create_task(speak(stream, sound(2.0)))
             await until(stream, PlaybackStarted)
-            interrupted = await session.interrupt()
-            while not pushing.done() or len(gateway.talk.heard) < len(sound(5.0)):  # what is sent is under way yet
-                await anext(stream)
-    assert interrupted.was_speaking
-    assert gateway.talk.heard == sound(5.0)
+            assert (await session.interrupt()).was_speaking
+            await until(stream, PlaybackFinished)
+            items = await until(stream, PlaybackFinished)
+    rest = samples(sound(2.0)[-16000:])
+    assert spoken(items)[-len(rest) :] == rest
 
 
-async def test_sound_never_runs_further_ahead_than_is_taken() -> None:
-    gateway = Gateway(max_live_ahead_s=2.0, tick_s=0.005)
+async def test_audio_never_runs_further_ahead_than_the_gateway_accepts(store: SessionStore) -> None:
+    turns = [0.6 + turn / 10 for turn in range(5)]  # they end at different positions in a block
 
-    async def speak(stream: Stream) -> None:
-        for turn in range(12):
-            await stream.push(sound(1.1 + turn / 10))  # ends in the middle of a block
-            await stream.end_turn()
+    async def speak_all(stream: Stream) -> None:
+        for seconds in turns:
+            await speak(stream, sound(seconds))
 
-    async with talking(gateway) as (stream, _), asyncio.TaskGroup() as tasks:
-        tasks.create_task(speak(stream))
-        for turn in range(12):
-            finished = (await until(stream, PlaybackFinished))[-1]
-            assert isinstance(finished, PlaybackFinished)
-            assert finished.position_s == pytest.approx(1.1 + turn / 10)
-    assert gateway.talk.refused == 0
+    settings = {"live_ahead_s": 1.0}
+    async with live_stream(store, settings=settings) as (stream, _), asyncio.TaskGroup() as tasks:
+        tasks.create_task(speak_all(stream))
+        items: list[Item] = []
+        for seconds in turns:
+            items += await until(stream, PlaybackFinished)
+            assert finish(items).position_s == pytest.approx(seconds)
+    assert not [item for item in items if isinstance(item, Notice)]
 
 
-async def test_a_push_that_is_cancelled_leaves_the_stream_as_it_is() -> None:
-    gateway = Gateway(max_live_ahead_s=1.0)
-    async with talking(gateway) as (stream, _):
+async def test_a_cancelled_push_leaves_the_stream_intact(store: SessionStore) -> None:
+    async with live_stream(store, settings={"live_ahead_s": 1.0}) as (stream, _):
+        call = stream._call
         for _ in range(5):
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(stream.push(sound(60.0)), 0.02)
         await stream.interrupt()
         await stream.close()
-        frames = [item.index async for item in stream if isinstance(item, Frame)]
-    assert frames == list(range(3, 3 + len(frames)))
-    assert gateway.num_calls == 1
+        assert_complete([item async for item in stream])
+        assert stream._call is call
 
 
 @pytest.mark.parametrize("per_block", [False, True])
-async def test_frames_come_one_by_one_however_they_are_sent(per_block: bool) -> None:
-    async with talking(Gateway(), per_block=per_block, video="fmp4") as (stream, _):
-        frames = [await anext(stream) for _ in range(30)]
+async def test_frames_arrive_one_by_one_however_they_are_sent(store: SessionStore, per_block: bool) -> None:
+    async with live_stream(store, per_block=per_block) as (stream, _):
+        frames = [await anext(stream) for _ in range(22)]
+    assert [(frame.index, frame.num_frames) for frame in frames if isinstance(frame, Frame)] == [
+        (index, 1) for index in range(3, 25)
+    ]
+
+
+async def test_a_fragment_holds_the_frames_of_a_block(store: SessionStore) -> None:
+    async with live_stream(store, video="fmp4") as (stream, _):
         assert stream.init_segment == b"init"
-    assert [frame.index for frame in frames if isinstance(frame, Frame)] == list(range(3, 33))
+        frames = [await anext(stream) for _ in range(3)]
+    assert [(frame.index, frame.num_frames) for frame in frames if isinstance(frame, Frame)] == [
+        (3, 9),
+        (12, 12),
+        (24, 12),
+    ]
 
 
-async def test_the_sound_comes_back_before_its_frames() -> None:
-    async with talking(Gateway(), return_audio=True) as (stream, _):
-        await stream.push(sound(2.0))
+async def test_audio_returns_before_its_frames(store: SessionStore) -> None:
+    async with live_stream(store, return_audio=True) as (stream, _):
+        await stream.push(sound(1.0))
         await stream.close()
         items = [item async for item in stream]
-    pieces = [item for item in items if isinstance(item, Audio)]
-    for piece in pieces:
+    for piece in [item for item in items if isinstance(item, Audio)]:
         follows = items[items.index(piece) + 1]
-        assert isinstance(follows, Frame)
+        while not isinstance(follows, Frame):
+            follows = items[items.index(follows) + 1]
         assert follows.pts_s == piece.pts_s
-    assert sound(2.0) in b"".join(piece.data for piece in pieces)
+    assert spoken(items) == samples(sound(1.0))
 
 
-async def test_notices_are_typed_and_unknown_ones_do_no_harm() -> None:
-    gateway = Gateway()
-    async with talking(gateway) as (stream, _):
-        gateway.talk.tell(notice=pb.Notice(kind=pb.Notice.KIND_GOING_AWAY, message="bye", within_s=3.5))
-        gateway.talk.tell(notice=pb.Notice(kind=99))  # type: ignore[arg-type]
-        notices: list[Item] = []
-        while len(notices) < 2:
-            if not isinstance(item := await anext(stream), Frame):
-                notices.append(item)
-    told, unknown = notices
-    assert (told.kind, told.message, told.within_s) == (NoticeKind.GOING_AWAY, "bye", 3.5)  # type: ignore[union-attr]
-    assert unknown.kind is NoticeKind.UNKNOWN  # type: ignore[union-attr]
-
-
-async def test_a_slow_reader_holds_the_gateway_back_and_not_its_own_memory() -> None:
-    gateway = Gateway(tick_s=0.001)
-    async with talking(gateway) as (stream, _):
+async def test_a_slow_reader_bounds_the_items_in_memory(store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_stream, "MAX_QUEUED_ITEMS", 4)
+    async with live_stream(store) as (stream, _):
         await anext(stream)
-        await asyncio.sleep(0.3)
-        assert len(stream._items) <= MAX_QUEUED_ITEMS + 1
-        assert len(gateway.talk.log) > 4 * MAX_QUEUED_ITEMS
-
-
-async def test_the_token_and_the_updated_prompt_reach_the_gateway() -> None:
-    gateway = Gateway()
-    async with scripted(gateway) as target, connect(target, token="secret") as avatar:
-        await avatar.capabilities()
-        session = await avatar.create(b"face")
-        assert session.notice == "not a face"
-        assert await session.update(prompt="smiling") == 7
-    assert session.info.prompt == "smiling"
-    assert gateway.metadata["authorization"] == "Bearer secret"
+        await asyncio.sleep(1)  # 25 frames
+        assert len(stream._items) <= 4 + 1
 
 
 @pytest.mark.parametrize("per_block", [False, True])
-async def test_a_broken_connection_leaves_neither_gap_nor_repeat(per_block: bool) -> None:
-    said = sound(12.0)
-    gateway = Gateway(max_live_ahead_s=2.0, tick_s=0.05)
-    options = {"return_audio": True, "per_block": per_block}
-    async with talking(gateway, **options) as (stream, wire), asyncio.TaskGroup() as tasks:
-        tasks.create_task(speak_and_close(stream, said))
+async def test_a_broken_connection_leaves_neither_gap_nor_repetition(store: SessionStore, per_block: bool) -> None:
+    speech = sound(3.5)
+    settings = {"live_ahead_s": 1.5}
+    async with (
+        live_stream(store, settings=settings, return_audio=True, per_block=per_block) as (stream, proxy),
+        asyncio.TaskGroup() as tasks,
+    ):
+        tasks.create_task(speak(stream, speech))
         items: list[Item] = []
+        calls = {stream._call}
         async for item in stream:
             items.append(item)
-            if len(items) in (5, 100, 101) or (isinstance(item, Audio) and item.pts_s > 9):
-                wire.cut()
-    assert gateway.num_calls > 7
-    assert gateway.talk.heard == said
-    frames = [item.index for item in items if isinstance(item, Frame)]
-    assert frames == list(range(3, 3 + len(frames)))
-    events = [item.number for item in items if not isinstance(item, Frame | Audio)]
-    assert events == list(range(len(events)))
-    assert said in b"".join(item.data for item in items if isinstance(item, Audio))
+            calls.add(stream._call)
+            if isinstance(item, PlaybackFinished):
+                break
+            if len(items) in (5, 30, 31) or (isinstance(item, Audio) and item.pts_s > 2):
+                proxy.cut()
+    assert len(calls) > 4
+    assert_complete(items)
+    assert spoken(items) == samples(speech)
 
 
-async def test_what_is_sent_while_the_connection_is_broken_arrives_once() -> None:
-    gateway = Gateway()
-    async with talking(gateway) as (stream, wire), asyncio.TaskGroup() as tasks:
+async def test_requests_sent_while_the_connection_is_broken_arrive_once(store: SessionStore) -> None:
+    async with live_stream(store, return_audio=True) as (stream, proxy), asyncio.TaskGroup() as tasks:
         await stream.push(sound(1.0))
-        await anext(stream)
-        wire.is_down = True
-        wire.cut()
-        sending = tasks.create_task(speak_and_end(stream, sound(1.0, seed=1)))
+        items = [await anext(stream)]
+        proxy.swallow()
+        proxy.cut()
+        sending = tasks.create_task(speak(stream, sound(1.0, seed=1)))
         await asyncio.sleep(0.3)
         assert not sending.done()
-        wire.is_down = False
-        items = await until(stream, PlaybackFinished)
-    assert gateway.talk.heard == sound(1.0) + sound(1.0, seed=1)
-    assert isinstance(items[-1], PlaybackFinished)
-    assert items[-1].position_s == 2.0
+        proxy.mend()
+        items += await until(stream, PlaybackFinished)
+    assert finish(items).position_s == 2.0
+    assert spoken(items) == samples(sound(1.0) + sound(1.0, seed=1))
 
 
-async def test_an_interrupt_outlives_the_connection() -> None:
-    gateway = Gateway()
-    async with talking(gateway) as (stream, wire), asyncio.TaskGroup() as tasks:
+async def test_an_interrupt_survives_a_broken_connection(store: SessionStore) -> None:
+    async with live_stream(store, return_audio=True) as (stream, proxy), asyncio.TaskGroup() as tasks:
         await stream.push(sound(3.0))
-        await until(stream, PlaybackStarted)
-        wire.is_down = True
-        wire.cut()
+        items = await until(stream, PlaybackStarted)
+        proxy.swallow()
+        proxy.cut()
         tasks.create_task(stream.push(sound(3.0)))  # never arrives, and is dropped
         await asyncio.sleep(0.05)
         interrupting = tasks.create_task(stream.interrupt())
         await asyncio.sleep(0.05)
-        wire.is_down = False
+        proxy.mend()
         assert (await interrupting).next_frame > 3
-        await stream.push(sound(0.5, seed=1))
-        # It is on its way when `push` returns; a stream that is left then may cut off what has not arrived.
-        async with asyncio.timeout(10):
-            while not bytes(gateway.talk.heard).endswith(sound(0.5, seed=1)):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        items += await until(stream, PlaybackFinished)
+        await speak(stream, sound(0.5, seed=1))
+        rest = await until(stream, PlaybackFinished)
+    assert spoken(rest) == samples(sound(0.5, seed=1))
+    assert_complete(items + rest)
 
 
-async def test_a_gateway_that_has_not_noticed_the_break_is_asked_again() -> None:
-    gateway = Gateway()
-    async with talking(gateway) as (stream, wire):
-        await anext(stream)
-        gateway.num_busy = 2
-        wire.cut()
-        frames = [item.index for item in [await anext(stream) for _ in range(100)] if isinstance(item, Frame)]
-    assert frames == list(range(4, 104))
-    assert gateway.num_busy == 0
+async def test_a_session_outlives_its_connection_and_an_interrupt(store: SessionStore) -> None:
+    async with live_stream(store, return_audio=True) as (stream, proxy), asyncio.TaskGroup() as tasks:
+        await speak(stream, sound(1.5))
+        items = await until(stream, PlaybackStarted)
+        proxy.cut()
+        items += await until(stream, PlaybackFinished)
+        whole = finish(items)
+        pushing = tasks.create_task(stream.push(sound(30.0)))
+        items += await until(stream, PlaybackStarted)
+        interrupted = await stream.interrupt()
+        await pushing
+        items += await until(stream, PlaybackFinished)
+        cut = finish(items)
+        proxy.cut()
+        await speak(stream, sound(0.5))
+        items += await until(stream, PlaybackFinished)
+        await stream.close()
+        items += [item async for item in stream]
+    assert (whole.position_s, whole.was_interrupted) == (1.5, False)
+    assert cut.was_interrupted
+    assert interrupted.was_speaking
+    assert cut.position_s == interrupted.position_s < 30
+    assert_complete(items)
+    assert spoken(items)[: len(samples(sound(1.5)))] == samples(sound(1.5))
 
 
-async def test_a_connection_that_stays_broken_is_lost_after_the_grace_period() -> None:
-    async with talking(Gateway(resume_s=0.3)) as (stream, wire):
-        wire.cut(for_good=True)
+async def test_a_connection_that_stays_broken_is_lost_after_the_grace_period(store: SessionStore) -> None:
+    async with live_stream(store, settings={"resume_s": 0.3}) as (stream, proxy):
+        proxy.swallow()
+        proxy.cut()
         with pytest.raises(ConnectionLost):
             await until(stream, PlaybackStarted)
         with pytest.raises(ConnectionLost):
             await stream.push(sound(0.1))
         with pytest.raises(ConnectionLost):
             await stream.interrupt()
-
-
-async def test_frames_that_are_gone_end_the_stream() -> None:
-    gateway = Gateway()
-    async with talking(gateway) as (stream, wire):
-        gateway.forgets = True
-        wire.cut()
-        with pytest.raises(ResumeImpossible):
-            await until(stream, PlaybackStarted)
-
-
-async def speak_and_close(stream: Stream, data: bytes) -> None:
-    await stream.push(data)
-    await stream.close()
-
-
-async def speak_and_end(stream: Stream, data: bytes) -> None:
-    await stream.push(data)
-    await stream.end_turn()
+        proxy.mend()

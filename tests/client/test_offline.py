@@ -1,4 +1,4 @@
-"""The client over the real suite, offline."""
+"""The client's offline streams and its calls, over the real suite."""
 
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.conftest import sound
 SECONDS = 1.5
 
 
-async def test_frames_are_those_of_the_bare_contract(gateway: str, picture: bytes) -> None:
+async def test_frames_equal_those_of_the_bare_contract(gateway: str, picture: bytes) -> None:
     async with product.connected(gateway) as stub:
         expected = await product.speak(stub, (await product.new_session(stub, picture, seed=7)).id, sound(SECONDS))
     async with connect(gateway) as avatar:
@@ -34,7 +34,7 @@ async def test_frames_are_those_of_the_bare_contract(gateway: str, picture: byte
     assert stream.closed.num_frames == len(frames)
 
 
-async def test_all_can_be_pushed_before_anything_is_iterated(gateway: str, picture: bytes) -> None:
+async def test_all_audio_can_be_pushed_before_iterating(gateway: str, picture: bytes) -> None:
     async with connect(gateway) as avatar:
         session = await avatar.create(picture, seed=7)
         async with session.stream(rate_hz=16000) as stream:
@@ -44,25 +44,25 @@ async def test_all_can_be_pushed_before_anything_is_iterated(gateway: str, pictu
     assert len(frames) == 45
 
 
-async def test_a_generator_of_sound_is_spoken(gateway: str, picture: bytes) -> None:
-    async def said() -> AsyncGenerator[bytes, None]:
+async def test_audio_may_be_an_async_generator(gateway: str, picture: bytes) -> None:
+    async def speech() -> AsyncGenerator[bytes, None]:
         for start in range(0, len(sound(SECONDS)), 1001 * 2):
             yield sound(SECONDS)[start : start + 1001 * 2]
 
     async with connect(gateway) as avatar:
         session = await avatar.create(picture, seed=7)
-        async with session.stream(audio=said()) as stream:
+        async with session.stream(audio=speech()) as stream:
             assert len([frame async for frame in stream.frames()]) == 45
 
 
-async def test_what_a_source_of_sound_raises_ends_the_iteration(gateway: str, picture: bytes) -> None:
-    async def said() -> AsyncGenerator[bytes, None]:
+async def test_an_exception_of_the_audio_source_ends_the_iteration(gateway: str, picture: bytes) -> None:
+    async def speech() -> AsyncGenerator[bytes, None]:
         yield sound(0.2)
         raise OSError("the microphone is gone")
 
     async with connect(gateway) as avatar:
         session = await avatar.create(picture)
-        async with session.stream(audio=said()) as stream:
+        async with session.stream(audio=speech()) as stream:
             with pytest.raises(OSError, match="microphone"):
                 await anext(stream)
 
@@ -75,7 +75,7 @@ async def test_a_portrait_may_be_a_path(gateway: str, picture: bytes, tmp_path: 
         assert (from_path.video.width, from_path.video.frame_rate_hz) == (64, 25)
 
 
-async def test_choices_reach_the_session(gateway: str, picture: bytes) -> None:
+async def test_options_reach_the_session(gateway: str, picture: bytes) -> None:
     async with connect(gateway) as avatar:
         session = await avatar.create(picture, seed=5, ttl_s=17.5, sink_update_block=0, sink_distance=(3, 9))
         info = (await avatar.session(session.id)).info
@@ -83,14 +83,14 @@ async def test_choices_reach_the_session(gateway: str, picture: bytes) -> None:
     assert (info.min_sink_distance, info.max_sink_distance) == (3, 9)
 
 
-async def test_a_session_can_be_kept_longer(gateway: str, picture: bytes) -> None:
+async def test_the_time_to_live_can_be_changed(gateway: str, picture: bytes) -> None:
     async with connect(gateway) as avatar:
         session = await avatar.create(picture)
         assert await session.update(ttl_s=44) is None
         assert session.info.ttl.seconds == (await session.refresh()).ttl.seconds == 44
 
 
-async def test_a_stream_that_is_left_early_gives_its_session_up(gateway: str, picture: bytes) -> None:
+async def test_leaving_a_stream_early_deletes_its_session(gateway: str, picture: bytes) -> None:
     async with connect(gateway) as avatar:
         session = await avatar.create(picture)
         async with session.stream() as stream:
@@ -120,13 +120,13 @@ async def test_nothing_can_be_sent_after_close(gateway: str, picture: bytes) -> 
             await stream.push(sound(0.1))
 
 
-async def test_part_of_a_sample_is_not_sent(gateway: str, picture: bytes) -> None:
+async def test_a_partial_sample_is_refused(gateway: str, picture: bytes) -> None:
     async with connect(gateway) as avatar, (await avatar.create(picture)).stream(channels=2) as stream:
         with pytest.raises(ValueError, match="whole samples of 4 bytes, got 6"):
             await stream.push(b"123456")
 
 
-async def test_errors_say_what_was_wrong_and_where(gateway: str, picture: bytes) -> None:
+async def test_errors_carry_reason_and_field(gateway: str, picture: bytes) -> None:
     async with connect(gateway) as avatar:
         with pytest.raises(InvalidField) as caught:
             await avatar.create(b"no picture")
@@ -141,13 +141,13 @@ async def test_errors_say_what_was_wrong_and_where(gateway: str, picture: bytes)
             await session.interrupt()
 
 
-async def test_no_gateway_is_a_lost_connection() -> None:
+async def test_an_unreachable_gateway_is_a_lost_connection() -> None:
     async with connect("127.0.0.1:1") as avatar:
         with pytest.raises(ConnectionLost):
             await avatar.capabilities()
 
 
-async def test_what_cannot_be_chosen_is_refused_with_its_field(gateway: str, picture: bytes) -> None:
+async def test_an_unsupported_option_is_refused_with_its_field(gateway: str, picture: bytes) -> None:
     async with connect(gateway) as avatar:
         with pytest.raises(InvalidField, match="this checkpoint fixes it") as caught:
             await avatar.create(picture, audio_context_s=0.4)

@@ -1,4 +1,4 @@
-"""The client of a gateway that speaks TLS and has tenants, and what it does not do with a token."""
+"""The client against a gateway with TLS and tenants, and the protection of its token."""
 
 import hashlib
 from pathlib import Path
@@ -15,15 +15,20 @@ from tests.conftest import sound
 TOKEN = "a token"
 
 
-async def test_a_client_with_certificate_and_token_speaks(
-    checkpoint: Path, store: SessionStore, picture: bytes, tmp_path: Path
+async def test_a_client_with_certificate_and_token_is_served(
+    checkpoint: Path, redis: str, store: SessionStore, picture: bytes, tmp_path: Path
 ) -> None:
     tenants = tmp_path / "tenants.toml"
     tenants.write_text(f'[acme]\ntokens = ["{hashlib.sha256(TOKEN.encode()).hexdigest()}"]\nmax_sessions = 1')
     authority = Authority(tmp_path)
     edge, client = authority.issue("edge", "127.0.0.1"), authority.issue("client")
     settings = GatewaySettings(
-        listen="127.0.0.1:0", tenants=tenants, tls_cert=edge.cert, tls_key=edge.key, tls_client_ca=authority.ca
+        listen="127.0.0.1:0",
+        redis_url=redis,
+        tenants=tenants,
+        tls_cert=edge.cert,
+        tls_key=edge.key,
+        tls_client_ca=authority.ca,
     )
     credentials = channel_credentials(authority.ca, *client)
     async with suite(checkpoint, store, settings) as target:
@@ -43,13 +48,13 @@ async def test_a_client_with_certificate_and_token_speaks(
         async with connect(target, credentials=channel_credentials(authority.ca), token=TOKEN) as avatar:
             with pytest.raises(AvatarError) as caught:
                 await avatar.capabilities()
-            assert caught.value.reason == "CONNECTION_LOST", "it shows no certificate"
+            assert caught.value.reason == "CONNECTION_LOST", "no client certificate"
 
 
 @pytest.mark.parametrize(
     "target", ["avatar.example.com:7000", "10.0.0.1:7000", "dns:///gateway:7000", "[fe80::1]:7000"]
 )
-async def test_a_token_does_not_leave_the_machine_in_plain_text(target: str) -> None:
+async def test_a_token_never_leaves_the_machine_in_plain_text(target: str) -> None:
     with pytest.raises(ValueError, match=r"the token would be sent to .* in plain text"):
         async with connect(target, token=TOKEN):
             pass

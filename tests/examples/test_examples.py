@@ -1,4 +1,4 @@
-"""Every example, run as its docstring says."""
+"""Every example, run as its docstring describes."""
 
 import asyncio
 import re
@@ -9,7 +9,6 @@ from pathlib import Path
 import av
 import pytest
 
-from tests.client.gateway import Gateway, scripted
 from tests.conftest import RATE_HZ, sound
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -33,7 +32,7 @@ def portrait(tmp_path: Path, picture: bytes) -> str:
 
 
 async def run(name: str, *flags: str) -> str:
-    """What an example prints."""
+    """Run an example and return its output."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, EXAMPLES / name, *flags, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
@@ -54,9 +53,8 @@ async def test_a_wav_becomes_an_mp4(gateway: str, speech: str, portrait: str, tm
     assert num_samples == pytest.approx(1.5 * RATE_HZ, abs=2048)
 
 
-async def test_a_microphone_is_interrupted(speech: str, portrait: str) -> None:
-    async with scripted(Gateway(tick_s=0.05)) as target:
-        printed = await run("live_microphone.py", speech, portrait, "--target", target, "--interrupt-after", "1")
+async def test_a_microphone_is_interrupted(gateway: str, speech: str, portrait: str) -> None:
+    printed = await run("live_microphone.py", speech, portrait, "--target", gateway, "--interrupt-after", "1")
     assert re.search(r"^Interrupted\(.*was_speaking=True\)", printed, re.MULTILINE)
     assert printed.count("PlaybackStarted") == 2
     assert printed.count("was_interrupted=True") == printed.count("was_interrupted=False") == 1

@@ -1,4 +1,4 @@
-"""The LiveKit adapter in livekit-agents' own AvatarRunner: everything is theirs but the room and the gateway."""
+"""The LiveKit integration in livekit-agents' own AvatarRunner; only the room is a fake."""
 
 import asyncio
 import inspect
@@ -16,8 +16,9 @@ from livekit.agents.voice.io import PlaybackFinishedEvent
 
 from avatar.client import connect
 from avatar.integrations.livekit import AvatarGenerator, avatar_options, video_generator
-from tests.client.gateway import Gateway, scripted
+from avatar.store.sessions import SessionStore
 from tests.conftest import RATE_HZ, sound
+from tests.standin import standin_gateway
 
 PIECE_BYTES = 640 * 2
 
@@ -28,7 +29,7 @@ class Publication:
 
 
 class Room:
-    """As much of a room as the runner asks for: connected, and anybody may publish."""
+    """The part of a room that the runner uses: connected, and anybody may publish."""
 
     def __init__(self) -> None:
         self.local_participant = self
@@ -49,8 +50,9 @@ class Room:
 
 
 @asynccontextmanager
-async def generating(gateway: Gateway) -> AsyncGenerator[tuple[AvatarGenerator, Any], None]:
-    async with scripted(gateway) as target, connect(target) as avatar:
+async def generating(store: SessionStore) -> AsyncGenerator[tuple[AvatarGenerator, Any], None]:
+    """A generator over the stand-in gateway, and the runner's options."""
+    async with standin_gateway(store) as gateway, connect(gateway.target) as avatar:
         session = await avatar.create(b"face")
         async with video_generator(session, rate_hz=RATE_HZ) as generator:
             yield generator, avatar_options(session, rate_hz=RATE_HZ)
@@ -61,22 +63,16 @@ def frames_of(data: bytes) -> list[rtc.AudioFrame]:
     return [rtc.AudioFrame(piece, RATE_HZ, 1, len(piece) // 2) for piece in pieces]
 
 
-@pytest.fixture
-def gateway() -> Gateway:
-    """Frames hold pixels here, of the size that the runner is told."""
-    return Gateway(tick_s=0.1, frame_bytes=64 * 64 * 3)
-
-
-async def test_it_is_what_livekit_asks_for() -> None:
+async def test_the_generator_has_livekits_interface() -> None:
     assert issubclass(AvatarGenerator, VideoGenerator)
     for name in ("push_audio", "clear_buffer", "__aiter__"):
-        theirs, ours = getattr(VideoGenerator, name), getattr(AvatarGenerator, name)
-        assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+        expected, actual = getattr(VideoGenerator, name), getattr(AvatarGenerator, name)
+        assert list(inspect.signature(actual).parameters) == list(inspect.signature(expected).parameters)
 
 
-async def test_speech_comes_out_beside_its_frames_and_ends_with_its_segment(gateway: Gateway) -> None:
-    heard, num_pictures, num_sounds = b"", 0, 0
-    async with generating(gateway) as (generator, _):
+async def test_speech_comes_out_with_its_frames_and_ends_with_its_segment(store: SessionStore) -> None:
+    audio, num_video, num_audio = b"", 0, 0
+    async with generating(store) as (generator, _):
         for frame in frames_of(sound(1.2)):
             await generator.push_audio(frame)
         await generator.push_audio(AudioSegmentEnd())
@@ -84,32 +80,31 @@ async def test_speech_comes_out_beside_its_frames_and_ends_with_its_segment(gate
             match item:
                 case rtc.VideoFrame():
                     assert item.convert(rtc.VideoBufferType.I420).width == 64
-                    num_pictures += 1
+                    num_video += 1
                 case rtc.AudioFrame():
-                    heard += bytes(item.data.cast("b"))
-                    num_sounds += 1
+                    audio += bytes(item.data.cast("b"))
+                    num_audio += 1
                 case _:
                     break
-    assert heard.startswith(sound(1.2))
-    assert not any(heard[len(sound(1.2)) :])
-    assert num_sounds in (30 + 6, 30 + 3, 30)  # what is left of the last block, of 9 or 12 frames
-    assert num_pictures >= num_sounds
+    assert audio.startswith(sound(1.2))
+    assert not any(audio[len(sound(1.2)) :])
+    assert num_audio in (30 + 6, 30 + 3, 30)  # padded to whole blocks of 9 or 12 frames
+    assert num_video >= num_audio
 
 
-async def test_sound_of_another_format_is_refused(gateway: Gateway) -> None:
-    async with generating(gateway) as (generator, _):
+async def test_audio_of_another_format_is_refused(store: SessionStore) -> None:
+    async with generating(store) as (generator, _):
         with pytest.raises(ValueError, match="16000 Hz and 1 channels, got 24000 Hz and 1"):
             await generator.push_audio(rtc.AudioFrame(bytes(480), 24000, 1, 240))
 
 
-async def test_the_runner_tells_the_agent_what_was_played_and_what_was_cut_off(gateway: Gateway) -> None:
-    gateway.tick_s = 0.4
+async def test_the_runner_reports_what_was_played_and_what_was_cut_off(store: SessionStore) -> None:
     output, room = QueueAudioOutput(sample_rate=RATE_HZ, wait_playback_start=True), Room()
     started: asyncio.Queue[Any] = asyncio.Queue()
     finished: asyncio.Queue[PlaybackFinishedEvent] = asyncio.Queue()
     output.on("playback_started", started.put_nowait)
     output.on("playback_finished", finished.put_nowait)
-    async with generating(gateway) as (generator, options):
+    async with generating(store) as (generator, options):
         runner = AvatarRunner(room, audio_recv=output, video_gen=generator, options=options)  # type: ignore[arg-type]
         await runner.start()
         try:

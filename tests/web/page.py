@@ -1,4 +1,4 @@
-"""The page's server over a stand-in of the gateway, or over a running one."""
+"""The page's server over the stand-in gateway, or over a running one."""
 
 import shlex
 import sys
@@ -6,16 +6,18 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from avatar.client import connect
-from tests.web.gateway import StandIn, standing_in
+from avatar.client import Avatar, connect
+from avatar.store.sessions import SessionStore
+from tests.standin import StandInGateway, standin_gateway
 from web.playout import RATE_HZ
-from web.server import Front, portraits
+from web.server import PageServer, portraits
 from web.text_to_speech import Synthesiser
 
 ASSETS = Path(__file__).parents[2] / "assets"
 MAX_PEERS = 2
-# Speaks like a synthesiser: a second of a tone for whatever it is told.
+# A synthesiser that writes a second of a tone for any text, and fails for "fail".
 TONE = """
 import math, struct, sys, wave
 with wave.open(sys.argv[2], "wb") as file:
@@ -31,19 +33,23 @@ def speech_command() -> str:
 
 @dataclass
 class Page:
-    """A page that is served, and the stand-in behind it, which hears nothing if there is a real gateway."""
+    """A served page, its client, and the stand-in gateway, which is idle if the page uses a running one."""
 
     url: str
-    front: Front
-    gateway: StandIn
+    server: PageServer
+    avatar: Avatar
+    gateway: StandInGateway
 
 
 @asynccontextmanager
-async def serving(target: str | None = None, live_ahead_s: float = 10.0) -> AsyncGenerator[Page, None]:
-    """A page over a gateway: HOST:PORT, or a stand-in that takes so much sound ahead."""
+async def serving(store: SessionStore, target: str | None = None, **settings: Any) -> AsyncGenerator[Page, None]:
+    """Serve a page. target: HOST:PORT of a running gateway. settings: of the stand-in gateway."""
     async with AsyncExitStack() as stack:
-        standing, gateway = await stack.enter_async_context(standing_in(live_ahead_s))
-        avatar = await stack.enter_async_context(connect(target or standing))
+        gateway = await stack.enter_async_context(
+            standin_gateway(store, max_picture_bytes=2 << 20, drain_s=0.0, **settings)
+        )
+        avatar = await stack.enter_async_context(connect(target or gateway.target))
         synthesiser = Synthesiser(speech_command(), RATE_HZ)
-        front = Front(avatar, await avatar.capabilities(), portraits(ASSETS), synthesiser, MAX_PEERS)
-        yield Page(await stack.enter_async_context(front.serving("127.0.0.1", 0)), front, gateway)
+        server = PageServer(avatar, await avatar.capabilities(), portraits(ASSETS), synthesiser, MAX_PEERS)
+        url = await stack.enter_async_context(server.serving("127.0.0.1", 0))
+        yield Page(url, server, avatar, gateway)

@@ -1,18 +1,18 @@
-"""Frames and sound at their places, on a clock that the tests move."""
+"""Frames and audio at their due times, on a clock that the tests move."""
 
 import asyncio
 
 import numpy as np
 
 from avatar.client import Audio, Frame, Item, PlaybackFinished
-from web.playout import MARGIN_S, MAX_WAITING, RATE_HZ, VOICE_SAMPLES, Picture, Playout, Voice
+from web.playout import MARGIN_S, MAX_QUEUED, RATE_HZ, TRACK_SAMPLES, AudioTrack, Playout, VideoTrack
 
 FRAME_S = 0.04
 FRAME_SAMPLES = round(RATE_HZ * FRAME_S)
 
 
 class Clock:
-    """A clock that stands still unless it is moved."""
+    """A clock that moves only when a test moves it."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -30,14 +30,14 @@ def samples(count: int, level: int) -> bytes:
 
 
 def played(playout: Playout, start: int, pieces: int) -> list[int]:
-    """The samples of so many pieces of 20 ms."""
-    data = b"".join(playout.sound(start + i * VOICE_SAMPLES) for i in range(pieces))
+    """The samples of this many pieces of 20 ms."""
+    data = b"".join(playout.audio(start + i * TRACK_SAMPLES) for i in range(pieces))
     return [int(each) for each in np.frombuffer(data, "<i2")]
 
 
-async def test_frames_wait_for_their_time() -> None:
-    clock, told = Clock(), list[Item]()
-    playout = Playout(told.append, clock)
+async def test_frames_wait_until_they_are_due() -> None:
+    clock, items = Clock(), list[Item]()
+    playout = Playout(items.append, clock)
     await playout.put(frame(3))
     await playout.put(frame(4))
     clock.now_s += MARGIN_S
@@ -47,10 +47,10 @@ async def test_frames_wait_for_their_time() -> None:
     assert not waiting.done()
     clock.now_s += FRAME_S
     assert (await waiting)[1].index == 4
-    assert told == [frame(3), frame(4)]
+    assert items == [frame(3), frame(4)]
 
 
-async def test_what_comes_late_moves_picture_and_sound_alike() -> None:
+async def test_a_late_item_delays_video_and_audio_alike() -> None:
     clock = Clock()
     playout = Playout(lambda _: None, clock)
     await playout.put(frame(3))
@@ -65,38 +65,38 @@ async def test_what_comes_late_moves_picture_and_sound_alike() -> None:
     assert played(playout, first, 2) == [7] * FRAME_SAMPLES
 
 
-async def test_sound_is_gapless_over_pieces_and_silent_where_there_is_none() -> None:
+async def test_audio_is_gapless_across_pieces_and_silent_elsewhere() -> None:
     playout = Playout(lambda _: None, Clock())
     await playout.put(Audio(0.0, samples(FRAME_SAMPLES, 1)))
     await playout.put(Audio(FRAME_S, samples(FRAME_SAMPLES, 2)))
     first = round(MARGIN_S * RATE_HZ)
     assert played(playout, 0, 6) == [0] * first + [1] * FRAME_SAMPLES + [2] * FRAME_SAMPLES + [0] * (
-        6 * VOICE_SAMPLES - first - 2 * FRAME_SAMPLES
+        6 * TRACK_SAMPLES - first - 2 * FRAME_SAMPLES
     )
 
 
-async def test_sound_that_nobody_fetched_in_time_is_skipped() -> None:
+async def test_overdue_audio_is_skipped() -> None:
     playout = Playout(lambda _: None, Clock())
     await playout.put(Audio(0.0, samples(FRAME_SAMPLES, 1) + samples(FRAME_SAMPLES, 2)))
     assert played(playout, round(MARGIN_S * RATE_HZ) + FRAME_SAMPLES, 2) == [2] * FRAME_SAMPLES
 
 
-async def test_dropping_shows_what_comes_next_when_it_comes() -> None:
-    clock, told = Clock(), list[Item]()
-    playout = Playout(told.append, clock)
+async def test_after_a_drop_the_next_item_is_due_at_once() -> None:
+    clock, items = Clock(), list[Item]()
+    playout = Playout(items.append, clock)
     finished = PlaybackFinished(0, 0.0, 0, 0.1, True, 9)
     for item in (Audio(3 * FRAME_S, samples(FRAME_SAMPLES, 5)), frame(3), frame(4), finished):
         await playout.put(item)
     playout.drop()
     clock.now_s += MARGIN_S
-    assert told == [finished]
-    assert played(playout, 0, 5) == [0] * 5 * VOICE_SAMPLES
+    assert items == [finished]
+    assert played(playout, 0, 5) == [0] * 5 * TRACK_SAMPLES
     await playout.put(frame(20))
     clock.now_s += MARGIN_S
     assert (await playout.next_frame())[1].index == 20
 
 
-async def test_a_browser_that_takes_nothing_holds_the_reader_back() -> None:
+async def test_a_browser_that_reads_nothing_blocks_the_reader() -> None:
     clock = Clock()
     playout = Playout(lambda _: None, clock)
 
@@ -108,18 +108,18 @@ async def test_a_browser_that_takes_nothing_holds_the_reader_back() -> None:
     await asyncio.sleep(0.01)
     assert not filling.done()
     clock.now_s += 10
-    for _ in range(MAX_WAITING):
+    for _ in range(MAX_QUEUED):
         await playout.next_frame()
     async with asyncio.timeout(5):
         await filling
 
 
-async def test_tracks_are_stamped_with_one_clock() -> None:
+async def test_tracks_share_one_clock() -> None:
     playout = Playout(lambda _: None)
-    picture, voice = Picture(playout, 2, 2), Voice(playout)
-    await voice.recv()
+    video, audio = VideoTrack(playout, 2, 2), AudioTrack(playout)
+    await audio.recv()
     await playout.put(frame(3))
-    shown, heard = await picture.recv(), await voice.recv()
+    shown, heard = await video.recv(), await audio.recv()
     assert shown.time is not None
     assert heard.time is not None
     assert abs(shown.time - heard.time) < 0.1

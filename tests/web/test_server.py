@@ -1,4 +1,4 @@
-"""The page's HTTP, and a conversation with a peer that is no browser."""
+"""The page's HTTP server, and sessions with a WebRTC peer in place of a browser."""
 
 import asyncio
 import io
@@ -14,6 +14,7 @@ import pytest
 from aiortc import MediaStreamTrack, RTCDataChannel, RTCPeerConnection, RTCSessionDescription
 from av import AudioFrame, VideoFrame
 
+from avatar.store.sessions import SessionStore
 from tests.web.page import ASSETS, MAX_PEERS, Page, serving
 from web.playout import RATE_HZ
 
@@ -49,21 +50,21 @@ async def until(state: Callable[[], object], seconds: float = 10) -> None:
 
 @dataclass
 class Peer:
-    """What a browser is to us."""
+    """A WebRTC peer that acts like the browser page."""
 
     connection: RTCPeerConnection
     channel: RTCDataChannel
     tracks: dict[str, MediaStreamTrack] = field(default_factory=dict)
-    told: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
 
     def command(self, kind: str, **fields: Any) -> None:
         self.channel.send(json.dumps({"type": kind, **fields}))
 
-    def heard(self, kind: str) -> list[dict[str, Any]]:
-        return [item for item in self.told if item["type"] == kind]
+    def received(self, kind: str) -> list[dict[str, Any]]:
+        return [item for item in self.messages if item["type"] == kind]
 
     def is_in(self, state: str) -> bool:
-        return bool(states := self.heard("state")) and states[-1]["state"] == state
+        return bool(states := self.received("state")) and states[-1]["state"] == state
 
 
 @asynccontextmanager
@@ -71,7 +72,7 @@ async def connected(page: Page, **fields: Any) -> AsyncGenerator[Peer, None]:
     connection = RTCPeerConnection()
     peer = Peer(connection, connection.createDataChannel("avatar"))
     connection.on("track", lambda track: peer.tracks.update({track.kind: track}))
-    peer.channel.on("message", lambda message: peer.told.append(json.loads(message)))
+    peer.channel.on("message", lambda message: peer.messages.append(json.loads(message)))
     connection.addTransceiver("audio", "recvonly")
     connection.addTransceiver("video", "recvonly")
     await connection.setLocalDescription(await connection.createOffer())
@@ -85,24 +86,21 @@ async def connected(page: Page, **fields: Any) -> AsyncGenerator[Peer, None]:
         await connection.close()
 
 
-async def test_the_page_is_files_that_need_nothing_from_elsewhere() -> None:
-    async with serving() as page:
-        for path in ("/", "/page.css", "/page.js", "/portraits/2"):
-            status, headers, body = await get(page.url + path)
-            assert status == 200
-            assert headers["Content-Security-Policy"].startswith("default-src 'self'")
-            assert b"https://" not in body or path.startswith("/portraits")
+async def test_the_page_loads_nothing_from_other_sites(page: Page) -> None:
+    for path in ("/", "/page.css", "/page.js", "/portraits/2"):
+        status, headers, body = await get(page.url + path)
+        assert status == 200
+        assert headers["Content-Security-Policy"].startswith("default-src 'self'")
+        assert b"https://" not in body or path.startswith("/portraits")
 
 
-async def test_only_portraits_that_ship_are_served() -> None:
-    async with serving() as page:
-        for name in ("nobody", "..%2Fspeech.wav", "%2e%2e%2f%2e%2e%2fREADME.md", "portrait.png"):
-            assert (await get(f"{page.url}/portraits/{name}"))[0] == 404
+async def test_only_the_repositorys_portraits_are_served(page: Page) -> None:
+    for name in ("nobody", "..%2Fspeech.wav", "%2e%2e%2f%2e%2e%2fREADME.md", "portrait.png"):
+        assert (await get(f"{page.url}/portraits/{name}"))[0] == 404
 
 
-async def test_the_page_is_told_the_gateways_limits() -> None:
-    async with serving() as page:
-        about = json.loads((await get(f"{page.url}/about"))[2])
+async def test_the_page_receives_the_gateways_limits(page: Page) -> None:
+    about = json.loads((await get(f"{page.url}/about"))[2])
     assert (about["max_picture_bytes"], about["portraits"][0], about["max_text"]) == (2 << 20, "portrait", 500)
 
 
@@ -115,54 +113,48 @@ async def test_the_page_is_told_the_gateways_limits() -> None:
         {"sdp": "no offer", "portrait": "portrait"},
     ],
 )
-async def test_an_offer_that_cannot_be_answered_is_refused_in_words(fields: dict[str, Any]) -> None:
-    async with serving() as page:
-        status, answer = await offer(page, fields)
-        assert status == 400
-        assert answer["error"]
-        assert page.front.num_peers == 0
+async def test_an_invalid_offer_is_refused_with_a_reason(page: Page, fields: dict[str, Any]) -> None:
+    status, answer = await offer(page, fields)
+    assert status == 400
+    assert answer["error"]
+    assert page.server.num_peers == 0
 
 
-async def test_a_picture_over_the_gateways_limit_is_refused() -> None:
-    async with serving() as page:
-        status, answer = await offer(page, {"sdp": "v=0", "picture": bytes(3 << 20)})
-        assert (status, page.front.num_peers) == (413, 0)
-        assert "at most 2 MB" in answer["error"]
+async def test_a_picture_over_the_gateways_limit_is_refused(page: Page) -> None:
+    status, answer = await offer(page, {"sdp": "v=0", "picture": bytes(3 << 20)})
+    assert (status, page.server.num_peers) == (413, 0)
+    assert "at most 2 MB" in answer["error"]
 
 
-async def test_what_the_gateway_says_of_a_picture_reaches_the_page() -> None:
-    async with serving() as page:
-        page.gateway.failure = "this is no picture"
-        status, answer = await offer(page, {"sdp": "v=0", "picture": b"not a picture"})
+async def test_the_gateways_refusal_of_a_picture_reaches_the_page(page: Page) -> None:
+    page.gateway.vae.refusal = "this is no picture"
+    status, answer = await offer(page, {"sdp": "v=0", "picture": b"not a picture"})
     assert 400 <= status < 600
     assert "no picture" in answer["error"]
 
 
-async def test_another_site_cannot_start_a_conversation() -> None:
-    async with serving() as page:
-        assert (await offer(page, {"sdp": "v=0", "portrait": "portrait"}, Origin="https://elsewhere"))[0] == 403
+async def test_another_site_cannot_start_a_session(page: Page) -> None:
+    assert (await offer(page, {"sdp": "v=0", "portrait": "portrait"}, Origin="https://elsewhere"))[0] == 403
 
 
-async def test_an_uploaded_picture_is_the_one_that_the_gateway_gets() -> None:
-    async with serving() as page:
-        async with connected(page, picture=PICTURE):
-            pass
-        assert page.gateway.pictures == [PICTURE]
+async def test_an_uploaded_picture_reaches_the_gateway(page: Page) -> None:
+    async with connected(page, picture=PICTURE):
+        pass
+    assert page.gateway.vae.pictures == [PICTURE]
 
 
-async def test_places_are_bounded_and_free_again_when_a_browser_leaves() -> None:
-    async with serving() as page:
+async def test_sessions_are_bounded_and_free_again_when_a_browser_leaves(page: Page) -> None:
+    async with connected(page):
         async with connected(page):
-            async with connected(page):
-                status, answer = await offer(page, {"sdp": "v=0", "portrait": "portrait"})
-                assert status == 503
-                assert f"All {MAX_PEERS} places are taken" in answer["error"]
-            await until(lambda: page.front.num_peers == 1)
-        await until(lambda: page.front.num_peers == 0 and page.gateway.num_open == 0)
+            status, answer = await offer(page, {"sdp": "v=0", "portrait": "portrait"})
+            assert status == 503
+            assert f"All {MAX_PEERS} sessions are in use" in answer["error"]
+        await until(lambda: page.server.num_peers == 1)
+    await until(lambda: page.server.num_peers == 0 and page.gateway.num_streams == 0)
 
 
-async def test_a_clip_is_spoken_seen_and_heard() -> None:
-    async with serving() as page, connected(page) as peer:
+async def test_a_clip_is_spoken_with_video_and_audio(page: Page) -> None:
+    async with connected(page) as peer:
         await until(lambda: peer.is_in("idle"))
         for start in range(0, len(TONE), 16000):
             peer.channel.send(TONE[start : start + 16000])
@@ -171,57 +163,57 @@ async def test_a_clip_is_spoken_seen_and_heard() -> None:
         loudest = 0
         async with asyncio.timeout(10):
             while loudest < 2000:
-                sound = await peer.tracks["audio"].recv()
-                assert isinstance(sound, AudioFrame)
-                loudest = int(np.abs(sound.to_ndarray()).max())
+                audio = await peer.tracks["audio"].recv()
+                assert isinstance(audio, AudioFrame)
+                loudest = int(np.abs(audio.to_ndarray()).max())
         frame = await peer.tracks["video"].recv()
         await until(lambda: peer.is_in("idle"))
-        assert page.gateway.received == TONE
+        assert TONE in page.gateway.audio.received
         assert isinstance(frame, VideoFrame)
-        assert (frame.width, frame.height) == (128, 128)
-        assert 0 < peer.heard("reaction")[0]["seconds"] < 5
+        assert (frame.width, frame.height) == (64, 64)
+        assert 0 < peer.received("reaction")[0]["seconds"] < 5
 
 
-async def test_typed_text_is_spoken_by_the_configured_command() -> None:
-    async with serving() as page, connected(page) as peer:
+async def test_typed_text_is_spoken_by_the_configured_command(page: Page) -> None:
+    async with connected(page) as peer:
         peer.command("text", text="good morning")
         await until(lambda: peer.is_in("speaking"))
-        assert len(page.gateway.received) == pytest.approx(2 * RATE_HZ, rel=0.01)
+        await until(lambda: peer.is_in("idle"))
+        assert len(page.gateway.audio.received.strip(b"\0")) == pytest.approx(2 * RATE_HZ, rel=0.01)
 
 
-async def test_a_text_that_cannot_be_spoken_is_told() -> None:
-    async with serving() as page, connected(page) as peer:
+async def test_a_failed_synthesis_is_reported(page: Page) -> None:
+    async with connected(page) as peer:
         peer.command("text", text="fail")
-        await until(lambda: peer.heard("notice"))
-        assert "status 1" in peer.heard("notice")[0]["text"]
+        await until(lambda: peer.received("notice"))
+        assert "status 1" in peer.received("notice")[0]["text"]
 
 
-async def test_an_interrupt_silences_what_waits() -> None:
-    async with serving() as page, connected(page) as peer:
+async def test_an_interrupt_drops_pending_speech(page: Page) -> None:
+    async with connected(page) as peer:
         for _ in range(12):
             peer.channel.send(TONE)
         await until(lambda: peer.is_in("speaking") and not peer.channel.bufferedAmount)
         peer.command("interrupt")
         await until(lambda: peer.is_in("idle"), 3)
-        told = peer.heard("interrupted")
-        assert page.gateway.num_interrupts == 1
-        assert told[0]["was_speaking"]
-        assert 0 < told[0]["position_s"] < 12
-        assert {"type": "state", "state": "interrupted"} in peer.told
+        (interrupted,) = peer.received("interrupted")
+        assert interrupted["was_speaking"]
+        assert 0 < interrupted["position_s"] < 12
+        assert {"type": "state", "state": "interrupted"} in peer.messages
 
 
-async def test_sound_that_waits_is_bounded_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("web.browser_session.MAX_WAITING_S", 1.0)
-    async with serving(live_ahead_s=1.0) as page, connected(page) as peer:
+async def test_pending_speech_is_bounded_with_a_notice(store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("web.browser_session.MAX_PENDING_S", 1.0)
+    async with serving(store, live_ahead_s=1.0) as page, connected(page) as peer:
         for _ in range(8):
             peer.channel.send(TONE)
-        await until(lambda: peer.heard("notice"), 30)
-        assert "Only 1 seconds" in peer.heard("notice")[0]["text"]
+        await until(lambda: peer.received("notice"), 30)
+        assert "Only 1 seconds" in peer.received("notice")[0]["text"]
 
 
-async def test_nonsense_from_a_browser_harms_nothing() -> None:
-    async with serving() as page, connected(page) as peer:
+async def test_invalid_messages_from_a_browser_are_harmless(page: Page) -> None:
+    async with connected(page) as peer:
         for message in ("{", "[]", '"text"', '{"type": 5}', b"\x01"):
             peer.channel.send(message)
         peer.command("interrupt")
-        await until(lambda: peer.heard("interrupted"))
+        await until(lambda: peer.received("interrupted"))

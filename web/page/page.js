@@ -1,41 +1,41 @@
-// The page: chooses a face, connects by WebRTC, sends sound, and shows what comes back.
-// Control messages go over a data channel; web/browser_session.py lists them.
+// The page: selects a portrait, connects by WebRTC, sends audio, and plays the returned video.
+// Control messages use a data channel; web/browser_session.py lists them.
 
 const byId = (id) => document.getElementById(id);
 const screen = byId("screen"), video = byId("video"), still = byId("still"), message = byId("message");
 const STATES = {
   off: "Not connected", connecting: "Connecting …", idle: "Listening", speaking: "Speaking", interrupted: "Interrupted",
 };
-const PIECE_BYTES = 16000; // of a data channel's message
-const MAX_BUFFERED_BYTES = 48000; // a second of sound; an interrupt has to wait for it
-const FIGURES_MS = 1000;
+const PIECE_BYTES = 16000; // per message of the data channel
+const MAX_BUFFERED_BYTES = 48000; // a second of audio; an interrupt waits behind it
+const METRICS_MS = 1000;
 const MAX_EVENTS = 50;
 
 const about = await (await fetch("/about")).json();
-let conversation = null; // {peer, channel, sender, microphone, started}, while there is one
-let sending = 0; // counts what is sent, so that an interrupt ends a clip that is under way
+let session = null; // {peer, channel, sender, microphone}, while connected
+let sendNumber = 0; // changes with each clip and interrupt, which ends a clip that is being sent
 
-// --- who speaks ---------------------------------------------------------------------------------------------------
+// --- portrait -----------------------------------------------------------------------------------------------------
 
 function addPortraits() {
   byId("portraits").append(...about.portraits.map((name, i) => {
     const label = document.createElement("label");
     const input = Object.assign(document.createElement("input"), { type: "radio", name: "portrait", value: name, checked: i === 0 });
     const image = Object.assign(document.createElement("img"), { src: `/portraits/${name}`, alt: `Person ${i + 1}` });
-    input.addEventListener("change", () => choose(image.src));
+    input.addEventListener("change", () => choosePortrait(image.src));
     label.append(input, image);
     return label;
   }));
-  choose(`/portraits/${about.portraits[0]}`);
+  choosePortrait(`/portraits/${about.portraits[0]}`);
 }
 
-function choose(source) {
+function choosePortrait(source) {
   byId("picture").value = "";
   byId("picture-name").textContent = "Upload a picture …";
-  show(source);
+  showStill(source);
 }
 
-function show(source) {
+function showStill(source) {
   if (still.src.startsWith("blob:")) URL.revokeObjectURL(still.src);
   still.src = source;
   still.hidden = false;
@@ -46,53 +46,53 @@ byId("picture").addEventListener("change", () => {
   if (!file) return;
   if (file.size > about.max_picture_bytes) {
     byId("picture").value = "";
-    say(`This picture is too large: at most ${about.max_picture_bytes >> 20} MB are taken.`);
+    showMessage(`This picture is too large: at most ${about.max_picture_bytes >> 20} MB are accepted.`);
     return;
   }
   document.querySelectorAll("[name=portrait]").forEach((each) => { each.checked = false; });
   byId("picture-name").textContent = file.name;
-  show(URL.createObjectURL(file));
+  showStill(URL.createObjectURL(file));
 });
 
 // --- the connection -----------------------------------------------------------------------------------------------
 
-byId("connect").addEventListener("click", () => (conversation ? leave() : connect()));
+byId("connect").addEventListener("click", () => (session ? disconnect() : connect()));
 
 async function connect() {
-  say("");
+  showMessage("");
   const peer = new RTCPeerConnection();
   const channel = peer.createDataChannel("avatar");
   channel.binaryType = "arraybuffer";
   channel.bufferedAmountLowThreshold = MAX_BUFFERED_BYTES / 3;
   const sender = peer.addTransceiver("audio", { direction: "sendrecv" }).sender;
   peer.addTransceiver("video", { direction: "recvonly" });
-  const mine = conversation = { peer, channel, sender, microphone: null };
-  enter("connecting");
+  const own = session = { peer, channel, sender, microphone: null };
+  setState("connecting");
   peer.addEventListener("track", ({ streams, track }) => { video.srcObject = streams[0] ?? new MediaStream([track]); });
   peer.addEventListener("connectionstatechange", () => {
-    if (peer.connectionState === "failed") leave("The connection was lost.");
+    if (peer.connectionState === "failed") disconnect("The connection was lost.");
   });
-  channel.addEventListener("open", () => { byId("says").disabled = false; note("Connected"); });
-  channel.addEventListener("message", ({ data }) => conversation === mine && told(JSON.parse(data)));
-  channel.addEventListener("close", () => conversation === mine && leave("The conversation has ended."));
+  channel.addEventListener("open", () => { byId("speech-panel").disabled = false; logEvent("Connected"); });
+  channel.addEventListener("message", ({ data }) => session === own && handle(JSON.parse(data)));
+  channel.addEventListener("close", () => session === own && disconnect("The session has ended."));
   try {
     await peer.setLocalDescription(await peer.createOffer());
-    await gathered(peer);
+    await iceGathered(peer);
     const answer = await offer(peer.localDescription.sdp);
     await peer.setRemoteDescription({ type: "answer", sdp: answer.sdp });
-    if (answer.notice) say(answer.notice);
+    if (answer.notice) showMessage(answer.notice);
     byId("promise").textContent = answer.reaction_s ? `${answer.reaction_s.toFixed(2)} s` : "–";
   } catch (error) {
-    if (conversation === mine) leave(error.message);
+    if (session === own) disconnect(error.message);
   }
 }
 
-function gathered(peer) {
+function iceGathered(peer) {
   return new Promise((done) => {
-    const look = () => peer.iceGatheringState === "complete" && done();
-    peer.addEventListener("icegatheringstatechange", look);
-    setTimeout(done, 2000); // what has been gathered by then must do
-    look();
+    const check = () => peer.iceGatheringState === "complete" && done();
+    peer.addEventListener("icegatheringstatechange", check);
+    setTimeout(done, 2000); // continue with the candidates gathered by then
+    check();
   });
 }
 
@@ -104,53 +104,53 @@ async function offer(sdp) {
   else form.set("portrait", document.querySelector("[name=portrait]:checked").value);
   const response = await fetch("/offer", { method: "POST", body: form });
   const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(answer.error ?? "The server does not answer.");
+  if (!response.ok) throw new Error(answer.error ?? "The server did not answer.");
   return answer;
 }
 
-function leave(why = "") {
-  const { peer, microphone } = conversation;
-  conversation = null;
-  sending += 1;
+function disconnect(reason = "") {
+  const { peer, microphone } = session;
+  session = null;
+  sendNumber += 1;
   microphone?.stop();
   peer.close();
   video.srcObject = null;
-  byId("says").disabled = true;
+  byId("speech-panel").disabled = true;
   for (const id of ["reaction", "promise", "rate", "network"]) byId(id).textContent = "–";
-  enter("off");
-  note(why || "Left");
-  say(why);
+  setState("off");
+  logEvent(reason || "Disconnected");
+  showMessage(reason);
 }
 
-addEventListener("pagehide", () => conversation?.peer.close());
+addEventListener("pagehide", () => session?.peer.close());
 
-// --- what the server tells ----------------------------------------------------------------------------------------
+// --- messages from the server -------------------------------------------------------------------------------------
 
-function told(item) {
+function handle(item) {
   switch (item.type) {
     case "state":
-      enter(item.state);
-      note(STATES[item.state]);
-      if (item.state === "idle") say("");
+      setState(item.state);
+      logEvent(STATES[item.state]);
+      if (item.state === "idle") showMessage("");
       break;
     case "reaction":
       byId("reaction").textContent = `${item.seconds.toFixed(2)} s`;
-      note(`Answered after ${item.seconds.toFixed(2)} s`);
+      logEvent(`Reaction after ${item.seconds.toFixed(2)} s`);
       break;
     case "interrupted":
-      note(item.was_speaking ? `Interrupted after ${item.position_s.toFixed(1)} s` : "Nobody was speaking");
+      logEvent(item.was_speaking ? `Interrupted after ${item.position_s.toFixed(1)} s` : "Nobody was speaking");
       break;
     case "notice":
-      say(item.text);
-      note(item.text);
+      showMessage(item.text);
+      logEvent(item.text);
       break;
     case "ended":
-      leave(item.text);
+      disconnect(item.text);
       break;
   }
 }
 
-function enter(state) {
+function setState(state) {
   screen.dataset.state = state;
   byId("state").textContent = STATES[state];
   const isOn = state !== "off";
@@ -158,14 +158,14 @@ function enter(state) {
   byId("connect").textContent = isOn ? "Leave" : "Start";
   byId("connect").classList.toggle("primary", !isOn);
   byId("interrupt").disabled = !isOn || state === "connecting";
-  byId("faces").disabled = isOn;
+  byId("portrait-panel").disabled = isOn;
 }
 
-function say(text) {
+function showMessage(text) {
   message.textContent = text;
 }
 
-function note(text) {
+function logEvent(text) {
   const item = document.createElement("li");
   const time = document.createElement("time");
   time.textContent = new Date().toLocaleTimeString([], { hour12: false });
@@ -174,57 +174,57 @@ function note(text) {
   while (byId("events").children.length > MAX_EVENTS) byId("events").lastChild.remove();
 }
 
-const command = (type, fields = {}) => conversation?.channel.send(JSON.stringify({ type, ...fields }));
+const command = (type, fields = {}) => session?.channel.send(JSON.stringify({ type, ...fields }));
 
-// --- what is said -------------------------------------------------------------------------------------------------
+// --- speech -------------------------------------------------------------------------------------------------------
 
-byId("microphone").addEventListener("click", () => (conversation.microphone ? stopListening() : listen()));
+byId("microphone").addEventListener("click", () => (session.microphone ? stopMicrophone() : startMicrophone()));
 
-async function listen() {
-  const mine = conversation;
+async function startMicrophone() {
+  const own = session;
   try {
     const stream = await navigator.mediaDevices.getUserMedia({ audio: { echoCancellation: true, noiseSuppression: true } });
     const [track] = stream.getAudioTracks();
-    if (conversation !== mine) return track.stop();
-    await mine.sender.replaceTrack(track);
+    if (session !== own) return track.stop();
+    await own.sender.replaceTrack(track);
     const context = new AudioContext();
     const analyser = context.createAnalyser();
     context.createMediaStreamSource(stream).connect(analyser);
-    mine.microphone = { stop: () => { track.stop(); context.close(); heard(false); } };
-    track.addEventListener("ended", () => mine.microphone && stopListening());
-    heard(true);
+    own.microphone = { stop: () => { track.stop(); context.close(); showMicrophone(false); } };
+    track.addEventListener("ended", () => own.microphone && stopMicrophone());
+    showMicrophone(true);
     command("microphone", { is_on: true });
-    meter(analyser, mine);
+    meter(analyser, own);
   } catch (error) {
-    say(error.name === "NotAllowedError" ? "The browser does not allow the microphone." : `No microphone: ${error.message}`);
+    showMessage(error.name === "NotAllowedError" ? "The browser does not allow the microphone." : `The microphone cannot be used: ${error.message}`);
   }
   return undefined;
 }
 
-function stopListening() {
-  const { microphone, sender } = conversation;
+function stopMicrophone() {
+  const { microphone, sender } = session;
   if (!microphone) return;
-  conversation.microphone = null;
+  session.microphone = null;
   command("microphone", { is_on: false });
   microphone.stop();
   sender.replaceTrack(null);
 }
 
-function heard(isOn) {
+function showMicrophone(isOn) {
   byId("microphone").setAttribute("aria-pressed", String(isOn));
   byId("microphone").textContent = isOn ? "Stop the microphone" : "Speak into the microphone";
   byId("level").value = 0;
 }
 
-function meter(analyser, mine) {
+function meter(analyser, own) {
   const samples = new Float32Array(analyser.fftSize);
-  const look = () => {
-    if (!mine.microphone || conversation !== mine) return;
+  const check = () => {
+    if (!own.microphone || session !== own) return;
     analyser.getFloatTimeDomainData(samples);
     byId("level").value = Math.min(1, 4 * Math.sqrt(samples.reduce((sum, each) => sum + each * each, 0) / samples.length));
-    requestAnimationFrame(look);
+    requestAnimationFrame(check);
   };
-  look();
+  check();
 }
 
 byId("clip").addEventListener("change", () => {
@@ -237,39 +237,39 @@ for (const [type, isOver] of [["dragenter", true], ["dragover", true], ["draglea
   byId("drop").addEventListener(type, (event) => {
     event.preventDefault();
     byId("drop").classList.toggle("over", isOver);
-    if (type === "drop" && conversation && event.dataTransfer.files.length) speak(event.dataTransfer.files[0]);
+    if (type === "drop" && session && event.dataTransfer.files.length) speak(event.dataTransfer.files[0]);
   });
 }
 
 async function speak(file) {
-  stopListening();
-  const mine = ++sending;
+  stopMicrophone();
+  const number = ++sendNumber;
   let samples;
   try {
     samples = await decode(file);
   } catch {
-    say(`${file.name} is no sound that this browser can read.`);
+    showMessage(`${file.name} is no audio file that this browser can read.`);
     return;
   }
-  note(`Speaking ${file.name}, ${(samples.length / about.rate_hz).toFixed(1)} s`);
+  logEvent(`Speaking ${file.name}, ${(samples.length / about.rate_hz).toFixed(1)} s`);
   const bytes = pcm16(samples);
-  for (let start = 0; start < bytes.byteLength && sending === mine; start += PIECE_BYTES) {
-    const { channel } = conversation;
+  for (let start = 0; start < bytes.byteLength && sendNumber === number; start += PIECE_BYTES) {
+    const { channel } = session;
     if (channel.bufferedAmount > MAX_BUFFERED_BYTES) {
       await new Promise((done) => channel.addEventListener("bufferedamountlow", done, { once: true }));
     }
-    if (sending === mine) channel.send(bytes.slice(start, start + PIECE_BYTES));
+    if (sendNumber === number) channel.send(bytes.slice(start, start + PIECE_BYTES));
   }
-  if (sending === mine) command("end_turn");
+  if (sendNumber === number) command("end_turn");
 }
 
-// A file of any rate and number of channels as mono samples at the rate that the server takes.
+// Returns a file's audio as mono samples at the server's rate.
 async function decode(file) {
-  const sound = await new OfflineAudioContext(1, 1, about.rate_hz).decodeAudioData(await file.arrayBuffer());
-  const length = Math.min(sound.length, about.max_clip_s * about.rate_hz);
-  if (length < sound.length) say(`Only the first ${about.max_clip_s} seconds of ${file.name} are spoken.`);
+  const audio = await new OfflineAudioContext(1, 1, about.rate_hz).decodeAudioData(await file.arrayBuffer());
+  const length = Math.min(audio.length, about.max_clip_s * about.rate_hz);
+  if (length < audio.length) showMessage(`Only the first ${about.max_clip_s} seconds of ${file.name} are spoken.`);
   const context = new OfflineAudioContext(1, length, about.rate_hz);
-  const source = new AudioBufferSourceNode(context, { buffer: sound });
+  const source = new AudioBufferSourceNode(context, { buffer: audio });
   source.connect(context.destination);
   source.start();
   return (await context.startRendering()).getChannelData(0);
@@ -285,16 +285,16 @@ byId("text-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = byId("text").value.trim();
   if (!text) return;
-  stopListening();
-  note(`Saying “${text}”`);
+  stopMicrophone();
+  logEvent(`Saying “${text}”`);
   command("text", { text });
   byId("text").value = "";
 });
 
 function interrupt() {
   if (byId("interrupt").disabled) return;
-  sending += 1;
-  stopListening();
+  sendNumber += 1;
+  stopMicrophone();
   command("interrupt");
 }
 
@@ -302,7 +302,7 @@ byId("interrupt").addEventListener("click", interrupt);
 addEventListener("keydown", (event) => event.key === "Escape" && interrupt());
 byId("volume").addEventListener("input", () => { video.volume = byId("volume").value / 100; });
 
-// --- figures ------------------------------------------------------------------------------------------------------
+// --- measurements -------------------------------------------------------------------------------------------------
 
 let shown = 0;
 if ("requestVideoFrameCallback" in video) {
@@ -315,14 +315,14 @@ setInterval(async () => {
   const now = performance.now();
   const rate = (1000 * (shown - counted.shown)) / (now - counted.at);
   counted = { shown, at: now };
-  if (!conversation || conversation.peer.connectionState !== "connected") return;
+  if (!session || session.peer.connectionState !== "connected") return;
   byId("rate").textContent = `${rate.toFixed(0)} / s`;
-  const stats = [...(await conversation.peer.getStats()).values()];
+  const stats = [...(await session.peer.getStats()).values()];
   const pair = stats.find((each) => each.type === "candidate-pair" && each.nominated);
   if (pair?.currentRoundTripTime !== undefined) {
     byId("network").textContent = `${(pair.currentRoundTripTime * 1000).toFixed(0)} ms`;
   }
-}, FIGURES_MS);
+}, METRICS_MS);
 
 addPortraits();
 byId("text-form").hidden = !about.max_text;

@@ -1,0 +1,50 @@
+"""The client's handling of responses that a gateway does not send on demand."""
+
+import pytest
+
+from avatar.client import Frame, Item, Notice, NoticeKind, connect
+from avatar.errors import ResumeImpossible, SessionBusy
+from avatar.v1 import avatar_service_pb2 as pb
+from tests.client.scripted import CLOSED, Call, frames, notice, scripted
+
+
+async def items_of(*calls: Call) -> list[Item]:
+    """All items of a stream over a gateway with this script."""
+    async with scripted(*calls) as (target, _), connect(target) as avatar:
+        session = await avatar.create(b"face")
+        async with session.stream(live=True) as stream:
+            return [item async for item in stream]
+
+
+async def test_notices_are_typed_and_unknown_ones_are_harmless() -> None:
+    going_away = notice(0, kind=pb.Notice.KIND_GOING_AWAY, message="bye", within_s=3.5)
+    assert await items_of([going_away, notice(1, kind=99), CLOSED]) == [
+        Notice(0, 0.0, NoticeKind.GOING_AWAY, "bye", 3.5, 0),
+        Notice(1, 0.0, NoticeKind.UNKNOWN, "", 0.0, 0),
+    ]
+
+
+async def test_an_event_of_an_unknown_kind_is_skipped() -> None:
+    unknown = pb.StreamAvatarResponse(event=pb.AvatarEvent(number=0))
+    assert await items_of([unknown, CLOSED]) == []
+
+
+async def test_a_gateway_that_has_not_noticed_the_break_is_asked_again() -> None:
+    busy = SessionBusy("another stream is open")
+    items = await items_of(frames(3, 4, 5), busy, busy, [*frames(5, 6), CLOSED])
+    assert [item.index for item in items if isinstance(item, Frame)] == [3, 4, 5, 6]
+
+
+async def test_frames_that_are_no_longer_kept_end_the_stream() -> None:
+    with pytest.raises(ResumeImpossible):
+        await items_of(frames(3), ResumeImpossible("those frames are no longer kept"))
+
+
+async def test_token_prompt_and_notice_are_passed_on() -> None:
+    async with scripted() as (target, gateway), connect(target, token="secret") as avatar:
+        await avatar.capabilities()
+        session = await avatar.create(b"face")
+        assert session.notice == "not a face"
+        assert await session.update(prompt="smiling") == 7
+    assert session.info.prompt == "smiling"
+    assert gateway.metadata["authorization"] == "Bearer secret"

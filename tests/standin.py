@@ -1,0 +1,112 @@
+"""The real gateway over stand-in workers, all in this process: real time and the real contract, without models."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from avatar.client import connect
+from avatar.errors import InvalidField, StageLost
+from avatar.rpc.server import Context, Servicer, serving
+from avatar.runtime.device_queue import DeviceQueue
+from avatar.settings import GatewaySettings
+from avatar.store.sessions import SessionStore
+from avatar.worker.v1 import audio_pb2, vae_pb2
+from benchmarks.standin.content import NUM_LEVELS
+from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
+from benchmarks.standin.step import Step
+from services.local.suite import gateway
+
+STEP_S = 0.002
+READY_S = 10.0
+
+
+class RecordingAudio(AudioServicer):
+    """Records session ids and the audio of all blocks, including the silence that the gateway inserts."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage)
+        self.received = bytearray()
+        self.sessions: list[str] = []
+
+    async def Encode(
+        self, requests: AsyncIterator[audio_pb2.EncodeRequest], context: Context
+    ) -> AsyncGenerator[audio_pb2.EncodeResponse, None]:
+        async def recorded() -> AsyncGenerator[audio_pb2.EncodeRequest, None]:
+            async for request in requests:
+                self.received += request.piece.data
+                if request.HasField("open"):
+                    self.sessions.append(request.open.session_id)
+                yield request
+
+        async for response in super().Encode(recorded(), context):
+            yield response
+
+
+class RecordingVae(VaeServicer):
+    """Records pictures, or refuses them with `refusal` if it is set."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage)
+        self.pictures: list[bytes] = []
+        self.refusal = ""
+
+    async def EncodeReference(
+        self, request: vae_pb2.EncodeReferenceRequest, context: Context
+    ) -> vae_pb2.EncodeReferenceResponse:
+        if self.refusal:
+            raise InvalidField.at("picture", self.refusal)
+        self.pictures.append(request.picture)
+        return await super().EncodeReference(request, context)
+
+
+@dataclass
+class StandInGateway:
+    """A gateway's HOST:PORT, and two of its workers."""
+
+    target: str
+    audio: RecordingAudio
+    vae: RecordingVae
+
+    @property
+    def num_streams(self) -> int:
+        """Streams that are open at the workers."""
+        return self.vae._stage.admission.active
+
+
+@asynccontextmanager
+async def standin_gateway(store: SessionStore, **settings: Any) -> AsyncGenerator[StandInGateway, None]:
+    """Run the gateway and its workers while the body runs. settings: of the gateway."""
+    async with AsyncExitStack() as stack:
+        queue = stack.enter_context(DeviceQueue())
+
+        async def serve(servicer: Servicer) -> str:
+            return f"127.0.0.1:{await stack.enter_async_context(serving('127.0.0.1:0', servicer))}"
+
+        def stage(name: str) -> Stage:
+            return Stage(name, Step(STEP_S), queue, limit=16, history_blocks=3)
+
+        audio, vae = RecordingAudio(stage("audio")), RecordingVae(stage("vae"))
+        levels = [DenoiserServicer(stage("denoiser"), level) for level in range(NUM_LEVELS)]
+        given = GatewaySettings(
+            listen="127.0.0.1:0",
+            audio=(await serve(audio),),
+            denoisers=tuple([await serve(level) for level in levels]),
+            vae=(await serve(vae),),
+            **settings,
+        )
+        target = await stack.enter_async_context(gateway(store, given))
+        await _until_ready(target)
+        yield StandInGateway(target, audio, vae)
+
+
+async def _until_ready(target: str) -> None:
+    """Wait until the gateway has found all its workers."""
+    async with connect(target) as avatar, asyncio.timeout(READY_S):
+        while True:
+            try:
+                await avatar.capabilities()
+                return
+            except StageLost:
+                await asyncio.sleep(0.01)
