@@ -1,1 +1,1 @@
-"""The client as what voice-agent frameworks expect of an avatar."""
+"""Integrations of the client with voice-agent frameworks."""

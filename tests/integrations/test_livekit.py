@@ -92,6 +92,19 @@ async def test_speech_comes_out_with_its_frames_and_ends_with_its_segment(store:
     assert num_video >= num_audio
 
 
+async def test_no_audio_of_a_cleared_frame_follows_it(store: SessionStore) -> None:
+    async with generating(store) as (generator, _), asyncio.TaskGroup() as tasks:
+        for frame in frames_of(sound(2.0)):
+            await generator.push_audio(frame)
+        items = aiter(generator)
+        while not isinstance(await anext(items), rtc.AudioFrame):
+            pass
+        assert isinstance(await anext(items), rtc.VideoFrame)
+        tasks.create_task(generator.clear_buffer())
+        await asyncio.sleep(0)  # it has been called and not been answered
+        assert [type(await anext(items)) for _ in range(5)] == [rtc.VideoFrame] * 5
+
+
 async def test_audio_of_another_format_is_refused(store: SessionStore) -> None:
     async with generating(store) as (generator, _):
         with pytest.raises(ValueError, match="16000 Hz and 1 channels, got 24000 Hz and 1"):
@@ -129,6 +142,7 @@ async def test_the_runner_reports_what_was_played_and_what_was_cut_off(store: Se
     assert room.tracks == ["avatar_audio", "avatar_video"]
     assert started.qsize() == 1
     assert (whole.interrupted, cut.interrupted, after.interrupted) == (False, True, False)
-    assert whole.playback_position == pytest.approx(1.2, abs=0.48)
+    padding_s = 2 * 0.48  # of the last block, and of one more if speech arrives late
+    assert 1.2 <= whole.playback_position <= 1.2 + padding_s
     assert 0 < cut.playback_position < 4
-    assert after.playback_position == pytest.approx(0.5, abs=0.48)
+    assert 0.5 <= after.playback_position <= 0.5 + padding_s
