@@ -1,4 +1,4 @@
-"""Holds imports to the one direction, processes to what they need, and files to a size that can be read.
+"""Tests of the code base: the direction of imports, the modules that processes load, and generated code.
 
 services, training, benchmarks -> avatar.rpc -> avatar.runtime.pipeline
                                -> avatar.audio | denoiser | text | vae -> avatar.types
@@ -31,18 +31,18 @@ _WORKER = (
     *("avatar.telemetry", "avatar.types", "avatar.worker", "services.process", "services.worker"),
 )
 
-# The narrow end of avatar.checkpoints: what a model is loaded from.
+# The modules of avatar.checkpoints that models are loaded with.
 _FILES = ("avatar.checkpoints.files", "avatar.checkpoints.part")
 
-# What each part of ours may import of ours; a name stands for the module and for all below it. A part may always import
-# its own modules. What is under `if TYPE_CHECKING` counts here, since it points the same way.
+# Our modules that each part may import. A name stands for the module and all modules below it. A part may always import
+# its own modules. Imports under `if TYPE_CHECKING` count too.
 ALLOWED: dict[str, tuple[str, ...]] = {
     # Leaves. No tensors.
     "avatar.aio": (),
     "avatar.errors": (),
     "avatar.settings": (),
     "avatar.telemetry": (),
-    "avatar.store": ("avatar.errors", "avatar.worker"),  # a store's errors are what a client can act on
+    "avatar.store": ("avatar.errors", "avatar.worker"),  # a client can act on a store's errors
     # Tensor code. The four never see each other.
     "avatar.types": (),
     "avatar.checkpoints": (),
@@ -107,7 +107,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("avatar.client", "avatar.errors", "avatar.v1"),
         *("web.browser_session", "web.playout", "web.text_to_speech"),
     ),
-    # The suite as processes is measured from outside; how they are started is all that is taken from them.
+    # Benchmarks measure the suite from outside, and only start its processes.
     "benchmarks": ("avatar", "services.local"),
 }
 
@@ -116,7 +116,7 @@ _MESSAGES = ("channel", "client", "health", "interceptor", "server", "status", "
 _TENSORS = ("torch", "numpy", "einops", "transformers", "diffusers", "safetensors")
 _STREAMS = ("asyncio", "grpc", "redis", "google.protobuf", "opentelemetry")
 
-# What of other people's each part must do without.
+# Packages of others that each part must not import.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("avatar.aio", "avatar.errors", "avatar.settings", "avatar.store"), _TENSORS),
     "avatar.telemetry": _TENSORS,
@@ -131,18 +131,11 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 }
 
 FOLDERS = ("avatar", "services", "training", "benchmarks", "web")
-PRODUCT = ("avatar", "services", "web")
-# Names that files of several folders may have.
-MANY = {"service", "model", "client", "codec", "config", "__main__", "__init__"}
-# Names that still mean two things on 2026-11-29; to be renamed until the list is empty.
-STILL_SHARED = {"AudioEncoder", "Conversation", "Playout", "Resampler", "Session", "server.py"}
-MAX_LINES = 400
-VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
 
 
 @dataclass(frozen=True)
 class Import:
-    """One imported name: the module of ours, the full name, and where it stands."""
+    """One imported name: the importing module, the full name, and the line."""
 
     module: str
     name: str
@@ -154,7 +147,7 @@ class Import:
 
 
 def files(*folders: str) -> Iterator[Path]:
-    """Our own Python files: not those that are generated from protos/."""
+    """Yield our Python files, without those generated from protos/."""
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             if not path.stem.endswith(("_pb2", "_pb2_grpc")):
@@ -168,7 +161,7 @@ def module_of(path: Path) -> str:
 
 @functools.cache
 def imports() -> tuple[Import, ...]:
-    """Every import of ours, wherever it stands in its file."""
+    """Return every import in our files, at any depth."""
     found = []
     for path in files(*FOLDERS):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -194,7 +187,7 @@ def lies_in(name: str, parts: tuple[str, ...]) -> bool:
 
 
 def part_of(module: str) -> str:
-    """The narrowest part of the table that holds a module."""
+    """Return the narrowest part of the table that contains a module."""
     return max((part for part in ALLOWED if lies_in(module, (part,))), key=len, default="")
 
 
@@ -202,14 +195,14 @@ def is_ours(name: str) -> bool:
     return lies_in(name, ("avatar", "services", "training", "benchmarks", "web", "tests"))
 
 
-def test_the_walk_sees_imports_wherever_they_stand() -> None:
+def test_imports_are_found_at_any_depth() -> None:
     seen = {(each.module, each.name) for each in imports()}
     assert ("avatar.audio.whisper", "transformers.models.whisper.modeling_whisper.WhisperEncoder") in seen
     assert ("services.gateway.service", "services.gateway.workers.Workers") in seen
     assert [str(each) for each in imports() if each.is_for_types and each.module == "avatar.runtime.pipeline"]
 
 
-def test_every_module_has_a_place() -> None:
+def test_every_module_belongs_to_a_part() -> None:
     modules = {module_of(path) for path in files(*FOLDERS)}
     assert [
         module for module in modules if not part_of(module) and module not in ("avatar", "avatar.handoff", "avatar.rpc")
@@ -233,7 +226,7 @@ def test_the_table_itself_points_one_way() -> None:
     TopologicalSorter(graph).prepare()  # CycleError if there is a way back
 
 
-def test_no_two_files_import_each_other() -> None:
+def test_no_files_import_each_other_in_a_cycle() -> None:
     modules = {module_of(path) for path in files(*FOLDERS)}
     graph: dict[str, set[str]] = {module: set() for module in modules}
     for each in imports():
@@ -243,21 +236,7 @@ def test_no_two_files_import_each_other() -> None:
     TopologicalSorter(graph).prepare()  # CycleError names the files of a cycle
 
 
-def test_a_name_means_one_thing() -> None:
-    """In the product no two files and no two public classes share a name."""
-    owners: dict[str, list[str]] = {}
-    for path in files(*PRODUCT):
-        module = module_of(path)
-        if path.stem not in MANY:
-            owners.setdefault(f"{path.stem}.py", []).append(module)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                owners.setdefault(node.name, []).append(module)
-    shared = {name: modules for name, modules in owners.items() if len(modules) > 1}
-    assert shared.keys() - STILL_SHARED == set(), shared
-
-
-def test_every_part_does_without_what_it_must() -> None:
+def test_no_part_imports_a_forbidden_package() -> None:
     wrong = [
         str(each)
         for each in imports()
@@ -266,7 +245,7 @@ def test_every_part_does_without_what_it_must() -> None:
     assert wrong == []
 
 
-def test_only_the_codec_knows_both_tensors_and_messages() -> None:
+def test_only_the_codec_handles_both_tensors_and_messages() -> None:
     tensors = {each.module for each in imports() if lies_in(each.name, ("torch",))}
     messages = {
         each.module for each in imports() if lies_in(each.name, ("google.protobuf", "avatar.v1", "avatar.worker"))
@@ -274,8 +253,12 @@ def test_only_the_codec_knows_both_tensors_and_messages() -> None:
     assert tensors & messages == {"avatar.rpc.codec"}
 
 
-def test_only_telemetry_knows_how_to_trace_and_measure() -> None:
+def test_only_telemetry_imports_opentelemetry() -> None:
     assert {each.module for each in imports() if lies_in(each.name, ("opentelemetry",))} == {"avatar.telemetry"}
+
+
+def test_no_private_module_of_a_dependency_is_imported() -> None:
+    assert [str(each) for each in imports() if not is_ours(each.name) and re.search(r"\._[^_]", each.name)] == []
 
 
 def modules_loaded_by(program: str) -> set[str]:
@@ -284,10 +267,6 @@ def modules_loaded_by(program: str) -> set[str]:
     done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
-
-
-def test_no_private_module_of_a_dependency_is_imported() -> None:
-    assert [str(each) for each in imports() if not is_ours(each.name) and re.search(r"\._[^_]", each.name)] == []
 
 
 def loaded_by(program: str) -> set[str]:
@@ -336,19 +315,6 @@ def test_the_light_codec_loads_no_diffusers(checkpoint: Path) -> None:
     loaded = loaded_by(BUILD.format(settings="VaeSettings", service="vae", checkpoint=str(checkpoint)))
     assert "torch" in loaded
     assert loaded & {"transformers", "diffusers"} == set()
-
-
-def test_no_file_is_too_long_to_be_read() -> None:
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
-        for path in files(*FOLDERS, "tests")
-    }
-    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
-
-
-def test_no_module_is_named_for_nothing() -> None:
-    modules = [module_of(path) for path in files(*FOLDERS, "tests")]
-    assert [module for module in modules if VAGUE & set(module.split("."))] == []
 
 
 def test_generated_code_is_not_committed() -> None:

@@ -1,7 +1,7 @@
 """Connectors: each opens one session's stream at a worker of one stage, at first and again after a loss.
 
-A connector owns the stream's replay and its `open` message. It says which workers serve the stream, opens it at one of
-them from where the replay begins, and takes over from the answer how much the replay has to keep.
+A connector owns the replay and the `open` message of its stream. It selects workers that serve it, opens it at one of
+them from the first block of the replay, and sets from the answer how much the replay keeps.
 """
 
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""What rebuilds a stream at another worker: the items that it has not answered, and some of those before them.
+"""Replays: the items that rebuild a stream at another worker, those not answered yet and some before them.
 
 A replay keeps messages unopened. By their indexes it recognises answers that were passed on before.
 """
@@ -31,7 +31,7 @@ class Replay(Protocol[Item, Answer_contra]):
 
     @property
     def is_answer_due(self) -> bool:
-        """Whether the stream has received all that its next answer needs."""
+        """True if the stream has received all that its next answer needs."""
 
 
 class BlockReplay:

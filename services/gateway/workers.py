@@ -1,6 +1,6 @@
 """The deployment's workers: one pool a kind, descriptions of what they serve, and requests that no session needs.
 
-See `avatar.failover.pool`. Denoisers are one pool: each says which levels it serves, and of which checkpoint.
+See `avatar.failover.pool`. Denoisers are one pool: each reports the levels and the checkpoint that it serves.
 """
 
 from collections.abc import Awaitable, Callable
@@ -50,7 +50,7 @@ class DeploymentInfo:
 
     @property
     def is_chained(self) -> bool:
-        """Whether the denoisers form a chain, and hand latents to each other."""
+        """True if the denoisers form a chain, and hand latents to each other."""
         return all(each.chain for each in self.denoisers)
 
     @property
@@ -166,7 +166,7 @@ class Workers:
         PromptUnsupported if there is no text worker; ConfigMismatch if the embedding does not fit the denoisers.
         """
         if not self.text:
-            raise PromptUnsupported("this checkpoint knows no text; leave prompt empty")
+            raise PromptUnsupported("this checkpoint takes no text; leave prompt empty")
         reader = (await self._describe_denoisers())[0]
 
         async def call(worker: Any) -> types_pb2.Tensor:
