@@ -122,7 +122,7 @@ def convert(model: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Convert Whisper's encoder from CTranslate2's format to a checkpoint")
+    parser = argparse.ArgumentParser(prog="python -m training.whisper", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="CTranslate2's model.bin")
     parser.add_argument("folder", type=Path, help="audio folder of the checkpoint to write")
     arguments = parser.parse_args()

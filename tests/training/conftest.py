@@ -44,7 +44,7 @@ def synthetic_clip(number: int, num_frames: int = 21, side: int = 48) -> Clip:
 def data(tmp_path: Path) -> Path:
     """A folder of shards: six training clips and two held-out clips."""
     write_shard(tmp_path / "data" / "train" / "000000.tar", [synthetic_clip(number) for number in range(6)])
-    write_shard(tmp_path / "data" / "held_out" / "000000.tar", [synthetic_clip(number, 33) for number in (90, 91)])
+    write_shard(tmp_path / "data" / "held_out" / "000000.tar", [synthetic_clip(number) for number in (90, 91)])
     return tmp_path / "data"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator
+from torch import Generator, Tensor
 
 from avatar.denoiser.config import NetworkConfig, base, tiny
 from avatar.denoiser.model import Network
@@ -107,3 +107,12 @@ def face(openings: NDArray[np.floating]) -> NDArray[np.float32]:
     points[:, 263, 0] = 20
     points[:, 17, 1] = openings
     return points
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """Return all tensors of a nested state, in the order of their keys."""
+    if isinstance(state, Tensor):
+        return [state]
+    if isinstance(state, dict):
+        state = [state[key] for key in sorted(state, key=str)]
+    return [tensor for value in state for tensor in tensors(value)] if isinstance(state, list | tuple) else []

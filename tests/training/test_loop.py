@@ -17,7 +17,7 @@ from torch import Tensor
 from avatar.denoiser import model
 from avatar.denoiser.model import Network
 from avatar.vae.vae import Vae
-from tests.training.small import BATCHES, maker, small
+from tests.training.small import BATCHES, maker, small, tensors
 from training.checkpointing import Parts, Progress, restore, save
 from training.data import StoredClip
 from training.distill import Distillation, DistillRecipe
@@ -71,14 +71,6 @@ def test_a_stopped_run_resumes_bit_for_bit(
                 tensors(resumed.parts[part].state_dict()), tensors(state.state_dict()), strict=True
             ):
                 assert torch.equal(ours, theirs), (name, part)
-
-
-def tensors(state: Any) -> list[Tensor]:
-    """Return all tensors of a nested state."""
-    if isinstance(state, Tensor):
-        return [state]
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else []
-    return [tensor for value in values for tensor in tensors(value)]
 
 
 def test_an_incomplete_checkpoint_is_ignored(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.multiprocessing.spawn import start_processes
 from torch.optim import Optimizer
 
 from avatar.checkpoints.part import Part
 from avatar.denoiser.model import load
-from tests.training.small import BATCHES, maker, small, small_base
+from tests.training.small import BATCHES, maker, small, small_base, tensors
 from training import distill, pretrain
 from training.checkpointing import export, restore, save
 from training.data import StoredClip, read_clips
@@ -73,19 +73,6 @@ def train_both_stages(strategy: Strategy, clips: Sequence[StoredClip]) -> dict[s
     return results
 
 
-def state_of(run: Distillation) -> list[Tensor]:
-    """Return all tensors of a run's state that this process has."""
-    modules = [part for part in run.parts.values() if isinstance(part, nn.Module)]
-    weights = [each for module in modules for each in module.parameters()]
-    states = [
-        state
-        for part in (run.optimizer, run.critic_optimizer)
-        for _, state in sorted(part.state_dict()["state"].items())
-    ]
-    moments = [state[name] for state in states for name in ("step", "exp_avg", "exp_avg_sq")]
-    return [whole(each) for each in (*weights, *moments)]
-
-
 def resumes(strategy: Strategy, clips: Sequence[StoredClip], out: Path) -> bool:
     """Return true if a stopped and resumed run ends with the bytes of an uninterrupted one."""
     uninterrupted, resumed = (Distillation(DISTILL, maker(small()), None, strategy) for _ in range(2))
@@ -96,7 +83,8 @@ def resumes(strategy: Strategy, clips: Sequence[StoredClip], out: Path) -> bool:
     restore(resumed.parts, resumed.progress, out)
     for _ in range(2):
         resumed.advance(clips)
-    return all(torch.equal(a, b) for a, b in zip(state_of(uninterrupted), state_of(resumed), strict=True))
+    states = [tensors([part.state_dict() for part in run.parts.values()]) for run in (uninterrupted, resumed)]
+    return all(torch.equal(whole(a), whole(b)) for a, b in zip(*states, strict=True))
 
 
 def start_base(

@@ -11,11 +11,11 @@ from einops import rearrange, reduce
 
 from avatar.types import FRAMES_PER_LATENT
 from training.codec.crops import to_pixels
-from training.codec.report import mouth_boxes, psnr
 from training.data import StoredClip
 from training.eval.inference import Models, until
 from training.eval.landmarks import Landmarks, mouth_opening
 from training.eval.metrics import Metric, correlation, edge_energy, flicker, mean_metric, ratio_metric
+from training.eval.psnr import mouth_boxes, psnr
 
 
 def codec_metrics(
