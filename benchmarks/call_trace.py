@@ -25,7 +25,7 @@ from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
-from services.local.launch import local_redis
+from services.local.processes import local_redis
 from services.local.suite import suite
 
 ROOT = Path(__file__).parents[1]

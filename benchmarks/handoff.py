@@ -32,7 +32,7 @@ from avatar.worker.v1 import denoiser_pb2 as pb
 from avatar.worker.v1 import denoiser_pb2_grpc, types_pb2
 from benchmarks.pipeline.processes import cpu_seconds
 from benchmarks.row import Row, row
-from services.local.launch import Suite, free_ports
+from services.local.processes import Suite, free_ports
 
 Blocks: TypeAlias = AsyncGenerator[types_pb2.Block, None]
 

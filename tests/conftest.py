@@ -30,7 +30,7 @@ from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.vae import light, vae
 from avatar.vae.picture import PictureRule
-from services.local.launch import local_redis
+from services.local.processes import local_redis
 from services.local.suite import suite as services_suite
 from tests import published as as_published
 from tests.text import tiny as tiny_text

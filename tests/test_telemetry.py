@@ -29,7 +29,7 @@ from opentelemetry.trace import SpanContext
 
 from avatar import telemetry
 from avatar.telemetry import block_span, log_formatter, session_span, set_up, tag, text_span
-from services.local.launch import free_ports
+from services.local.processes import free_ports
 
 METRICS = ["avatar.block.duration"]  # those of a block without a device queue
 SECOND_NS = 1_000_000_000

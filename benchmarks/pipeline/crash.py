@@ -18,7 +18,7 @@ from benchmarks.pipeline.contenders import Peer
 from benchmarks.pipeline.metrics import longest_pause, lost_and_duplicated, percentile
 from benchmarks.pipeline.suite import STAGES, standin_suite, start_worker, workers_of
 from benchmarks.row import Row, row
-from services.local.launch import Suite, until_healthy
+from services.local.processes import Suite, until_healthy
 
 ROUNDS = 5
 STEP_S = 0.02

@@ -14,7 +14,7 @@ from benchmarks.pipeline.metrics import slope_per_hour
 from benchmarks.pipeline.processes import unshared_megabytes
 from benchmarks.pipeline.suite import standin_suite
 from benchmarks.row import Row, row
-from services.local.launch import Suite
+from services.local.processes import Suite
 
 MEDIA_S, POSITIONS = 10_000.0, 45_000
 STEP_S = 0.001

@@ -18,7 +18,7 @@ from benchmarks.pipeline.processes import start_program
 from benchmarks.pipeline.suite import standin_suite
 from benchmarks.row import Row, row
 from benchmarks.standin.content import NUM_LEVELS
-from services.local.launch import Suite
+from services.local.processes import Suite
 
 ROUNDS = 5
 STEP_S = 0.02

@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from services.local.launch import ENVIRONMENT, ROOT
+from services.local.processes import ENVIRONMENT, ROOT
 
 
 def cpu_seconds(pids: list[int]) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from benchmarks.standin.content import NUM_LEVELS
-from services.local.launch import Suite, free_ports, start_redis, until_healthy
+from services.local.processes import Suite, free_ports, start_redis, until_healthy
 
 # Step of the audio stage, where a level takes tens of milliseconds.
 AUDIO_STEP_S = 0.001

@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from services.local.launch import ROOT, launched
+from services.local.launch import launched
+from services.local.processes import ROOT
 
 
 async def main() -> None:

@@ -2,8 +2,8 @@
 
     python -m services.local.demo [--speech speech.wav] [--portrait face.png] [--out out]
 
-Writes OUT/demo.mp4 and OUT/demo.json, and prints the measurements. AVATAR_REDIS_URL names a Redis server to use; without
-it, one is started and ends with the demo.
+Writes OUT/demo.mp4 and OUT/demo.json, and prints the measurements. AVATAR_REDIS_URL names a Redis server to use;
+without it, one is started and ends with the demo.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from avatar.client import AvatarError, connect
 from avatar.media import read_audio, write_mp4
-from services.local.launch import ROOT, Suite, launched
+from services.local.launch import launched
+from services.local.processes import ROOT, Suite
 
 # The first frames of a session's first block are the VAE's start, and are not sent.
 FIRST_FRAME = 3

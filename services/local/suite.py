@@ -33,7 +33,7 @@ from avatar.store.usage import TenantUsage
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.__main__ import gateway as serving_gateway
-from services.local.launch import local_redis
+from services.local.processes import local_redis
 from services.text.__main__ import build as build_text
 from services.vae.__main__ import build as build_vae
 from services.worker import open_device_queue

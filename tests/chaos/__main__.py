@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import psutil
 
 from avatar.errors import AvatarError
-from services.local.launch import ROOT
+from services.local.processes import ROOT
 from tests.chaos.account import Account, Struck
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.speaker import speaking

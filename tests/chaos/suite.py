@@ -11,9 +11,9 @@ import grpc.aio
 import psutil
 from redis.asyncio import Redis
 
-from services.local.launch import Suite, free_ports, start_redis, until_healthy
+from services.local.processes import Suite, free_ports, start_redis, until_healthy
 from tests.chaos.proxy import Proxy, proxied
-from tests.services.test_processes import active_streams
+from tests.services.local.test_launch import active_streams
 
 WORKERS = {stage: (f"{stage}-0", f"{stage}-1") for stage in ("audio", "denoiser", "vae")}
 GATEWAYS = ("gateway-0", "gateway-1")

@@ -58,7 +58,7 @@ def test_an_image_is_built_with_the_lock_and_its_extras(image: str) -> None:
 
 
 def test_images_have_the_launchers_allocator_settings() -> None:
-    from services.local.launch import ENVIRONMENT
+    from services.local.processes import ENVIRONMENT
 
     assert [f"{name}={value}" for name, value in ENVIRONMENT.items() if f"{name}={value}" not in DOCKERFILE] == []
 

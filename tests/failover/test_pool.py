@@ -16,7 +16,7 @@ from avatar.failover.pool import WorkerPool
 from avatar.rpc.server import serving
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
-from services.local.launch import free_ports
+from services.local.processes import free_ports
 from tests.rpc.conftest import Worker
 
 Audio = WorkerPool[pb.AudioServiceGetInfoResponse]

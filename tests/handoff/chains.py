@@ -27,7 +27,7 @@ from avatar.worker.v1 import denoiser_pb2_grpc
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoRequest, DenoiserServiceGetInfoResponse, OpenDenoise
 from services.denoiser.__main__ import build
-from services.local.launch import Suite, free_ports, until_healthy
+from services.local.processes import Suite, free_ports, until_healthy
 
 NUM_LEVELS = 3
 SINK_UPDATE_BLOCK = 2

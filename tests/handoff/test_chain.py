@@ -20,7 +20,7 @@ from avatar.store.sessions import SessionStore
 from avatar.types import Block
 from avatar.worker.v1.denoiser_pb2 import OpenDenoise
 from services.denoiser.__main__ import build
-from services.local.launch import free_ports
+from services.local.processes import free_ports
 
 ALL = ChainMember([0, 1], 2, "digest", torch.float32, torch.device("cpu"))
 FEATURES = torch.zeros(1, 2, 12)

@@ -7,7 +7,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from avatar.rpc.server import serving
-from services.local.launch import free_ports
+from services.local.processes import free_ports
 from tests.rpc.conftest import Worker
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from avatar import telemetry
-from services.local.launch import ROOT
+from services.local.processes import ROOT
 from services.process import run
 
 

@@ -13,7 +13,7 @@ from avatar.checkpoints.part import Part
 from avatar.vae.out_of_distribution import OutOfDistributionCheck
 from avatar.vae.picture import PictureRule
 from avatar.vae.vae import Vae, VaeConfig, load, parse_config
-from services.local.launch import ROOT
+from services.local.processes import ROOT
 from tests.conftest import ASSETS
 from tests.vae.conftest import LIGHT, SIZE, light_codec
 from training.out_of_distribution import descriptor, fit_check

@@ -1,13 +1,8 @@
-"""The suite as processes: Redis and one process a service, and what is left when one of them, or all, go."""
+"""Tests of services.local.launch: one suite of processes, its traces and metrics, and the loss of a worker."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -15,7 +10,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import psutil
 import pytest
 import pytest_asyncio
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc
@@ -34,7 +28,8 @@ from avatar import telemetry
 from avatar.rpc.channel import channel
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
 from docs.tables import instruments
-from services.local.launch import ROOT, Suite, launched
+from services.local.launch import launched
+from services.local.processes import Suite
 from tests.conftest import sound
 from tests.contract.refusals import refused
 from tests.product import answer, connected, frame, new_session, opened, rest, speak, spoken
@@ -45,7 +40,7 @@ IDLE_S = 2.0
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer, metrics_service_pb2_grpc.MetricsServiceServicer):
-    """An OTLP receiver: spans, each with the name of the service that sent it, and the units of metrics by name."""
+    """An OTLP receiver of spans, each with the service that sent it, and of the units of metrics by name."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, Span]] = []
@@ -66,7 +61,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer, metrics_service_pb2
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def collector() -> AsyncGenerator[tuple[Collector, int], None]:
-    """A collector that listens, and its port."""
+    """A listening collector, and its port."""
     collector, server = Collector(), grpc.aio.server()
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
     metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
@@ -80,7 +75,7 @@ async def collector() -> AsyncGenerator[tuple[Collector, int], None]:
 async def suite(
     text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, collector: tuple[Collector, int]
 ) -> AsyncGenerator[Suite, None]:
-    """A running suite with a Redis of its own, that exports its traces; the module's last tests of it break it."""
+    """A running suite that exports its traces and metrics; the module's last tests break it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector[1]}")
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
@@ -92,7 +87,7 @@ async def suite(
 
 
 async def active_streams(suite: Suite) -> dict[str, int]:
-    """Streams that are open at each worker."""
+    """Return the number of open streams of each worker."""
     asking: dict[str, tuple[Any, Any]] = {
         "audio": (audio_pb2_grpc.AudioServiceStub, audio_pb2.AudioServiceGetInfoRequest()),
         "denoiser": (denoiser_pb2_grpc.DenoiserServiceStub, denoiser_pb2.DenoiserServiceGetInfoRequest()),
@@ -126,14 +121,14 @@ async def test_processes_give_the_same_frames_and_are_idle_when_a_client_vanishe
         assert (await frame(call)).index == 3
         assert set((await active_streams(suite)).values()) == {1}
         call.cancel()
-        vanished = time.monotonic()
+        started = time.monotonic()
         while any((await active_streams(suite)).values()):
-            assert time.monotonic() - vanished < IDLE_S, f"still streaming: {await active_streams(suite)}"
+            assert time.monotonic() - started < IDLE_S, f"still streaming: {await active_streams(suite)}"
             await asyncio.sleep(0.05)
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_blocks_spans_are_one_trace_over_all_processes(
+async def test_a_blocks_spans_of_all_processes_are_one_trace(
     suite: Suite, collector: tuple[Collector, int], picture: bytes
 ) -> None:
     async with connected(suite.gateway) as stub:
@@ -151,7 +146,7 @@ async def test_a_blocks_spans_are_one_trace_over_all_processes(
 
     async with asyncio.timeout(10):
         while [len(spans) for spans in traces_of_the_session().values()] != [6, 6]:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)  # spans come from other processes: there is no event to wait for
+            await asyncio.sleep(0.1)  # spans come from other processes, without an event to wait for
     for spans in traces_of_the_session().values():
         services = sorted(service for service, _ in spans)
         assert services == ["avatar-audio", *["avatar-denoiser"] * 3, *["avatar-vae"] * 2]
@@ -160,27 +155,29 @@ async def test_a_blocks_spans_are_one_trace_over_all_processes(
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_spans_and_metrics_of_all_processes_are_those_of_the_documents_tables(
+async def test_spans_and_metrics_of_all_processes_are_those_in_the_documentation(
     suite: Suite, collector: tuple[Collector, int], picture: bytes
 ) -> None:
     async with connected(suite.gateway) as stub:
         await speak(stub, (await new_session(stub, picture, prompt="a person who reads")).id, sound(0.96))
-    told, listed, units = collector[0], rows("Traces"), {name: unit for name, unit, *_ in instruments()}
+    received, listed, units = collector[0], rows("Traces"), {name: unit for name, unit, *_ in instruments()}
     usual = {"avatar.block.duration", "avatar.session.capacity", "avatar.session.closed", "avatar.time_to_first_frame"}
 
-    def is_all_told() -> bool:
-        """A process tells its spans when it gets to it, so children may be here before their parents."""
-        ids = {span.span_id for _, span in told.spans}
-        needed = {span.parent_span_id for _, span in told.spans} - {b""}
-        needed |= {link.span_id for _, span in told.spans for link in span.links}
-        return {span.name for _, span in told.spans} == set(listed) and needed <= ids and usual <= set(told.units)
+    def is_complete() -> bool:
+        """Processes export at different times, so children may arrive before their parents."""
+        ids = {span.span_id for _, span in received.spans}
+        needed = {span.parent_span_id for _, span in received.spans} - {b""}
+        needed |= {link.span_id for _, span in received.spans for link in span.links}
+        return (
+            {span.name for _, span in received.spans} == set(listed) and needed <= ids and usual <= set(received.units)
+        )
 
     async with asyncio.timeout(20):
-        while not is_all_told():  # noqa: ASYNC110
+        while not is_complete():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
-    assert told.units.items() <= units.items()
-    named = {span.span_id: span.name for _, span in told.spans}
-    for _, span in told.spans:
+    assert received.units.items() <= units.items()
+    named = {span.span_id: span.name for _, span in received.spans}
+    for _, span in received.spans:
         (parent, attributes, links) = listed[span.name]
         assert [named[each] for each in filter(None, [span.parent_span_id])] == parent
         assert sorted(each.key for each in span.attributes) == sorted(attributes)
@@ -192,7 +189,7 @@ def texts(span: Span) -> dict[str, str]:
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_prompts_need_the_text_worker_and_nothing_else_does(suite: Suite, picture: bytes) -> None:
+async def test_only_prompts_need_the_text_worker(suite: Suite, picture: bytes) -> None:
     async with connected(suite.gateway) as stub:
         sessions = [await new_session(stub, picture, seed=1, prompt=prompt) for prompt in ("", "a person who smiles")]
         none, one = [(await speak(stub, session.id, sound(0.48))).pixels for session in sessions]
@@ -207,7 +204,7 @@ async def test_prompts_need_the_text_worker_and_nothing_else_does(suite: Suite, 
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_killed_worker_that_has_no_spare_is_named_and_frees_the_others(suite: Suite, picture: bytes) -> None:
+async def test_a_lost_worker_without_a_spare_ends_its_streams_with_its_name(suite: Suite, picture: bytes) -> None:
     async with connected(suite.gateway) as stub:
         session = await new_session(stub, picture)
         call = stub.StreamAvatar(timeout=30)
@@ -220,47 +217,3 @@ async def test_a_killed_worker_that_has_no_spare_is_named_and_frees_the_others(s
     del suite.targets["denoiser-1"]
     await asyncio.sleep(0.5)
     assert not any((await active_streams(suite)).values())
-
-
-LAUNCHER = """
-import asyncio, sys
-from pathlib import Path
-from services.local.launch import launched
-
-async def main():
-    async with launched(Path(sys.argv[1]), Path(sys.argv[2])) as suite:
-        await asyncio.sleep(60)
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-C"])
-async def test_no_process_and_no_port_is_left_when_the_launcher_ends(
-    number: signal.Signals, one_level: Path, tmp_path: Path
-) -> None:
-    launcher = psutil.Popen(
-        [sys.executable, "-c", LAUNCHER, str(one_level), str(tmp_path / "logs")],
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-    )
-    ports: set[int] = set()
-    # Redis and the gateway are the first to listen; the workers are still loading.
-    while len(children := launcher.children(recursive=True)) < 5 or len(ports) < 2:
-        assert launcher.poll() is None
-        await asyncio.sleep(0.1)
-        ports = {at.laddr.port for child in children for at in child.net_connections() if at.status == "LISTEN"}
-    launcher.send_signal(number)
-    await asyncio.to_thread(launcher.wait, 20)
-    _, alive = await asyncio.to_thread(psutil.wait_procs, children, 10)
-    assert not alive
-    for port in ports:
-        with socket.socket() as client:
-            assert client.connect_ex(("127.0.0.1", port)) != 0, f"somebody still listens at {port}"
-
-
-async def test_a_stage_that_cannot_start_ends_the_launch_with_its_words(one_level: Path, tmp_path: Path) -> None:
-    shutil.rmtree(one_level / "vae")
-    with pytest.raises(RuntimeError, match=r"(?s)vae ended while starting.*no checkpoint at"):
-        async with launched(one_level, tmp_path / "logs"):
-            pass
