@@ -27,6 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
+    """Render a clip, or run `inspect` or `pack`; an invalid input ends the program with its reason."""
     if sys.argv[1:2] in (["inspect"], ["pack"]):
         inspect.main(sys.argv[1:])
         return
@@ -144,16 +145,19 @@ def mix(speech: list[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 
 def area(text: str) -> int:
+    """Parse an area in pixels written as `720*400`."""
     width, height = map(positive, text.split("*"))
     return width * height
 
 
 def width_height(text: str) -> Size:
+    """Parse a size written as `704x384`."""
     width, height = map(positive, text.split("x"))
     return width, height
 
 
 def distance(text: str) -> int | tuple[int, int]:
+    """Parse a sink distance: a number of latent frames, or `LOW-HIGH`."""
     low, _, high = text.partition("-")
     return (int(low), int(high)) if high else int(low)
 
@@ -167,10 +171,12 @@ def encoder_frames(text: str) -> int:
 
 
 def block_or_never(text: str) -> int:
+    """Parse a block's index, or `never` as 0."""
     return 0 if text == "never" else positive(text)
 
 
 def positive(text: str) -> int:
+    """Parse a positive integer."""
     value = int(text)
     if value < 1:
         raise ValueError(f"{value} is not positive")

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from avatar.audio.alignment import BLOCK_ENCODER_FRAMES, BLOCK_SAMPLES, SAMPLE_RATE_HZ, frame_weights, window_end
 from avatar.audio.encoder import AudioEncoder
-from avatar.audio.resample import Resampler, check_piece
+from avatar.audio.resample import MonoResampler, check_piece
 from avatar.audio.statistics import AudioStatistics
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.audio.whisper import Whisper
@@ -65,7 +65,7 @@ class AudioState:
     next_block: int = 0
     statistics: AudioStatistics = field(default_factory=AudioStatistics)
     rate_hz: int | None = None
-    resampler: Resampler | None = None
+    resampler: MonoResampler | None = None
     preceding: Tensor | None = None
     first_answer: int = 0
     has_ended: bool = False
@@ -219,7 +219,7 @@ def _resample(samples: Tensor, state: AudioState, piece: AudioPiece) -> Tensor:
     if state.resampler is None:
         if not samples.shape[1]:
             return torch.zeros(0)
-        state.resampler = Resampler(piece.rate_hz, state.preceding)
+        state.resampler = MonoResampler(piece.rate_hz, state.preceding)
     return state.resampler(samples, piece.is_last)
 
 

@@ -35,7 +35,7 @@ def check_piece(piece: AudioPiece) -> None:
         raise ValueError(f"audio samples must be in [-1, 1], got {peak:g}; divide PCM16 by 32768")
 
 
-class Resampler:
+class MonoResampler:
     """A streaming resampler from one rate to mono at 16 kHz.
 
     Output lags behind input by at most 0.12 s and does not depend on how the input is cut. Audio at 16 kHz passes
@@ -101,6 +101,7 @@ class _Segment:
         self.feed(preceding, is_last=False)
 
     def feed(self, mono: Tensor, is_last: bool) -> None:
+        """Filter the next samples (s,) at the input's rate."""
         audio = torch.from_numpy(self._stream.resample_chunk(mono.numpy(), last=is_last))
         hidden = min(self._num_hidden, len(audio))
         self._num_hidden -= hidden

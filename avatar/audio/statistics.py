@@ -18,7 +18,7 @@ _LAYOUT = struct.Struct("<4d")
 
 @dataclass(frozen=True)
 class AudioStatistics:
-    """Running loudness of a stream.
+    """Running mean, variance and peak of a stream.
 
     count, mean, m2: number of samples, their mean, and the sum of squared deviations from it, in float64. They start
         from a prior of 2 s of audio of mean 0 and standard deviation 0.05, so that leading silence stays silence.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from avatar.audio.encoder import AudioEncoder
-from avatar.audio.resample import Resampler, check_piece
+from avatar.audio.resample import MonoResampler, check_piece
 from avatar.audio.statistics import standardise
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.types import BLOCK_FRAMES, AudioPiece, Block
@@ -44,7 +44,7 @@ def file_blocks(encoder: AudioEncoder, samples: Tensor, rate_hz: int, clip_frame
 def to_16khz(samples: Tensor, rate_hz: int) -> Tensor:
     """Resample samples (a, s) float32 in [-1, 1] to mono at 16 kHz, (s,). ValueError as `check_piece`."""
     check_piece(AudioPiece(samples, rate_hz))
-    return Resampler(rate_hz)(samples, is_last=True)
+    return MonoResampler(rate_hz)(samples, is_last=True)
 
 
 def normalise(audio: Tensor) -> Tensor:

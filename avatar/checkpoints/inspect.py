@@ -37,6 +37,7 @@ DEFAULT_PICTURE = (1920, 1080)
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run `inspect` or `pack`; an invalid checkpoint ends the program with its reason."""
     parser = argparse.ArgumentParser(prog="python -m avatar")
     commands = parser.add_subparsers(dest="command", required=True)
     inspecting = commands.add_parser("inspect", help="describe a checkpoint and check that it is complete")
@@ -162,10 +163,12 @@ def dominant_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return `bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 def adapter_line(part: Part, is_published_layout: bool) -> str:
+    """Describe the denoiser's LoRA adapter."""
     if merged := part.merged_adapter():
         return f"{merged} is merged into the weights"
     if part.adapter is None:
@@ -177,16 +180,19 @@ def adapter_line(part: Part, is_published_layout: bool) -> str:
 
 
 def text_line(text: text_model.TextEncoder | None) -> str:
+    """Describe the text encoder."""
     return "none" if text is None else f"{text.config.encoder}, {text.config.max_tokens} tokens of width {text.width}"
 
 
 def sizes_line(rule: PictureRule) -> str:
+    """Describe the video sizes."""
     if rule.fixed_size is not None:
         return "{}x{} only".format(*rule.fixed_size)
     return f"any of at most {rule.area:,} pixels whose sides are multiples of 64"
 
 
 def format_bytes(num_bytes: int) -> str:
+    """Format bytes in kB, MB or GB (powers of 1000)."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if num_bytes >= unit:
             return f"{num_bytes / unit:.2f} {name}"

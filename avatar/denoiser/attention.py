@@ -133,7 +133,7 @@ def rope_table(positions: Tensor, head_dim: int) -> Tensor:
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate each pair of neighbouring channels of x (b, n, h, d); table: (n, m) or (b, n, m) of `rope_table`."""
+    """Rotate each pair of neighbouring channels of x (b, n, h, d) by a rope table (n, m) or (b, n, m)."""
     pairs = torch.view_as_complex(rearrange(upcast(x), "b n h (m pair) -> b n h m pair", pair=2))
     return rearrange(torch.view_as_real(pairs * table.unsqueeze(-2)), "b n h m pair -> b n h (m pair)").to(x.dtype)
 

@@ -154,6 +154,7 @@ def is_sink_distance(value: int | tuple[int, ...]) -> bool:
 
 
 def is_ascending(values: tuple[float, ...]) -> bool:
+    """Return True if the values increase strictly."""
     return all(low < high for low, high in pairwise(values))
 
 

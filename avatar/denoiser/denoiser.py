@@ -72,7 +72,7 @@ class Denoiser:
         sizes: Collection[tuple[int, int]] | None = None,
         attention: SDPBackend | None = None,
     ) -> None:
-        """ValueError if the schedule has no such level.
+        """Create the model of one level. ValueError if the schedule has no such level.
 
         noise: initial noise of level 0. sizes: (height, width) of the latents that are served; None: any.
         attention: the attention kernel; None: torch chooses.
@@ -89,6 +89,7 @@ class Denoiser:
 
     @property
     def is_last(self) -> bool:
+        """True for the level whose results are clean."""
         return self.level == self.config.num_levels - 1
 
     @property
@@ -245,5 +246,6 @@ def to_velocity(output: Tensor, x: Tensor, reference: Tensor, sigma: float | Ten
 
 
 def check_shape(name: str, tensor: Tensor, *shape: int) -> None:
+    """Raise ValueError unless the tensor has this shape; name: for the message."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")

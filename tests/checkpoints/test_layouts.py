@@ -77,16 +77,16 @@ def test_vae_names_equal_diffusers_conversion() -> None:
 @pytest.mark.parametrize("pickled", [True, False])
 @pytest.mark.parametrize(("prefix", "old"), [("wav2vec2.", True), ("wav2vec2.", False), ("", True), ("", False)])
 def test_wav2vec2_loads_from_every_format_and_spelling(copy: Path, pickled: bool, prefix: str, old: bool) -> None:
-    heard = []
+    states = []
     for spelling in ((True, "wav2vec2.", True), (pickled, prefix, old)):
         shutil.rmtree(copy / AUDIO_FOLDER)
         torch.manual_seed(1)
         write_audio(copy / AUDIO_FOLDER, *spelling)
         encoder = load_audio(open_part(copy, "audio")).encoder
         assert isinstance(encoder, Wav2Vec2)
-        heard.append(encoder.hidden_states(torch.linspace(-1, 1, 4000).sin()))
-    assert heard[0].shape == (25, 12, 32)
-    assert torch.equal(heard[0], heard[1])
+        states.append(encoder.hidden_states(torch.linspace(-1, 1, 4000).sin()))
+    assert states[0].shape == (25, 12, 32)
+    assert torch.equal(states[0], states[1])
 
 
 @pytest.mark.parametrize(

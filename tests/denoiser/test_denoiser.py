@@ -249,7 +249,7 @@ def test_frame_ten_million_equals_frame_one_thousand_with_shifted_motion(
     assert torch.equal(far, answers_from(10**7, 10**7 - 10**3))
     # What is left is the rounding of the rope table to half precision.
     assert relative_rms(far, near) < 2e-5
-    assert relative_rms(answers_from(10**7, 0), near) > 1e-3, "motion that stays behind is seen otherwise"
+    assert relative_rms(answers_from(10**7, 0), near) > 1e-3, "motion at its old position gives another result"
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
@@ -269,7 +269,7 @@ def test_the_last_level_updates_the_sink_from_block_0(
 
 
 @pytest.mark.parametrize(
-    ("own", "asked", "update"), [(4, None, 4), (4, 7, 7), (4, 0, None), (None, None, None), (None, 2, 2)]
+    ("own", "requested", "update"), [(4, None, 4), (4, 7, 7), (4, 0, None), (None, None, None), (None, 2, 2)]
 )
 def test_a_session_sets_its_sink_update_block(
     network: Network,
@@ -277,13 +277,13 @@ def test_a_session_sets_its_sink_update_block(
     conditions: Conditions,
     config: NetworkConfig,
     own: int | None,
-    asked: int | None,
+    requested: int | None,
     update: int | None,
 ) -> None:
     last = Denoiser(network, replace(config, sink_update_block=own), level=3)
-    asking = replace(session, sink_update_block=asked)
-    assert last.sink_update_block(asking) == update
-    assert last.updates_sink(random_block(config, 0, conditions), asking) is (update is not None)
+    session = replace(session, sink_update_block=requested)
+    assert last.sink_update_block(session) == update
+    assert last.updates_sink(random_block(config, 0, conditions), session) is (update is not None)
 
 
 def test_a_session_sets_its_sink_distance(

@@ -63,9 +63,9 @@ class Clip:
         frames, columns, outputs = self.config.num_frames_per_block, self.config.frames_per_block, []
         for block, reference in enumerate(self.reference_frames()):
             cache.start_block(self.start + block, int(reference))
-            now, heard = slice(block * frames, (block + 1) * frames), slice(block * columns, (block + 1) * columns)
+            now, audio_span = slice(block * frames, (block + 1) * frames), slice(block * columns, (block + 1) * columns)
             steps = self.timesteps if self.timesteps.shape[1] == 1 else self.timesteps[:, now]
-            audio = network.encode_audio(self.features[..., heard])
+            audio = network.encode_audio(self.features[..., audio_span])
             x, pose = self.x[:, :, now], self.pose[:, :, now]
             modulation = network.embed_time(steps)
             outputs.append(network(x, modulation, text, audio, pose, self.first_frame(block), cache))

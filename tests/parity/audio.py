@@ -30,7 +30,7 @@ def audio_load(golden: Golden, report: Report) -> None:
 def read(pcm: Tensor, rate_hz: int) -> tuple[Tensor, int]:
     """Write samples (s, a) int16 to a file, and read them with the library."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "sound.wav"
+        path = Path(folder) / "audio.wav"
         with wave.open(str(path), "wb") as file:
             file.setnchannels(pcm.shape[1])
             file.setsampwidth(2)

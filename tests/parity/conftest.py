@@ -17,12 +17,12 @@ RUNNERS = {
     **text.RUNNERS,
     **vae.RUNNERS,
 }
-# Goldens that are a part of another one.
+# Goldens that are part of another one.
 PARTS = {"rollout_vae_weights"}
-# Schedules of the reference that we do not draw in, and why.
-NOT_KEPT = {
+# Schedules of the reference that are not supported, and why.
+UNSUPPORTED = {
     "rollout_single_online": "the sink and the motion latents are encoded anew from frames",
-    "rollout_blockwise": "sound is encoded chunk by chunk, without what came before",
+    "rollout_blockwise": "audio is encoded chunk by chunk, without left context",
 }
 GOLDEN = "golden"
 
@@ -30,13 +30,13 @@ GOLDEN = "golden"
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     folder: Path = metafunc.config.getoption("--goldens")
     streamed = {name for name, runner in RUNNERS.items() if runner is dit.run_calls}
-    for fixture, understood in (("golden", RUNNERS.keys()), ("streamed_golden", streamed)):
+    for fixture, supported in (("golden", RUNNERS.keys()), ("streamed_golden", streamed)):
         if fixture in metafunc.fixturenames:
-            names = sorted(held(folder) & understood)
+            names = sorted(goldens_in(folder) & supported)
             metafunc.parametrize(fixture, [Golden(folder, name) for name in names], ids=names)
 
 
-def held(folder: Path) -> set[str]:
+def goldens_in(folder: Path) -> set[str]:
     """Return the names of the goldens in a folder: a json and a safetensors of that name, or a folder with metadata."""
     files = {path.stem for path in folder.glob("*.safetensors") if path.with_suffix(".json").is_file()}
     return files | {path.parent.name for path in folder.glob(f"*/{ABOUT}")}
@@ -64,9 +64,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             f"{each.name:24} {each.compared:8} {each.worst_rel_rms:15.1e} {each.worst_abs:12.1e}"
             f"  {each.tolerance}{verdict}"
         )
-    names = held(config.getoption("--goldens"))
-    for name in sorted(names & NOT_KEPT.keys()):
-        write(f"{name:24} not kept: {NOT_KEPT[name]}")
-    unknown = sorted(names - RUNNERS.keys() - PARTS - NOT_KEPT.keys())
+    names = goldens_in(config.getoption("--goldens"))
+    for name in sorted(names & UNSUPPORTED.keys()):
+        write(f"{name:24} not kept: {UNSUPPORTED[name]}")
+    unknown = sorted(names - RUNNERS.keys() - PARTS - UNSUPPORTED.keys())
     if unknown:
-        write(f"not understood: {', '.join(unknown)}")
+        write(f"not supported: {', '.join(unknown)}")

@@ -1,6 +1,6 @@
 """Goldens of the rollout: our levels, caches, conditions, sampler and decoder around the recorded stand-in network.
 
-The stand-in answers tanh of its input plus means of everything that it is given, so that sink, history, levels, audio
+The stand-in returns tanh of its input plus means of all its arguments, so that sink, history, levels, audio
 and their order all leave marks in the latents. It keeps its means as values in our own cache.
 """
 
@@ -212,8 +212,8 @@ class StandIn:
             "x_in_mean": mean(x),
         }
         self.events.append(event)
-        heard = ("audio_mean", "ref_mean", "motion_mean", "hist_mean", "cond_mean", "ctx_mean")
-        bias = sum((self.coef[name] * event[key] for name, key in zip("cdefgh", heard, strict=True)), 0.0)
+        means = ("audio_mean", "ref_mean", "motion_mean", "hist_mean", "cond_mean", "ctx_mean")
+        bias = sum((self.coef[name] * event[key] for name, key in zip("cdefgh", means, strict=True)), 0.0)
         return torch.tanh(self.coef["a"] * x + (self.coef["b"] * t / 1000 + bias))
 
 

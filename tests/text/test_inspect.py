@@ -12,10 +12,10 @@ from tests.text import tiny
 
 
 def test_inspect_shows_the_text_encoder(text_checkpoint: Path, checkpoint: Path, published: Path) -> None:
-    told = "\n".join(inspect(text_checkpoint))
-    assert f"umt5, {tiny.MAX_TOKENS} tokens of width 16" in told
-    assert "5,072" in told
-    # The published encoder is cut to what the network beside it reads.
+    text = "\n".join(inspect(text_checkpoint))
+    assert f"umt5, {tiny.MAX_TOKENS} tokens of width 16" in text
+    assert "5,072" in text
+    # The published encoder is limited to the network's text_len.
     assert "umt5, 8 tokens of width 16" in "\n".join(inspect(published))
     assert "prompts   none" in "\n".join(inspect(checkpoint))
 

@@ -1,4 +1,4 @@
-"""Tests of avatar.text.prompt, beside the reference's examples (tests/parity)."""
+"""Tests of avatar.text.prompt, in addition to the reference's examples (tests/parity)."""
 
 import pytest
 

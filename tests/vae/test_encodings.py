@@ -26,8 +26,8 @@ def frames() -> Frames:
 
 
 def decoded(data: bytes, container: str | None) -> tuple[Frames, list[int]]:
-    with av.open(io.BytesIO(data), "r", format=container) as film:
-        shown = list(film.decode(video=0))
+    with av.open(io.BytesIO(data), "r", format=container) as video:
+        shown = list(video.decode(video=0))
         times = [round(float(frame.time or 0) * RATE_HZ) for frame in shown]
         return np.stack([frame.to_ndarray(format="rgb24") for frame in shown]), times
 
@@ -101,8 +101,8 @@ def test_a_fragments_time_has_eight_bytes_and_its_last_frame_a_length(frames: Fr
     fragment = encode(frames[:12], "fmp4", RATE_HZ, first_frame=late)[0].data
     assert box(fragment, b"mfhd") == struct.pack(">II", 0, late + 1)
     assert box(fragment, b"tfdt") == struct.pack(">IQ", 1 << 24, late)
-    with av.open(io.BytesIO(init_segment("fmp4", 64, 96, RATE_HZ) + fragment), "r") as film:
-        packets = [packet for packet in film.demux(video=0) if packet.size]
+    with av.open(io.BytesIO(init_segment("fmp4", 64, 96, RATE_HZ) + fragment), "r") as video:
+        packets = [packet for packet in video.demux(video=0) if packet.size]
         assert packets[0].time_base == Fraction(1, RATE_HZ)
         assert [packet.duration for packet in packets] == [1] * 12
 

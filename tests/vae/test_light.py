@@ -83,7 +83,7 @@ def test_the_untrained_basis_is_orthonormal() -> None:
 
 
 def test_the_seed_decides_the_weights() -> None:
-    # Whatever the process has drawn before.
+    # Independent of earlier random numbers.
     first = initialise(LIGHT, seed=3).state_dict()
     torch.manual_seed(0)
     again, other = initialise(LIGHT, seed=3).state_dict(), initialise(LIGHT, seed=4).state_dict()

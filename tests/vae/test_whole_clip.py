@@ -29,8 +29,8 @@ def test_a_clip_is_decoded_after_the_reencoded_frames_before_it() -> None:
     window = VAE.still_clip(RGB, WINDOW_FRAMES)
     for shown, clip, count in zip(decode_clips(VAE, RGB, clips), clips, (21, 84, 12), strict=True):
         with torch.inference_mode():
-            behind = torch.cat([CODEC.encode(window), clip[None]], dim=2)
-            expected = CODEC.decode(behind, CODEC.new_state()).clamp(-1, 1)[0]
+            latents = torch.cat([CODEC.encode(window), clip[None]], dim=2)
+            expected = CODEC.decode(latents, CODEC.new_state()).clamp(-1, 1)[0]
         assert torch.equal(shown, expected[:, -count:])
         # A clip of 84 frames moves the window by 73.
         moved = min(count, MOTION_FRAMES)
