@@ -156,7 +156,7 @@ class DenoiserSettings(WorkerSettings):
     float8: bool = False
     chain: Annotated[str, _match(r"(\S+:\d{1,5})?", "HOST:PORT")] = ""
 
-    def served(self, num_levels: int) -> list[int]:
+    def served_levels(self, num_levels: int) -> list[int]:
         """Return the levels as numbers. ValueError if the checkpoint has no such level."""
         if self.levels == "all":
             return list(range(num_levels))
@@ -168,7 +168,7 @@ class DenoiserSettings(WorkerSettings):
             raise ValueError(f"{PREFIX}LEVELS names level {unknown[0]}, the checkpoint has 0 to {num_levels - 1}")
         return levels
 
-    def pictures(self) -> list[tuple[int, int]]:
+    def video_sizes(self) -> list[tuple[int, int]]:
         """Return the sizes as widths and heights in pixels. ValueError if one is not WIDTHxHEIGHT."""
         found = [re.fullmatch(r"(\d+)x(\d+)", size) for size in self.sizes]
         if not all(found):

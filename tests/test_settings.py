@@ -121,10 +121,10 @@ def test_a_switch_is_true_or_false(text: str, value: bool) -> None:
 
 
 def test_sizes_are_widths_and_heights() -> None:
-    assert DenoiserSettings(sizes=("704x384", "512x512")).pictures() == [(704, 384), (512, 512)]
+    assert DenoiserSettings(sizes=("704x384", "512x512")).video_sizes() == [(704, 384), (512, 512)]
     for wrong in ("704", "704x", "704*384", ""):
         with pytest.raises(ValueError, match=r"AVATAR_SIZES is '704x384,.*expected a list"):
-            DenoiserSettings(sizes=("704x384", wrong)).pictures()
+            DenoiserSettings(sizes=("704x384", wrong)).video_sizes()
 
 
 def test_a_variable_without_a_default_must_be_set() -> None:
@@ -147,7 +147,7 @@ def test_every_field_is_documented(cls: type[Settings]) -> None:
     ("levels", "served"), [("all", [0, 1, 2, 3]), ("0", [0]), ("3", [3]), ("0,2", [0, 2]), ("1, 2", [1, 2])]
 )
 def test_levels_are_served_as_listed(levels: str, served: list[int]) -> None:
-    assert DenoiserSettings(levels=levels).served(4) == served
+    assert DenoiserSettings(levels=levels).served_levels(4) == served
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_levels_are_served_as_listed(levels: str, served: list[int]) -> None:
 )
 def test_levels_that_the_checkpoint_lacks_are_refused(levels: str, words: str) -> None:
     with pytest.raises(ValueError, match=f"AVATAR_LEVELS.*{words}"):
-        DenoiserSettings(levels=levels).served(4)
+        DenoiserSettings(levels=levels).served_levels(4)
 
 
 def test_an_optional_path_is_none_unless_set() -> None:

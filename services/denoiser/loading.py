@@ -29,7 +29,7 @@ def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> 
     if settings.compile:
         speed.compile_layers(network)
     served = sizes if settings.compile else None
-    levels = settings.served(config.num_levels)
+    levels = settings.served_levels(config.num_levels)
     denoisers = {level: Denoiser(network, config, level, sizes=served, attention=attention) for level in levels}
     return denoisers, part.digest()
 
@@ -39,7 +39,7 @@ def latent_sizes(settings: DenoiserSettings) -> list[tuple[int, int]]:
 
     ValueError if a size is no multiple of SPACE_STRIDE, or if layers are compiled and there is no size.
     """
-    pictures = settings.pictures()
+    pictures = settings.video_sizes()
     if not pictures and (settings.checkpoint / "vae").is_dir():
         rule = open_part(settings.checkpoint, "vae").config.get("picture", {})
         pictures = [(rule["width"], rule["height"])] if rule.get("width") and rule.get("height") else []
