@@ -23,7 +23,7 @@ from avatar.errors import (
 )
 from avatar.rpc.channel import channel
 from avatar.rpc.client import RemoteStage, remote_audio, remote_vae, stage_error
-from avatar.rpc.server import Context, opening, parts
+from avatar.rpc.server import Context, opening
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc, vae_pb2
 from avatar.worker.v1.types_pb2 import Block, Closed
@@ -65,30 +65,6 @@ async def test_answers_arrive_in_order_and_closed_reports_their_cost(connection:
     assert await indexes(stage(source.stream())) == [7, *range(50)]
     assert stage.closed == Closed(num_blocks=51, busy_s=0.25)
     assert source.closed.is_set()
-
-
-async def test_a_stage_may_answer_more_or_fewer_items_than_it_received(
-    worker: Worker, connection: grpc.aio.Channel
-) -> None:
-    async def repeated(requests: Requests, _: Context) -> Responses:
-        await opening(requests)
-        yield OPENED
-        async for each in parts(requests, "piece"):
-            for copy in [block(int(each.data))] * int(each.data):
-                yield copy
-        yield pb.EncodeResponse(closed=Closed())
-
-    worker.encode = repeated
-    stage = await opened(connection)
-    assert await indexes(stage(Source([0, 2, 0, 1]).stream())) == [2, 2, 1]
-
-
-async def test_streams_of_one_channel_are_independent(connection: grpc.aio.Channel) -> None:
-    stages = [await opened(connection) for _ in range(4)]
-    answers = await asyncio.gather(
-        *(indexes(stage(Source(range(n, n + 20)).stream())) for n, stage in enumerate(stages))
-    )
-    assert answers == [list(range(n, n + 20)) for n in range(4)]
 
 
 async def test_stages_work_at_the_same_time(worker: Worker, connection: grpc.aio.Channel) -> None:

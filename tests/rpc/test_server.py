@@ -122,16 +122,6 @@ async def test_a_process_is_stopped_by_a_signal(number: signal.Signals) -> None:
     await asyncio.wait_for(stopping, WAIT_S)
 
 
-async def test_a_stream_is_opened_then_fed_then_closed(
-    worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub
-) -> None:
-    worker.encode = numbered
-    requests = [OPEN, *(pb.EncodeRequest(piece=piece(n)) for n in (3, 1, 2)), CLOSE]
-    responses = await encode(stub, requests)
-    assert [response.WhichOneof("part") for response in responses] == ["opened", "block", "block", "block", "closed"]
-    assert [response.block.index for response in responses[1:-1]] == [3, 1, 2]
-
-
 @pytest.mark.parametrize(
     ("requests", "reason", "words"),
     [
