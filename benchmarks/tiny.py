@@ -44,7 +44,7 @@ async def _rows(checkpoint: Path) -> list[Row]:
                     tried[number] = share_on_time(sessions) >= ENOUGH
                 most.append(max((number for number, passes in tried.items() if passes), default=0))
     return [
-        row("tiny model, frames a second", median(rates), "Hz", note="one offline session"),
-        row("tiny model, time to first frame", median(firsts), "s", note="from the first sound, offline"),
+        row("tiny model, frames per second", median(rates), "Hz", note="one offline session"),
+        row("tiny model, time to first frame", median(firsts), "s", note="from the first audio, offline"),
         row("tiny model, sessions in real time", median(most), "sessions", note="99.5 % of frames on time"),
     ]

@@ -1,4 +1,4 @@
-"""A conversation in real time: a WAV file stands in for the microphone, and somebody interrupts.
+"""Stream a WAV file in real time, like a microphone, and interrupt it.
 
 python examples/live_microphone.py assets/speech.wav assets/portrait.png --interrupt-after 2
 """
@@ -15,7 +15,7 @@ PIECE_S = 0.04
 
 
 async def speak(stream: Stream, speech: bytes, rate_hz: int) -> None:
-    """Push sound at the pace at which a microphone would give it."""
+    """Push audio in real time, then end the turn."""
     piece_bytes = 2 * round(rate_hz * PIECE_S)
     for start in range(0, len(speech), piece_bytes):
         await stream.push(speech[start : start + piece_bytes])
@@ -23,15 +23,15 @@ async def speak(stream: Stream, speech: bytes, rate_hz: int) -> None:
     await stream.end_turn()
 
 
-async def show(stream: Stream) -> None:
-    """Print what happens, and what comes in between in numbers."""
-    counted: Counter[str] = Counter()
+async def print_items(stream: Stream) -> None:
+    """Print events, and the number of frames between them."""
+    num_frames: Counter[str] = Counter()
     async for item in stream:
         if isinstance(item, Frame):
-            counted["idle" if item.is_idle else "speaking"] += 1
+            num_frames["idle" if item.is_idle else "speaking"] += 1
         else:
-            print(f"{dict(counted)} frames, then {item}")
-    print(f"{dict(counted)} frames in all")
+            print(f"{dict(num_frames)} frames, then {item}")
+    print(f"{dict(num_frames)} frames in total")
 
 
 async def main() -> None:
@@ -39,7 +39,7 @@ async def main() -> None:
     parser.add_argument("speech", help="WAV file, 16 bit, one channel")
     parser.add_argument("portrait", help="PNG, JPEG or WebP file")
     parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
-    parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="speak TLS; file of who signed it, if private")
+    parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="use TLS; PEM file of a private authority")
     parser.add_argument("--token", default=os.environ.get("AVATAR_TOKEN", ""), help="bearer token; or AVATAR_TOKEN")
     parser.add_argument("--interrupt-after", type=float, default=2.0, help="seconds of speech before the interrupt")
     flags = parser.parse_args()
@@ -50,12 +50,12 @@ async def main() -> None:
     async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
         session = await avatar.create(flags.portrait)
         async with session.stream(rate_hz=rate_hz, live=True, video="jpeg") as stream, asyncio.TaskGroup() as tasks:
-            tasks.create_task(show(stream))
+            tasks.create_task(print_items(stream))
             speaking = tasks.create_task(speak(stream, speech, rate_hz))
             await asyncio.sleep(flags.interrupt_after)
             speaking.cancel()
             print(await stream.interrupt())
-            await speak(stream, speech[: 2 * rate_hz], rate_hz)  # a second of it, as the next turn
+            await speak(stream, speech[: 2 * rate_hz], rate_hz)  # the next turn: its first second
             await stream.close()
 
 

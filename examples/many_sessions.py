@@ -1,4 +1,4 @@
-"""Many sessions at once: each speaks the same words with a seed of its own.
+"""Run many sessions at once, each with the same speech and its own seed.
 
 python examples/many_sessions.py assets/speech.wav assets/portrait.png --sessions 4
 """
@@ -12,8 +12,8 @@ import wave
 from avatar.client import Avatar, AvatarError, channel_credentials, connect
 
 
-async def converse(avatar: Avatar, number: int, portrait: str, speech: bytes, rate_hz: int) -> None:
-    """One session from its start to its end; a full suite is asked again when it says so."""
+async def run_session(avatar: Avatar, number: int, portrait: str, speech: bytes, rate_hz: int) -> None:
+    """Run one session to its end. If the deployment is full, retry after the delay that it gives."""
     started, first_s, num_frames = time.monotonic(), 0.0, 0
     while True:
         try:
@@ -26,10 +26,10 @@ async def converse(avatar: Avatar, number: int, portrait: str, speech: bytes, ra
         except AvatarError as error:
             if num_frames or error.retry_s is None:
                 raise
-            print(f"session {number}: {error.reason}, again in {error.retry_s:g} s")
+            print(f"session {number}: {error.reason}, retry in {error.retry_s:g} s")
             await asyncio.sleep(error.retry_s)
     rate = num_frames / (time.monotonic() - started)
-    print(f"session {number}: {num_frames} frames, the first after {first_s:.2f} s, {rate:.1f} a second")
+    print(f"session {number}: {num_frames} frames, the first after {first_s:.2f} s, {rate:.1f} per second")
 
 
 async def main() -> None:
@@ -37,7 +37,7 @@ async def main() -> None:
     parser.add_argument("speech", help="WAV file, 16 bit, one channel")
     parser.add_argument("portrait", help="PNG, JPEG or WebP file")
     parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
-    parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="speak TLS; file of who signed it, if private")
+    parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="use TLS; PEM file of a private authority")
     parser.add_argument("--token", default=os.environ.get("AVATAR_TOKEN", ""), help="bearer token; or AVATAR_TOKEN")
     parser.add_argument("--sessions", type=int, default=4)
     flags = parser.parse_args()
@@ -50,7 +50,7 @@ async def main() -> None:
         asyncio.TaskGroup() as tasks,
     ):
         for number in range(flags.sessions):
-            tasks.create_task(converse(avatar, number, flags.portrait, speech, rate_hz))
+            tasks.create_task(run_session(avatar, number, flags.portrait, speech, rate_hz))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A WAV file and a portrait become an MP4 file, as fast as the suite can.
+"""Render a WAV file and a portrait to an MP4 file, as fast as the suite can.
 
 python examples/wav_to_mp4.py assets/speech.wav assets/portrait.png out.mp4
 
-Needs av and numpy beside the client, to write the file.
+Needs av and numpy in addition to the client, to write the file.
 """
 
 import argparse
@@ -23,7 +23,7 @@ async def main() -> None:
     parser.add_argument("portrait", help="PNG, JPEG or WebP file")
     parser.add_argument("out", help="MP4 file to write")
     parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
-    parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="speak TLS; file of who signed it, if private")
+    parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="use TLS; PEM file of a private authority")
     parser.add_argument("--token", default=os.environ.get("AVATAR_TOKEN", ""), help="bearer token; or AVATAR_TOKEN")
     parser.add_argument("--seed", type=int, help="the same seed gives the same frames")
     flags = parser.parse_args()
@@ -35,22 +35,22 @@ async def main() -> None:
     async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
         session = await avatar.create(flags.portrait, seed=flags.seed)
         width, height, frame_rate_hz = session.video.width, session.video.height, session.video.frame_rate_hz
-        with av.open(flags.out, "w") as film:
-            picture = film.add_stream("libx264", rate=frame_rate_hz, options={"crf": "18"})
-            picture.width, picture.height, picture.pix_fmt = width, height, "yuv420p"
-            sound = film.add_stream("aac", rate=rate_hz, layout="mono")
+        with av.open(flags.out, "w") as out:
+            video = out.add_stream("libx264", rate=frame_rate_hz, options={"crf": "18"})
+            video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+            audio = out.add_stream("aac", rate=rate_hz, layout="mono")
             async with session.stream(audio=speech, rate_hz=rate_hz) as stream:
                 async for frame in stream.frames():
                     pixels = np.frombuffer(frame.data, np.uint8).reshape(height, width, 3)
                     image = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                     image.pts, image.time_base = frame.index, Fraction(1, frame_rate_hz)
-                    film.mux(picture.encode(image))
-            film.mux(picture.encode(None))
+                    out.mux(video.encode(image))
+            out.mux(video.encode(None))
             samples = av.AudioFrame(format="s16", layout="mono", samples=len(speech) // 2)
             samples.planes[0].update(speech)
             samples.rate, samples.pts, samples.time_base = rate_hz, 0, Fraction(1, rate_hz)
-            film.mux(sound.encode(samples))
-            film.mux(sound.encode(None))
+            out.mux(audio.encode(samples))
+            out.mux(audio.encode(None))
     assert stream.closed
     print(f"wrote {flags.out}: {stream.closed.num_frames} frames of {width} x {height}")
 

@@ -1,4 +1,4 @@
-"""A product team's client, as far as tests need one: over the public contract alone."""
+"""A minimal client for tests, over the public contract alone."""
 
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
@@ -23,7 +23,7 @@ PCM16 = types.AudioFormat(encoding=types.SAMPLE_ENCODING_PCM16, rate_hz=16000, n
 async def connected(
     target: str, credentials: grpc.ChannelCredentials | None = None
 ) -> "AsyncGenerator[pb_grpc.AvatarServiceAsyncStub, None]":
-    """A stub of the gateway at HOST:PORT, in plain text without credentials."""
+    """Connect a stub to the gateway at HOST:PORT, in plain text without credentials."""
     options = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 64 << 20)]
     async with (
         grpc.aio.secure_channel(target, credentials, options=options)
@@ -34,7 +34,7 @@ async def connected(
 
 
 async def new_session(stub: "pb_grpc.AvatarServiceAsyncStub", picture: bytes, **fields: Any) -> types.Session:
-    """A session of a picture, with the request's other fields as given."""
+    """Create a session of a picture. fields: of CreateSessionRequest."""
     reference = (await stub.CreateReference(pb.CreateReferenceRequest(picture=picture), timeout=30)).reference
     request = pb.CreateSessionRequest(reference_id=reference.id, **fields)
     return (await stub.CreateSession(request, timeout=10)).session
@@ -42,7 +42,7 @@ async def new_session(stub: "pb_grpc.AvatarServiceAsyncStub", picture: bytes, **
 
 @dataclass
 class Streamed:
-    """What came out of a stream."""
+    """The output of a stream."""
 
     frames: list[types.VideoFrame] = field(default_factory=list)
     interrupted: list[pb.AvatarInterrupted] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Streamed:
         return [frame.data for frame in self.frames]
 
     def take(self, response: pb.StreamAvatarResponse) -> None:
-        """Note a message."""
+        """Record a message."""
         match response.WhichOneof("part"):
             case "frame":
                 self.frames.append(response.frame)
@@ -76,7 +76,7 @@ def opened(session_id: str, audio: types.AudioFormat = PCM16, **fields: Any) -> 
 
 
 def spoken(data: bytes, piece_bytes: int = PIECE_BYTES) -> Iterable[pb.StreamAvatarRequest]:
-    """Sound in pieces."""
+    """Yield audio in pieces."""
     for start in range(0, len(data), piece_bytes):
         yield pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data[start : start + piece_bytes]))
 
@@ -89,14 +89,14 @@ INTERRUPT = pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar())
 async def stream(
     stub: "pb_grpc.AvatarServiceAsyncStub", requests: Iterable[pb.StreamAvatarRequest], timeout_s: float = 60
 ) -> Streamed:
-    """Open with the first request, send the others, and take what comes. AioRpcError if the stream ends in an error."""
+    """Open with the first request, send the others, and read to the end. Raises AioRpcError if it ends in one."""
     call = stub.StreamAvatar(timeout=timeout_s)
     status = CallStatus(call)
     first, *others = requests
     out = Streamed()
     try:
         await call.write(first)
-        await answer(call)  # sound may be sent once the stream is opened
+        await answer(call)  # audio may be sent once the stream is open
         async with background(_send(call, others)):
             for response in await rest(call):
                 out.take(response)
@@ -112,26 +112,26 @@ async def _send(call: Call, requests: Iterable[pb.StreamAvatarRequest]) -> None:
 
 
 async def speak(stub: "pb_grpc.AvatarServiceAsyncStub", session_id: str, data: bytes) -> Streamed:
-    """A whole stream: open, sound, close."""
+    """Run a whole stream: open, audio, close."""
     return await stream(stub, [opened(session_id), *spoken(data), CLOSE])
 
 
 async def answer(call: Call) -> pb.StreamAvatarResponse:
-    """The next message on a call. AioRpcError if it ends in an error."""
+    """Return the next message of a call. Raises AioRpcError if it ends in an error."""
     response = await call.read()
     assert isinstance(response, pb.StreamAvatarResponse), "the stream has ended"
     return response
 
 
 async def frame(call: Call) -> types.VideoFrame:
-    """The next frame on a call, past what comes before it."""
+    """Return the next frame of a call, skipping other messages."""
     while not (response := await answer(call)).HasField("frame"):
         pass
     return response.frame
 
 
 async def rest(call: Call) -> list[pb.StreamAvatarResponse]:
-    """Everything that still comes on a call, until it ends. AioRpcError if it ends in an error."""
+    """Return all remaining messages of a call. Raises AioRpcError if it ends in an error."""
     responses = []
     while isinstance(response := await call.read(), pb.StreamAvatarResponse):
         responses.append(response)

@@ -119,9 +119,9 @@ async def test_tracks_share_one_clock() -> None:
     video, audio = VideoTrack(playout, 2, 2), AudioTrack(playout)
     await audio.recv()
     await playout.put(frame(3))
-    shown, heard = await video.recv(), await audio.recv()
+    shown, piece = await video.recv(), await audio.recv()
     assert shown.time is not None
-    assert heard.time is not None
-    assert abs(shown.time - heard.time) < 0.1
+    assert piece.time is not None
+    assert abs(shown.time - piece.time) < 0.1
     assert shown.to_ndarray(format="rgb24").tolist() == np.full((2, 2, 3), 3).tolist()
-    assert heard.samples / heard.sample_rate == 0.02
+    assert piece.samples / piece.sample_rate == 0.02
