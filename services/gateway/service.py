@@ -226,6 +226,9 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         is_resumed = opened.HasField("resume")
         session = await (self._live_sessions.resume(opened) if is_resumed else self._live_sessions.start(opened))
         next_frame = opened.resume.next_frame if is_resumed else None
+        if caller().max_audio_s is None:
+            await session.serve(self._opened, requests, context.write, next_frame)
+            return
         options = stream_options(session.opened)
         async with aclosing(self._quotas.metered(requests, options.rate_hz * options.sample_bytes)) as metered:
             await session.serve(self._opened, metered, context.write, next_frame)
