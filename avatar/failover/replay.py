@@ -47,6 +47,7 @@ class BlockReplay:
     def __init__(self, next_block: int = 0) -> None:
         self.next_block = next_block
         self.num_past_blocks = 0
+        self.is_answer_due = False
         self._next_frame = 0
         self._kept: deque[types_pb2.Block | RelayedBlock] = deque()
         self._conditions: types_pb2.Conditions | None = None
@@ -56,12 +57,9 @@ class BlockReplay:
         """Index of the block that a rebuilt stream starts with."""
         return self._kept[0].index if self._kept else self.next_block
 
-    @property
-    def is_answer_due(self) -> bool:
-        return bool(self._kept) and self._kept[-1].index >= self.next_block
-
     def record(self, block: types_pb2.Block | RelayedBlock) -> None:
         self._kept.append(block)
+        self.is_answer_due = True
 
     def items(self) -> Sequence[types_pb2.Block | RelayedBlock]:
         items = [_without_slack(block) for block in self._kept]
@@ -83,6 +81,7 @@ class BlockReplay:
         if index < self.next_block:
             return None
         self.next_block = index + 1
+        self.is_answer_due = bool(self._kept) and self._kept[-1].index >= self.next_block
         while self._kept and self._kept[0].index < self.next_block - self.num_past_blocks:
             head = _head(self._kept.popleft())
             if head.HasField("carried"):
@@ -101,6 +100,7 @@ class AudioReplay:
         """sample_bytes: of one sample of all channels. block_s: duration of a block."""
         self.next_block = 0
         self.num_past_blocks = 0
+        self.is_answer_due = False
         self.statistics = statistics
         self._bytes_per_s = sample_bytes * rate_hz
         self._block_s = block_s
@@ -121,16 +121,12 @@ class AudioReplay:
         """Index of the block that a rebuilt stream starts with."""
         return max(0, self.next_block - self.num_past_blocks)
 
-    @property
-    def is_answer_due(self) -> bool:
-        after_s = self._num_bytes / self._bytes_per_s - (self.next_block + 1) * self._block_s
-        return self._completed >= self.next_block or after_s >= self._answer_after_s
-
     def record(self, piece: audio_pb2.AudioPiece) -> None:
         self._kept.append((self._block_at(self._num_bytes), piece))
         self._num_bytes += len(piece.data)
         if piece.HasField("completes"):
             self._completed = piece.completes
+        self.is_answer_due = self._is_answer_due()
 
     def items(self) -> Sequence[audio_pb2.AudioPiece]:
         return [_without_slack(piece) for block, piece in self._kept if block >= self.first_block]
@@ -140,9 +136,14 @@ class AudioReplay:
             return None
         self.next_block = block.index + 1
         self.statistics = block.statistics
+        self.is_answer_due = self._is_answer_due()
         while self._kept and self._kept[0][0] < self.first_block:
             self._kept.popleft()
         return block.index
+
+    def _is_answer_due(self) -> bool:
+        after_s = self._num_bytes / self._bytes_per_s - (self.next_block + 1) * self._block_s
+        return self._completed >= self.next_block or after_s >= self._answer_after_s
 
     def _block_at(self, num_bytes: int) -> int:
         """Return the index of the block that the audio after so many bytes belongs to."""

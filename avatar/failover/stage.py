@@ -82,9 +82,24 @@ class FailoverStage(Generic[Item, Answer]):
         num_blocks, last = 0, None
         async with background(self._pull(items)) as pulling:
             while True:
+                assert self._current is not None
+                stream = self._current[1]
                 try:
-                    async with aclosing(self._answers(pulling)) as answers:
-                        async for answer in answers:
+                    async with aclosing(stream(self._stream_items(pulling))) as answers:
+                        while True:
+                            # The time that the consumer takes between two answers does not count against the worker.
+                            self._deadline = self._silent_at or self._answer_deadline()
+                            try:
+                                async with asyncio.timeout_at(self._deadline) as self._timer:
+                                    answer = await anext(answers)
+                            except StopAsyncIteration:
+                                self.closed = types_pb2.Closed(num_blocks=num_blocks, busy_s=stream.closed.busy_s)
+                                return
+                            except TimeoutError as error:
+                                message = f"{self.stage} has not answered in time"
+                                raise StageLost(message, metadata={"stage": self.stage}, retry_s=1.0) from error
+                            finally:
+                                self._timer = None
                             if (block := self._replay.accept(answer)) is None:
                                 continue
                             self._num_losses = 0
@@ -93,10 +108,6 @@ class FailoverStage(Generic[Item, Answer]):
                                 self._is_rebuilt = False
                                 self.on_rebuilt(block)
                             yield answer
-                    assert self._current is not None
-                    busy_s = self._current[1].closed.busy_s
-                    self.closed = types_pb2.Closed(num_blocks=num_blocks, busy_s=busy_s)
-                    return
                 except (StageLost, StageFailed) as error:
                     if pulling.done() and not pulling.cancelled() and pulling.exception():
                         raise  # the stage before this one is lost
@@ -135,31 +146,17 @@ class FailoverStage(Generic[Item, Answer]):
         self._start_deadline()
         await pulling
 
-    async def _answers(self, pulling: asyncio.Task[None]) -> AsyncGenerator[Answer, None]:
-        """Yield the current stream's answers. StageLost if one that is due does not come."""
-        assert self._current is not None
-        async with aclosing(self._current[1](self._stream_items(pulling))) as answers:
-            while True:
-                # The time that the consumer takes between two answers does not count against the worker.
-                self._deadline = self._silent_at
-                self._start_deadline()
-                try:
-                    async with asyncio.timeout_at(self._deadline) as self._timer:
-                        answer = await anext(answers)
-                except StopAsyncIteration:
-                    return
-                except TimeoutError as error:
-                    message = f"{self.stage} has not answered in time"
-                    raise StageLost(message, metadata={"stage": self.stage}, retry_s=1.0) from error
-                finally:
-                    self._timer = None
-                yield answer
+    def _answer_deadline(self) -> float | None:
+        """Return by when the worker has to give its next answer; None if none is due."""
+        if not self._current or not (self._replay.is_answer_due or self._is_closing):
+            return None
+        step_s = getattr(self._current[0].info, "step_s", 0.0)
+        return asyncio.get_running_loop().time() + self._timeouts.stall_s + 4 * step_s
 
     def _start_deadline(self) -> None:
-        """Set the deadline of the next answer, if one is due and has no deadline yet."""
-        if self._current and self._deadline is None and (self._replay.is_answer_due or self._is_closing):
-            step_s = getattr(self._current[0].info, "step_s", 0.0)
-            self._set_deadline(asyncio.get_running_loop().time() + self._timeouts.stall_s + 4 * step_s)
+        """Set the deadline of the next answer, if one has come to be due."""
+        if self._deadline is None and (deadline := self._answer_deadline()):
+            self._set_deadline(deadline)
 
     def _give_up(self) -> None:
         """Stop waiting: the worker does not answer health checks."""

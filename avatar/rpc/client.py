@@ -72,9 +72,14 @@ class RemoteStage(Generic[Item, Answer]):
         """Yield the worker's answers until it has answered all items. If `items` fails, its error is raised."""
         async with background(self._feed(items)) as feeding:
             try:
-                while (response := await self._read()).WhichOneof("part") != "closed":
+                while (response := await self._call.read()) is not grpc.aio.EOF:
+                    if response.WhichOneof("part") == "closed":
+                        self.closed = response.closed
+                        return
                     yield getattr(response, self._answer)
-                self.closed = response.closed
+                raise self._ended_early()
+            except grpc.aio.AioRpcError as error:
+                raise self._error(error) from error
             except asyncio.CancelledError:
                 # A failure of `items` cancels the call, not this task. Distinguish it from a cancellation of this task.
                 task = asyncio.current_task()
@@ -106,16 +111,22 @@ class RemoteStage(Generic[Item, Answer]):
         except asyncio.InvalidStateError:  # the call has ended; reading raises its status
             await self._read()
         except grpc.aio.AioRpcError as error:
-            raise stage_error(self.stage, self._status.instead_of(error)) from error
+            raise self._error(error) from error
 
     async def _read(self) -> Any:
         try:
             response = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            raise stage_error(self.stage, self._status.instead_of(error)) from error
+            raise self._error(error) from error
         if response is grpc.aio.EOF:
-            raise StageLost(f"{self.stage}: {ENDED_EARLY}", metadata=self._where(), retry_s=1.0)
+            raise self._ended_early()
         return response
+
+    def _error(self, error: grpc.aio.AioRpcError) -> AvatarError:
+        return stage_error(self.stage, self._status.instead_of(error))
+
+    def _ended_early(self) -> StageLost:
+        return StageLost(f"{self.stage}: {ENDED_EARLY}", metadata=self._where(), retry_s=1.0)
 
     def _where(self) -> dict[str, str]:
         return {"stage": self.stage}

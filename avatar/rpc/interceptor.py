@@ -4,8 +4,8 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
@@ -39,20 +39,26 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         if handler.unary_unary:
 
             async def unary(data: bytes, context: Any) -> Any:
-                async def handling() -> Any:
+                with _outcome(method) as outcome:
                     return await handler.unary_unary(_parse(handler, data), context)
-
-                return await _with_status(method, context, handling())
+                return await outcome.abort(context)  # the handler raised
 
             return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
         if handler.stream_stream:
 
             async def stream(messages: AsyncIterator[bytes], context: Any) -> None:
-                async def handling() -> None:
+                with _outcome(method) as outcome:
                     async with aclosing(_parse_all(handler, messages)) as requests:
-                        await _write_all(handler.stream_stream(requests, context), context)
-
-                await _with_status(method, context, handling())
+                        answers = handler.stream_stream(requests, context)
+                        if isinstance(answers, AsyncGenerator):
+                            # gRPC leaves a generator open until it is collected, and with it its session's state.
+                            async with aclosing(answers):
+                                async for answer in answers:
+                                    await context.write(answer)
+                        else:  # the handler writes by itself
+                            await answers
+                if outcome.status:
+                    await outcome.abort(context)
 
             return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
         return handler
@@ -67,36 +73,36 @@ def _refusing(error: AvatarError) -> Any:
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-async def _write_all(answers: Any, context: Any) -> None:
-    """Write the answers of a handler that is a generator; await one that writes by itself."""
-    if not isinstance(answers, AsyncGenerator):
-        await answers
-        return
-    # gRPC leaves a generator open until it is collected, and with it the state of its session.
-    async with aclosing(answers):
-        async for answer in answers:
-            await context.write(answer)
+class _Outcome:
+    """The outcome of a call. status: the error's status if its handler raised."""
+
+    status: status_pb2.Status | None = None
+
+    async def abort(self, context: Any) -> None:
+        """End the call with the status. Must not be called in an `except` block: the server keeps its last AbortError,
+        and with it any error that is being handled.
+        """
+        await context.abort_with_status(rpc_status.to_status(self.status))
 
 
-async def _with_status(method: str, context: Any, handling: Awaitable[Any]) -> Any:
-    """Return a handler's result; end the call with a status if it raises. Record the call's duration."""
+@contextmanager
+def _outcome(method: str) -> Iterator[_Outcome]:
+    """Record the duration of a call, and put the status of an error into the outcome instead of raising the error."""
     started = time.perf_counter()
-    code = "OK"
+    code, outcome = "OK", _Outcome()
     try:
-        return await handling
+        yield outcome
     except (grpc.aio.AbortError, asyncio.CancelledError):
         code = "CANCELLED"
         raise
     except Exception as error:
-        status = _status(method, error)
-        code = code_pb2.Code.Name(status.code)
+        outcome.status = _status(method, error)
+        code = code_pb2.Code.Name(outcome.status.code)
     finally:
         telemetry.RPC_DURATION.record(
             time.perf_counter() - started,
             {"rpc.system.name": "grpc", "rpc.method": method, "rpc.response.status_code": code},
         )
-    # Abort outside of the except block: the server keeps its last AbortError, and with it any error being handled.
-    return await context.abort_with_status(rpc_status.to_status(status))
 
 
 def _status(method: str, error: Exception) -> status_pb2.Status:

@@ -5,7 +5,7 @@ times for every stage that it is sent to. With a tag and a length written before
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.message import Message
@@ -21,11 +21,16 @@ class RelayedBlock:
     """A block that is passed on with its tensors serialized.
 
     head: the message without its tensors. features, latent: those fields, each as its serialized parts.
+    index: of the block.
     """
 
     head: types_pb2.Block
     features: Sequence[bytes] = ()
     latent: Sequence[bytes] = ()
+    index: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.index = self.head.index
 
     @classmethod
     def from_pb(cls, block: types_pb2.Block) -> "RelayedBlock":
@@ -39,10 +44,6 @@ class RelayedBlock:
         head = types_pb2.Block()
         head.CopyFrom(self.head)
         return RelayedBlock(head, self.features, serialize_field(FIELDS["latent"].number, latent))
-
-    @property
-    def index(self) -> int:
-        return self.head.index
 
     def parts(self) -> list[bytes]:
         """Return the serialized message, in parts."""
