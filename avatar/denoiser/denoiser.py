@@ -105,7 +105,7 @@ class Denoiser:
 
     def updates_sink(self, block: Block, session: Session) -> bool:
         """Return True if this level's result of this block becomes the sink of the session's next conditions."""
-        return self.is_last and block.index == 0 and self.sink_update_block(session) is not None
+        return block.index == 0 and self.is_last and self.sink_update_block(session) is not None
 
     def open(self, session: Session) -> DenoiserState:
         """Return a state with an empty cache. ValueError if the session does not fit the network."""

@@ -139,11 +139,13 @@ class FailoverStage(Generic[Item, Answer]):
         while queued := await self._queue.get():
             self._free_slots.release()
             self._replay.record(queued[0])
-            self._start_deadline()
+            if self._deadline is None:
+                self._start_deadline()
             yield queued[0]
         self._queue.put_nowait([])  # for the stream that may have to replace this one
         self._is_closing = True
-        self._start_deadline()
+        if self._deadline is None:
+            self._start_deadline()
         await pulling
 
     def _answer_deadline(self) -> float | None:
@@ -154,8 +156,8 @@ class FailoverStage(Generic[Item, Answer]):
         return asyncio.get_running_loop().time() + self._timeouts.stall_s + 4 * step_s
 
     def _start_deadline(self) -> None:
-        """Set the deadline of the next answer, if one has come to be due."""
-        if self._deadline is None and (deadline := self._answer_deadline()):
+        """Set a deadline for the next answer, if one has become due."""
+        if deadline := self._answer_deadline():
             self._set_deadline(deadline)
 
     def _give_up(self) -> None:
