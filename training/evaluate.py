@@ -61,7 +61,7 @@ Tool = TypeVar("Tool")
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. decimals: as printed. low, high: bounds of what is acceptable."""
+    """A line of the table. decimals: as printed. low, high: acceptable bounds."""
 
     key: str
     label: str

@@ -98,13 +98,13 @@ def make_clip(number: int, head: Head, renderer: "Renderer", engines: Engines) -
     # A clip lies some blocks into a stream, or at its start.
     lead_frames = BLOCK_FRAMES * max(0, int(rng.integers(-1, shape.max_lead_frames // BLOCK_FRAMES + 1)))
     num_frames = lead_frames + shape.num_frames + shape.tail_frames
-    shown = slice(lead_frames, lead_frames + shape.num_frames)
+    clip_span = slice(lead_frames, lead_frames + shape.num_frames)
     speech, text = make_utterance(engines, voice, num_frames / FRAME_RATE_HZ, is_held_out, rng)
     motion = motion_of(speech, head.shape_names, num_frames, rng)
     renderer.set_face(Face(head, person_of(head, number)))
-    drawn = [renderer.draw(*frame) for frame in list(motion.frames())[shown]]
+    drawn = [renderer.draw(*frame) for frame in list(motion.frames())[clip_span]]
     [(reference, _)] = [renderer.draw(*frame) for frame in portrait_of(motion, head.shape_names, rng).frames()]
-    jaw = motion.weights[shown, head.shape_names.index("jawOpen")]
+    jaw = motion.weights[clip_span, head.shape_names.index("jawOpen")]
     assert len(speech.samples) == num_frames * FRAME_SAMPLES
     arrays: dict[str, NDArray[Any]] = {
         "frames": np.stack([picture for picture, _ in drawn]),

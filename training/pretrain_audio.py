@@ -66,7 +66,7 @@ def train_encoder(network: Network, clips: Sequence[StoredClip], steps: int, see
 
 @torch.no_grad()
 def centre_features(network: Network, clips: Sequence[StoredClip]) -> None:
-    """Set the biases of the first convolutions to cancel the features' mean, four times as large as what varies."""
+    """Set the biases of the first convolutions to cancel the features' mean, which is four times their variation."""
     mean = torch.stack([torch.from_numpy(np.array(clip.array("features"), np.float32)).mean((0, 2)) for clip in clips])
     encoder = network.casual_audio_encoder.encoder
     for each in (encoder.conv1_local.conv, encoder.conv1_global.conv):

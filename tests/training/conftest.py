@@ -1,4 +1,5 @@
 from importlib.util import find_spec
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,22 @@ from training.synthetic.head import Head, read_pack
 
 # Rendering needs the packages of training/requirements-data.txt and EGL; see training/synthetic/README.md.
 collect_ignore = [] if find_spec("moderngl") else ["test_renderer.py"]
+
+
+STARTS_PROCESSES = {"test_evaluate", "test_strategy", "test_base"}
+# Modules that the processes of those tests import, which takes seconds.
+PRELOADED = [
+    *("tests.training.two_processes", "training.evaluate", "torch._dynamo"),
+    "transformers.models.whisper.modeling_whisper",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def preloaded_forkserver(request: pytest.FixtureRequest) -> None:
+    """Start the server that forks the processes of tests; it loads its modules while other tests run."""
+    if any(item.path.stem in STARTS_PROCESSES for item in request.session.items):
+        forkserver.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

@@ -4,17 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from avatar.render import DenoisingLoop
 from avatar.types import Block, Conditions, Session
-from tests.training.conftest import synthetic_clip
+from tests.training.small import noisy_clip
 from training import ablate
 from training.ablate import CleanCache, NoPicture, NoSink, variants
-from training.data import Clip, write_shard
+from training.data import write_shard
 from training.eval import inference
 from training.eval.inference import Models
 
@@ -69,10 +68,7 @@ def test_fewer_levels_are_a_subset_of_the_checkpoints() -> None:
 def test_existing_rows_are_not_repeated(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clip = synthetic_clip(90, 24, 64)
-    audio = np.zeros((24 + 16) * 640, np.int16)
-    arrays = {**clip.arrays, "reference": clip.arrays["frames"][0], "sound": audio}
-    write_shard(tmp_path / "data" / "held_out" / "0.tar", [Clip(clip.name, arrays, clip.info)])
+    write_shard(tmp_path / "data" / "held_out" / "0.tar", [noisy_clip(0, 0)])
     monkeypatch.setattr("training.ablate.available", lambda _: None)
     out = tmp_path / "rows.json"
 

@@ -88,9 +88,6 @@ def test_distance_to_the_reference_is_in_grey_levels_and_ignores_detail() -> Non
 
 
 def test_chance_is_the_correlation_of_shifted_curves() -> None:
-    pair = curve(300), curve(300)
-    assert ratio_to_chance([pair]) == pytest.approx(1 / np.sqrt(chance_squared(pair[0])), rel=1e-6)
-
-
-def chance_squared(one: NDArray[np.float64]) -> float:
-    return float(np.mean([correlation(one, np.roll(one, shift)) ** 2 for shift in range(25, 276)]))
+    one = curve(300)
+    chance = np.sqrt(np.mean([correlation(one, np.roll(one, shift)) ** 2 for shift in range(25, 276)]))
+    assert ratio_to_chance([(one, one)]) == pytest.approx(1 / chance, rel=1e-6)

@@ -1,6 +1,5 @@
 """Training tasks for two gloo processes, for test_strategy and test_base."""
 
-import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -123,8 +122,6 @@ def train_and_resume(strategy: Strategy, clips: Sequence[StoredClip], root: Path
 
 def run_on_two(task: Task, kind: str, latents: Path, folder: Path) -> list[dict[str, Any]]:
     """Run a task on two processes under a strategy and return their results."""
-    # One server loads torch and forks both processes; each would take seconds to load it.
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__, "torch._dynamo"])
     arguments = (task, kind, latents, folder)
     start_processes(process, arguments, nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(2)]

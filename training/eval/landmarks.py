@@ -110,8 +110,8 @@ def anchors() -> Floats:
 
 def has_face(points: Floats) -> NDArray[np.bool_]:
     """Return a mask (f,) of the frames with a face, from points (f, n, 2)."""
-    known: NDArray[np.bool_] = np.isfinite(points[:, 0, 0])
-    return known
+    mask: NDArray[np.bool_] = np.isfinite(points[:, 0, 0])
+    return mask
 
 
 def mouth_opening(points: Floats) -> Floats:
@@ -119,14 +119,14 @@ def mouth_opening(points: Floats) -> Floats:
 
     points: (f, n, 2). Frames without a face are interpolated; NaN if most have none.
     """
-    known = has_face(points)
-    if known.mean() < 0.5:
+    visible = has_face(points)
+    if visible.mean() < 0.5:
         return np.full(len(points), np.nan, np.float32)
-    apart = np.linalg.norm(points[:, LOWER_LIP] - points[:, UPPER_LIP], axis=1)
+    distance = np.linalg.norm(points[:, LOWER_LIP] - points[:, UPPER_LIP], axis=1)
     # One scale for the whole clip: one per frame would add its error to every value.
     scale = np.nanmedian(np.linalg.norm(points[:, LEFT_EYE] - points[:, RIGHT_EYE], axis=1))
     frames = np.arange(len(points))
-    opening: Floats = np.interp(frames, frames[known], apart[known] / scale).astype(np.float32)
+    opening: Floats = np.interp(frames, frames[visible], distance[visible] / scale).astype(np.float32)
     return opening
 
 

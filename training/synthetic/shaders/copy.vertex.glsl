@@ -1,4 +1,4 @@
-// One triangle that covers the whole picture, behind everything.
+// One triangle that covers the whole picture, behind the head.
 in vec2 corner;
 out vec2 texel;
 

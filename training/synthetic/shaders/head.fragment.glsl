@@ -1,22 +1,22 @@
-// A lit surface. GROUP 0: skin; 1: eyes, teeth, tongue; 2: lashes and hair. Each group is a program of its own, since
-// software rendering runs both sides of every branch.
+// A lit surface. GROUP 0: skin; 1: eyes, teeth, tongue; 2: lashes and hair. Each group is a program of its own, because
+// software rendering executes both sides of every branch.
 in vec3 point, outward, place;
 in vec2 texel;
 flat in int kind;
 out vec4 colour;
-uniform sampler2D source;  // what paint.fragment.glsl left
+uniform sampler2D source;  // the texture from paint.fragment.glsl
 uniform vec3 eye, hair, iris, sky, ground;
 uniform vec3 lights[6];    // direction and colour of each
 uniform vec4 strands;      // density, -, parting, swirl
 
 struct Surface {
     vec3 colour;
-    vec3 bleed;   // colour of light that comes back out of the flesh
+    vec3 bleed;   // colour of subsurface scattering
     float gloss;  // sharpness of reflections, 0 to 1
-    float shine;  // their strength
-    float wrap;   // how far light reaches round into the shade
+    float shine;  // strength of reflections
+    float wrap;   // wrap of diffuse light into the shade
     float alpha;
-    float dim;    // how much of the light gets there
+    float dim;    // share of the light that arrives
 };
 
 Surface skin_surface() {

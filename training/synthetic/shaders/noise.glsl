@@ -1,4 +1,4 @@
-// Smooth noise in space, and where the hair begins: shared by painting and drawing.
+// Smooth spatial noise and the hairline, shared by the paint and head programs.
 
 uniform vec4 hairline;  // height, depth of the dents at its sides, and height and phase of a wave
 
@@ -29,7 +29,7 @@ float spot(vec2 place, vec2 centre, vec2 size) {
     return gauss(length((place - centre) / size));
 }
 
-float above_hairline(vec3 rest) {  // signed height over the line
+float above_hairline(vec3 rest) {  // signed height above the hairline
     float front = clamp((rest.z - .2) / .6, 0., 1.), side = abs(rest.x);
     float line = 6.62 + 1.28 * pow(clamp((rest.z + .02) / 1.22, 0., 1.), 1.25)
         - .10 * pow(clamp(side / .8, 0., 1.), 2.) * front;

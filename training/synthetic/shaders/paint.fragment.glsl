@@ -1,10 +1,10 @@
-// A person's skin with lips, brows, beard, the shadow of hair, and shirt: square root of the colour, and gloss.
+// A person's skin with lips, brows, beard, hair shadow and shirt. Output: square root of the colour, and gloss.
 in vec3 place;
 in vec4 masks;  // lips, eyelids, inside of the mouth, face
 out vec4 painted;
 uniform vec3 skin, lip, hair, shirt, shirt2;
 uniform vec4 brow;    // height, thickness, arch, strength
-uniform vec4 beard;   // strength, that of the hair's shadow
+uniform vec4 beard;   // strengths of beard and hair shadow
 uniform vec4 collar;  // depth, width, pattern
 
 vec3 complexion(vec2 mirrored) {

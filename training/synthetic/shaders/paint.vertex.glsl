@@ -1,4 +1,4 @@
-// The skin laid out flat, as its texture is.
+// The skin, laid out as its texture.
 in vec3 rest;
 in vec4 mask;
 in vec2 uv;
