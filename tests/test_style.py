@@ -9,8 +9,6 @@ PRODUCT = ("avatar", "services", "web")
 # File names that several folders may have, and a class that workers and product teams see differently.
 REPEATABLE = {f"{name}.py" for name in ("service", "model", "client", "codec", "config", "__main__", "__init__")}
 REPEATABLE |= {"Session"}
-# Names with two meanings on 2026-11-29, to be renamed until the list is empty.
-STILL_SHARED = {"Resampler", "server.py"}
 # A docstring states what something is or does, and does not open like a question.
 QUESTIONS = re.compile(r"(What|How|Whether|Where|Whom|Who|Which|Have)\b")
 # Files whose docstrings still do on 2026-11-29, to be rewritten until the list is empty.
@@ -22,7 +20,6 @@ STILL_ASKING: set[str] = {
     "services/gateway/stream/outbox.py",
     "services/gateway/stream/speech.py",
     "services/gateway/stream/timeline.py",
-    "services/local/demo.py",
     "services/worker.py",
     "tests/benchmarks/test_pipeline.py",
     "tests/chaos/__init__.py",
@@ -54,7 +51,7 @@ def test_a_name_has_one_meaning() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 owners.setdefault(node.name, []).append(module)
     shared = {name: modules for name, modules in owners.items() if len(modules) > 1}
-    assert shared.keys() - STILL_SHARED - REPEATABLE == set(), shared
+    assert shared.keys() - REPEATABLE == set(), shared
 
 
 def test_no_docstring_opens_with_a_question_word() -> None:

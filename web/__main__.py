@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from avatar.client import AvatarError, channel_credentials, connect
+from web.page_server import PageServer, portraits
 from web.playout import RATE_HZ
-from web.server import PageServer, portraits
 from web.text_to_speech import Synthesiser
 
 ASSETS = Path(__file__).parents[1] / "assets"

@@ -11,8 +11,8 @@ from typing import Any
 from avatar.client import Avatar, connect
 from avatar.store.sessions import SessionStore
 from tests.standin import StandInGateway, standin_gateway
+from web.page_server import PageServer, portraits
 from web.playout import RATE_HZ
-from web.server import PageServer, portraits
 from web.text_to_speech import Synthesiser
 
 ASSETS = Path(__file__).parents[2] / "assets"
