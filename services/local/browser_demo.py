@@ -1,8 +1,8 @@
-"""The whole suite as processes, and the page in the browser over it.
+"""The suite as processes, and the page for a browser in front of it.
 
     python -m services.local.browser_demo [--listen 127.0.0.1:8080] [--tts "flite -t {text} -o {wav}"]
 
-AVATAR_REDIS_URL names a Redis server to use; one of its own is started without it.
+AVATAR_REDIS_URL names a Redis server to use; without it, one is started and ends with this program.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Run a program that ends when its parent does: `python -m services.local.child PARENT_PID PROGRAM [ARGUMENT ...]`.
 
-The kernel sends the signal, so a parent that was killed leaves nothing behind either. Linux only; elsewhere the program
-runs without that promise.
+The kernel sends the signal, so that a parent that is killed leaves no process behind. Linux only: elsewhere the program
+runs, but may outlive its parent.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ def main() -> None:
     parent, program = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the kernel was told
+        if os.getppid() != parent:  # it ended before the call
             sys.exit(1)
     os.execvp(program[0], program)
 

@@ -1,8 +1,8 @@
 """All services in one process, for development: `python -m services`.
 
-The gateway listens where AVATAR_LISTEN says (127.0.0.1:7000); the workers take free ports of the loopback interface and
-share one device thread, AVATAR_DEVICE and AVATAR_DTYPE. AVATAR_REDIS_URL names a Redis server to use; without it, one
-is started on a free port and ends with this process.
+The gateway listens at AVATAR_LISTEN (127.0.0.1:7000), the workers at free ports of the loopback interface. The workers
+share one device queue, AVATAR_DEVICE and AVATAR_DTYPE. AVATAR_REDIS_URL names a Redis server to use; without it, one is
+started on a free port and ends with this process.
 """
 
 import os
@@ -19,14 +19,7 @@ from avatar.checkpoints.layouts import has_text_encoder
 from avatar.checkpoints.lora import ALPHA
 from avatar.rpc.server import Servicer, serving, until_stopped
 from avatar.rpc.tls import server_credentials
-from avatar.settings import (
-    AudioSettings,
-    DenoiserSettings,
-    GatewaySettings,
-    TextSettings,
-    VaeSettings,
-    load,
-)
+from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.store.usage import TenantUsage
@@ -52,43 +45,36 @@ async def workers(
     adapter_alpha: float = ALPHA,
     **worker: Any,
 ) -> AsyncGenerator[GatewaySettings, None]:
-    """The workers of one checkpoint on one device thread while the body runs; gives a gateway's settings over them.
+    """Run the workers of one checkpoint while the body runs; yield a gateway's settings with their addresses.
 
-    denoisers: the levels of each denoiser. adapter: theirs. worker: further settings of all workers.
+    denoisers: the levels of each denoiser. adapter: of every denoiser. worker: further settings of all workers.
     """
     async with AsyncExitStack() as stack:
         audio_settings = AudioSettings(checkpoint=checkpoint, **worker)
         queue = stack.enter_context(open_device_queue(audio_settings))
 
-        async def served(servicer: Servicer) -> str:
-            credentials = server_credentials(
-                audio_settings.tls_cert, audio_settings.tls_key, audio_settings.tls_client_ca
-            )
+        async def serve(servicer: Servicer) -> str:
+            tls = audio_settings
+            credentials = server_credentials(tls.tls_cert, tls.tls_key, tls.tls_client_ca)
             port = await stack.enter_async_context(serving(ANY_PORT, servicer, credentials=credentials))
             return f"127.0.0.1:{port}"
 
         audio = build_audio(audio_settings, queue)
         vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, queue)
-        targets: dict[str, Any] = {"audio": (await served(audio),), "vae": (await served(vae),)}
+        targets: dict[str, Any] = {"audio": (await serve(audio),), "vae": (await serve(vae),)}
         for levels in denoisers:
-            level_settings = DenoiserSettings(
-                checkpoint=checkpoint,
-                levels=levels,
-                adapter=adapter,
-                adapter_alpha=adapter_alpha,
-                **worker,
-            )
-            denoiser = build_denoiser(level_settings, store, queue)
-            targets["denoisers"] = (*targets.get("denoisers", ()), await served(denoiser))
+            merged = {"adapter": adapter, "adapter_alpha": adapter_alpha, **worker}
+            denoiser = build_denoiser(DenoiserSettings(checkpoint=checkpoint, levels=levels, **merged), store, queue)
+            targets["denoisers"] = (*targets.get("denoisers", ()), await serve(denoiser))
         if has_text_encoder(checkpoint):
             text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, queue)
-            targets["text"] = (await served(text),)
+            targets["text"] = (await serve(text),)
         yield settings.model_copy(update=targets)
 
 
 @asynccontextmanager
 async def gateway(store: SessionStore, settings: GatewaySettings) -> AsyncGenerator[str, None]:
-    """Run a gateway while the body runs; give its HOST:PORT."""
+    """Run a gateway while the body runs; yield its HOST:PORT."""
     usage = TenantUsage(settings.redis_url)
     async with serving_gateway(settings, store, usage) as port:
         yield f"127.0.0.1:{port}"
@@ -99,7 +85,7 @@ async def gateway(store: SessionStore, settings: GatewaySettings) -> AsyncGenera
 async def suite(
     checkpoint: Path, store: SessionStore, settings: GatewaySettings, **worker: Any
 ) -> AsyncGenerator[str, None]:
-    """All services over one checkpoint while the body runs; gives the gateway's HOST:PORT. worker: as for `workers`."""
+    """Run all services of a checkpoint while the body runs; yield the gateway's HOST:PORT. worker: as of `workers`."""
     async with workers(checkpoint, store, settings, **worker) as given, gateway(store, given) as target:
         yield target
 
