@@ -1,4 +1,4 @@
-"""A folder as it is published, served by the suite and rendered: what a team with the weights does."""
+"""Tests of a checkpoint in the published layout: served by the suite, and rendered."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tests.product import connected, new_session, speak
 from tests.published import ADAPTER
 
 SECONDS = 0.9  # two blocks
-SIZE = (128, 64)  # of the video that the picture of 60x80 becomes
+SIZE = (128, 64)  # of the video of a picture of 60x80
 
 
 async def test_a_published_checkpoint_is_served_and_rendered(
@@ -34,14 +34,14 @@ async def test_a_published_checkpoint_is_served_and_rendered(
     frames = torch.cat([chunk.frames for chunk in chunks])
     assert frames.shape == (21, *SIZE, 3)
     assert streamed.pixels == [frame.numpy().tobytes() for frame in frames]
-    assert frames.float().std(0).mean() > 1  # something moves
+    assert frames.float().std(0).mean() > 1  # the picture moves
 
 
 def samples() -> Tensor:
     return torch.frombuffer(bytearray(sound(SECONDS)), dtype=torch.int16).unsqueeze(0) / 32768
 
 
-def test_a_published_checkpoint_is_rendered_as_the_reference_is_asked(published: Path, picture: bytes) -> None:
+def test_a_published_checkpoint_is_rendered_with_the_references_options(published: Path, picture: bytes) -> None:
     options = RenderOptions(
         size=64 * 64,
         num_blocks=1,
@@ -51,12 +51,12 @@ def test_a_published_checkpoint_is_rendered_as_the_reference_is_asked(published:
         audio="whole",
         noise="clip",
     )
-    [asked] = render(load(published, LoraAdapter(published / ADAPTER)), [samples()], RATE_HZ, picture, options)
-    assert asked.frames.shape == (9, 64, 64, 3)
-    assert asked.frames.float().std(0).mean() > 1
+    [chunk] = render(load(published, LoraAdapter(published / ADAPTER)), [samples()], RATE_HZ, picture, options)
+    assert chunk.frames.shape == (9, 64, 64, 3)
+    assert chunk.frames.float().std(0).mean() > 1
 
 
-def test_levels_that_the_published_weights_have_not_are_refused(published: Path, store: SessionStore) -> None:
+def test_a_level_that_the_checkpoint_lacks_is_refused(published: Path, store: SessionStore) -> None:
     with pytest.raises(ValueError, match="names level 4, the checkpoint has 0 to 3"):
         build(DenoiserSettings(checkpoint=published, levels="0,4"), store, None)  # type: ignore[arg-type]
 

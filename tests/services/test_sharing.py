@@ -1,4 +1,4 @@
-"""Facts about streams that share a worker's device, over real gRPC: whose block goes first, and who is refused."""
+"""Tests of streams that share a worker's device, over real gRPC: the order of their blocks, and admission."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
@@ -38,7 +38,7 @@ def queue() -> Iterator[DeviceQueue]:
 async def worker(
     checkpoint: Path, store: SessionStore, picture: bytes, queue: DeviceQueue
 ) -> AsyncGenerator[grpc.aio.Channel, None]:
-    """A channel to a VAE worker of that device; the store has sessions."""
+    """A channel to a VAE worker with that queue, whose store has sessions."""
     servicer = build(VaeSettings(checkpoint=checkpoint, capacity=5), store, queue)
     async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as target:
         stub = vae_pb2_grpc.VaeServiceStub(target)
@@ -49,30 +49,30 @@ async def worker(
         yield target
 
 
-async def told(worker: grpc.aio.Channel) -> tuple[int, int]:
-    """Streams that are open, and capacity, as the worker says."""
+async def active_and_capacity(worker: grpc.aio.Channel) -> tuple[int, int]:
+    """Return the worker's number of open streams, and its capacity."""
     info = await vae_pb2_grpc.VaeServiceStub(worker).GetInfo(pb.VaeServiceGetInfoRequest())
     return info.active, info.capacity
 
 
-async def test_blocks_go_by_the_slack_that_they_come_with(
+async def test_blocks_run_by_the_slack_that_they_arrive_with(
     worker: grpc.aio.Channel, queue: DeviceQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
     step = Vae.step
 
-    def noting(self: Vae[object], block: Block, state: VaeState[object]) -> FrameChunk:
+    def recording(self: Vae[object], block: Block, state: VaeState[object]) -> FrameChunk:
         order.append(block.traceparent)
         return step(self, block, state)
 
-    monkeypatch.setattr(Vae, "step", noting)
+    monkeypatch.setattr(Vae, "step", recording)
 
-    async def decode(name: str, begun: asyncio.Event, *, is_live: bool = False, slack_s: float | None = None) -> None:
+    async def decode(name: str, start: asyncio.Event, *, is_live: bool = False, slack_s: float | None = None) -> None:
         stage = remote_vae(worker)
         await stage.open(pb.OpenDecode(session_id=name, is_live=is_live))
 
         async def blocks() -> AsyncGenerator[types.Block, None]:
-            await begun.wait()
+            await start.wait()
             latent = tensor_to_pb(torch.zeros(16, 3, 8, 8))
             yield types.Block(index=0, latent=latent, traceparent=name, slack_s=slack_s)
 
@@ -88,7 +88,7 @@ async def test_blocks_go_by_the_slack_that_they_come_with(
     async with asyncio.TaskGroup() as tasks, asyncio.timeout(WAIT_S):
         for each in streams:
             tasks.create_task(each)
-        while (await told(worker))[0] < len(streams):
+        while (await active_and_capacity(worker))[0] < len(streams):
             pass
         await queue.run(int)  # the streams' states are open
         with busy(queue):
@@ -98,32 +98,30 @@ async def test_blocks_go_by_the_slack_that_they_come_with(
     assert order == ["fourth", "second", "third", "first"]
 
 
-async def test_the_newest_live_stream_is_refused_before_the_others_come_late(
+async def test_a_live_stream_that_would_delay_the_others_is_refused(
     worker: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("avatar.runtime.admission.BLOCK_S", 1e9)
-    assert await told(worker) == (0, 5)
+    assert await active_and_capacity(worker) == (0, 5)
     monkeypatch.setattr("avatar.runtime.admission.BLOCK_S", 1e-9)
-    assert await told(worker) == (0, 1), "a session that has the device to itself may try"
+    assert await active_and_capacity(worker) == (0, 1), "a session alone at the device is admitted"
     first, second, third, fourth = (remote_vae(worker) for _ in SESSIONS)
     await first.open(pb.OpenDecode(session_id="first", is_live=True))
     with pytest.raises(NoCapacity, match="no time for another live stream") as refusal:
         await second.open(pb.OpenDecode(session_id="second", is_live=True))
     assert refusal.value.retry_s
-    await third.open(pb.OpenDecode(session_id="third"))  # offline, it takes what is left
-    assert await told(worker) == (2, 2)
+    await third.open(pb.OpenDecode(session_id="third"))  # offline: it uses the time that is left
+    assert await active_and_capacity(worker) == (2, 2)
     first.cancel()
     async with asyncio.timeout(WAIT_S):
-        while (await told(worker))[0] > 1:
+        while (await active_and_capacity(worker))[0] > 1:
             pass
     await fourth.open(pb.OpenDecode(session_id="fourth", is_live=True))
     for stage in (third, fourth):
         stage.cancel()
 
 
-async def test_a_stream_that_ends_while_its_block_waits_takes_it_out_of_the_queue(
-    worker: grpc.aio.Channel, queue: DeviceQueue
-) -> None:
+async def test_a_stream_that_ends_cancels_its_waiting_block(worker: grpc.aio.Channel, queue: DeviceQueue) -> None:
     stage = remote_vae(worker)
     await stage.open(pb.OpenDecode(session_id="first"))
 

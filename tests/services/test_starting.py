@@ -1,4 +1,4 @@
-"""What cannot be used of its settings or checkpoint ends a service's start, in one line that names it."""
+"""Tests of services.process: a setting or checkpoint that cannot be used ends the start with one line."""
 
 import os
 import subprocess
@@ -24,10 +24,10 @@ from services.process import run
         ("denoiser", "AVATAR_LEVELS", "9", "names level 9, the checkpoint has 0 to 2"),
     ],
 )
-def test_a_setting_that_cannot_be_used_ends_the_start(
+def test_a_setting_that_cannot_be_used_is_named(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, service: str, name: str, value: str, expected: str
 ) -> None:
-    monkeypatch.setattr(telemetry, "set_up", lambda *_: None)  # it is set up once a process
+    monkeypatch.setattr(telemetry, "set_up", lambda *_: None)  # it is set up once per process
     for variable, given in {"CHECKPOINT": str(checkpoint), "LISTEN": "127.0.0.1:0"}.items():
         monkeypatch.setenv(f"AVATAR_{variable}", given)
     monkeypatch.setenv(name, value)
@@ -39,7 +39,7 @@ def test_a_setting_that_cannot_be_used_ends_the_start(
     assert len(line.splitlines()) == 1
 
 
-def test_a_process_says_nothing_else_and_fails() -> None:
+def test_a_process_prints_nothing_else_and_fails() -> None:
     environment = {**os.environ, "AVATAR_LISTEN": "127.0.0.1:0", "AVATAR_DRAIN_S": "soon"}
     program = [sys.executable, "-m", "services.gateway"]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)

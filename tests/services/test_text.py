@@ -1,4 +1,4 @@
-"""The text worker: what it answers, what it keeps, and what it refuses."""
+"""Tests of services.text.service: embeddings, their cache in the store, and refusals."""
 
 import asyncio
 import hashlib
@@ -31,10 +31,10 @@ PROMPT = "a person who smiles"
 
 
 @asynccontextmanager
-async def working(
+async def text_worker(
     checkpoint: Path, hashes: RedisHashes, capacity: int = 8
 ) -> "AsyncGenerator[pb_grpc.TextServiceAsyncStub, None]":
-    """A text worker over a store."""
+    """Run a text worker over a store while the body runs; yield its stub."""
     settings = TextSettings(checkpoint=checkpoint, capacity=capacity)
     with DeviceQueue() as queue:
         servicer = build(settings, SessionStore(hashes), queue)
@@ -48,20 +48,20 @@ async def answer(stub: "pb_grpc.TextServiceAsyncStub", prompt: str) -> pb.EmbedR
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The prompts that have been through a model."""
+    """The prompts that a model has embedded."""
     prompts: list[str] = []
-    through = TextEncoder.embed
+    embed = TextEncoder.embed
 
-    def noted(self: TextEncoder, prompt: str) -> torch.Tensor:
+    def recording(self: TextEncoder, prompt: str) -> torch.Tensor:
         prompts.append(prompt)
-        return through(self, prompt)
+        return embed(self, prompt)
 
-    monkeypatch.setattr(TextEncoder, "embed", noted)
+    monkeypatch.setattr(TextEncoder, "embed", recording)
     return prompts
 
 
 async def test_remote_equals_local(text_checkpoint: Path, hashes: RedisHashes) -> None:
-    async with working(text_checkpoint, hashes) as stub:
+    async with text_worker(text_checkpoint, hashes) as stub:
         for prompt in (PROMPT, "  a person\nwho &amp; weeps", "", "abc " * 50, "日本 \x00 😀"):
             remote = tensor_from_pb((await answer(stub, prompt)).text)
             local = load(open_part(text_checkpoint, "text")).embed(prompt)
@@ -69,40 +69,40 @@ async def test_remote_equals_local(text_checkpoint: Path, hashes: RedisHashes) -
             assert torch.equal(remote, local)
 
 
-async def test_a_worker_says_what_it_serves(text_checkpoint: Path, hashes: RedisHashes) -> None:
-    async with working(text_checkpoint, hashes, capacity=3) as stub:
-        told = await stub.GetInfo(pb.TextServiceGetInfoRequest(), timeout=10)
+async def test_info_describes_the_encoder(text_checkpoint: Path, hashes: RedisHashes) -> None:
+    async with text_worker(text_checkpoint, hashes, capacity=3) as stub:
+        info = await stub.GetInfo(pb.TextServiceGetInfoRequest(), timeout=10)
     digest = open_part(text_checkpoint, "text").digest()
-    assert told == pb.TextServiceGetInfoResponse(digest=digest, width=16, max_tokens=tiny.MAX_TOKENS, capacity=3)
+    assert info == pb.TextServiceGetInfoResponse(digest=digest, width=16, max_tokens=tiny.MAX_TOKENS, capacity=3)
 
 
 async def test_the_same_prompt_is_computed_once(
     text_checkpoint: Path, hashes: RedisHashes, computed: list[str]
 ) -> None:
-    async with working(text_checkpoint, hashes) as stub:
+    async with text_worker(text_checkpoint, hashes) as stub:
         first = await answer(stub, PROMPT)
         assert await answer(stub, PROMPT) == first
         assert computed == [PROMPT]
         await answer(stub, PROMPT + "!")
         assert computed == [PROMPT, PROMPT + "!"]
-    # Another worker of the same encoder finds it too.
-    async with working(text_checkpoint, hashes) as stub:
+    # Another worker with the same encoder finds it, too.
+    async with text_worker(text_checkpoint, hashes) as stub:
         assert await answer(stub, PROMPT) == first
         assert len(computed) == 2
 
 
-async def test_another_encoder_computes_anew(
+async def test_another_encoder_does_not_share_embeddings(
     text_checkpoint: Path, hashes: RedisHashes, tmp_path: Path, computed: list[str]
 ) -> None:
     tiny.encoder(seed=1).save(tmp_path / "text")
-    async with working(text_checkpoint, hashes) as one, working(tmp_path, hashes) as other:
+    async with text_worker(text_checkpoint, hashes) as one, text_worker(tmp_path, hashes) as other:
         first, second = await answer(one, PROMPT), await answer(other, PROMPT)
     assert len(computed) == 2
     assert first.digest != second.digest
     assert first.text != second.text
 
 
-def kept_under(checkpoint: Path, prompt: str) -> str:
+def key_of(checkpoint: Path, prompt: str) -> str:
     digest = open_part(checkpoint, "text").digest()
     name = hashlib.sha256(f"{digest}/torch.float32/{prompt}".encode()).hexdigest()
     return f"avatar:text:{{{name}}}"
@@ -119,8 +119,8 @@ async def test_a_damaged_embedding_is_computed_and_written_again(
     computed: list[str],
     damage: Callable[[bytes], bytes],
 ) -> None:
-    key = kept_under(text_checkpoint, PROMPT)
-    async with working(text_checkpoint, hashes) as stub:
+    key = key_of(text_checkpoint, PROMPT)
+    async with text_worker(text_checkpoint, hashes) as stub:
         first = await answer(stub, PROMPT)
         value = await hashes.read(key, "embedding")
         assert value is not None
@@ -132,67 +132,67 @@ async def test_a_damaged_embedding_is_computed_and_written_again(
         assert len(computed) == 2
 
 
-async def test_a_pickle_in_the_store_runs_nothing(
+async def test_a_pickle_in_the_store_is_not_loaded(
     text_checkpoint: Path, hashes: RedisHashes, pickled: tuple[bytes, Path], computed: list[str]
 ) -> None:
     data, written = pickled
-    await hashes.create(kept_under(text_checkpoint, PROMPT), {"embedding": data}, 60.0)
-    async with working(text_checkpoint, hashes) as stub:
+    await hashes.create(key_of(text_checkpoint, PROMPT), {"embedding": data}, 60.0)
+    async with text_worker(text_checkpoint, hashes) as stub:
         await answer(stub, PROMPT)
     assert not written.exists()
     assert computed == [PROMPT]
 
 
-async def test_an_embedding_is_forgotten_after_its_time(text_checkpoint: Path, hashes: RedisHashes) -> None:
-    async with working(text_checkpoint, hashes) as stub:
+async def test_an_embedding_has_a_time_to_live(text_checkpoint: Path, hashes: RedisHashes) -> None:
+    async with text_worker(text_checkpoint, hashes) as stub:
         await answer(stub, PROMPT)
-    left = await hashes.expires_in_s(kept_under(text_checkpoint, PROMPT))
-    assert TextSettings().embedding_ttl_s - 60 < left <= TextSettings().embedding_ttl_s
+    remaining_s = await hashes.expires_in_s(key_of(text_checkpoint, PROMPT))
+    assert TextSettings().embedding_ttl_s - 60 < remaining_s <= TextSettings().embedding_ttl_s
 
 
-async def test_a_store_that_is_away_is_said(text_checkpoint: Path) -> None:
+async def test_a_store_that_is_away_is_named_in_the_error(text_checkpoint: Path) -> None:
     hashes = RedisHashes("redis://127.0.0.1:1")
-    async with working(text_checkpoint, hashes) as stub, refused(StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"):
+    async with text_worker(text_checkpoint, hashes) as stub, refused(StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"):
         await answer(stub, PROMPT)
     await hashes.aclose()
 
 
-async def test_a_full_worker_refuses_and_says_when_to_retry(
+async def test_a_full_worker_refuses_with_a_time_to_retry(
     text_checkpoint: Path, hashes: RedisHashes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    through, loop, computing, free = TextEncoder.embed, asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    embed, loop, computing, free = TextEncoder.embed, asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
     def slow(self: TextEncoder, prompt: str) -> torch.Tensor:
         loop.call_soon_threadsafe(computing.set)
         assert free.wait(30)
-        return through(self, prompt)
+        return embed(self, prompt)
 
-    async with working(text_checkpoint, hashes, capacity=1) as stub:
-        await answer(stub, "kept")
+    async with text_worker(text_checkpoint, hashes, capacity=1) as stub:
+        await answer(stub, "cached")
         monkeypatch.setattr(TextEncoder, "embed", slow)
         first = asyncio.ensure_future(answer(stub, PROMPT))
         await computing.wait()
         async with refused(StatusCode.RESOURCE_EXHAUSTED, "NO_CAPACITY") as refusal:
             await answer(stub, "another prompt")
         assert refusal.retries
-        await answer(stub, "kept")  # what needs no computation is not refused
+        await answer(stub, "cached")  # needs no computation
         free.set()
         await first
         await answer(stub, "another prompt")
 
 
-async def test_an_embedding_leaves_a_span(
+async def test_an_embedding_is_a_span_without_its_prompt(
     text_checkpoint: Path, hashes: RedisHashes, spans: InMemorySpanExporter
 ) -> None:
-    async with working(text_checkpoint, hashes) as stub:
+    async with text_worker(text_checkpoint, hashes) as stub:
         await answer(stub, PROMPT)
         await answer(stub, PROMPT)
-    told = [span for span in spans.get_finished_spans() if span.name == "avatar.text"]
-    assert [dict(span.attributes or {}) for span in told] == [{"avatar.kept": False}, {"avatar.kept": True}]
-    assert PROMPT not in "".join(span.to_json() for span in told)
+    found = [span for span in spans.get_finished_spans() if span.name == "avatar.text"]
+    assert [dict(span.attributes or {}) for span in found] == [{"avatar.kept": False}, {"avatar.kept": True}]
+    assert PROMPT not in "".join(span.to_json() for span in found)
 
 
-def test_a_checkpoint_without_text_does_not_start(checkpoint: Path, store: SessionStore) -> None:
+def test_a_checkpoint_without_a_text_encoder_stops_the_start(checkpoint: Path, store: SessionStore) -> None:
     with (
         DeviceQueue() as queue,
         pytest.raises(ValueError, match="has no text encoder: expected a folder text"),

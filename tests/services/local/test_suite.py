@@ -10,7 +10,7 @@ from services.local import suite
 
 
 def redis_servers() -> set[int]:
-    """The process ids of the Redis servers that this process started."""
+    """Return the process ids of the Redis servers that this process started."""
     return {each.pid for each in psutil.Process().children(recursive=True) if each.name().startswith("valkey")}
 
 

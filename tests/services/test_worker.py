@@ -1,4 +1,4 @@
-"""Switches of precision and speed: what a worker cannot do stops its start, and its words say which setting it was."""
+"""Tests of services.worker and services.denoiser.loading: settings of device, precision and speed."""
 
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,19 @@ def built(checkpoint: Path, store: SessionStore, **settings: Any) -> DenoiserSer
         ({"device": "cuda:99"}, r"AVATAR_DEVICE is 'cuda:99', this machine has \d+ CUDA devices"),
         ({"attention": "fast"}, "AVATAR_ATTENTION: .*'fast', expected one of auto, math, flash"),
         ({"attention": "cudnn"}, "AVATAR_ATTENTION: .*'cudnn', which cpu does not run in torch.float32"),
-        ({"float8": True}, "AVATAR_FLOAT8: float8 needs a CUDA device of compute capability 8.9 or newer, cpu is none"),
+        ({"float8": True}, "AVATAR_FLOAT8: float8 needs a CUDA device of compute capability 8.9 or newer, got cpu"),
         ({"sizes": ("60x64",)}, "AVATAR_SIZES names 60x64, expected multiples of 8"),
         ({"sizes": ("72x64",)}, "AVATAR_SIZES: latents must have even sides"),
     ],
 )
-async def test_what_a_denoiser_cannot_do_stops_its_start(
+async def test_a_setting_that_a_denoiser_does_not_support_stops_its_start(
     settings: dict[str, Any], words: str, checkpoint: Path, store: SessionStore
 ) -> None:
     with pytest.raises(ValueError, match=words):
         built(checkpoint, store, **settings)
 
 
-async def test_compiled_code_needs_sizes_where_the_checkpoint_leaves_them_open(
+async def test_compiling_needs_sizes_if_the_checkpoint_fixes_none(
     checkpoint: Path, store: SessionStore, tmp_path: Path
 ) -> None:
     (tmp_path / "denoiser").symlink_to(checkpoint / "denoiser")
@@ -48,7 +48,7 @@ async def test_compiled_code_needs_sizes_where_the_checkpoint_leaves_them_open(
         built(tmp_path, store, compile=True)
 
 
-async def test_a_compiled_denoiser_is_warm_for_the_checkpoints_size_at_every_level(
+async def test_a_compiled_denoiser_is_warmed_up_at_every_level_for_the_checkpoints_size(
     checkpoint: Path, store: SessionStore
 ) -> None:
     with (
@@ -57,13 +57,13 @@ async def test_a_compiled_denoiser_is_warm_for_the_checkpoints_size_at_every_lev
     ):
         built(checkpoint, store, compile=True)
     assert compile_layers.call_count == 1
-    # Once to be warm and once to be timed.
+    # Once to warm up and once to be measured.
     assert [(call.args[0].level, *call.args[1:]) for call in warm.call_args_list[::2]] == [
         (level, 8, 8) for level in range(3)
     ]
 
 
-async def test_other_workers_refuse_a_device_that_is_not_there(checkpoint: Path, store: SessionStore) -> None:
+async def test_every_worker_refuses_a_device_that_the_machine_lacks(checkpoint: Path, store: SessionStore) -> None:
     with DeviceQueue() as queue:
         with pytest.raises(ValueError, match="AVATAR_DEVICE is 'cuda:99'"):
             build_audio(AudioSettings(checkpoint=checkpoint, device="cuda:99"), queue)
@@ -72,7 +72,7 @@ async def test_other_workers_refuse_a_device_that_is_not_there(checkpoint: Path,
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-async def test_a_denoisers_weights_are_kept_in_its_dtype(dtype: str, checkpoint: Path, store: SessionStore) -> None:
+async def test_a_denoisers_weights_have_its_dtype(dtype: str, checkpoint: Path, store: SessionStore) -> None:
     with patch("services.denoiser.loading.Denoiser", wraps=Denoiser) as made:
         built(checkpoint, store, dtype=dtype)
     weights = made.call_args.args[0].parameters()
@@ -80,7 +80,7 @@ async def test_a_denoisers_weights_are_kept_in_its_dtype(dtype: str, checkpoint:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "instructions", "is_said"),
+    ("dtype", "instructions", "is_logged"),
     [
         ("bfloat16", {"avx2": True}, True),
         ("bfloat16", {"avx2": True, "avx512_bw": True}, False),
@@ -88,15 +88,15 @@ async def test_a_denoisers_weights_are_kept_in_its_dtype(dtype: str, checkpoint:
         ("float32", {"avx2": True}, False),
     ],
 )
-async def test_a_processor_that_has_no_instructions_for_a_dtype_is_said(
+async def test_a_dtype_without_instructions_of_the_processor_is_logged(
     dtype: str,
     instructions: dict[str, bool],
     checkpoint: Path,
     caplog: pytest.LogCaptureFixture,
     *,
-    is_said: bool,
+    is_logged: bool,
 ) -> None:
     with DeviceQueue() as queue, patch("torch.cpu.get_capabilities", return_value=instructions):
         build_audio(AudioSettings(checkpoint=checkpoint, dtype=dtype), queue)
     hints = [getattr(record, "hint", "") for record in caplog.records]
-    assert any("AVATAR_DTYPE=float32" in hint for hint in hints) == is_said
+    assert any("AVATAR_DTYPE=float32" in hint for hint in hints) == is_logged

@@ -1,4 +1,4 @@
-"""Facts about the VAE worker's frames in the encodings that sessions ask for, over real gRPC."""
+"""Tests of services.vae.service: the encodings of frames, over real gRPC."""
 
 import asyncio
 import io
@@ -32,7 +32,7 @@ NUM_BLOCKS = 3
 
 @pytest.fixture
 async def worker(checkpoint: Path, store: SessionStore, picture: bytes) -> AsyncGenerator[grpc.aio.Channel, None]:
-    """A channel to a VAE worker; the store has a session."""
+    """A channel to a VAE worker whose store has a session."""
     with DeviceQueue() as queue:
         servicer = build(VaeSettings(checkpoint=checkpoint, capacity=2), store, queue)
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as target:
@@ -70,65 +70,67 @@ def block_of(frames: list[types.Frame], index: int) -> list[types.Frame]:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-async def test_frames_are_the_raw_ones_encoded_by_the_block(worker: grpc.aio.Channel, encoding: str) -> None:
+async def test_frames_are_encoded_block_by_block(worker: grpc.aio.Channel, encoding: str) -> None:
     _, raw = await frames_in(worker, "")
     init, frames = await frames_in(worker, encoding)
     assert init == init_segment(encoding, 64, 64, 25)
     for index in range(NUM_BLOCKS):
-        truth, made = block_of(raw, index), block_of(frames, index)
-        pixels = np.stack([np.frombuffer(frame.data, np.uint8).reshape(64, 64, 3) for frame in truth])
-        assert [frame.data for frame in made] == [each.data for each in encode(pixels, encoding, 25, 0, made[0].index)]
-        assert [frame.is_last for frame in made] == [False] * (len(made) - 1) + [True]
-        assert made[0].index == truth[0].index
-        assert sum(frame.num_frames for frame in made) == len(truth) == (9 if index == 0 else 12)
+        expected, encoded = block_of(raw, index), block_of(frames, index)
+        pixels = np.stack([np.frombuffer(frame.data, np.uint8).reshape(64, 64, 3) for frame in expected])
+        assert [frame.data for frame in encoded] == [
+            each.data for each in encode(pixels, encoding, 25, 0, encoded[0].index)
+        ]
+        assert [frame.is_last for frame in encoded] == [False] * (len(encoded) - 1) + [True]
+        assert encoded[0].index == expected[0].index
+        assert sum(frame.num_frames for frame in encoded) == len(expected) == (9 if index == 0 else 12)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 async def test_a_rebuilt_stream_gives_the_same_bytes(worker: grpc.aio.Channel, encoding: str) -> None:
     last, history = NUM_BLOCKS - 1, (await opened_in(worker, encoding)).history_blocks
-    assert history < last  # the rebuilt stream begins later than the whole one
+    assert history < last  # the rebuilt stream starts later than the whole one
     init, whole = await frames_in(worker, encoding)
     again, rebuilt = await frames_in(worker, encoding, first=last - history)
     assert again == init
     assert block_of(rebuilt, last) == block_of(whole, last)
 
 
-async def test_fragments_play_from_their_frames_on(worker: grpc.aio.Channel) -> None:
+async def test_fragments_can_be_played_from_any_block(worker: grpc.aio.Channel) -> None:
     init, frames = await frames_in(worker, "fmp4")
-    with av.open(io.BytesIO(init + b"".join(frame.data for frame in frames[1:])), "r") as film:
-        shown = [round(float(frame.time or 0) * 25) for frame in film.decode(video=0)]
-    assert shown == list(range(frames[1].index, frames[1].index + 12 * (NUM_BLOCKS - 1)))
+    with av.open(io.BytesIO(init + b"".join(frame.data for frame in frames[1:])), "r") as video:
+        times = [round(float(frame.time or 0) * 25) for frame in video.decode(video=0)]
+    assert times == list(range(frames[1].index, frames[1].index + 12 * (NUM_BLOCKS - 1)))
 
 
-async def test_sessions_of_two_encodings_do_not_touch(worker: grpc.aio.Channel) -> None:
+async def test_interleaved_equals_alone(worker: grpc.aio.Channel) -> None:
     alone = [await frames_in(worker, encoding) for encoding in ("jpeg", "rgb24")]
-    together = await asyncio.gather(frames_in(worker, "jpeg"), frames_in(worker, "rgb24"))
-    assert list(together) == alone
+    interleaved = await asyncio.gather(frames_in(worker, "jpeg"), frames_in(worker, "rgb24"))
+    assert list(interleaved) == alone
 
 
-async def test_a_worker_says_what_it_encodes(worker: grpc.aio.Channel) -> None:
+async def test_info_lists_the_encodings(worker: grpc.aio.Channel) -> None:
     info = await vae_pb2_grpc.VaeServiceStub(worker).GetInfo(pb.VaeServiceGetInfoRequest())
     assert list(info.encodings) == ["rgb24", "jpeg", "h264", "fmp4"]
     assert info.active == 0
 
 
 @pytest.mark.parametrize(
-    ("wish", "field"),
+    ("opening", "field"),
     [(pb.OpenDecode(encoding="gif"), "open.encoding"), (pb.OpenDecode(encoding="jpeg", quality=101), "open.quality")],
     ids=["encoding", "quality"],
 )
-async def test_what_it_cannot_encode_is_refused_by_name(
-    worker: grpc.aio.Channel, wish: pb.OpenDecode, field: str
+async def test_an_unknown_encoding_or_quality_is_refused(
+    worker: grpc.aio.Channel, opening: pb.OpenDecode, field: str
 ) -> None:
-    wish.session_id = SESSION
+    opening.session_id = SESSION
     async with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
         call = vae_pb2_grpc.VaeServiceStub(worker).Decode()
-        await call.write(pb.DecodeRequest(open=wish))
+        await call.write(pb.DecodeRequest(open=opening))
         await call.read()
     assert refusal.fields == [field]
 
 
-async def test_a_stream_that_is_left_while_it_encodes_frees_its_place(worker: grpc.aio.Channel) -> None:
+async def test_closing_a_stream_while_it_encodes_frees_its_capacity(worker: grpc.aio.Channel) -> None:
     stage = remote_vae(worker)
     await stage.open(pb.OpenDecode(session_id=SESSION, encoding="h264"))
     frames = stage(blocks())
