@@ -1,4 +1,4 @@
-"""What asyncio leaves out: a task whose life is the body of an `async with`."""
+"""A task that runs while the body of an `async with` runs."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
@@ -20,4 +20,4 @@ async def background(coroutine: Coroutine[Any, Any, None]) -> AsyncGenerator[asy
         task.cancel()
         await asyncio.wait({task})
         if not task.cancelled():
-            task.exception()  # the body has had its chance to look; avoid "exception was never retrieved"
+            task.exception()  # the body could read it; avoid asyncio's "exception was never retrieved"

@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class WorkerProcess:
-    """What a worker's service is built from, and its server."""
+    """A worker's session store and device queue, to build its service from, and its server."""
 
     settings: WorkerSettings
     store: SessionStore
