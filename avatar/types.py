@@ -21,6 +21,8 @@ FRAMES_PER_LATENT = 4
 BLOCK_LATENTS = 3
 BLOCK_FRAMES = BLOCK_LATENTS * FRAMES_PER_LATENT
 BLOCK_S = 0.48
+# Motion latents of a session, which are 73 pixel frames. Source: Wan2.2-S2V.
+MOTION_LATENTS = 19
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.layers import MOTION_FRAMES
-from avatar.types import FRAMES_PER_LATENT
+from avatar.types import FRAMES_PER_LATENT, MOTION_LATENTS
 from training.codec.crops import lips_weight
 from training.data import StoredClip
 
@@ -147,8 +146,8 @@ def read_span(span: ClipSpan, num_blocks: int, batches: BatchConfig, config: Net
     latents, motion = stored("latents", latent_span, 1), stored("motion", slice(None), 1)
     reference = motion[:, :1]
     if batches.motion_from_clip:
-        before = stored("latents", slice(max(0, latent_span.start - MOTION_FRAMES), latent_span.start), 1)
-        motion = torch.cat([motion, before], dim=1)[:, -MOTION_FRAMES:]
+        before = stored("latents", slice(max(0, latent_span.start - MOTION_LATENTS), latent_span.start), 1)
+        motion = torch.cat([motion, before], dim=1)[:, -MOTION_LATENTS:]
     features = stored("features", frame_span, 2) * span.has_audio
     text = stored("text", slice(None), 0) if clip.has("text") else torch.zeros(0, config.text_dim)
     text = functional.pad(text, (0, 0, 0, config.text_len - len(text)))

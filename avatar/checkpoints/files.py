@@ -25,7 +25,7 @@ PICKLED = (".pth", ".bin")
 # Bytes of tensors in each file of `save_shards`.
 SHARD_BYTES = 4 << 30
 # dtypes under safetensors' names.
-DTYPES = {
+SAFETENSORS_DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
@@ -110,9 +110,9 @@ def read_meta_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         for name in file.keys():  # noqa: SIM118 (not a dict)
             entry = file.get_slice(name)
             dtype = entry.get_dtype()
-            if dtype not in DTYPES:
-                raise ValueError(f"{path} holds {name} as {dtype}, expected one of {', '.join(DTYPES)}")
-            yield name, torch.empty(entry.get_shape(), dtype=DTYPES[dtype], device="meta")
+            if dtype not in SAFETENSORS_DTYPES:
+                raise ValueError(f"{path} holds {name} as {dtype}, expected one of {', '.join(SAFETENSORS_DTYPES)}")
+            yield name, torch.empty(entry.get_shape(), dtype=SAFETENSORS_DTYPES[dtype], device="meta")
 
 
 @contextmanager

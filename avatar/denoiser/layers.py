@@ -13,9 +13,7 @@ from torch.nn import functional
 from avatar.denoiser.attention import MOTION_GROUPS, Attention, Visible
 from avatar.denoiser.audio_injection import UpcastLinear
 from avatar.denoiser.config import PATCH, NetworkConfig
-
-# Latent frames of motion that FramePacker uses.
-MOTION_FRAMES = 19
+from avatar.types import MOTION_LATENTS
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -47,8 +45,8 @@ class FramePacker(nn.Module):
 
     def forward(self, motion: Tensor) -> Tensor:
         """(b, c, t, h, w), oldest frame first -> (b, n, d), newest group first; missing frames are zeros."""
-        missing = MOTION_FRAMES - motion.shape[2]
-        recent = functional.pad(motion, (0, 0, 0, 0, missing, 0)) if missing > 0 else motion[:, :, -MOTION_FRAMES:]
+        missing = MOTION_LATENTS - motion.shape[2]
+        recent = functional.pad(motion, (0, 0, 0, 0, missing, 0)) if missing > 0 else motion[:, :, -MOTION_LATENTS:]
         groups = zip((self.proj_4x, self.proj_2x, self.proj), torch.split(recent, [16, 2, 1], dim=2), strict=True)
         tokens = [rearrange(project(frames), "b t s d -> b (t s) d") for project, frames in groups]
         return torch.cat(tokens[::-1], dim=1)

@@ -18,15 +18,14 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from avatar.checkpoints.part import Part, load_weights
-from avatar.types import BLOCK_FRAMES, BLOCK_LATENTS, FRAMES_PER_LATENT, Block, FrameChunk, Session
+from avatar.types import BLOCK_FRAMES, BLOCK_LATENTS, FRAMES_PER_LATENT, MOTION_LATENTS, Block, FrameChunk, Session
 from avatar.vae import light
 from avatar.vae.codec import Codec, State
 from avatar.vae.out_of_distribution import OutOfDistributionCheck, picture_descriptor
 from avatar.vae.picture import Fit, PictureRule, Size, read_picture, to_pixels
 
-# Pixel frames of the still clip that motion latents are encoded from, and the number of these latents.
-MOTION_FRAMES = 73
-MOTION_LATENTS = 1 + (MOTION_FRAMES - 1) // FRAMES_PER_LATENT
+# Pixel frames of the still clip from which motion latents are encoded.
+MOTION_FRAMES = 1 + (MOTION_LATENTS - 1) * FRAMES_PER_LATENT
 # Motion latents that warm the decoder up, and frames of the first block that are dropped.
 # Source: the reference implementation of arXiv 2512.04677.
 WARMUP_LATENTS = 7

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avatar.types import FRAMES_PER_LATENT
-from avatar.vae.vae import HIDDEN_FRAMES, MOTION_FRAMES, MOTION_LATENTS, Vae
+from avatar.types import FRAMES_PER_LATENT, MOTION_LATENTS
+from avatar.vae.vae import HIDDEN_FRAMES, MOTION_FRAMES, Vae
 
 # Frames that precede a clip in its decoding.
 WINDOW_FRAMES = 5 * MOTION_FRAMES

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from avatar.checkpoints.layouts import VAE_FILE, open_part
-from avatar.types import BLOCK_LATENTS, Block, Session
+from avatar.types import BLOCK_LATENTS, MOTION_LATENTS, Block, Session
 from avatar.vae.picture import PictureRule, read_picture, size_within, to_pixels
-from avatar.vae.vae import HIDDEN_FRAMES, MOTION_LATENTS, WARMUP_LATENTS, Vae, load
+from avatar.vae.vae import HIDDEN_FRAMES, WARMUP_LATENTS, Vae, load
 from avatar.vae.wan import Slots
 from tests.parity.goldens import Golden, Report, published
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from avatar.types import BLOCK_LATENTS, Block, Session
+from avatar.types import BLOCK_LATENTS, MOTION_LATENTS, Block, Session
 from avatar.vae.codec import Codec
 from avatar.vae.light import LightCodec, LightConfig, initialise
 from avatar.vae.picture import PictureRule
-from avatar.vae.vae import MOTION_LATENTS, Vae, VaeConfig
+from avatar.vae.vae import Vae, VaeConfig
 from avatar.vae.wan import WanCodec, WanConfig
 
 SIZE = (24, 16)

@@ -13,7 +13,7 @@ RGB = torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generat
 
 
 def test_motion_is_the_end_of_a_long_still_clip_and_the_sink_its_second_latent() -> None:
-    codec = wan_codec()  # a still's latents differ only as long as it sees the beginning
+    codec = wan_codec()  # latents of a still clip differ only while the codec sees its start
     vae = Vae(codec, VAE.config)
     motion, sink = encode_picture(vae, RGB)
     with torch.inference_mode():
