@@ -23,8 +23,6 @@ from einops import rearrange
 from tqdm import tqdm
 
 from avatar.checkpoints.files import is_native
-from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.model import Network
 from avatar.media import read_audio
 from avatar.types import BLOCK_FRAMES
 from training.data import StoredClip, read_clips
@@ -126,18 +124,6 @@ class Extent:
 FULL = Extent(clips=50, others=50, people=3, blocks=250)
 # Recorded speech and the cost of a block are not cut short; they take the rest of five minutes.
 QUICK = Extent(clips=12, others=6, people=1, blocks=30, limit_s=180)
-
-
-def quick(
-    checkpoint: Path, clips: Sequence[StoredClip], denoiser: tuple[Network, NetworkConfig] | None = None
-) -> dict[str, float | None]:
-    """Return lip_sync_r, mouth_amplitude and edge_energy on clips, for use during training; about 5 s a clip.
-
-    denoiser: a network and its configuration in place of the checkpoint's. Metrics are None without faces.
-    """
-    models, landmarks = inference.load(checkpoint, denoiser=denoiser), available(Landmarks)
-    metrics = held_out_metrics([score(render_clip(models, clip), landmarks) for clip in clips])
-    return {name: metrics[name].value for name in ("lip_sync_r", "mouth_amplitude", "edge_energy")}
 
 
 def available(tool: Callable[[], Tool]) -> Tool | None:

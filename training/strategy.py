@@ -185,7 +185,7 @@ def checkpoint_activations(network: Network) -> Network:
     return network
 
 
-def join(kind: str, precision: torch.dtype = torch.bfloat16) -> Strategy:
+def join(kind: str) -> Strategy:
     """Return this process's strategy. Kinds other than `single` join the process group that torchrun started.
 
     Each process takes one GPU where there are any. FSDP2 shards within a machine and replicates between machines.
@@ -195,7 +195,7 @@ def join(kind: str, precision: torch.dtype = torch.bfloat16) -> Strategy:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {kind!r}")
     has_gpu = torch.cuda.is_available()
     if kind == "single":
-        return Strategy(kind, Share(), torch.device("cuda" if has_gpu else "cpu"), precision)
+        return Strategy(kind, Share(), torch.device("cuda" if has_gpu else "cpu"))
     if not dist.is_torchelastic_launched():
         raise ValueError(f"strategy {kind} needs torchrun: torchrun --nproc-per-node N -m ...")
     # Flags and metrics are reduced on the CPU, gradients on the network's device.
@@ -203,7 +203,7 @@ def join(kind: str, precision: torch.dtype = torch.bfloat16) -> Strategy:
     if has_gpu:
         torch.cuda.set_device(dist.get_node_local_rank())
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
-    return strategy_of_group(kind, device, precision, int(os.environ["LOCAL_WORLD_SIZE"]))
+    return strategy_of_group(kind, device, torch.bfloat16, int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 def strategy_of_group(kind: str, device: torch.device, precision: torch.dtype, num_local: int) -> Strategy:

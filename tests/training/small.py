@@ -94,13 +94,6 @@ class BrightMouths:
         return np.where(brightness[:, None, None] > 0, face(brightness), np.float32(np.nan))
 
 
-class NoFaces:
-    """Landmarks that find no face."""
-
-    def points(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.full((len(frames), 468, 2), np.nan, np.float32)
-
-
 def face(openings: NDArray[np.floating]) -> NDArray[np.float32]:
     """Return mesh points with only lips and eyes set; the eyes are 20 apart."""
     points = np.zeros((len(openings), 468, 2), np.float32)

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from avatar.checkpoints.layouts import open_part
-from avatar.denoiser import model as denoiser_model
-from tests.training.small import BrightMouths, NoFaces, noisy_clip
+from tests.training.small import BrightMouths, noisy_clip
 from training import evaluate
 from training.data import StoredClip, read_clips, write_shard
 from training.eval import inference
@@ -63,20 +61,6 @@ def run(checkpoint: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.Monk
         return metrics
 
     return run_program
-
-
-def test_a_network_in_training_replaces_the_checkpoints(
-    checkpoint: Path, clips: list[StoredClip], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("training.evaluate.Landmarks", NoFaces)
-    network, config = denoiser_model.load(open_part(checkpoint, "denoiser"))
-    same = evaluate.quick(checkpoint, clips, (network, config))
-    assert same == evaluate.quick(checkpoint, clips)
-    assert same["lip_sync_r"] is None
-    assert same["edge_energy"] is not None
-    for parameter in network.parameters():
-        parameter.zero_()
-    assert evaluate.quick(checkpoint, clips, (network, config)) != same
 
 
 def test_a_deadline_leaves_at_least_some_items() -> None:

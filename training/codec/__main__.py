@@ -33,7 +33,6 @@ from training.data import StoredClip, read_clips
 from training.loop import Limits, write_log
 from training.strategy import SINGLE
 
-STARTS = ("pca", "cosine")
 # Held-out clips of a report during training.
 NUM_REPORT_CLIPS = 24
 PLOTS = {"psnr": ("psnr", "psnr_mouth", "psnr_noisy"), "loss": ("loss", "picture", "edges", "motion")}
@@ -43,14 +42,13 @@ PLOTS = {"psnr": ("psnr", "psnr_mouth", "psnr_noisy"), "loss": ("loss", "picture
 class CodecRecipe:
     """Configuration of a run, apart from its data.
 
-    start: initial linear maps. steps: of the whole run; the learning rate falls to zero along half a cosine. noise:
-    upper bound of the latents' noise, drawn for each crop, in units of their standard deviation. edges, motion: loss
-    weights of differences between neighbouring pixels, and between frames: without the latter a latent's frames, which
-    are decoded together, jump to the next latent's. evenness: loss weight of the spread of the channels' variances.
-    ema_decay: per step. decoder_of: vae folder whose decoder alone is trained; `start` is then unused.
+    steps: of the whole run; the learning rate falls to zero along half a cosine. noise: upper bound of the latents'
+    noise, drawn for each crop, in units of their standard deviation. edges, motion: loss weights of differences between
+    neighbouring pixels, and between frames: without the latter a latent's frames, which are decoded together, jump to
+    the next latent's. evenness: loss weight of the spread of the channels' variances. ema_decay: per step. decoder_of:
+    vae folder whose decoder alone is trained.
     """
 
-    start: str = "pca"
     steps: int = 20000
     lr: float = 2e-3
     warmup: int = 100
@@ -79,8 +77,7 @@ class CodecRun:
             self.codec = load_light_codec(Path(recipe.decoder_of))
         else:
             codec = light.initialise(light.tiny(), recipe.seed)
-            if recipe.start == "pca":
-                set_principal_components(codec, clips, recipe.crops, recipe.seed)
+            set_principal_components(codec, clips, recipe.crops, recipe.seed)
             self.codec = normalise_latents(codec, clips, recipe.crops, recipe.seed)
         self._prepare()
 
@@ -224,7 +221,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.codec", description=(__doc__ or "").split(":")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of shards that training.make_data wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: state, log, previews")
-    parser.add_argument("--start", choices=STARTS, default="pca", help="initial linear maps")
     parser.add_argument("--decoder-of", help="vae folder: train its decoder alone")
     parser.add_argument("--rate", type=float, default=CodecRecipe.lr, help="highest learning rate")
     parser.add_argument("--lips", type=float, default=CropConfig.lips_gain, help="extra loss weight at the lips")
@@ -236,7 +232,6 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(1)
     recipe = CodecRecipe(
-        start=flags.start,
         steps=flags.steps,
         lr=flags.rate,
         motion=flags.motion,

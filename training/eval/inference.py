@@ -6,7 +6,7 @@ Axes: s samples at 16 kHz, f pixel frames, H W height and width of frames.
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avatar import render
-from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.model import Network
 from avatar.render import DenoisingLoop
 from avatar.types import BLOCK_FRAMES, AudioPiece, Conditions, FrameChunk, Session
 from training.data import AUDIO_RATE_HZ, FRAME_SAMPLES
@@ -43,15 +41,9 @@ class Models(render.Models):
         return self.vae.read_picture(file.getvalue()).numpy()
 
 
-def load(
-    checkpoint: Path, dtype: torch.dtype = torch.float32, denoiser: tuple[Network, NetworkConfig] | None = None
-) -> Models:
-    """Load the models of a checkpoint folder. ValueError if they cannot be used.
-
-    denoiser: a network and its configuration in place of the folder's.
-    """
-    models = Models(**vars(render.load(checkpoint, dtype=dtype)))
-    return models if denoiser is None else replace(models, network=denoiser[0], config=denoiser[1])
+def load(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Models:
+    """Load the models of a checkpoint folder. ValueError if they cannot be used."""
+    return Models(**vars(render.load(checkpoint, dtype=dtype)))
 
 
 class SessionRenderer:
