@@ -25,7 +25,7 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the value meets the target; None without a target."""
+        """True if the value meets the target; None without a target."""
         if self.target is None:
             return None
         return self.value >= self.target if self.is_least else self.value <= self.target

@@ -28,7 +28,7 @@ asyncio.run(main(*sys.argv[1:]))
 
 
 async def run(*program: object, cwd: Path) -> str:
-    """What a program prints; the test's own environment is not its own."""
+    """Run a program and return its output. Fails with the program's log unless it exits with 0."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     process = await asyncio.create_subprocess_exec(
         *map(str, program),

@@ -72,7 +72,7 @@ class Stream:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the gateway sends nothing more."""
+        """True if the gateway sends nothing more."""
         return self.closed is not None or self._failure is not None
 
     async def push(self, data: bytes) -> None:
@@ -307,7 +307,7 @@ class ChangeSignal:
         self._event = asyncio.Event()
 
     def notify(self) -> None:
-        """Have all waiting tasks evaluate their predicate."""
+        """Wake all waiting tasks to evaluate their predicate."""
         self._event.set()
         self._event = asyncio.Event()
 

@@ -68,7 +68,7 @@ def frame(audio: bytes, *, is_idle: bool = False) -> tuple[bytes, types.VideoFra
 
 
 def accepted(*frames: tuple[bytes, types.VideoFrame]) -> list[bool]:
-    """Whether a client that has sent three blocks accepts each frame as correct."""
+    """Return for each frame whether a client that has sent three blocks accepts it as correct."""
     client = Client(None, 0, Job("", "live", 3))
     client._num_sent = 3 * content.BLOCK_BYTES
     results = []

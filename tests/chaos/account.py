@@ -1,4 +1,4 @@
-"""What has happened in a run at random: what was broken, what it cost, and whether that was too much."""
+"""The account of a random run: its faults, their cost, and whether the cost was too high."""
 
 import statistics
 from collections import Counter
@@ -30,7 +30,7 @@ class Struck:
 
 @dataclass
 class Account:
-    """What has happened so far.
+    """The account so far.
 
     counts: of sessions, frames and so on. distances: of frames after a level was rebuilt to those of an undisturbed
     run. grown_bytes: by which the memory of any process has grown.
@@ -44,7 +44,7 @@ class Account:
     _first_bytes: dict[int, int] = field(default_factory=dict)
 
     def since(self, began_s: float) -> list[Struck]:
-        """What was broken at any time since then."""
+        """Return the faults that were active at any time since then."""
         return [each for each in self.struck if began_s < each.ended_s]
 
     def blame(self, what: str, struck: Sequence[Struck]) -> None:

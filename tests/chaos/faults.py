@@ -1,4 +1,4 @@
-"""What can break, and how it is mended: each way has two functions of the suite and the name of a process."""
+"""Faults and their repair: each is two functions of the suite and the name of a process."""
 
 import asyncio
 import signal
@@ -87,12 +87,12 @@ class Fault:
 
     @property
     def is_exact(self) -> bool:
-        """Whether frames are the same bytes as without it: what is lost is rebuilt exactly, or was not needed."""
+        """True if frames have the same bytes as without the fault: lost state is rebuilt exactly, or was not needed."""
         return self.service not in ("denoiser", "gateway")
 
     @asynccontextmanager
     async def at(self, suite: Spared, name: str) -> AsyncGenerator[None, None]:
-        """Have a process broken while the body runs. What is mended may take a while to serve."""
+        """Break a process while the body runs. A repaired process may take a while to serve."""
         harm, mend = WAYS[self.way]
         await harm(suite, name)
         try:

@@ -93,7 +93,7 @@ class Spared:
         return {name: psutil.Process(each.pid).memory_info().rss for name, each in self.suite.processes.items()}
 
     async def _keys(self) -> list[bytes]:
-        """What the store keeps, but for pictures, which have a life of their own."""
+        """Return the store's keys without those of references, which outlive sessions."""
         async with Redis.from_url(self.suite.redis_url, socket_timeout=1.0) as redis:
             return [key async for key in redis.scan_iter("avatar:*") if not key.startswith(b"avatar:reference:")]
 

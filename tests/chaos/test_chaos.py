@@ -98,7 +98,7 @@ async def test_without_its_store_nobody_who_is_there_notices_and_nobody_else_is_
 
 
 async def knows(avatar: Avatar, session_id: str) -> bool:
-    """Whether the store has the session."""
+    """Return whether the store has the session."""
     try:
         await avatar.session(session_id)
     except (SessionNotFound, StoreUnavailable):

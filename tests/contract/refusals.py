@@ -1,4 +1,4 @@
-"""What an error of the public contract must look like."""
+"""Errors as the public contract requires them."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager

@@ -48,7 +48,7 @@ async def spoken_in(
 
 
 def shown(frames: list[types.VideoFrame], encoding: int, init: bytes) -> tuple[NDArray[np.uint8], list[int]]:
-    """What a client sees, and when, in frames; of bare frames it knows only the message's time."""
+    """Return the frames that a client shows with their times, in frames; bare frames have only their message's time."""
     if encoding == JPEG:
         pictures = [np.asarray(Image.open(io.BytesIO(frame.data))) for frame in frames]
         return np.stack(pictures), [frame.index for frame in frames]

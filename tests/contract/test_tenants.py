@@ -49,7 +49,7 @@ async def call(stub: Stub, method: MethodDescriptor, request: Message) -> Any:
 
 
 async def ending(stub: Stub, method: MethodDescriptor, request: Message) -> StatusCode:
-    """How a call ends."""
+    """Return the status that a call ends with."""
     try:
         await call(stub, method, request)
     except grpc.aio.AioRpcError as error:
@@ -147,7 +147,7 @@ async def test_health_and_reflection_are_for_everybody(gateway_of_tenants: Gatew
 
 
 async def outcome(stub: Stub, method: MethodDescriptor, session_id: str, reference_id: str) -> Refusal:
-    """How a call ends that names things which this tenant does not have."""
+    """Return the status of a call that names resources which this tenant does not have."""
     reason = "REFERENCE_NOT_FOUND" if method.input_type.fields_by_name.get("reference_id") else "SESSION_NOT_FOUND"
     async with refused(StatusCode.NOT_FOUND, reason) as refusal:
         await call(stub, method, naming(method, session_id, reference_id)[0])

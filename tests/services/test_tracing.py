@@ -1,4 +1,4 @@
-"""What the whole suite tells of itself: one trace a block over all stages, and metrics without sessions."""
+"""Tests of the suite's telemetry: one trace a block over all stages, and metrics without sessions."""
 
 from collections import defaultdict
 

@@ -175,7 +175,7 @@ async def press_until(tab: Tab, key: str, state: str) -> None:
 
 
 async def outlined(tab: Tab) -> bool:
-    """Whether the focus is visible."""
+    """Return whether the focus is visible."""
     style = "getComputedStyle(document.activeElement.nextElementSibling).outlineStyle"
     return bool(await tab.evaluate(style) == "solid")
 
