@@ -105,12 +105,9 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                     telemetry.block_span("denoiser", block.index, *step, level=level, parent=block.traceparent)
                     self._admission.step_times.add(usage.step_s)
                     num_blocks += 1
-                    conditions = None
-                    if denoiser.updates_sink(block, session):
-                        conditions = await self._write_sink(opened.session_id, block)
                     answer = latent_to_pb(chain_stream.hand_over(block) if chain_stream else block)
-                    if conditions is not None:
-                        answer.carried.CopyFrom(conditions)
+                    if denoiser.updates_sink(block, session):
+                        answer.carried.CopyFrom(await self._write_sink(opened.session_id, block))
                     yield pb.DenoiseResponse(block=answer)
             yield pb.DenoiseResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
 
@@ -159,7 +156,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         try:
             await self._store.put_conditions(session_id, conditions)
         except (StoreUnavailable, SessionNotFound):  # the caller writes them to a store that is back, or was emptied
-            logger.warning("sink not kept", extra={"session": telemetry.tag(session_id)})
+            logger.warning("sink not stored", extra={"session": telemetry.tag(session_id)})
         return conditions
 
 

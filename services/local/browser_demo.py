@@ -20,7 +20,7 @@ async def main() -> None:
         prog="python -m services.local.browser_demo", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--listen", default="127.0.0.1:8080", help="HOST:PORT to serve the page at")
-    parser.add_argument("--tts", default="", metavar="COMMAND", help="speaks {text} into the sound file {wav}")
+    parser.add_argument("--tts", default="", metavar="COMMAND", help="speaks {text} into the audio file {wav}")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "models/tiny", help="folder of the models")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder of the processes' output")
     flags = parser.parse_args()

@@ -183,10 +183,10 @@ async def test_an_error_in_a_step_surfaces_and_closes_the_source(queue: DeviceQu
 async def test_an_error_in_open_surfaces_before_an_item_is_taken(queue: DeviceQueue) -> None:
     class Broken(Summing):
         def open(self, session: Session) -> Sum:
-            raise MemoryError(f"no room for {session.id}")
+            raise MemoryError(f"no memory for {session.id}")
 
     source = Source([1])
-    with pytest.raises(MemoryError, match="no room for a"):
+    with pytest.raises(MemoryError, match="no memory for a"):
         await anext(local(Broken(), SESSION, queue)(source.stream()))
     assert source.taken == []
 
