@@ -68,7 +68,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.handoff.chain": ("avatar.errors", "avatar.types"),
     "avatar.handoff.client": ("avatar.aio", "avatar.rpc.client", "avatar.worker"),
     # What product teams use.
-    "avatar.client": ("avatar.aio", "avatar.errors", "avatar.rpc.status", "avatar.rpc.tls", "avatar.v1"),
+    "avatar.client": (
+        *("avatar.aio", "avatar.errors", "avatar.rpc.channel", "avatar.rpc.status", "avatar.rpc.tls", "avatar.v1"),
+    ),
     "avatar.integrations": ("avatar.client",),
     # Files and the command line.
     "avatar.media": ("avatar.audio", "avatar.vae"),

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 
 import numpy as np
@@ -77,22 +78,18 @@ class Playout:
     async def next_frame(self) -> tuple[float, Frame]:
         """Wait for the next frame and return its due time, in seconds on the local clock, and the frame."""
         while True:
-            if not self._items:
+            early_s = self._items[0][0] - self.elapsed_s if self._items else None
+            if early_s is None or early_s > 0:
                 self._changed.clear()
-                await self._changed.wait()
-            elif (early_s := self._items[0][0] - self.elapsed_s) > 0:
-                self._changed.clear()
-                try:
+                with suppress(TimeoutError):
                     async with asyncio.timeout(early_s):
                         await self._changed.wait()
-                except TimeoutError:
-                    pass
-            else:
-                due_s, item = self._items.popleft()
-                self._changed.set()
-                self._on_item(item)
-                if isinstance(item, Frame):
-                    return due_s, item
+                continue
+            due_s, item = self._items.popleft()
+            self._changed.set()
+            self._on_item(item)
+            if isinstance(item, Frame):
+                return due_s, item
 
     def audio(self, start: int) -> bytes:
         """Return `TRACK_SAMPLES` of audio from a sample of the local clock on, with silence where there is none."""

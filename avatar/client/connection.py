@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 import grpc.aio
 
+from avatar.rpc.channel import OPTIONS
 from avatar.rpc.status import error_of
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 
@@ -18,15 +19,8 @@ if TYPE_CHECKING:
 Response = TypeVar("Response")
 
 CALL_S = 30.0
-MAX_MESSAGE_BYTES = 64 << 20
-OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Detect a connection that was cut silently after 13 s.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 3_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    # The gateway keeps a broken stream for seconds only, so keep the reconnect backoff short.
+# The gateway keeps a broken stream for seconds only, so keep the reconnect backoff short.
+BACKOFF = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
@@ -59,10 +53,11 @@ async def open_connection(
         raise ValueError(
             f"the token would be sent to {target} in plain text; give credentials, or plaintext_token=True"
         )
+    options = [*OPTIONS, *BACKOFF]
     channel = (
-        grpc.aio.secure_channel(target, credentials, options=OPTIONS)
+        grpc.aio.secure_channel(target, credentials, options=options)
         if credentials
-        else grpc.aio.insecure_channel(target, options=OPTIONS)
+        else grpc.aio.insecure_channel(target, options=options)
     )
     async with channel:
         yield Connection(pb_grpc.AvatarServiceStub(channel), [("authorization", f"Bearer {token}")] if token else [])

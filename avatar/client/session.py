@@ -104,9 +104,9 @@ class Avatar:
 
     async def session(self, session_id: str) -> "Session":
         """Return an existing session, created by this client or another."""
-        request = pb.GetSessionRequest(session_id=session_id)
-        response = await self._connection.call(self._connection.stub.GetSession, request)
-        return Session(self, self._connection, response.session)
+        session = Session(self, self._connection, types.Session(id=session_id))
+        await session.refresh()
+        return session
 
     async def limits(self) -> pb.GetCapabilitiesResponse:
         """Return the capabilities, requested once and cached."""
