@@ -289,7 +289,7 @@ def test_the_client_loads_only_its_wheels_dependencies() -> None:
 
 
 def test_the_client_loads_neither_settings_nor_a_server() -> None:
-    expected = {"aio", "client", "errors", "rpc", "rpc.status", "rpc.tls", "v1"}
+    expected = {"aio", "client", "errors", "rpc", "rpc.channel", "rpc.status", "rpc.tls", "v1"}
     loaded = modules_loaded_by("import avatar.client")
     ours = {name.removeprefix("avatar.") for name in loaded if name.startswith("avatar.")}
     assert {name for name in ours if not name.startswith(("client.", "v1."))} == expected
