@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     packing = commands.add_parser("pack", help="write a checkpoint in our layout, merged with its adapter")
     packing.add_argument("--dtype", choices=DTYPES, help="dtype of all weights (default: as stored)")
     for each in (inspecting, packing):
-        each.add_argument("checkpoint", type=Path, help="folder, in our layout or as it is published")
+        each.add_argument("checkpoint", type=Path, help="folder, in our layout or the published one")
         each.add_argument("--adapter", type=Path, help="LoRA adapter file to merge into the network's weights")
         each.add_argument("--adapter-alpha", type=float, default=ALPHA, help=f"alpha of its training ({ALPHA:g})")
     packing.add_argument("out", type=Path, help="folder to write; it must not exist")

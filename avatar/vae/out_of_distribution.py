@@ -1,4 +1,4 @@
-"""The out-of-distribution check: is a picture unlike those that a checkpoint was trained on?
+"""The out-of-distribution check: detect pictures unlike those that a checkpoint was trained on.
 
 A picture's descriptor is the log of the codec's reconstruction error in each cell of a 4x4 grid, and the log energy of
 each latent channel. The check is a Mahalanobis distance from the descriptors of the training pictures;
