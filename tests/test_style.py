@@ -11,14 +11,6 @@ REPEATABLE = {f"{name}.py" for name in ("service", "model", "client", "codec", "
 REPEATABLE |= {"Session"}
 # A docstring states what something is or does, and does not open like a question.
 QUESTIONS = re.compile(r"(What|How|Whether|Where|Whom|Who|Which|Have)\b")
-# Files whose docstrings still do on 2026-11-29, to be rewritten until the list is empty.
-STILL_ASKING: set[str] = {
-    "services/gateway/stream/in_flight.py",
-    "services/gateway/stream/outbox.py",
-    "services/gateway/stream/speech.py",
-    "services/gateway/stream/timeline.py",
-    "tests/services/gateway/test_live_stream.py",
-}
 MAX_LINES = 400
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
 
@@ -43,7 +35,7 @@ def test_no_docstring_opens_with_a_question_word() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, kinds) and QUESTIONS.match(docstring := ast.get_docstring(node) or ""):
                 asking.setdefault(str(path.relative_to(ROOT)), []).append(docstring.partition("\n")[0])
-    assert {path: lines for path, lines in asking.items() if path not in STILL_ASKING} == {}
+    assert asking == {}
 
 
 def test_no_file_is_too_long() -> None:

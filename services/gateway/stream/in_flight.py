@@ -84,7 +84,7 @@ class BlocksInFlight:
 
     @property
     def has_speech(self) -> bool:
-        """Whether an admitted block shows speech that is still wanted."""
+        """True if an admitted block shows speech that is still wanted."""
         return any(block.turn and not block.is_dropped for block in self.admitted)
 
     async def take_slot(self) -> None:

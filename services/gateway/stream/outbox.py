@@ -104,7 +104,7 @@ class Outbox:
 
     @property
     def has_speech(self) -> bool:
-        """Whether frames of speech are waiting."""
+        """True if frames of speech are waiting."""
         return any(item.num_frames and item.turn is not None for item in self._waiting)
 
     async def wait_for_space(self, *, warns: bool) -> None:
@@ -169,7 +169,7 @@ class Outbox:
         return items[start:]
 
     def repeat_from(self, frame: int) -> None:
-        """Have the next `drain` begin with a frame, and with the events before it. Raises as `kept_from`."""
+        """Make the next `drain` begin with a frame, and with the events before it. Raises as `kept_from`."""
         self._repeated = deque(self.kept_from(frame))
 
     async def drain(self, write: Write) -> None:

@@ -86,7 +86,7 @@ class SpeechQueue:
 
     @property
     def has_speech(self) -> bool:
-        """Whether there is speech that is not admitted yet."""
+        """True if there is speech that is not admitted yet."""
         started = self._in_flight.started
         return self.pending_samples > 0 or any(block.turn and not block.is_dropped for block in started)
 
@@ -253,7 +253,7 @@ class SpeechQueue:
         return 0.0
 
     def _is_complete(self, turn: Turn) -> bool:
-        """Whether a turn has the audio of a block and its lookahead, or will get no more."""
+        """Return whether a turn has the audio of a block and its lookahead, or will get no more."""
         needed = self._block_bytes() + self._pacing.lookahead_samples * self._sample_bytes
         return len(turn.pending) >= needed or (turn.is_ended and bool(turn.pending))
 

@@ -116,7 +116,7 @@ class Timeline:
         return late_s
 
     def _delay_until(self, frame: int, ready_s: float) -> float:
-        """Have a frame due no earlier than it is ready; return how late that is, negative if it is early."""
+        """Delay a frame until it is ready, if it is late; return by how much it is late, negative if it is early."""
         late_s = ready_s - self.due_s(frame)
         self._origin_s += max(0.0, late_s)
         return late_s

@@ -117,7 +117,7 @@ class Pipeline:
         return [response.frame.index for response in self.sent if response.HasField("frame")]
 
     def release(self) -> None:
-        """Have all stages answer everything."""
+        """Let all stages answer everything."""
         for stage in (*self.denoisers, self.decoder):
             stage.release()
 
