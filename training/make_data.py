@@ -65,16 +65,10 @@ def make_utterance(
 ) -> tuple[Speech, str]:
     """Speak random sentences with pauses, cut to a duration; return the speech and its text."""
     text_rng = random.Random(int(rng.integers(1 << 62)))
-    tempo, pitch = (
-        rng.uniform(0.9, 1.15),
-        rng.uniform(0.86, 1.18) if voice.engine != "espeak" else rng.uniform(0.95, 1.05),
-    )
-    samples, onsets, phones, texts = (
-        [np.zeros(int(rng.uniform(0, 0.5) * AUDIO_RATE_HZ), np.float32)],
-        [0.0],
-        [PAUSE],
-        [],
-    )
+    tempo = rng.uniform(0.9, 1.15)
+    pitch = rng.uniform(0.95, 1.05) if voice.engine == "espeak" else rng.uniform(0.86, 1.18)
+    samples = [np.zeros(int(rng.uniform(0, 0.5) * AUDIO_RATE_HZ), np.float32)]
+    onsets, phones, texts = [0.0], [PAUSE], list[str]()
     while (start := sum(map(len, samples)) / AUDIO_RATE_HZ) < duration_s:
         texts.append(sentence(text_rng, is_held_out))
         speech = engines.speak(texts[-1], voice, tempo, pitch)

@@ -82,11 +82,8 @@ def prepare_clip(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
     return Clip(clip.name, arrays, clip.info)
 
 
-def augment_clip(clip: StoredClip, plain: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
-    """Encode a clip mirrored, recoloured and with augmented audio.
-
-    plain: the clip as prepared without augmentation.
-    """
+def augment_clip(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
+    """Encode a clip mirrored, recoloured and with augmented audio."""
     rng = np.random.default_rng(zlib.crc32(clip.name.encode()))
     frames = np.concatenate([clip.array("frames"), clip.array("reference")[None]])
     pixels = recolour(to_pixels(frames).flip(3), rng)
@@ -95,12 +92,12 @@ def augment_clip(clip: StoredClip, plain: StoredClip, vae: Vae[Any], audio: Audi
     arrays = {
         **encode_frames(frames[:-1], frames[-1], vae),
         "features": features.half().numpy(),
-        **{name: np.array(plain.array(name)) for name in ("jaw", "text") if plain.has(name)},
+        **{name: np.array(clip.array(name)) for name in ("jaw", "text") if clip.has(name)},
     }
-    if plain.has("lips"):
+    if clip.has("lips"):
         # Rows stay, columns are counted from the other side.
         sign = np.array((1, -1), np.float32)
-        arrays["lips"] = np.array((0, frames.shape[2] - 1), np.float32) + plain.array("lips") * sign
+        arrays["lips"] = np.array((0, frames.shape[2] - 1), np.float32) + clip.array("lips") * sign
     return Clip(f"{clip.name}-mirrored", arrays, clip.info)
 
 
@@ -117,14 +114,13 @@ def prepare(data: Path, out: Path, checkpoint: Path, share: tuple[int, int] = (0
     missing = [path for path in mine if not (out / path.relative_to(data)).exists()]
     count = 0
     for path in tqdm(missing, unit="shard", mininterval=10):
-        clips = [prepare_clip(clip, vae, audio) for clip in read_shard(path)]
-        write_shard(out / path.relative_to(data), clips)
-        count += len(clips)
+        clips = read_shard(path)
+        # The twin first, because a shard is prepared once its own file exists.
         if path.parent.name == "train":
-            pairs = zip(read_shard(path), read_shard(out / path.relative_to(data)), strict=True)
-            write_shard(
-                out / "train" / f"{path.stem}-mirrored.tar", [augment_clip(*pair, vae, audio) for pair in pairs]
-            )
+            twins = [augment_clip(clip, vae, audio) for clip in clips]
+            write_shard(out / "train" / f"{path.stem}-mirrored.tar", twins)
+        write_shard(out / path.relative_to(data), [prepare_clip(clip, vae, audio) for clip in clips])
+        count += len(clips)
     return count
 
 

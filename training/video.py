@@ -71,10 +71,9 @@ def clips_of(film: Path, shape: ClipShape, size: tuple[int, int]) -> Iterator[Cl
         if len(clip_frames) < shape.num_frames:
             continue
         lead_frames = min(start, shape.max_lead_frames)
-        span = audio[
-            (start - lead_frames) * FRAME_SAMPLES : (start + shape.num_frames + shape.tail_frames) * FRAME_SAMPLES
-        ]
-        padded = np.zeros((lead_frames + shape.num_frames + shape.tail_frames) * FRAME_SAMPLES, np.float32)
+        first, end = start - lead_frames, start + shape.num_frames + shape.tail_frames
+        span = audio[first * FRAME_SAMPLES : end * FRAME_SAMPLES]
+        padded = np.zeros((end - first) * FRAME_SAMPLES, np.float32)
         padded[: len(span)] = span
         arrays: dict[str, NDArray[Any]] = {
             "frames": np.stack(clip_frames),
