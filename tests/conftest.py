@@ -133,8 +133,8 @@ def picture() -> bytes:
     return file.getvalue()
 
 
-def sound(seconds: float, seed: int = 0) -> bytes:
-    """Return noise with a silent quarter of a second, as 16 kHz mono PCM16."""
+def speech(seconds: float, seed: int = 0) -> bytes:
+    """Return noise with a silent quarter of a second, which stands for speech, as 16 kHz mono PCM16."""
     generator = torch.Generator().manual_seed(seed)
     samples = torch.randn(round(seconds * RATE_HZ), generator=generator) * 3000
     samples[4000:8000] = 0

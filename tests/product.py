@@ -15,14 +15,13 @@ from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 
 PIECE_BYTES = 1280  # 40 ms of PCM16 at 16 kHz
+Stub: TypeAlias = "pb_grpc.AvatarServiceAsyncStub"
 Call: TypeAlias = "grpc.aio.StreamStreamCall[pb.StreamAvatarRequest, pb.StreamAvatarResponse]"
 PCM16 = types.AudioFormat(encoding=types.SAMPLE_ENCODING_PCM16, rate_hz=16000, num_channels=1)
 
 
 @asynccontextmanager
-async def connected(
-    target: str, credentials: grpc.ChannelCredentials | None = None
-) -> "AsyncGenerator[pb_grpc.AvatarServiceAsyncStub, None]":
+async def connected(target: str, credentials: grpc.ChannelCredentials | None = None) -> AsyncGenerator[Stub, None]:
     """Connect a stub to the gateway at HOST:PORT, in plain text without credentials."""
     options = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 64 << 20)]
     async with (
@@ -33,7 +32,7 @@ async def connected(
         yield pb_grpc.AvatarServiceStub(channel)
 
 
-async def new_session(stub: "pb_grpc.AvatarServiceAsyncStub", picture: bytes, **fields: Any) -> types.Session:
+async def new_session(stub: Stub, picture: bytes, **fields: Any) -> types.Session:
     """Create a session of a picture. fields: of CreateSessionRequest."""
     reference = (await stub.CreateReference(pb.CreateReferenceRequest(picture=picture), timeout=30)).reference
     request = pb.CreateSessionRequest(reference_id=reference.id, **fields)
@@ -71,11 +70,11 @@ class Streamed:
                 self.closed = response.closed
 
 
-def opened(session_id: str, audio: types.AudioFormat = PCM16, **fields: Any) -> pb.StreamAvatarRequest:
+def opening(session_id: str, audio: types.AudioFormat = PCM16, **fields: Any) -> pb.StreamAvatarRequest:
     return pb.StreamAvatarRequest(open=pb.OpenAvatar(session_id=session_id, audio=audio, **fields))
 
 
-def spoken(data: bytes, piece_bytes: int = PIECE_BYTES) -> Iterable[pb.StreamAvatarRequest]:
+def pieces(data: bytes, piece_bytes: int = PIECE_BYTES) -> Iterable[pb.StreamAvatarRequest]:
     """Yield audio in pieces."""
     for start in range(0, len(data), piece_bytes):
         yield pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data[start : start + piece_bytes]))
@@ -86,9 +85,7 @@ END_TURN = pb.StreamAvatarRequest(end_turn=pb.EndTurn())
 INTERRUPT = pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar())
 
 
-async def stream(
-    stub: "pb_grpc.AvatarServiceAsyncStub", requests: Iterable[pb.StreamAvatarRequest], timeout_s: float = 60
-) -> Streamed:
+async def stream(stub: Stub, requests: Iterable[pb.StreamAvatarRequest], timeout_s: float = 60) -> Streamed:
     """Open with the first request, send the others, and read to the end. Raises AioRpcError if it ends in one."""
     call = stub.StreamAvatar(timeout=timeout_s)
     status = CallStatus(call)
@@ -111,9 +108,9 @@ async def _send(call: Call, requests: Iterable[pb.StreamAvatarRequest]) -> None:
     await call.done_writing()
 
 
-async def speak(stub: "pb_grpc.AvatarServiceAsyncStub", session_id: str, data: bytes) -> Streamed:
+async def speak(stub: Stub, session_id: str, data: bytes) -> Streamed:
     """Run a whole stream: open, audio, close."""
-    return await stream(stub, [opened(session_id), *spoken(data), CLOSE])
+    return await stream(stub, [opening(session_id), *pieces(data), CLOSE])
 
 
 async def answer(call: Call) -> pb.StreamAvatarResponse:

@@ -24,7 +24,7 @@ from avatar.types import FrameChunk
 from avatar.vae.out_of_distribution import GRID_CELLS, OutOfDistributionCheck
 from avatar.vae.picture import PictureRule
 from avatar.vae.vae import Vae
-from tests.conftest import RATE_HZ, sound
+from tests.conftest import RATE_HZ, speech
 
 SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round the window
 
@@ -38,7 +38,7 @@ def models(checkpoint: Path) -> Models:
 
 
 def samples(seed: int, seconds: float = SECONDS) -> Tensor:
-    return torch.frombuffer(bytearray(sound(seconds, seed)), dtype=torch.int16)[None] / 32768
+    return torch.frombuffer(bytearray(speech(seconds, seed)), dtype=torch.int16)[None] / 32768
 
 
 def join(chunks: Iterator[FrameChunk]) -> Tensor:
@@ -190,7 +190,7 @@ def wav(path: Path, seed: int) -> str:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(RATE_HZ)
-        file.writeframes(sound(1.0, seed))
+        file.writeframes(speech(1.0, seed))
     return str(path)
 
 

@@ -23,7 +23,7 @@ from tests.chaos.account import Account, Struck
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.speaker import speaking
 from tests.chaos.suite import GATEWAYS, REDIS, WORKERS, Spared, spared
-from tests.conftest import ASSETS, sound, write_checkpoint
+from tests.conftest import ASSETS, speech, write_checkpoint
 from tests.services.test_suite import rendered
 
 PORTRAIT, LOGS = ASSETS / "portrait.png", ROOT / "out/chaos"
@@ -41,7 +41,7 @@ async def talk(suite: Spared, account: Account, expected: list[list[bytes]], num
         began_s, seed, is_open = time.monotonic(), draw.choice(SEEDS), False
         try:
             async with speaking(suite.target, picture, seed=seed, live=live) as speaker:
-                is_open, data = True, sound(SPEECH_S)
+                is_open, data = True, speech(SPEECH_S)
                 for start in range(0, len(data), PIECE_BYTES):
                     await speaker.say(data[start : start + PIECE_BYTES])
                     await asyncio.sleep(PIECE_S)
@@ -76,7 +76,7 @@ async def run(folder: Path, minutes: float, seed: int, num_sessions: int, faults
     """All of it, over a small checkpoint of random weights."""
     checkpoint, account = folder / "checkpoint", Account()
     write_checkpoint(checkpoint)
-    expected = [rendered(checkpoint, PORTRAIT.read_bytes(), sound(SPEECH_S), each) for each in SEEDS]
+    expected = [rendered(checkpoint, PORTRAIT.read_bytes(), speech(SPEECH_S), each) for each in SEEDS]
     shutil.rmtree(LOGS, ignore_errors=True)
     async with spared(checkpoint, LOGS) as suite:
         until_s = time.monotonic() + 60 * minutes

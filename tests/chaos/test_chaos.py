@@ -20,9 +20,9 @@ from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.speaker import Speaker, distance, num_frames, speaking
 from tests.chaos.suite import GATEWAYS, REDIS, Spared, spared
-from tests.conftest import sound
+from tests.conftest import speech
 from tests.contract.test_resume import SMALL, until_closed
-from tests.product import answer, connected, new_session, opened, spoken
+from tests.product import Stub, answer, connected, new_session, opening, pieces
 from tests.services.test_suite import rendered
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -54,7 +54,7 @@ async def suite(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> A
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint: Path, picture: bytes) -> Callable[[float], list[bytes]]:
     """The frames of so many seconds that nothing has disturbed."""
-    return lambda seconds: rendered(checkpoint, picture, sound(seconds), SEED)
+    return lambda seconds: rendered(checkpoint, picture, speech(seconds), SEED)
 
 
 @asynccontextmanager
@@ -73,7 +73,7 @@ async def test_without_its_store_nobody_who_is_there_notices_and_nobody_else_is_
     suite: Spared, picture: bytes, undisturbed: Callable[[float], list[bytes]], way: str
 ) -> None:
     await suite.until_nothing_is_left()
-    data, fault = sound(SECONDS), Fault(way, REDIS)
+    data, fault = speech(SECONDS), Fault(way, REDIS)
     cut = round(len(data) * BEFORE_S / SECONDS)
     async with (
         placed(suite, picture, live=True) as (bystander, _),
@@ -118,7 +118,7 @@ async def test_who_was_there_goes_on_elsewhere_and_nobody_else_notices(
 ) -> None:
     await suite.until_whole(fault.service)
     await suite.until_nothing_is_left()
-    data = sound(SECONDS)
+    data = speech(SECONDS)
     cut = round(len(data) * BEFORE_S / SECONDS)
     async with (
         placed(suite, picture, live=True) as (bystander, others),
@@ -152,7 +152,7 @@ async def test_an_old_session_comes_near_to_what_it_would_have_been(
     suite: Spared, picture: bytes, undisturbed: Callable[[float], list[bytes]]
 ) -> None:
     await suite.until_whole()
-    data = sound(2 * OLD_S)
+    data = speech(2 * OLD_S)
     async with placed(suite, picture) as (speaker, serving):
         await speaker.say(data[: len(data) // 2])
         await speaker.until(num_frames(8))
@@ -172,14 +172,14 @@ async def test_who_does_not_read_and_who_vanishes_is_let_go(suite: Spared, pictu
     """The second gateway waits a second for either."""
     target = suite.suite.targets[GATEWAYS[1]]
     async with connected(target) as stub, grpc.aio.insecure_channel(target, options=SMALL) as channel:
-        slow: pb_grpc.AvatarServiceAsyncStub = pb_grpc.AvatarServiceStub(channel)
+        slow: Stub = pb_grpc.AvatarServiceStub(channel)
         calls = []
         for each in (slow, stub):
             session = await new_session(stub, picture)
             call = each.StreamAvatar(timeout=60)
-            await call.write(opened(session.id))
+            await call.write(opening(session.id))
             await answer(call)
-            for request in spoken(sound(SECONDS), 1 << 15):
+            for request in pieces(speech(SECONDS), 1 << 15):
                 await call.write(request)
             calls.append((session.id, call))
         calls[1][1].cancel()

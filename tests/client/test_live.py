@@ -13,7 +13,7 @@ from avatar.client import stream as client_stream
 from avatar.errors import ConnectionLost
 from avatar.store.sessions import SessionStore
 from tests.chaos.proxy import Proxy, proxied
-from tests.conftest import sound
+from tests.conftest import speech
 from tests.standin import standin_gateway
 
 
@@ -74,7 +74,7 @@ async def speak(stream: Stream, data: bytes) -> None:
 async def test_a_turn_starts_before_its_first_frame_and_finishes_after_its_last(store: SessionStore) -> None:
     async with live_stream(store) as (stream, _):
         idle = [await anext(stream) for _ in range(9)]
-        await speak(stream, sound(1.0))
+        await speak(stream, speech(1.0))
         items = await until(stream, PlaybackFinished)
     assert all(isinstance(item, Frame) and item.is_idle for item in idle)
     started, finished = next(item for item in items if isinstance(item, PlaybackStarted)), finish(items)
@@ -90,19 +90,19 @@ async def test_a_turn_starts_before_its_first_frame_and_finishes_after_its_last(
 async def test_an_interrupt_reports_the_position_and_drops_pending_audio(store: SessionStore) -> None:
     settings = {"live_ahead_s": 2.0}
     async with live_stream(store, settings=settings, return_audio=True) as (stream, _), asyncio.TaskGroup() as tasks:
-        pushing = tasks.create_task(stream.push(sound(60.0)))
+        pushing = tasks.create_task(stream.push(speech(60.0)))
         items = await until(stream, PlaybackStarted)
         items += await until(stream, Frame)
         interrupted = await stream.interrupt()
         await pushing
         items += await until(stream, PlaybackFinished)
         finished = finish(items)
-        await speak(stream, sound(0.5, seed=1))
+        await speak(stream, speech(0.5, seed=1))
         rest = await until(stream, PlaybackFinished)
     assert interrupted.was_speaking
     assert interrupted.position_s == finished.position_s > 0
     assert interrupted.next_frame == finished.next_frame
-    assert spoken(rest) == samples(sound(0.5, seed=1))
+    assert spoken(rest) == samples(speech(0.5, seed=1))
     assert_complete(items + rest)
 
 
@@ -111,7 +111,7 @@ async def test_an_interrupt_is_answered_while_nobody_iterates(
 ) -> None:
     monkeypatch.setattr(client_stream, "MAX_QUEUED_ITEMS", 4)
     async with live_stream(store) as (stream, _):
-        await stream.push(sound(3.0))
+        await stream.push(speech(3.0))
         await anext(stream)
         await asyncio.sleep(1)  # more items arrive than are read ahead
         async with asyncio.timeout(5):
@@ -122,12 +122,12 @@ async def test_an_interrupt_from_elsewhere_lets_a_waiting_push_continue(store: S
     async with standin_gateway(store, live_ahead_s=1.0) as gateway, connect(gateway.target) as avatar:
         session = await avatar.create(b"face")
         async with session.stream(live=True, return_audio=True) as stream, asyncio.TaskGroup() as tasks:
-            tasks.create_task(speak(stream, sound(2.0)))
+            tasks.create_task(speak(stream, speech(2.0)))
             await until(stream, PlaybackStarted)
             assert (await session.interrupt()).was_speaking
             await until(stream, PlaybackFinished)
             items = await until(stream, PlaybackFinished)
-    rest = samples(sound(2.0)[-16000:])
+    rest = samples(speech(2.0)[-16000:])
     assert spoken(items)[-len(rest) :] == rest
 
 
@@ -136,7 +136,7 @@ async def test_audio_never_runs_further_ahead_than_the_gateway_accepts(store: Se
 
     async def speak_all(stream: Stream) -> None:
         for seconds in turns:
-            await speak(stream, sound(seconds))
+            await speak(stream, speech(seconds))
 
     settings = {"live_ahead_s": 1.0}
     async with live_stream(store, settings=settings) as (stream, _), asyncio.TaskGroup() as tasks:
@@ -153,7 +153,7 @@ async def test_a_cancelled_push_leaves_the_stream_intact(store: SessionStore) ->
         call = stream._call
         for _ in range(5):
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(stream.push(sound(60.0)), 0.02)
+                await asyncio.wait_for(stream.push(speech(60.0)), 0.02)
         await stream.interrupt()
         await stream.close()
         assert_complete([item async for item in stream])
@@ -182,7 +182,7 @@ async def test_a_fragment_holds_the_frames_of_a_block(store: SessionStore) -> No
 
 async def test_audio_returns_before_its_frames(store: SessionStore) -> None:
     async with live_stream(store, return_audio=True) as (stream, _):
-        await stream.push(sound(1.0))
+        await stream.push(speech(1.0))
         await stream.close()
         items = [item async for item in stream]
     for piece in [item for item in items if isinstance(item, Audio)]:
@@ -190,7 +190,7 @@ async def test_audio_returns_before_its_frames(store: SessionStore) -> None:
         while not isinstance(follows, Frame):
             follows = items[items.index(follows) + 1]
         assert follows.pts_s == piece.pts_s
-    assert spoken(items) == samples(sound(1.0))
+    assert spoken(items) == samples(speech(1.0))
 
 
 async def test_a_slow_reader_bounds_the_items_in_memory(store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,13 +203,13 @@ async def test_a_slow_reader_bounds_the_items_in_memory(store: SessionStore, mon
 
 @pytest.mark.parametrize("per_block", [False, True])
 async def test_a_broken_connection_leaves_neither_gap_nor_repetition(store: SessionStore, per_block: bool) -> None:
-    speech = sound(3.5)
+    data = speech(3.5)
     settings = {"live_ahead_s": 1.5}
     async with (
         live_stream(store, settings=settings, return_audio=True, per_block=per_block) as (stream, proxy),
         asyncio.TaskGroup() as tasks,
     ):
-        tasks.create_task(speak(stream, speech))
+        tasks.create_task(speak(stream, data))
         items: list[Item] = []
         calls = {stream._call}
         async for item in stream:
@@ -221,58 +221,58 @@ async def test_a_broken_connection_leaves_neither_gap_nor_repetition(store: Sess
                 proxy.cut()
     assert len(calls) > 4
     assert_complete(items)
-    assert spoken(items) == samples(speech)
+    assert spoken(items) == samples(data)
 
 
 async def test_requests_sent_while_the_connection_is_broken_arrive_once(store: SessionStore) -> None:
     async with live_stream(store, return_audio=True) as (stream, proxy), asyncio.TaskGroup() as tasks:
-        await stream.push(sound(1.0))
+        await stream.push(speech(1.0))
         items = [await anext(stream)]
         proxy.swallow()
         proxy.cut()
-        sending = tasks.create_task(speak(stream, sound(1.0, seed=1)))
+        sending = tasks.create_task(speak(stream, speech(1.0, seed=1)))
         await asyncio.sleep(0.3)
         assert not sending.done()
         proxy.mend()
         items += await until(stream, PlaybackFinished)
     assert finish(items).position_s == 2.0
-    assert spoken(items) == samples(sound(1.0) + sound(1.0, seed=1))
+    assert spoken(items) == samples(speech(1.0) + speech(1.0, seed=1))
 
 
 async def test_an_interrupt_survives_a_broken_connection(store: SessionStore) -> None:
     async with live_stream(store, return_audio=True) as (stream, proxy), asyncio.TaskGroup() as tasks:
-        await stream.push(sound(3.0))
+        await stream.push(speech(3.0))
         items = await until(stream, PlaybackStarted)
         proxy.swallow()
         proxy.cut()
-        tasks.create_task(stream.push(sound(3.0)))  # never arrives, and is dropped
+        tasks.create_task(stream.push(speech(3.0)))  # never arrives, and is dropped
         await asyncio.sleep(0.05)
         interrupting = tasks.create_task(stream.interrupt())
         await asyncio.sleep(0.05)
         proxy.mend()
         assert (await interrupting).next_frame > 3
         items += await until(stream, PlaybackFinished)
-        await speak(stream, sound(0.5, seed=1))
+        await speak(stream, speech(0.5, seed=1))
         rest = await until(stream, PlaybackFinished)
-    assert spoken(rest) == samples(sound(0.5, seed=1))
+    assert spoken(rest) == samples(speech(0.5, seed=1))
     assert_complete(items + rest)
 
 
 async def test_a_session_outlives_its_connection_and_an_interrupt(store: SessionStore) -> None:
     async with live_stream(store, return_audio=True) as (stream, proxy), asyncio.TaskGroup() as tasks:
-        await speak(stream, sound(1.5))
+        await speak(stream, speech(1.5))
         items = await until(stream, PlaybackStarted)
         proxy.cut()
         items += await until(stream, PlaybackFinished)
         whole = finish(items)
-        pushing = tasks.create_task(stream.push(sound(30.0)))
+        pushing = tasks.create_task(stream.push(speech(30.0)))
         items += await until(stream, PlaybackStarted)
         interrupted = await stream.interrupt()
         await pushing
         items += await until(stream, PlaybackFinished)
         cut = finish(items)
         proxy.cut()
-        await speak(stream, sound(0.5))
+        await speak(stream, speech(0.5))
         items += await until(stream, PlaybackFinished)
         await stream.close()
         items += [item async for item in stream]
@@ -281,7 +281,7 @@ async def test_a_session_outlives_its_connection_and_an_interrupt(store: Session
     assert interrupted.was_speaking
     assert cut.position_s == interrupted.position_s < 30
     assert_complete(items)
-    assert spoken(items)[: len(samples(sound(1.5)))] == samples(sound(1.5))
+    assert spoken(items)[: len(samples(speech(1.5)))] == samples(speech(1.5))
 
 
 async def test_a_connection_that_stays_broken_is_lost_after_the_grace_period(store: SessionStore) -> None:
@@ -291,7 +291,7 @@ async def test_a_connection_that_stays_broken_is_lost_after_the_grace_period(sto
         with pytest.raises(ConnectionLost):
             await until(stream, PlaybackStarted)
         with pytest.raises(ConnectionLost):
-            await stream.push(sound(0.1))
+            await stream.push(speech(0.1))
         with pytest.raises(ConnectionLost):
             await stream.interrupt()
         proxy.mend()

@@ -15,17 +15,17 @@ from avatar.errors import (
     SessionNotFound,
 )
 from tests import product
-from tests.conftest import sound
+from tests.conftest import speech
 
 SECONDS = 1.5
 
 
 async def test_frames_equal_those_of_the_bare_contract(gateway: str, picture: bytes) -> None:
     async with product.connected(gateway) as stub:
-        expected = await product.speak(stub, (await product.new_session(stub, picture, seed=7)).id, sound(SECONDS))
+        expected = await product.speak(stub, (await product.new_session(stub, picture, seed=7)).id, speech(SECONDS))
     async with connect(gateway) as avatar:
         session = await avatar.create(picture, seed=7)
-        async with session.stream(audio=sound(SECONDS)) as stream:
+        async with session.stream(audio=speech(SECONDS)) as stream:
             frames = [frame async for frame in stream.frames()]
     assert [frame.data for frame in frames] == expected.pixels
     assert [frame.index for frame in frames] == list(range(3, 3 + len(frames)))
@@ -38,31 +38,31 @@ async def test_all_audio_can_be_pushed_before_iterating(gateway: str, picture: b
     async with connect(gateway) as avatar:
         session = await avatar.create(picture, seed=7)
         async with session.stream(rate_hz=16000) as stream:
-            await stream.push(sound(SECONDS))
+            await stream.push(speech(SECONDS))
             await stream.close()
             frames = [item.index async for item in stream if isinstance(item, Frame)]
     assert len(frames) == 45
 
 
 async def test_audio_may_be_an_async_generator(gateway: str, picture: bytes) -> None:
-    async def speech() -> AsyncGenerator[bytes, None]:
-        for start in range(0, len(sound(SECONDS)), 1001 * 2):
-            yield sound(SECONDS)[start : start + 1001 * 2]
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        for start in range(0, len(speech(SECONDS)), 1001 * 2):
+            yield speech(SECONDS)[start : start + 1001 * 2]
 
     async with connect(gateway) as avatar:
         session = await avatar.create(picture, seed=7)
-        async with session.stream(audio=speech()) as stream:
+        async with session.stream(audio=pieces()) as stream:
             assert len([frame async for frame in stream.frames()]) == 45
 
 
 async def test_an_exception_of_the_audio_source_ends_the_iteration(gateway: str, picture: bytes) -> None:
-    async def speech() -> AsyncGenerator[bytes, None]:
-        yield sound(0.2)
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        yield speech(0.2)
         raise OSError("the microphone is gone")
 
     async with connect(gateway) as avatar:
         session = await avatar.create(picture)
-        async with session.stream(audio=speech()) as stream:
+        async with session.stream(audio=pieces()) as stream:
             with pytest.raises(OSError, match="microphone"):
                 await anext(stream)
 
@@ -94,7 +94,7 @@ async def test_leaving_a_stream_early_deletes_its_session(gateway: str, picture:
     async with connect(gateway) as avatar:
         session = await avatar.create(picture)
         async with session.stream() as stream:
-            await stream.push(sound(SECONDS))
+            await stream.push(speech(SECONDS))
             async for _ in stream:
                 break
         with pytest.raises(SessionNotFound):
@@ -104,7 +104,7 @@ async def test_leaving_a_stream_early_deletes_its_session(gateway: str, picture:
 async def test_a_finished_session_cannot_be_streamed_again(gateway: str, picture: bytes) -> None:
     async with connect(gateway) as avatar:
         session = await avatar.create(picture)
-        async with session.stream(audio=sound(0.1)) as stream:
+        async with session.stream(audio=speech(0.1)) as stream:
             assert len([frame async for frame in stream.frames()]) == 9
         with pytest.raises(SessionClosed):
             async with session.stream():
@@ -113,11 +113,11 @@ async def test_a_finished_session_cannot_be_streamed_again(gateway: str, picture
 
 async def test_nothing_can_be_sent_after_close(gateway: str, picture: bytes) -> None:
     async with connect(gateway) as avatar, (await avatar.create(picture)).stream() as stream:
-        await stream.push(sound(0.1))
+        await stream.push(speech(0.1))
         await stream.close()
         await stream.close()
         with pytest.raises(ProtocolOrder, match="was closed"):
-            await stream.push(sound(0.1))
+            await stream.push(speech(0.1))
 
 
 async def test_a_partial_sample_is_refused(gateway: str, picture: bytes) -> None:

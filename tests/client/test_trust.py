@@ -10,7 +10,7 @@ from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
 from services.local.suite import suite
 from tests.certificates import Authority
-from tests.conftest import sound
+from tests.conftest import speech
 
 TOKEN = "a token"
 
@@ -34,7 +34,7 @@ async def test_a_client_with_certificate_and_token_is_served(
     async with suite(checkpoint, store, settings) as target:
         async with connect(target, credentials=credentials, token=TOKEN) as avatar:
             session = await avatar.create(picture, seed=7)
-            async with session.stream(audio=sound(0.5)) as stream:
+            async with session.stream(audio=speech(0.5)) as stream:
                 assert len([frame async for frame in stream.frames()]) == 21
             session = await avatar.create(picture)
             with pytest.raises(AvatarError) as caught:

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from avatar.store.sessions import SessionStore
-from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from tests.conftest import ASSETS
-from tests.contract.tenants import ACME, GLOBEX, Gateway, Stub, tenanted
-from tests.product import connected
+from tests.contract.tenants import ACME, GLOBEX, Gateway, tenanted
+from tests.product import Stub, connected
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def target(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def stub(target: str) -> "AsyncGenerator[pb_grpc.AvatarServiceAsyncStub, None]":
+async def stub(target: str) -> AsyncGenerator[Stub, None]:
     async with connected(target) as stub:
         yield stub
 

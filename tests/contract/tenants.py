@@ -7,20 +7,18 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 
 from avatar.rpc.tls import channel_credentials
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
-from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from services.local.suite import suite
 from tests.certificates import Authority
-from tests.product import connected
+from tests.product import Stub, connected
 
 ACME, GLOBEX = "acme's token", "globex's token"
-Stub: TypeAlias = "pb_grpc.AvatarServiceAsyncStub"
 
 
 @dataclass

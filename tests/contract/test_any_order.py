@@ -20,7 +20,7 @@ from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
 from services.local.suite import suite
 from tests.conftest import ASSETS
-from tests.product import CLOSE, END_TURN, INTERRUPT, connected, new_session, opened, speak
+from tests.product import CLOSE, END_TURN, INTERRUPT, connected, new_session, opening, speak
 
 Result = TypeVar("Result")
 SETTINGS = GatewaySettings(listen="127.0.0.1:0", resume_s=0.5, max_unread_s=5.0)
@@ -36,7 +36,7 @@ MESSAGES = {
     "interrupt": INTERRUPT,
     "close": CLOSE,
     "empty": pb.StreamAvatarRequest(),
-    "open": opened("another"),
+    "open": opening("another"),
 }
 SENSIBLE = strategies.sampled_from(["speech", "speech", "speech", "end", "interrupt"])
 
@@ -96,7 +96,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(mode=MODES, per_block=strategies.booleans(), return_audio=strategies.booleans())
     def open(self, mode: Any, per_block: bool, return_audio: bool) -> None:
         output = types.VideoOutput(per_block=per_block)
-        self._begin(opened(self.session.id, mode=mode, output=output, return_audio=return_audio))
+        self._begin(opening(self.session.id, mode=mode, output=output, return_audio=return_audio))
 
     @rule(next_frame=strategies.sampled_from([0, 3, 4, 15, 1000]))
     def resume(self, next_frame: int) -> None:

@@ -13,10 +13,9 @@ from google.protobuf.message import Message
 from grpc import StatusCode
 
 from avatar.v1 import avatar_service_pb2 as pb
-from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 from tests.contract.refusals import refused
-from tests.product import new_session, opened, stream
+from tests.product import Stub, new_session, opening, stream
 from tests.test_operations import rows
 
 SIZED = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
@@ -55,23 +54,19 @@ def test_every_size_is_listed() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-async def test_a_name_that_is_too_long_is_not_found(
-    stub: pb_grpc.AvatarServiceAsyncStub, method: str, request_: Message, reason: str
-) -> None:
+async def test_a_name_that_is_too_long_is_not_found(stub: Stub, method: str, request_: Message, reason: str) -> None:
     call: Any = getattr(stub, method)
     async with refused(StatusCode.NOT_FOUND, reason):
         await call(request_, timeout=10)
 
 
-async def test_a_stream_of_a_name_that_is_too_long_is_not_found(stub: pb_grpc.AvatarServiceAsyncStub) -> None:
+async def test_a_stream_of_a_name_that_is_too_long_is_not_found(stub: Stub) -> None:
     async with refused(StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
-        await stream(stub, [opened(LONG)])
+        await stream(stub, [opening(LONG)])
 
 
 @pytest.mark.parametrize("paths", [["ttl", "prompt", "ttl"], ["ttl"] * 100_000, ["x" * 100_000]])
-async def test_no_more_is_changed_than_can_change(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes, paths: list[str]
-) -> None:
+async def test_no_more_is_changed_than_can_change(stub: Stub, portrait: bytes, paths: list[str]) -> None:
     session = await new_session(stub, portrait)
     request = pb.UpdateSessionRequest(session=session, update_mask=FieldMask(paths=paths))
     async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
@@ -80,16 +75,16 @@ async def test_no_more_is_changed_than_can_change(
     assert len(refusal.message) < 200
 
 
-async def test_sound_over_the_limit_is_refused(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_sound_over_the_limit_is_refused(stub: Stub, portrait: bytes) -> None:
     limit = (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).max_audio_bytes
     session = await new_session(stub, portrait)
     piece = pb.StreamAvatarRequest(audio=pb.AudioPiece(data=bytes(limit + 2)))
     async with refused(StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE") as refusal:
-        await stream(stub, [opened(session.id), piece])
+        await stream(stub, [opening(session.id), piece])
     assert str(limit) in refusal.message
 
 
-async def test_a_message_larger_than_all_limits_is_not_read(stub: pb_grpc.AvatarServiceAsyncStub) -> None:
+async def test_a_message_larger_than_all_limits_is_not_read(stub: Stub) -> None:
     told = await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)
     size = max(told.max_picture_bytes, told.max_audio_bytes, told.max_prompt_bytes) + OTHER_BYTES
     unread = pb.UpdateSessionRequest(session=types.Session(reference_id="x" * size))
@@ -102,7 +97,7 @@ async def test_a_message_larger_than_all_limits_is_not_read(stub: pb_grpc.Avatar
         assert "Received message larger than max" in (caught.value.details() or "")
 
 
-async def test_metadata_over_the_limit_are_refused(stub: pb_grpc.AvatarServiceAsyncStub) -> None:
+async def test_metadata_over_the_limit_are_refused(stub: Stub) -> None:
     call = stub.GetCapabilities(pb.GetCapabilitiesRequest(), metadata=[("authorization", "x" * (16 << 10))], timeout=10)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call

@@ -14,11 +14,23 @@ from grpc import StatusCode
 
 from avatar.aio import background
 from avatar.v1 import avatar_service_pb2 as pb
-from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
-from tests.conftest import sound
+from tests.conftest import speech
 from tests.contract.refusals import refused
-from tests.product import CLOSE, END_TURN, INTERRUPT, PCM16, Call, Streamed, answer, new_session, opened, spoken, stream
+from tests.product import (
+    CLOSE,
+    END_TURN,
+    INTERRUPT,
+    PCM16,
+    Call,
+    Streamed,
+    Stub,
+    answer,
+    new_session,
+    opening,
+    pieces,
+    stream,
+)
 
 LIVE = pb.OpenAvatar.MODE_LIVE
 
@@ -41,7 +53,7 @@ class Client:
             self.changed.set()
 
     async def say(self, data: bytes) -> None:
-        for request in spoken(data, 1 << 15):
+        for request in pieces(data, 1 << 15):
             await self.call.write(request)
 
     async def until(self, is_so: Callable[[Streamed], object]) -> None:
@@ -56,11 +68,9 @@ class Client:
 
 
 @asynccontextmanager
-async def talking(
-    stub: pb_grpc.AvatarServiceAsyncStub, session_id: str, **options: Any
-) -> AsyncGenerator[Client, None]:
+async def talking(stub: Stub, session_id: str, **options: Any) -> AsyncGenerator[Client, None]:
     call = stub.StreamAvatar(timeout=60)
-    await call.write(opened(session_id, mode=LIVE, **options))
+    await call.write(opening(session_id, mode=LIVE, **options))
     client = Client(call, (await answer(call)).opened)
     async with background(client.read()):
         yield client
@@ -71,7 +81,7 @@ def kinds(got: Streamed) -> list[str]:
     return [event.WhichOneof("kind") or "" for event in got.events]
 
 
-async def test_it_idles_in_time_until_there_is_speech(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_it_idles_in_time_until_there_is_speech(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     async with talking(stub, session.id) as client:
         await client.until(lambda got: len(got.frames) >= 9)
@@ -80,26 +90,23 @@ async def test_it_idles_in_time_until_there_is_speech(stub: pb_grpc.AvatarServic
         elapsed_s = asyncio.get_running_loop().time() - started
         assert elapsed_s > 0.4, "idle blocks come in time, not ahead"
         assert all(frame.is_idle for frame in client.got.frames)
-        await client.say(sound(0.48))
+        await client.say(speech(0.48))
         await client.call.write(END_TURN)
         await client.until(lambda got: "playback_finished" in kinds(got))
-        speech = client.speech
-        assert len(speech) == 12
+        assert len(client.speech) == 12
         frames = client.got.frames
         assert [frame.index for frame in frames] == list(range(3, 3 + len(frames)))
         assert [frame.pts_us for frame in frames] == [frame.index * 40_000 for frame in frames]
         # It begins a block: blocks begin at whole numbers of twelve.
-        assert speech[0].index % 12 == 0
+        assert client.speech[0].index % 12 == 0
 
 
-async def test_a_turn_is_told_before_its_first_frame_and_after_its_last(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_a_turn_is_told_before_its_first_frame_and_after_its_last(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     async with talking(stub, session.id) as client:
-        await client.say(sound(0.6))
+        await client.say(speech(0.6))
         await client.call.write(END_TURN)
-        await client.say(sound(0.3))
+        await client.say(speech(0.3))
         await client.call.write(CLOSE)
         await client.until(lambda got: got.closed.num_blocks)
         finished = [event.playback_finished for event in client.got.events if event.HasField("playback_finished")]
@@ -114,12 +121,10 @@ async def test_a_turn_is_told_before_its_first_frame_and_after_its_last(
         assert between == ["frame"] * 24, "two blocks of speech, and no idle one between"
 
 
-async def test_frames_of_fast_speech_are_made_a_block_ahead_and_no_further(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_frames_of_fast_speech_are_made_a_block_ahead_and_no_further(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     async with talking(stub, session.id) as client:
-        await client.say(sound(10))
+        await client.say(speech(10))
         await client.until(lambda got: "playback_started" in kinds(got))
         await asyncio.sleep(0.5)
         assert len(client.speech) <= 12 * 4
@@ -142,7 +147,7 @@ async def test_frames_of_fast_speech_are_made_a_block_ahead_and_no_further(
         assert [frame.index for frame in frames] == list(range(3, 3 + len(frames)))
 
 
-async def test_an_interrupt_of_nobody_drops_nothing(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_an_interrupt_of_nobody_drops_nothing(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     async with talking(stub, session.id) as client:
         await client.until(lambda got: len(got.frames) >= 9)
@@ -151,9 +156,7 @@ async def test_an_interrupt_of_nobody_drops_nothing(stub: pb_grpc.AvatarServiceA
         assert not client.got.events
 
 
-async def test_speech_beyond_what_is_taken_is_refused_in_whole_pieces(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_speech_beyond_what_is_taken_is_refused_in_whole_pieces(stub: Stub, portrait: bytes) -> None:
     most_s = (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).max_live_ahead_s
     session = await new_session(stub, portrait)
     async with talking(stub, session.id) as client:
@@ -169,13 +172,11 @@ async def test_speech_beyond_what_is_taken_is_refused_in_whole_pieces(
 
 
 @pytest.mark.parametrize("rate_hz", [16000, 11025])
-async def test_sound_comes_back_with_its_frames_as_it_was_sent(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes, rate_hz: int
-) -> None:
+async def test_sound_comes_back_with_its_frames_as_it_was_sent(stub: Stub, portrait: bytes, rate_hz: int) -> None:
     session = await new_session(stub, portrait)
     format_ = types.AudioFormat(encoding=PCM16.encoding, rate_hz=rate_hz, num_channels=1)
-    data = sound(1.5)[: 2 * rate_hz]  # one second
-    requests = [opened(session.id, format_, return_audio=True), *spoken(data), CLOSE]
+    data = speech(1.5)[: 2 * rate_hz]  # one second
+    requests = [opening(session.id, format_, return_audio=True), *pieces(data), CLOSE]
     streamed = await stream(stub, requests)
     assert [piece.pts_us for piece in streamed.audio] == [frame.pts_us for frame in streamed.frames]
     returned = b"".join(piece.data for piece in streamed.audio)
@@ -185,20 +186,16 @@ async def test_sound_comes_back_with_its_frames_as_it_was_sent(
     assert returned == said + bytes(len(returned) - len(said))
 
 
-async def test_frames_come_by_the_block_where_that_was_asked_for(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_frames_come_by_the_block_where_that_was_asked_for(stub: Stub, portrait: bytes) -> None:
     sessions = [await new_session(stub, portrait, seed=1) for _ in range(2)]
     output = types.VideoOutput(per_block=True)
-    whole = await stream(stub, [opened(sessions[0].id, output=output), *spoken(sound(0.96)), CLOSE])
-    single = await stream(stub, [opened(sessions[1].id), *spoken(sound(0.96)), CLOSE])
+    whole = await stream(stub, [opening(sessions[0].id, output=output), *pieces(speech(0.96)), CLOSE])
+    single = await stream(stub, [opening(sessions[1].id), *pieces(speech(0.96)), CLOSE])
     assert whole.pixels == single.pixels
     assert [frame.index for frame in whole.frames] == list(range(3, 24))
 
 
-async def test_an_encoding_that_cannot_be_had_is_refused_by_field(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_an_encoding_that_cannot_be_had_is_refused_by_field(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     told = await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)
     assert types.VIDEO_ENCODING_RGB24 in told.encodings
@@ -206,20 +203,18 @@ async def test_an_encoding_that_cannot_be_had_is_refused_by_field(
     for encoding in missing:
         output = types.VideoOutput(encoding=encoding)  # type: ignore[arg-type]
         async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
-            await stream(stub, [opened(session.id, output=output)])
+            await stream(stub, [opening(session.id, output=output)])
         assert refusal.fields == ["open.output.encoding"]
-    assert (await stream(stub, [opened(session.id), *spoken(sound(0.48)), CLOSE])).frames
+    assert (await stream(stub, [opening(session.id), *pieces(speech(0.48)), CLOSE])).frames
 
 
-async def test_the_promises_add_up(stub: pb_grpc.AvatarServiceAsyncStub) -> None:
+async def test_the_promises_add_up(stub: Stub) -> None:
     told = await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)
     assert told.reaction_s > told.block_frames / told.video.frame_rate_hz + told.hold_s > told.hold_s > 0
     assert min(told.max_live_ahead_s, told.max_unread_s) > 0
 
 
-async def test_a_prompt_cannot_be_changed_where_no_text_is_known(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_a_prompt_cannot_be_changed_where_no_text_is_known(stub: Stub, portrait: bytes) -> None:
     if (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).prompts:
         return
     session = await new_session(stub, portrait)

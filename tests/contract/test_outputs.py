@@ -12,13 +12,12 @@ from PIL import Image
 
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
-from tests.conftest import sound
-from tests.product import CLOSE, INTERRUPT, Call, Streamed, answer, new_session, opened, rest, speak, spoken
+from tests.conftest import speech
+from tests.product import CLOSE, INTERRUPT, Call, Streamed, Stub, answer, new_session, opening, pieces, rest, speak
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 
 JPEG, H264, FMP4 = (
     types.VIDEO_ENCODING_JPEG,
@@ -27,19 +26,15 @@ JPEG, H264, FMP4 = (
 )
 
 
-async def begun(
-    stub: pb_grpc.AvatarServiceAsyncStub, session_id: str, output: types.VideoOutput
-) -> tuple[Call, pb.AvatarOpened]:
+async def begun(stub: Stub, session_id: str, output: types.VideoOutput) -> tuple[Call, pb.AvatarOpened]:
     call = stub.StreamAvatar(timeout=60)
-    await call.write(opened(session_id, output=output))
+    await call.write(opening(session_id, output=output))
     return call, (await answer(call)).opened
 
 
-async def spoken_in(
-    stub: pb_grpc.AvatarServiceAsyncStub, session_id: str, output: types.VideoOutput, data: bytes
-) -> tuple[Streamed, bytes]:
+async def spoken_in(stub: Stub, session_id: str, output: types.VideoOutput, data: bytes) -> tuple[Streamed, bytes]:
     call, told = await begun(stub, session_id, output)
-    for request in [*spoken(data), CLOSE]:
+    for request in [*pieces(data), CLOSE]:
         await call.write(request)
     got = Streamed()
     for response in await rest(call):
@@ -61,10 +56,10 @@ def shown(frames: list[types.VideoFrame], encoding: int, init: bytes) -> tuple[N
 
 @pytest.mark.parametrize("encoding", [JPEG, H264, FMP4])
 async def test_every_encoding_shows_the_frames(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes, encoding: types.VideoEncoding.ValueType
+    stub: Stub, portrait: bytes, encoding: types.VideoEncoding.ValueType
 ) -> None:
     assert encoding in (await stub.GetCapabilities(pb.GetCapabilitiesRequest())).encodings
-    data = sound(0.96)
+    data = speech(0.96)
     session, again = [await new_session(stub, portrait, seed=3) for _ in range(2)]
     raw = await speak(stub, session.id, data)
     got, init = await spoken_in(stub, again.id, types.VideoOutput(encoding=encoding, quality=95), data)
@@ -79,29 +74,25 @@ async def test_every_encoding_shows_the_frames(
         assert times == list(range(3, 3 + len(truth)))
 
 
-async def test_a_block_comes_in_one_message_where_that_was_asked_for(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_a_block_comes_in_one_message_where_that_was_asked_for(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
-    got, _ = await spoken_in(stub, session.id, types.VideoOutput(encoding=H264, per_block=True), sound(0.96))
+    got, _ = await spoken_in(stub, session.id, types.VideoOutput(encoding=H264, per_block=True), speech(0.96))
     assert [frame.index for frame in got.frames] == list(range(3, 24))
     assert [frame.is_key for frame in got.frames] == [number in (3, 12) for number in range(3, 24)]
 
 
-async def test_fragments_keep_the_clock_over_an_interrupt(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_fragments_keep_the_clock_over_an_interrupt(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     call, told = await begun(stub, session.id, types.VideoOutput(encoding=FMP4))
     got = Streamed()
-    for request in spoken(sound(2.4)):
+    for request in pieces(speech(2.4)):
         await call.write(request)
     while not got.frames:
         got.take(await answer(call))
     await call.write(INTERRUPT)
     while not got.interrupted:
         got.take(await answer(call))
-    for request in [*spoken(sound(0.96, seed=1)), CLOSE]:
+    for request in [*pieces(speech(0.96, seed=1)), CLOSE]:
         await call.write(request)
     for response in await rest(call):
         got.take(response)

@@ -11,11 +11,10 @@ from grpc import StatusCode
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
-from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from services.local.suite import suite
-from tests.conftest import sound
+from tests.conftest import speech
 from tests.contract.refusals import refused
-from tests.product import connected, new_session, speak
+from tests.product import Stub, connected, new_session, speak
 
 PROMPT = "a person who smiles"
 
@@ -23,7 +22,7 @@ PROMPT = "a person who smiles"
 @pytest.fixture
 async def stub(
     request: pytest.FixtureRequest, text_checkpoint: Path, store: SessionStore
-) -> AsyncGenerator[pb_grpc.AvatarServiceAsyncStub, None]:
+) -> AsyncGenerator[Stub, None]:
     """The gateway under test, or one over a checkpoint with text."""
     if given := request.config.getoption("--target"):
         async with connected(given) as stub:
@@ -36,28 +35,28 @@ async def stub(
             yield stub
 
 
-async def test_capabilities_say_that_prompts_are_taken(stub: pb_grpc.AvatarServiceAsyncStub) -> None:
+async def test_capabilities_say_that_prompts_are_taken(stub: Stub) -> None:
     told = await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)
     assert told.prompts
     assert told.max_prompt_bytes > 0
 
 
-async def test_a_prompt_changes_the_frames(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_a_prompt_changes_the_frames(stub: Stub, portrait: bytes) -> None:
     """Sessions that are alike in all else."""
     prompts = ["", PROMPT, PROMPT, "a person who weeps"]
     sessions = [await new_session(stub, portrait, seed=1, prompt=prompt) for prompt in prompts]
-    none, one, same, other = [(await speak(stub, session.id, sound(0.96))).pixels for session in sessions]
+    none, one, same, other = [(await speak(stub, session.id, speech(0.96))).pixels for session in sessions]
     assert one == same
     assert len({tuple(pixels) for pixels in (none, one, other)}) == 3
 
 
 @pytest.mark.parametrize("prompt", [" \n ", "日本 😀", "\x00", "<b>&amp;", "word " * 1000])
-async def test_any_text_is_a_prompt(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes, prompt: str) -> None:
+async def test_any_text_is_a_prompt(stub: Stub, portrait: bytes, prompt: str) -> None:
     session = await new_session(stub, portrait, prompt=prompt)
-    assert (await speak(stub, session.id, sound(0.48))).frames
+    assert (await speak(stub, session.id, speech(0.48))).frames
 
 
-async def test_a_prompt_over_the_limit_is_refused(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_a_prompt_over_the_limit_is_refused(stub: Stub, portrait: bytes) -> None:
     limit = (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).max_prompt_bytes
     await new_session(stub, portrait, prompt="a" * limit)
     for prompt in ("a" * (limit + 1), "é" * (limit // 2 + 1)):

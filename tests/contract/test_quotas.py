@@ -10,11 +10,11 @@ from grpc import StatusCode
 
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
-from tests.conftest import sound
+from tests.conftest import speech
 from tests.contract.refusals import refused
-from tests.contract.tenants import ACME, Stub, tenanted
+from tests.contract.tenants import ACME, tenanted
 from tests.contract.test_references import picture_file
-from tests.product import new_session, opened, speak, stream
+from tests.product import Stub, new_session, opening, speak, stream
 
 
 @pytest.mark.parametrize("quotas", ["max_sessions = 2"])
@@ -25,13 +25,13 @@ async def test_sessions_are_as_many_as_a_tenant_may_have(acme: Stub, globex: Stu
     assert refusal.metadata == {"quota": "sessions"}
     assert refusal.retries
     assert await new_session(globex, portrait)
-    await speak(acme, first.id, sound(0.5))
+    await speak(acme, first.id, speech(0.5))
     third = await new_session(acme, portrait)
     await acme.DeleteSession(pb.DeleteSessionRequest(session_id=second.id), timeout=10)
     await new_session(acme, portrait)
     async with refused(StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"):
         await new_session(acme, portrait)
-    await speak(acme, third.id, sound(0.5))
+    await speak(acme, third.id, speech(0.5))
 
 
 async def test_quotas_hold_over_gateways(
@@ -47,7 +47,7 @@ async def test_quotas_hold_over_gateways(
         session = await new_session(one, portrait)
         async with refused(StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED"):
             await new_session(two, portrait)
-        assert len((await speak(two, session.id, sound(0.5))).frames) == 21
+        assert len((await speak(two, session.id, speech(0.5))).frames) == 21
         last = await new_session(one, portrait)
         await two.DeleteSession(pb.DeleteSessionRequest(session_id=last.id), timeout=10)
 
@@ -68,13 +68,13 @@ async def test_references_are_as_many_as_a_tenant_may_keep(acme: Stub, globex: S
 
 @pytest.mark.parametrize("quotas", ["max_audio_s = 2"])
 async def test_sound_is_as_much_as_a_tenant_may_send(acme: Stub, globex: Stub, portrait: bytes) -> None:
-    await speak(acme, (await new_session(acme, portrait)).id, sound(1.5))
+    await speak(acme, (await new_session(acme, portrait)).id, speech(1.5))
     session = await new_session(acme, portrait)
     async with refused(StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED") as refusal:
-        await speak(acme, session.id, sound(1.5))
+        await speak(acme, session.id, speech(1.5))
     assert refusal.metadata == {"quota": "audio"}
     session = await new_session(acme, portrait)
     async with refused(StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED") as refusal:
-        await stream(acme, [opened(session.id)])
+        await stream(acme, [opening(session.id)])
     assert 0 < refusal.retry_s <= 86400, "the day ends"
-    await speak(globex, (await new_session(globex, portrait)).id, sound(0.5))
+    await speak(globex, (await new_session(globex, portrait)).id, speech(0.5))

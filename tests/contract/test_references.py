@@ -9,9 +9,9 @@ from grpc import StatusCode
 from PIL import Image
 
 from avatar.v1 import avatar_service_pb2 as pb
-from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 from tests.contract.refusals import refused
+from tests.product import Stub
 
 
 def picture_file(width: int, height: int, kind: str = "PNG") -> bytes:
@@ -20,7 +20,7 @@ def picture_file(width: int, height: int, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-async def test_the_same_picture_gives_the_same_reference(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_the_same_picture_gives_the_same_reference(stub: Stub, portrait: bytes) -> None:
     request = pb.CreateReferenceRequest(picture=portrait)
     first, second = [(await stub.CreateReference(request, timeout=60)).reference for _ in range(2)]
     assert first.id == second.id
@@ -30,7 +30,7 @@ async def test_the_same_picture_gives_the_same_reference(stub: pb_grpc.AvatarSer
     assert kept.expire_time.seconds > 0
 
 
-async def test_another_fit_gives_another_reference(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_another_fit_gives_another_reference(stub: Stub, portrait: bytes) -> None:
     requests = [pb.CreateReferenceRequest(picture=portrait, fit=fit) for fit in (types.FIT_COVER, types.FIT_REFERENCE)]
     references = [(await stub.CreateReference(request, timeout=60)).reference for request in requests]
     assert references[0].id != references[1].id
@@ -38,7 +38,7 @@ async def test_another_fit_gives_another_reference(stub: pb_grpc.AvatarServiceAs
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
-async def test_jpeg_and_webp_are_taken(stub: pb_grpc.AvatarServiceAsyncStub, kind: str) -> None:
+async def test_jpeg_and_webp_are_taken(stub: Stub, kind: str) -> None:
     request = pb.CreateReferenceRequest(picture=picture_file(96, 96, kind))
     assert (await stub.CreateReference(request, timeout=60)).reference.id
 
@@ -55,7 +55,7 @@ async def test_jpeg_and_webp_are_taken(stub: pb_grpc.AvatarServiceAsyncStub, kin
     ],
 )
 async def test_a_bad_picture_is_refused_with_the_field_named(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes, picture: bytes, words: str
+    stub: Stub, portrait: bytes, picture: bytes, words: str
 ) -> None:
     async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
         await stub.CreateReference(pb.CreateReferenceRequest(picture=picture), timeout=60)
@@ -64,29 +64,27 @@ async def test_a_bad_picture_is_refused_with_the_field_named(
     assert (await stub.CreateReference(pb.CreateReferenceRequest(picture=portrait), timeout=60)).reference.id
 
 
-async def test_a_picture_over_the_limit_is_refused(stub: pb_grpc.AvatarServiceAsyncStub) -> None:
+async def test_a_picture_over_the_limit_is_refused(stub: Stub) -> None:
     limit = (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).max_picture_bytes
     async with refused(StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE") as refusal:
         await stub.CreateReference(pb.CreateReferenceRequest(picture=bytes(limit + 1)), timeout=60)
     assert str(limit) in refusal.message
 
 
-async def test_a_size_that_is_not_to_be_had_is_refused(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_a_size_that_is_not_to_be_had_is_refused(stub: Stub, portrait: bytes) -> None:
     async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
         await stub.CreateReference(pb.CreateReferenceRequest(picture=portrait, width=100, height=7), timeout=60)
     assert refusal.fields == ["width"]
 
 
 @pytest.mark.parametrize(("area", "side"), [(1, 0), (1 << 31, 0), (4096, 64)])
-async def test_an_area_that_is_not_to_be_had_is_refused(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes, area: int, side: int
-) -> None:
+async def test_an_area_that_is_not_to_be_had_is_refused(stub: Stub, portrait: bytes, area: int, side: int) -> None:
     request = pb.CreateReferenceRequest(picture=portrait, area=area, width=side, height=side)
     async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"):
         await stub.CreateReference(request, timeout=60)
 
 
-async def test_an_unknown_fit_is_refused(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_an_unknown_fit_is_refused(stub: Stub, portrait: bytes) -> None:
     async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
         await stub.CreateReference(
             pb.CreateReferenceRequest(picture=portrait, fit=99),  # type: ignore[arg-type]
@@ -95,9 +93,7 @@ async def test_an_unknown_fit_is_refused(stub: pb_grpc.AvatarServiceAsyncStub, p
     assert refusal.fields == ["fit"]
 
 
-async def test_a_deleted_reference_is_gone_and_its_sessions_are_not(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_a_deleted_reference_is_gone_and_its_sessions_are_not(stub: Stub, portrait: bytes) -> None:
     picture = pb.CreateReferenceRequest(picture=portrait)
     reference = (await stub.CreateReference(picture, timeout=60)).reference
     session = (await stub.CreateSession(pb.CreateSessionRequest(reference_id=reference.id), timeout=10)).session

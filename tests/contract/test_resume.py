@@ -18,9 +18,22 @@ from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 from services.local.suite import suite
-from tests.conftest import sound
+from tests.conftest import speech
 from tests.contract.refusals import refused
-from tests.product import CLOSE, Call, Streamed, answer, connected, frame, new_session, opened, rest, speak, spoken
+from tests.product import (
+    CLOSE,
+    Call,
+    Streamed,
+    Stub,
+    answer,
+    connected,
+    frame,
+    new_session,
+    opening,
+    pieces,
+    rest,
+    speak,
+)
 
 LIVE = pb.OpenAvatar.MODE_LIVE
 # What a client takes before it reads.
@@ -35,41 +48,37 @@ async def target(checkpoint: Path, store: SessionStore) -> AsyncGenerator[str, N
         yield target
 
 
-async def begun(stub: pb_grpc.AvatarServiceAsyncStub, session_id: str, **options: Any) -> Call:
+async def begun(stub: Stub, session_id: str, **options: Any) -> Call:
     call = stub.StreamAvatar(timeout=60)
-    await call.write(opened(session_id, **options))
+    await call.write(opening(session_id, **options))
     await answer(call)
     return call
 
 
-async def resumed(
-    stub: pb_grpc.AvatarServiceAsyncStub, session_id: str, next_frame: int
-) -> tuple[Call, pb.AvatarOpened]:
+async def resumed(stub: Stub, session_id: str, next_frame: int) -> tuple[Call, pb.AvatarOpened]:
     call = stub.StreamAvatar(timeout=60)
     resume = pb.ResumeAvatar(next_frame=next_frame)
     await call.write(pb.StreamAvatarRequest(open=pb.OpenAvatar(session_id=session_id, resume=resume)))
     return call, (await answer(call)).opened
 
 
-async def state(stub: pb_grpc.AvatarServiceAsyncStub, session_id: str) -> types.Session.State.ValueType:
+async def state(stub: Stub, session_id: str) -> types.Session.State.ValueType:
     return (await stub.GetSession(pb.GetSessionRequest(session_id=session_id), timeout=10)).session.state
 
 
-async def until_closed(stub: pb_grpc.AvatarServiceAsyncStub, session_id: str) -> None:
+async def until_closed(stub: Stub, session_id: str) -> None:
     async with asyncio.timeout(30):
         while await state(stub, session_id) != types.Session.STATE_CLOSED:  # noqa: ASYNC110
             await asyncio.sleep(0.1)  # it happens in the gateway: there is no event to wait for
 
 
 @pytest.mark.parametrize("ending", ["cancel", "done_writing", "half-open"])
-async def test_a_resumed_stream_has_the_frames_of_an_unbroken_one(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes, ending: str
-) -> None:
-    data = sound(1.92)
+async def test_a_resumed_stream_has_the_frames_of_an_unbroken_one(stub: Stub, portrait: bytes, ending: str) -> None:
+    data = speech(1.92)
     whole = await speak(stub, (await new_session(stub, portrait, seed=1)).id, data)
     session = await new_session(stub, portrait, seed=1)
     call = await begun(stub, session.id)
-    for request in spoken(data[:40000]):
+    for request in pieces(data[:40000]):
         await call.write(request)
     pixels = [(await frame(call)).data for _ in range(5)]
     if ending == "cancel":
@@ -81,7 +90,7 @@ async def test_a_resumed_stream_has_the_frames_of_an_unbroken_one(
         assert await state(stub, session.id) == types.Session.STATE_DETACHED
     again, told = await resumed(stub, session.id, 3 + len(pixels))
     assert await state(stub, session.id) == types.Session.STATE_STREAMING
-    for request in [*spoken(data[2 * told.num_samples :]), CLOSE]:
+    for request in [*pieces(data[2 * told.num_samples :]), CLOSE]:
         await again.write(request)
     got = Streamed()
     for response in await rest(again):
@@ -95,11 +104,11 @@ async def test_a_resumed_stream_has_the_frames_of_an_unbroken_one(
 
 
 async def test_a_frame_that_is_no_longer_kept_or_not_yet_sent_cannot_be_resumed_from(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
+    stub: Stub, portrait: bytes
 ) -> None:
     session = await new_session(stub, portrait)
     call = await begun(stub, session.id)
-    for request in spoken(sound(4.8)):
+    for request in pieces(speech(4.8)):
         await call.write(request)
     for _ in range(80):
         await frame(call)
@@ -111,7 +120,7 @@ async def test_a_frame_that_is_no_longer_kept_or_not_yet_sent_cannot_be_resumed_
     assert (await frame(call)).index == 83, "the stream that is open does not notice"
 
 
-async def test_a_session_that_nobody_resumes_is_closed(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_a_session_that_nobody_resumes_is_closed(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     call = await begun(stub, session.id, mode=LIVE)
     await frame(call)
@@ -122,12 +131,12 @@ async def test_a_session_that_nobody_resumes_is_closed(stub: pb_grpc.AvatarServi
             await begun(stub, session.id, **options)
 
 
-async def test_who_resumes_may_not_choose_otherwise(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_who_resumes_may_not_choose_otherwise(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     call = await begun(stub, session.id, mode=LIVE)
     again = stub.StreamAvatar(timeout=10)
     resume = pb.ResumeAvatar(next_frame=3)
-    await again.write(opened(session.id, mode=pb.OpenAvatar.MODE_OFFLINE, resume=resume))
+    await again.write(opening(session.id, mode=pb.OpenAvatar.MODE_OFFLINE, resume=resume))
     async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
         await rest(again)
     assert refusal.fields == ["open.mode"]
@@ -142,12 +151,12 @@ async def test_a_client_that_does_not_read_is_told_and_let_go_and_others_go_on(
     async with suite(checkpoint, store, settings) as target, connected(target) as stub:
         session = await new_session(stub, portrait)
         async with grpc.aio.insecure_channel(target, options=SMALL) as channel:
-            slow: pb_grpc.AvatarServiceAsyncStub = pb_grpc.AvatarServiceStub(channel)
+            slow: Stub = pb_grpc.AvatarServiceStub(channel)
             call = await begun(slow, session.id, mode=mode)
-            for request in spoken(sound(3.9), 1 << 15):
+            for request in pieces(speech(3.9), 1 << 15):
                 await call.write(request)
             await until_closed(stub, session.id)
-            assert (await speak(stub, (await new_session(stub, portrait)).id, sound(0.48))).frames
+            assert (await speak(stub, (await new_session(stub, portrait)).id, speech(0.48))).frames
             got: list[pb.StreamAvatarResponse] = []
             async with refused(StatusCode.ABORTED, "SLOW_READER"):
                 while isinstance(response := await call.read(), pb.StreamAvatarResponse):
@@ -163,7 +172,7 @@ async def test_a_client_that_reads_late_is_told_and_has_every_frame(
             suite(checkpoint, store, SETTINGS.model_copy(update={"max_unread_s": 30.0}))
         )
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(target, options=SMALL))
-        stub: pb_grpc.AvatarServiceAsyncStub = pb_grpc.AvatarServiceStub(channel)
+        stub: Stub = pb_grpc.AvatarServiceStub(channel)
         call = await begun(stub, (await new_session(stub, portrait)).id, mode=LIVE)
         await asyncio.sleep(4)
         got: list[pb.StreamAvatarResponse] = []

@@ -11,13 +11,12 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 
 from avatar.v1 import avatar_service_pb2 as pb
-from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 from tests.contract.refusals import refused
-from tests.product import new_session
+from tests.product import Stub, new_session
 
 
-async def test_capabilities_say_what_a_client_needs(stub: pb_grpc.AvatarServiceAsyncStub) -> None:
+async def test_capabilities_say_what_a_client_needs(stub: Stub) -> None:
     told = await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)
     assert told.video.frame_rate_hz == 25
     assert (told.video.width > 0 and told.video.height > 0) or told.sizes_free
@@ -27,7 +26,7 @@ async def test_capabilities_say_what_a_client_needs(stub: pb_grpc.AvatarServiceA
     assert min(told.max_picture_bytes, told.max_audio_bytes, told.max_audio_ahead_s) > 0
 
 
-async def test_a_session_is_what_was_asked_for(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_a_session_is_what_was_asked_for(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait, seed=12345, ttl=Duration(seconds=77))
     assert session.seed == 12345
     assert session.ttl.seconds == 77
@@ -38,9 +37,7 @@ async def test_a_session_is_what_was_asked_for(stub: pb_grpc.AvatarServiceAsyncS
     assert (kept.id, kept.seed, kept.reference_id) == (session.id, session.seed, session.reference_id)
 
 
-async def test_a_session_tells_what_it_has_chosen_and_nothing_else(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_a_session_tells_what_it_has_chosen_and_nothing_else(stub: Stub, portrait: bytes) -> None:
     chosen = {"sink_update_block": 0, "min_sink_distance": 4, "max_sink_distance": 4}
     session = await new_session(stub, portrait, **chosen)
     assert {name: getattr(session, name) for name in chosen} == chosen
@@ -50,9 +47,7 @@ async def test_a_session_tells_what_it_has_chosen_and_nothing_else(
     assert not any(plain.HasField(name) for name in chosen)  # type: ignore[arg-type]
 
 
-async def test_ids_and_seeds_that_are_not_given_are_drawn(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_ids_and_seeds_that_are_not_given_are_drawn(stub: Stub, portrait: bytes) -> None:
     sessions = [await new_session(stub, portrait) for _ in range(3)]
     assert len({session.id for session in sessions}) == 3
     assert len({session.seed for session in sessions}) == 3
@@ -60,7 +55,7 @@ async def test_ids_and_seeds_that_are_not_given_are_drawn(
 
 
 @pytest.mark.parametrize("session_id", ["", "nobody", "../../x", "a" * 10_000])
-async def test_an_unknown_session_is_not_found(stub: pb_grpc.AvatarServiceAsyncStub, session_id: str) -> None:
+async def test_an_unknown_session_is_not_found(stub: Stub, session_id: str) -> None:
     async with refused(StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
         await stub.GetSession(pb.GetSessionRequest(session_id=session_id), timeout=10)
     async with refused(StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
@@ -69,14 +64,12 @@ async def test_an_unknown_session_is_not_found(stub: pb_grpc.AvatarServiceAsyncS
         await stub.DeleteSession(pb.DeleteSessionRequest(session_id=session_id), timeout=10)
 
 
-async def test_an_unknown_reference_is_not_found(stub: pb_grpc.AvatarServiceAsyncStub) -> None:
+async def test_an_unknown_reference_is_not_found(stub: Stub) -> None:
     async with refused(StatusCode.NOT_FOUND, "REFERENCE_NOT_FOUND"):
         await stub.CreateSession(pb.CreateSessionRequest(reference_id="nothing"), timeout=10)
 
 
-async def test_a_prompt_is_refused_where_no_text_is_known(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_a_prompt_is_refused_where_no_text_is_known(stub: Stub, portrait: bytes) -> None:
     if (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).prompts:
         return
     async with refused(StatusCode.FAILED_PRECONDITION, "PROMPT_UNSUPPORTED"):
@@ -99,16 +92,14 @@ async def test_a_prompt_is_refused_where_no_text_is_known(
     ids=["seed", "short ttl", "long ttl", "no duration", "half a range", "no range", "odd", "negative", "far"],
 )
 async def test_a_field_out_of_range_is_refused_by_name(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes, fields: dict[str, object], field: str
+    stub: Stub, portrait: bytes, fields: dict[str, object], field: str
 ) -> None:
     async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
         await new_session(stub, portrait, **fields)
     assert refusal.fields == [field]
 
 
-async def test_the_time_to_live_can_be_changed_and_nothing_else(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_the_time_to_live_can_be_changed_and_nothing_else(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     session.ttl.FromSeconds(55)
     request = pb.UpdateSessionRequest(session=session, update_mask=FieldMask(paths=["ttl"]))
@@ -119,7 +110,7 @@ async def test_the_time_to_live_can_be_changed_and_nothing_else(
     assert refusal.fields == ["update_mask"]
 
 
-async def test_a_deleted_session_is_gone(stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes) -> None:
+async def test_a_deleted_session_is_gone(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     await stub.DeleteSession(pb.DeleteSessionRequest(session_id=session.id), timeout=10)
     async with refused(StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
@@ -141,9 +132,7 @@ async def test_bytes_that_are_no_message_are_refused(target: str, method: str) -
     assert refusal.fields == ["request"]
 
 
-async def test_only_a_streaming_session_can_be_interrupted(
-    stub: pb_grpc.AvatarServiceAsyncStub, portrait: bytes
-) -> None:
+async def test_only_a_streaming_session_can_be_interrupted(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     async with refused(StatusCode.FAILED_PRECONDITION, "NOT_STREAMING"):
         await stub.Interrupt(pb.InterruptRequest(session_id=session.id), timeout=10)

@@ -23,10 +23,10 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from avatar.telemetry import log_formatter
 from avatar.v1 import avatar_service_pb2 as pb
-from tests.conftest import sound
+from tests.conftest import speech
 from tests.contract.refusals import Refusal, refused
-from tests.contract.tenants import ACME, Gateway, Stub
-from tests.product import PCM16, new_session, opened, speak, stream
+from tests.contract.tenants import ACME, Gateway
+from tests.product import PCM16, Stub, new_session, opening, speak, stream
 
 METHODS: list[MethodDescriptor] = list(pb.DESCRIPTOR.services_by_name["AvatarService"].methods)
 # What a request must have beside names, so that nothing else of it is refused. A new method may do without.
@@ -176,10 +176,10 @@ async def test_a_stream_of_anothers_is_neither_interrupted_nor_resumed(
 ) -> None:
     session = await new_session(acme, portrait)
     speaking = acme.StreamAvatar(timeout=30)
-    await speaking.write(opened(session.id, mode=pb.OpenAvatar.MODE_LIVE))
+    await speaking.write(opening(session.id, mode=pb.OpenAvatar.MODE_LIVE))
     await speaking.read()
     resume = pb.StreamAvatarRequest(open=pb.OpenAvatar(session_id=session.id, resume=pb.ResumeAvatar(next_frame=3)))
-    for request in (resume, opened(session.id)):
+    for request in (resume, opening(session.id)):
         async with refused(StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
             await stream(globex, [request])
     async with refused(StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
@@ -209,7 +209,7 @@ async def test_a_session_notes_whose_it_is(gateway_of_tenants: Gateway, acme: St
 
 async def test_a_session_of_a_tenant_speaks_as_any(acme: Stub, portrait: bytes) -> None:
     session = await new_session(acme, portrait, seed=7)
-    streamed = await speak(acme, session.id, sound(1.0))
+    streamed = await speak(acme, session.id, speech(1.0))
     assert len(streamed.frames) == 33
 
 
@@ -221,7 +221,7 @@ async def test_logs_hold_no_secret_and_no_media(
     handler.setFormatter(log_formatter())
     root.addHandler(handler)
     root.setLevel(logging.DEBUG)
-    prompt, said = "a person who whispers", sound(1.0)
+    prompt, said = "a person who whispers", speech(1.0)
     try:
         session = await new_session(acme, portrait)
         streamed = await speak(acme, session.id, said)
@@ -229,7 +229,7 @@ async def test_logs_hold_no_secret_and_no_media(
             await new_session(acme, portrait, prompt=prompt)
         async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_AUDIO"):
             half = pb.StreamAvatarRequest(audio=pb.AudioPiece(data=said[:1001]))
-            await stream(acme, [opened((await new_session(acme, portrait)).id), half])
+            await stream(acme, [opening((await new_session(acme, portrait)).id), half])
         async with (
             gateway_of_tenants.called("a wrong token") as stub,
             refused(StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED") as refusal,

@@ -9,18 +9,18 @@ from pathlib import Path
 import av
 import pytest
 
-from tests.conftest import RATE_HZ, sound
+from tests.conftest import RATE_HZ, speech
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
-def speech(tmp_path: Path) -> str:
+def wav(tmp_path: Path) -> str:
     """A WAV file of a second and a half."""
     path = tmp_path / "speech.wav"
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, RATE_HZ, 0, "NONE", ""))
-        file.writeframes(sound(1.5))
+        file.writeframes(speech(1.5))
     return str(path)
 
 
@@ -41,9 +41,9 @@ async def run(name: str, *flags: str) -> str:
     return output.decode()
 
 
-async def test_a_wav_becomes_an_mp4(gateway: str, speech: str, portrait: str, tmp_path: Path) -> None:
+async def test_a_wav_becomes_an_mp4(gateway: str, wav: str, portrait: str, tmp_path: Path) -> None:
     out = tmp_path / "out.mp4"
-    printed = await run("wav_to_mp4.py", speech, portrait, str(out), "--target", gateway, "--seed", "7")
+    printed = await run("wav_to_mp4.py", wav, portrait, str(out), "--target", gateway, "--seed", "7")
     assert "45 frames of 64 x 64" in printed
     with av.open(str(out)) as film:
         times = [frame.time for frame in film.decode(video=0)]
@@ -53,13 +53,13 @@ async def test_a_wav_becomes_an_mp4(gateway: str, speech: str, portrait: str, tm
     assert num_samples == pytest.approx(1.5 * RATE_HZ, abs=2048)
 
 
-async def test_a_microphone_is_interrupted(gateway: str, speech: str, portrait: str) -> None:
-    printed = await run("live_microphone.py", speech, portrait, "--target", gateway, "--interrupt-after", "1")
+async def test_a_microphone_is_interrupted(gateway: str, wav: str, portrait: str) -> None:
+    printed = await run("live_microphone.py", wav, portrait, "--target", gateway, "--interrupt-after", "1")
     assert re.search(r"^Interrupted\(.*was_speaking=True\)", printed, re.MULTILINE)
     assert printed.count("PlaybackStarted") == 2
     assert printed.count("was_interrupted=True") == printed.count("was_interrupted=False") == 1
 
 
-async def test_many_sessions_speak_at_once(gateway: str, speech: str, portrait: str) -> None:
-    printed = await run("many_sessions.py", speech, portrait, "--target", gateway, "--sessions", "3")
+async def test_many_sessions_speak_at_once(gateway: str, wav: str, portrait: str) -> None:
+    printed = await run("many_sessions.py", wav, portrait, "--target", gateway, "--sessions", "3")
     assert re.findall(r"session (\d): 45 frames", "\n".join(sorted(printed.splitlines()))) == ["0", "1", "2"]

@@ -9,7 +9,7 @@ import pytest
 
 from avatar.settings import GatewaySettings
 from services.local.suite import gateway, workers
-from tests.conftest import sound
+from tests.conftest import speech
 from tests.handoff.chains import Chain, in_processes, in_this_process
 from tests.product import connected, new_session, speak
 from tests.services.test_recovery import YOUNG_FRAME, jumps, spoken_through
@@ -36,9 +36,9 @@ async def test_frames_do_not_depend_on_how_latents_travel(checkpoint: Path, redi
         gateway_over(checkpoint, chain) as target,
         connected(target) as stub,
     ):
-        streamed = await speak(stub, (await new_session(stub, picture, seed=7)).id, sound(SECONDS))
+        streamed = await speak(stub, (await new_session(stub, picture, seed=7)).id, speech(SECONDS))
         assert {info.active for info in await chain.infos()} == {0}
-    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+    assert streamed.pixels == rendered(checkpoint, picture, speech(SECONDS), seed=7)
     assert [each.stage for each in streamed.closed.stages] == ["audio", "denoiser", "vae"]
     assert [each.num_blocks for each in streamed.closed.stages] == [7] * 3
 
@@ -47,7 +47,7 @@ async def test_frames_do_not_depend_on_how_latents_travel(checkpoint: Path, redi
 async def test_a_session_whose_chain_is_lost_continues_at_another(
     number: signal.Signals, checkpoint: Path, redis: str, picture: bytes, tmp_path: Path
 ) -> None:
-    data = sound(2 * SECONDS)  # longer than the chain has denoised when it is lost
+    data = speech(2 * SECONDS)  # longer than the chain has denoised when it is lost
     async with (
         in_processes(checkpoint, redis, tmp_path, ("0", "1,2")) as first,
         in_this_process(checkpoint, redis) as second,

@@ -17,7 +17,7 @@ from livekit.agents.voice.io import PlaybackFinishedEvent
 from avatar.client import connect
 from avatar.integrations.livekit import AvatarGenerator, avatar_options, video_generator
 from avatar.store.sessions import SessionStore
-from tests.conftest import RATE_HZ, sound
+from tests.conftest import RATE_HZ, speech
 from tests.standin import standin_gateway
 
 PIECE_BYTES = 640 * 2
@@ -73,7 +73,7 @@ async def test_the_generator_has_livekits_interface() -> None:
 async def test_speech_comes_out_with_its_frames_and_ends_with_its_segment(store: SessionStore) -> None:
     audio, num_video, num_audio = b"", 0, 0
     async with generating(store) as (generator, _):
-        for frame in frames_of(sound(1.2)):
+        for frame in frames_of(speech(1.2)):
             await generator.push_audio(frame)
         await generator.push_audio(AudioSegmentEnd())
         async for item in generator:
@@ -86,15 +86,15 @@ async def test_speech_comes_out_with_its_frames_and_ends_with_its_segment(store:
                     num_audio += 1
                 case _:
                     break
-    assert audio.startswith(sound(1.2))
-    assert not any(audio[len(sound(1.2)) :])
+    assert audio.startswith(speech(1.2))
+    assert not any(audio[len(speech(1.2)) :])
     assert num_audio in (30 + 6, 30 + 3, 30)  # padded to whole blocks of 9 or 12 frames
     assert num_video >= num_audio
 
 
 async def test_no_audio_of_a_cleared_frame_follows_it(store: SessionStore) -> None:
     async with generating(store) as (generator, _), asyncio.TaskGroup() as tasks:
-        for frame in frames_of(sound(2.0)):
+        for frame in frames_of(speech(2.0)):
             await generator.push_audio(frame)
         items = aiter(generator)
         while not isinstance(await anext(items), rtc.AudioFrame):
@@ -121,11 +121,11 @@ async def test_the_runner_reports_what_was_played_and_what_was_cut_off(store: Se
         runner = AvatarRunner(room, audio_recv=output, video_gen=generator, options=options)  # type: ignore[arg-type]
         await runner.start()
         try:
-            for frame in frames_of(sound(1.2)):
+            for frame in frames_of(speech(1.2)):
                 await output.capture_frame(frame)
             output.flush()
             whole = await asyncio.wait_for(finished.get(), 20)
-            for frame in frames_of(sound(8.0)):
+            for frame in frames_of(speech(8.0)):
                 await output.capture_frame(frame)
             output.flush()
             for _ in range(2):
@@ -133,7 +133,7 @@ async def test_the_runner_reports_what_was_played_and_what_was_cut_off(store: Se
             await asyncio.sleep(0.5)
             output.clear_buffer()
             cut = await asyncio.wait_for(finished.get(), 20)
-            for frame in frames_of(sound(0.5)):
+            for frame in frames_of(speech(0.5)):
                 await output.capture_frame(frame)
             output.flush()
             after = await asyncio.wait_for(finished.get(), 20)

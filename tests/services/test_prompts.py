@@ -14,12 +14,11 @@ from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
 from avatar.text.model import load
 from avatar.v1 import avatar_service_pb2 as pb
-from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 from services.local.suite import suite
-from tests.conftest import sound
+from tests.conftest import speech
 from tests.contract.refusals import refused
-from tests.product import CLOSE, answer, connected, frame, new_session, opened, rest, speak, spoken
+from tests.product import CLOSE, Stub, answer, connected, frame, new_session, opening, pieces, rest, speak
 from tests.services.test_suite import rendered
 from tests.text import tiny
 
@@ -28,27 +27,27 @@ SETTINGS = GatewaySettings(listen="127.0.0.1:0")
 
 
 @pytest.fixture
-async def stub(text_checkpoint: Path, store: SessionStore) -> "AsyncGenerator[pb_grpc.AvatarServiceAsyncStub, None]":
+async def stub(text_checkpoint: Path, store: SessionStore) -> AsyncGenerator[Stub, None]:
     """A gateway over a checkpoint with text."""
     async with suite(text_checkpoint, store, SETTINGS) as target, connected(target) as stub:
         yield stub
 
 
 async def test_a_prompt_stands_in_every_version_of_the_conditions(
-    stub: "pb_grpc.AvatarServiceAsyncStub", text_checkpoint: Path, store: SessionStore, picture: bytes
+    stub: Stub, text_checkpoint: Path, store: SessionStore, picture: bytes
 ) -> None:
     session = await new_session(stub, picture, prompt=PROMPT)
-    await speak(stub, session.id, sound(0.48))
+    await speak(stub, session.id, speech(0.48))
     for version in (0, 1):
         kept = await store.conditions(session.id, version)
         assert torch.equal(tensor_from_pb(kept.text), load(open_part(text_checkpoint, "text")).embed(PROMPT))
 
 
 async def test_a_session_without_a_prompt_is_what_it_is_without_text(
-    stub: "pb_grpc.AvatarServiceAsyncStub", text_checkpoint: Path, picture: bytes
+    stub: Stub, text_checkpoint: Path, picture: bytes
 ) -> None:
     session = await new_session(stub, picture, seed=7)
-    assert (await speak(stub, session.id, sound(1))).pixels == rendered(text_checkpoint, picture, sound(1), seed=7)
+    assert (await speak(stub, session.id, speech(1))).pixels == rendered(text_checkpoint, picture, speech(1), seed=7)
 
 
 async def test_a_text_encoder_that_the_network_cannot_read_is_refused(
@@ -64,32 +63,30 @@ async def test_a_text_encoder_that_the_network_cannot_read_is_refused(
         await new_session(stub, picture)
 
 
-async def test_a_prompt_that_changes_before_the_stream_is_as_if_it_had_been_first(
-    stub: "pb_grpc.AvatarServiceAsyncStub", picture: bytes
-) -> None:
+async def test_a_prompt_that_changes_before_the_stream_is_as_if_it_had_been_first(stub: Stub, picture: bytes) -> None:
     one = await new_session(stub, picture, seed=7, prompt=PROMPT)
     other = await new_session(stub, picture, seed=7, prompt="a person who weeps")
     changed = await change(stub, other.id, PROMPT)
     assert (changed.first_block, changed.session.prompt) == (0, PROMPT)
-    assert (await speak(stub, one.id, sound(1.92))).pixels == (await speak(stub, other.id, sound(1.92))).pixels
+    assert (await speak(stub, one.id, speech(1.92))).pixels == (await speak(stub, other.id, speech(1.92))).pixels
 
 
 async def test_a_prompt_changes_in_mid_stream_at_the_block_that_is_named_and_keeps_the_new_sink(
-    stub: "pb_grpc.AvatarServiceAsyncStub", store: SessionStore, picture: bytes
+    stub: Stub, store: SessionStore, picture: bytes
 ) -> None:
     plain = await new_session(stub, picture, seed=7)
     session = await new_session(stub, picture, seed=7)
     call = stub.StreamAvatar(timeout=60)
-    await call.write(opened(session.id))
+    await call.write(opening(session.id))
     await answer(call)
-    for request in spoken(sound(1.92)):
+    for request in pieces(speech(1.92)):
         await call.write(request)
     await frame(call)
     changed = await change(stub, session.id, PROMPT)
-    for request in [*spoken(sound(1.92)), CLOSE]:
+    for request in [*pieces(speech(1.92)), CLOSE]:
         await call.write(request)
     pixels = [response.frame.data for response in await rest(call) if response.HasField("frame")]
-    as_before = (await speak(stub, plain.id, sound(1.92) * 2)).pixels[1:]
+    as_before = (await speak(stub, plain.id, speech(1.92) * 2)).pixels[1:]
     same = 12 * changed.first_block - 4
     assert changed.first_block >= 2, "the sink is updated at block 2, and the prompt is added to it"
     assert pixels[:same] == as_before[:same]
@@ -99,16 +96,14 @@ async def test_a_prompt_changes_in_mid_stream_at_the_block_that_is_named_and_kee
     assert sink.text != prompted.text
 
 
-async def test_a_prompt_cannot_be_changed_once_the_stream_has_ended(
-    stub: "pb_grpc.AvatarServiceAsyncStub", picture: bytes
-) -> None:
+async def test_a_prompt_cannot_be_changed_once_the_stream_has_ended(stub: Stub, picture: bytes) -> None:
     session = await new_session(stub, picture)
-    await speak(stub, session.id, sound(0.48))
+    await speak(stub, session.id, speech(0.48))
     async with refused(StatusCode.FAILED_PRECONDITION, "SESSION_CLOSED"):
         await change(stub, session.id, PROMPT)
 
 
-async def change(stub: "pb_grpc.AvatarServiceAsyncStub", session_id: str, prompt: str) -> pb.UpdateSessionResponse:
+async def change(stub: Stub, session_id: str, prompt: str) -> pb.UpdateSessionResponse:
     session = types.Session(id=session_id, prompt=prompt)
     request = pb.UpdateSessionRequest(session=session, update_mask=FieldMask(paths=["prompt"]))
     return await stub.UpdateSession(request, timeout=30)
@@ -118,5 +113,5 @@ async def test_a_published_checkpoint_takes_prompts(published: Path, store: Sess
     async with suite(published, store, SETTINGS) as target, connected(target) as stub:
         prompts = ("a person", "speaks")
         sessions = [await new_session(stub, picture, seed=1, prompt=prompt) for prompt in prompts]
-        one, other = [(await speak(stub, session.id, sound(0.48))).pixels for session in sessions]
+        one, other = [(await speak(stub, session.id, speech(0.48))).pixels for session in sessions]
     assert one != other

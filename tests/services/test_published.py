@@ -14,7 +14,7 @@ from avatar.settings import DenoiserSettings, GatewaySettings
 from avatar.store.sessions import SessionStore
 from services.denoiser.__main__ import build
 from services.local.suite import suite
-from tests.conftest import RATE_HZ, sound
+from tests.conftest import RATE_HZ, speech
 from tests.product import connected, new_session, speak
 from tests.published import ADAPTER
 
@@ -28,7 +28,7 @@ async def test_a_published_checkpoint_is_served_and_rendered(
     settings, adapter = GatewaySettings(listen="127.0.0.1:0"), published / ADAPTER
     async with suite(published, store, settings, adapter=adapter) as target, connected(target) as stub:
         session = await new_session(stub, picture, seed=7)
-        streamed = await speak(stub, session.id, sound(SECONDS))
+        streamed = await speak(stub, session.id, speech(SECONDS))
     chunks = list(render(load(published, LoraAdapter(adapter)), [samples()], RATE_HZ, picture, RenderOptions(seed=7)))
     assert [len(chunk.frames) for chunk in chunks] == [9, 12]
     frames = torch.cat([chunk.frames for chunk in chunks])
@@ -38,7 +38,7 @@ async def test_a_published_checkpoint_is_served_and_rendered(
 
 
 def samples() -> Tensor:
-    return torch.frombuffer(bytearray(sound(SECONDS)), dtype=torch.int16).unsqueeze(0) / 32768
+    return torch.frombuffer(bytearray(speech(SECONDS)), dtype=torch.int16).unsqueeze(0) / 32768
 
 
 def test_a_published_checkpoint_is_rendered_with_the_references_options(published: Path, picture: bytes) -> None:

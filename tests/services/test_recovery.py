@@ -17,12 +17,11 @@ from avatar.settings import GatewaySettings
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
-from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 from services.local.suite import gateway, workers
-from tests.conftest import RATE_HZ, sound
+from tests.conftest import RATE_HZ, speech
 from tests.contract.refusals import refused
-from tests.product import CLOSE, PCM16, Call, Streamed, answer, connected, new_session, opened, rest, spoken
+from tests.product import CLOSE, PCM16, Call, Streamed, Stub, answer, connected, new_session, opening, pieces, rest
 from tests.rpc.conftest import cuttable
 from tests.services.test_suite import SECONDS, rendered
 
@@ -61,15 +60,15 @@ async def spoken_through(
     async with connected(target) as stub:
         session = await new_session(stub, picture, seed=7)
         call = stub.StreamAvatar(timeout=60)
-        await call.write(opened(session.id, audio))
+        await call.write(opening(session.id, audio))
         await answer(call)
         # What those frames need, and not all: no stage may be done with the session before it is lost.
-        for request in spoken(data[: (after + 24) * FRAME_BYTES]):
+        for request in pieces(data[: (after + 24) * FRAME_BYTES]):
             await call.write(request)
         while len(out.frames) < after:
             out.take(await answer(call))
         happens()
-        for request in [*spoken(data[(after + 24) * FRAME_BYTES :]), CLOSE]:
+        for request in [*pieces(data[(after + 24) * FRAME_BYTES :]), CLOSE]:
             await call.write(request)
         for response in await rest(call):
             out.take(response)
@@ -77,11 +76,11 @@ async def spoken_through(
     return out
 
 
-async def begun(stub: pb_grpc.AvatarServiceAsyncStub, picture: bytes, **fields: Any) -> tuple[types.Session, Call]:
+async def begun(stub: Stub, picture: bytes, **fields: Any) -> tuple[types.Session, Call]:
     """A session, with these further fields, whose stream is open."""
     session = await new_session(stub, picture, seed=7, **fields)
     call = stub.StreamAvatar(timeout=60)
-    await call.write(opened(session.id))
+    await call.write(opening(session.id))
     await answer(call)
     return session, call
 
@@ -96,8 +95,8 @@ async def test_frames_are_the_same_when_the_worker_of_sound_or_frames_is_lost(
     checkpoint: Path, store: SessionStore, picture: bytes, stage: str, after: int
 ) -> None:
     async with breakable(checkpoint, store, [stage]) as suite:
-        streamed = await spoken_through(suite.target, picture, sound(SECONDS), after, suite.cuts[stage])
-    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+        streamed = await spoken_through(suite.target, picture, speech(SECONDS), after, suite.cuts[stage])
+    assert streamed.pixels == rendered(checkpoint, picture, speech(SECONDS), seed=7)
     assert len(jumps(streamed)) == 1
     assert streamed.closed.num_blocks == 7
     assert [each.num_blocks for each in streamed.closed.stages] == [7] * 5
@@ -107,15 +106,15 @@ async def test_frames_are_the_same_when_a_level_of_a_young_session_is_lost(
     checkpoint: Path, store: SessionStore, picture: bytes
 ) -> None:
     async with breakable(checkpoint, store, ["denoisers"]) as suite:
-        streamed = await spoken_through(suite.target, picture, sound(SECONDS), YOUNG_FRAME, suite.cuts["denoisers"])
-    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+        streamed = await spoken_through(suite.target, picture, speech(SECONDS), YOUNG_FRAME, suite.cuts["denoisers"])
+    assert streamed.pixels == rendered(checkpoint, picture, speech(SECONDS), seed=7)
     assert len(jumps(streamed)) == 1
 
 
 async def test_an_old_session_goes_on_when_a_level_is_lost(
     checkpoint: Path, store: SessionStore, picture: bytes
 ) -> None:
-    data = sound(2 * SECONDS)
+    data = speech(2 * SECONDS)
     async with breakable(checkpoint, store, ["denoisers"]) as suite:
         streamed = await spoken_through(suite.target, picture, data, 80, suite.cuts["denoisers"])
     whole = rendered(checkpoint, picture, data, seed=7)
@@ -131,8 +130,8 @@ async def test_all_stages_are_lost_at_once(checkpoint: Path, store: SessionStore
             for cut in suite.cuts.values():
                 cut()
 
-        streamed = await spoken_through(suite.target, picture, sound(SECONDS), YOUNG_FRAME, cut_all)
-    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+        streamed = await spoken_through(suite.target, picture, speech(SECONDS), YOUNG_FRAME, cut_all)
+    assert streamed.pixels == rendered(checkpoint, picture, speech(SECONDS), seed=7)
     assert len(jumps(streamed)) == 1
 
 
@@ -141,7 +140,7 @@ async def test_a_session_goes_on_at_another_gateway(
     checkpoint: Path, store: SessionStore, picture: bytes, sink_update_block: int
 ) -> None:
     """It receives again the audio that was not shown; its frames go on, and its window starts anew."""
-    requests = [*spoken(sound(2 * SECONDS)), CLOSE]
+    requests = [*pieces(speech(2 * SECONDS)), CLOSE]
     out = Streamed()
     async with (
         workers(checkpoint, store, SETTINGS) as given,
@@ -157,7 +156,7 @@ async def test_a_session_goes_on_at_another_gateway(
             out.take(await answer(lost))
         call = other.StreamAvatar(timeout=60)
         next_frame = out.frames[-1].index + 1
-        await call.write(opened(session.id, resume=pb.ResumeAvatar(next_frame=next_frame)))
+        await call.write(opening(session.id, resume=pb.ResumeAvatar(next_frame=next_frame)))
         told = (await answer(call)).opened
         assert 0 < told.num_messages < len(requests)
         for request in requests[told.num_messages :]:
@@ -171,7 +170,7 @@ async def test_a_session_goes_on_at_another_gateway(
     assert jumps(out) == [next_frame]
     # Frames that the first gateway had sent and the client had not read are not made again.
     assert 0 <= 13 * 12 - (3 + len(out.frames)) <= 48
-    whole = rendered(checkpoint, picture, sound(2 * SECONDS), seed=7, sink_update_block=sink_update_block)
+    whole = rendered(checkpoint, picture, speech(2 * SECONDS), seed=7, sink_update_block=sink_update_block)
     assert out.pixels[:80] == whole[:80]
     assert state == types.Session.STATE_CLOSED
 
@@ -198,7 +197,7 @@ async def test_a_session_that_runs_does_not_miss_its_store(
     checkpoint: Path, unreliable: UnreliableHashes, redis_client: Redis, picture: bytes
 ) -> None:
     """Not even for the sink's update; and it is there again, with everything, when the store is back."""
-    store, data = SessionStore(unreliable), sound(SECONDS)
+    store, data = SessionStore(unreliable), speech(SECONDS)
     out = Streamed()
     async with (
         workers(checkpoint, store, SETTINGS) as given,
@@ -210,7 +209,7 @@ async def test_a_session_that_runs_does_not_miss_its_store(
         await redis_client.flushdb()
         async with refused(StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"):
             await stub.GetSession(pb.GetSessionRequest(session_id=session.id), timeout=10)
-        for request in spoken(data):
+        for request in pieces(data):
             await call.write(request)
         while len(out.frames) < 48:
             out.take(await answer(call))
@@ -238,7 +237,7 @@ async def test_a_store_that_is_back_is_told_how_far_a_session_came_meanwhile(
     ):
         session, call = await begun(stub, picture)
         unreliable.is_lost = True
-        for request in spoken(sound(SECONDS)):
+        for request in pieces(speech(SECONDS)):
             await call.write(request)
         while len(out.frames) < 48:
             out.take(await answer(call))
@@ -254,7 +253,7 @@ async def test_a_store_that_is_back_is_told_how_far_a_session_came_meanwhile(
 async def test_a_store_that_is_emptied_between_two_blocks_is_told_again(
     checkpoint: Path, store: SessionStore, redis_client: Redis, picture: bytes
 ) -> None:
-    data = sound(SECONDS)
+    data = speech(SECONDS)
     async with (
         workers(checkpoint, store, SETTINGS) as given,
         gateway(store, given) as target,
@@ -263,7 +262,7 @@ async def test_a_store_that_is_emptied_between_two_blocks_is_told_again(
         session, call = await begun(stub, picture)
         await redis_client.flushdb()
         out = Streamed()
-        for request in [*spoken(data), CLOSE]:
+        for request in [*pieces(data), CLOSE]:
             await call.write(request)
         for response in await rest(call):
             out.take(response)

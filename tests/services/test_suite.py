@@ -18,9 +18,9 @@ from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from services.local.suite import suite
-from tests.conftest import RATE_HZ, sound
+from tests.conftest import RATE_HZ, speech
 from tests.contract.refusals import refused
-from tests.product import CLOSE, answer, connected, new_session, opened, rest, speak, spoken, stream
+from tests.product import CLOSE, answer, connected, new_session, opening, pieces, rest, speak, stream
 
 SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round the window
 
@@ -34,8 +34,8 @@ def rendered(checkpoint: Path, picture: bytes, data: bytes, seed: int, **choices
 async def test_remote_equals_local(gateway: str, checkpoint: Path, picture: bytes) -> None:
     async with connected(gateway) as stub:
         session = await new_session(stub, picture, seed=7)
-        streamed = await speak(stub, session.id, sound(SECONDS))
-    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+        streamed = await speak(stub, session.id, speech(SECONDS))
+    assert streamed.pixels == rendered(checkpoint, picture, speech(SECONDS), seed=7)
 
 
 async def test_a_session_draws_as_it_has_chosen(gateway: str, checkpoint: Path, picture: bytes) -> None:
@@ -43,9 +43,9 @@ async def test_a_session_draws_as_it_has_chosen(gateway: str, checkpoint: Path, 
     remote = {"sink_update_block": 4, "min_sink_distance": 0, "max_sink_distance": 3}
     async with connected(gateway) as stub:
         session = await new_session(stub, picture, seed=7, **remote)
-        streamed = await speak(stub, session.id, sound(SECONDS))
-    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7, **local)
-    assert streamed.pixels != rendered(checkpoint, picture, sound(SECONDS), seed=7)
+        streamed = await speak(stub, session.id, speech(SECONDS))
+    assert streamed.pixels == rendered(checkpoint, picture, speech(SECONDS), seed=7, **local)
+    assert streamed.pixels != rendered(checkpoint, picture, speech(SECONDS), seed=7)
 
 
 async def test_a_session_waits_for_as_much_sound_as_it_has_chosen(
@@ -58,9 +58,9 @@ async def test_a_session_waits_for_as_much_sound_as_it_has_chosen(
     async with suite(tmp_path, store, settings) as target, connected(target) as stub:
         session = await new_session(stub, picture, seed=7, audio_context=Duration(nanos=400_000_000))
         assert session.audio_context.ToMilliseconds() == 400
-        streamed = await speak(stub, session.id, sound(1.5))
-    assert streamed.pixels == rendered(tmp_path, picture, sound(1.5), seed=7, audio_right_frames=20)
-    assert streamed.pixels != rendered(tmp_path, picture, sound(1.5), seed=7)
+        streamed = await speak(stub, session.id, speech(1.5))
+    assert streamed.pixels == rendered(tmp_path, picture, speech(1.5), seed=7, audio_right_frames=20)
+    assert streamed.pixels != rendered(tmp_path, picture, speech(1.5), seed=7)
 
 
 @pytest.mark.parametrize("denoisers", [("0", "1", "2"), ("0,1", "2")], ids=["a level each", "two and one"])
@@ -70,8 +70,8 @@ async def test_frames_do_not_depend_on_how_levels_share_denoisers(
     settings = GatewaySettings(listen="127.0.0.1:0")
     async with suite(checkpoint, store, settings, denoisers=denoisers) as target, connected(target) as stub:
         session = await new_session(stub, picture, seed=7)
-        streamed = await speak(stub, session.id, sound(SECONDS))
-    assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS), seed=7)
+        streamed = await speak(stub, session.id, speech(SECONDS))
+    assert streamed.pixels == rendered(checkpoint, picture, speech(SECONDS), seed=7)
 
 
 async def test_workers_in_half_precision_show_nearly_the_same(
@@ -80,10 +80,10 @@ async def test_workers_in_half_precision_show_nearly_the_same(
     settings = GatewaySettings(listen="127.0.0.1:0")
     async with suite(checkpoint, store, settings, dtype="bfloat16") as target, connected(target) as stub:
         session = await new_session(stub, picture, seed=7)
-        streamed = await speak(stub, session.id, sound(SECONDS))
+        streamed = await speak(stub, session.id, speech(SECONDS))
     half, full = (
         torch.stack([torch.frombuffer(bytearray(frame), dtype=torch.uint8) for frame in frames]).float()
-        for frames in (streamed.pixels, rendered(checkpoint, picture, sound(SECONDS), seed=7))
+        for frames in (streamed.pixels, rendered(checkpoint, picture, speech(SECONDS), seed=7))
     )
     assert not torch.equal(half, full)
     assert (half - full).square().mean().sqrt() / full.std() < 0.02
@@ -92,26 +92,26 @@ async def test_workers_in_half_precision_show_nearly_the_same(
 async def test_another_seed_gives_other_frames(gateway: str, picture: bytes) -> None:
     async with connected(gateway) as stub:
         one, other = [await new_session(stub, picture, seed=seed) for seed in (1, 2)]
-        assert (await speak(stub, one.id, sound(1))).pixels != (await speak(stub, other.id, sound(1))).pixels
+        assert (await speak(stub, one.id, speech(1))).pixels != (await speak(stub, other.id, speech(1))).pixels
 
 
 async def test_interleaved_equals_alone(gateway: str, checkpoint: Path, picture: bytes) -> None:
     async with connected(gateway) as stub:
         sessions = [await new_session(stub, picture, seed=seed) for seed in range(3)]
         all_streamed = await asyncio.gather(
-            *(speak(stub, session.id, sound(SECONDS, seed)) for seed, session in enumerate(sessions))
+            *(speak(stub, session.id, speech(SECONDS, seed)) for seed, session in enumerate(sessions))
         )
     for seed, streamed in enumerate(all_streamed):
-        assert streamed.pixels == rendered(checkpoint, picture, sound(SECONDS, seed), seed)
+        assert streamed.pixels == rendered(checkpoint, picture, speech(SECONDS, seed), seed)
 
 
 async def test_frames_do_not_depend_on_how_sound_is_cut(gateway: str, picture: bytes) -> None:
-    data = sound(2)
+    data = speech(2)
     async with connected(gateway) as stub:
         sizes = (322, len(data))
         sessions = [await new_session(stub, picture, seed=1) for _ in sizes]
         pixels = [
-            (await stream(stub, [opened(session.id), *spoken(data, size), CLOSE])).pixels
+            (await stream(stub, [opening(session.id), *pieces(data, size), CLOSE])).pixels
             for session, size in zip(sessions, sizes, strict=True)
         ]
     assert pixels[0] == pixels[1]
@@ -127,8 +127,8 @@ async def test_the_sink_update_changes_frames_from_its_block_on(
             (still / part / file.name).write_bytes(file.read_bytes())
     config = still / "denoiser" / "config.json"
     config.write_text(config.read_text().replace('"sink_update_block": 2', '"sink_update_block": null'))
-    with_update = rendered(checkpoint, picture, sound(SECONDS), seed=0)
-    without = rendered(still, picture, sound(SECONDS), seed=0)
+    with_update = rendered(checkpoint, picture, speech(SECONDS), seed=0)
+    without = rendered(still, picture, speech(SECONDS), seed=0)
     first_changed = 12 * 2 - 3
     assert with_update[:first_changed] == without[:first_changed]
     assert with_update[first_changed] != without[first_changed]
@@ -139,15 +139,15 @@ async def test_a_client_that_vanishes_leaves_the_suite_to_the_next_one(gateway: 
         for number_of_frames in (0, 1, 30):
             session = await new_session(stub, picture)
             call = stub.StreamAvatar()
-            await call.write(opened(session.id))
+            await call.write(opening(session.id))
             assert (await answer(call)).opened.session.id == session.id
-            for request in spoken(sound(SECONDS)):
+            for request in pieces(speech(SECONDS)):
                 await call.write(request)
             for _ in range(number_of_frames):
                 await call.read()
             call.cancel()
         session = await new_session(stub, picture)
-        assert len((await speak(stub, session.id, sound(1))).frames) == 33
+        assert len((await speak(stub, session.id, speech(1))).frames) == 33
 
 
 async def test_a_failing_stage_is_named_and_the_next_session_is_served(
@@ -167,9 +167,9 @@ async def test_a_failing_stage_is_named_and_the_next_session_is_served(
             patch.setattr(Denoiser, "step", broken)
             session = await new_session(stub, picture)
             with pytest.raises(grpc.aio.AioRpcError, match="denoiser-1: RuntimeError: the device is lost"):
-                await speak(stub, session.id, sound(SECONDS))
+                await speak(stub, session.id, speech(SECONDS))
         session = await new_session(stub, picture)
-        assert (await speak(stub, session.id, sound(1))).frames
+        assert (await speak(stub, session.id, speech(1))).frames
 
 
 async def test_a_full_worker_refuses_and_says_when_to_retry(
@@ -179,15 +179,15 @@ async def test_a_full_worker_refuses_and_says_when_to_retry(
     async with suite(checkpoint, store, settings, capacity=1) as target, connected(target) as stub:
         first, second = [await new_session(stub, picture) for _ in range(2)]
         call = stub.StreamAvatar(timeout=30)
-        await call.write(opened(first.id))
+        await call.write(opening(first.id))
         await answer(call)
         async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "NO_CAPACITY") as refusal:
-            await speak(stub, second.id, sound(0.48))
+            await speak(stub, second.id, speech(0.48))
         assert refusal.retries
-        for request in [*spoken(sound(0.48)), CLOSE]:
+        for request in [*pieces(speech(0.48)), CLOSE]:
             await call.write(request)
         await rest(call)
-        assert (await speak(stub, second.id, sound(0.48))).frames
+        assert (await speak(stub, second.id, speech(0.48))).frames
 
 
 async def test_a_live_client_is_told_when_blocks_take_longer_than_they_last(
@@ -203,7 +203,7 @@ async def test_a_live_client_is_told_when_blocks_take_longer_than_they_last(
         session = await new_session(stub, picture)
         monkeypatch.setattr(Denoiser, "step", slow)
         call = stub.StreamAvatar()
-        await call.write(opened(session.id, mode=pb.OpenAvatar.MODE_LIVE))
+        await call.write(opening(session.id, mode=pb.OpenAvatar.MODE_LIVE))
         while (told := (await answer(call)).event.notice).kind != pb.Notice.KIND_DEGRADED:
             pass
         assert told.message

@@ -7,7 +7,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from avatar import telemetry
-from tests.conftest import sound
+from tests.conftest import speech
 from tests.product import connected, new_session, speak
 
 STAGES = [("audio", None), ("denoiser", 0), ("denoiser", 1), ("denoiser", 2), ("vae", None), ("encode", None)]
@@ -37,7 +37,7 @@ def traces(spans: InMemorySpanExporter) -> dict[int, list[ReadableSpan]]:
 async def test_a_block_is_one_trace_over_all_stages(gateway: str, picture: bytes, spans: InMemorySpanExporter) -> None:
     async with connected(gateway) as stub:
         session = await new_session(stub, picture)
-        streamed = await speak(stub, session.id, sound(1.5))
+        streamed = await speak(stub, session.id, speech(1.5))
     (opened,) = (span for span in spans.get_finished_spans() if span.name == "avatar.session")
     assert (opened.attributes or {})["avatar.session"] == telemetry.tag(session.id)
     blocks = traces(spans)
@@ -57,7 +57,7 @@ async def test_a_block_is_one_trace_over_all_stages(gateway: str, picture: bytes
 async def test_sessions_have_traces_of_their_own(gateway: str, picture: bytes, spans: InMemorySpanExporter) -> None:
     async with connected(gateway) as stub:
         for _ in range(2):
-            await speak(stub, (await new_session(stub, picture)).id, sound(0.5))
+            await speak(stub, (await new_session(stub, picture)).id, speech(0.5))
     opened = [span_id(span) for span in spans.get_finished_spans() if span.name == "avatar.session"]
     assert len(opened) == 2
     assert {each for first, *_ in traces(spans).values() for each in linked(first)} == set(opened)
@@ -66,7 +66,7 @@ async def test_sessions_have_traces_of_their_own(gateway: str, picture: bytes, s
 async def test_no_metric_knows_a_session(gateway: str, picture: bytes, measured: InMemoryMetricReader) -> None:
     async with connected(gateway) as stub:
         session = await new_session(stub, picture)
-        await speak(stub, session.id, sound(0.5))
+        await speak(stub, session.id, speech(0.5))
     data = measured.get_metrics_data()
     assert data is not None
     points = {

@@ -16,7 +16,7 @@ from avatar.worker.v1 import types_pb2
 from services.gateway.options import StreamOptions
 from services.gateway.stages import SessionStages
 from services.gateway.stream.live_stream import LiveStream
-from tests.product import CLOSE, END_TURN, spoken
+from tests.product import CLOSE, END_TURN, pieces
 from tests.services.gateway.clock import settled
 
 BLOCK_BYTES = 2 * 7680
@@ -122,7 +122,7 @@ class Pipeline:
             stage.release()
 
     def say(self, num_blocks: float) -> None:
-        for request in spoken(bytes(int(num_blocks * BLOCK_BYTES) // 2 * 2)):
+        for request in pieces(bytes(int(num_blocks * BLOCK_BYTES) // 2 * 2)):
             self.requests.put_nowait(request)
 
     @asynccontextmanager

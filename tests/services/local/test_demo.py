@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import pytest
 
-from tests.conftest import ASSETS, RATE_HZ, sound
+from tests.conftest import ASSETS, RATE_HZ, speech
 
 DEMO, RENDER = "services.local.demo", "avatar"
 PORTRAIT = str(ASSETS / "portrait.png")
@@ -23,14 +23,14 @@ def run(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: object) -> No
 
 
 @pytest.fixture
-def speech(tmp_path: Path) -> Path:
+def wav(tmp_path: Path) -> Path:
     """Two seconds of audio, in a file whose name has a blank."""
     path = tmp_path / "my speech.wav"
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(RATE_HZ)
-        file.writeframes(sound(2))
+        file.writeframes(speech(2))
     return path
 
 
@@ -40,10 +40,10 @@ def frame_times(path: Path) -> list[float]:
 
 
 def test_the_demo_makes_a_video_and_prints_measurements(
-    one_level: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one_level: Path, wav: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("AVATAR_REDIS_URL", raising=False)
-    files = ("--speech", speech, "--portrait", PORTRAIT, "--checkpoint", one_level, "--out", tmp_path)
+    files = ("--speech", wav, "--portrait", PORTRAIT, "--checkpoint", one_level, "--out", tmp_path)
     run(monkeypatch, DEMO, *files)
     measured = json.loads((tmp_path / "demo.json").read_text())
     assert (measured["num_frames"], measured["first_frame"]) == (57, 3)
@@ -55,10 +55,10 @@ def test_the_demo_makes_a_video_and_prints_measurements(
 
 
 def test_a_clip_is_rendered_without_transport(
-    checkpoint: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, wav: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     video = tmp_path / "new" / "clip.mp4"
-    run(monkeypatch, RENDER, speech, PORTRAIT, video, "--checkpoint", checkpoint)
+    run(monkeypatch, RENDER, wav, PORTRAIT, video, "--checkpoint", checkpoint)
     assert frame_times(video) == pytest.approx([index / 25 for index in range(3, 60)])
 
 

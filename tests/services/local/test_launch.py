@@ -30,9 +30,9 @@ from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_p
 from docs.tables import instruments
 from services.local.launch import launched
 from services.local.processes import Suite
-from tests.conftest import sound
+from tests.conftest import speech
 from tests.contract.refusals import refused
-from tests.product import answer, connected, frame, new_session, opened, rest, speak, spoken
+from tests.product import answer, connected, frame, new_session, opening, pieces, rest, speak
 from tests.services.test_suite import SECONDS, rendered
 from tests.test_operations import rows
 
@@ -109,13 +109,13 @@ async def test_processes_give_the_same_frames_and_are_idle_when_a_client_vanishe
     assert len(suite.processes) == 8, "Redis, audio, three denoisers, vae, text, gateway"
     async with connected(suite.gateway) as stub:
         session = await new_session(stub, picture, seed=7)
-        streamed = await speak(stub, session.id, sound(SECONDS))
-        assert streamed.pixels == rendered(text_checkpoint, picture, sound(SECONDS), seed=7)
+        streamed = await speak(stub, session.id, speech(SECONDS))
+        assert streamed.pixels == rendered(text_checkpoint, picture, speech(SECONDS), seed=7)
 
         session = await new_session(stub, picture)
         call = stub.StreamAvatar()
-        await call.write(opened(session.id))
-        for request in spoken(sound(SECONDS)):
+        await call.write(opening(session.id))
+        for request in pieces(speech(SECONDS)):
             await call.write(request)
         await answer(call)
         assert (await frame(call)).index == 3
@@ -133,7 +133,7 @@ async def test_a_blocks_spans_of_all_processes_are_one_trace(
 ) -> None:
     async with connected(suite.gateway) as stub:
         session = await new_session(stub, picture)
-        await speak(stub, session.id, sound(0.96))
+        await speak(stub, session.id, speech(0.96))
 
     def traces_of_the_session() -> dict[bytes, list[tuple[str, Span]]]:
         named = {"avatar.session": telemetry.tag(session.id)}
@@ -159,7 +159,7 @@ async def test_spans_and_metrics_of_all_processes_are_those_in_the_documentation
     suite: Suite, collector: tuple[Collector, int], picture: bytes
 ) -> None:
     async with connected(suite.gateway) as stub:
-        await speak(stub, (await new_session(stub, picture, prompt="a person who reads")).id, sound(0.96))
+        await speak(stub, (await new_session(stub, picture, prompt="a person who reads")).id, speech(0.96))
     received, listed, units = collector[0], rows("Traces"), {name: unit for name, unit, *_ in instruments()}
     usual = {"avatar.block.duration", "avatar.session.capacity", "avatar.session.closed", "avatar.time_to_first_frame"}
 
@@ -192,7 +192,7 @@ def texts(span: Span) -> dict[str, str]:
 async def test_only_prompts_need_the_text_worker(suite: Suite, picture: bytes) -> None:
     async with connected(suite.gateway) as stub:
         sessions = [await new_session(stub, picture, seed=1, prompt=prompt) for prompt in ("", "a person who smiles")]
-        none, one = [(await speak(stub, session.id, sound(0.48))).pixels for session in sessions]
+        none, one = [(await speak(stub, session.id, speech(0.48))).pixels for session in sessions]
         assert none != one
         suite.processes["text"].kill()
         await suite.processes["text"].wait()
@@ -200,7 +200,7 @@ async def test_only_prompts_need_the_text_worker(suite: Suite, picture: bytes) -
             await new_session(stub, picture, prompt="a person who weeps")
         assert refusal.metadata == {"stage": "text"}
         session = await new_session(stub, picture, seed=1)
-        assert (await speak(stub, session.id, sound(0.48))).pixels == none
+        assert (await speak(stub, session.id, speech(0.48))).pixels == none
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -208,7 +208,7 @@ async def test_a_lost_worker_without_a_spare_ends_its_streams_with_its_name(suit
     async with connected(suite.gateway) as stub:
         session = await new_session(stub, picture)
         call = stub.StreamAvatar(timeout=30)
-        await call.write(opened(session.id))
+        await call.write(opening(session.id))
         await answer(call)
         suite.processes["denoiser-1"].kill()
         with pytest.raises(grpc.aio.AioRpcError, match="denoiser-1") as caught:
