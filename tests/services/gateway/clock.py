@@ -1,4 +1,4 @@
-"""A clock that a test sets, and a wait until the event loop has nothing to do."""
+"""A clock that tests set, and a wait until the event loop is idle."""
 
 import asyncio
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Clock:
-    """Seconds that stand still until a test moves them."""
+    """A callable clock: it returns `now_s`, in seconds, which only a test changes."""
 
     now_s: float = 100.0
 
@@ -15,6 +15,6 @@ class Clock:
 
 
 async def settled() -> None:
-    """Let every task run until it waits for something else."""
+    """Let every task run until it waits for a timer or for I/O."""
     for _ in range(300):
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Tests of services.gateway.access.quotas: gateways that count together, die, and lose their store."""
+"""Tests of services.gateway.access.quotas: shared counters, gateways that die, and a store that is unreachable."""
 
 import asyncio
 import time
@@ -24,13 +24,13 @@ BYTES_PER_S = 100
 
 
 class Usage(TenantUsage):
-    """Usage in a Redis server that is unreachable while `is_away`."""
+    """Usage in a Redis server that is unreachable while `is_lost`."""
 
-    is_away = False
+    is_lost = False
 
     def _call(self) -> AbstractAsyncContextManager[None]:
-        if self.is_away:
-            raise StoreUnavailable("away", retry_s=1.0)
+        if self.is_lost:
+            raise StoreUnavailable("lost", retry_s=1.0)
         return super()._call()
 
 
@@ -43,14 +43,14 @@ async def usage(redis: str) -> AsyncGenerator[Usage, None]:
 
 @contextmanager
 def calling(tenant: Tenant) -> Iterator[None]:
-    """It is this tenant whose call is handled."""
+    """Handle a call of the tenant while the body runs."""
     token = tenants._CALLER.set(tenant)
     yield
     tenants._CALLER.reset(token)
 
 
-async def hear(quotas: Quotas, seconds: int) -> None:
-    """A stream that sends so many pieces of a second."""
+async def send_audio(quotas: Quotas, seconds: int) -> None:
+    """Meter a stream of pieces of one second each."""
 
     async def pieces() -> AsyncIterator[pb.StreamAvatarRequest]:
         for _ in range(seconds):
@@ -60,7 +60,7 @@ async def hear(quotas: Quotas, seconds: int) -> None:
     assert [request async for request in quotas.metered(pieces(), BYTES_PER_S)]
 
 
-async def test_a_stream_takes_one_place_until_it_ends(usage: Usage) -> None:
+async def test_a_stream_counts_as_one_session_until_it_ends(usage: Usage) -> None:
     quotas, elsewhere = Quotas(usage), Quotas(usage)
     with calling(ACME):
         await quotas.lease_session("a", 60.0)
@@ -73,7 +73,7 @@ async def test_a_stream_takes_one_place_until_it_ends(usage: Usage) -> None:
         await elsewhere.lease_session("b", 60.0)
 
 
-async def test_a_place_that_is_let_go_meanwhile_is_not_held_again(usage: Usage) -> None:
+async def test_a_lease_released_during_its_renewal_stays_released(usage: Usage) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
         async with quotas.streaming("a"):
@@ -83,7 +83,7 @@ async def test_a_place_that_is_let_go_meanwhile_is_not_held_again(usage: Usage) 
         await quotas.lease_session("b", 60.0)
 
 
-async def test_the_place_of_a_gateway_that_died_is_free_after_its_lease(usage: Usage, redis_client: Redis) -> None:
+async def test_leases_of_a_dead_gateway_expire(usage: Usage, redis_client: Redis) -> None:
     dying, living = Quotas(usage), Quotas(usage)
     with calling(ACME):
         async with AsyncExitStack() as never_closed:
@@ -95,10 +95,10 @@ async def test_the_place_of_a_gateway_that_died_is_free_after_its_lease(usage: U
                     await living.lease_session("b", 60.0)
             await elapse(redis_client, LOCK_TTL_S + 0.1)
             await living.lease_session("b", 60.0)
-            await dying.save()  # it was only slow: what runs is not ended
+            await dying.save()  # it was only slow: its stream is not ended
 
 
-async def test_a_session_that_nobody_streams_is_free_once_it_is_forgotten(usage: Usage, redis_client: Redis) -> None:
+async def test_a_session_without_a_stream_counts_until_it_expires(usage: Usage, redis_client: Redis) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
         await quotas.lease_session("a", 60.0)
@@ -110,11 +110,11 @@ async def test_a_session_that_nobody_streams_is_free_once_it_is_forgotten(usage:
         await quotas.lease_session("b", 60.0)
 
 
-async def test_sound_is_counted_over_all_gateways(usage: Usage) -> None:
+async def test_audio_is_counted_over_all_gateways(usage: Usage) -> None:
     here, there = Quotas(usage), Quotas(usage)
     with calling(ACME):
-        await hear(here, 6)
-        await hear(there, 4)
+        await send_audio(here, 6)
+        await send_audio(there, 4)
         await here.save()
         await there.save()
         for quotas in (here, there):
@@ -125,38 +125,38 @@ async def test_sound_is_counted_over_all_gateways(usage: Usage) -> None:
             assert caught.value.retry_s
             assert 0 < caught.value.retry_s <= 86400
     with calling(GLOBEX):
-        await hear(here, 9)
+        await send_audio(here, 9)
 
 
-async def test_a_stream_ends_with_the_days_sound(usage: Usage) -> None:
+async def test_a_stream_ends_when_the_days_audio_is_used_up(usage: Usage) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
-        await hear(quotas, 10)
+        await send_audio(quotas, 10)
         with pytest.raises(QuotaExceeded):
-            await hear(quotas, 1)
+            await send_audio(quotas, 1)
 
 
-async def test_the_next_day_begins_anew(usage: Usage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_audio_quota_is_restored_the_next_day(usage: Usage, monkeypatch: pytest.MonkeyPatch) -> None:
     quotas, today = Quotas(usage), 20_000 * 86400.0
     with calling(ACME):
         monkeypatch.setattr(time, "time", lambda: today + 86399)
-        await hear(quotas, 10)
+        await send_audio(quotas, 10)
         await quotas.save()
         with pytest.raises(QuotaExceeded) as caught:
-            await hear(quotas, 1)
+            await send_audio(quotas, 1)
         assert caught.value.retry_s == pytest.approx(1.0)
         monkeypatch.setattr(time, "time", lambda: today + 86400)
-        await hear(quotas, 10)
+        await send_audio(quotas, 10)
 
 
-async def test_a_store_that_is_away_hurts_nobody_who_streams(usage: Usage) -> None:
+async def test_streams_continue_while_the_store_is_lost(usage: Usage) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
         async with quotas.streaming("a"):
-            usage.is_away = True
+            usage.is_lost = True
             with pytest.raises(StoreUnavailable):
                 await quotas.save()
-            await hear(quotas, 4)
+            await send_audio(quotas, 4)
             with pytest.raises(StoreUnavailable):
                 await quotas.save()
         with pytest.raises(StoreUnavailable):
@@ -164,46 +164,47 @@ async def test_a_store_that_is_away_hurts_nobody_who_streams(usage: Usage) -> No
         with pytest.raises(StoreUnavailable):
             async with quotas.streaming("b"):
                 pass
-        usage.is_away = False
+        usage.is_lost = False
         await quotas.save()
         assert await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0) == 4.0
 
 
-async def test_sound_is_added_once_however_many_add_it(usage: Usage) -> None:
+async def test_concurrent_saves_add_audio_once(usage: Usage) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
-        await hear(quotas, 3)
+        await send_audio(quotas, 3)
         await asyncio.gather(*(quotas.save() for _ in range(5)))
         assert await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0) == 3.0
 
 
-async def test_what_was_heard_last_is_saved_at_the_end(usage: Usage) -> None:
+async def test_unsaved_audio_is_saved_on_exit(usage: Usage) -> None:
     with calling(ACME):
         async with open_quotas(usage) as quotas:
-            await hear(quotas, 3)
+            await send_audio(quotas, 3)
     assert await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0) == 3.0
 
 
-async def test_counting_goes_on_while_nobody_calls(usage: Usage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_audio_is_saved_in_the_background_once_the_store_is_back(
+    usage: Usage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "SAVE_S", 0.01)
     with calling(ACME):
         async with open_quotas(usage) as quotas:
-            await hear(quotas, 3)
-            usage.is_away = True
+            await send_audio(quotas, 3)
+            usage.is_lost = True
             await asyncio.sleep(0.05)
-            usage.is_away = False
+            usage.is_lost = False
             async with asyncio.timeout(5):
                 while not await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
 
 
-async def test_where_there_are_no_tenants_nothing_is_asked_of_the_store(usage: Usage) -> None:
-    usage.is_away = True
+async def test_without_tenants_the_store_is_not_used(usage: Usage) -> None:
+    usage.is_lost = True
     quotas = Quotas(usage)
     await quotas.lease_reference("r", 60.0)
     await quotas.release_reference("r")
     await quotas.lease_session("a", 60.0)
     async with quotas.streaming("a"):
-        await hear(quotas, 100)
         await quotas.save()
     await quotas.release_session("a")

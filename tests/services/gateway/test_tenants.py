@@ -1,4 +1,4 @@
-"""Tests of services.gateway.access.tenants: the file, the tokens, and the names that belong to each."""
+"""Tests of services.gateway.access.tenants: the file, the tokens, and the prefixes of names."""
 
 import hashlib
 import logging
@@ -16,7 +16,7 @@ def digest(token: str) -> str:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file of two tenants, one of which has two tokens."""
+    """A file of two tenants, the first with two tokens."""
     path = tmp_path / "tenants.toml"
     path.write_text(
         f"""
@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_token_stands_for_its_tenant(path: Path) -> None:
+def test_a_token_identifies_its_tenant(path: Path) -> None:
     tokens = Tokens(path)
     acme = Tenant("acme", max_sessions=2, max_audio_s=3600)
     assert tokens.tenant("old") == tokens.tenant("new") == acme
@@ -41,7 +41,7 @@ def test_a_token_stands_for_its_tenant(path: Path) -> None:
 
 
 @pytest.mark.parametrize("token", ["", "ol", "old ", "OLD", digest("old"), "acme"])
-def test_another_token_stands_for_nobody(path: Path, token: str) -> None:
+def test_an_unknown_token_is_refused(path: Path, token: str) -> None:
     with pytest.raises(Unauthenticated) as caught:
         Tokens(path).tenant(token)
     assert caught.value.message == "the bearer token is not known"
@@ -56,7 +56,7 @@ def test_tokens_are_replaced_without_a_restart(path: Path) -> None:
             tokens.tenant(gone)
 
 
-def test_a_file_that_breaks_later_changes_nothing(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_file_leaves_the_tenants_unchanged(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokens, whole = Tokens(path), path.read_text()
     for broken in ("[acme", '[acme]\ntokens = ["secret"]'):
         path.write_text(broken)
@@ -65,7 +65,7 @@ def test_a_file_that_breaks_later_changes_nothing(path: Path, caplog: pytest.Log
     path.unlink()
     assert tokens.tenant("other").name == "globex"
     problems = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert len(problems) == 3, "once for each"
+    assert len(problems) == 3, "one for each state of the file"
     path.write_text(whole.replace(digest("old"), digest("newer")))
     assert tokens.tenant("newer").name == "acme"
 
@@ -88,7 +88,7 @@ def test_a_file_that_breaks_later_changes_nothing(path: Path, caplog: pytest.Log
         (f'[acme]\ntokens = ["{"a" * 64}"]\n[globex]\ntokens = ["{"a" * 64}"]', "globex and acme share one"),
     ],
 )
-def test_a_file_that_cannot_be_used_names_the_setting(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_file_is_refused_with_the_settings_name(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "tenants.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match="AVATAR_TENANTS is ") as caught:
@@ -96,12 +96,12 @@ def test_a_file_that_cannot_be_used_names_the_setting(tmp_path: Path, text: str,
     assert words in str(caught.value)
 
 
-def test_a_file_that_is_not_there_names_the_setting(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused_with_the_settings_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"AVATAR_TENANTS is .*No such file"):
         Tokens(tmp_path / "nothing.toml")
 
 
-def test_a_name_with_another_mark_is_one_that_nobody_has() -> None:
+def test_a_name_with_another_prefix_is_not_found() -> None:
     acme, globex = Tenant("acme"), Tenant("globex")
     name = acme.prefix + "x" * 32
     assert acme.session(name) == acme.reference(name) == name
@@ -112,14 +112,14 @@ def test_a_name_with_another_mark_is_one_that_nobody_has() -> None:
             stranger.reference(theirs)
 
 
-def test_a_name_that_is_too_long_is_one_that_nobody_has() -> None:
+def test_a_name_over_64_characters_is_not_found() -> None:
     assert ANYONE.session("x" * 64) == "x" * 64
     for tenant in (ANYONE, Tenant("acme")):
         with pytest.raises(SessionNotFound):
             tenant.session(tenant.prefix + "x" * 65)
 
 
-def test_where_there_are_no_tenants_names_have_no_mark() -> None:
+def test_each_tenant_has_a_prefix_and_without_tenants_there_is_none() -> None:
     assert ANYONE.prefix == ""
     assert len({Tenant("acme").prefix, Tenant("globex").prefix}) == 2
     assert len(Tenant("acme").prefix) == 16
