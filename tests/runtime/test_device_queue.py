@@ -74,7 +74,8 @@ async def test_offline_streams_take_turns(queue: DeviceQueue) -> None:
             yield Item(f"{name}{index}")
 
     async def drain(name: str) -> None:
-        assert [each async for each in local(model, session(name), queue)(items(name))]
+        answers = [each async for each in local(model, session(name), queue)(items(name))]
+        assert answers == [f"{name.upper()}{index}" for index in range(3)]
 
     async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as tasks:
         for name in "abc":

@@ -16,7 +16,7 @@ from avatar.runtime.admission import StreamUsage
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import Stage, flatten, local
 from avatar.types import Session
-from tests.busy import WAIT_S, busy, until_waiting
+from tests.busy import WAIT_S
 
 SESSION = Session("a", seed=0, motion=torch.zeros(0))
 
@@ -189,20 +189,6 @@ async def test_an_error_in_open_surfaces_before_an_item_is_taken(queue: DeviceQu
     with pytest.raises(MemoryError, match="no memory for a"):
         await anext(local(Broken(), SESSION, queue)(source.stream()))
     assert source.taken == []
-
-
-async def test_streams_that_wait_for_a_busy_device_lose_no_answer(queue: DeviceQueue) -> None:
-    streams = [local(Summing(), SESSION, queue)(Source([1, 2, 3]).stream()) for _ in range(3)]
-
-    async def drain(stream: AsyncGenerator[int, None]) -> list[int]:
-        return [out async for out in stream]
-
-    async with asyncio.TaskGroup() as tasks:
-        with busy(queue):
-            drained = [tasks.create_task(drain(stream)) for stream in streams]
-            await until_waiting(queue, 3)
-            assert not any(each.done() for each in drained)
-    assert [each.result() for each in drained] == [[1, 3, 6]] * 3
 
 
 async def test_a_stream_cancelled_during_a_step_does_not_block_the_device(queue: DeviceQueue) -> None:
