@@ -82,28 +82,23 @@ class NetworkConfig:
     sink_distance: int | tuple[int, int] = (4, 30)
     # The first block whose sink is block 0's result; None keeps the reference as the sink.
     sink_update_block: int | None = 4
-    # What the pose input carries: "zeros", or the "reference" latent repeated over the block's frames.
+    # The pose input: "zeros", or the "reference" latent repeated over the block's frames.
     pose: str = "zeros"
     # "velocity", or "x0_residual": the output F gives x0 = reference + residual_scale F.
     output: str = "velocity"
     residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        layers, sigmas, distance, update = (
-            self.audio_inject_layers,
-            self.schedule,
-            self.sink_distance,
-            self.sink_update_block,
-        )
+        layers, sigmas, update = self.audio_inject_layers, self.schedule, self.sink_update_block
         rules = (
             (self.dim % 4 == 0 and self.dim % (2 * self.num_heads) == 0, "dim must be a multiple of 4 and 2 num_heads"),
             (is_ascending((-1, *layers, self.num_layers)), "audio_inject_layers must ascend within the layers"),
             (min(self.num_frames_per_block, self.window_blocks) > 0, "blocks and their window must not be empty"),
             (len(sigmas) > 1 and is_ascending(sigmas[::-1]), "schedule must descend"),
-            (sigmas[-1:] == (0,) and sigmas[0] <= 1, "schedule must begin with at most 1 and end with 0"),
+            (sigmas[-1:] == (0,) and sigmas[0] <= 1, "schedule must start with at most 1 and end with 0"),
             (self.sampler in SAMPLERS, f"sampler must be one of {sorted(SAMPLERS)}"),
             (0 <= self.noise_scale <= 1, "noise_scale must be 0 to 1"),
-            (is_sink_distance(distance), "sink_distance must be a number or (low, high)"),
+            (is_sink_distance(self.sink_distance), "sink_distance must be a number or (low, high)"),
             (update is None or update > 0, "sink_update_block must be after block 0"),
             (self.pose in ("zeros", "reference"), "pose must be zeros or reference"),
             (self.pose == "zeros" or self.cond_dim == self.in_dim, "a reference as pose needs cond_dim = in_dim"),
@@ -116,10 +111,12 @@ class NetworkConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of an attention head."""
         return self.dim // self.num_heads
 
     @property
     def num_levels(self) -> int:
+        """Denoising steps of a block."""
         return len(self.schedule) - 1
 
     @property
