@@ -26,7 +26,7 @@ async def gateway(settings: GatewaySettings, store: SessionStore, usage: TenantU
     authentication = [Authentication(Tokens(settings.tenants))] if settings.tenants else []
     async with (
         open_quotas(usage) as quotas,
-        Workers(settings) as workers,
+        Workers(settings).running() as workers,
         LiveSessions(settings, store, workers, quotas) as live_sessions,
         serving(
             settings.listen,

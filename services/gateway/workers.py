@@ -3,10 +3,9 @@
 See `avatar.failover.pool`. Denoisers are one pool: each reports the levels and the checkpoint that it serves.
 """
 
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import grpc.aio
@@ -90,44 +89,41 @@ class DeploymentInfo:
 
 
 class Workers:
-    """All workers of a deployment; polled while used as a context manager."""
+    """All workers of a deployment."""
 
     def __init__(self, settings: GatewaySettings) -> None:
-        self._stack = AsyncExitStack()
         credentials = worker_credentials(settings.worker_ca, settings.worker_cert, settings.worker_key)
-        self.audio: WorkerPool[audio_pb2.AudioServiceGetInfoResponse] = WorkerPool(
-            "audio",
-            settings.audio,
-            _get_info(audio_pb2_grpc.AudioServiceStub, audio_pb2.AudioServiceGetInfoRequest()),
-            credentials,
+
+        def pool(stage: str, targets: Sequence[str], stub: Any, request: Any) -> WorkerPool[Any]:
+            async def get_info(connection: grpc.aio.Channel) -> Any:
+                return await stub(connection).GetInfo(request, timeout=ANSWER_S)
+
+            return WorkerPool(stage, targets, get_info, credentials)
+
+        self.audio = pool(
+            "audio", settings.audio, audio_pb2_grpc.AudioServiceStub, audio_pb2.AudioServiceGetInfoRequest()
         )
-        self.denoisers: WorkerPool[denoiser_pb2.DenoiserServiceGetInfoResponse] = WorkerPool(
+        self.denoisers = pool(
             "denoiser",
             settings.denoisers,
-            _get_info(denoiser_pb2_grpc.DenoiserServiceStub, denoiser_pb2.DenoiserServiceGetInfoRequest()),
-            credentials,
+            denoiser_pb2_grpc.DenoiserServiceStub,
+            denoiser_pb2.DenoiserServiceGetInfoRequest(),
         )
-        self.vae: WorkerPool[vae_pb2.VaeServiceGetInfoResponse] = WorkerPool(
-            "vae",
-            settings.vae,
-            _get_info(vae_pb2_grpc.VaeServiceStub, vae_pb2.VaeServiceGetInfoRequest()),
-            credentials,
+        self.vae = pool("vae", settings.vae, vae_pb2_grpc.VaeServiceStub, vae_pb2.VaeServiceGetInfoRequest())
+        self.text = (
+            pool("text", settings.text, text_pb2_grpc.TextServiceStub, text_pb2.TextServiceGetInfoRequest())
+            if settings.text
+            else None
         )
-        self.text: WorkerPool[text_pb2.TextServiceGetInfoResponse] | None = None
-        if settings.text:
-            get_info = _get_info(text_pb2_grpc.TextServiceStub, text_pb2.TextServiceGetInfoRequest())
-            self.text = WorkerPool("text", settings.text, get_info, credentials)
 
-    async def __aenter__(self) -> "Workers":
-        pools: list[WorkerPool[Any]] = [self.audio, self.denoisers, self.vae, *filter(None, [self.text])]
-        for pool in pools:
-            await self._stack.enter_async_context(pool.running())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._stack.aclose()
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator["Workers", None]:
+        """Poll all workers while the body runs."""
+        async with AsyncExitStack() as stack:
+            pools: list[WorkerPool[Any]] = [self.audio, self.denoisers, self.vae, *filter(None, [self.text])]
+            for pool in pools:
+                await stack.enter_async_context(pool.running())
+            yield self
 
     async def describe(self) -> DeploymentInfo:
         """Describe all workers. StageLost if none of a stage answers; ConfigMismatch if they do not fit together."""
@@ -168,16 +164,9 @@ class Workers:
         if not self.text:
             raise PromptUnsupported("this checkpoint takes no text; leave prompt empty")
         reader = (await self._describe_denoisers())[0]
-
-        async def call(worker: Any) -> types_pb2.Tensor:
-            method = text_pb2_grpc.TextServiceStub(worker.channel).Embed
-            try:
-                response: text_pb2.EmbedResponse = await method(text_pb2.EmbedRequest(prompt=prompt), timeout=EMBED_S)
-            except grpc.aio.AioRpcError as error:
-                raise stage_error("text", error, is_request=True) from error
-            return response.text
-
-        text = await self.text.call(call)
+        request = text_pb2.EmbedRequest(prompt=prompt)
+        response = await _call(self.text, text_pb2_grpc.TextServiceStub, "Embed", request, EMBED_S)
+        text: types_pb2.Tensor = response.text
         rows, width = text.shape
         if width != reader.text_width or rows > reader.text_rows:
             raise ConfigMismatch(
@@ -188,25 +177,21 @@ class Workers:
 
     async def encode_reference(self, request: vae_pb2.EncodeReferenceRequest) -> types_pb2.Reference:
         """Return the reference that a picture is encoded to."""
-
-        async def call(worker: Any) -> types_pb2.Reference:
-            try:
-                method = vae_pb2_grpc.VaeServiceStub(worker.channel).EncodeReference
-                response: vae_pb2.EncodeReferenceResponse = await method(request, timeout=ENCODE_S)
-            except grpc.aio.AioRpcError as error:
-                raise stage_error("vae", error, is_request=True) from error
-            return response.reference
-
-        return await self.vae.call(call)
+        response = await _call(self.vae, vae_pb2_grpc.VaeServiceStub, "EncodeReference", request, ENCODE_S)
+        reference: types_pb2.Reference = response.reference
+        return reference
 
 
-def _get_info(stub: Callable[[grpc.aio.Channel], Any], request: Any) -> Callable[[grpc.aio.Channel], Awaitable[Any]]:
-    """Return a function that calls GetInfo of a worker of this kind."""
+async def _call(pool: WorkerPool[Any], stub: Any, method: str, request: Any, limit_s: float) -> Any:
+    """Return the response of one of a pool's workers to a request that holds a client's input."""
 
-    async def get_info(connection: grpc.aio.Channel) -> Any:
-        return await stub(connection).GetInfo(request, timeout=ANSWER_S)
+    async def call(worker: Any) -> Any:
+        try:
+            return await getattr(stub(worker.channel), method)(request, timeout=limit_s)
+        except grpc.aio.AioRpcError as error:
+            raise stage_error(pool.stage, error, is_request=True) from error
 
-    return get_info
+    return await pool.call(call)
 
 
 def _slowest(workers: Any) -> Any:
