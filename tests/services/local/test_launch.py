@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -71,9 +73,19 @@ async def collector() -> AsyncGenerator[tuple[Collector, int], None]:
     await server.stop(0)
 
 
+@pytest.fixture(scope="module")
+def two_levels(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with text, at two levels: one process less."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "two-levels"
+    shutil.copytree(text_checkpoint, folder)
+    config = folder / "denoiser/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "schedule": [1.0, 0.5, 0.0]}))
+    return folder
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def suite(
-    text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, collector: tuple[Collector, int]
+    two_levels: Path, tmp_path_factory: pytest.TempPathFactory, collector: tuple[Collector, int]
 ) -> AsyncGenerator[Suite, None]:
     """A running suite that exports its traces and metrics; the module's last tests break it."""
     with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +94,7 @@ async def suite(
         patch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "500")
         patch.setenv("AVATAR_RESUME_S", "0.2")
         patch.setenv("AVATAR_REBUILD_S", "1")
-        async with launched(text_checkpoint, tmp_path_factory.mktemp("logs")) as suite:
+        async with launched(two_levels, tmp_path_factory.mktemp("logs")) as suite:
             yield suite
 
 
@@ -104,13 +116,13 @@ async def active_streams(suite: Suite) -> dict[str, int]:
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_processes_give_the_same_frames_and_are_idle_when_a_client_vanishes(
-    suite: Suite, text_checkpoint: Path, picture: bytes
+    suite: Suite, two_levels: Path, picture: bytes
 ) -> None:
-    assert len(suite.processes) == 8, "Redis, audio, three denoisers, vae, text, gateway"
+    assert len(suite.processes) == 7, "Redis, audio, two denoisers, vae, text, gateway"
     async with connected(suite.gateway) as stub:
         session = await new_session(stub, picture, seed=7)
         streamed = await speak(stub, session.id, speech(SECONDS))
-        assert streamed.pixels == rendered(text_checkpoint, picture, speech(SECONDS), seed=7)
+        assert streamed.pixels == rendered(two_levels, picture, speech(SECONDS), seed=7)
 
         session = await new_session(stub, picture)
         call = stub.StreamAvatar()
@@ -145,11 +157,11 @@ async def test_a_blocks_spans_of_all_processes_are_one_trace(
         return traces
 
     async with asyncio.timeout(10):
-        while [len(spans) for spans in traces_of_the_session().values()] != [6, 6]:  # noqa: ASYNC110
+        while [len(spans) for spans in traces_of_the_session().values()] != [5, 5]:  # noqa: ASYNC110
             await asyncio.sleep(0.1)  # spans come from other processes, without an event to wait for
     for spans in traces_of_the_session().values():
         services = sorted(service for service, _ in spans)
-        assert services == ["avatar-audio", *["avatar-denoiser"] * 3, *["avatar-vae"] * 2]
+        assert services == ["avatar-audio", *["avatar-denoiser"] * 2, *["avatar-vae"] * 2]
         audio = next(span for service, span in spans if service == "avatar-audio")
         assert all(span.parent_span_id == audio.span_id for service, span in spans if service != "avatar-audio")
 
