@@ -1,1 +1,1 @@
-"""Programs that make checkpoints."""
+"""Programs that train and evaluate checkpoints."""

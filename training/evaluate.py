@@ -53,7 +53,7 @@ NEEDS_TRUTH = (
     "codec_flicker",
 )
 PREVIEW_ROWS, PREVIEW_COLUMNS = 12, 10
-NOT_YET = Metric(None, "not measured yet")
+NOT_MEASURED = Metric(None, "not measured yet")
 Tool = TypeVar("Tool")
 
 
@@ -287,7 +287,7 @@ def main() -> None:
     if (flags.speech is None) != (flags.portrait is None):
         parser.error("--speech and --portrait go together")
     torch.set_num_threads(1)
-    metrics = {row.key: NOT_YET for row in TABLE}
+    metrics = {row.key: NOT_MEASURED for row in TABLE}
     try:
         about, measured = evaluate(flags)
         for new in measured:
