@@ -17,11 +17,11 @@ from avatar.rpc.status import reason_of
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
-from avatar.worker.v1 import audio_pb2, types_pb2, vae_pb2
+from avatar.worker.v1 import types_pb2
 from services.gateway.access.quotas import Quotas
 from services.gateway.live_session import LiveSession
 from services.gateway.options import StreamOptions, stream_options
-from services.gateway.stages import Opening, open_stages
+from services.gateway.stages import open_stages
 from services.gateway.stream.live_stream import LiveStream
 from services.gateway.stream.outbox import notice
 from services.gateway.workers import Workers
@@ -122,7 +122,7 @@ class LiveSessions:
             ):
                 position = await self._position(opened, options, session)
                 conditions = await self._store.conditions(session.id, position.conditions)
-                async with open_stages(self._workers, _opening(session, options, position), self._settings) as stages:
+                async with open_stages(self._workers, self._settings, session, options, position) as stages:
                     stream = LiveStream(stages, options, session, position, conditions, self._settings)
                     if position.coming_conditions:
                         stream.versions.add(await self._store.conditions(session.id, position.coming_conditions))
@@ -197,21 +197,3 @@ def _advance(position: types_pb2.Position, next_frame: int, session: types_pb2.S
     position.next_frame = next_frame
     position.num_samples += num_samples
     position.num_turn_samples += num_samples
-
-
-def _opening(session: types_pb2.Session, options: StreamOptions, position: types_pb2.Position) -> Opening:
-    """Return the parameters that a session's stages are opened with."""
-    audio = audio_pb2.OpenEncode(
-        session_id=session.id,
-        traceparent=telemetry.session_span(session.id),
-        encoding=options.encoding,
-        rate_hz=options.rate_hz,
-        num_channels=options.num_channels,
-        is_live=options.is_live,
-    )
-    if session.HasField("audio_right_frames"):
-        audio.right_frames = session.audio_right_frames
-    video = vae_pb2.OpenDecode(
-        session_id=session.id, encoding=options.video, quality=options.quality, is_live=options.is_live
-    )
-    return Opening(audio, video, position.next_block, position.statistics)

@@ -6,13 +6,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from avatar import telemetry
 from avatar.errors import ConfigMismatch, InvalidField
 from avatar.failover.connector import AudioConnector, ChainConnector, LevelConnector, VaeConnector
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.client import Relayable
 from avatar.settings import GatewaySettings
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
-from services.gateway.options import FRAME_NS, SAMPLE_BYTES
+from services.gateway.options import FRAME_NS, StreamOptions
 from services.gateway.workers import DeploymentInfo, Workers
 
 # Audio that an encoder frame of 20 ms covers beyond its end.
@@ -20,20 +21,6 @@ OVERLAP_NS = 5_000_000
 # An offline block has no deadline and live blocks run before it: allow it so many times longer than a live one before
 # its worker counts as lost.
 OFFLINE_STALL_FACTOR = 10
-
-
-@dataclass(frozen=True)
-class Opening:
-    """Messages and positions that a session's streams are opened with.
-
-    audio, video: for the audio stage and the decoder. next_block: index of the first block to make.
-    statistics: running statistics of the audio stage before that block.
-    """
-
-    audio: audio_pb2.OpenEncode
-    video: vae_pb2.OpenDecode
-    next_block: int = 0
-    statistics: bytes = b""
 
 
 @dataclass
@@ -77,18 +64,52 @@ class SessionStages:
 
 @asynccontextmanager
 async def open_stages(
-    workers: Workers, opening: Opening, settings: GatewaySettings
+    workers: Workers,
+    settings: GatewaySettings,
+    session: types_pb2.Session,
+    options: StreamOptions,
+    position: types_pb2.Position,
 ) -> AsyncGenerator[SessionStages, None]:
     """Open a session's stream at every stage, and keep them open while the body runs.
 
-    Raises the error of workers that refuse; InvalidField if the decoder has no such encoding of frames; ConfigMismatch
-    if the workers do not fit together.
+    position: of the first block to make. Raises the error of workers that refuse; InvalidField if the decoder has no
+    such encoding of frames; ConfigMismatch if the workers do not fit together.
     """
     info = await workers.describe_stages()
-    if opening.video.encoding not in ("", *info.encodings):
+    if options.video not in info.encodings:
         allowed = ", ".join(info.encodings)
-        raise InvalidField.at("open.output.encoding", f"{opening.video.encoding} cannot be had here, only {allowed}")
-    stages = _stages(workers, info, opening, settings)
+        raise InvalidField.at("open.output.encoding", f"{options.video} cannot be had here, only {allowed}")
+    lookahead_ns = _lookahead_ns(session, info.audio)
+    audio = AudioConnector(
+        workers.audio,
+        audio_pb2.OpenEncode(
+            session_id=session.id,
+            traceparent=telemetry.session_span(session.id),
+            encoding=options.encoding,
+            rate_hz=options.rate_hz,
+            num_channels=options.num_channels,
+            is_live=options.is_live,
+            right_frames=session.audio_right_frames if session.HasField("audio_right_frames") else None,
+        ),
+        sample_bytes=options.sample_bytes,
+        block_s=info.block_s,
+        lookahead_s=lookahead_ns / 1e9,
+        statistics=position.statistics,
+    )
+    video = vae_pb2.OpenDecode(
+        session_id=session.id, encoding=options.video, quality=options.quality, is_live=options.is_live
+    )
+    vae = VaeConnector(workers.vae, video, position.next_block)
+    stall_s = settings.stall_s * (1 if options.is_live else OFFLINE_STALL_FACTOR)
+    timeouts = FailoverTimeouts(stall_s, settings.rebuild_s)
+    stages = SessionStages(
+        FailoverStage(audio, timeouts),
+        [FailoverStage(each, timeouts) for each in _denoisers(workers, info, session.id, options, position.next_block)],
+        FailoverStage(vae, timeouts),
+        info.remaining_s,
+        info.block_latency_s,
+        lookahead_ns,
+    )
     try:
         await stages.open()
         yield stages
@@ -97,42 +118,21 @@ async def open_stages(
             stage.cancel()
 
 
-def _stages(workers: Workers, info: DeploymentInfo, opening: Opening, settings: GatewaySettings) -> SessionStages:
-    """Return a session's streams, not open yet."""
-    message = opening.audio
-    timeouts = FailoverTimeouts(settings.stall_s * (1 if message.is_live else OFFLINE_STALL_FACTOR), settings.rebuild_s)
-    lookahead_ns = _lookahead_ns(message, info.audio)
-    audio = AudioConnector(
-        workers.audio,
-        message,
-        sample_bytes=SAMPLE_BYTES[message.encoding] * message.num_channels,
-        block_s=info.block_s,
-        lookahead_s=lookahead_ns / 1e9,
-        statistics=opening.statistics,
-    )
+def _denoisers(
+    workers: Workers, info: DeploymentInfo, session_id: str, options: StreamOptions, next_block: int
+) -> list[ChainConnector] | list[LevelConnector]:
+    """Return a connector for each level, or one for all of them if their workers form chains."""
     levels = [
-        denoiser_pb2.OpenDenoise(session_id=message.session_id, level=level, is_live=message.is_live)
+        denoiser_pb2.OpenDenoise(session_id=session_id, level=level, is_live=options.is_live)
         for level in range(len(info.denoisers))
     ]
-    pool, digest, next_block = workers.denoisers, info.digest, opening.next_block
-    denoisers: list[ChainConnector] | list[LevelConnector]
     if info.is_chained:
-        denoisers = [ChainConnector(pool, levels[0], digest, len(levels), next_block)]
-    else:
-        denoisers = [LevelConnector(pool, level, digest, next_block) for level in levels]
-    vae = VaeConnector(workers.vae, opening.video, next_block)
-    return SessionStages(
-        FailoverStage(audio, timeouts),
-        [FailoverStage(each, timeouts) for each in denoisers],
-        FailoverStage(vae, timeouts),
-        info.remaining_s,
-        info.block_latency_s,
-        lookahead_ns,
-    )
+        return [ChainConnector(workers.denoisers, levels[0], info.digest, len(levels), next_block)]
+    return [LevelConnector(workers.denoisers, level, info.digest, next_block) for level in levels]
 
 
-def _lookahead_ns(message: audio_pb2.OpenEncode, info: audio_pb2.AudioServiceGetInfoResponse) -> int:
+def _lookahead_ns(session: types_pb2.Session, info: audio_pb2.AudioServiceGetInfoResponse) -> int:
     """Return nanoseconds of audio after a block's end that its features depend on."""
-    if message.HasField("right_frames"):
-        return OVERLAP_NS + message.right_frames * FRAME_NS
+    if session.HasField("audio_right_frames"):
+        return OVERLAP_NS + session.audio_right_frames * FRAME_NS
     return round(info.lookahead_s * 1e9)
