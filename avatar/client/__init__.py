@@ -13,16 +13,7 @@ Needs grpcio, protobuf, and two pure-Python packages: grpcio-status and googleap
 subclass `ConnectionLost`.
 """
 
-from avatar.client.items import (
-    Audio,
-    Frame,
-    Interrupted,
-    Item,
-    Notice,
-    NoticeKind,
-    PlaybackFinished,
-    PlaybackStarted,
-)
+from avatar.client.items import Audio, Frame, Interrupted, Item, Notice, NoticeKind, PlaybackFinished, PlaybackStarted
 from avatar.client.session import Avatar, Session, connect
 from avatar.client.stream import AudioSource, Stream
 from avatar.errors import AvatarError

@@ -1,10 +1,8 @@
 """A channel to a gateway: its options, the bearer token, and calls whose errors are AvatarErrors."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import grpc
 import grpc.aio
@@ -12,9 +10,6 @@ import grpc.aio
 from avatar.rpc.channel import OPTIONS
 from avatar.rpc.status import error_of
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
-
-if TYPE_CHECKING:
-    from avatar.v1.avatar_service_pb2_grpc import AvatarServiceAsyncStub
 
 Response = TypeVar("Response")
 
@@ -27,12 +22,12 @@ BACKOFF = [
 ]
 
 
-@dataclass(frozen=True)
 class Connection:
     """A gateway's stub, and the metadata that every call carries."""
 
-    stub: "AvatarServiceAsyncStub"
-    metadata: Sequence[tuple[str, str]]
+    def __init__(self, channel: grpc.aio.Channel, token: str) -> None:
+        self.stub: pb_grpc.AvatarServiceAsyncStub = pb_grpc.AvatarServiceStub(channel)
+        self.metadata = [("authorization", f"Bearer {token}")] if token else []
 
     async def call(
         self, method: Callable[..., Awaitable[Response]], request: object, timeout_s: float = CALL_S
@@ -44,26 +39,15 @@ class Connection:
             raise error_of(error) from error
 
 
-@asynccontextmanager
-async def open_connection(
-    target: str, credentials: grpc.ChannelCredentials | None, token: str, *, plaintext_token: bool
-) -> AsyncGenerator[Connection, None]:
-    """Open a channel to HOST:PORT while the body runs; arguments and errors as those of `connect`."""
-    if token and not credentials and not plaintext_token and not _is_local(target):
-        raise ValueError(
-            f"the token would be sent to {target} in plain text; give credentials, or plaintext_token=True"
-        )
+def open_channel(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """Return a channel to HOST:PORT; plain text without credentials."""
     options = [*OPTIONS, *BACKOFF]
-    channel = (
-        grpc.aio.secure_channel(target, credentials, options=options)
-        if credentials
-        else grpc.aio.insecure_channel(target, options=options)
-    )
-    async with channel:
-        yield Connection(pb_grpc.AvatarServiceStub(channel), [("authorization", f"Bearer {token}")] if token else [])
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, credentials, options=options)
 
 
-def _is_local(target: str) -> bool:
+def is_local(target: str) -> bool:
     """Return whether a connection to HOST:PORT stays on this machine."""
     host = target.rpartition(":")[0].rpartition("/")[2].strip("[]")
     try:

@@ -10,7 +10,7 @@ from typing import Literal
 import grpc
 
 from avatar.aio import background
-from avatar.client.connection import CALL_S, Connection, open_connection
+from avatar.client.connection import CALL_S, Connection, is_local, open_channel
 from avatar.client.items import Interrupted, interrupted_from_pb
 from avatar.client.stream import AudioSource, Stream
 from avatar.errors import AvatarError
@@ -48,8 +48,12 @@ async def connect(
     plaintext_token: allow the token in plain text to another machine, for networks that encrypt by other means.
     Raises ValueError if a token would leave this machine in plain text.
     """
-    async with open_connection(target, credentials, token, plaintext_token=plaintext_token) as connection:
-        yield Avatar(connection)
+    if token and not credentials and not plaintext_token and not is_local(target):
+        raise ValueError(
+            f"the token would be sent to {target} in plain text; give credentials, or plaintext_token=True"
+        )
+    async with open_channel(target, credentials) as channel:
+        yield Avatar(Connection(channel, token))
 
 
 class Avatar:
