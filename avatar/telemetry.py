@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opentelemetry import metrics, trace
-from opentelemetry.trace import Link, SpanContext
+from opentelemetry.trace import Link
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pythonjsonlogger.json import JsonFormatter
 
@@ -148,11 +148,11 @@ def block_span(
     BLOCK_DURATION.record((end_ns - start_ns) / 1e9, labels)
     if waited_s is not None:
         BLOCK_WAIT.record(waited_s, labels)
-    links = [Link(context)] if (context := _span_context(link)).is_valid else []
+    session = trace.get_current_span(_propagator.extract({"traceparent": link})).get_span_context()
     span = _tracer.start_span(
         f"avatar.{stage}",
         context=_propagator.extract({"traceparent": parent}) if parent else None,
-        links=links,
+        links=[Link(session)] if session.is_valid else [],
         start_time=start_ns,
         attributes={**{f"avatar.{key}": value for key, value in labels.items()}, "avatar.block.index": index},
     )
@@ -173,7 +173,3 @@ def _traceparent(span: trace.Span) -> str:
     carrier: dict[str, str] = {}
     _propagator.inject(carrier, trace.set_span_in_context(span))
     return carrier.get("traceparent", "")
-
-
-def _span_context(traceparent: str) -> SpanContext:
-    return trace.get_current_span(_propagator.extract({"traceparent": traceparent})).get_span_context()

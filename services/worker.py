@@ -1,12 +1,11 @@
 """The process of a worker: its device, dtype, session store and server."""
 
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import grpc
 import torch
 
 from avatar import telemetry
@@ -25,17 +24,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class WorkerProcess:
-    """A worker's session store and device queue, to build its service from, and its server."""
+    """A worker's session store and device queue, to build its service from; `serving` serves it while the body runs."""
 
-    settings: WorkerSettings
     store: SessionStore
     queue: DeviceQueue
-    credentials: grpc.ServerCredentials | None
-
-    def serving(self, servicer: Servicer) -> AbstractAsyncContextManager[int]:
-        """Serve while the body runs."""
-        settings = self.settings
-        return serving(settings.listen, servicer, drain_s=settings.drain_s, credentials=self.credentials)
+    serving: Callable[[Servicer], AbstractAsyncContextManager[int]]
 
 
 @asynccontextmanager
@@ -50,7 +43,8 @@ async def worker_process(service: str, settings: WorkerSettings) -> AsyncGenerat
     store = SessionStore(RedisHashes(settings.redis_url))
     try:
         with open_device_queue(settings) as queue:
-            yield WorkerProcess(settings, store, queue, credentials)
+            serve = partial(serving, settings.listen, drain_s=settings.drain_s, credentials=credentials)
+            yield WorkerProcess(store, queue, serve)
     finally:
         await store.aclose()
 

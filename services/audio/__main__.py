@@ -2,12 +2,11 @@
 
 import os
 
-from avatar.audio.model import load
+from avatar.audio import model
 from avatar.checkpoints.layouts import open_part
 from avatar.rpc.server import until_stopped
 from avatar.runtime.device_queue import DeviceQueue
-from avatar.settings import AudioSettings
-from avatar.settings import load as load_settings
+from avatar.settings import AudioSettings, load
 from services.audio.service import AudioServicer
 from services.process import run
 from services.worker import device_and_dtype, worker_process
@@ -17,14 +16,14 @@ def build(settings: AudioSettings, queue: DeviceQueue) -> AudioServicer:
     """Build the service over the checkpoint's audio encoder, and warm it up."""
     part = open_part(settings.checkpoint, "audio")
     device, dtype = device_and_dtype(settings)
-    audio = load(part, device=device, dtype=dtype)
+    audio = model.load(part, device=device, dtype=dtype)
     servicer = AudioServicer(audio, part.config["encoder"], part.digest(), queue, settings.capacity)
     queue.submit(servicer.warm).result()
     return servicer
 
 
 async def main() -> None:
-    settings = load_settings(AudioSettings, os.environ)
+    settings = load(AudioSettings, os.environ)
     async with worker_process("audio", settings) as worker, worker.serving(build(settings, worker.queue)):
         await until_stopped()
 

@@ -8,8 +8,7 @@ from avatar.aio import background
 from avatar.handoff.chain import Chain, join_chain
 from avatar.rpc.server import until_stopped
 from avatar.runtime.device_queue import DeviceQueue
-from avatar.settings import DenoiserSettings
-from avatar.settings import load as load_settings
+from avatar.settings import DenoiserSettings, load
 from avatar.store.sessions import SessionStore
 from services.denoiser.loading import latent_sizes, load_denoisers
 from services.denoiser.service import DenoiserServicer
@@ -29,7 +28,7 @@ def build(settings: DenoiserSettings, store: SessionStore, queue: DeviceQueue) -
 
 
 async def main() -> None:
-    settings = load_settings(DenoiserSettings, os.environ)
+    settings = load(DenoiserSettings, os.environ)
     async with worker_process("denoiser", settings) as worker, AsyncExitStack() as stack:
         servicer = build(settings, worker.store, worker.queue)
         if settings.chain:

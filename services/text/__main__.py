@@ -5,10 +5,9 @@ import os
 from avatar.checkpoints.layouts import open_part
 from avatar.rpc.server import until_stopped
 from avatar.runtime.device_queue import DeviceQueue
-from avatar.settings import TextSettings
-from avatar.settings import load as load_settings
+from avatar.settings import TextSettings, load
 from avatar.store.sessions import SessionStore
-from avatar.text.model import load
+from avatar.text import model
 from services.process import run
 from services.text.service import TextServicer
 from services.worker import device_and_dtype, worker_process
@@ -18,12 +17,12 @@ def build(settings: TextSettings, store: SessionStore, queue: DeviceQueue) -> Te
     """Build the service over the checkpoint's text encoder. ValueError if the checkpoint has none."""
     part = open_part(settings.checkpoint, "text")
     device, dtype = device_and_dtype(settings)
-    text = load(part, device=device, dtype=dtype)
+    text = model.load(part, device=device, dtype=dtype)
     return TextServicer(text, part.digest(), store, queue, settings.capacity, settings.embedding_ttl_s)
 
 
 async def main() -> None:
-    settings = load_settings(TextSettings, os.environ)
+    settings = load(TextSettings, os.environ)
     async with (
         worker_process("text", settings) as worker,
         worker.serving(build(settings, worker.store, worker.queue)),

@@ -5,10 +5,9 @@ import os
 from avatar.checkpoints.layouts import open_part
 from avatar.rpc.server import until_stopped
 from avatar.runtime.device_queue import DeviceQueue
-from avatar.settings import VaeSettings
-from avatar.settings import load as load_settings
+from avatar.settings import VaeSettings, load
 from avatar.store.sessions import SessionStore
-from avatar.vae.vae import load
+from avatar.vae import vae
 from services.process import run
 from services.vae.service import VaeServicer
 from services.worker import device_and_dtype, worker_process
@@ -18,14 +17,14 @@ def build(settings: VaeSettings, store: SessionStore, queue: DeviceQueue) -> Vae
     """Build the service over the checkpoint's VAE, and warm it up."""
     part = open_part(settings.checkpoint, "vae")
     device, dtype = device_and_dtype(settings)
-    vae = load(part, device=device, dtype=dtype)
-    servicer = VaeServicer(vae, part.digest(), store, queue, settings.capacity)
+    model = vae.load(part, device=device, dtype=dtype)
+    servicer = VaeServicer(model, part.digest(), store, queue, settings.capacity)
     queue.submit(servicer.warm).result()
     return servicer
 
 
 async def main() -> None:
-    settings = load_settings(VaeSettings, os.environ)
+    settings = load(VaeSettings, os.environ)
     async with (
         worker_process("vae", settings) as worker,
         worker.serving(build(settings, worker.store, worker.queue)),
