@@ -32,9 +32,14 @@ async def connected(target: str, credentials: grpc.ChannelCredentials | None = N
         yield pb_grpc.AvatarServiceStub(channel)
 
 
+async def new_reference(stub: Stub, picture: bytes, **fields: Any) -> types.Reference:
+    """Create a reference of a picture. fields: of CreateReferenceRequest."""
+    return (await stub.CreateReference(pb.CreateReferenceRequest(picture=picture, **fields), timeout=60)).reference
+
+
 async def new_session(stub: Stub, picture: bytes, **fields: Any) -> types.Session:
     """Create a session of a picture. fields: of CreateSessionRequest."""
-    reference = (await stub.CreateReference(pb.CreateReferenceRequest(picture=picture), timeout=30)).reference
+    reference = await new_reference(stub, picture)
     request = pb.CreateSessionRequest(reference_id=reference.id, **fields)
     return (await stub.CreateSession(request, timeout=10)).session
 
@@ -53,7 +58,11 @@ class Streamed:
     def pixels(self) -> list[bytes]:
         return [frame.data for frame in self.frames]
 
-    def take(self, response: pb.StreamAvatarResponse) -> None:
+    @property
+    def indexes(self) -> list[int]:
+        return [frame.index for frame in self.frames]
+
+    def add(self, response: pb.StreamAvatarResponse) -> None:
         """Record a message."""
         match response.WhichOneof("part"):
             case "frame":
@@ -90,27 +99,52 @@ async def stream(stub: Stub, requests: Iterable[pb.StreamAvatarRequest], timeout
     call = stub.StreamAvatar(timeout=timeout_s)
     status = CallStatus(call)
     first, *others = requests
-    out = Streamed()
     try:
         await call.write(first)
         await answer(call)  # audio may be sent once the stream is open
-        async with background(_send(call, others)):
-            for response in await rest(call):
-                out.take(response)
+        async with background(_send_all(call, others)):
+            return await finish(call, ())
     except grpc.aio.AioRpcError as error:
         raise status.instead_of(error) from None
-    return out
 
 
-async def _send(call: Call, requests: Iterable[pb.StreamAvatarRequest]) -> None:
-    for request in requests:
-        await call.write(request)
+async def _send_all(call: Call, requests: Iterable[pb.StreamAvatarRequest]) -> None:
+    await send(call, requests)
     await call.done_writing()
 
 
 async def speak(stub: Stub, session_id: str, data: bytes) -> Streamed:
     """Run a whole stream: open, audio, close."""
     return await stream(stub, [opening(session_id), *pieces(data), CLOSE])
+
+
+async def open_stream(stub: Stub, session_id: str, **fields: Any) -> tuple[Call, pb.AvatarOpened]:
+    """Open a stream; return the call and its first message. fields: of OpenAvatar."""
+    call = stub.StreamAvatar(timeout=60)
+    await call.write(opening(session_id, **fields))
+    return call, (await answer(call)).opened
+
+
+async def send(call: Call, requests: Iterable[pb.StreamAvatarRequest]) -> None:
+    for request in requests:
+        await call.write(request)
+
+
+async def read_frames(call: Call, streamed: Streamed, num_frames: int) -> None:
+    """Record a call's messages until there are so many frames."""
+    while len(streamed.frames) < num_frames:
+        streamed.add(await answer(call))
+
+
+async def finish(
+    call: Call, requests: Iterable[pb.StreamAvatarRequest] = (CLOSE,), streamed: Streamed | None = None
+) -> Streamed:
+    """Send the requests, and record all messages until the end. Raises AioRpcError if it is an error."""
+    streamed = streamed or Streamed()
+    await send(call, requests)
+    for response in await rest(call):
+        streamed.add(response)
+    return streamed
 
 
 async def answer(call: Call) -> pb.StreamAvatarResponse:

@@ -12,7 +12,7 @@ import psutil
 from redis.asyncio import Redis
 
 from services.local.processes import Suite, free_ports, start_redis, until_healthy
-from tests.chaos.proxy import Proxy, proxied
+from tests.proxy import Proxy, proxied
 from tests.services.local.test_launch import active_streams
 
 WORKERS = {stage: (f"{stage}-0", f"{stage}-1") for stage in ("audio", "denoiser", "vae")}

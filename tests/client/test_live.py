@@ -12,8 +12,8 @@ from avatar.client import Audio, Frame, Item, Notice, PlaybackFinished, Playback
 from avatar.client import stream as client_stream
 from avatar.errors import ConnectionLost
 from avatar.store.sessions import SessionStore
-from tests.chaos.proxy import Proxy, proxied
 from tests.conftest import speech
+from tests.proxy import Proxy, proxied
 from tests.standin import standin_gateway
 
 

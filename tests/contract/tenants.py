@@ -1,4 +1,4 @@
-"""A gateway of our own with two tenants, over TLS; its workers ask for certificates."""
+"""A gateway with two tenants, which serves TLS and whose workers require certificates."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ ACME, GLOBEX = "acme's token", "globex's token"
 
 
 @dataclass
-class Gateway:
-    """A gateway with tenants. target: HOST:PORT. store: where its sessions are."""
+class TenantGateway:
+    """A running gateway with tenants. target: HOST:PORT. store: of its sessions. trust: for a channel to it."""
 
     target: str
     store: SessionStore
     trust: grpc.ChannelCredentials
 
-    def called(self, token: str | None) -> AbstractAsyncContextManager[Stub]:
-        """A stub whose calls carry a token."""
+    def connected(self, token: str | None) -> AbstractAsyncContextManager[Stub]:
+        """Connect a stub whose calls carry the token."""
         if token is None:
             return connected(self.target, self.trust)
         bearer = grpc.access_token_call_credentials(token)
@@ -38,14 +38,14 @@ class Gateway:
 
 
 @asynccontextmanager
-async def tenanted(
-    checkpoint: Path, tmp_path: Path, quotas: str, store: SessionStore, redis_url: str
-) -> AsyncGenerator[Gateway, None]:
-    """A gateway of two tenants, acme with quotas; its files are made in tmp_path."""
-    tenants = tmp_path / "tenants.toml"
+async def gateway_with_tenants(
+    checkpoint: Path, folder: Path, quotas: str, store: SessionStore, redis_url: str
+) -> AsyncGenerator[TenantGateway, None]:
+    """Run a gateway with two tenants, acme with quotas. folder: of the files that it needs."""
+    tenants = folder / "tenants.toml"
     acme, globex = (hashlib.sha256(token.encode()).hexdigest() for token in (ACME, GLOBEX))
     tenants.write_text(f'[acme]\ntokens = ["{acme}"]\n{quotas}\n[globex]\ntokens = ["{globex}"]')
-    authority = Authority(tmp_path)
+    authority = Authority(folder)
     edge, worker, client = (authority.issue(name, "127.0.0.1") for name in ("edge", "worker", "client"))
     settings = GatewaySettings(
         listen="127.0.0.1:0",
@@ -59,4 +59,4 @@ async def tenanted(
     )
     of_workers: dict[str, Any] = {"tls_cert": worker.cert, "tls_key": worker.key, "tls_client_ca": authority.ca}
     async with suite(checkpoint, store, settings, **of_workers) as target:
-        yield Gateway(target, store, channel_credentials(authority.ca))
+        yield TenantGateway(target, store, channel_credentials(authority.ca))

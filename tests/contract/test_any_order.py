@@ -1,4 +1,4 @@
-"""Messages in any order, legal or not: all are answered, or refused as documented; nothing hangs, nothing leaks."""
+"""Random orders of messages, legal or not: each is answered or refused as documented, and nothing hangs or leaks."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ MESSAGES = {
     "empty": pb.StreamAvatarRequest(),
     "open": opening("another"),
 }
-SENSIBLE = strategies.sampled_from(["speech", "speech", "speech", "end", "interrupt"])
+VALID = strategies.sampled_from(["speech", "speech", "speech", "end", "interrupt"])
 
 
 class Gateway:
-    """A gateway, its loop, and how many streams its workers have open."""
+    """A suite with room for two streams, and the event loop that it runs in."""
 
     def __init__(self, checkpoint: Path, redis_url: str) -> None:
         self.runner = asyncio.Runner()
@@ -69,7 +69,7 @@ class Gateway:
 
 
 async def read(call: Any) -> grpc.StatusCode:
-    """Read a call until it ends; its status."""
+    """Read a call to its end; return its status."""
     try:
         while isinstance(await call.read(), pb.StreamAvatarResponse):
             pass
@@ -82,7 +82,7 @@ async def read(call: Any) -> grpc.StatusCode:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """One session and the streams that a client opens of it."""
+    """One session, and the streams that a client opens of it."""
 
     gateway: Gateway
 
@@ -96,15 +96,15 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(mode=MODES, per_block=strategies.booleans(), return_audio=strategies.booleans())
     def open(self, mode: Any, per_block: bool, return_audio: bool) -> None:
         output = types.VideoOutput(per_block=per_block)
-        self._begin(opening(self.session.id, mode=mode, output=output, return_audio=return_audio))
+        self._start_call(opening(self.session.id, mode=mode, output=output, return_audio=return_audio))
 
     @rule(next_frame=strategies.sampled_from([0, 3, 4, 15, 1000]))
     def resume(self, next_frame: int) -> None:
         resume = pb.ResumeAvatar(next_frame=next_frame)
-        self._begin(pb.StreamAvatarRequest(open=pb.OpenAvatar(session_id=self.session.id, resume=resume)))
+        self._start_call(pb.StreamAvatarRequest(open=pb.OpenAvatar(session_id=self.session.id, resume=resume)))
 
     @precondition(lambda self: self.calls)
-    @rule(name=SENSIBLE)
+    @rule(name=VALID)
     def send(self, name: str) -> None:
         self.gateway.run(self._write(self.calls[-1], MESSAGES[name]))
 
@@ -118,10 +118,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.gateway.run(asyncio.sleep(seconds))
 
     @precondition(lambda self: self.calls)
-    @rule(is_rude=strategies.booleans())
-    def leave(self, is_rude: bool) -> None:
+    @rule(is_abrupt=strategies.booleans())
+    def leave(self, is_abrupt: bool) -> None:
         call = self.calls[-1]
-        if is_rude:
+        if is_abrupt:
             call.cancel()
         else:
             self.gateway.run(self._end(call))
@@ -141,31 +141,31 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.gateway.run(self._ended()) <= CODES
 
     async def _ended(self) -> set[grpc.StatusCode]:
-        """End all streams, and find everything free again; how they ended."""
+        """End all streams, check that their resources are free, and return their statuses."""
         for call in self.calls:
             await self._end(call)
         codes = set(await asyncio.gather(*self.reading))
         await asyncio.sleep(SETTINGS.resume_s + 0.1)
-        # Two streams are all that the workers take: nothing is held any more.
+        # The workers have room for two streams: none of the earlier ones is open.
         portrait = (ASSETS / "portrait.png").read_bytes()
         sessions = [await new_session(self.gateway.stub, portrait) for _ in range(2)]
         await asyncio.gather(*(speak(self.gateway.stub, session.id, bytes(4000)) for session in sessions))
         async with asyncio.timeout(2):
             while len(asyncio.all_tasks()) > self.gateway.num_tasks:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)  # the last handlers end by themselves
+                await asyncio.sleep(0.05)  # the last handlers end without a signal
         return codes
 
-    def _begin(self, first: pb.StreamAvatarRequest) -> None:
-        async def begin() -> Any:
+    def _start_call(self, first: pb.StreamAvatarRequest) -> None:
+        async def start() -> Any:
             call = self.gateway.stub.StreamAvatar(timeout=WAIT_S)
             await self._write(call, first)
             self.reading.append(asyncio.ensure_future(read(call)))
             return call
 
-        self.calls.append(self.gateway.run(begin()))
+        self.calls.append(self.gateway.run(start()))
 
     async def _write(self, call: Any, request: pb.StreamAvatarRequest) -> None:
-        # Where the call has ended, its status is told to who reads.
+        # If the call has ended, its reader gets the status.
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
             await call.write(request)
 
@@ -174,7 +174,7 @@ class AnyOrder(RuleBasedStateMachine):
             await call.done_writing()
 
 
-def test_any_order_is_answered_or_refused_and_nothing_is_left(checkpoint: Path, redis: str) -> None:
+def test_messages_in_any_order_are_answered_or_refused_and_leave_nothing_behind(checkpoint: Path, redis: str) -> None:
     gateway = Gateway(checkpoint, redis)
     try:
         AnyOrder.gateway = gateway

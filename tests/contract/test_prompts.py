@@ -1,4 +1,4 @@
-"""Prompts, where the deployment knows text; what one without does stands with the sessions."""
+"""Prompts at a deployment with a text encoder; test_sessions.py has the refusals of one without."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
-from grpc import StatusCode
 
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from services.local.suite import suite
 from tests.conftest import speech
-from tests.contract.refusals import refused
 from tests.product import Stub, connected, new_session, speak
+from tests.refusals import refused
 
 PROMPT = "a person who smiles"
 
@@ -27,7 +26,7 @@ async def stub(
     if given := request.config.getoption("--target"):
         async with connected(given) as stub:
             if not (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).prompts:
-                pytest.skip("this deployment takes no prompts")
+                pytest.skip("this deployment has no text encoder")
             yield stub
     else:
         settings = GatewaySettings(listen="127.0.0.1:0")
@@ -35,14 +34,7 @@ async def stub(
             yield stub
 
 
-async def test_capabilities_say_that_prompts_are_taken(stub: Stub) -> None:
-    told = await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)
-    assert told.prompts
-    assert told.max_prompt_bytes > 0
-
-
-async def test_a_prompt_changes_the_frames(stub: Stub, portrait: bytes) -> None:
-    """Sessions that are alike in all else."""
+async def test_a_prompt_changes_the_frames_of_otherwise_equal_sessions(stub: Stub, portrait: bytes) -> None:
     prompts = ["", PROMPT, PROMPT, "a person who weeps"]
     sessions = [await new_session(stub, portrait, seed=1, prompt=prompt) for prompt in prompts]
     none, one, same, other = [(await speak(stub, session.id, speech(0.96))).pixels for session in sessions]
@@ -50,16 +42,19 @@ async def test_a_prompt_changes_the_frames(stub: Stub, portrait: bytes) -> None:
     assert len({tuple(pixels) for pixels in (none, one, other)}) == 3
 
 
-@pytest.mark.parametrize("prompt", [" \n ", "日本 😀", "\x00", "<b>&amp;", "word " * 1000])
-async def test_any_text_is_a_prompt(stub: Stub, portrait: bytes, prompt: str) -> None:
-    session = await new_session(stub, portrait, prompt=prompt)
-    assert (await speak(stub, session.id, speech(0.48))).frames
+async def test_any_text_is_a_prompt(stub: Stub, portrait: bytes) -> None:
+    for prompt in (" \n ", "日本 😀", "\x00", "<b>&amp;", "word " * 1000):
+        session = await new_session(stub, portrait, prompt=prompt)
+        assert (await speak(stub, session.id, speech(0.48))).frames
 
 
-async def test_a_prompt_over_the_limit_is_refused(stub: Stub, portrait: bytes) -> None:
-    limit = (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).max_prompt_bytes
+async def test_a_prompt_over_the_limit_is_refused(
+    stub: Stub, portrait: bytes, capabilities: pb.GetCapabilitiesResponse
+) -> None:
+    assert capabilities.prompts
+    limit = capabilities.max_prompt_bytes
     await new_session(stub, portrait, prompt="a" * limit)
     for prompt in ("a" * (limit + 1), "é" * (limit // 2 + 1)):
-        async with refused(StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE") as refusal:
+        async with refused("MESSAGE_TOO_LARGE") as refusal:
             await new_session(stub, portrait, prompt=prompt)
         assert str(limit) in refusal.message

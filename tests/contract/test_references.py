@@ -1,17 +1,17 @@
-"""References: what a picture must be, and that it is named by its content."""
+"""References: pictures that are accepted, and names that depend on the content alone."""
 
 from __future__ import annotations
 
 from io import BytesIO
+from typing import Any
 
 import pytest
-from grpc import StatusCode
 from PIL import Image
 
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
-from tests.contract.refusals import refused
-from tests.product import Stub
+from tests.product import Stub, new_reference
+from tests.refusals import refused
 
 
 def picture_file(width: int, height: int, kind: str = "PNG") -> bytes:
@@ -20,9 +20,8 @@ def picture_file(width: int, height: int, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-async def test_the_same_picture_gives_the_same_reference(stub: Stub, portrait: bytes) -> None:
-    request = pb.CreateReferenceRequest(picture=portrait)
-    first, second = [(await stub.CreateReference(request, timeout=60)).reference for _ in range(2)]
+async def test_equal_pictures_give_one_reference(stub: Stub, portrait: bytes) -> None:
+    first, second = [await new_reference(stub, portrait) for _ in range(2)]
     assert first.id == second.id
     kept = (await stub.GetReference(pb.GetReferenceRequest(reference_id=first.id), timeout=10)).reference
     assert (kept.id, kept.width, kept.height, kept.fit) == (first.id, first.width, first.height, first.fit)
@@ -31,16 +30,15 @@ async def test_the_same_picture_gives_the_same_reference(stub: Stub, portrait: b
 
 
 async def test_another_fit_gives_another_reference(stub: Stub, portrait: bytes) -> None:
-    requests = [pb.CreateReferenceRequest(picture=portrait, fit=fit) for fit in (types.FIT_COVER, types.FIT_REFERENCE)]
-    references = [(await stub.CreateReference(request, timeout=60)).reference for request in requests]
+    fits = [types.FIT_COVER, types.FIT_REFERENCE]
+    references = [await new_reference(stub, portrait, fit=fit) for fit in fits]
     assert references[0].id != references[1].id
-    assert [reference.fit for reference in references] == [types.FIT_COVER, types.FIT_REFERENCE]
+    assert [reference.fit for reference in references] == fits
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
-async def test_jpeg_and_webp_are_taken(stub: Stub, kind: str) -> None:
-    request = pb.CreateReferenceRequest(picture=picture_file(96, 96, kind))
-    assert (await stub.CreateReference(request, timeout=60)).reference.id
+async def test_jpeg_and_webp_are_accepted(stub: Stub, kind: str) -> None:
+    assert (await new_reference(stub, picture_file(96, 96, kind))).id
 
 
 @pytest.mark.parametrize(
@@ -54,52 +52,47 @@ async def test_jpeg_and_webp_are_taken(stub: Stub, kind: str) -> None:
         pytest.param(picture_file(200, 200, "JPEG")[:700], "damaged or cut short", id="truncated jpeg"),
     ],
 )
-async def test_a_bad_picture_is_refused_with_the_field_named(
-    stub: Stub, portrait: bytes, picture: bytes, words: str
-) -> None:
-    async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
-        await stub.CreateReference(pb.CreateReferenceRequest(picture=picture), timeout=60)
+async def test_a_bad_picture_is_refused_with_its_field(stub: Stub, portrait: bytes, picture: bytes, words: str) -> None:
+    async with refused("INVALID_FIELD") as refusal:
+        await new_reference(stub, picture)
     assert refusal.fields == ["picture"]
     assert words in refusal.message
-    assert (await stub.CreateReference(pb.CreateReferenceRequest(picture=portrait), timeout=60)).reference.id
+    assert (await new_reference(stub, portrait)).id
 
 
-async def test_a_picture_over_the_limit_is_refused(stub: Stub) -> None:
-    limit = (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).max_picture_bytes
-    async with refused(StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE") as refusal:
-        await stub.CreateReference(pb.CreateReferenceRequest(picture=bytes(limit + 1)), timeout=60)
+async def test_a_picture_over_the_limit_is_refused(stub: Stub, capabilities: pb.GetCapabilitiesResponse) -> None:
+    limit = capabilities.max_picture_bytes
+    async with refused("MESSAGE_TOO_LARGE") as refusal:
+        await new_reference(stub, bytes(limit + 1))
     assert str(limit) in refusal.message
 
 
-async def test_a_size_that_is_not_to_be_had_is_refused(stub: Stub, portrait: bytes) -> None:
-    async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
-        await stub.CreateReference(pb.CreateReferenceRequest(picture=portrait, width=100, height=7), timeout=60)
-    assert refusal.fields == ["width"]
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"width": 100, "height": 7}, ["width"]),
+        ({"area": 1}, ["area"]),
+        ({"area": 1 << 31}, ["area"]),
+        ({"area": 4096, "width": 64, "height": 64}, ["area"]),
+        ({"fit": 99}, ["fit"]),
+    ],
+    ids=str,
+)
+async def test_an_unsupported_size_or_fit_is_refused_with_its_field(
+    stub: Stub, portrait: bytes, fields: dict[str, Any], named: list[str]
+) -> None:
+    async with refused("INVALID_FIELD") as refusal:
+        await new_reference(stub, portrait, **fields)
+    assert refusal.fields == named
 
 
-@pytest.mark.parametrize(("area", "side"), [(1, 0), (1 << 31, 0), (4096, 64)])
-async def test_an_area_that_is_not_to_be_had_is_refused(stub: Stub, portrait: bytes, area: int, side: int) -> None:
-    request = pb.CreateReferenceRequest(picture=portrait, area=area, width=side, height=side)
-    async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"):
-        await stub.CreateReference(request, timeout=60)
-
-
-async def test_an_unknown_fit_is_refused(stub: Stub, portrait: bytes) -> None:
-    async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
-        await stub.CreateReference(
-            pb.CreateReferenceRequest(picture=portrait, fit=99),  # type: ignore[arg-type]
-            timeout=60,
-        )
-    assert refusal.fields == ["fit"]
-
-
-async def test_a_deleted_reference_is_gone_and_its_sessions_are_not(stub: Stub, portrait: bytes) -> None:
-    picture = pb.CreateReferenceRequest(picture=portrait)
-    reference = (await stub.CreateReference(picture, timeout=60)).reference
-    session = (await stub.CreateSession(pb.CreateSessionRequest(reference_id=reference.id), timeout=10)).session
+async def test_sessions_outlive_their_deleted_reference(stub: Stub, portrait: bytes) -> None:
+    reference = await new_reference(stub, portrait)
+    create = pb.CreateSessionRequest(reference_id=reference.id)
+    session = (await stub.CreateSession(create, timeout=10)).session
     await stub.DeleteReference(pb.DeleteReferenceRequest(reference_id=reference.id), timeout=10)
-    async with refused(StatusCode.NOT_FOUND, "REFERENCE_NOT_FOUND"):
+    async with refused("REFERENCE_NOT_FOUND"):
         await stub.GetReference(pb.GetReferenceRequest(reference_id=reference.id), timeout=10)
-    async with refused(StatusCode.NOT_FOUND, "REFERENCE_NOT_FOUND"):
-        await stub.CreateSession(pb.CreateSessionRequest(reference_id=reference.id), timeout=10)
+    async with refused("REFERENCE_NOT_FOUND"):
+        await stub.CreateSession(create, timeout=10)
     assert (await stub.GetSession(pb.GetSessionRequest(session_id=session.id), timeout=10)).session.id == session.id

@@ -1,4 +1,4 @@
-"""A connection that breaks, a client that does not read, and a gateway that stops."""
+"""Connections that break and resume, clients that do not read, and gateways that stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from grpc import StatusCode
 
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
@@ -19,7 +18,6 @@ from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 from services.local.suite import suite
 from tests.conftest import speech
-from tests.contract.refusals import refused
 from tests.product import (
     CLOSE,
     Call,
@@ -27,38 +25,36 @@ from tests.product import (
     Stub,
     answer,
     connected,
+    finish,
     frame,
     new_session,
-    opening,
+    open_stream,
     pieces,
+    read_frames,
     rest,
+    send,
     speak,
 )
+from tests.refusals import refused
 
 LIVE = pb.OpenAvatar.MODE_LIVE
-# What a client takes before it reads.
+# Options of a channel that buffers little before its client reads.
 SMALL = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
 SETTINGS = GatewaySettings(listen="127.0.0.1:0", resume_s=2.0, max_unread_s=0.5)
 
 
 @pytest.fixture
 async def target(checkpoint: Path, store: SessionStore) -> AsyncGenerator[str, None]:
-    """A gateway that waits for nobody long."""
+    """A gateway with short timeouts."""
     async with suite(checkpoint, store, SETTINGS) as target:
         yield target
 
 
-async def begun(stub: Stub, session_id: str, **options: Any) -> Call:
+async def resume(stub: Stub, session_id: str, next_frame: int, **options: Any) -> tuple[Call, pb.AvatarOpened]:
+    """Resume a stream as it was opened, or with these options."""
+    opening = pb.OpenAvatar(session_id=session_id, resume=pb.ResumeAvatar(next_frame=next_frame), **options)
     call = stub.StreamAvatar(timeout=60)
-    await call.write(opening(session_id, **options))
-    await answer(call)
-    return call
-
-
-async def resumed(stub: Stub, session_id: str, next_frame: int) -> tuple[Call, pb.AvatarOpened]:
-    call = stub.StreamAvatar(timeout=60)
-    resume = pb.ResumeAvatar(next_frame=next_frame)
-    await call.write(pb.StreamAvatarRequest(open=pb.OpenAvatar(session_id=session_id, resume=resume)))
+    await call.write(pb.StreamAvatarRequest(open=opening))
     return call, (await answer(call)).opened
 
 
@@ -77,129 +73,116 @@ async def test_a_resumed_stream_has_the_frames_of_an_unbroken_one(stub: Stub, po
     data = speech(1.92)
     whole = await speak(stub, (await new_session(stub, portrait, seed=1)).id, data)
     session = await new_session(stub, portrait, seed=1)
-    call = await begun(stub, session.id)
-    for request in pieces(data[:40000]):
-        await call.write(request)
-    pixels = [(await frame(call)).data for _ in range(5)]
+    call, _ = await open_stream(stub, session.id)
+    await send(call, pieces(data[:40000]))
+    streamed = Streamed()
+    await read_frames(call, streamed, 5)
     if ending == "cancel":
         call.cancel()
     elif ending == "done_writing":
         await call.done_writing()
-        async with refused(StatusCode.CANCELLED, "CONNECTION_LOST"):
+        async with refused("CONNECTION_LOST"):
             await rest(call)
         assert await state(stub, session.id) == types.Session.STATE_DETACHED
-    again, told = await resumed(stub, session.id, 3 + len(pixels))
+    again, opened = await resume(stub, session.id, 8)
     assert await state(stub, session.id) == types.Session.STATE_STREAMING
-    for request in [*pieces(data[2 * told.num_samples :]), CLOSE]:
-        await again.write(request)
-    got = Streamed()
-    for response in await rest(again):
-        got.take(response)
-    assert [each.index for each in got.frames] == list(range(8, 48))
-    assert pixels + got.pixels == whole.pixels
-    assert got.closed.num_frames == 45
+    await finish(again, [*pieces(data[2 * opened.num_samples :]), CLOSE], streamed)
+    assert streamed.indexes == list(range(3, 48))
+    assert streamed.pixels == whole.pixels
+    assert streamed.closed.num_frames == 45
     if ending == "half-open":
-        async with refused(StatusCode.CANCELLED, "CONNECTION_LOST"):
+        async with refused("CONNECTION_LOST"):
             await rest(call)
 
 
-async def test_a_frame_that_is_no_longer_kept_or_not_yet_sent_cannot_be_resumed_from(
-    stub: Stub, portrait: bytes
-) -> None:
+async def test_only_a_kept_frame_can_be_resumed_from(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
-    call = await begun(stub, session.id)
-    for request in pieces(speech(4.8)):
-        await call.write(request)
-    for _ in range(80):
-        await frame(call)
-    async with refused(StatusCode.OUT_OF_RANGE, "RESUME_IMPOSSIBLE"):
-        await resumed(stub, session.id, 3)
-    async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
-        await resumed(stub, session.id, 1 << 40)
+    call, _ = await open_stream(stub, session.id)
+    await send(call, pieces(speech(4.8)))
+    await read_frames(call, Streamed(), 80)
+    async with refused("RESUME_IMPOSSIBLE"):
+        await resume(stub, session.id, 3)
+    async with refused("INVALID_FIELD") as refusal:
+        await resume(stub, session.id, 1 << 40)
     assert refusal.fields == ["open.resume.next_frame"]
-    assert (await frame(call)).index == 83, "the stream that is open does not notice"
+    assert (await frame(call)).index == 83, "the open stream is not disturbed"
 
 
-async def test_a_session_that_nobody_resumes_is_closed(stub: Stub, portrait: bytes) -> None:
+async def test_a_session_closes_if_it_is_not_resumed_in_time(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
-    call = await begun(stub, session.id, mode=LIVE)
+    call, _ = await open_stream(stub, session.id, mode=LIVE)
     await frame(call)
     call.cancel()
     await until_closed(stub, session.id)
-    for options in ({}, {"resume": pb.ResumeAvatar(next_frame=3)}):
-        async with refused(StatusCode.FAILED_PRECONDITION, "SESSION_CLOSED"):
-            await begun(stub, session.id, **options)
+    async with refused("SESSION_CLOSED"):
+        await open_stream(stub, session.id)
+    async with refused("SESSION_CLOSED"):
+        await resume(stub, session.id, 3)
 
 
-async def test_who_resumes_may_not_choose_otherwise(stub: Stub, portrait: bytes) -> None:
+async def test_a_resumption_with_other_options_is_refused(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
-    call = await begun(stub, session.id, mode=LIVE)
-    again = stub.StreamAvatar(timeout=10)
-    resume = pb.ResumeAvatar(next_frame=3)
-    await again.write(opening(session.id, mode=pb.OpenAvatar.MODE_OFFLINE, resume=resume))
-    async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
-        await rest(again)
+    call, _ = await open_stream(stub, session.id, mode=LIVE)
+    async with refused("INVALID_FIELD") as refusal:
+        await resume(stub, session.id, 3, mode=pb.OpenAvatar.MODE_OFFLINE)
     assert refusal.fields == ["open.mode"]
     assert (await frame(call)).index == 3
 
 
 @pytest.mark.parametrize("mode", [LIVE, pb.OpenAvatar.MODE_OFFLINE])
-async def test_a_client_that_does_not_read_is_told_and_let_go_and_others_go_on(
-    checkpoint: Path, store: SessionStore, portrait: bytes, mode: pb.OpenAvatar.Mode.ValueType
+async def test_a_client_that_does_not_read_is_disconnected_and_others_are_served(
+    target: str, stub: Stub, portrait: bytes, mode: pb.OpenAvatar.Mode.ValueType
 ) -> None:
-    settings = SETTINGS.model_copy(update={"max_unread_s": 0.3})
-    async with suite(checkpoint, store, settings) as target, connected(target) as stub:
-        session = await new_session(stub, portrait)
-        async with grpc.aio.insecure_channel(target, options=SMALL) as channel:
-            slow: Stub = pb_grpc.AvatarServiceStub(channel)
-            call = await begun(slow, session.id, mode=mode)
-            for request in pieces(speech(3.9), 1 << 15):
-                await call.write(request)
-            await until_closed(stub, session.id)
-            assert (await speak(stub, (await new_session(stub, portrait)).id, speech(0.48))).frames
-            got: list[pb.StreamAvatarResponse] = []
-            async with refused(StatusCode.ABORTED, "SLOW_READER"):
-                while isinstance(response := await call.read(), pb.StreamAvatarResponse):
-                    got.append(response)
-            assert sum(each.HasField("frame") for each in got) < 40
+    session = await new_session(stub, portrait)
+    async with grpc.aio.insecure_channel(target, options=SMALL) as channel:
+        slow: Stub = pb_grpc.AvatarServiceStub(channel)
+        call, _ = await open_stream(slow, session.id, mode=mode)
+        await send(call, pieces(speech(3.9), 1 << 15))
+        await until_closed(stub, session.id)
+        assert (await speak(stub, (await new_session(stub, portrait)).id, speech(0.48))).frames
+        streamed = Streamed()
+        async with refused("SLOW_READER"):
+            await read_frames(call, streamed, 1000)
+        assert len(streamed.frames) < 40
 
 
-async def test_a_client_that_reads_late_is_told_and_has_every_frame(
+async def test_a_client_that_reads_late_is_notified_and_gets_every_frame(
     checkpoint: Path, store: SessionStore, portrait: bytes
 ) -> None:
-    async with AsyncExitStack() as stack:
-        target = await stack.enter_async_context(
-            suite(checkpoint, store, SETTINGS.model_copy(update={"max_unread_s": 30.0}))
-        )
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(target, options=SMALL))
+    settings = SETTINGS.model_copy(update={"max_unread_s": 10.0})
+    async with (
+        suite(checkpoint, store, settings) as target,
+        grpc.aio.insecure_channel(target, options=SMALL) as channel,
+    ):
         stub: Stub = pb_grpc.AvatarServiceStub(channel)
-        call = await begun(stub, (await new_session(stub, portrait)).id, mode=LIVE)
+        call, _ = await open_stream(stub, (await new_session(stub, portrait)).id, mode=LIVE)
         await asyncio.sleep(4)
-        got: list[pb.StreamAvatarResponse] = []
-        while not got or got[-1].event.notice.kind != pb.Notice.KIND_SLOW_READER:
-            got.append(await answer(call))
-        indexes = [each.frame.index for each in got if each.HasField("frame")]
-        assert indexes == list(range(3, 3 + len(indexes)))
-        assert got[-1].event.notice.within_s == 30.0
+        streamed = Streamed()
+        while not streamed.events or streamed.events[-1].notice.kind != pb.Notice.KIND_SLOW_READER:
+            streamed.add(await answer(call))
+        assert streamed.indexes == list(range(3, 3 + len(streamed.frames)))
+        assert streamed.events[-1].notice.within_s == 10.0
         call.cancel()
 
 
-async def test_clients_are_told_when_the_gateway_stops(checkpoint: Path, store: SessionStore, portrait: bytes) -> None:
-    async def read(call: Call) -> list[pb.StreamAvatarResponse]:
-        got = []
+async def test_clients_are_notified_when_the_gateway_stops(
+    checkpoint: Path, store: SessionStore, portrait: bytes
+) -> None:
+    streamed = Streamed()
+
+    async def read(call: Call) -> None:
         while isinstance(response := await call.read(), pb.StreamAvatarResponse):
-            got.append(response)
+            streamed.add(response)
             if response.event.HasField("notice"):
                 await call.write(CLOSE)
-        return got
 
     async with AsyncExitStack() as client:
         async with suite(checkpoint, store, SETTINGS.model_copy(update={"drain_s": 5.0})) as target:
             stub = await client.enter_async_context(connected(target))
-            session = await new_session(stub, portrait)
-            reading = asyncio.ensure_future(read(await begun(stub, session.id, mode=LIVE)))
+            call, _ = await open_stream(stub, (await new_session(stub, portrait)).id, mode=LIVE)
+            reading = asyncio.ensure_future(read(call))
             await asyncio.sleep(0.3)
-        got = await reading
-    notices = [each.event.notice for each in got if each.event.HasField("notice")]
+        await reading
+    notices = [event.notice for event in streamed.events if event.HasField("notice")]
     assert [(each.kind, each.within_s) for each in notices] == [(pb.Notice.KIND_GOING_AWAY, 5.0)]
-    assert got[-1].HasField("closed")
+    assert streamed.closed.num_blocks

@@ -1,24 +1,38 @@
-"""The rules of the stream, one test each; after every refusal the next session is served."""
+"""The rules of a stream. After every refusal the gateway serves the next session."""
 
 from __future__ import annotations
 
-import asyncio
 import struct
 
 import pytest
-from grpc import StatusCode
 
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
 from tests.conftest import speech
-from tests.contract.refusals import refused
-from tests.product import CLOSE, END_TURN, PCM16, Stub, answer, frame, new_session, opening, pieces, rest, speak, stream
+from tests.product import (
+    CLOSE,
+    END_TURN,
+    INTERRUPT,
+    PCM16,
+    Stub,
+    finish,
+    frame,
+    new_session,
+    open_stream,
+    opening,
+    pieces,
+    rest,
+    send,
+    speak,
+    stream,
+)
+from tests.refusals import refused
 
 FLOAT32 = types.AudioFormat(encoding=types.SAMPLE_ENCODING_FLOAT32, rate_hz=16000, num_channels=1)
 
 
-async def serves(stub: Stub, portrait: bytes) -> None:
-    """A session of one block goes through."""
+async def assert_serves(stub: Stub, portrait: bytes) -> None:
+    """Stream a session of one block."""
     session = await new_session(stub, portrait)
     assert len((await speak(stub, session.id, speech(0.48))).frames) == 9
 
@@ -26,39 +40,40 @@ async def serves(stub: Stub, portrait: bytes) -> None:
 async def test_frames_are_numbered_from_3_without_a_gap(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     streamed = await speak(stub, session.id, speech(1.5))
-    assert [each.index for each in streamed.frames] == list(range(3, 48))
+    assert streamed.indexes == list(range(3, 48))
     assert [each.pts_us for each in streamed.frames] == [index * 40_000 for index in range(3, 48)]
     assert {len(each.data) for each in streamed.frames} == {3 * session.video.width * session.video.height}
 
 
-async def test_close_is_answered_with_what_was_done(stub: Stub, portrait: bytes) -> None:
+async def test_closed_reports_frames_blocks_and_stages(
+    stub: Stub, portrait: bytes, capabilities: pb.GetCapabilitiesResponse
+) -> None:
     session = await new_session(stub, portrait)
     closed = (await speak(stub, session.id, speech(1))).closed
-    num_levels = (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).num_levels
     assert (closed.num_frames, closed.num_blocks) == (33, 3)
-    names = ["audio", *(f"denoiser-{level}" for level in range(num_levels)), "vae"]
+    names = ["audio", *(f"denoiser-{level}" for level in range(capabilities.num_levels)), "vae"]
     assert [stage.stage for stage in closed.stages] == names
     assert all(stage.num_blocks == 3 and stage.busy_s > 0 for stage in closed.stages)
     kept = (await stub.GetSession(pb.GetSessionRequest(session_id=session.id), timeout=10)).session
     assert (kept.state, kept.next_frame) == (types.Session.STATE_CLOSED, 36)
+    async with refused("SESSION_CLOSED"):
+        await open_stream(stub, session.id)
 
 
-async def test_a_stream_without_sound_is_refused(stub: Stub, portrait: bytes) -> None:
+async def test_a_stream_without_audio_is_refused(stub: Stub, portrait: bytes) -> None:
     for requests in ([], [pb.StreamAvatarRequest(audio=pb.AudioPiece())]):
         session = await new_session(stub, portrait)
-        async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_AUDIO") as refusal:
+        async with refused("INVALID_AUDIO") as refusal:
             await stream(stub, [opening(session.id), *requests, CLOSE])
         assert refusal.fields == ["audio.data"]
-    await serves(stub, portrait)
+    await assert_serves(stub, portrait)
 
 
-async def test_frames_come_before_the_sound_ends(stub: Stub, portrait: bytes) -> None:
+async def test_frames_arrive_before_the_audio_ends(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
-    call = stub.StreamAvatar(timeout=60)
-    await call.write(opening(session.id))
-    assert (await answer(call)).opened.session.state == types.Session.STATE_STREAMING
-    for request in pieces(speech(2)):
-        await call.write(request)
+    call, opened = await open_stream(stub, session.id)
+    assert opened.session.state == types.Session.STATE_STREAMING
+    await send(call, pieces(speech(2)))
     assert (await frame(call)).index == 3
     call.cancel()
 
@@ -72,12 +87,8 @@ async def test_frames_come_before_the_sound_ends(stub: Stub, portrait: bytes) ->
         (48000, 1, types.SAMPLE_ENCODING_FLOAT32),
     ],
 )
-async def test_sound_of_any_format_is_taken(
-    stub: Stub,
-    portrait: bytes,
-    rate_hz: int,
-    num_channels: int,
-    encoding: types.SampleEncoding.ValueType,
+async def test_audio_of_any_format_is_accepted(
+    stub: Stub, portrait: bytes, rate_hz: int, num_channels: int, encoding: types.SampleEncoding.ValueType
 ) -> None:
     session = await new_session(stub, portrait)
     sample_bytes = 2 if encoding == types.SAMPLE_ENCODING_PCM16 else 4
@@ -87,55 +98,46 @@ async def test_sound_of_any_format_is_taken(
     assert len(streamed.frames) == 33
 
 
-async def test_the_stream_begins_with_open(stub: Stub, portrait: bytes) -> None:
+async def test_the_first_message_is_open(stub: Stub, portrait: bytes) -> None:
     for first in (*pieces(bytes(64)), CLOSE, pb.StreamAvatarRequest()):
-        async with refused(StatusCode.FAILED_PRECONDITION, "PROTOCOL_ORDER"):
+        async with refused("PROTOCOL_ORDER"):
             await stream(stub, [first])
-    await serves(stub, portrait)
+    await assert_serves(stub, portrait)
 
 
-async def test_open_comes_exactly_once(stub: Stub, portrait: bytes) -> None:
+async def test_a_second_open_is_refused(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
-    async with refused(StatusCode.FAILED_PRECONDITION, "PROTOCOL_ORDER"):
+    async with refused("PROTOCOL_ORDER"):
         await stream(stub, [opening(session.id), *pieces(speech(1)), opening(session.id), CLOSE])
-    await serves(stub, portrait)
+    await assert_serves(stub, portrait)
 
 
-async def test_an_unknown_session_cannot_stream(stub: Stub, portrait: bytes) -> None:
-    async with refused(StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
-        await stream(stub, [opening("nobody")])
-    await serves(stub, portrait)
+@pytest.mark.parametrize("session_id", ["nobody", "x" * 65])
+async def test_an_unknown_session_cannot_stream(stub: Stub, portrait: bytes, session_id: str) -> None:
+    async with refused("SESSION_NOT_FOUND"):
+        await open_stream(stub, session_id)
+    await assert_serves(stub, portrait)
 
 
 async def test_a_session_has_one_stream(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
-    call = stub.StreamAvatar(timeout=60)
-    await call.write(opening(session.id))
-    await call.read()
-    async with refused(StatusCode.FAILED_PRECONDITION, "SESSION_BUSY"):
-        await stream(stub, [opening(session.id)])
-    for request in [*pieces(speech(0.48)), CLOSE]:
-        await call.write(request)
+    call, _ = await open_stream(stub, session.id)
+    async with refused("SESSION_BUSY"):
+        await open_stream(stub, session.id)
+    await send(call, [*pieces(speech(0.48)), CLOSE])
     parts = [response.WhichOneof("part") for response in await rest(call)]
     assert parts == ["event"] + ["frame"] * 9 + ["event", "closed"]
 
 
-async def test_a_closed_session_cannot_stream_again(stub: Stub, portrait: bytes) -> None:
-    session = await new_session(stub, portrait)
-    await speak(stub, session.id, speech(0.48))
-    async with refused(StatusCode.FAILED_PRECONDITION, "SESSION_CLOSED"):
-        await stream(stub, [opening(session.id)])
-
-
 async def test_an_end_without_close_is_a_lost_connection(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
-    async with refused(StatusCode.CANCELLED, "CONNECTION_LOST"):
+    async with refused("CONNECTION_LOST"):
         await stream(stub, [opening(session.id), *pieces(speech(1))])
     kept = (await stub.GetSession(pb.GetSessionRequest(session_id=session.id), timeout=10)).session
     assert kept.state == types.Session.STATE_DETACHED
-    async with refused(StatusCode.FAILED_PRECONDITION, "SESSION_BUSY"):
-        await stream(stub, [opening(session.id)])
-    await serves(stub, portrait)
+    async with refused("SESSION_BUSY"):
+        await open_stream(stub, session.id)
+    await assert_serves(stub, portrait)
 
 
 @pytest.mark.parametrize(
@@ -149,105 +151,85 @@ async def test_an_end_without_close_is_a_lost_connection(stub: Stub, portrait: b
     ],
     ids=["no encoding", "3 kHz", "96 kHz", "6 channels", "nothing"],
 )
-async def test_an_audio_format_that_cannot_be_used_is_refused_by_field(
+async def test_an_unsupported_audio_format_is_refused_with_its_field(
     stub: Stub, portrait: bytes, format_: types.AudioFormat, field: str
 ) -> None:
     session = await new_session(stub, portrait)
-    async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_AUDIO") as refusal:
-        await stream(stub, [opening(session.id, format_)])
+    async with refused("INVALID_AUDIO") as refusal:
+        await open_stream(stub, session.id, audio=format_)
     assert refusal.fields == [field]
-    # The session is as it was: it can be streamed with a format that can be used.
+    # The session is unchanged: it can be streamed with a supported format.
     assert (await speak(stub, session.id, speech(0.48))).frames
 
 
 @pytest.mark.parametrize(
     ("samples", "words"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (3e4, "[-1, 1]")], ids=str
 )
-async def test_samples_that_are_no_sound_are_refused(stub: Stub, portrait: bytes, samples: float, words: str) -> None:
+async def test_samples_out_of_range_are_refused(stub: Stub, portrait: bytes, samples: float, words: str) -> None:
     session = await new_session(stub, portrait)
     good = bytes(4 * 16000)
     bad = struct.pack("<f", samples) * 640
-    async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_AUDIO") as refusal:
+    async with refused("INVALID_AUDIO") as refusal:
         await stream(stub, [opening(session.id, FLOAT32), *pieces(good), *pieces(bad), CLOSE])
     assert refusal.fields == ["audio.data"]
     assert words in refusal.message
-    await serves(stub, portrait)
+    await assert_serves(stub, portrait)
 
 
 async def test_half_a_sample_is_refused(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
-    async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_AUDIO") as refusal:
+    async with refused("INVALID_AUDIO") as refusal:
         await stream(stub, [opening(session.id), *pieces(bytes(1281), 1281)])
     assert refusal.fields == ["audio.data"]
-    await serves(stub, portrait)
+    await assert_serves(stub, portrait)
 
 
-async def test_a_message_over_the_limit_is_refused(stub: Stub, portrait: bytes) -> None:
-    limit = (await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)).max_audio_bytes
+async def test_a_piece_over_the_limit_is_refused(
+    stub: Stub, portrait: bytes, capabilities: pb.GetCapabilitiesResponse
+) -> None:
+    limit = capabilities.max_audio_bytes
     session = await new_session(stub, portrait)
-    async with refused(StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE") as refusal:
+    async with refused("MESSAGE_TOO_LARGE") as refusal:
         await stream(stub, [opening(session.id), *pieces(bytes(limit + 2), limit + 2)])
     assert str(limit) in refusal.message
-    await serves(stub, portrait)
+    await assert_serves(stub, portrait)
 
 
-async def test_a_deleted_session_stops_streaming(stub: Stub, portrait: bytes) -> None:
+async def test_deleting_a_session_ends_its_stream(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
-
-    async def delete_then_speak() -> None:
-        call = stub.StreamAvatar(timeout=60)
-        await call.write(opening(session.id))
-        await call.read()
-        await stub.DeleteSession(pb.DeleteSessionRequest(session_id=session.id), timeout=10)
+    call, _ = await open_stream(stub, session.id)
+    await stub.DeleteSession(pb.DeleteSessionRequest(session_id=session.id), timeout=10)
+    async with refused("SESSION_NOT_FOUND"):
         await rest(call)
-
-    async with refused(StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
-        await delete_then_speak()
-    await serves(stub, portrait)
+    await assert_serves(stub, portrait)
 
 
-async def test_an_interrupt_drops_what_was_said_and_keeps_numbers_whole(stub: Stub, portrait: bytes) -> None:
+async def test_an_interrupt_drops_earlier_speech_and_leaves_no_gap(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
-    interrupt = pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar())
-    requests = [opening(session.id), *pieces(speech(0.96)), interrupt, *pieces(speech(0.96)), CLOSE]
+    requests = [opening(session.id), *pieces(speech(0.96)), INTERRUPT, *pieces(speech(0.96)), CLOSE]
     streamed = await stream(stub, requests)
     assert len(streamed.interrupted) == 1
-    assert [each.index for each in streamed.frames] == list(range(3, 3 + len(streamed.frames)))
-    # What was said after it is shown in full, two blocks; of what was said before at most what had been sent.
+    assert streamed.indexes == list(range(3, 3 + len(streamed.frames)))
+    # Speech after the interrupt gives all of its two blocks; speech before it only those that were sent by then.
     before = streamed.interrupted[0].next_frame - 3
     assert len(streamed.frames) - before in (21, 24)
 
 
-async def test_an_interrupt_from_elsewhere_says_what_was_shown(stub: Stub, portrait: bytes) -> None:
+async def test_an_interrupt_by_another_call_returns_the_next_frame(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
-    call = stub.StreamAvatar(timeout=60)
-    await call.write(opening(session.id))
-    await call.read()
-    for request in pieces(speech(1.92)):
-        await call.write(request)
+    call, _ = await open_stream(stub, session.id)
+    await send(call, pieces(speech(1.92)))
     assert (await frame(call)).index == 3
     interrupted = await stub.Interrupt(pb.InterruptRequest(session_id=session.id), timeout=10)
-    await call.write(CLOSE)
-    indexes = [response.frame.index for response in await rest(call) if response.WhichOneof("part") == "frame"]
+    streamed = await finish(call)
     assert interrupted.next_frame > 3
-    assert indexes == list(range(4, interrupted.next_frame)), "frames were sent after the interrupt"
+    assert streamed.indexes == list(range(4, interrupted.next_frame)), "frames were sent after the interrupt"
 
 
-async def test_many_sessions_stream_at_a_time(stub: Stub, portrait: bytes) -> None:
-    sessions = [await new_session(stub, portrait, seed=1) for _ in range(3)]
-    streamed = await asyncio.gather(*(speak(stub, session.id, speech(0.96)) for session in sessions))
-    assert streamed[0].pixels == streamed[1].pixels == streamed[2].pixels
-
-
-async def test_every_turn_has_an_end_however_many_come_at_once(stub: Stub, portrait: bytes) -> None:
-    """There are more than wait at a time, and than are kept."""
+async def test_every_turn_ends_even_if_thousands_end_at_once(stub: Stub, portrait: bytes) -> None:
+    """More turns end than may be queued and than may be kept for a resumption."""
     session = await new_session(stub, portrait)
-    call = stub.StreamAvatar(timeout=60)
-    await call.write(opening(session.id))
-    await answer(call)
-    for _ in range(2500):
-        await call.write(END_TURN)
-    for request in [*pieces(speech(0.5)), CLOSE]:
-        await call.write(request)
-    turns = [each.event.playback_finished.turn for each in await rest(call) if each.HasField("event")]
+    call, _ = await open_stream(stub, session.id)
+    streamed = await finish(call, [*[END_TURN] * 2500, *pieces(speech(0.5)), CLOSE])
+    turns = [event.playback_finished.turn for event in streamed.events]
     assert turns[:2500] == list(range(2500))

@@ -1,4 +1,4 @@
-"""Tenants: nobody calls without a token, and none can tell another's from what is not there."""
+"""Tenants: every call needs a token, and one tenant cannot detect the sessions and references of another."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from avatar.telemetry import log_formatter
 from avatar.v1 import avatar_service_pb2 as pb
 from tests.conftest import speech
-from tests.contract.refusals import Refusal, refused
-from tests.contract.tenants import ACME, Gateway
-from tests.product import PCM16, Stub, new_session, opening, speak, stream
+from tests.contract.tenants import ACME, TenantGateway
+from tests.product import PCM16, Stub, new_reference, new_session, open_stream, opening, speak, stream
+from tests.refusals import Refusal, refused
 
 METHODS: list[MethodDescriptor] = list(pb.DESCRIPTOR.services_by_name["AvatarService"].methods)
-# What a request must have beside names, so that nothing else of it is refused. A new method may do without.
-BESIDE: dict[str, dict[str, Any]] = {
+# Other fields that a valid request needs, besides names. A new method may have none.
+OTHER_FIELDS: dict[str, dict[str, Any]] = {
     "UpdateSession": {"session": {"ttl": {"seconds": 60}}, "update_mask": {"paths": ["ttl"]}},
     "StreamAvatar": {"open": {"audio": PCM16}},
 }
 
 
 async def call(stub: Stub, method: MethodDescriptor, request: Message) -> Any:
-    """The first answer of any method."""
+    """Call a method and return its first answer."""
     made = getattr(stub, method.name)
     if not method.client_streaming:
         return await made(request, timeout=30)
@@ -48,7 +48,7 @@ async def call(stub: Stub, method: MethodDescriptor, request: Message) -> Any:
     return answer
 
 
-async def ending(stub: Stub, method: MethodDescriptor, request: Message) -> StatusCode:
+async def status_of(stub: Stub, method: MethodDescriptor, request: Message) -> StatusCode:
     """Return the status that a call ends with."""
     try:
         await call(stub, method, request)
@@ -57,14 +57,14 @@ async def ending(stub: Stub, method: MethodDescriptor, request: Message) -> Stat
     return StatusCode.OK
 
 
-def naming(method: MethodDescriptor, session_id: str, reference_id: str) -> tuple[Message, int]:
-    """A request that is good but for the names in it, and how many these are."""
-    request: Message = GetMessageClass(method.input_type)(**BESIDE.get(method.name, {}))
+def request_for(method: MethodDescriptor, session_id: str, reference_id: str) -> tuple[Message, int]:
+    """Return a request with these names and otherwise valid, and the number of names that it holds."""
+    request: Message = GetMessageClass(method.input_type)(**OTHER_FIELDS.get(method.name, {}))
     return request, name_all(request, {"session_id": session_id, "reference_id": reference_id})
 
 
 def name_all(message: Message, names: dict[str, str]) -> int:
-    """Set each field that holds a name, as deep as there are any; of alternatives the first that holds one."""
+    """Set each field for a name, at any depth, and the first such field of a oneof. Return how many there are."""
     num_named = 0
     for field in message.DESCRIPTOR.fields:
         key = field.name if field.name != "id" else f"{message.DESCRIPTOR.name.lower()}_id"
@@ -81,29 +81,29 @@ def name_all(message: Message, names: dict[str, str]) -> int:
 
 
 def named() -> Iterator[MethodDescriptor]:
-    """Methods whose requests hold a name."""
-    return (method for method in METHODS if naming(method, "x", "x")[1])
+    """Yield the methods whose requests hold a name."""
+    return (method for method in METHODS if request_for(method, "x", "x")[1])
 
 
-def test_every_method_but_two_is_of_something_that_has_a_name() -> None:
+def test_all_methods_but_two_take_a_name() -> None:
     assert {method.name for method in METHODS} - {method.name for method in named()} == {
         "GetCapabilities",
         "CreateReference",
     }
 
 
-async def test_nothing_can_be_called_without_a_token(gateway_of_tenants: Gateway) -> None:
+async def test_every_method_needs_a_token(tenant_gateway: TenantGateway) -> None:
     for token in (None, "", "another token", hashlib.sha256(ACME.encode()).hexdigest()):
-        async with gateway_of_tenants.called(token) as stub:
+        async with tenant_gateway.connected(token) as stub:
             for method in METHODS:
-                async with refused(StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"):
+                async with refused("UNAUTHENTICATED"):
                     await call(stub, method, GetMessageClass(method.input_type)())
 
 
-async def test_a_method_that_is_not_there_is_not_counted(
-    gateway_of_tenants: Gateway, measured: InMemoryMetricReader
+async def test_calls_of_unknown_methods_are_not_measured(
+    tenant_gateway: TenantGateway, measured: InMemoryMetricReader
 ) -> None:
-    async with grpc.aio.secure_channel(gateway_of_tenants.target, gateway_of_tenants.trust) as channel:
+    async with grpc.aio.secure_channel(tenant_gateway.target, tenant_gateway.trust) as channel:
         known: Any = channel.unary_unary("/avatar.v1.AvatarService/GetCapabilities")
         invented: Any = channel.unary_unary("/avatar.v1.AvatarService/Invented")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -113,9 +113,9 @@ async def test_a_method_that_is_not_there_is_not_counted(
             await known(b"", timeout=10)
     data = measured.get_metrics_data()
     assert data
-    counted = data.to_json()
-    assert "/avatar.v1.AvatarService/GetCapabilities" in counted
-    assert "Invented" not in counted
+    measurements = data.to_json()
+    assert "/avatar.v1.AvatarService/GetCapabilities" in measurements
+    assert "Invented" not in measurements
 
 
 WRONG = [
@@ -128,17 +128,17 @@ WRONG = [
 ]
 
 
-async def test_a_token_comes_as_one_bearer_token(gateway_of_tenants: Gateway) -> None:
-    async with gateway_of_tenants.called(None) as stub:
+async def test_authorization_is_one_bearer_token(tenant_gateway: TenantGateway) -> None:
+    async with tenant_gateway.connected(None) as stub:
         for metadata in WRONG:
-            async with refused(StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"):
+            async with refused("UNAUTHENTICATED"):
                 await stub.GetCapabilities(pb.GetCapabilitiesRequest(), metadata=metadata, timeout=10)
         good = [("authorization", f"bearer {ACME}")]
         assert await stub.GetCapabilities(pb.GetCapabilitiesRequest(), metadata=good, timeout=10)
 
 
-async def test_health_and_reflection_are_for_everybody(gateway_of_tenants: Gateway) -> None:
-    async with grpc.aio.secure_channel(gateway_of_tenants.target, gateway_of_tenants.trust) as channel:
+async def test_health_and_reflection_need_no_token(tenant_gateway: TenantGateway) -> None:
+    async with grpc.aio.secure_channel(tenant_gateway.target, tenant_gateway.trust) as channel:
         checks: Any = health_pb2_grpc.HealthStub(channel)
         assert (await checks.Check(health_pb2.HealthCheckRequest(), timeout=10)).status == 1
         reflection: Any = reflection_pb2_grpc.ServerReflectionStub
@@ -146,16 +146,16 @@ async def test_health_and_reflection_are_for_everybody(gateway_of_tenants: Gatew
         assert [answer async for answer in reflection(channel).ServerReflectionInfo(listing, timeout=10)]
 
 
-async def outcome(stub: Stub, method: MethodDescriptor, session_id: str, reference_id: str) -> Refusal:
+async def refusal_of(stub: Stub, method: MethodDescriptor, session_id: str, reference_id: str) -> Refusal:
     """Return the status of a call that names resources which this tenant does not have."""
     reason = "REFERENCE_NOT_FOUND" if method.input_type.fields_by_name.get("reference_id") else "SESSION_NOT_FOUND"
-    async with refused(StatusCode.NOT_FOUND, reason) as refusal:
-        await call(stub, method, naming(method, session_id, reference_id)[0])
+    async with refused(reason) as refusal:
+        await call(stub, method, request_for(method, session_id, reference_id)[0])
     refusal.message = refusal.message.replace(session_id, "NAME").replace(reference_id, "NAME")
     return refusal
 
 
-async def test_what_is_anothers_cannot_be_told_from_what_is_not_there(
+async def test_names_of_another_tenant_are_refused_like_unknown_names(
     acme: Stub, globex: Stub, portrait: bytes
 ) -> None:
     for method in named():
@@ -163,76 +163,68 @@ async def test_what_is_anothers_cannot_be_told_from_what_is_not_there(
         mine = await new_session(globex, portrait)
         await globex.DeleteSession(pb.DeleteSessionRequest(session_id=mine.id), timeout=10)
         await globex.DeleteReference(pb.DeleteReferenceRequest(reference_id=mine.reference_id), timeout=10)
-        foreign = await outcome(globex, method, theirs.id, theirs.reference_id)
-        assert foreign == await outcome(globex, method, mine.id, mine.reference_id), method.name
+        foreign = await refusal_of(globex, method, theirs.id, theirs.reference_id)
+        assert foreign == await refusal_of(globex, method, mine.id, mine.reference_id), method.name
         unknown = [secrets.token_urlsafe(24), secrets.token_hex(32)]
-        assert foreign == await outcome(globex, method, *unknown), method.name
-        request, _ = naming(method, theirs.id, theirs.reference_id)
-        assert await ending(acme, method, request) is not StatusCode.NOT_FOUND, "its own tenant finds it"
+        assert foreign == await refusal_of(globex, method, *unknown), method.name
+        request, _ = request_for(method, theirs.id, theirs.reference_id)
+        assert await status_of(acme, method, request) is not StatusCode.NOT_FOUND, "found by its own tenant"
 
 
-async def test_a_stream_of_anothers_is_neither_interrupted_nor_resumed(
+async def test_a_stream_of_another_tenant_can_neither_be_interrupted_nor_resumed(
     acme: Stub, globex: Stub, portrait: bytes
 ) -> None:
     session = await new_session(acme, portrait)
-    speaking = acme.StreamAvatar(timeout=30)
-    await speaking.write(opening(session.id, mode=pb.OpenAvatar.MODE_LIVE))
-    await speaking.read()
+    streaming, _ = await open_stream(acme, session.id, mode=pb.OpenAvatar.MODE_LIVE)
     resume = pb.StreamAvatarRequest(open=pb.OpenAvatar(session_id=session.id, resume=pb.ResumeAvatar(next_frame=3)))
     for request in (resume, opening(session.id)):
-        async with refused(StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
+        async with refused("SESSION_NOT_FOUND"):
             await stream(globex, [request])
-    async with refused(StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
+    async with refused("SESSION_NOT_FOUND"):
         await globex.Interrupt(pb.InterruptRequest(session_id=session.id), timeout=10)
     assert await acme.Interrupt(pb.InterruptRequest(session_id=session.id), timeout=10)
-    assert isinstance(await speaking.read(), pb.StreamAvatarResponse)
-    speaking.cancel()
+    assert isinstance(await streaming.read(), pb.StreamAvatarResponse)
+    streaming.cancel()
 
 
-async def test_the_same_picture_is_another_reference_to_another_tenant(
-    acme: Stub, globex: Stub, portrait: bytes
-) -> None:
-    request = pb.CreateReferenceRequest(picture=portrait)
-    mine, again = [(await acme.CreateReference(request, timeout=60)).reference.id for _ in range(2)]
-    theirs = (await globex.CreateReference(request, timeout=60)).reference.id
+async def test_equal_pictures_of_two_tenants_are_two_references(acme: Stub, globex: Stub, portrait: bytes) -> None:
+    mine, again = [(await new_reference(acme, portrait)).id for _ in range(2)]
+    theirs = (await new_reference(globex, portrait)).id
     assert mine == again != theirs
     assert len(mine) == len(theirs) == 64
     await acme.DeleteReference(pb.DeleteReferenceRequest(reference_id=mine), timeout=10)
     assert await globex.GetReference(pb.GetReferenceRequest(reference_id=theirs), timeout=10)
 
 
-async def test_a_session_notes_whose_it_is(gateway_of_tenants: Gateway, acme: Stub, portrait: bytes) -> None:
-    session = await new_session(acme, portrait)
-    assert (await gateway_of_tenants.store.session(session.id)).tenant == "acme"
-    assert len(session.id) >= 48, "a mark and 192 random bits"
-
-
-async def test_a_session_of_a_tenant_speaks_as_any(acme: Stub, portrait: bytes) -> None:
+async def test_a_session_records_its_tenant_and_streams(
+    tenant_gateway: TenantGateway, acme: Stub, portrait: bytes
+) -> None:
     session = await new_session(acme, portrait, seed=7)
-    streamed = await speak(acme, session.id, speech(1.0))
-    assert len(streamed.frames) == 33
+    assert (await tenant_gateway.store.session(session.id)).tenant == "acme"
+    assert len(session.id) >= 48, "a prefix and 192 random bits"
+    assert len((await speak(acme, session.id, speech(1.0))).frames) == 33
 
 
 async def test_logs_hold_no_secret_and_no_media(
-    gateway_of_tenants: Gateway, acme: Stub, portrait: bytes, capfd: pytest.CaptureFixture[str]
+    tenant_gateway: TenantGateway, acme: Stub, portrait: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     log, root = StringIO(), logging.getLogger()
     handler, level = logging.StreamHandler(log), root.level
     handler.setFormatter(log_formatter())
     root.addHandler(handler)
     root.setLevel(logging.DEBUG)
-    prompt, said = "a person who whispers", speech(1.0)
+    prompt, data = "a person who whispers", speech(1.0)
     try:
         session = await new_session(acme, portrait)
-        streamed = await speak(acme, session.id, said)
-        async with refused(StatusCode.FAILED_PRECONDITION, "PROMPT_UNSUPPORTED"):
+        streamed = await speak(acme, session.id, data)
+        async with refused("PROMPT_UNSUPPORTED"):
             await new_session(acme, portrait, prompt=prompt)
-        async with refused(StatusCode.INVALID_ARGUMENT, "INVALID_AUDIO"):
-            half = pb.StreamAvatarRequest(audio=pb.AudioPiece(data=said[:1001]))
+        async with refused("INVALID_AUDIO"):
+            half = pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data[:1001]))
             await stream(acme, [opening((await new_session(acme, portrait)).id), half])
         async with (
-            gateway_of_tenants.called("a wrong token") as stub,
-            refused(StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED") as refusal,
+            tenant_gateway.connected("a wrong token") as stub,
+            refused("UNAUTHENTICATED") as refusal,
         ):
             await stub.GetCapabilities(pb.GetCapabilitiesRequest(), timeout=10)
     finally:
@@ -244,6 +236,6 @@ async def test_logs_hold_no_secret_and_no_media(
     for secret in (ACME, "wrong token", session.id, session.reference_id, prompt):
         assert secret not in written
         assert hashlib.sha256(secret.encode()).hexdigest() not in written
-    for media in (said[100:140], portrait[100:140], streamed.pixels[0][100:140]):
-        for shown in (str(media)[2:-1], media.hex(), base64.b64encode(media).decode()[4:40], str(list(media))):
-            assert shown not in written
+    for media in (data[100:140], portrait[100:140], streamed.pixels[0][100:140]):
+        for form in (str(media)[2:-1], media.hex(), base64.b64encode(media).decode()[4:40], str(list(media))):
+            assert form not in written

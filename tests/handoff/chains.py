@@ -127,8 +127,8 @@ async def denoised_by(stage: RemoteChain, checkpoint: Path, session: Session, pa
 
 
 @asynccontextmanager
-async def in_this_process(checkpoint: Path, redis_url: str) -> AsyncGenerator[Chain, None]:
-    """Run a chain of this process alone, which hands latents over in memory."""
+async def in_this_process(checkpoint: Path, redis_url: str, listen: str = "127.0.0.1:0") -> AsyncGenerator[Chain, None]:
+    """Run a chain of this process alone, which hands latents over in memory. listen: HOST:PORT of its worker."""
     address = f"127.0.0.1:{free_ports(1)[0]}"
     async with AsyncExitStack() as stack:
         queue = stack.enter_context(DeviceQueue())
@@ -136,7 +136,7 @@ async def in_this_process(checkpoint: Path, redis_url: str) -> AsyncGenerator[Ch
         stack.push_async_callback(store.aclose)
         servicer = build(DenoiserSettings(checkpoint=checkpoint, chain=address), store, queue)
         servicer.chain = await stack.enter_async_context(join_chain(address, servicer.chain_member))
-        port = await stack.enter_async_context(serving("127.0.0.1:0", servicer))
+        port = await stack.enter_async_context(serving(listen, servicer))
         target = f"127.0.0.1:{port}"
         one = await stack.enter_async_context(channel(target))
         yield Chain([target] * NUM_LEVELS, [one] * NUM_LEVELS, store)

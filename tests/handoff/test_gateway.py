@@ -2,27 +2,28 @@
 
 import signal
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from avatar.settings import GatewaySettings
+from services.local.processes import free_ports
 from services.local.suite import gateway, workers
 from tests.conftest import speech
 from tests.handoff.chains import Chain, in_processes, in_this_process
 from tests.product import connected, new_session, speak
-from tests.services.test_recovery import YOUNG_FRAME, jumps, spoken_through
+from tests.services.test_recovery import YOUNG_FRAMES, half_spoken, jumps
 from tests.services.test_suite import SECONDS, rendered
 
 SETTINGS = GatewaySettings(listen="127.0.0.1:0", stall_s=60.0)
 
 
 @asynccontextmanager
-async def gateway_over(checkpoint: Path, *chains: Chain) -> AsyncGenerator[str, None]:
-    """Run a gateway over the chains, with the other workers in this process; yield its HOST:PORT."""
-    store = chains[0].store
-    targets = tuple(dict.fromkeys(target for chain in chains for target in chain.targets))
+async def gateway_over(checkpoint: Path, chain: Chain, *spares: str) -> AsyncGenerator[str, None]:
+    """Run a gateway over a chain and spare denoisers at HOST:PORT, with the other workers in this process."""
+    store = chain.store
+    targets = (*dict.fromkeys(chain.targets), *spares)
     async with (
         workers(checkpoint, store, SETTINGS) as given,
         gateway(store, given.model_copy(update={"denoisers": targets})) as target,
@@ -47,19 +48,17 @@ async def test_frames_do_not_depend_on_how_latents_travel(checkpoint: Path, redi
 async def test_a_session_whose_chain_is_lost_continues_at_another(
     number: signal.Signals, checkpoint: Path, redis: str, picture: bytes, tmp_path: Path
 ) -> None:
-    data = speech(2 * SECONDS)  # longer than the chain has denoised when it is lost
-    async with (
-        in_processes(checkpoint, redis, tmp_path, ("0", "1,2")) as first,
-        in_this_process(checkpoint, redis) as second,
-        gateway_over(checkpoint, first, second) as target,
-    ):
-        assert first.suite
-        head, tail = (first.suite.processes[levels] for levels in ("0", "1,2"))
-
-        def lose() -> None:
+    data = speech(2 * SECONDS)
+    # The spare chain starts once the session is at the other one, so that the session cannot start at the spare.
+    spare = f"127.0.0.1:{free_ports(1)[0]}"
+    async with AsyncExitStack() as stack:
+        chain = await stack.enter_async_context(in_processes(checkpoint, redis, tmp_path, ("0", "1,2")))
+        assert chain.suite
+        head, tail = (chain.suite.processes[levels] for levels in ("0", "1,2"))
+        target = await stack.enter_async_context(gateway_over(checkpoint, chain, spare))
+        async with half_spoken(target, picture, data, YOUNG_FRAMES) as streamed:
+            await stack.enter_async_context(in_this_process(checkpoint, redis, spare))
             tail.send_signal(number)
-
-        streamed = await spoken_through(target, picture, data, YOUNG_FRAME, lose)
         assert await head.wait() == 1
     whole = rendered(checkpoint, picture, data, seed=7)
     [jump] = jumps(streamed)

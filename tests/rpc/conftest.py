@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import TypeAlias
@@ -91,37 +90,6 @@ class Source:
                 raise self.end
         finally:
             self.closed.set()
-
-
-@asynccontextmanager
-async def cuttable(target: str) -> AsyncGenerator[tuple[str, Callable[[], None]], None]:
-    """Yield HOST:PORT of a proxy of the target, and a function that cuts it off, as if the target were killed."""
-    host, port = target.split(":")
-    writers: list[asyncio.StreamWriter] = []
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writers.append(writer)
-        try:
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-        except ConnectionError:
-            writer.transport.abort()
-
-    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        inner_reader, inner_writer = await asyncio.open_connection(host, port)
-        await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
-
-    def cut() -> None:
-        server.close()
-        for writer in writers:
-            writer.transport.abort()
-
-    server = await asyncio.start_server(connect, host, 0)
-    try:
-        yield f"{host}:{server.sockets[0].getsockname()[1]}", cut
-    finally:
-        cut()
-        await server.wait_closed()
 
 
 async def encode(

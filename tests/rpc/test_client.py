@@ -27,7 +27,8 @@ from avatar.rpc.server import Context, opening
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc, vae_pb2
 from avatar.worker.v1.types_pb2 import Block, Closed
-from tests.rpc.conftest import OPENED, Requests, Responses, Source, Worker, block, cuttable, numbered, piece
+from tests.proxy import proxied
+from tests.rpc.conftest import OPENED, Requests, Responses, Source, Worker, block, numbered, piece
 
 WAIT_S = 10.0
 Audio: TypeAlias = RemoteStage[pb.AudioPiece, Block]
@@ -274,11 +275,11 @@ async def test_a_stream_that_ends_before_it_is_opened_is_lost(worker: Worker, co
 
 
 async def test_a_worker_that_is_killed_is_lost(worker: Worker) -> None:
-    async with cuttable(worker.target) as (target, cut), channel(target) as connection:
+    async with proxied(worker.target) as proxy, channel(proxy.target) as connection:
         source = Source([5], ...)
         blocks = (await opened(connection))(source.stream())
         assert (await anext(blocks)).index == 5
-        cut()
+        proxy.cut()
         with pytest.raises(StageLost, match="audio: ") as caught:
             await anext(blocks)
         assert caught.value.metadata == {"stage": "audio"}

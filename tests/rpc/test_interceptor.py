@@ -20,7 +20,7 @@ from avatar.rpc.server import Context, opening
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from avatar.worker.v1.types_pb2 import Block
-from tests.contract.refusals import refused
+from tests.refusals import refused
 from tests.rpc.conftest import OPEN, OPENED, WAIT_S, Requests, Responses, Worker, encode
 
 
@@ -44,9 +44,9 @@ async def test_every_error_arrives_as_its_status_with_its_details(
 
     worker.info = info
     worker.encode = lambda *_: raising(error)
-    async with refused(error.code, reason) as in_unary:
+    async with refused(reason) as in_unary:
         await stub.GetInfo(pb.AudioServiceGetInfoRequest(), timeout=WAIT_S)
-    async with refused(error.code, reason) as in_stream:
+    async with refused(reason) as in_stream:
         await encode(stub, [])
     assert in_unary == in_stream
     assert (in_unary.message, in_unary.metadata) == ("the disk is full", {"stage": "vae"})
@@ -57,7 +57,7 @@ async def test_a_text_that_is_too_long_for_a_header_is_cut(
     worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub
 ) -> None:
     worker.encode = lambda *_: raising(InvalidAudio.at("audio", "x" * 100_000))
-    async with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_AUDIO") as refusal:
+    async with refused("INVALID_AUDIO") as refusal:
         await encode(stub, [])
     assert refusal.message.startswith("audio: xxx")
     assert refusal.fields == ["audio"]
@@ -76,7 +76,7 @@ async def test_an_unexpected_error_is_internal_and_logged_as_text(
 
     worker.encode = failing
     with caplog.at_level(logging.ERROR):
-        async with refused(grpc.StatusCode.INTERNAL, "INTERNAL") as refusal:
+        async with refused("INTERNAL") as refusal:
             await encode(stub, [])
     assert refusal.message == "RuntimeError: the device is lost"
     (record,) = (record for record in caplog.records if record.message == "handler failed")
@@ -90,7 +90,7 @@ async def test_an_error_that_is_meant_for_the_client_is_not_logged(
     worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker.encode = lambda *_: raising(SessionNotFound("gone"))
-    async with refused(grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
+    async with refused("SESSION_NOT_FOUND"):
         await encode(stub, [])
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
@@ -109,7 +109,7 @@ async def test_of_several_errors_the_first_that_a_client_can_act_on_is_sent(
             tasks.create_task(fail(SessionNotFound("later")))
 
     worker.encode = grouped
-    async with refused(grpc.StatusCode.UNAVAILABLE, "STAGE_LOST") as refusal:
+    async with refused("STAGE_LOST") as refusal:
         await encode(stub, [])
     assert (refusal.message, refusal.metadata) == ("vae: gone", {"stage": "vae"})
 
@@ -162,7 +162,7 @@ async def test_bytes_that_are_no_message_are_refused(connection: grpc.aio.Channe
     path = f"/avatar.worker.v1.AudioService/{method}"
     unary: Any = connection.unary_unary(path)
     stream: Any = connection.stream_stream(path)
-    async with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
+    async with refused("INVALID_FIELD") as refusal:
         if method == "GetInfo":
             await unary(b"\xff", timeout=WAIT_S)
         else:
@@ -175,7 +175,7 @@ async def test_calls_are_measured_by_method_and_status(
 ) -> None:
     worker.encode = lambda *_: raising(SessionNotFound("gone"))
     await stub.GetInfo(pb.AudioServiceGetInfoRequest(), timeout=WAIT_S)
-    async with refused(grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND"):
+    async with refused("SESSION_NOT_FOUND"):
         await encode(stub, [])
     data = measured.get_metrics_data()
     assert data is not None

@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from avatar.errors import REASONS, InvalidAudio
+from avatar.errors import InvalidAudio
 from avatar.rpc.channel import channel
 from avatar.rpc.server import Context, Servicer, blaming, serving, until_stopped
 from avatar.runtime.device_queue import DeviceQueue
@@ -32,7 +32,7 @@ from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
 from services.text.__main__ import build as build_text
 from services.vae.__main__ import build as build_vae
-from tests.contract.refusals import refused
+from tests.refusals import refused
 from tests.rpc.conftest import CLOSE, OPEN, OPENED, WAIT_S, Requests, Responses, Worker, encode, numbered, piece
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -138,7 +138,7 @@ async def test_a_process_is_stopped_by_a_signal(number: signal.Signals) -> None:
 async def test_open_comes_first_and_once_and_close_last(
     stub: audio_pb2_grpc.AudioServiceAsyncStub, requests: list[pb.EncodeRequest], reason: str, words: str
 ) -> None:
-    async with refused(REASONS[reason].code, reason) as refusal:
+    async with refused(reason) as refusal:
         await encode(stub, requests)
     assert words in refusal.message
 
@@ -147,7 +147,7 @@ async def test_a_stream_that_is_not_opened_in_time_is_ended(
     stub: audio_pb2_grpc.AudioServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("avatar.rpc.server.OPEN_S", 0.1)
-    async with refused(grpc.StatusCode.FAILED_PRECONDITION, "PROTOCOL_ORDER") as refusal:
+    async with refused("PROTOCOL_ORDER") as refusal:
         await stub.Encode().read()
     assert refusal.message == "the stream was not opened within 0.1 s"
 

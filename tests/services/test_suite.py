@@ -19,8 +19,8 @@ from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from services.local.suite import suite
 from tests.conftest import RATE_HZ, speech
-from tests.contract.refusals import refused
 from tests.product import CLOSE, answer, connected, new_session, opening, pieces, rest, speak, stream
+from tests.refusals import refused
 
 SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round the window
 
@@ -181,9 +181,9 @@ async def test_a_full_worker_refuses_and_says_when_to_retry(
         call = stub.StreamAvatar(timeout=30)
         await call.write(opening(first.id))
         await answer(call)
-        async with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "NO_CAPACITY") as refusal:
+        async with refused("NO_CAPACITY") as refusal:
             await speak(stub, second.id, speech(0.48))
-        assert refusal.retries
+        assert refusal.retry_s
         for request in [*pieces(speech(0.48)), CLOSE]:
             await call.write(request)
         await rest(call)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from grpc import StatusCode
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from avatar.checkpoints.layouts import open_part
@@ -24,7 +23,7 @@ from avatar.text.model import TextEncoder, load
 from avatar.worker.v1 import text_pb2 as pb
 from avatar.worker.v1 import text_pb2_grpc as pb_grpc
 from services.text.__main__ import build
-from tests.contract.refusals import refused
+from tests.refusals import refused
 from tests.text import tiny
 
 PROMPT = "a person who smiles"
@@ -152,7 +151,7 @@ async def test_an_embedding_has_a_time_to_live(text_checkpoint: Path, hashes: Re
 
 async def test_a_store_that_is_away_is_named_in_the_error(text_checkpoint: Path) -> None:
     hashes = RedisHashes("redis://127.0.0.1:1")
-    async with text_worker(text_checkpoint, hashes) as stub, refused(StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE"):
+    async with text_worker(text_checkpoint, hashes) as stub, refused("STORE_UNAVAILABLE"):
         await answer(stub, PROMPT)
     await hashes.aclose()
 
@@ -172,9 +171,9 @@ async def test_a_full_worker_refuses_with_a_time_to_retry(
         monkeypatch.setattr(TextEncoder, "embed", slow)
         first = asyncio.ensure_future(answer(stub, PROMPT))
         await computing.wait()
-        async with refused(StatusCode.RESOURCE_EXHAUSTED, "NO_CAPACITY") as refusal:
+        async with refused("NO_CAPACITY") as refusal:
             await answer(stub, "another prompt")
-        assert refusal.retries
+        assert refusal.retry_s
         await answer(stub, "cached")  # needs no computation
         free.set()
         await first

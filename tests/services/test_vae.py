@@ -24,7 +24,7 @@ from avatar.worker.v1 import types_pb2 as types
 from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
 from services.vae.__main__ import build
-from tests.contract.refusals import refused
+from tests.refusals import refused
 
 SESSION = "s"
 NUM_BLOCKS = 3
@@ -123,7 +123,7 @@ async def test_an_unknown_encoding_or_quality_is_refused(
     worker: grpc.aio.Channel, opening: pb.OpenDecode, field: str
 ) -> None:
     opening.session_id = SESSION
-    async with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
+    async with refused("INVALID_FIELD") as refusal:
         call = vae_pb2_grpc.VaeServiceStub(worker).Decode()
         await call.write(pb.DecodeRequest(open=opening))
         await call.read()

@@ -33,8 +33,8 @@ from docs.tables import instruments
 from services.local.launch import launched
 from services.local.processes import Suite
 from tests.conftest import speech
-from tests.contract.refusals import refused
 from tests.product import answer, connected, frame, new_session, opening, pieces, rest, speak
+from tests.refusals import refused
 from tests.services.test_suite import SECONDS, rendered
 from tests.test_operations import rows
 
@@ -208,7 +208,7 @@ async def test_only_prompts_need_the_text_worker(suite: Suite, picture: bytes) -
         assert none != one
         suite.processes["text"].kill()
         await suite.processes["text"].wait()
-        async with refused(grpc.StatusCode.UNAVAILABLE, "STAGE_LOST") as refusal:
+        async with refused("STAGE_LOST") as refusal:
             await new_session(stub, picture, prompt="a person who weeps")
         assert refusal.metadata == {"stage": "text"}
         session = await new_session(stub, picture, seed=1)

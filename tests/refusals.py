@@ -1,38 +1,34 @@
-"""Errors as the public contract requires them."""
+"""The form of an error in the public contract: a status with ErrorInfo, and BadRequest or RetryInfo where they help."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-import grpc
 import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from avatar.errors import REASONS
+
 
 @dataclass
 class Refusal:
-    """An error's parts, once it has happened."""
+    """The parts of an error, set once it has been raised. fields: those that BadRequest names."""
 
     message: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
     fields: list[str] = field(default_factory=list)
     retry_s: float = 0.0
 
-    @property
-    def retries(self) -> bool:
-        return self.retry_s > 0
-
 
 @asynccontextmanager
-async def refused(code: grpc.StatusCode, reason: str) -> AsyncGenerator[Refusal, None]:
-    """The body ends in an error of this status, with ErrorInfo of this reason."""
+async def refused(reason: str) -> AsyncGenerator[Refusal, None]:
+    """Expect the body to raise an error whose ErrorInfo has this reason, with the reason's status."""
     refusal = Refusal()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         yield refusal
     error = caught.value
-    assert error.code() is code, error.details()
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
     assert status is not None, f"no details with {error.details()}"
     infos = []
@@ -45,5 +41,6 @@ async def refused(code: grpc.StatusCode, reason: str) -> AsyncGenerator[Refusal,
         elif detail.Unpack(retry):
             refusal.retry_s = retry.retry_delay.ToMilliseconds() / 1000
     assert [(info.domain, info.reason) for info in infos] == [("avatar", reason)]
+    assert error.code() is REASONS[reason].code, error.details()
     refusal.message = error.details() or ""
     refusal.metadata = dict(infos[0].metadata)
