@@ -6,6 +6,7 @@ A replay keeps messages unopened. By their indexes it recognises answers that we
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
@@ -62,7 +63,7 @@ class BlockReplay:
         self.is_answer_due = True
 
     def items(self) -> Sequence[types_pb2.Block | RelayedBlock]:
-        items = [_without_slack(block) for block in self._kept]
+        items = list(self._kept)
         if items and self._conditions is not None and not _head(items[0]).HasField("carried"):
             items[0] = _with_conditions(items[0], self._conditions)
         return items
@@ -129,7 +130,11 @@ class AudioReplay:
         self.is_answer_due = self._is_answer_due()
 
     def items(self) -> Sequence[audio_pb2.AudioPiece]:
-        return [_without_slack(piece) for block, piece in self._kept if block >= self.first_block]
+        pieces = [piece for block, piece in self._kept if block >= self.first_block]
+        for piece in pieces:
+            if piece.HasField("slack_s"):
+                piece.slack_s = 0.0  # a piece that is sent again is late
+        return pieces
 
     def accept(self, block: types_pb2.Block) -> int | None:
         if block.index < self.next_block:
@@ -155,14 +160,6 @@ def _head(item: Any) -> Any:
     return item.head if isinstance(item, RelayedBlock) else item
 
 
-def _without_slack(item: Item) -> Item:
-    """The item with a slack of 0 if it has any: an item that is sent again is late."""
-    head = _head(item)
-    if head.HasField("slack_s"):
-        head.slack_s = 0.0
-    return item
-
-
 def _with_conditions(
     block: types_pb2.Block | RelayedBlock, conditions: types_pb2.Conditions
 ) -> types_pb2.Block | RelayedBlock:
@@ -170,4 +167,4 @@ def _with_conditions(
     head = types_pb2.Block()
     head.CopyFrom(_head(block))
     head.carried.CopyFrom(conditions)
-    return RelayedBlock(head, block.features, block.latent) if isinstance(block, RelayedBlock) else head
+    return replace(block, head=head) if isinstance(block, RelayedBlock) else head

@@ -4,6 +4,7 @@ Python's protobuf copies one message into another by serializing and parsing it.
 times for every stage that it is sent to. With a tag and a length written before its serialized bytes it is copied once.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +21,15 @@ FIELDS = types_pb2.Block.DESCRIPTOR.fields_by_name
 class RelayedBlock:
     """A block that is passed on with its tensors serialized.
 
-    head: the message without its tensors. features, latent: those fields, each as its serialized parts.
+    head: the message without features and latent. features, latent: those fields, each as its serialized parts.
+    due_s: deadline of the stage that it is sent to, on the clock of `time.monotonic`; None without one.
     index: of the block.
     """
 
     head: types_pb2.Block
     features: Sequence[bytes] = ()
     latent: Sequence[bytes] = ()
+    due_s: float | None = None
     index: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +49,9 @@ class RelayedBlock:
         return RelayedBlock(head, self.features, serialize_field(FIELDS["latent"].number, latent))
 
     def parts(self) -> list[bytes]:
-        """Return the serialized message, in parts."""
+        """Serialize the message for sending it now, in parts: on the wire, a deadline is relative to the sending."""
+        if self.due_s is not None:
+            self.head.slack_s = self.due_s - time.monotonic()
         return [self.head.SerializeToString(), *self.features, *self.latent]
 
 

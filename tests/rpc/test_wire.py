@@ -1,3 +1,5 @@
+import pytest
+
 from avatar.rpc.wire import RelayedBlock, serialize, serialize_field
 from avatar.worker.v1 import denoiser_pb2
 from avatar.worker.v1.types_pb2 import Block, Tensor
@@ -26,6 +28,14 @@ def test_a_block_that_was_sent_does_not_change_afterwards() -> None:
     assert Block.FromString(b"".join(first.parts())) == Block(index=1, features=tensor(9, 1))
     assert Block.FromString(b"".join(second.parts())).latent == tensor(9, 2)
     assert Block.FromString(b"".join(third.parts())).latent == tensor(9, 3)
+
+
+def test_a_deadline_is_sent_as_the_time_that_remains_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([99.0, 101.5])
+    monkeypatch.setattr("avatar.rpc.wire.time.monotonic", lambda: next(clock))
+    block = RelayedBlock(Block(index=1), due_s=100.0)
+    sent = [Block.FromString(b"".join(block.parts())).slack_s for _ in range(2)]
+    assert sent == [1.0, -1.5], "a block that is sent again later has less time"
 
 
 def test_a_message_is_serialized_unchanged() -> None:

@@ -241,8 +241,8 @@ class LiveStream:
         async def send() -> AsyncGenerator[RelayedBlock, None]:
             async with aclosing(blocks):
                 async for block in blocks:
-                    self._set_slack(block.head, remaining_s)
-                    sent[block.head.index] = block
+                    self._set_deadline(block, remaining_s)
+                    sent[block.index] = block
                     yield block
 
         async with aclosing(level(send())) as answers:
@@ -255,19 +255,16 @@ class LiveStream:
         """Prepare denoised blocks for the VAE stage, which needs their latents alone."""
         async with aclosing(blocks):
             async for block in blocks:
-                self.versions.finish(block.head.index)
-                head = types_pb2.Block(index=block.head.index, traceparent=block.head.traceparent)
-                self._set_slack(head, self._stages.remaining_s[-1])
-                yield RelayedBlock(head, latent=block.latent)
+                self.versions.finish(block.index)
+                head = types_pb2.Block(index=block.index, traceparent=block.head.traceparent)
+                decoded = RelayedBlock(head, latent=block.latent)
+                self._set_deadline(decoded, self._stages.remaining_s[-1])
+                yield decoded
 
-    def _set_slack(self, block: types_pb2.Block, remaining_s: float) -> None:
-        """Tell the next stage by when to answer: the block's due time, less what it still takes after the stage.
-
-        On the wire this is relative to now, since clocks of machines differ.
-        """
+    def _set_deadline(self, block: RelayedBlock, remaining_s: float) -> None:
+        """Set by when the next stage has to answer: the block's due time, less what it still takes after that stage."""
         due_s = self._in_flight.due_s[block.index]
-        if due_s is not None:
-            block.slack_s = due_s - remaining_s - time.monotonic()
+        block.due_s = None if due_s is None else due_s - remaining_s
 
     async def _deliver(self, frame: types_pb2.Frame) -> None:
         """Put a frame, or all frames of its block, into the outbox; nothing of a block that was dropped."""
