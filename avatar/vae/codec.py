@@ -21,14 +21,9 @@ class Codec(Protocol[State]):
         after any others, holds the same bytes as the stream's own.
     """
 
-    @property
-    def channels(self) -> int: ...
-
-    @property
-    def space_stride(self) -> int: ...
-
-    @property
-    def history(self) -> int: ...
+    channels: int
+    space_stride: int
+    history: int
 
     def encode(self, frames: Tensor) -> Tensor:
         """Encode frames (b, 3, f, H, W) in [-1, 1] to latents (b, c, t, h, w), t = 1 + (f - 1) // 4.

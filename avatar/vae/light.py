@@ -114,6 +114,10 @@ def upsample(steps: Tensor) -> Tensor:
 class LightCodec(nn.Module):
     """A `Codec` that is also the module to train; `forward` reconstructs whole clips."""
 
+    channels = CHANNELS
+    space_stride = SPACE_STRIDE
+    # The decoder uses one past step at each of its three rates: one, two and four steps a latent.
+    history = math.ceil(1 + 1 / 2 + 1 / 4)
     mean: Tensor
 
     def __init__(self, config: LightConfig) -> None:
@@ -123,19 +127,6 @@ class LightCodec(nn.Module):
         self.decoder = LightDecoder(config)
         # (c, 1, 1, 1): means of the raw latents' channels over the training data.
         self.register_buffer("mean", torch.zeros(CHANNELS, 1, 1, 1))
-
-    @property
-    def channels(self) -> int:
-        return CHANNELS
-
-    @property
-    def space_stride(self) -> int:
-        return SPACE_STRIDE
-
-    @property
-    def history(self) -> int:
-        # The decoder uses one past step at each of its three rates: one, two and four steps a latent.
-        return math.ceil(1 + 1 / 2 + 1 / 4)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Encode and decode frames (b, 3, f, H, W) in [-1, 1], f = 1 + 4 k; returns the same shape."""

@@ -74,7 +74,9 @@ class WanCodec:
         self, config: WanConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         """Weights are undefined until they are loaded into `network`."""
-        self.config = config
+        self.channels = config.z_dim
+        self.space_stride = 1 << len(config.dim_mult) - 1
+        self.history = past_latents(config)
         with torch.device("meta"):
             # diffusers adds these fields to lists.
             fields = {name: [*value] if isinstance(value, tuple) else value for name, value in asdict(config).items()}
@@ -88,28 +90,6 @@ class WanCodec:
         )
         # The reciprocal, as in the reference: repeated decoding and encoding amplifies an error in the last bit.
         self._mean, self._scale = mean, 1 / std
-
-    @property
-    def channels(self) -> int:
-        return self.config.z_dim
-
-    @property
-    def space_stride(self) -> int:
-        levels = len(self.config.dim_mult) - 1
-        return 1 << levels
-
-    @property
-    def history(self) -> int:
-        """A sum over the convolutions in time: each uses two past frames, at one, two or four frames a latent."""
-        config = self.config
-        rate, past = 1, 2.0 * (1 + 4)  # the input convolution, and two residual blocks in the middle
-        for doubles in (*reversed(config.temperal_downsample), False):
-            past += 2 * 2 * (config.num_res_blocks + 1) / rate
-            if doubles:
-                past += 2 / rate
-                rate *= 2
-        past += 2 / rate  # the output convolution
-        return math.ceil(past)
 
     def encode(self, frames: Tensor) -> Tensor:
         frames = frames.to(self.network.device, self.network.dtype)
@@ -134,3 +114,18 @@ class WanCodec:
             ],
             dim=2,
         )
+
+
+def past_latents(config: WanConfig) -> int:
+    """Return the past latents that the decoder depends on.
+
+    A sum over the convolutions in time: each uses two past frames, at one, two or four frames a latent.
+    """
+    rate, past = 1, 2.0 * (1 + 4)  # the input convolution, and two residual blocks in the middle
+    for doubles in (*reversed(config.temperal_downsample), False):
+        past += 2 * 2 * (config.num_res_blocks + 1) / rate
+        if doubles:
+            past += 2 / rate
+            rate *= 2
+    past += 2 / rate  # the output convolution
+    return math.ceil(past)
