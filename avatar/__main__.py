@@ -16,10 +16,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from avatar.checkpoints import inspect
+from avatar.checkpoints.inspect import read_size
+from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.media import read_audio, read_video, write_mp4
-from avatar.render import Models, RenderOptions, embed, load, render, with_clip_frames
-from avatar.vae.picture import Size
+from avatar.render import Models, RenderOptions, load, render, with_clip_frames
+from avatar.text import model as text_model
 from avatar.vae.vae import HIDDEN_FRAMES
 
 FRAME_S = 0.02  # encoder frames are 50 Hz
@@ -64,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     content.add_argument("--seed", type=int, default=420, help="seed of all randomness (default 420); -1: random")
     size = content.add_mutually_exclusive_group()
     size.add_argument("--size", type=area, metavar="A*B", help="greatest area in pixels; the shape is the portrait's")
-    size.add_argument("--exact-size", dest="size", type=width_height, metavar="WxH", help="width and height in pixels")
+    size.add_argument("--exact-size", dest="size", type=read_size, metavar="WxH", help="width and height in pixels")
     content.add_argument("--fit", choices=("cover", "reference"), help="how the portrait is fitted to the size")
     content.add_argument("--mask", type=Path, action="append", help="an actor's mask: white where the actor is")
     content.add_argument("--pose-video", type=Path, help="a video of poses to follow")
@@ -112,7 +114,7 @@ def render_options(flags: argparse.Namespace, models: Models) -> RenderOptions:
         seed=secrets.randbits(63) if flags.seed == -1 else flags.seed,
         size=flags.size,
         fit=flags.fit,
-        text=embed(flags.checkpoint, flags.prompt) if flags.prompt else None,
+        text=text_model.load(open_part(flags.checkpoint, "text")).embed(flags.prompt) if flags.prompt else None,
         masks=[mask.read_bytes() for mask in flags.mask] if flags.mask else None,
         pose=read_video(flags.pose_video, frame_rate_hz) if flags.pose_video else None,
         num_blocks=num_blocks,
@@ -148,12 +150,6 @@ def area(text: str) -> int:
     """Parse an area in pixels written as `720*400`."""
     width, height = map(positive, text.split("*"))
     return width * height
-
-
-def width_height(text: str) -> Size:
-    """Parse a size written as `704x384`."""
-    width, height = map(positive, text.split("x"))
-    return width, height
 
 
 def distance(text: str) -> int | tuple[int, int]:

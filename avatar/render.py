@@ -32,7 +32,6 @@ from avatar.denoiser.config import PATCH, NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import NoiseSource, clip_noise, noise
-from avatar.text import model as text_model
 from avatar.types import AudioPiece, Block, Conditions, FrameChunk, Session
 from avatar.vae import vae as vae_model
 from avatar.vae import whole_clip
@@ -67,14 +66,6 @@ def load(
     network, config = denoiser_model.load(open_part(checkpoint, "denoiser", adapter), dtype=dtype, device=device)
     audio = audio_model.load(open_part(checkpoint, "audio"), dtype=dtype, device=device)
     return Models(audio, network, config, vae_model.load(open_part(checkpoint, "vae"), dtype=dtype, device=device))
-
-
-def embed(checkpoint: Path, prompt: str) -> Tensor:
-    """Return the embedding (n, d) of a prompt; the text encoder is loaded for this call only.
-
-    ValueError if the checkpoint has no text encoder.
-    """
-    return text_model.load(open_part(checkpoint, "text")).embed(prompt)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,10 +78,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("avatar.audio", *_FILES, "avatar.checkpoints.layouts", "avatar.checkpoints.lora", "avatar.denoiser"),
         *("avatar.text", "avatar.vae"),
     ),
-    "avatar.render": (
-        *("avatar.audio", "avatar.checkpoints", "avatar.denoiser", "avatar.text", "avatar.types", "avatar.vae"),
-    ),
-    "avatar.__main__": ("avatar.checkpoints", "avatar.media", "avatar.render", "avatar.vae"),
+    "avatar.render": ("avatar.audio", "avatar.checkpoints", "avatar.denoiser", "avatar.types", "avatar.vae"),
+    "avatar.__main__": ("avatar.checkpoints", "avatar.media", "avatar.render", "avatar.text", "avatar.vae"),
     # Processes. Nobody imports them.
     "services.process": ("avatar.errors",),
     "services.worker": (

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import LoraAdapter
-from avatar.render import RenderOptions, embed, load, render
+from avatar.render import RenderOptions, load, render
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import DenoiserSettings, GatewaySettings
 from avatar.store.sessions import SessionStore
+from avatar.text.model import load as load_text
 from services.denoiser.__main__ import build
 from services.local.suite import suite
 from tests.conftest import RATE_HZ, speech
@@ -45,7 +47,7 @@ def test_a_published_checkpoint_is_rendered_with_the_references_options(publishe
     options = RenderOptions(
         size=64 * 64,
         num_blocks=1,
-        text=embed(published, "a person who smiles"),
+        text=load_text(open_part(published, "text")).embed("a person who smiles"),
         clip_frames=24,
         pose=iter([np.zeros((64, 64, 3), np.uint8)] * 24),
         audio="whole",
