@@ -12,7 +12,6 @@ import av
 import numpy as np
 from av.audio.stream import AudioStream
 from av.container import OutputContainer
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from avatar.audio.alignment import MAX_RATE_HZ, MIN_RATE_HZ
@@ -96,7 +95,8 @@ def write_mp4(
     partial = path.with_name(f".{path.name}.partial")
     try:
         with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
-            video = add_video(container, height, width, frame_rate)
+            video = container.add_stream("libx264", rate=frame_rate, options={"crf": "18"})
+            set_picture_format(video.codec_context, height, width, frame_rate)
             audio = container.add_stream("aac", rate=AAC_RATE_HZ, layout=LAYOUTS[len(samples)])
             frame_number, start = first_frame, 0
             for chunk in chain([first], chunks):
@@ -113,13 +113,6 @@ def write_mp4(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def add_video(container: OutputContainer, height: int, width: int, frame_rate: int) -> VideoStream:
-    """Add a stream of H.264."""
-    stream = container.add_stream("libx264", rate=frame_rate, options={"crf": "18"})
-    set_picture_format(stream.codec_context, height, width, frame_rate)
-    return stream
 
 
 def mux_audio(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from avatar.checkpoints.files import write_config
+from avatar.checkpoints.files import CONFIG, write_json
 from avatar.checkpoints.part import Part
 from avatar.vae.out_of_distribution import LATENTS, OutOfDistributionCheck, picture_descriptor
 from avatar.vae.vae import Vae, load
@@ -103,7 +103,7 @@ def main() -> None:
     print(summary("training", [check.distance(each) for each in training], check.limit))
     held_out = [check.distance(each) for each in portrait_descriptors(vae, flags.data, "held_out", flags.clips)]
     print(summary("held out", held_out, check.limit))
-    write_config(flags.vae, {**part.config, "familiar": asdict(check)})
+    write_json(flags.vae / CONFIG, {**part.config, "familiar": asdict(check)})
 
 
 if __name__ == "__main__":

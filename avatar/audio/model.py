@@ -70,11 +70,6 @@ class AudioState:
     first_answer: int = 0
     has_ended: bool = False
 
-    @property
-    def num_missing(self) -> int:
-        """Samples at 16 kHz that the next block's window still lacks."""
-        return window_end(self.next_block, self.right_frames) - self.num_samples
-
 
 class AudioModel:
     """A streaming model (`avatar.runtime.pipeline.StreamingModel`) around an audio encoder.
@@ -175,7 +170,7 @@ class AudioModel:
         """Fill windows with audio (s,) at 16 kHz, and encode those that are complete."""
         blocks = []
         while len(audio):
-            missing = state.num_missing
+            missing = window_end(state.next_block, state.right_frames) - state.num_samples
             start = len(state.window) - missing
             taken, audio = audio[:missing], audio[missing:]
             state.window[start : start + len(taken)] = taken

@@ -162,7 +162,7 @@ def save(folder: Path, config: Mapping[str, Any], module: nn.Module, dtype: torc
     tensors = {name: _to_stored(tensor.detach(), dtype) for name, tensor in module.state_dict().items()}
     partial = folder / f"{WEIGHTS}.partial"
     _save_file(tensors, partial)
-    write_config(folder, config)
+    write_json(folder / CONFIG, config)
     partial.rename(folder / WEIGHTS)
 
 
@@ -183,8 +183,8 @@ def save_shards(
         file = f"model-{number:05}.safetensors"
         _save_file(shard, folder / file, metadata)
         where.update(dict.fromkeys(shard, file))
-    write_config(folder, config)
-    _write_object(folder / f"{WEIGHTS}.index.json", {"weight_map": where})
+    write_json(folder / CONFIG, config)
+    write_json(folder / f"{WEIGHTS}.index.json", {"weight_map": where})
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[dict[str, Tensor]]:
@@ -209,10 +209,6 @@ def _save_file(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, st
     path.chmod(0o644)  # safetensors writes 0600, and services may run as another user
 
 
-def write_config(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Write config.json alone."""
-    _write_object(folder / CONFIG, fields)
-
-
-def _write_object(path: Path, fields: Mapping[str, Any]) -> None:
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write a JSON object."""
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -64,7 +64,9 @@ class Part:
                     raise ValueError(f"{path} holds {name}, which an earlier file holds too")
                 found[name] = tensor
         if self.adapter is not None:
-            self._check_unmerged(self.adapter)
+            if merged := self.merged_adapter():
+                path = self.adapter.path
+                raise ValueError(f"weights in {self.folder} are merged with {merged} already, cannot add {path}")
             self.adapter.check(found)
         return found
 
@@ -112,10 +114,6 @@ class Part:
             name = self.rename(stored) if self.rename else stored
             if name is not None:
                 yield name, tensor
-
-    def _check_unmerged(self, adapter: LoraAdapter) -> None:
-        if merged := self.merged_adapter():
-            raise ValueError(f"weights in {self.folder} are merged with {merged} already, cannot add {adapter.path}")
 
 
 def load_weights(module: nn.Module, part: Part) -> None:

@@ -172,10 +172,13 @@ class Denoiser:
 
         Returns the number of blocks.
         """
-        state = self.open(blank_session(self.config, height, width))
-        num_blocks = self.config.window_blocks + 1
+        config, num_blocks = self.config, self.config.window_blocks + 1
+        features = torch.zeros(config.num_encoder_layers, config.audio_dim, config.frames_per_block)
+        latent = torch.zeros(config.in_dim, config.num_frames_per_block, height, width)
+        conditions = Conditions(0, latent[:, :1], torch.zeros(0, config.text_dim))
+        state = self.open(Session("warm", 0, latent[:, :1]))
         for index in range(num_blocks):
-            block = self.step(blank_block(self.config, index, height, width), state)
+            block = self.step(Block(index, features, latent, conditions), state)
         assert block.latent is not None
         block.latent.cpu()  # waits for a GPU
         return num_blocks
@@ -219,18 +222,6 @@ class Denoiser:
         if rows:
             check_shape("text", block.conditions.text, rows, config.text_dim)
         return block.conditions
-
-
-def blank_session(config: NetworkConfig, height: int, width: int) -> Session:
-    """Return a session of zeros, for warm-up."""
-    return Session("warm", 0, torch.zeros(config.in_dim, 1, height, width))
-
-
-def blank_block(config: NetworkConfig, index: int, height: int, width: int) -> Block:
-    """Return a block of zeros for a blank session."""
-    latent = torch.zeros(config.in_dim, config.num_frames_per_block, height, width)
-    features = torch.zeros(config.num_encoder_layers, config.audio_dim, config.frames_per_block)
-    return Block(index, features, latent, Conditions(0, latent[:, :1], torch.zeros(0, config.text_dim)))
 
 
 def to_velocity(output: Tensor, x: Tensor, reference: Tensor, sigma: float | Tensor, config: NetworkConfig) -> Tensor:
