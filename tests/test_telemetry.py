@@ -31,7 +31,9 @@ from avatar import telemetry
 from avatar.telemetry import block_span, log_formatter, session_span, set_up, tag, text_span
 from services.local.processes import free_ports
 
-METRICS = ["avatar.block.duration"]  # those of a block without a device queue
+# Those that PROGRAM records.
+SPANS = ["avatar.session", "avatar.audio"]
+METRICS = ["avatar.block.duration"]
 SECOND_NS = 1_000_000_000
 WAIT_S = 30.0
 
@@ -72,11 +74,6 @@ def test_a_traceback_is_a_key_of_the_line() -> None:
     assert line["message"] == "failed"
     assert line["traceback"].startswith("Traceback (most recent call last):\n")
     assert line["traceback"].endswith("KeyError: 'nobody\\nhere'")
-
-
-def test_an_unknown_log_level_is_refused() -> None:
-    with pytest.raises(ValueError, match="LOUD"):
-        set_up("avatar-test", "LOUD", {})
 
 
 def only(spans: InMemorySpanExporter) -> ReadableSpan:
@@ -271,41 +268,31 @@ print("opentelemetry.sdk" in sys.modules)
 """
 
 
-async def test_nothing_is_exported_by_default() -> None:
-    out, log = await run(PROGRAM)
+@pytest.mark.parametrize("environ", [{}, {"OTEL_EXPORTER_OTLP_ENDPOINT": ""}])
+async def test_nothing_is_exported_without_an_endpoint(environ: dict[str, str]) -> None:
+    out, log = await run(PROGRAM, **environ)
     assert out.split() == ["''", "False"]
     assert [(line["message"], line["port"], line["level"]) for line in log] == [("shown", 7000, "INFO")]
 
 
-async def test_spans_and_metrics_are_exported_to_the_endpoint() -> None:
+@pytest.mark.parametrize(
+    ("switches", "expected"),
+    [
+        ({}, Collected({"avatar-test"}, SPANS, METRICS)),
+        (
+            {"OTEL_TRACES_EXPORTER": "none", "OTEL_SERVICE_NAME": "denoiser-eu"},
+            Collected({"denoiser-eu"}, [], METRICS),
+        ),
+        (
+            {"OTEL_METRICS_EXPORTER": "none", "OTEL_RESOURCE_ATTRIBUTES": "service.name=denoiser-eu"},
+            Collected({"denoiser-eu"}, SPANS, []),
+        ),
+    ],
+)
+async def test_spans_and_metrics_are_exported_to_the_endpoint(switches: dict[str, str], expected: Collected) -> None:
     async with collecting() as (collected, endpoint):
-        out, _ = await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
-    assert re.fullmatch(r"'00-[0-9a-f]{32}-[0-9a-f]{16}-0[13]'\nTrue\n", out)
-    assert collected.services == {"avatar-test"}
-    assert collected.spans == ["avatar.session", "avatar.audio"]
-    assert collected.metrics == METRICS
-
-
-async def test_traces_are_optional_and_the_service_can_be_renamed() -> None:
-    async with collecting() as (collected, endpoint):
-        switches = {"OTEL_TRACES_EXPORTER": "none", "OTEL_SERVICE_NAME": "avatar-denoiser-eu"}
         await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, **switches)
-    assert (collected.spans, collected.metrics) == ([], METRICS)
-    assert collected.services == {"avatar-denoiser-eu"}
-
-
-async def test_metrics_are_optional_and_the_service_can_be_renamed_as_a_resource() -> None:
-    async with collecting() as (collected, endpoint):
-        switches = {"OTEL_METRICS_EXPORTER": "none", "OTEL_RESOURCE_ATTRIBUTES": "service.name=avatar-denoiser-eu"}
-        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, **switches)
-    assert (collected.spans, collected.metrics) == (["avatar.session", "avatar.audio"], [])
-    assert collected.services == {"avatar-denoiser-eu"}
-
-
-def test_a_protocol_other_than_grpc_is_refused() -> None:
-    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
-    with pytest.raises(ValueError, match="OTEL_EXPORTER_OTLP_PROTOCOL is 'http/protobuf', expected 'grpc'"):
-        set_up("avatar-test", "info", environ)
+    assert collected == expected
 
 
 async def test_metrics_are_served_over_http() -> None:
@@ -327,16 +314,25 @@ with urllib.request.urlopen("http://127.0.0.1:{port}/metrics") as answer:
     assert 'service_name="avatar-test"' in out
 
 
-@pytest.mark.parametrize("port", ["metrics", "99999"])
-def test_an_unusable_metrics_port_is_named(port: str) -> None:
-    environ = {"OTEL_METRICS_EXPORTER": "prometheus", "OTEL_EXPORTER_PROMETHEUS_PORT": port}
-    with pytest.raises(ValueError, match=f"OTEL_EXPORTER_PROMETHEUS_HOST, _PORT: no server at localhost:{port}"):
-        set_up("avatar-test", "info", environ)
-
-
-def test_an_empty_endpoint_exports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "set_meter_provider", lambda _: pytest.fail("nothing was asked for"))
-    set_up("avatar-test", "warning", {"OTEL_EXPORTER_OTLP_ENDPOINT": ""})
+@pytest.mark.parametrize(
+    ("log_level", "environ", "words"),
+    [
+        ("LOUD", {}, "LOUD"),
+        (
+            "info",
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"},
+            "OTEL_EXPORTER_OTLP_PROTOCOL is 'http/protobuf', expected 'grpc'",
+        ),
+        (
+            "info",
+            {"OTEL_METRICS_EXPORTER": "prometheus", "OTEL_EXPORTER_PROMETHEUS_PORT": "99999"},
+            "OTEL_EXPORTER_PROMETHEUS_HOST, _PORT: no server at localhost:99999",
+        ),
+    ],
+)
+def test_an_unusable_setting_is_named(log_level: str, environ: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        set_up("avatar-test", log_level, environ)
 
 
 def test_a_tag_identifies_a_session_without_revealing_its_id() -> None:

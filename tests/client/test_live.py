@@ -258,32 +258,6 @@ async def test_an_interrupt_survives_a_broken_connection(store: SessionStore) ->
     assert_complete(items + rest)
 
 
-async def test_a_session_outlives_its_connection_and_an_interrupt(store: SessionStore) -> None:
-    async with live_stream(store, return_audio=True) as (stream, proxy), asyncio.TaskGroup() as tasks:
-        await speak(stream, speech(1.5))
-        items = await until(stream, PlaybackStarted)
-        proxy.cut()
-        items += await until(stream, PlaybackFinished)
-        whole = finish(items)
-        pushing = tasks.create_task(stream.push(speech(30.0)))
-        items += await until(stream, PlaybackStarted)
-        interrupted = await stream.interrupt()
-        await pushing
-        items += await until(stream, PlaybackFinished)
-        cut = finish(items)
-        proxy.cut()
-        await speak(stream, speech(0.5))
-        items += await until(stream, PlaybackFinished)
-        await stream.close()
-        items += [item async for item in stream]
-    assert (whole.position_s, whole.was_interrupted) == (1.5, False)
-    assert cut.was_interrupted
-    assert interrupted.was_speaking
-    assert cut.position_s == interrupted.position_s < 30
-    assert_complete(items)
-    assert spoken(items)[: len(samples(speech(1.5)))] == samples(speech(1.5))
-
-
 async def test_a_connection_that_stays_broken_is_lost_after_the_grace_period(store: SessionStore) -> None:
     async with live_stream(store, settings={"resume_s": 0.3}) as (stream, proxy):
         proxy.swallow()

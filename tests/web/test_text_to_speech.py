@@ -8,7 +8,7 @@ import pytest
 
 from tests.web.page import ASSETS, speech_command
 from web.playout import RATE_HZ
-from web.text_to_speech import SpeechError, Synthesiser, read_pcm16
+from web.text_to_speech import SpeechError, Synthesiser
 
 
 async def test_a_command_speaks_text_at_the_given_rate() -> None:
@@ -54,7 +54,3 @@ async def test_a_command_that_takes_too_long_is_ended(monkeypatch: pytest.Monkey
 def test_a_command_must_name_text_and_file() -> None:
     with pytest.raises(ValueError, match="must contain"):
         Synthesiser("flite -t {text}", RATE_HZ)
-
-
-def test_any_audio_file_becomes_mono_at_the_given_rate() -> None:
-    assert len(read_pcm16(ASSETS / "speech.wav", RATE_HZ)) / 2 / RATE_HZ == pytest.approx(8.95, abs=0.1)
