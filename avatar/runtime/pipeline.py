@@ -13,15 +13,12 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from avatar.aio import background
 from avatar.runtime.admission import StreamUsage
 from avatar.runtime.device_queue import DeviceQueue, Job
-from avatar.types import BLOCK_S
-
-if TYPE_CHECKING:  # the gateway composes stages and has no torch
-    from avatar.types import Session
+from avatar.types import BLOCK_S, Session
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -38,14 +35,14 @@ MAX_ITEMS = 3
 class StreamingModel(Protocol[In_contra, Out_co, State]):
     """Tensor code that carries a state from item to item. Models own weights, states own history."""
 
-    def open(self, session: "Session") -> State: ...
+    def open(self, session: Session) -> State: ...
 
     def step(self, item: In_contra, state: State) -> Out_co: ...
 
 
 def local(
     model: StreamingModel[In, Out, State],
-    session: "Session",
+    session: Session,
     queue: DeviceQueue,
     usage: StreamUsage | None = None,
     *,
