@@ -23,7 +23,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, TypeVar
 
 from avatar.runtime.admission import DeviceLoad
@@ -75,9 +74,7 @@ class DeviceQueue:
     def __enter__(self) -> "DeviceQueue":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the thread after the job that runs, and cancel the jobs that wait."""
         with self._lock:
             self._is_closed = True
