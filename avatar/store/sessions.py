@@ -41,31 +41,31 @@ class SessionStore:
 
     async def put_reference(self, reference: pb.Reference, ttl_s: float) -> None:
         """Store a reference for ttl_s seconds, in place of one with the same id."""
-        await self._hashes.create(_reference_key(reference.id), {"reference": _pack(reference)}, ttl_s)
+        await self._hashes.create(_key("reference", reference.id), {"reference": _pack(reference)}, ttl_s)
 
     async def reference(self, reference_id: str) -> pb.Reference:
         """Return a reference."""
-        value = await self._hashes.read(_reference_key(reference_id), "reference")
+        value = await self._hashes.read(_key("reference", reference_id), "reference")
         if value is None:
             raise no_reference(reference_id)
         return _unpack(value, pb.Reference, "reference")
 
     async def reference_expires_in_s(self, reference_id: str) -> float:
         """Return the seconds until a reference expires; 0 if it does not exist."""
-        return await self._hashes.expires_in_s(_reference_key(reference_id))
+        return await self._hashes.expires_in_s(_key("reference", reference_id))
 
     async def delete_reference(self, reference_id: str) -> None:
         """Delete a reference."""
-        if not await self._hashes.delete(_reference_key(reference_id)):
+        if not await self._hashes.delete(_key("reference", reference_id)):
             raise no_reference(reference_id)
 
     async def put_embedding(self, name: str, embedding: EmbedResponse, ttl_s: float) -> None:
         """Store a prompt's embedding under a name that is derived from the prompt and the encoder alone."""
-        await self._hashes.create(_text_key(name), {"embedding": _pack(embedding)}, ttl_s)
+        await self._hashes.create(_key("text", name), {"embedding": _pack(embedding)}, ttl_s)
 
     async def embedding(self, name: str) -> EmbedResponse | None:
         """Return the embedding of this name, None if it is not stored."""
-        value = await self._hashes.read(_text_key(name), "embedding")
+        value = await self._hashes.read(_key("text", name), "embedding")
         return None if value is None else _unpack(value, EmbedResponse, f"embedding {name}")
 
     async def create(self, session: pb.Session, conditions: pb.Conditions, position: pb.Position) -> None:
@@ -75,7 +75,7 @@ class SessionStore:
             "position": _pack(position),
             f"conditions/{conditions.version}": _pack(conditions),
         }
-        await self._hashes.create(_session_key(session.id), fields, position.ttl_s)
+        await self._hashes.create(_key("session", session.id), fields, position.ttl_s)
 
     async def session(self, session_id: str) -> pb.Session:
         """Return a session's constants."""
@@ -103,14 +103,14 @@ class SessionStore:
 
     async def expires_in_s(self, session_id: str) -> float:
         """Return the seconds until the session expires."""
-        remaining_s = await self._hashes.expires_in_s(_session_key(session_id))
+        remaining_s = await self._hashes.expires_in_s(_key("session", session_id))
         if not remaining_s:
             raise no_session(session_id)
         return remaining_s
 
     async def delete(self, session_id: str) -> None:
         """Delete a session; the lock of its stream stays until it is released or expires."""
-        if not await self._hashes.delete(_session_key(session_id)):
+        if not await self._hashes.delete(_key("session", session_id)):
             raise no_session(session_id)
 
     async def restore(self, session: pb.Session, versions: Sequence[pb.Conditions], position: pb.Position) -> None:
@@ -118,7 +118,7 @@ class SessionStore:
 
         versions: the conditions in use.
         """
-        if not await self._hashes.expires_in_s(_session_key(session.id)):
+        if not await self._hashes.expires_in_s(_key("session", session.id)):
             await self.create(session, versions[-1], position)
         for conditions in versions:
             await self.put_conditions(session.id, conditions)
@@ -133,7 +133,7 @@ class SessionStore:
 
     async def is_locked(self, session_id: str) -> bool:
         """Return whether a stream of the session is open at any gateway."""
-        return await self._hashes.expires_in_s(_stream_key(session_id)) > 0
+        return await self._hashes.expires_in_s(_key("stream", session_id)) > 0
 
     async def renew_lock(self, session_id: str, owner: str, position: pb.Position | None = None) -> bool:
         """Renew the lock of the session's stream, and `renew` the session if a position is given.
@@ -142,7 +142,7 @@ class SessionStore:
         leaves its lock. SessionBusy if another owner has the lock, SessionNotFound if the session is deleted.
         """
         fields, ttl_s = ({"position": _pack(position)}, position.ttl_s) if position else ({}, None)
-        renewal = await self._hashes.renew(_lock(session_id, owner), _session_key(session_id), fields, ttl_s)
+        renewal = await self._hashes.renew(_lock(session_id, owner), _key("session", session_id), fields, ttl_s)
         if renewal is Renewal.LOCK_TAKEN:
             raise session_busy(session_id)
         if renewal is Renewal.HASH_GONE:
@@ -158,34 +158,22 @@ class SessionStore:
         await self._hashes.aclose()
 
     async def _update(self, session_id: str, field: str, message: Message, ttl_s: float | None = None) -> None:
-        if not await self._hashes.update(_session_key(session_id), {field: _pack(message)}, ttl_s):
+        if not await self._hashes.update(_key("session", session_id), {field: _pack(message)}, ttl_s):
             raise no_session(session_id)
 
     async def _field(self, session_id: str, field: str, kind: type[Stored]) -> Stored:
-        value = await self._hashes.read(_session_key(session_id), field)
+        value = await self._hashes.read(_key("session", session_id), field)
         if value is None:
             raise no_session(session_id)
         return _unpack(value, kind, f"{field} of session {session_id!r}")
 
 
-def _session_key(session_id: str) -> str:
-    return f"avatar:session:{{{session_id}}}"
-
-
-def _stream_key(session_id: str) -> str:
-    return f"avatar:stream:{{{session_id}}}"
+def _key(kind: str, name: str) -> str:
+    return f"avatar:{kind}:{{{name}}}"
 
 
 def _lock(session_id: str, owner: str) -> Lock:
-    return Lock(_stream_key(session_id), owner, LOCK_TTL_S)
-
-
-def _reference_key(reference_id: str) -> str:
-    return f"avatar:reference:{{{reference_id}}}"
-
-
-def _text_key(name: str) -> str:
-    return f"avatar:text:{{{name}}}"
+    return Lock(_key("stream", session_id), owner, LOCK_TTL_S)
 
 
 def no_session(session_id: str) -> SessionNotFound:
