@@ -199,7 +199,7 @@ def test_imports_are_found_at_any_depth() -> None:
     seen = {(each.module, each.name) for each in imports()}
     assert ("avatar.audio.whisper", "transformers.models.whisper.modeling_whisper.WhisperEncoder") in seen
     assert ("services.gateway.service", "services.gateway.workers.Workers") in seen
-    assert [str(each) for each in imports() if each.is_for_types and each.module == "avatar.client.connection"]
+    assert [str(each) for each in imports() if each.is_for_types and each.module == "avatar.types"]
 
 
 def test_every_module_belongs_to_a_part() -> None:
