@@ -3,8 +3,8 @@
     run: LiveStream.run -> closed                (once; outlives connections)
     serve: requests -> LiveStream -> responses   (once per connection, one at a time)
 
-When a connection breaks, the pipeline stays as it is and admits nothing, until another connection takes its place or
-the grace period ends.
+When a connection breaks, the pipeline stays as it is and gives no block a slot, until another connection takes its
+place or the grace period ends.
 """
 
 import asyncio
@@ -25,13 +25,14 @@ from services.gateway.stream.outbox import Item, Write
 logger = logging.getLogger(__name__)
 
 # Errors that end a connection and leave its session open.
-OF_A_CONNECTION = (ConnectionLost.reason, StoreUnavailable.reason)
+CONNECTION_ERRORS = (ConnectionLost.reason, StoreUnavailable.reason)
 
 
 class LiveSession:
     """An open session, with or without a connection.
 
-    opened: the message that opened it. stream: its pipeline. init_segment: bytes that precede all frames.
+    opened: the message that opened it. session: its constants, and its current prompt. stream: its pipeline.
+    init_segment: bytes that precede all frames.
     ended: done when the session has ended, with the error that ended it, if any.
     """
 
@@ -47,7 +48,7 @@ class LiveSession:
         self.opened = opened
         self.stream = stream
         self.init_segment = init_segment
-        self._session, self._store, self._settings = session, store, settings
+        self.session, self._store, self._settings = session, store, settings
         loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = loop.create_future()
         # Retrieve the error: no connection may be there to do it.
@@ -67,7 +68,8 @@ class LiveSession:
         """Serve a connection until everything is sent; a connection that is there is replaced.
 
         describe: returns the answer to `open`, given the session's id. next_frame: the first frame to send, if it is
-        not the next one. Raises what ended the session; ConnectionLost if the connection broke or was replaced.
+        not the next one. Raises the error that ended the session; ConnectionLost if the connection broke, or was
+        replaced.
         """
         if self._replaced and not self._replaced.done():
             self._replaced.set_result(None)
@@ -95,7 +97,7 @@ class LiveSession:
             except BaseException as error:
                 self.stream.disconnect()
                 self._disconnected.set()
-                if reason_of(error) not in OF_A_CONNECTION or not self._settings.resume_s:
+                if reason_of(error) not in CONNECTION_ERRORS or not self._settings.resume_s:
                     self._fail(error if isinstance(error, Exception) else ConnectionLost("the client is gone"))
                     await asyncio.wait({self.ended})
                 raise
@@ -116,7 +118,7 @@ class LiveSession:
     async def run(self, owner: str) -> None:
         """Run the pipeline until the client has closed the stream and everything is sent; then close the record.
 
-        owner: of the session's lock. Raises what ends the session before.
+        owner: of the session's lock. Raises the error that ends the session before.
         """
         goes_on_elsewhere = False
         try:
@@ -149,7 +151,7 @@ class LiveSession:
             return
         self.stream.record_position().is_closed = True
         with suppress(StoreUnavailable, SessionNotFound):
-            await self._store.renew(self._session.id, position)
+            await self._store.renew(self.session.id, position)
 
     async def _renew(self, owner: str) -> None:
         """Write the position after every block, and renew the lock. SessionNotFound if the session was deleted.
@@ -157,7 +159,7 @@ class LiveSession:
         A running stream survives the loss of its store: the workers have all that they need. Once the store is back,
         what it has lost is written again.
         """
-        session_id, was_away = self._session.id, False
+        session_id, was_away = self.session.id, False
         advanced = self.stream.advanced
         while True:
             # Not asyncio.wait_for: before Python 3.12 it swallows a cancellation that comes with the event.
@@ -170,7 +172,7 @@ class LiveSession:
             try:
                 while was_away or not await self._store.renew_lock(session_id, owner, changed):
                     await self._store.acquire_lock(session_id, owner)
-                    await self._store.restore(self._session, self.stream.versions.known, position)
+                    await self._store.restore(self.session, self.stream.versions.known, position)
                     was_away = False
             except StoreUnavailable:
                 was_away = True

@@ -55,10 +55,9 @@ class LiveSessions:
             task.cancel()
         await self._tasks.__aexit__(None, None, None)
 
-    def stream(self, session_id: str) -> LiveStream | None:
-        """Return a session's stream, None if it is not open at this gateway."""
-        session = self._sessions.get(session_id)
-        return session.stream if session else None
+    def get(self, session_id: str) -> LiveSession | None:
+        """Return an open session, None if it is not open at this gateway."""
+        return self._sessions.get(session_id)
 
     def announce_stop(self) -> None:
         """Notify every client that the gateway stops."""
@@ -67,7 +66,7 @@ class LiveSessions:
             session.stream.outbox.put(going_away)
 
     async def start(self, opened: pb.OpenAvatar) -> LiveSession:
-        """Open a session, or go on with one that was open at another gateway. Raises what prevents it."""
+        """Open a session, or go on with one that was open at another gateway. Raises the error that prevents it."""
         options = stream_options(opened)
         session = await self._store.session(opened.session_id)
         started: asyncio.Future[LiveSession] = asyncio.get_running_loop().create_future()
@@ -82,7 +81,7 @@ class LiveSessions:
             raise
 
     async def resume(self, opened: pb.OpenAvatar) -> LiveSession:
-        """Return the session that a client goes on with. Raises what prevents it."""
+        """Return the session that a client goes on with. Raises the error that prevents it."""
         session = self._sessions.get(opened.session_id)
         if session is None:
             return await self._resume_from_record(opened)

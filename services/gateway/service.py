@@ -158,8 +158,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         ttl_s = _ttl_s("session.ttl", request.session.ttl) if "ttl" in paths else None
         first_block = await self._change_prompt(session_id, request.session.prompt) if "prompt" in paths else None
         if ttl_s is not None:
-            stream = self._live_sessions.stream(session_id)
-            position = stream.position if stream else await self._store.position(session_id)
+            live = self._live_sessions.get(session_id)
+            position = live.stream.position if live else await self._store.position(session_id)
             position.ttl_s = ttl_s
             await self._store.renew(session_id, position)
             if not position.is_closed:
@@ -180,16 +180,21 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             await self._store.put_conditions(session_id, conditions)
             return conditions
 
-        if stream := self._live_sessions.stream(session_id):
-            first_block = await stream.versions.change(write)
+        if live := self._live_sessions.get(session_id):
+            first_block = await live.stream.versions.change(write)
+            live.session.prompt = prompt
         else:
             position = await self._store.position(session_id)
             if await self._store.is_locked(session_id):
                 raise NotStreaming(f"session {session_id!r} streams at another gateway; change its prompt there")
             if position.is_closed:
                 raise SessionClosed(f"the stream of session {session_id!r} has ended; its prompt cannot be changed")
-            await write(position.conditions, position.conditions + 1)
-            first_block, position.conditions = position.next_block, position.conditions + 1
+            if position.coming_conditions:  # a version that the session's last stream wrote, and has not used yet
+                await write(position.coming_conditions, position.coming_conditions + 1)
+                first_block, position.coming_conditions = position.coming_block, position.coming_conditions + 1
+            else:
+                await write(position.conditions, position.conditions + 1)
+                first_block, position.conditions = position.next_block, position.conditions + 1
             await self._store.renew(session_id, position)
         session.prompt = prompt
         await self._store.put_session(session)
@@ -206,17 +211,17 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         session_id = caller().session(request.session_id)
         await self._store.delete(session_id)
         await self._quotas.release_session(session_id)
-        if stream := self._live_sessions.stream(session_id):
-            stream.advanced.set()  # has it renew the session, which ends it
+        if live := self._live_sessions.get(session_id):
+            live.stream.advanced.set()  # wakes the renewal, which finds the session deleted and ends the stream
         return pb.DeleteSessionResponse()
 
     async def Interrupt(self, request: pb.InterruptRequest, context: Context) -> pb.InterruptResponse:
         session_id = caller().session(request.session_id)
-        stream = self._live_sessions.stream(session_id)
-        if stream is None:
+        live = self._live_sessions.get(session_id)
+        if live is None:
             await self._store.expires_in_s(session_id)
             raise NotStreaming(f"no stream of session {session_id!r} is open at this gateway")
-        return stream.interrupt()
+        return live.stream.interrupt()
 
     async def StreamAvatar(  # type: ignore[override]  # writes through its context, from more than one task
         self, requests: AsyncIterator[pb.StreamAvatarRequest], context: Context
@@ -243,8 +248,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         if position.is_closed:
             state = types.Session.STATE_CLOSED
         elif await self._store.is_locked(session_id):
-            stream = self._live_sessions.stream(session_id)
-            is_detached = stream is not None and not stream.is_connected
+            live = self._live_sessions.get(session_id)
+            is_detached = live is not None and not live.stream.is_connected
             state = types.Session.STATE_DETACHED if is_detached else types.Session.STATE_STREAMING
         session = types.Session(
             id=stored.id,

@@ -64,7 +64,7 @@ class DeploymentInfo:
 
     @property
     def hold_s(self) -> float:
-        """Seconds from the start of an encoded block to its first frame, less one step."""
+        """Seconds that an encoded block needs for all levels and the decoder."""
         return len(self.denoisers) * self._step_s + self.vae.step_s
 
     @property
@@ -79,7 +79,7 @@ class DeploymentInfo:
 
     @property
     def remaining_s(self) -> list[float]:
-        """Seconds that a block needs until its first frame: after the audio stage, each level, and the decoder."""
+        """Seconds from the end of each stage to a block's first frame, from the audio stage to the decoder."""
         steps = [*(each.step_s for each in self.denoisers), self.vae.step_s]
         return [sum(steps[at:]) for at in range(len(steps) + 1)]
 

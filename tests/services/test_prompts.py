@@ -14,6 +14,7 @@ from avatar.store.sessions import SessionStore
 from avatar.text.model import load
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
+from avatar.worker.v1 import types_pb2 as worker_types
 from services.local.suite import suite
 from tests.conftest import speech
 from tests.product import CLOSE, Stub, answer, connected, frame, new_session, opening, pieces, rest, speak
@@ -68,6 +69,24 @@ async def test_a_prompt_that_changes_before_the_stream_is_as_if_it_had_been_firs
     changed = await change(stub, other.id, PROMPT)
     assert (changed.first_block, changed.session.prompt) == (0, PROMPT)
     assert (await speak(stub, one.id, speech(1.92))).pixels == (await speak(stub, other.id, speech(1.92))).pixels
+
+
+async def test_a_prompt_that_changes_before_a_resume_keeps_the_sink_update_that_is_to_come(
+    stub: Stub, store: SessionStore, picture: bytes
+) -> None:
+    session = await new_session(stub, picture)
+    update = (await store.conditions(session.id, 0)).sink
+    update.data = bytes(len(update.data))
+    await store.put_conditions(session.id, worker_types.Conditions(version=1, sink=update))
+    position = await store.position(session.id)
+    position.next_block, position.coming_block, position.coming_conditions = 1, 2, 1
+    await store.renew(session.id, position)
+    assert (await change(stub, session.id, PROMPT)).first_block == 2
+    position = await store.position(session.id)
+    assert (position.conditions, position.coming_block, position.coming_conditions) == (0, 2, 2)
+    changed = await store.conditions(session.id, 2)
+    assert changed.sink == update
+    assert changed.text.shape
 
 
 async def test_a_prompt_changes_in_mid_stream_at_the_block_that_is_named_and_keeps_the_new_sink(

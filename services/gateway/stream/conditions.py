@@ -1,8 +1,8 @@
 """The version of the conditions that each block of a session is made under.
 
-Versions are numbered in order, and each is in force from one block on. The last level writes the sink's update as the
-version after block 0's while block 0 is in the pipeline; the gateway writes a new prompt. Both take the next number, so
-a prompt that arrives while the sink's update is awaited waits for it, and is combined with the new sink.
+Versions are numbered, and each applies from one block on. The result of block 0 becomes the sink of the version after
+block 0's, which the last level writes; the gateway writes a version for each new prompt. A prompt that comes between
+block 0 and the sink's update waits for it, and is combined with the new sink.
 
 A version reaches the levels with the first block that is made under it.
 """
@@ -32,9 +32,9 @@ class ConditionVersions:
         if position.coming_conditions:
             self._in_force.append((position.coming_block, position.coming_conditions))
         self._first_version = position.conditions
-        self._is_settled = asyncio.Event()  # the sink's update, if there is one, has been written
+        self._sink_is_written = asyncio.Event()  # or there is none to wait for
         if self.next_block:
-            self._is_settled.set()
+            self._sink_is_written.set()
         self._changing = asyncio.Lock()
         self._is_closed = False
         self._known = {conditions.version: conditions}
@@ -43,7 +43,7 @@ class ConditionVersions:
     async def admit(self, block: types_pb2.Block) -> None:
         """Number a block and set its version, after the sink's update if the block depends on it."""
         if self.next_block == self._sink_update_block:
-            await self._is_settled.wait()
+            await self._sink_is_written.wait()
         if self.next_block:
             self._number(block)
             return
@@ -89,12 +89,12 @@ class ConditionVersions:
         if index == 0:
             if self._sink_update_block is not None:
                 self._in_force.append((self._sink_update_block, self._first_version + 1))
-            self._is_settled.set()
+            self._sink_is_written.set()
 
     def close(self) -> None:
         """Refuse changes from now on: no more blocks are admitted."""
         self._is_closed = True
-        self._is_settled.set()
+        self._sink_is_written.set()
 
     async def change(self, write: Callable[[int, int], Awaitable[types_pb2.Conditions]]) -> int:
         """Put a new version in force and return the first block made under it.
@@ -104,7 +104,7 @@ class ConditionVersions:
         """
         while True:
             if self._is_sink_awaited():
-                await self._is_settled.wait()
+                await self._sink_is_written.wait()
             async with self._changing:
                 if self._is_closed:
                     raise SessionClosed("the session's stream has ended; its prompt cannot be changed")
@@ -116,4 +116,4 @@ class ConditionVersions:
                 return self._in_force[-1][0]
 
     def _is_sink_awaited(self) -> bool:
-        return self._sink_update_block is not None and self.next_block > 0 and not self._is_settled.is_set()
+        return self._sink_update_block is not None and self.next_block > 0 and not self._sink_is_written.is_set()

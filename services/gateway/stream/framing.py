@@ -1,13 +1,13 @@
 """The messages that a client receives, built from a block's frames and audio.
 
-Frame of the VAE stage + SpeechBlock -> items for the outbox
+Frame of the VAE stage + StartedBlock -> items for the outbox
 """
 
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.v1 import types_pb2 as api_types
 from avatar.worker.v1 import types_pb2
 from services.gateway.options import StreamOptions
-from services.gateway.stream.in_flight import SpeechBlock, Turn
+from services.gateway.stream.in_flight import StartedBlock, Turn
 from services.gateway.stream.outbox import Item
 
 # Encodings whose frames can each be decoded alone.
@@ -23,7 +23,7 @@ class Framer:
         self._frames: list[api_types.VideoFrame] = []
         self._num_frames = 0
 
-    def add(self, frame: types_pb2.Frame, block: SpeechBlock, *, is_discontinuity: bool) -> list[Item]:
+    def add(self, frame: types_pb2.Frame, block: StartedBlock, *, is_discontinuity: bool) -> list[Item]:
         """Add a frame of a block; return the message that it completes, if any, as items.
 
         A turn's first frame follows the event that the turn starts; with `returns_audio`, frames follow their audio.

@@ -3,7 +3,7 @@
     start -> (audio stage) -> admit -> (levels, VAE) -> finish
 
 Offline, a block takes its slot when it is admitted; live, when it is started, so that its audio is not decided earlier
-than necessary. Nothing is started or admitted while no client is connected.
+than necessary. No slot is given while no client is connected.
 """
 
 import asyncio
@@ -32,8 +32,8 @@ class Turn:
 
 
 @dataclass(eq=False)
-class SpeechBlock:
-    """The audio and the timing of one block.
+class StartedBlock:
+    """The audio and the timing of one block, of speech or idle.
 
     turn: whose speech it shows; None if it is idle. num_samples: samples of speech in it; silence follows them.
     turn_offset, stream_offset: samples of the turn, and of all audio of the client, before it.
@@ -63,19 +63,19 @@ class BlocksInFlight:
 
     started: given to the audio stage, not admitted. admitted: in the pipeline behind it. The oldest come first.
     due_s: when each admitted block's first frame is due, by its index; None if the stream is not live.
-    max_admitted: number of slots. connected: set while a client is connected.
+    num_slots: number of slots. connected: set while a client is connected.
     """
 
     def __init__(self, num_stages: int) -> None:
         """num_stages: stages behind the audio stage."""
         # One block for each stage keeps all of them busy, and one waits to enter; up to two are between stages, which
         # counts where steps are as short as 20 ms.
-        self.max_admitted = num_stages + 3
-        self.started: deque[SpeechBlock] = deque()
-        self.admitted: deque[SpeechBlock] = deque()
+        self.num_slots = num_stages + 3
+        self.started: deque[StartedBlock] = deque()
+        self.admitted: deque[StartedBlock] = deque()
         self.connected = asyncio.Event()
         self.due_s: dict[int, float | None] = {}
-        self._slots = asyncio.Semaphore(self.max_admitted)
+        self._slots = asyncio.Semaphore(self.num_slots)
 
     @property
     def num_frames(self) -> int:
@@ -92,7 +92,7 @@ class BlocksInFlight:
         await self._slots.acquire()
         await self.connected.wait()
 
-    def admit(self) -> SpeechBlock | None:
+    def admit(self) -> StartedBlock | None:
         """Move the oldest started block into the pipeline; free its slot and return None if it was dropped."""
         block = self.started.popleft()
         if block.is_dropped:
@@ -101,7 +101,7 @@ class BlocksInFlight:
         self.admitted.append(block)
         return block
 
-    def number(self, block: SpeechBlock, index: int) -> None:
+    def number(self, block: StartedBlock, index: int) -> None:
         """Give an admitted block its index in the session."""
         self.due_s[index] = block.due_s
         if index == 0:

@@ -26,7 +26,7 @@ from services.gateway.stages import SessionStages
 from services.gateway.stream.acks import Acks
 from services.gateway.stream.conditions import ConditionVersions
 from services.gateway.stream.framing import Framer, playback_finished
-from services.gateway.stream.in_flight import BlocksInFlight, SpeechBlock, Turn
+from services.gateway.stream.in_flight import BlocksInFlight, StartedBlock, Turn
 from services.gateway.stream.outbox import Item, Outbox, notice
 from services.gateway.stream.speech import LivePacing, SpeechQueue
 from services.gateway.stream.timeline import MediaGrid, Timeline
@@ -67,7 +67,7 @@ class LiveStream:
             max_unread_s=settings.max_unread_s,
             is_fragmented=options.video == "fmp4",
         )
-        self._in_flight = BlocksInFlight(len(stages.remaining_s) - 1)
+        self._in_flight = BlocksInFlight(num_stages=len(stages.remaining_s) - 1)
         delivered = position.num_turn_samples
         turn = Turn(position.turn, num_samples=delivered, num_finished=delivered, is_started=delivered > 0)
         lookahead_samples = -(-stages.lookahead_ns * options.rate_hz // 1_000_000_000)
@@ -91,13 +91,13 @@ class LiveStream:
         return self._in_flight.connected.is_set()
 
     def connect(self) -> None:
-        """Start or go on admitting blocks: a client is connected."""
+        """Give blocks slots: a client is connected."""
         if self._options.is_live:
             self._timeline.restart(self.outbox.next_frame)
         self._in_flight.connected.set()
 
     def disconnect(self) -> None:
-        """Admit nothing until a client is connected."""
+        """Give no slots until a client is connected."""
         self._in_flight.connected.clear()
 
     async def wait_connected(self) -> None:
@@ -147,7 +147,7 @@ class LiveStream:
 
     async def run(self) -> None:
         """Make frames until the client has closed the stream and all of them are in the outbox."""
-        for stage in self._stages.all[1:]:
+        for stage in self._stages.all[1:]:  # the audio stage's blocks have no index of the session: see `_admit`
             stage.on_rebuilt = self._rebuilt.add
         if self._options.is_live:
             self._timeline.restart(self.position.next_frame)
@@ -252,7 +252,10 @@ class LiveStream:
                 yield sent.pop(answer.index).with_latent(answer.latent)
 
     async def _decode(self, blocks: AsyncGenerator[RelayedBlock, None]) -> AsyncGenerator[RelayedBlock, None]:
-        """Prepare denoised blocks for the VAE stage, which needs their latents alone."""
+        """Pass denoised blocks to the VAE stage, which needs their latents alone.
+
+        A block that gets here has passed the last level, which has written the sink's update by then, if there is one.
+        """
         async with aclosing(blocks):
             async for block in blocks:
                 self.versions.finish(block.index)
@@ -285,8 +288,8 @@ class LiveStream:
         if frame.is_last:
             self._finish_block(frame.block, block)
 
-    def _finish_block(self, index: int, block: SpeechBlock) -> None:
-        """All frames of a block are in the outbox, or were dropped."""
+    def _finish_block(self, index: int, block: StartedBlock) -> None:
+        """Finish a block whose frames are all in the outbox, or were dropped."""
         self._in_flight.finish(index)
         self.num_blocks += 1
         self.position.next_block = index + 1
@@ -312,17 +315,17 @@ class LiveStream:
         if rebuilt := {each for each in self._rebuilt if each <= index}:
             self._rebuilt -= rebuilt
             # Stages that are lost together, each with another block, make one discontinuity.
-            if self._last_rebuilt is None or min(rebuilt) > self._last_rebuilt + self._in_flight.max_admitted:
+            if self._last_rebuilt is None or min(rebuilt) > self._last_rebuilt + self._in_flight.num_slots:
                 self._is_discontinuity, self._last_rebuilt = True, min(rebuilt)
 
-    def _record_latency(self, block: SpeechBlock) -> None:
+    def _record_latency(self, block: StartedBlock) -> None:
         """Record that the first frame of a block is there, and tell the client if blocks keep being late."""
         now_s = time.monotonic()
         if block.turn and self._first_audio_s and not self._has_first_frame:
             self._has_first_frame = True
             telemetry.TIME_TO_FIRST_FRAME.record(now_s - self._first_audio_s)
         if self._options.is_live:
-            self._timeline.deliver_block(self.outbox.end_frame, now_s - block.started_s, block.start_late_s)
+            self._timeline.block_arrived(self.outbox.end_frame, now_s - block.started_s, block.start_late_s)
             if self._timeline.num_late == LATE_BLOCKS:
                 message = "frames are delivered later than they are due"
                 self.outbox.put(notice(api.Notice.KIND_DEGRADED, message))

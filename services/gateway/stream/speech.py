@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from avatar.worker.v1 import audio_pb2
-from services.gateway.stream.in_flight import BlocksInFlight, SpeechBlock, Turn
+from services.gateway.stream.in_flight import BlocksInFlight, StartedBlock, Turn
 from services.gateway.stream.outbox import Outbox
 from services.gateway.stream.timeline import MediaGrid, Timeline
 
@@ -174,7 +174,7 @@ class SpeechQueue:
         self._filling_turn, self._is_interrupted = None, False
         return audio_pb2.AudioPiece(data=data, completes=self._next_block - 1)
 
-    def _start_filled(self) -> SpeechBlock:
+    def _start_filled(self) -> StartedBlock:
         """Start the block that is being filled, with silence where it is not full."""
         block = self._start(self._filling_turn, bytes(self._filling))
         self._filling.clear()
@@ -182,11 +182,11 @@ class SpeechQueue:
 
     def _start(
         self, turn: Turn | None, speech: bytes, due_s: float | None = None, start_late_s: float = 0.0
-    ) -> SpeechBlock:
+    ) -> StartedBlock:
         """Start the next block, which shows this speech of a turn; it has been taken out of `turn.pending`."""
         num_samples = len(speech) // self._sample_bytes
         pending = sum(len(each.pending) for each in self._turns) // self._sample_bytes
-        block = SpeechBlock(
+        block = StartedBlock(
             turn=turn,
             num_samples=num_samples,
             turn_offset=turn.num_samples - len(turn.pending) // self._sample_bytes - num_samples if turn else 0,
@@ -211,7 +211,7 @@ class SpeechQueue:
         """Start a block of speech as soon as there is one, at most a block early, and an idle block when one is due."""
         while True:
             await self._in_flight.take_slot()
-            while (wait_s := self._wait_s(timeline.start_by_s(self._next_frame(timeline, outbox)))) > 0:
+            while (wait_s := self._wait_s(timeline.start_by_s(self._hold(timeline, outbox)))) > 0:
                 self._changed.clear()
                 try:
                     async with asyncio.timeout(wait_s):
@@ -221,27 +221,29 @@ class SpeechQueue:
             turn = self._next_turn()
             if self._is_closed and not turn.pending:
                 return
-            frame = self._next_frame(timeline, outbox)
+            frame = self._hold(timeline, outbox)
             start_late_s = timeline.start_block(frame)
             yield self._live_piece(turn, timeline.due_s(frame), start_late_s)
 
-    def _next_frame(self, timeline: Timeline, outbox: Outbox) -> int:
-        """Return the number of the next block's first frame."""
+    def _hold(self, timeline: Timeline, outbox: Outbox) -> int:
+        """Hold the timeline at the next frame to come, if one is in flight; return the next block's first frame.
+
+        Blocks that take longer than they last must not pile up: the timeline is delayed instead.
+        """
         num_frames = self._in_flight.num_frames
         if num_frames:
-            # Where blocks take longer than they last, no more are started than are delivered.
             timeline.hold(outbox.end_frame)
         return outbox.end_frame + num_frames
 
     def _wait_s(self, start_by_s: float) -> float:
-        """Return by how many seconds the next block's start can or must be put off; 0 to start it now.
+        """Return how many seconds to wait before the next block is started; 0 to start it now.
 
         start_by_s: when it has to start at the latest.
         """
         now_s, turn = self._now(), self._next_turn()
         if self._is_closed and not turn.pending:
             return 0.0
-        if self._is_complete(turn):
+        if self._has_whole_block(turn):
             return max(0.0, start_by_s - self._grid.block_s - now_s)
         if now_s < start_by_s:
             return start_by_s - now_s
@@ -252,7 +254,7 @@ class SpeechQueue:
             return max(0.0, min(start_by_s, self._last_added_s) + self._pacing.patience_s - now_s)
         return 0.0
 
-    def _is_complete(self, turn: Turn) -> bool:
+    def _has_whole_block(self, turn: Turn) -> bool:
         """Return whether a turn has the audio of a block and its lookahead, or will get no more."""
         needed = self._block_bytes() + self._pacing.lookahead_samples * self._sample_bytes
         return len(turn.pending) >= needed or (turn.is_ended and bool(turn.pending))
@@ -260,7 +262,7 @@ class SpeechQueue:
     def _live_piece(self, turn: Turn, due_s: float, start_late_s: float) -> audio_pb2.AudioPiece:
         """Start a block and return its audio: speech if it is complete or no more arrives, else silence before it."""
         has_stopped = self._now() - self._last_added_s >= self._pacing.patience_s
-        size = self._block_bytes() if self._is_complete(turn) or (turn.pending and has_stopped) else 0
+        size = self._block_bytes() if self._has_whole_block(turn) or (turn.pending and has_stopped) else 0
         speech = bytes(turn.pending[:size])
         del turn.pending[:size]
         block = self._start(turn if speech else None, speech, due_s, start_late_s)

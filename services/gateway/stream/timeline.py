@@ -1,14 +1,14 @@
 """A session's frames and samples in integers, and when each frame of a live stream is due.
 
 `MediaGrid` cuts audio into blocks and frames. `Timeline` says when a block has to start so that its first frame is
-delivered when it is due, and by how much it was late.
+there when it is due, and by how much it was late.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable
 
-# A block counts as late if its first frame is delivered more than this many seconds after it was due.
+# A block counts as late if its first frame comes more than this many seconds after it was due.
 TOLERANCE_S = 0.04
 # Latency margin, in seconds: the next block may take this much longer than recent ones and is still on time.
 MARGIN_S = 0.03
@@ -49,12 +49,12 @@ class MediaGrid:
 class Timeline:
     """The due times of a live stream's frames.
 
-    The first frame after a restart is due when it is delivered, and each other frame 1 / frame rate after the one
-    before. A frame that cannot be delivered when it is due moves itself and all later frames back.
+    The first frame after a restart is due as soon as its block can be made, and each other frame 1 / frame rate after
+    the one before. A frame that is not there when it is due moves itself and all later frames back.
 
     block_latency_s: seconds from the start of a block to its first frame, as workers report it; recent blocks may show
     that it takes longer. now: clock, in seconds.
-    num_late: blocks in a row, up to the last delivered one, that were late by more than TOLERANCE_S.
+    num_late: blocks in a row, up to the last one, whose first frame was late by more than TOLERANCE_S.
     """
 
     def __init__(self, grid: MediaGrid, block_latency_s: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -64,8 +64,8 @@ class Timeline:
         self._now = now
         self._latencies: deque[float] = deque(maxlen=8)
         self._origin_s = 0.0  # when frame 0 was due
-        self._is_fresh = True
-        self._held_s = 0.0
+        self._is_restarted = True  # no block was started since the last restart
+        self._held_s = 0.0  # by how much `hold` moved frames back since the last block's first frame
 
     @property
     def lead_s(self) -> float:
@@ -84,9 +84,12 @@ class Timeline:
         return self.due_s(frame) - self.lead_s
 
     def restart(self, frame: int) -> None:
-        """Make a frame due now: a client connected, or speech was interrupted."""
+        """Forget earlier due times, and have a frame due now: a client connected, or speech was interrupted.
+
+        The start of the frame's block then moves it back by the time that the block takes.
+        """
         self._origin_s = self._now() - frame / self._grid.frame_rate_hz
-        self._is_fresh = True
+        self._is_restarted = True
         self._held_s = 0.0
 
     def hold(self, frame: int) -> None:
@@ -100,11 +103,11 @@ class Timeline:
         never late: it could not start before.
         """
         late_s = self._delay_until(frame, self._now() + self.lead_s)
-        is_fresh, self._is_fresh = self._is_fresh, False
-        return 0.0 if is_fresh else late_s
+        is_restarted, self._is_restarted = self._is_restarted, False
+        return 0.0 if is_restarted else late_s
 
-    def deliver_block(self, frame: int, latency_s: float, start_late_s: float = 0.0) -> float:
-        """Record that a block's first frame is delivered now.
+    def block_arrived(self, frame: int, latency_s: float, start_late_s: float = 0.0) -> float:
+        """Record that a block's first frame comes from the VAE stage now.
 
         latency_s: seconds since the block started. start_late_s: the result of `start_block` for it.
         Returns by how many seconds the block is late.

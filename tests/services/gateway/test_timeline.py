@@ -56,26 +56,26 @@ def test_a_block_starts_the_reported_latency_and_a_margin_before_it_is_due(timel
 
 
 def test_the_lead_follows_the_second_longest_of_the_last_eight_latencies(timeline: Timeline) -> None:
-    timeline.deliver_block(0, 0.4)
+    timeline.block_arrived(0, 0.4)
     assert timeline.lead_s == pytest.approx(LATENCY_S + MARGIN_S), "a single slow block changes nothing"
-    timeline.deliver_block(12, 0.3)
+    timeline.block_arrived(12, 0.3)
     assert timeline.lead_s == pytest.approx(0.3 + MARGIN_S)
-    timeline.deliver_block(24, 0.35)
+    timeline.block_arrived(24, 0.35)
     assert timeline.lead_s == pytest.approx(0.35 + MARGIN_S)
     for number in range(3, 11):
-        timeline.deliver_block(12 * number, 0.25)
+        timeline.block_arrived(12 * number, 0.25)
     assert timeline.lead_s == pytest.approx(0.25 + MARGIN_S), "the slow blocks are forgotten"
 
 
 def test_fast_blocks_do_not_shorten_the_lead(timeline: Timeline) -> None:
     for number in range(8):
-        timeline.deliver_block(12 * number, 0.01)
+        timeline.block_arrived(12 * number, 0.01)
     assert timeline.lead_s == pytest.approx(LATENCY_S + MARGIN_S)
 
 
 def test_the_lead_grows_by_a_block_at_most(timeline: Timeline) -> None:
     for number in range(8):
-        timeline.deliver_block(12 * number, 5.0)
+        timeline.block_arrived(12 * number, 5.0)
     assert timeline.lead_s == pytest.approx(LATENCY_S + BLOCK_S + MARGIN_S)
 
 
@@ -100,15 +100,15 @@ def test_a_block_that_starts_early_moves_nothing(timeline: Timeline, clock: Cloc
     assert timeline.due_s(12) == due_s
 
 
-def test_a_late_delivery_moves_all_later_frames_back(timeline: Timeline, clock: Clock) -> None:
+def test_a_late_arrival_moves_all_later_frames_back(timeline: Timeline, clock: Clock) -> None:
     clock.now_s = timeline.due_s(12) + 0.2
-    assert timeline.deliver_block(12, 0.3) == pytest.approx(0.2)
+    assert timeline.block_arrived(12, 0.3) == pytest.approx(0.2)
     assert timeline.due_s(24) == pytest.approx(100.0 + 0.96 + 0.2)
     clock.now_s = timeline.due_s(24)
-    assert timeline.deliver_block(24, 0.3) == pytest.approx(0.0)
+    assert timeline.block_arrived(24, 0.3) == pytest.approx(0.0)
 
 
-def test_a_held_frame_is_due_no_earlier_than_now_and_its_delivery_tells_how_late_it_was(
+def test_a_held_frame_is_due_no_earlier_than_now_and_its_arrival_tells_how_late_it_was(
     timeline: Timeline, clock: Clock
 ) -> None:
     clock.now_s = timeline.due_s(12) + 0.1
@@ -116,9 +116,9 @@ def test_a_held_frame_is_due_no_earlier_than_now_and_its_delivery_tells_how_late
     clock.now_s += 0.2
     timeline.hold(12)
     assert timeline.due_s(12) == pytest.approx(clock.now_s)
-    assert timeline.deliver_block(12, 0.5) == pytest.approx(0.3)
+    assert timeline.block_arrived(12, 0.5) == pytest.approx(0.3)
     clock.now_s = timeline.due_s(24)
-    assert timeline.deliver_block(24, 0.5) == pytest.approx(0.0), "what was held is counted once"
+    assert timeline.block_arrived(24, 0.5) == pytest.approx(0.0), "what was held is counted once"
 
 
 def test_a_frame_that_is_not_overdue_is_not_held(timeline: Timeline) -> None:
@@ -129,14 +129,14 @@ def test_a_frame_that_is_not_overdue_is_not_held(timeline: Timeline) -> None:
 def test_late_blocks_are_counted_until_one_is_in_time(timeline: Timeline, clock: Clock) -> None:
     for number in (1, 2):
         clock.now_s = timeline.due_s(12 * number) + TOLERANCE_S + 0.01
-        timeline.deliver_block(12 * number, 0.3)
+        timeline.block_arrived(12 * number, 0.3)
         assert timeline.num_late == number
     clock.now_s = timeline.due_s(36) + TOLERANCE_S - 0.01
-    timeline.deliver_block(36, 0.3)
+    timeline.block_arrived(36, 0.3)
     assert timeline.num_late == 0
 
 
-def test_a_block_that_started_late_is_late_even_if_it_is_delivered_in_time(timeline: Timeline, clock: Clock) -> None:
+def test_a_block_that_started_late_is_late_even_if_it_arrives_in_time(timeline: Timeline, clock: Clock) -> None:
     clock.now_s = timeline.due_s(12)
-    assert timeline.deliver_block(12, 0.3, start_late_s=0.5) == pytest.approx(0.5)
+    assert timeline.block_arrived(12, 0.3, start_late_s=0.5) == pytest.approx(0.5)
     assert timeline.num_late == 1
