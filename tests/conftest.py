@@ -4,6 +4,7 @@ import asyncio
 import json
 import pickle
 import shutil
+import wave
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import asdict, replace
 from io import BytesIO
@@ -139,6 +140,14 @@ def speech(seconds: float, seed: int = 0) -> bytes:
     samples = torch.randn(round(seconds * RATE_HZ), generator=generator) * 3000
     samples[4000:8000] = 0
     return samples.clamp(-32768, 32767).to(torch.int16).numpy().tobytes()
+
+
+def write_speech(path: Path, seconds: float, seed: int = 0) -> Path:
+    """Write `speech` to a WAV file; return its path."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, RATE_HZ, 0, "NONE", ""))
+        file.writeframes(speech(seconds, seed))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Tests of avatar.render and of `python -m avatar`: every option with a tiny checkpoint."""
 
 import sys
-import wave
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
@@ -24,7 +23,7 @@ from avatar.types import FrameChunk
 from avatar.vae.out_of_distribution import GRID_CELLS, OutOfDistributionCheck
 from avatar.vae.picture import PictureRule
 from avatar.vae.vae import Vae
-from tests.conftest import RATE_HZ, speech
+from tests.conftest import RATE_HZ, speech, write_speech
 
 SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round the window
 
@@ -185,15 +184,6 @@ def test_half_precision_is_close(checkpoint: Path, picture: bytes) -> None:
     assert (half - full).square().mean().sqrt() / full.std() < 0.02
 
 
-def wav(path: Path, seed: int) -> str:
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(RATE_HZ)
-        file.writeframes(speech(1.0, seed))
-    return str(path)
-
-
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["avatar", *map(str, arguments)])
     command.main()
@@ -203,7 +193,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def files(tmp_path: Path, picture: bytes, checkpoint: Path) -> list[object]:
     """Two speech files, a portrait, an output path, and the checkpoint."""
     (tmp_path / "face.png").write_bytes(picture)
-    voices = [wav(tmp_path / f"{seed}.wav", seed) for seed in (0, 1)]
+    voices = [write_speech(tmp_path / f"{seed}.wav", 1.0, seed) for seed in (0, 1)]
     return [*voices, tmp_path / "face.png", tmp_path / "out.mp4", "--checkpoint", checkpoint]
 
 

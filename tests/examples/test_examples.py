@@ -3,13 +3,12 @@
 import asyncio
 import re
 import sys
-import wave
 from pathlib import Path
 
 import av
 import pytest
 
-from tests.conftest import RATE_HZ, speech
+from tests.conftest import RATE_HZ, write_speech
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -17,11 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture
 def wav(tmp_path: Path) -> str:
     """A WAV file of a second and a half."""
-    path = tmp_path / "speech.wav"
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, RATE_HZ, 0, "NONE", ""))
-        file.writeframes(speech(1.5))
-    return str(path)
+    return str(write_speech(tmp_path / "speech.wav", 1.5))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,11 @@ class Page:
 @asynccontextmanager
 async def serving(store: SessionStore, target: str | None = None, **settings: Any) -> AsyncGenerator[Page, None]:
     """Serve a page. target: HOST:PORT of a running gateway. settings: of the stand-in gateway."""
-    async with AsyncExitStack() as stack:
-        gateway = await stack.enter_async_context(
-            standin_gateway(store, max_picture_bytes=2 << 20, drain_s=0.0, **settings)
-        )
-        avatar = await stack.enter_async_context(connect(target or gateway.target))
+    async with (
+        standin_gateway(store, max_picture_bytes=2 << 20, drain_s=0.0, **settings) as gateway,
+        connect(target or gateway.target) as avatar,
+    ):
         synthesiser = Synthesiser(speech_command(), RATE_HZ)
         server = PageServer(avatar, await avatar.capabilities(), portraits(ASSETS), synthesiser, MAX_PEERS)
-        url = await stack.enter_async_context(server.serving("127.0.0.1", 0))
-        yield Page(url, server, avatar, gateway)
+        async with server.serving("127.0.0.1", 0) as url:
+            yield Page(url, server, avatar, gateway)

@@ -5,20 +5,11 @@ import asyncio
 import numpy as np
 
 from avatar.client import Audio, Frame, Item, PlaybackFinished
+from tests.services.gateway.clock import Clock
 from web.playout import MARGIN_S, MAX_QUEUED, RATE_HZ, TRACK_SAMPLES, AudioTrack, Playout, VideoTrack
 
 FRAME_S = 0.04
 FRAME_SAMPLES = round(RATE_HZ * FRAME_S)
-
-
-class Clock:
-    """A clock that moves only when a test moves it."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def frame(index: int, *, is_idle: bool = False) -> Frame:

@@ -3,13 +3,12 @@
 import json
 import runpy
 import sys
-import wave
 from pathlib import Path
 
 import av
 import pytest
 
-from tests.conftest import ASSETS, RATE_HZ, speech
+from tests.conftest import ASSETS, write_speech
 
 DEMO, RENDER = "services.local.demo", "avatar"
 PORTRAIT = str(ASSETS / "portrait.png")
@@ -25,13 +24,7 @@ def run(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: object) -> No
 @pytest.fixture
 def wav(tmp_path: Path) -> Path:
     """Two seconds of audio, in a file whose name has a blank."""
-    path = tmp_path / "my speech.wav"
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(RATE_HZ)
-        file.writeframes(speech(2))
-    return path
+    return write_speech(tmp_path / "my speech.wav", 2.0)
 
 
 def frame_times(path: Path) -> list[float]:
