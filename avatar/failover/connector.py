@@ -1,7 +1,7 @@
 """Connectors: each opens one session's stream at a worker of one stage, at first and again after a loss.
 
 A connector owns the replay and the `open` message of its stream. It selects workers that serve it, opens it at one of
-them from the first block of the replay, and sets from the answer how much the replay keeps.
+them from the first block of the replay, and hands the answer to the replay, which keeps as much as that worker needs.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,6 @@ from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 
 Item_contra = TypeVar("Item_contra", contravariant=True)
 Answer_co = TypeVar("Answer_co", covariant=True)
-BlockAnswer = TypeVar("BlockAnswer", types_pb2.Block, types_pb2.Frame)
 
 
 class OpenStream(Protocol[Item_contra, Answer_co]):
@@ -39,10 +38,12 @@ class StageConnector(ABC, Generic[Item, Answer]):
     stage: name that errors carry. replay: the items that rebuild the stream.
     """
 
-    def __init__(self, stage: str, pool: WorkerPool[Any], replay: Replay[Item, Answer]) -> None:
+    def __init__(self, stage: str, pool: WorkerPool[Any], replay: Replay[Item, Answer], message: Any) -> None:
+        """message: the stream's `open` message, in which the replay sets the start."""
         self.stage = stage
         self.replay = replay
         self._pool = pool
+        self._message = message
         self._digest: str | None = None
 
     async def connect(self) -> tuple[Worker[Any], OpenStream[Item, Answer], Any]:
@@ -51,7 +52,7 @@ class StageConnector(ABC, Generic[Item, Answer]):
         Raises what `WorkerPool.open` raises.
         """
         worker, (stream, opened) = await self._pool.open(self._open_at, self._is_candidate)
-        self.accept(opened)
+        self.replay.set_window(opened)
         return worker, stream, opened
 
     def serves(self, info: Any) -> bool:  # noqa: ARG002
@@ -62,14 +63,6 @@ class StageConnector(ABC, Generic[Item, Answer]):
     def stream_at(self, worker: Worker[Any]) -> OpenStream[Item, Answer]:
         """Return a stream at the worker, not open yet."""
 
-    @abstractmethod
-    def opening(self) -> Any:
-        """Return the `open` message that goes with the replay as it is now."""
-
-    @abstractmethod
-    def accept(self, opened: Any) -> None:
-        """Set how much the replay keeps, from a worker's `opened`."""
-
     def _is_candidate(self, info: Any) -> bool:
         return self.serves(info) and self._digest in (None, info.digest)
 
@@ -77,7 +70,8 @@ class StageConnector(ABC, Generic[Item, Answer]):
         assert worker.info is not None
         digest = worker.info.digest
         stream = self.stream_at(worker)
-        opened = await stream.open(self.opening())
+        self.replay.set_start(self._message)
+        opened = await stream.open(self._message)
         self._digest = digest
         return stream, opened
 
@@ -85,68 +79,21 @@ class StageConnector(ABC, Generic[Item, Answer]):
 class AudioConnector(StageConnector[audio_pb2.AudioPiece, types_pb2.Block]):
     """Connector of the audio stage."""
 
-    replay: AudioReplay
-
-    def __init__(
-        self,
-        pool: WorkerPool[Any],
-        message: audio_pb2.OpenEncode,
-        *,
-        sample_bytes: int,
-        block_s: float,
-        lookahead_s: float,
-        statistics: bytes = b"",
-    ) -> None:
-        """sample_bytes: of one sample of all channels. block_s: duration of a block. lookahead_s: seconds of audio
-        after a block's end that its features depend on. statistics: of the audio stage before the first block.
-        """
-        super().__init__("audio", pool, AudioReplay(sample_bytes, message.rate_hz, block_s, statistics))
-        self._message = message
-        self._lookahead_s = lookahead_s
+    def __init__(self, pool: WorkerPool[Any], message: audio_pb2.OpenEncode, replay: AudioReplay) -> None:
+        super().__init__("audio", pool, replay, message)
 
     def stream_at(self, worker: Worker[Any]) -> OpenStream[audio_pb2.AudioPiece, types_pb2.Block]:
         return remote_audio(worker.channel)
 
-    def opening(self) -> audio_pb2.OpenEncode:
-        self._message.first_block, self._message.first_answer = self.replay.first_block, self.replay.next_block
-        self._message.statistics = self.replay.statistics
-        return self._message
 
-    def accept(self, opened: audio_pb2.EncodeOpened) -> None:
-        self.replay.set_window(opened.history_s, self._lookahead_s)
-
-
-class BlockConnector(StageConnector[Relayable, BlockAnswer]):
-    """Connector of a stage whose items are blocks."""
-
-    replay: BlockReplay
-
-    def __init__(
-        self,
-        stage: str,
-        pool: WorkerPool[Any],
-        message: denoiser_pb2.OpenDenoise | vae_pb2.OpenDecode,
-        next_block: int,
-    ) -> None:
-        super().__init__(stage, pool, BlockReplay(next_block))
-        self._message = message
-
-    def opening(self) -> denoiser_pb2.OpenDenoise | vae_pb2.OpenDecode:
-        self._message.first_block = self.replay.first_block
-        return self._message
-
-    def accept(self, opened: denoiser_pb2.DenoiseOpened | vae_pb2.DecodeOpened) -> None:
-        self.replay.num_past_blocks = opened.history_blocks
-
-
-class LevelConnector(BlockConnector[types_pb2.Block]):
+class LevelConnector(StageConnector[Relayable, types_pb2.Block]):
     """Connector of one denoising level, that of the message."""
 
     def __init__(
         self, pool: WorkerPool[Any], message: denoiser_pb2.OpenDenoise, digest: str, next_block: int = 0
     ) -> None:
         """digest: of the network that all levels of the session share."""
-        super().__init__(f"denoiser-{message.level}", pool, message, next_block)
+        super().__init__(f"denoiser-{message.level}", pool, BlockReplay(next_block), message)
         self._level, self._network = message.level, digest
 
     def serves(self, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
@@ -156,7 +103,7 @@ class LevelConnector(BlockConnector[types_pb2.Block]):
         return remote_denoiser(worker.channel, self._level)
 
 
-class ChainConnector(BlockConnector[types_pb2.Block]):
+class ChainConnector(StageConnector[Relayable, types_pb2.Block]):
     """Connector of all levels at the workers of one chain.
 
     The worker of level 0 stands for its chain, since a chain is lost as a whole.
@@ -170,7 +117,7 @@ class ChainConnector(BlockConnector[types_pb2.Block]):
         num_levels: int,
         next_block: int = 0,
     ) -> None:
-        super().__init__("denoiser", pool, message, next_block)
+        super().__init__("denoiser", pool, BlockReplay(next_block), message)
         self._network, self._num_levels = digest, num_levels
 
     def serves(self, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
@@ -186,11 +133,11 @@ class ChainConnector(BlockConnector[types_pb2.Block]):
         return RemoteChain([channels[level] for level in range(self._num_levels)])
 
 
-class VaeConnector(BlockConnector[types_pb2.Frame]):
+class VaeConnector(StageConnector[Relayable, types_pb2.Frame]):
     """Connector of the decoder, whose answers to a block are its frames."""
 
     def __init__(self, pool: WorkerPool[Any], message: vae_pb2.OpenDecode, next_block: int = 0) -> None:
-        super().__init__("vae", pool, message, next_block)
+        super().__init__("vae", pool, BlockReplay(next_block), message)
 
     def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, types_pb2.Frame]:
         return remote_vae(worker.channel)

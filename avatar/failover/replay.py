@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from google.protobuf.message import Message
 
 from avatar.rpc.wire import RelayedBlock
-from avatar.worker.v1 import audio_pb2, types_pb2
+from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 
 Item = TypeVar("Item", bound=Message | RelayedBlock)
 Answer_contra = TypeVar("Answer_contra", contravariant=True)
@@ -20,6 +20,12 @@ Answer_contra = TypeVar("Answer_contra", contravariant=True)
 
 class Replay(Protocol[Item, Answer_contra]):
     """The replay of one stream."""
+
+    def set_window(self, opened: Any) -> None:
+        """Set how much is kept, from a worker's `opened`."""
+
+    def set_start(self, message: Any) -> None:
+        """Set where a rebuilt stream starts, in its `open` message."""
 
     def record(self, item: Item) -> None:
         """Keep an item that is sent to the stream."""
@@ -53,10 +59,11 @@ class BlockReplay:
         self._kept: deque[types_pb2.Block | RelayedBlock] = deque()
         self._conditions: types_pb2.Conditions | None = None
 
-    @property
-    def first_block(self) -> int:
-        """Index of the block that a rebuilt stream starts with."""
-        return self._kept[0].index if self._kept else self.next_block
+    def set_window(self, opened: denoiser_pb2.DenoiseOpened | vae_pb2.DecodeOpened) -> None:
+        self.num_past_blocks = opened.history_blocks
+
+    def set_start(self, message: denoiser_pb2.OpenDenoise | vae_pb2.OpenDecode) -> None:
+        message.first_block = self._kept[0].index if self._kept else self.next_block
 
     def record(self, block: types_pb2.Block | RelayedBlock) -> None:
         self._kept.append(block)
@@ -97,25 +104,28 @@ class AudioReplay:
     statistics: running statistics of the audio stage, as of the last block that it answered.
     """
 
-    def __init__(self, sample_bytes: int, rate_hz: int, block_s: float, statistics: bytes) -> None:
-        """sample_bytes: of one sample of all channels. block_s: duration of a block."""
+    def __init__(self, sample_bytes: int, rate_hz: int, block_s: float, lookahead_s: float, statistics: bytes) -> None:
+        """sample_bytes: of one sample of all channels. block_s: duration of a block. lookahead_s: seconds of audio
+        after a block's end that its features depend on. statistics: of the audio stage before the first block.
+        """
         self.next_block = 0
         self.num_past_blocks = 0
-        self.is_answer_due = False
         self.statistics = statistics
         self._bytes_per_s = sample_bytes * rate_hz
         self._block_s = block_s
-        self._answer_after_s = math.inf
+        # Rounding and the samples that a resampler holds back come to less than a block.
+        self._answer_after_s = lookahead_s + block_s
         self._num_bytes = 0
         self._completed = -1
         # Each piece with the index of the block that it starts in.
         self._kept: deque[tuple[int, audio_pb2.AudioPiece]] = deque()
 
-    def set_window(self, history_s: float, lookahead_s: float) -> None:
-        """Set how many seconds of audio before a block rebuild the stream, and how many after it its answer needs."""
-        self.num_past_blocks = math.ceil(history_s / self._block_s - 1e-6)
-        # Rounding and the samples that a resampler holds back come to less than a block.
-        self._answer_after_s = lookahead_s + self._block_s
+    def set_window(self, opened: audio_pb2.EncodeOpened) -> None:
+        self.num_past_blocks = math.ceil(opened.history_s / self._block_s - 1e-6)
+
+    def set_start(self, message: audio_pb2.OpenEncode) -> None:
+        message.first_block, message.first_answer = self.first_block, self.next_block
+        message.statistics = self.statistics
 
     @property
     def first_block(self) -> int:
@@ -123,11 +133,11 @@ class AudioReplay:
         return max(0, self.next_block - self.num_past_blocks)
 
     def record(self, piece: audio_pb2.AudioPiece) -> None:
-        self._kept.append((self._block_at(self._num_bytes), piece))
+        block = int((self._num_bytes / self._bytes_per_s + 1e-9) / self._block_s)
+        self._kept.append((block, piece))
         self._num_bytes += len(piece.data)
         if piece.HasField("completes"):
             self._completed = piece.completes
-        self.is_answer_due = self._is_answer_due()
 
     def items(self) -> Sequence[audio_pb2.AudioPiece]:
         pieces = [piece for block, piece in self._kept if block >= self.first_block]
@@ -141,18 +151,14 @@ class AudioReplay:
             return None
         self.next_block = block.index + 1
         self.statistics = block.statistics
-        self.is_answer_due = self._is_answer_due()
         while self._kept and self._kept[0][0] < self.first_block:
             self._kept.popleft()
         return block.index
 
-    def _is_answer_due(self) -> bool:
+    @property
+    def is_answer_due(self) -> bool:
         after_s = self._num_bytes / self._bytes_per_s - (self.next_block + 1) * self._block_s
         return self._completed >= self.next_block or after_s >= self._answer_after_s
-
-    def _block_at(self, num_bytes: int) -> int:
-        """Return the index of the block that the audio after so many bytes belongs to."""
-        return int((num_bytes / self._bytes_per_s + 1e-9) / self._block_s)
 
 
 def _head(item: Any) -> Any:

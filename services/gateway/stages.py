@@ -9,6 +9,7 @@ from typing import Any
 from avatar import telemetry
 from avatar.errors import ConfigMismatch, InvalidField
 from avatar.failover.connector import AudioConnector, ChainConnector, LevelConnector, VaeConnector
+from avatar.failover.replay import AudioReplay
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.client import Relayable
 from avatar.settings import GatewaySettings
@@ -91,10 +92,7 @@ async def open_stages(
             is_live=options.is_live,
             right_frames=session.audio_right_frames if session.HasField("audio_right_frames") else None,
         ),
-        sample_bytes=options.sample_bytes,
-        block_s=info.block_s,
-        lookahead_s=lookahead_ns / 1e9,
-        statistics=position.statistics,
+        AudioReplay(options.sample_bytes, options.rate_hz, info.block_s, lookahead_ns / 1e9, position.statistics),
     )
     video = vae_pb2.OpenDecode(
         session_id=session.id, encoding=options.video, quality=options.quality, is_live=options.is_live

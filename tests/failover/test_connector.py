@@ -1,4 +1,4 @@
-"""Tests of avatar.failover.connector: the worker and the position that a stream is opened at."""
+"""Tests of avatar.failover.connector: the worker that a stream is opened at."""
 
 from functools import partial
 
@@ -8,17 +8,12 @@ from avatar.errors import NoCapacity, StageLost
 from avatar.failover.connector import AudioConnector, ChainConnector, LevelConnector
 from avatar.failover.pool import Worker as PoolWorker
 from avatar.failover.pool import WorkerPool
+from avatar.failover.replay import AudioReplay
 from avatar.rpc.channel import channel
 from avatar.worker.v1 import audio_pb2 as pb
-from avatar.worker.v1.denoiser_pb2 import DenoiseOpened, DenoiserServiceGetInfoResponse, OpenDenoise
-from avatar.worker.v1.types_pb2 import Block
+from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoResponse, OpenDenoise
 from tests.failover.test_pool import get_info, workers
 from tests.rpc.conftest import Requests, Responses
-
-
-def audio_connector(pool: WorkerPool[pb.AudioServiceGetInfoResponse]) -> AudioConnector:
-    message = pb.OpenEncode(session_id="a", rate_hz=16000)
-    return AudioConnector(pool, message, sample_bytes=2, block_s=0.48, lookahead_s=0.2, statistics=b"0")
 
 
 async def no_info(_: object) -> DenoiserServiceGetInfoResponse:
@@ -31,7 +26,7 @@ async def test_a_stream_is_opened_again_at_a_worker_of_the_same_checkpoint_only(
             worker.info = partial(pb.AudioServiceGetInfoResponse, digest=digest, capacity=4)
         pool = WorkerPool("audio", [each.target for each in found], get_info)
         async with pool.running():
-            connector = audio_connector(pool)
+            connector = AudioConnector(pool, pb.OpenEncode(), AudioReplay(2, 16000, 0.48, 0.2, b""))
             first, stream, _ = await connector.connect()
             stream.cancel()
             (again,) = (each for each in found if each.target == first.target)
@@ -45,24 +40,9 @@ async def test_a_stream_is_opened_again_at_a_worker_of_the_same_checkpoint_only(
                 await connector.connect()
 
 
-def test_an_audio_stream_is_opened_from_where_its_replay_begins() -> None:
-    connector = audio_connector(WorkerPool("audio", [], get_info))
-    connector.accept(pb.EncodeOpened(history_s=0.96))
-    for index in range(4):
-        connector.replay.accept(Block(index=index, statistics=bytes([index])))
-    opening = connector.opening()
-    assert (opening.first_block, opening.first_answer, opening.statistics) == (2, 4, b"\3")
-    assert opening.session_id == "a"
-
-
-def test_a_level_is_opened_from_where_its_replay_begins_at_workers_that_serve_it() -> None:
-    connector = LevelConnector(WorkerPool("denoiser", [], no_info), OpenDenoise(level=1), "x", next_block=3)
+def test_a_level_is_opened_at_workers_that_serve_it() -> None:
+    connector = LevelConnector(WorkerPool("denoiser", [], no_info), OpenDenoise(level=1), "x")
     assert connector.stage == "denoiser-1"
-    connector.accept(DenoiseOpened(history_blocks=1))
-    for index in (3, 4, 5):
-        connector.replay.record(Block(index=index))
-    assert connector.replay.accept(Block(index=4)) == 4
-    assert connector.opening() == OpenDenoise(level=1, first_block=4)
     infos = [
         DenoiserServiceGetInfoResponse(levels=levels, digest=digest) for levels in ([0], [0, 1]) for digest in "xy"
     ]

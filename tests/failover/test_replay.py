@@ -3,18 +3,26 @@
 from avatar.failover.replay import AudioReplay, BlockReplay
 from avatar.rpc.wire import RelayedBlock
 from avatar.worker.v1 import audio_pb2 as pb
+from avatar.worker.v1.denoiser_pb2 import DenoiseOpened, OpenDenoise
 from avatar.worker.v1.types_pb2 import Block, Conditions, Frame, Tensor
+
+
+def started(replay: BlockReplay) -> OpenDenoise:
+    """Return the message that opens a rebuilt stream."""
+    message = OpenDenoise()
+    replay.set_start(message)
+    return message
 
 
 def test_unanswered_blocks_and_so_many_before_them_are_kept() -> None:
     replay = BlockReplay(next_block=4)
-    replay.num_past_blocks = 2
-    assert (replay.first_block, replay.is_answer_due) == (4, False)
+    replay.set_window(DenoiseOpened(history_blocks=2))
+    assert (started(replay).first_block, replay.is_answer_due) == (4, False)
     for index in range(4, 10):
         replay.record(Block(index=index))
     assert replay.is_answer_due
     assert [replay.accept(Block(index=index)) for index in (4, 5, 6, 7)] == [4, 5, 6, 7]
-    assert replay.first_block == 6
+    assert started(replay).first_block == 6
     assert [each.index for each in replay.items()] == [6, 7, 8, 9]
     assert replay.accept(Block(index=7)) is None
 
@@ -31,8 +39,8 @@ def test_frames_that_are_repeated_are_left_out() -> None:
 
 
 def test_whole_blocks_of_audio_are_kept() -> None:
-    replay = AudioReplay(sample_bytes=2, rate_hz=16000, block_s=0.48, statistics=b"")
-    replay.set_window(history_s=0.96, lookahead_s=0.2)
+    replay = AudioReplay(sample_bytes=2, rate_hz=16000, block_s=0.48, lookahead_s=0.2, statistics=b"")
+    replay.set_window(pb.EncodeOpened(history_s=0.96))
     half = bytes(7680)
     for _ in range(10):
         replay.record(pb.AudioPiece(data=half, slack_s=0.4))
@@ -40,7 +48,9 @@ def test_whole_blocks_of_audio_are_kept() -> None:
     assert replay.accept(Block(index=0, statistics=b"0")) == 0
     assert replay.accept(Block(index=1, statistics=b"1")) == 1
     assert replay.accept(Block(index=2, statistics=b"2")) == 2
-    assert (replay.first_block, replay.next_block, replay.statistics) == (1, 3, b"2")
+    message = pb.OpenEncode(session_id="a")
+    replay.set_start(message)
+    assert message == pb.OpenEncode(session_id="a", first_block=1, first_answer=3, statistics=b"2")
     assert [piece.slack_s for piece in replay.items()] == [0.0] * 8, "pieces that are sent again are late"
     replay.record(pb.AudioPiece(data=b"", completes=4))
     assert replay.accept(Block(index=3)) == 3
@@ -65,7 +75,7 @@ def carried(replay: BlockReplay) -> list[tuple[int, int | None]]:
 
 def test_the_first_block_of_a_rebuilt_stream_carries_its_conditions() -> None:
     replay = BlockReplay()
-    replay.num_past_blocks = 1
+    replay.set_window(DenoiseOpened(history_blocks=1))
     sent = [relayed(index, index // 3, carries=index % 3 == 0) for index in range(6)]
     replayed = []
     for index, block in enumerate(sent):

@@ -35,6 +35,12 @@ class NumberedReplay:
     def is_answer_due(self) -> bool:
         return bool(self.kept) and int(self.kept[-1].data) >= self.next_block
 
+    def set_window(self, opened: pb.EncodeOpened) -> None:
+        pass
+
+    def set_start(self, message: pb.OpenEncode) -> None:
+        pass
+
     def record(self, item: pb.AudioPiece) -> None:
         self.kept.append(item)
 
@@ -54,19 +60,14 @@ class NumberedConnector(StageConnector[pb.AudioPiece, Block]):
     def stream_at(self, worker: PoolWorker[Any]) -> OpenStream[pb.AudioPiece, Block]:
         return remote_audio(worker.channel)
 
-    def opening(self) -> pb.OpenEncode:
-        return pb.OpenEncode(session_id="a")
-
-    def accept(self, opened: pb.EncodeOpened) -> None:
-        pass
-
 
 @asynccontextmanager
 async def opened_stage(found: list[Worker], timeouts: FailoverTimeouts = PATIENT) -> AsyncGenerator[Stage, None]:
     """A stage whose stream is open at the first of these workers that takes it."""
     pool = WorkerPool("audio", [each.target for each in found], get_info)
     async with pool.running():
-        stage = FailoverStage(NumberedConnector("audio", pool, NumberedReplay()), timeouts)
+        connector = NumberedConnector("audio", pool, NumberedReplay(), pb.OpenEncode(session_id="a"))
+        stage = FailoverStage(connector, timeouts)
         await stage.open()
         yield stage
         stage.cancel()
