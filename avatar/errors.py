@@ -108,7 +108,7 @@ class ResumeImpossible(AvatarError, reason="RESUME_IMPOSSIBLE", code=StatusCode.
 
 
 class NoCapacity(AvatarError, reason="NO_CAPACITY", code=StatusCode.RESOURCE_EXHAUSTED):
-    """Every worker of a stage is full."""
+    """No worker of a stage can take the request now."""
 
 
 class QuotaExceeded(AvatarError, reason="QUOTA_EXCEEDED", code=StatusCode.RESOURCE_EXHAUSTED):

@@ -112,7 +112,8 @@ class WorkerSettings(Settings):
     """Settings of all workers.
 
     checkpoint: folder in our layout, with a folder for each part, or in the published one.
-    capacity: streams at a time; more are refused, and so is a live stream that its device has no time for.
+    capacity: streams at a time, of a denoiser per level; more are refused, and so is a live stream that its device has
+        no time for.
     threads: CPU threads of one computation.
     device: the device that computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
     dtype: dtype of weights and states: float32, or bfloat16 where the device has instructions for it.
@@ -200,8 +201,8 @@ class GatewaySettings(Settings):
     stall_s: seconds, added to four times a step, after which a worker that owes a live block counts as lost.
     rebuild_s: seconds to open the stream of a lost worker at another one.
     session_ttl_s, reference_ttl_s: seconds that an unused session or reference is kept.
-    audio_ahead_s: seconds of audio accepted ahead of the blocks that have started.
-    live_ahead_s: the same in live mode; audio beyond it is refused.
+    audio_ahead_s: seconds of offline audio accepted ahead of the blocks in the pipeline.
+    live_ahead_s: seconds of live audio that may wait; audio beyond it is refused.
     patience_s: seconds that a live block waits for the rest of its speech before it is idle, or filled with silence.
     max_unread_s: seconds after which a stream whose client reads nothing is closed.
     resume_s: seconds that a session waits to be resumed after its connection broke; 0 disables it.

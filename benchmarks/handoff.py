@@ -25,7 +25,7 @@ from avatar.handoff.client import RemoteChain
 from avatar.rpc.channel import channel
 from avatar.rpc.client import Relayable, RemoteStage, remote_denoiser
 from avatar.rpc.codec import block_from_pb, latent_to_pb, tensor_from_pb
-from avatar.rpc.server import Context, opening, parts, serving, until_stopped
+from avatar.rpc.server import Context, parts, receive_open, serving, until_stopped
 from avatar.runtime.pipeline import Stage
 from avatar.types import Block
 from avatar.worker.v1 import denoiser_pb2 as pb
@@ -64,7 +64,7 @@ class Level(denoiser_pb2_grpc.DenoiserServiceServicer):
     async def Denoise(  # noqa: N802
         self, requests: AsyncIterator[pb.DenoiseRequest], _: Context
     ) -> AsyncGenerator[pb.DenoiseResponse, None]:
-        opened: pb.OpenDenoise = await opening(requests)
+        opened: pb.OpenDenoise = await receive_open(requests)
         with self._chain.open_stream(opened.handoff, opened.level) if opened.handoff else nullcontext() as link:
             yield pb.DenoiseResponse(opened=pb.DenoiseOpened())
             async for message in parts(requests, "block"):

@@ -94,7 +94,10 @@ class Denoiser:
 
     @property
     def history_blocks(self) -> int:
-        """Past blocks that a reopened stream must step through first, to see what the lost stream saw."""
+        """Past blocks that a reopened stream must step through first, to fill its window again.
+
+        Their keys and values differ slightly from the lost ones, whose blocks had attended to still earlier blocks.
+        """
         return self.config.window_blocks - 1
 
     def sink_update_block(self, session: Session) -> int | None:

@@ -36,7 +36,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 0.5
 class FailoverTimeouts:
     """Limits on how long a stream waits.
 
-    stall_s: seconds that an answer may be due before the worker counts as lost, on top of four times its step time.
+    stall_s: seconds that an answer may be overdue before the worker counts as lost, plus four times its step time.
     rebuild_s: seconds within which a lost stream has to be open again.
     """
 
@@ -71,14 +71,14 @@ class FailoverStage(Generic[Item, Answer]):
         self._is_rebuilt = False
 
     async def open(self) -> Any:
-        """Open the stream; return the worker's `opened`. Raises what the workers answer."""
+        """Open the stream; return the worker's `opened`. Raises the workers' error."""
         worker, stream, opened = await self._connector.connect()
         self._current, self._silent_at = (worker, stream), None
         worker.on_silence.add(self._give_up)
         return opened
 
     async def __call__(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Answer, None]:
-        """Yield an answer to every item. If `items` fails, its error is raised."""
+        """Yield the stage's answers, each once. If `items` fails, its error is raised."""
         num_blocks, last = 0, None
         async with background(self._pull(items)) as pulling:
             while True:
@@ -111,7 +111,7 @@ class FailoverStage(Generic[Item, Answer]):
                 except (StageLost, StageFailed) as error:
                     if pulling.done() and not pulling.cancelled() and pulling.exception():
                         raise  # the stage before this one is lost
-                    await self._rebuild(error)
+                    await self._reopen(error)
 
     def cancel(self) -> None:
         """End the stream at once; does nothing if it has ended."""
@@ -161,7 +161,7 @@ class FailoverStage(Generic[Item, Answer]):
             self._set_deadline(deadline)
 
     def _give_up(self) -> None:
-        """Stop waiting: the worker does not answer health checks."""
+        """Stop waiting: the worker does not answer polls."""
         self._silent_at = asyncio.get_running_loop().time()
         self._set_deadline(self._silent_at)
 
@@ -170,7 +170,7 @@ class FailoverStage(Generic[Item, Answer]):
         if self._timer and not self._timer.expired():
             self._timer.reschedule(deadline)
 
-    async def _rebuild(self, lost: AvatarError) -> None:
+    async def _reopen(self, lost: AvatarError) -> None:
         """Open the stream again. Raises the loss if the stream was lost too often, or cannot be opened in time."""
         started, pause_s = time.monotonic(), FIRST_PAUSE_S
         # A session that idles may well outlive many workers.
@@ -195,5 +195,5 @@ class FailoverStage(Generic[Item, Answer]):
         elapsed_s = time.monotonic() - started
         telemetry.REBUILD_DURATION.record(elapsed_s, {"stage": self.stage.partition("-")[0]})
         logger.warning(
-            "stream rebuilt", extra={"stage": self.stage, "reason": lost.reason, "duration_s": round(elapsed_s, 3)}
+            "stream reopened", extra={"stage": self.stage, "reason": lost.reason, "duration_s": round(elapsed_s, 3)}
         )

@@ -1,6 +1,6 @@
 """A service's server: its life, and the order of messages on a worker's stream.
 
-A worker's stream is `open`, items, `close`: a handler reads it with `opening` and then `parts`. Exceptions become
+A worker's stream is `open`, items, `close`: a handler reads it with `receive_open` and then `parts`. Exceptions become
 statuses in avatar.rpc.interceptor.
 """
 
@@ -92,7 +92,7 @@ async def until_stopped() -> None:
     await stopped.wait()
 
 
-async def opening(requests: AsyncIterator[Request]) -> Any:
+async def receive_open(requests: AsyncIterator[Request]) -> Any:
     """Return the `open` message of a stream. ProtocolOrder if another message comes first, or none within OPEN_S."""
     try:
         async with asyncio.timeout(OPEN_S):
@@ -123,7 +123,7 @@ async def parts(requests: AsyncIterator[Request], field: str) -> AsyncGenerator[
 
 
 @contextmanager
-def blaming(field: str, error: type[InvalidField] = InvalidField) -> Iterator[None]:
+def as_invalid_field(field: str, error: type[InvalidField] = InvalidField) -> Iterator[None]:
     """Turn a ValueError of the body into an error that names the field whose value a model could not use."""
     try:
         yield

@@ -23,8 +23,8 @@ from avatar.types import BLOCK_S
 
 Out = TypeVar("Out")
 
-# Share of a device's time that live streams may need. It leaves time for openings, prefills and offline streams, yet
-# admits 22 streams of 20 ms (0.917) where the timer makes them up to 20.5 ms, and not 23 (0.958).
+# Share of a device's time that live streams may need. The rest is for openings, prefills and offline streams. 22
+# streams of 20 ms fit (0.917), also if sleeps make a step last 20.5 ms (0.94); 23 do not (0.958).
 LIVE_SHARE = 0.94
 
 
@@ -97,7 +97,7 @@ class DeviceLoad:
     def has_time_for(self, session_id: str, step_times: StepTimes) -> bool:
         """Return whether the device keeps up with one more live stream.
 
-        True for a session that has the device to itself: it delays no one else, and is notified when it falls behind.
+        True for a session that has the device to itself: it delays no other, and its client is told when it is late.
         """
         if all(session_id == each for each, _ in self._live_streams):
             return True
@@ -134,7 +134,7 @@ class AdmissionControl:
     A stream over the limit is refused, never queued: a live session cannot wait. A live stream is also refused when it
     and the other live streams would need more of the device's time than there is.
 
-    active: streams that are open. step_times: of the service's steps, which it adds.
+    active: streams that are open. step_times: of the service's steps; the service adds them.
     """
 
     def __init__(self, limit: int, service: str, load: DeviceLoad, num_levels: int = 1) -> None:

@@ -90,7 +90,7 @@ class SessionStore:
         return await self._field(session_id, f"conditions/{version}", pb.Conditions)
 
     async def put_conditions(self, session_id: str, conditions: pb.Conditions) -> None:
-        """Write a version of the conditions. Call it before any block names that version."""
+        """Write a version of the conditions, for a gateway that resumes the session."""
         await self._update(session_id, f"conditions/{conditions.version}", conditions)
 
     async def position(self, session_id: str) -> pb.Position:

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc.aio
 
-from avatar.rpc.server import Context, opening, parts
+from avatar.rpc.server import Context, parts, receive_open
 from avatar.runtime.admission import AdmissionControl, StreamUsage
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import flatten, local
@@ -97,7 +97,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
     async def Encode(
         self, requests: AsyncIterator[audio_pb2.EncodeRequest], context: Context
     ) -> AsyncGenerator[audio_pb2.EncodeResponse, None]:
-        opened: audio_pb2.OpenEncode = await opening(requests)
+        opened: audio_pb2.OpenEncode = await receive_open(requests)
         if (opened.encoding, opened.num_channels) != ("pcm16", 1):
             raise ValueError(f"audio must be pcm16 with one channel, got {opened.encoding} with {opened.num_channels}")
         with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
@@ -153,7 +153,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
     async def Denoise(
         self, requests: AsyncIterator[denoiser_pb2.DenoiseRequest], context: Context
     ) -> AsyncGenerator[denoiser_pb2.DenoiseResponse, None]:
-        opened: denoiser_pb2.OpenDenoise = await opening(requests)
+        opened: denoiser_pb2.OpenDenoise = await receive_open(requests)
         if opened.level != self._level:
             raise ValueError(f"level {opened.level} is not served here, only {self._level}")
         with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
@@ -220,7 +220,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
     async def Decode(
         self, requests: AsyncIterator[vae_pb2.DecodeRequest], context: Context
     ) -> AsyncGenerator[vae_pb2.DecodeResponse, None]:
-        opened: vae_pb2.OpenDecode = await opening(requests)
+        opened: vae_pb2.OpenDecode = await receive_open(requests)
         with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
             yield vae_pb2.DecodeResponse(
                 opened=vae_pb2.DecodeOpened(history_blocks=self._stage.history_blocks, init_segment=b"init")

@@ -11,7 +11,7 @@ from avatar.audio.model import AudioModel, ResumedAudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
 from avatar.rpc.codec import audio_session_from_pb, block_to_pb, due_s, end_of_audio, piece_from_bytes
-from avatar.rpc.server import Context, blaming, opening, parts
+from avatar.rpc.server import Context, as_invalid_field, parts, receive_open
 from avatar.runtime.admission import AdmissionControl, StreamUsage
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import flatten, local
@@ -22,7 +22,7 @@ from avatar.worker.v1.types_pb2 import Closed
 
 
 class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
-    """Serves one audio model to any number of sessions, up to the worker's capacity."""
+    """Serves one audio model to as many sessions as it has capacity for."""
 
     service_name = "avatar.worker.v1.AudioService"
 
@@ -56,11 +56,11 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
     async def Encode(
         self, requests: AsyncIterator[pb.EncodeRequest], context: Context
     ) -> AsyncGenerator[pb.EncodeResponse, None]:
-        opened: pb.OpenEncode = await opening(requests)
-        with blaming("open.audio", InvalidAudio):
+        opened: pb.OpenEncode = await receive_open(requests)
+        with as_invalid_field("open.audio", InvalidAudio):
             check_piece(piece_from_bytes(b"", opened.encoding, opened.rate_hz, opened.num_channels))
         admitted = self._admission.admit(opened.session_id, is_live=opened.is_live)
-        with admitted, blaming("audio.data", InvalidAudio):
+        with admitted, as_invalid_field("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = StreamUsage(), 0
             model = ResumedAudioModel(self._audio, opened.first_block, opened.first_answer, opened.statistics)

@@ -13,7 +13,7 @@ from avatar.denoiser.denoiser import Denoiser
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, ChainMember, ChainStream
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
-from avatar.rpc.server import Context, blaming, opening, parts
+from avatar.rpc.server import Context, as_invalid_field, parts, receive_open
 from avatar.runtime.admission import AdmissionControl, StreamUsage
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import local
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
-    """Serves levels of one network to any number of sessions, up to the worker's capacity.
+    """Serves levels of one network to as many sessions as it has capacity for.
 
     levels: that it serves, ascending. chain: of the processes that hand latents to each other; None where latents
     travel in messages alone.
@@ -87,12 +87,12 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
     async def Denoise(
         self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
     ) -> AsyncGenerator[pb.DenoiseResponse, None]:
-        opened: pb.OpenDenoise = await opening(requests)
+        opened: pb.OpenDenoise = await receive_open(requests)
         denoiser = self._denoisers.get(opened.level)
         if denoiser is None:
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
         admitted = self._admission.admit(opened.session_id, is_live=opened.is_live)
-        with admitted, self._chain_stream(opened) as chain_stream, blaming("block"):
+        with admitted, self._chain_stream(opened) as chain_stream, as_invalid_field("block"):
             session = session_from_pb(await self._store.session(opened.session_id))
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = StreamUsage(), 0
@@ -147,8 +147,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
     async def _write_sink(self, session_id: str, block: Block) -> types_pb2.Conditions:
         """Store and return the next conditions, whose sink is this block's first latent frame.
 
-        They are stored before the answer, so that no block can name a version that the store lacks. The caller gets
-        them with the answer, too: while the store is away it goes on with them, and writes them when it is back.
+        They are stored before the answer, for a gateway that resumes the session. The caller gets them with the answer:
+        it goes on with them, and writes them once a store that is away is back.
         """
         assert block.conditions is not None
         assert block.latent is not None

@@ -12,7 +12,7 @@ import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
 from avatar.errors import InvalidField, MessageTooLarge, NotStreaming, SessionClosed
-from avatar.rpc.server import Context, opening
+from avatar.rpc.server import Context, receive_open
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
@@ -226,7 +226,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
     async def StreamAvatar(  # type: ignore[override]  # writes through its context, from more than one task
         self, requests: AsyncIterator[pb.StreamAvatarRequest], context: Context
     ) -> None:
-        opened: pb.OpenAvatar = await opening(requests)
+        opened: pb.OpenAvatar = await receive_open(requests)
         caller().session(opened.session_id)
         is_resumed = opened.HasField("resume")
         session = await (self._live_sessions.resume(opened) if is_resumed else self._live_sessions.start(opened))

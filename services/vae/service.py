@@ -12,7 +12,7 @@ import grpc.aio
 from avatar import telemetry
 from avatar.errors import NoCapacity
 from avatar.rpc.codec import block_from_pb, session_from_pb, tensor_to_pb
-from avatar.rpc.server import Context, blaming, opening, parts
+from avatar.rpc.server import Context, as_invalid_field, parts, receive_open
 from avatar.runtime.admission import AdmissionControl, StreamUsage
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import local
@@ -33,7 +33,7 @@ MAX_REFERENCES = 2
 
 
 class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
-    """Serves one VAE to any number of sessions, up to the worker's capacity."""
+    """Serves one VAE to as many sessions as it has capacity for."""
 
     service_name = "avatar.worker.v1.VaeService"
 
@@ -83,10 +83,10 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
     def _encode_reference(self, request: pb.EncodeReferenceRequest) -> pb.EncodeReferenceResponse:
         size = (request.width, request.height) if request.width or request.height else request.area or None
         if size is not None:
-            with blaming("area" if isinstance(size, int) else "width"):
+            with as_invalid_field("area" if isinstance(size, int) else "width"):
                 self._vae.config.picture.check(size)
         fit = request.fit or self._vae.config.picture.fit
-        with blaming("picture"):
+        with as_invalid_field("picture"):
             rgb = self._vae.read_picture(request.picture, size, cast(Fit, fit))  # which refuses any other
         motion = self._vae.encode_picture(rgb)
         height, width, _ = rgb.shape
@@ -109,18 +109,18 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
     async def Decode(
         self, requests: AsyncIterator[pb.DecodeRequest], context: Context
     ) -> AsyncGenerator[pb.DecodeResponse, None]:
-        opened: pb.OpenDecode = await opening(requests)
+        opened: pb.OpenDecode = await receive_open(requests)
         encoding, quality, rate_hz = opened.encoding or "rgb24", opened.quality, self._vae.config.frame_rate_hz
-        with blaming("open.encoding"):
+        with as_invalid_field("open.encoding"):
             encodings.check_encoding(encoding)
-        with blaming("open.quality"):
+        with as_invalid_field("open.quality"):
             encodings.check_quality(quality)
 
         def encode(chunk: FrameChunk) -> list[Frame]:
             pixels = chunk.frames.numpy()
             return _frames(chunk, encodings.encode(pixels, encoding, rate_hz, quality, chunk.first_frame))
 
-        with self._admission.admit(opened.session_id, is_live=opened.is_live), blaming("block"):
+        with self._admission.admit(opened.session_id, is_live=opened.is_live), as_invalid_field("block"):
             session = await self._store.session(opened.session_id)
             init = await self._on_encoder(
                 encodings.init_segment, encoding, session.height, session.width, rate_hz, quality

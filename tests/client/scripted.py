@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 from avatar.errors import AvatarError, ConnectionLost
-from avatar.rpc.server import Context, opening, serving
+from avatar.rpc.server import Context, receive_open, serving
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
@@ -49,7 +49,7 @@ class ScriptedGateway(pb_grpc.AvatarServiceServicer):
     async def StreamAvatar(
         self, requests: AsyncIterator[Any], context: Context
     ) -> AsyncGenerator[pb.StreamAvatarResponse, None]:
-        opened: pb.OpenAvatar = await opening(requests)
+        opened: pb.OpenAvatar = await receive_open(requests)
         call = self.calls.pop(0) if self.calls else ConnectionLost("the script has ended")
         if isinstance(call, AvatarError):
             raise call

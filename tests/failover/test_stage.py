@@ -13,7 +13,7 @@ from avatar.failover.pool import Worker as PoolWorker
 from avatar.failover.pool import WorkerPool
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.client import remote_audio
-from avatar.rpc.server import Context, opening, parts
+from avatar.rpc.server import Context, parts, receive_open
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1.types_pb2 import Block, Closed
 from tests.failover.test_pool import get_info, workers
@@ -81,7 +81,7 @@ def breaking(after: int, error: Exception) -> Callable[[Requests, Context], Resp
     """Return the behaviour of a worker that answers so many pieces and then fails."""
 
     async def encode(requests: Requests, _: Context) -> Responses:
-        await opening(requests)
+        await receive_open(requests)
         yield OPENED
         count = 0
         async for each in parts(requests, "piece"):
@@ -95,7 +95,7 @@ def breaking(after: int, error: Exception) -> Callable[[Requests, Context], Resp
 
 async def hanging(requests: Requests, _: Context) -> Responses:
     """A worker that answers one piece and then hangs."""
-    await opening(requests)
+    await receive_open(requests)
     yield OPENED
     async for each in parts(requests, "piece"):
         yield block(int(each.data))
@@ -214,7 +214,7 @@ async def test_time_that_the_reader_takes_does_not_count_against_the_worker() ->
 
 async def test_a_worker_that_never_closes_the_stream_is_replaced() -> None:
     async def endless(requests: Requests, _: Context) -> Responses:
-        await opening(requests)
+        await receive_open(requests)
         yield OPENED
         async for each in parts(requests, "piece"):
             yield block(int(each.data))

@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 
 from avatar.rpc.channel import channel
-from avatar.rpc.server import Context, opening, parts, serving
+from avatar.rpc.server import Context, parts, receive_open, serving
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from avatar.worker.v1.types_pb2 import Block, Closed
@@ -35,7 +35,7 @@ def block(number: int) -> pb.EncodeResponse:
 
 async def numbered(requests: Requests, _: Context) -> Responses:
     """A correct worker: each piece is answered with the block whose number it holds."""
-    await opening(requests)
+    await receive_open(requests)
     yield OPENED
     num_blocks = 0
     async for each in parts(requests, "piece"):

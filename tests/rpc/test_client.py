@@ -23,7 +23,7 @@ from avatar.errors import (
 )
 from avatar.rpc.channel import channel
 from avatar.rpc.client import RemoteStage, remote_audio, remote_vae, stage_error
-from avatar.rpc.server import Context, opening
+from avatar.rpc.server import Context, receive_open
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc, vae_pb2
 from avatar.worker.v1.types_pb2 import Block, Closed
@@ -140,7 +140,7 @@ async def test_errors_that_a_client_can_act_on_pass_through(
     worker: Worker, connection: grpc.aio.Channel, error: AvatarError
 ) -> None:
     async def refusing(requests: Requests, _: Context) -> Responses:
-        await opening(requests)
+        await receive_open(requests)
         raise error
         yield OPENED
 
@@ -172,7 +172,7 @@ async def test_a_refusal_arrives_whole_while_more_is_being_written(
     worker: Worker, connection: grpc.aio.Channel
 ) -> None:
     async def refusing(requests: Requests, _: Context) -> Responses:
-        await opening(requests)
+        await receive_open(requests)
         yield OPENED
         raise InvalidAudio.at("audio.data", "it is NaN")
 
@@ -199,7 +199,7 @@ async def test_a_status_without_details_is_read_by_its_code(
     worker: Worker, connection: grpc.aio.Channel, code: grpc.StatusCode, kind: type[AvatarError]
 ) -> None:
     async def aborting(requests: Requests, context: Context) -> Responses:
-        await opening(requests)
+        await receive_open(requests)
         await context.abort(code, "from a proxy")
         yield OPENED
 
@@ -250,7 +250,7 @@ async def test_a_stream_that_ends_without_closed_is_lost(
     worker: Worker, connection: grpc.aio.Channel, num_blocks: int, is_writing: bool
 ) -> None:
     async def ending(requests: Requests, _: Context) -> Responses:
-        await opening(requests)
+        await receive_open(requests)
         for response in (OPENED, *[block(0)] * num_blocks):
             yield response
 
@@ -265,7 +265,7 @@ async def test_a_stream_that_ends_without_closed_is_lost(
 
 async def test_a_stream_that_ends_before_it_is_opened_is_lost(worker: Worker, connection: grpc.aio.Channel) -> None:
     async def nothing(requests: Requests, _: Context) -> Responses:
-        await opening(requests)
+        await receive_open(requests)
         return
         yield OPENED
 

@@ -16,7 +16,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from avatar.errors import REASONS, InvalidAudio, SessionNotFound, StageLost
 from avatar.rpc.channel import channel
-from avatar.rpc.server import Context, opening
+from avatar.rpc.server import Context, receive_open
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from avatar.worker.v1.types_pb2 import Block
@@ -142,9 +142,9 @@ async def test_a_generator_is_closed_when_its_client_is_gone(worker: Worker) -> 
 
     async def waiting(requests: Requests, _: Context) -> Responses:
         try:
-            await opening(requests)
+            await receive_open(requests)
             yield OPENED
-            await opening(requests)
+            await receive_open(requests)
         finally:
             is_closed.set()
 

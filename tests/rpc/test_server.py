@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from avatar.errors import InvalidAudio
 from avatar.rpc.channel import channel
-from avatar.rpc.server import Context, Servicer, blaming, serving, until_stopped
+from avatar.rpc.server import Context, Servicer, as_invalid_field, serving, until_stopped
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings
 from avatar.store.sessions import SessionStore
@@ -152,10 +152,13 @@ async def test_a_stream_that_is_not_opened_in_time_is_ended(
     assert refusal.message == "the stream was not opened within 0.1 s"
 
 
-def test_blaming_names_the_field_and_keeps_the_cause() -> None:
-    with pytest.raises(InvalidAudio, match=r"^audio\.data: it is NaN$") as caught, blaming("audio.data", InvalidAudio):
+def test_an_invalid_field_is_named_and_keeps_its_cause() -> None:
+    with (
+        pytest.raises(InvalidAudio, match=r"^audio\.data: it is NaN$") as caught,
+        as_invalid_field("audio.data", InvalidAudio),
+    ):
         raise ValueError("it is NaN")
     assert caught.value.violations == (("audio.data", "it is NaN"),)
     assert isinstance(caught.value.__cause__, ValueError)
-    with pytest.raises(KeyError), blaming("audio.data"):
+    with pytest.raises(KeyError), as_invalid_field("audio.data"):
         raise KeyError("ours")
