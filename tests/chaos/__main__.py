@@ -30,7 +30,7 @@ PORTRAIT, LOGS = ASSETS / "portrait.png", ROOT / "out/chaos"
 PIECE_BYTES, PIECE_S = 3840, 0.12
 SPEECH_S = 14.4
 SEEDS = range(3)
-# Seconds for which something is broken, and for which all is well then: the store has been told everything again.
+# Seconds that a fault lasts, and seconds of rest after it, in which the store is written again.
 BROKEN_S, WHOLE_S = (0.5, 10.0), (4.0, 8.0)
 
 

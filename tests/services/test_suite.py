@@ -204,7 +204,7 @@ async def test_a_live_client_is_told_when_blocks_take_longer_than_they_last(
         monkeypatch.setattr(Denoiser, "step", slow)
         call = stub.StreamAvatar()
         await call.write(opening(session.id, mode=pb.OpenAvatar.MODE_LIVE))
-        while (told := (await answer(call)).event.notice).kind != pb.Notice.KIND_DEGRADED:
+        while (notice := (await answer(call)).event.notice).kind != pb.Notice.KIND_DEGRADED:
             pass
-        assert told.message
+        assert notice.message
         call.cancel()
