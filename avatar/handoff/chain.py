@@ -106,16 +106,20 @@ class Chain:
     name: of the chain, new at each start.
     """
 
-    def __init__(self, name: str, member: ChainMember) -> None:
+    def __init__(self, name: str, member: ChainMember, rank: int, size: int) -> None:
+        """Start the threads of a process group's rank; the group must exist if its size is above 1."""
         self.name, self.num_levels = name, member.num_levels
         self._member = member
         self._loop = asyncio.get_running_loop()
         self._streams: dict[tuple[int, int], ChainStream] = {}
         self._outgoing: queue.SimpleQueue[tuple[list[int], Tensor] | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
         self._is_stopping = threading.Event()
         self._is_broken = asyncio.Event()
         self._reason = ""
+        works = [*([self._receive] if rank else []), *([self._send] if rank + 1 < size else [])]
+        self._threads = [threading.Thread(target=self._guarded, args=(work, rank), daemon=True) for work in works]
+        for thread in self._threads:
+            thread.start()
 
     @contextmanager
     def open_stream(self, handoff: int, level: int) -> Iterator[ChainStream]:
@@ -153,13 +157,6 @@ class Chain:
         """Wait for the chain to break."""
         await self._is_broken.wait()
 
-    def start(self, rank: int, size: int) -> None:
-        """Start the threads; the process group must exist."""
-        works = [*([self._receive] if rank else []), *([self._send] if rank + 1 < size else [])]
-        self._threads = [threading.Thread(target=self._guarded, args=(work, rank), daemon=True) for work in works]
-        for thread in self._threads:
-            thread.start()
-
     def stop(self) -> None:
         """Stop the threads, within SILENCE_S: torch would abort the process if a thread still waited at its end."""
         self._is_stopping.set()
@@ -173,9 +170,11 @@ class Chain:
             stream.received.put_nowait((index, latent))
 
     def _guarded(self, work: Callable[[int], None], rank: int) -> None:
+        device = self._member.device
         try:
             # A transfer waits for the work queued on its CUDA stream. The steps' stream is a block ahead of it.
-            with torch.cuda.stream(_cuda_stream(self._member.device)):
+            stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(stream):
                 work(rank)
         except Exception as error:  # torch raises RuntimeError for failures of a neighbour as for its own
             self._loop.call_soon_threadsafe(self._break, str(error))
@@ -229,8 +228,7 @@ async def join_chain(address: str, member: ChainMember) -> AsyncGenerator[Chain,
             await asyncio.to_thread(_make_group, store, rank, size, member.device)
     except dist.DistError as error:
         raise ValueError(f"the chain did not meet at {address}: {str(error).splitlines()[0]}") from error
-    chain = Chain(name, member)
-    chain.start(rank, size)
+    chain = Chain(name, member, rank, size)
     logger.info("joined a chain", extra={"chain": name, "rank": rank, "size": size})
     try:
         yield chain
@@ -266,11 +264,6 @@ def _make_group(store: TCPStore, rank: int, size: int, device: torch.device) -> 
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=GROUP_S)
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=limit)
-
-
-def _cuda_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """Return a new stream on a CUDA device; None elsewhere."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _wait(work: Any, latent: Tensor | None = None) -> None:
