@@ -139,13 +139,11 @@ class FailoverStage(Generic[Item, Answer]):
         while queued := await self._queue.get():
             self._free_slots.release()
             self._replay.record(queued[0])
-            if self._deadline is None:
-                self._start_deadline()
+            self._start_deadline()
             yield queued[0]
         self._queue.put_nowait([])  # for the stream that may have to replace this one
         self._is_closing = True
-        if self._deadline is None:
-            self._start_deadline()
+        self._start_deadline()
         await pulling
 
     def _answer_deadline(self) -> float | None:
@@ -156,8 +154,8 @@ class FailoverStage(Generic[Item, Answer]):
         return asyncio.get_running_loop().time() + self._timeouts.stall_s + 4 * step_s
 
     def _start_deadline(self) -> None:
-        """Set a deadline for the next answer, if one has become due."""
-        if deadline := self._answer_deadline():
+        """Set a deadline for the next answer, if it has none and has become due."""
+        if self._deadline is None and (deadline := self._answer_deadline()):
             self._set_deadline(deadline)
 
     def _give_up(self) -> None:

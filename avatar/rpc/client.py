@@ -63,7 +63,8 @@ class RemoteStage(Generic[Item, Answer]):
             is_open = True
             return opened
         except TimeoutError as error:
-            raise StageLost(f"{self.stage} did not open a stream in {OPEN_S:g} s", metadata=self._where()) from error
+            late = f"{self.stage} did not open a stream in {OPEN_S:g} s"
+            raise StageLost(late, metadata={"stage": self.stage}) from error
         finally:
             if not is_open:
                 self.cancel()
@@ -126,10 +127,7 @@ class RemoteStage(Generic[Item, Answer]):
         return stage_error(self.stage, self._status.instead_of(error))
 
     def _ended_early(self) -> StageLost:
-        return StageLost(f"{self.stage}: {ENDED_EARLY}", metadata=self._where(), retry_s=1.0)
-
-    def _where(self) -> dict[str, str]:
-        return {"stage": self.stage}
+        return StageLost(f"{self.stage}: {ENDED_EARLY}", metadata={"stage": self.stage}, retry_s=1.0)
 
 
 def remote_audio(channel: grpc.aio.Channel) -> RemoteStage[audio_pb2.AudioPiece, types_pb2.Block]:
