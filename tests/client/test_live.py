@@ -160,15 +160,6 @@ async def test_a_cancelled_push_leaves_the_stream_intact(store: SessionStore) ->
         assert stream._call is call
 
 
-@pytest.mark.parametrize("per_block", [False, True])
-async def test_frames_arrive_one_by_one_however_they_are_sent(store: SessionStore, per_block: bool) -> None:
-    async with live_stream(store, per_block=per_block) as (stream, _):
-        frames = [await anext(stream) for _ in range(22)]
-    assert [(frame.index, frame.num_frames) for frame in frames if isinstance(frame, Frame)] == [
-        (index, 1) for index in range(3, 25)
-    ]
-
-
 async def test_a_fragment_holds_the_frames_of_a_block(store: SessionStore) -> None:
     async with live_stream(store, video="fmp4") as (stream, _):
         assert stream.init_segment == b"init"

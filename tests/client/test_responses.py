@@ -16,17 +16,13 @@ async def items_of(*calls: Call) -> list[Item]:
             return [item async for item in stream]
 
 
-async def test_notices_are_typed_and_unknown_ones_are_harmless() -> None:
+async def test_notices_are_typed_and_unknown_kinds_of_notices_and_events_are_harmless() -> None:
     going_away = notice(0, kind=pb.Notice.KIND_GOING_AWAY, message="bye", within_s=3.5)
-    assert await items_of([going_away, notice(1, kind=99), CLOSED]) == [
+    unknown = pb.StreamAvatarResponse(event=pb.AvatarEvent(number=2))
+    assert await items_of([going_away, notice(1, kind=99), unknown, CLOSED]) == [
         Notice(0, 0.0, NoticeKind.GOING_AWAY, "bye", 3.5, 0),
         Notice(1, 0.0, NoticeKind.UNKNOWN, "", 0.0, 0),
     ]
-
-
-async def test_an_event_of_an_unknown_kind_is_skipped() -> None:
-    unknown = pb.StreamAvatarResponse(event=pb.AvatarEvent(number=0))
-    assert await items_of([unknown, CLOSED]) == []
 
 
 async def test_a_gateway_that_has_not_noticed_the_break_is_asked_again() -> None:
