@@ -50,7 +50,7 @@ check: install $(VENV)/deployment $(VENV)/livekit
 	buf breaking protos --against protos/baseline/v1.binpb
 	hadolint Dockerfile
 	mkdocs build --strict
-	pytest --quiet tests/test_architecture.py tests/test_operations.py tests/test_pages.py tests/deploy
+	pytest --quiet tests/test_architecture.py tests/test_style.py tests/test_operations.py tests/test_pages.py tests/deploy
 
 # The documentation as a site: open out/site/index.html.
 docs: install $(VENV)/deployment

@@ -154,6 +154,11 @@ def files(*folders: str) -> Iterator[Path]:
                 yield path
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def module_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
@@ -164,7 +169,7 @@ def imports() -> tuple[Import, ...]:
     """Return every import in our files, at any depth."""
     found = []
     for path in files(*FOLDERS):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         for_types = {id(node) for block in ast.walk(tree) if is_for_types(block) for node in ast.walk(block)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
@@ -269,26 +274,21 @@ def modules_loaded_by(program: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def loaded_by(program: str) -> set[str]:
-    """Return the packages that a fresh process has loaded after a program."""
-    return {name.partition(".")[0] for name in modules_loaded_by(program)}
+def packages(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
 
 
 def test_the_gateway_loads_no_tensor_library() -> None:
-    loaded = loaded_by("import services.gateway.__main__")
+    loaded = packages(modules_loaded_by("import services.gateway.__main__"))
     assert "grpc" in loaded
     assert loaded & {*_TENSORS, "soxr", "av", "PIL"} == set()
 
 
-def test_the_client_loads_only_its_wheels_dependencies() -> None:
-    needed = loaded_by("import grpc.aio, google.rpc.error_details_pb2, grpc_status.rpc_status")
-    loaded = loaded_by("import avatar.client") - set(sys.stdlib_module_names)
-    assert loaded - needed == {"avatar"}
-
-
-def test_the_client_loads_neither_settings_nor_a_server() -> None:
-    expected = {"aio", "client", "errors", "rpc", "rpc.channel", "rpc.status", "rpc.tls", "v1"}
+def test_the_client_loads_its_wheels_dependencies_and_neither_settings_nor_a_server() -> None:
+    needed = packages(modules_loaded_by("import grpc.aio, google.rpc.error_details_pb2, grpc_status.rpc_status"))
     loaded = modules_loaded_by("import avatar.client")
+    assert packages(loaded) - set(sys.stdlib_module_names) - needed == {"avatar"}
+    expected = {"aio", "client", "errors", "rpc", "rpc.channel", "rpc.status", "rpc.tls", "v1"}
     ours = {name.removeprefix("avatar.") for name in loaded if name.startswith("avatar.")}
     assert {name for name in ours if not name.startswith(("client.", "v1."))} == expected
 
@@ -298,21 +298,18 @@ from pathlib import Path
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
-from avatar.settings import {settings}
-from services.{service}.__main__ import build
+from avatar.settings import DenoiserSettings, VaeSettings
+from services.denoiser.__main__ import build as build_denoiser
+from services.vae.__main__ import build as build_vae
+store, checkpoint = SessionStore(RedisHashes("redis://127.0.0.1")), Path({checkpoint!r})
 with DeviceQueue() as queue:
-    build({settings}(checkpoint=Path({checkpoint!r})), SessionStore(RedisHashes("redis://127.0.0.1")), queue)
+    build_denoiser(DenoiserSettings(checkpoint=checkpoint), store, queue)
+    build_vae(VaeSettings(checkpoint=checkpoint), store, queue)
 """
 
 
-def test_a_denoiser_loads_neither_transformers_nor_diffusers(checkpoint: Path) -> None:
-    loaded = loaded_by(BUILD.format(settings="DenoiserSettings", service="denoiser", checkpoint=str(checkpoint)))
-    assert "torch" in loaded
-    assert loaded & {"transformers", "diffusers"} == set()
-
-
-def test_the_light_codec_loads_no_diffusers(checkpoint: Path) -> None:
-    loaded = loaded_by(BUILD.format(settings="VaeSettings", service="vae", checkpoint=str(checkpoint)))
+def test_a_denoiser_and_the_light_codec_load_neither_transformers_nor_diffusers(checkpoint: Path) -> None:
+    loaded = packages(modules_loaded_by(BUILD.format(checkpoint=str(checkpoint))))
     assert "torch" in loaded
     assert loaded & {"transformers", "diffusers"} == set()
 

@@ -2,16 +2,17 @@
 
 import ast
 import re
+from collections import Counter
 
-from tests.test_architecture import FOLDERS, ROOT, files, module_of
+from tests.test_architecture import FOLDERS, ROOT, files, module_of, parsed
 
 PRODUCT = ("avatar", "services", "web")
-# File names that several folders may have, and a class that workers and product teams see differently.
+# File names that several folders may have, and a class that is one thing to workers and to product teams.
 REPEATABLE = {f"{name}.py" for name in ("service", "model", "client", "codec", "config", "__main__", "__init__")}
 REPEATABLE |= {"Session"}
 # A docstring states what something is or does, and does not open like a question.
 QUESTIONS = re.compile(r"(What|How|Whether|Where|Whom|Who|Which|Have)\b")
-MAX_LINES = 400
+MAX_LINES, MAX_FILES = 400, 10
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "manager", "misc"}
 
 
@@ -21,7 +22,7 @@ def test_a_name_has_one_meaning() -> None:
     for path in files(*PRODUCT):
         module = module_of(path)
         owners.setdefault(path.name, []).append(module)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 owners.setdefault(node.name, []).append(module)
     shared = {name: modules for name, modules in owners.items() if len(modules) > 1}
@@ -32,7 +33,7 @@ def test_no_docstring_opens_with_a_question_word() -> None:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     asking: dict[str, list[str]] = {}
     for path in files(*FOLDERS, "examples", "tests"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, kinds) and QUESTIONS.match(docstring := ast.get_docstring(node) or ""):
                 asking.setdefault(str(path.relative_to(ROOT)), []).append(docstring.partition("\n")[0])
     assert asking == {}
@@ -44,6 +45,13 @@ def test_no_file_is_too_long() -> None:
         for path in files(*FOLDERS, "tests")
     }
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_no_folder_of_the_product_has_too_many_files() -> None:
+    counts: Counter[str] = Counter()
+    for path in files(*PRODUCT):
+        counts[str(path.parent.relative_to(ROOT))] += path.name != "__init__.py"
+    assert {name: count for name, count in counts.items() if count > MAX_FILES} == {}
 
 
 def test_no_module_has_a_vague_name() -> None:
