@@ -1,8 +1,8 @@
-"""Chaos tests: processes fail while sessions speak, which may cost the sessions nothing but time.
+"""Faults in a suite of processes while sessions stream: a session may lose time, but no frame.
 
-A suite of real processes has one spare worker of every stage and two gateways. The frames of sessions are counted and
-compared, and at the end no stream, key or process may remain. `test_chaos` causes every fault once; `python -m
-tests.chaos` causes faults at random for a given time.
+The suite has two workers for each stage and two gateways. Each session's frames are counted and compared, and at the
+end no stream, key or process may remain. `test_chaos` injects each kind of fault once; `python -m tests.chaos` injects
+random ones for as long as requested.
 
     client -> gateway -> Proxy -> worker
 """

@@ -1,8 +1,8 @@
-"""Break a suite at random while sessions speak: `make chaos`, or
+"""Inject random faults into a suite while sessions stream: `make chaos`, or
 
     python -m tests.chaos [--minutes 10] [--seed N] [--sessions 4] [--only FAULT]
 
-Ends with a table of what that has cost, and with exit status 1 if it was more than time.
+Prints a table of the consequences, and exits with status 1 if a bound was violated.
 """
 
 import argparse
@@ -19,10 +19,10 @@ import psutil
 
 from avatar.errors import AvatarError
 from services.local.processes import ROOT
-from tests.chaos.account import Account, Struck
 from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.report import Incident, Report
 from tests.chaos.speaker import speaking
-from tests.chaos.suite import GATEWAYS, REDIS, WORKERS, Spared, spared
+from tests.chaos.suite import GATEWAYS, REDIS, WORKERS, ChaosSuite, chaos_suite
 from tests.conftest import ASSETS, speech, write_checkpoint
 from tests.services.test_suite import rendered
 
@@ -30,15 +30,17 @@ PORTRAIT, LOGS = ASSETS / "portrait.png", ROOT / "out/chaos"
 PIECE_BYTES, PIECE_S = 3840, 0.12
 SPEECH_S = 14.4
 SEEDS = range(3)
-# Seconds that a fault lasts, and seconds of rest after it, in which the store is written again.
-BROKEN_S, WHOLE_S = (0.5, 10.0), (4.0, 8.0)
+# Ranges of the duration of a fault and of the pause after it, in seconds; in a pause the store is restored completely.
+FAULT_S, PAUSE_S = (0.5, 10.0), (4.0, 8.0)
 
 
-async def talk(suite: Spared, account: Account, expected: list[list[bytes]], number: int, until_s: float) -> None:
-    """Hold one session after another, each speaking as fast as people do; every other one is live."""
+async def stream_sessions(
+    suite: ChaosSuite, report: Report, expected: list[list[bytes]], number: int, until_s: float
+) -> None:
+    """Stream one session after another at the pace of speech. Sessions of odd numbers are live."""
     picture, live, draw = PORTRAIT.read_bytes(), number % 2 == 1, random.Random(number)
     while time.monotonic() < until_s:
-        began_s, seed, is_open = time.monotonic(), draw.choice(SEEDS), False
+        started_s, seed, is_open = time.monotonic(), draw.choice(SEEDS), False
         try:
             async with speaking(suite.target, picture, seed=seed, live=live) as speaker:
                 is_open, data = True, speech(SPEECH_S)
@@ -46,69 +48,69 @@ async def talk(suite: Spared, account: Account, expected: list[list[bytes]], num
                     await speaker.say(data[start : start + PIECE_BYTES])
                     await asyncio.sleep(PIECE_S)
                 await speaker.finish()
-                account.ended(speaker, began_s, None if live else expected[seed])
+                report.add_session(speaker, started_s, None if live else expected[seed])
         except (AvatarError, TimeoutError) as error:
-            struck = account.since(began_s)
-            if is_open or not struck:
-                account.blame(f"a session ended with {type(error).__name__}: {error}", struck)
-            account.counts["refused"] += not is_open
+            incidents = report.since(started_s)
+            if is_open or not incidents:
+                report.add_violation(f"a session ended with {type(error).__name__}: {error}", incidents)
+            report.counts["refused"] += not is_open
             await asyncio.sleep(1)
 
 
-async def strike(suite: Spared, account: Account, faults: Sequence[Fault], draw: random.Random, until_s: float) -> None:
-    """Break one thing after another."""
+async def inject_faults(
+    suite: ChaosSuite, report: Report, faults: Sequence[Fault], draw: random.Random, until_s: float
+) -> None:
+    """Inject one fault after another."""
     processes = {REDIS: (REDIS,), "gateway": GATEWAYS, **WORKERS}
     while time.monotonic() < until_s:
-        await asyncio.sleep(draw.uniform(*WHOLE_S))
-        account.remember(suite)
+        await asyncio.sleep(draw.uniform(*PAUSE_S))
+        report.measure_memory(suite)
         fault = draw.choice(faults)
-        name, broken_s = draw.choice(processes[fault.service]), draw.uniform(*BROKEN_S)
-        print(f"{time.strftime('%X')} {fault.way} {name} for {broken_s:.1f} s", flush=True)
-        struck = Struck(fault, time.monotonic())
-        account.struck.append(struck)
+        name, duration_s = draw.choice(processes[fault.service]), draw.uniform(*FAULT_S)
+        print(f"{time.strftime('%X')} {fault.kind} {name} for {duration_s:.1f} s", flush=True)
+        incident = Incident(fault, time.monotonic())
+        report.incidents.append(incident)
         async with fault.at(suite, name):
-            await asyncio.sleep(broken_s)
-        await suite.until_whole()
-        struck.ended_s = time.monotonic() + WHOLE_S[0]
+            await asyncio.sleep(duration_s)
+        await suite.until_healthy()
+        incident.ended_s = time.monotonic() + PAUSE_S[0]
 
 
-async def run(folder: Path, minutes: float, seed: int, num_sessions: int, faults: Sequence[Fault]) -> Account:
-    """All of it, over a small checkpoint of random weights."""
-    checkpoint, account = folder / "checkpoint", Account()
+async def run(folder: Path, minutes: float, seed: int, num_sessions: int, faults: Sequence[Fault]) -> Report:
+    """Run sessions and faults over a small checkpoint of random weights; return the report."""
+    checkpoint, report = folder / "checkpoint", Report()
     write_checkpoint(checkpoint)
     expected = [rendered(checkpoint, PORTRAIT.read_bytes(), speech(SPEECH_S), each) for each in SEEDS]
     shutil.rmtree(LOGS, ignore_errors=True)
-    async with spared(checkpoint, LOGS) as suite:
+    async with chaos_suite(checkpoint, LOGS) as suite:
         until_s = time.monotonic() + 60 * minutes
         async with asyncio.TaskGroup() as tasks:
             for number in range(num_sessions):
-                tasks.create_task(talk(suite, account, expected, number, until_s))
-            tasks.create_task(strike(suite, account, faults, random.Random(seed), until_s))
+                tasks.create_task(stream_sessions(suite, report, expected, number, until_s))
+            tasks.create_task(inject_faults(suite, report, faults, random.Random(seed), until_s))
         try:
-            await suite.until_nothing_is_left()
+            await suite.until_idle()
         except TimeoutError as error:
-            account.violations.append(str(error))
-        account.remember(suite)
+            report.violations.append(str(error))
+        report.measure_memory(suite)
     if alive := suite.pids & set(psutil.pids()):
-        account.violations.append(f"{len(alive)} processes are left")
-    return account
+        report.violations.append(f"{len(alive)} processes still run")
+    return report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="of what breaks when")
-    parser.add_argument("--sessions", type=int, default=4, help="that speak at a time; every other one is live")
-    parser.add_argument(
-        "--only", default="", help="what may break, such as `kill` or `freeze vae`; by default anything"
-    )
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="of the faults")
+    parser.add_argument("--sessions", type=int, default=4, help="concurrent ones; every other one is live")
+    parser.add_argument("--only", default="", help="faults to inject, such as `kill` or `freeze vae`; by default all")
     flags = parser.parse_args()
     faults = [fault for fault in FAULTS if flags.only in str(fault)]
-    print(f"seed {flags.seed}; the processes' output is in {LOGS}", flush=True)
+    print(f"seed {flags.seed}; logs of the processes are in {LOGS}", flush=True)
     with TemporaryDirectory() as folder:
-        account = asyncio.run(run(Path(folder), flags.minutes, flags.seed, flags.sessions, faults))
-    print("\n".join(account.table()))
-    sys.exit(bool(account.violations))
+        report = asyncio.run(run(Path(folder), flags.minutes, flags.seed, flags.sessions, faults))
+    print("\n".join(report.table()))
+    sys.exit(bool(report.violations))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Faults and their repair: each is two functions of the suite and the name of a process."""
+"""Kinds of faults. Each has a function that injects it into a process, and one that ends it."""
 
 import asyncio
 import signal
@@ -7,24 +7,24 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from tests.chaos.suite import WORKERS, Spared
+from tests.chaos.suite import WORKERS, ChaosSuite
 
-Change: TypeAlias = Callable[[Spared, str], Awaitable[None]]
+Change: TypeAlias = Callable[[ChaosSuite, str], Awaitable[None]]
 ENDED_S = 20.0
 
 
-async def _kill(suite: Spared, name: str) -> None:
+async def _kill(suite: ChaosSuite, name: str) -> None:
     suite.suite.processes[name].kill()
     await suite.suite.processes[name].wait()
 
 
-async def _revive(suite: Spared, name: str) -> None:
+async def _restart(suite: ChaosSuite, name: str) -> None:
     async with asyncio.timeout(ENDED_S):
         await suite.suite.processes[name].wait()
     await suite.start(name)
 
 
-async def _raze(suite: Spared, name: str) -> None:
+async def _kill_stage(suite: ChaosSuite, name: str) -> None:
     names = WORKERS[name.partition("-")[0]]
     for each in names:
         await _kill(suite, each)
@@ -32,40 +32,40 @@ async def _raze(suite: Spared, name: str) -> None:
         await suite.start(each)
 
 
-async def _freeze(suite: Spared, name: str) -> None:
+async def _freeze(suite: ChaosSuite, name: str) -> None:
     suite.suite.processes[name].send_signal(signal.SIGSTOP)
 
 
-async def _thaw(suite: Spared, name: str) -> None:
+async def _resume(suite: ChaosSuite, name: str) -> None:
     suite.suite.processes[name].send_signal(signal.SIGCONT)
 
 
-async def _drain(suite: Spared, name: str) -> None:
+async def _drain(suite: ChaosSuite, name: str) -> None:
     suite.suite.processes[name].terminate()
 
 
-async def _cut(suite: Spared, name: str) -> None:
+async def _cut(suite: ChaosSuite, name: str) -> None:
     suite.proxies[name].cut()
 
 
-async def _swallow(suite: Spared, name: str) -> None:
+async def _swallow(suite: ChaosSuite, name: str) -> None:
     suite.proxies[name].swallow()
 
 
-async def _mend(suite: Spared, name: str) -> None:
+async def _mend(suite: ChaosSuite, name: str) -> None:
     suite.proxies[name].mend()
 
 
-async def _nothing(suite: Spared, name: str) -> None:
+async def _nothing(suite: ChaosSuite, name: str) -> None:
     pass
 
 
-WAYS: dict[str, tuple[Change, Change]] = {
-    "kill": (_kill, _revive),
-    "raze": (_raze, _nothing),
-    "freeze": (_freeze, _thaw),
-    "drain": (_drain, _revive),
-    # Whoever was cut off may connect again at once: mending would cut off those who have.
+KINDS: dict[str, tuple[Change, Change]] = {
+    "kill": (_kill, _restart),
+    "kill stage": (_kill_stage, _nothing),
+    "freeze": (_freeze, _resume),
+    "drain": (_drain, _restart),
+    # The gateways reconnect at once; mending the proxy would cut their new connections.
     "cut": (_cut, _nothing),
     "swallow": (_swallow, _mend),
 }
@@ -73,36 +73,36 @@ WAYS: dict[str, tuple[Change, Change]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """A way in which a service breaks.
+    """A fault in a service.
 
-    way: of WAYS; what is razed has no spare, and is missed until it has started again. service: a stage, `redis` or
-    `gateway`.
+    kind: of KINDS. `kill stage` kills both workers, so that the stage is missing until they have restarted. service: a
+    stage, `redis` or `gateway`.
     """
 
-    way: str
+    kind: str
     service: str
 
     def __str__(self) -> str:
-        return f"{self.way} {self.service}"
+        return f"{self.kind} {self.service}"
 
     @property
     def is_exact(self) -> bool:
-        """True if frames have the same bytes as without the fault: lost state is rebuilt exactly, or was not needed."""
+        """True if it changes no frame: the lost state is rebuilt exactly, or is not needed."""
         return self.service not in ("denoiser", "gateway")
 
     @asynccontextmanager
-    async def at(self, suite: Spared, name: str) -> AsyncGenerator[None, None]:
-        """Break a process while the body runs. A repaired process may take a while to serve."""
-        harm, mend = WAYS[self.way]
-        await harm(suite, name)
+    async def at(self, suite: ChaosSuite, name: str) -> AsyncGenerator[None, None]:
+        """Keep the fault in a process while the body runs. A restarted process may become healthy only later."""
+        inject, end = KINDS[self.kind]
+        await inject(suite, name)
         try:
             yield
         finally:
-            await mend(suite, name)
+            await end(suite, name)
 
 
 FAULTS = [
-    *(Fault(way, stage) for way in WAYS for stage in WORKERS),
-    *(Fault(way, "redis") for way in ("kill", "freeze")),
-    *(Fault(way, "gateway") for way in ("kill", "drain")),
+    *(Fault(kind, stage) for kind in KINDS for stage in WORKERS),
+    *(Fault(kind, "redis") for kind in ("kill", "freeze")),
+    *(Fault(kind, "gateway") for kind in ("kill", "drain")),
 ]

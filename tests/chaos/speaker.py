@@ -1,4 +1,4 @@
-"""A session that speaks, and what has come of it."""
+"""A session that streams speech, and a record of the frames that it receives."""
 
 import asyncio
 import time
@@ -21,21 +21,21 @@ WAIT_S, RETRY_S = 60.0, 1.0
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One frame, and when it came on the monotonic clock."""
+class Received:
+    """One frame, and the monotonic time at which it arrived."""
 
     index: int
     data: bytes
     is_discontinuity: bool
-    came_s: float
+    time_s: float
 
 
 class Speaker:
-    """One session's stream. Made by `speaking`."""
+    """One session's stream. Opened by `speaking`."""
 
     def __init__(self, session_id: str, stream: Stream) -> None:
         self.session_id = session_id
-        self.seen: list[Seen] = []
+        self.received: list[Received] = []
         self.failure: AvatarError | None = None
         self._stream = stream
         self._changed = asyncio.Event()
@@ -43,54 +43,54 @@ class Speaker:
 
     @property
     def pixels(self) -> list[bytes]:
-        return [frame.data for frame in self.seen]
+        return [frame.data for frame in self.received]
 
     @property
     def num_lost(self) -> int:
-        """Numbers that were left out."""
-        indexes = [FIRST_FRAME - 1, *(frame.index for frame in self.seen)]
+        """Frames that are missing between the first and the last."""
+        indexes = [FIRST_FRAME - 1, *(frame.index for frame in self.received)]
         return sum(max(0, after - before - 1) for before, after in pairwise(indexes))
 
     @property
-    def num_doubled(self) -> int:
-        """Numbers that came again."""
-        return len(self.seen) - len({frame.index for frame in self.seen})
+    def num_repeated(self) -> int:
+        """Frames that arrived again."""
+        return len(self.received) - len({frame.index for frame in self.received})
 
     @property
-    def jumps(self) -> list[Seen]:
-        """The frames that are flagged."""
-        return [frame for frame in self.seen if frame.is_discontinuity]
+    def jumps(self) -> list[Received]:
+        """Frames that are marked as discontinuities."""
+        return [frame for frame in self.received if frame.is_discontinuity]
 
-    def recovered_s(self, since_s: float) -> float | None:
-        """Seconds from a time to the next flagged frame, None if none came."""
-        return next((frame.came_s - since_s for frame in self.jumps if frame.came_s > since_s), None)
+    def recovery_s(self, since_s: float) -> float | None:
+        """Return the seconds from a time to the next discontinuity, None if there was none."""
+        return next((frame.time_s - since_s for frame in self.jumps if frame.time_s > since_s), None)
 
     async def say(self, data: bytes) -> None:
-        """Send sound."""
+        """Send audio."""
         await self._stream.push(data)
 
     async def until(self, num_frames: int) -> None:
-        """Wait for so many frames. Raises what ended the stream before."""
+        """Wait for so many frames. Raises the error that ends the stream before."""
         async with asyncio.timeout(WAIT_S):
-            while len(self.seen) < num_frames and not self._has_ended.is_set():
+            while len(self.received) < num_frames and not self._has_ended.is_set():
                 self._changed.clear()
                 await self._changed.wait()
         if self.failure:
             raise self.failure
 
     async def finish(self) -> None:
-        """Close and wait for all frames. Raises what ended the stream before."""
+        """Close and wait for all frames. Raises the error that ends the stream before."""
         async with asyncio.timeout(WAIT_S):
             await self._stream.close()
             await self._has_ended.wait()
         if self.failure:
             raise self.failure
 
-    async def watch(self) -> None:
-        """Note what comes."""
+    async def receive(self) -> None:
+        """Record frames until the stream ends."""
         try:
             async for frame in self._stream.frames():
-                self.seen.append(Seen(frame.index, frame.data, frame.is_discontinuity, time.monotonic()))
+                self.received.append(Received(frame.index, frame.data, frame.is_discontinuity, time.monotonic()))
                 self._changed.set()
         except AvatarError as error:
             self.failure = error
@@ -101,20 +101,20 @@ class Speaker:
 
 @asynccontextmanager
 async def speaking(target: str, picture: bytes, *, seed: int, live: bool = False) -> AsyncGenerator[Speaker, None]:
-    """A session while the body runs, which says what and finishes; it is deleted in the end."""
+    """Open a session's stream while the body runs, which sends audio and finishes; then delete the session."""
     async with connect(target) as avatar:
         session = await avatar.create(picture, seed=seed)
         try:
             async with session.stream(live=live) as stream:
                 speaker = Speaker(session.id, stream)
-                async with background(speaker.watch()):
+                async with background(speaker.receive()):
                     yield speaker
         finally:
-            await _forget(session)
+            await _delete(session)
 
 
-async def _forget(session: Session) -> None:
-    """Delete a session, however long it takes until somebody is there to do that."""
+async def _delete(session: Session) -> None:
+    """Delete a session, and retry until a gateway and the store answer."""
     async with asyncio.timeout(WAIT_S):
         with suppress(SessionNotFound):
             while True:
@@ -125,12 +125,12 @@ async def _forget(session: Session) -> None:
 
 
 def num_frames(num_blocks: int) -> int:
-    """Frames of so many blocks: the decoder's start is not shown."""
+    """Return the frames of so many blocks; the decoder's first three are not sent."""
     return num_blocks * BLOCK_FRAMES - FIRST_FRAME
 
 
 def distance(pixels: list[bytes], expected: list[bytes]) -> float:
-    """Root of the mean square of what frames differ by, over the deviation of those that are expected."""
+    """Return the RMS difference of frames, relative to the standard deviation of the expected ones."""
     a, b = _tensor(pixels), _tensor(expected)
     return float((a - b).square().mean().sqrt() / b.std())
 

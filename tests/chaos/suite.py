@@ -1,4 +1,4 @@
-"""A suite of processes that can be broken: two workers of every stage, each behind a proxy, two gateways, and Redis."""
+"""A suite of processes for fault injection: two workers for each stage behind proxies, two gateways, and Redis."""
 
 import asyncio
 import sys
@@ -18,20 +18,18 @@ from tests.services.local.test_launch import active_streams
 WORKERS = {stage: (f"{stage}-0", f"{stage}-1") for stage in ("audio", "denoiser", "vae")}
 GATEWAYS = ("gateway-0", "gateway-1")
 REDIS = "redis"
-# Who is asked to stop soon lets its streams go, and they move. One worker has room for all, each in bytes of its own.
-# A busy machine is not taken for a worker that hangs; one that does not say that it lives is, after three seconds.
+# A draining process ends its streams after a second. The stall timeout is long, so that a worker of a busy machine does
+# not count as lost; health checks detect a frozen one after three seconds. One worker has room for all streams.
 GATEWAY = {"AVATAR_DRAIN_S": "1", "AVATAR_STALL_S": "20"}
 WORKER = {"AVATAR_DRAIN_S": "1", "AVATAR_CAPACITY": "32"}
-# The second gateway waits for nobody long.
-IMPATIENT = {**GATEWAY, "AVATAR_RESUME_S": "1", "AVATAR_MAX_UNREAD_S": "1"}
 LEFT_S = 30.0
 
 
 @dataclass
-class Spared:
-    """A running suite that can lose any one process.
+class ChaosSuite:
+    """A running suite that survives the loss of any one process.
 
-    proxies: by worker, between both gateways and it. pids: of every process that was ever started.
+    proxies: by worker; both gateways connect through them. pids: of every process that was ever started.
     """
 
     checkpoint: Path
@@ -41,11 +39,11 @@ class Spared:
 
     @property
     def target(self) -> str:
-        """Both gateways, as one address: a client goes to the second where the first is gone."""
+        """Both gateways as one address: a client falls back to the second."""
         return "ipv4:" + ",".join(self.suite.targets[name] for name in GATEWAYS)
 
     async def start(self, name: str) -> None:
-        """Start a process, in place of one that has ended, whose output is kept under its number."""
+        """Start a process. The log of an earlier one of this name is kept under its process id."""
         service = name.partition("-")[0]
         if former := self.suite.processes.get(name):
             self.suite.log_of(name).rename(self.suite.log_of(f"{name}.{former.pid}"))
@@ -56,14 +54,14 @@ class Spared:
             await self.suite.start(name, *program, **self._environment(name))
         self.pids.add(self.suite.processes[name].pid)
 
-    async def until_whole(self, *services: str) -> None:
-        """Wait until everything serves, or everything of some services does."""
+    async def until_healthy(self, *services: str) -> None:
+        """Wait until all processes, or those of the given services, are healthy."""
         targets = self.suite.targets
         needed = {name: at for name, at in targets.items() if not services or name.startswith(services)}
         await until_healthy(replace(self.suite, targets=needed))
 
     async def active(self) -> dict[str, int]:
-        """Streams that are open at each worker that can be asked."""
+        """Return the number of open streams at each worker that answers."""
         found: dict[str, int] = {}
         for name in self.proxies:
             with suppress(grpc.aio.AioRpcError):
@@ -71,13 +69,13 @@ class Spared:
         return found
 
     def gateways_in_use(self) -> set[str]:
-        """Those that this process is connected to."""
+        """Return the gateways that this process is connected to."""
         ports = {self.suite.targets[name].rpartition(":")[2]: name for name in GATEWAYS}
         remote = [each.raddr.port for each in psutil.Process().net_connections("tcp") if each.status == "ESTABLISHED"]
         return {ports[str(port)] for port in remote if str(port) in ports}
 
-    async def until_nothing_is_left(self) -> None:
-        """Wait until no stream is open and no session is kept. TimeoutError, with what is left, if it stays."""
+    async def until_idle(self) -> None:
+        """Wait until no stream is open and the store has no session. TimeoutError names what remains."""
         left: object = None
         try:
             async with asyncio.timeout(LEFT_S):
@@ -89,16 +87,16 @@ class Spared:
             raise TimeoutError(f"left over: {left}") from error
 
     def memory_bytes(self) -> dict[str, int]:
-        """Of every process that runs."""
+        """Return the resident memory of every running process."""
         return {name: psutil.Process(each.pid).memory_info().rss for name, each in self.suite.processes.items()}
 
     async def _keys(self) -> list[bytes]:
-        """Return the store's keys without those of references, which outlive sessions."""
+        """Return the store's keys, but for references, which outlive their sessions."""
         async with Redis.from_url(self.suite.redis_url, socket_timeout=1.0) as redis:
             return [key async for key in redis.scan_iter("avatar:*") if not key.startswith(b"avatar:reference:")]
 
     def _environment(self, name: str) -> dict[str, str]:
-        """The settings of a worker or a gateway."""
+        """Return the settings of a worker or a gateway."""
         own = {"AVATAR_LISTEN": self.suite.targets[name], "AVATAR_REDIS_URL": self.suite.redis_url}
         if name not in GATEWAYS:
             return {**own, "AVATAR_CHECKPOINT": str(self.checkpoint.absolute()), **WORKER}
@@ -108,24 +106,24 @@ class Spared:
             "AVATAR_AUDIO": through["audio"],
             "AVATAR_DENOISERS": through["denoiser"],
             "AVATAR_VAE": through["vae"],
-            **(IMPATIENT if name == GATEWAYS[1] else GATEWAY),
+            **GATEWAY,
         }
 
 
 @asynccontextmanager
-async def spared(checkpoint: Path, folder: Path) -> AsyncGenerator[Spared, None]:
-    """Such a suite while the body runs; its output goes to `folder`."""
+async def chaos_suite(checkpoint: Path, folder: Path) -> AsyncGenerator[ChaosSuite, None]:
+    """Run such a suite while the body runs; its logs go to `folder`."""
     workers = [name for names in WORKERS.values() for name in names]
     names = [*workers, *GATEWAYS]
     folder.mkdir(parents=True, exist_ok=True)
     redis_port, *ports = free_ports(1 + len(names))
     targets = {name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)}
-    chaos = Spared(checkpoint, Suite(folder, f"redis://127.0.0.1:{redis_port}", targets))
+    chaos = ChaosSuite(checkpoint, Suite(folder, f"redis://127.0.0.1:{redis_port}", targets))
     async with AsyncExitStack() as stack:
         for name in workers:
             chaos.proxies[name] = await stack.enter_async_context(proxied(targets[name]))
         stack.push_async_callback(chaos.suite.stop)
         for name in (REDIS, *names):
             await chaos.start(name)
-        await chaos.until_whole()
+        await chaos.until_healthy()
         yield chaos

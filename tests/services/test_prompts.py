@@ -17,7 +17,7 @@ from avatar.v1 import types_pb2 as types
 from avatar.worker.v1 import types_pb2 as worker_types
 from services.local.suite import suite
 from tests.conftest import speech
-from tests.product import CLOSE, Stub, answer, connected, frame, new_session, opening, pieces, rest, speak
+from tests.product import CLOSE, Stub, connected, finish, frame, new_session, open_stream, pieces, send, speak
 from tests.refusals import refused
 from tests.services.test_suite import rendered
 from tests.text import tiny
@@ -33,7 +33,7 @@ async def stub(text_checkpoint: Path, store: SessionStore) -> AsyncGenerator[Stu
         yield stub
 
 
-async def test_a_prompt_stands_in_every_version_of_the_conditions(
+async def test_every_version_of_the_conditions_has_the_prompt(
     stub: Stub, text_checkpoint: Path, store: SessionStore, picture: bytes
 ) -> None:
     session = await new_session(stub, picture, prompt=PROMPT)
@@ -43,14 +43,12 @@ async def test_a_prompt_stands_in_every_version_of_the_conditions(
         assert torch.equal(tensor_from_pb(kept.text), load(open_part(text_checkpoint, "text")).embed(PROMPT))
 
 
-async def test_a_session_without_a_prompt_is_what_it_is_without_text(
-    stub: Stub, text_checkpoint: Path, picture: bytes
-) -> None:
+async def test_a_session_without_a_prompt_has_no_text(stub: Stub, text_checkpoint: Path, picture: bytes) -> None:
     session = await new_session(stub, picture, seed=7)
     assert (await speak(stub, session.id, speech(1))).pixels == rendered(text_checkpoint, picture, speech(1), seed=7)
 
 
-async def test_a_text_encoder_that_the_network_cannot_read_is_refused(
+async def test_prompts_are_refused_if_the_text_encoder_does_not_fit_the_network(
     checkpoint: Path, store: SessionStore, picture: bytes, tmp_path: Path
 ) -> None:
     for part in ("audio", "denoiser", "vae"):
@@ -63,7 +61,7 @@ async def test_a_text_encoder_that_the_network_cannot_read_is_refused(
         await new_session(stub, picture)
 
 
-async def test_a_prompt_that_changes_before_the_stream_is_as_if_it_had_been_first(stub: Stub, picture: bytes) -> None:
+async def test_a_prompt_changed_before_the_stream_replaces_the_first(stub: Stub, picture: bytes) -> None:
     one = await new_session(stub, picture, seed=7, prompt=PROMPT)
     other = await new_session(stub, picture, seed=7, prompt="a person who weeps")
     changed = await change(stub, other.id, PROMPT)
@@ -71,7 +69,7 @@ async def test_a_prompt_that_changes_before_the_stream_is_as_if_it_had_been_firs
     assert (await speak(stub, one.id, speech(1.92))).pixels == (await speak(stub, other.id, speech(1.92))).pixels
 
 
-async def test_a_prompt_that_changes_before_a_resume_keeps_the_sink_update_that_is_to_come(
+async def test_a_prompt_changed_before_a_resumption_keeps_the_pending_sink_update(
     stub: Stub, store: SessionStore, picture: bytes
 ) -> None:
     session = await new_session(stub, picture)
@@ -89,32 +87,27 @@ async def test_a_prompt_that_changes_before_a_resume_keeps_the_sink_update_that_
     assert changed.text.shape
 
 
-async def test_a_prompt_changes_in_mid_stream_at_the_block_that_is_named_and_keeps_the_new_sink(
+async def test_a_prompt_changes_in_mid_stream_at_the_returned_block_and_the_new_sink_stays(
     stub: Stub, store: SessionStore, picture: bytes
 ) -> None:
     plain = await new_session(stub, picture, seed=7)
     session = await new_session(stub, picture, seed=7)
-    call = stub.StreamAvatar(timeout=60)
-    await call.write(opening(session.id))
-    await answer(call)
-    for request in pieces(speech(1.92)):
-        await call.write(request)
+    call, _ = await open_stream(stub, session.id)
+    await send(call, pieces(speech(1.92)))
     await frame(call)
     changed = await change(stub, session.id, PROMPT)
-    for request in [*pieces(speech(1.92)), CLOSE]:
-        await call.write(request)
-    pixels = [response.frame.data for response in await rest(call) if response.HasField("frame")]
-    as_before = (await speak(stub, plain.id, speech(1.92) * 2)).pixels[1:]
+    pixels = (await finish(call, [*pieces(speech(1.92)), CLOSE])).pixels
+    unchanged = (await speak(stub, plain.id, speech(1.92) * 2)).pixels[1:]
     same = 12 * changed.first_block - 4
     assert changed.first_block >= 2, "the sink is updated at block 2, and the prompt is added to it"
-    assert pixels[:same] == as_before[:same]
-    assert pixels[same] != as_before[same]
+    assert pixels[:same] == unchanged[:same]
+    assert pixels[same] != unchanged[same]
     sink, prompted = [await store.conditions(session.id, version) for version in (1, 2)]
     assert sink.sink == prompted.sink
     assert sink.text != prompted.text
 
 
-async def test_a_prompt_cannot_be_changed_once_the_stream_has_ended(stub: Stub, picture: bytes) -> None:
+async def test_a_prompt_cannot_be_changed_after_the_stream(stub: Stub, picture: bytes) -> None:
     session = await new_session(stub, picture)
     await speak(stub, session.id, speech(0.48))
     async with refused("SESSION_CLOSED"):
@@ -125,11 +118,3 @@ async def change(stub: Stub, session_id: str, prompt: str) -> pb.UpdateSessionRe
     session = types.Session(id=session_id, prompt=prompt)
     request = pb.UpdateSessionRequest(session=session, update_mask=FieldMask(paths=["prompt"]))
     return await stub.UpdateSession(request, timeout=30)
-
-
-async def test_a_published_checkpoint_takes_prompts(published: Path, store: SessionStore, picture: bytes) -> None:
-    async with suite(published, store, SETTINGS) as target, connected(target) as stub:
-        prompts = ("a person", "speaks")
-        sessions = [await new_session(stub, picture, seed=1, prompt=prompt) for prompt in prompts]
-        one, other = [(await speak(stub, session.id, speech(0.48))).pixels for session in sessions]
-    assert one != other

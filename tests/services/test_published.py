@@ -24,14 +24,15 @@ SECONDS = 0.9  # two blocks
 SIZE = (128, 64)  # of the video of a picture of 60x80
 
 
-async def test_a_published_checkpoint_is_served_and_rendered(
+async def test_a_published_checkpoint_is_served_with_a_prompt_as_it_is_rendered(
     published: Path, store: SessionStore, picture: bytes
 ) -> None:
-    settings, adapter = GatewaySettings(listen="127.0.0.1:0"), published / ADAPTER
+    settings, adapter, prompt = GatewaySettings(listen="127.0.0.1:0"), published / ADAPTER, "a person speaks"
     async with suite(published, store, settings, adapter=adapter) as target, connected(target) as stub:
-        session = await new_session(stub, picture, seed=7)
+        session = await new_session(stub, picture, seed=7, prompt=prompt)
         streamed = await speak(stub, session.id, speech(SECONDS))
-    chunks = list(render(load(published, LoraAdapter(adapter)), [samples()], RATE_HZ, picture, RenderOptions(seed=7)))
+    options = RenderOptions(seed=7, text=load_text(open_part(published, "text")).embed(prompt))
+    chunks = list(render(load(published, LoraAdapter(adapter)), [samples()], RATE_HZ, picture, options))
     assert [len(chunk.frames) for chunk in chunks] == [9, 12]
     frames = torch.cat([chunk.frames for chunk in chunks])
     assert frames.shape == (21, *SIZE, 3)
