@@ -12,7 +12,7 @@ from avatar.failover.replay import AudioReplay
 from avatar.rpc.channel import channel
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoResponse, OpenDenoise
-from tests.failover.test_pool import get_info, workers
+from tests.failover.test_pool import pooled, workers
 from tests.rpc.conftest import Requests, Responses
 
 
@@ -24,8 +24,7 @@ async def test_a_stream_is_opened_again_at_a_worker_of_the_same_checkpoint_only(
     async with workers(2) as found:
         for worker, digest in zip(found, "ab", strict=True):
             worker.info = partial(pb.AudioServiceGetInfoResponse, digest=digest, capacity=4)
-        pool = WorkerPool("audio", [each.target for each in found], get_info)
-        async with pool.running():
+        async with pooled(*found) as pool:
             connector = AudioConnector(pool, pb.OpenEncode(), AudioReplay(2, 16000, 0.48, 0.2, b""))
             first, stream, _ = await connector.connect()
             stream.cancel()

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc.aio
@@ -30,25 +30,23 @@ async def get_info(connection: grpc.aio.Channel) -> pb.AudioServiceGetInfoRespon
 
 
 @asynccontextmanager
-async def workers(count: int, capacity: int = 4) -> AsyncGenerator[list[Worker], None]:
+async def workers(count: int) -> AsyncGenerator[list[Worker], None]:
     """Run workers that report no streams of their own."""
     found = [Worker() for _ in range(count)]
-    async with asyncio.TaskGroup() as tasks:
-        over = asyncio.Event()
-
-        async def serve(worker: Worker, ready: asyncio.Event) -> None:
-            worker.info = lambda: pb.AudioServiceGetInfoResponse(capacity=capacity)
-            async with serving("127.0.0.1:0", worker) as port:
-                worker.target = f"127.0.0.1:{port}"
-                ready.set()
-                await over.wait()
-
+    async with AsyncExitStack() as stack:
         for worker in found:
-            ready = asyncio.Event()
-            tasks.create_task(serve(worker, ready))
-            await ready.wait()
+            worker.info = lambda: pb.AudioServiceGetInfoResponse(capacity=4)
+            port = await stack.enter_async_context(serving("127.0.0.1:0", worker))
+            worker.target = f"127.0.0.1:{port}"
         yield found
-        over.set()
+
+
+@asynccontextmanager
+async def pooled(*found: Worker) -> AsyncGenerator[Audio, None]:
+    """Run a pool over these workers."""
+    audio: Audio = WorkerPool("audio", [each.target for each in found], get_info)
+    async with audio.running():
+        yield audio
 
 
 def taken(at: list[str], refuse: Callable[[str], Exception | None] = lambda _: None) -> Callable[[Any], Awaitable[str]]:
@@ -64,39 +62,34 @@ def taken(at: list[str], refuse: Callable[[str], Exception | None] = lambda _: N
 
 
 async def test_streams_are_spread_over_workers() -> None:
-    async with workers(3) as found:
-        audio: Audio = WorkerPool("audio", [each.target for each in found], get_info)
-        async with audio.running():
-            at: list[str] = []
-            for _ in range(6):
-                await audio.open(taken(at))
+    at: list[str] = []
+    async with workers(3) as found, pooled(*found) as audio:
+        for _ in range(6):
+            await audio.open(taken(at))
     assert {target: at.count(target) for target in at} == {each.target: 2 for each in found}
 
 
 async def test_streams_of_other_processes_count() -> None:
+    at: list[str] = []
     async with workers(2) as (busy, idle):
         busy.info = lambda: pb.AudioServiceGetInfoResponse(capacity=4, active=3)
-        audio: Audio = WorkerPool("audio", [busy.target, idle.target], get_info)
-        async with audio.running():
-            at: list[str] = []
+        async with pooled(busy, idle) as audio:
             for _ in range(3):
                 await audio.open(taken(at))
     assert at == [idle.target] * 3
 
 
 async def test_a_refused_stream_is_opened_at_the_next_worker_and_no_capacity_is_raised_first() -> None:
-    async with workers(2) as (full, other):
-        audio: Audio = WorkerPool("audio", [full.target, other.target], get_info)
-        async with audio.running():
-            at: list[str] = []
-            no = NoCapacity("full", retry_s=1.0)
-            await audio.open(taken(at, lambda target: no if target == full.target else None))
-            assert at == [other.target]
-            with pytest.raises(NoCapacity):
-                await audio.open(taken(at, lambda target: no if target == full.target else StageLost("gone")))
-            # The worker that was lost is polled again, and answers.
-            await audio.poll()
-            assert await audio.open(taken(at)) is not None
+    at: list[str] = []
+    no = NoCapacity("full", retry_s=1.0)
+    async with workers(2) as (full, other), pooled(full, other) as audio:
+        await audio.open(taken(at, lambda target: no if target == full.target else None))
+        assert at == [other.target]
+        with pytest.raises(NoCapacity):
+            await audio.open(taken(at, lambda target: no if target == full.target else StageLost("gone")))
+        # The worker that was lost is polled again, and answers.
+        await audio.poll()
+        assert await audio.open(taken(at)) is not None
 
 
 async def test_a_missing_worker_is_skipped_and_a_new_one_is_found(
@@ -141,33 +134,28 @@ async def test_a_name_with_two_addresses_is_two_workers(monkeypatch: pytest.Monk
 
 
 async def test_streams_of_a_worker_that_hangs_are_notified(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with workers(1) as (worker,):
-        audio: Audio = WorkerPool("audio", [worker.target], get_info)
-        async with audio.running():
-            pooled, _ = await audio.open(taken([]))
-            notified = asyncio.Event()
-            pooled.on_silence.add(notified.set)
-            await audio.poll()
-            assert not notified.is_set()
+    async def unanswered(connection: grpc.aio.Channel) -> Any:
+        await connection.stream_stream("/avatar.worker.v1.AudioService/Encode")(timeout=0.2).read()
 
-            async def unanswered(connection: grpc.aio.Channel) -> Any:
-                await connection.stream_stream("/avatar.worker.v1.AudioService/Encode")(timeout=0.2).read()
-
-            monkeypatch.setattr(audio, "_get_info", unanswered)
-            await audio.poll()
-            assert notified.is_set()
+    async with workers(1) as found, pooled(*found) as audio:
+        worker, _ = await audio.open(taken([]))
+        notified = asyncio.Event()
+        worker.on_silence.add(notified.set)
+        await audio.poll()
+        assert not notified.is_set()
+        monkeypatch.setattr(audio, "_get_info", unanswered)
+        await audio.poll()
+        assert notified.is_set()
 
 
 async def test_a_worker_lost_while_another_is_tried_is_skipped() -> None:
-    async with workers(2) as found:
-        audio: Audio = WorkerPool("audio", [each.target for each in found], get_info)
-        async with audio.running():
+    async with workers(2) as found, pooled(*found) as audio:
 
-            async def open_at(worker: PoolWorker[Any]) -> str:
-                assert worker.info is not None
-                for other, _ in await audio.workers():
-                    other.mark_lost()
-                raise StageLost("gone")
+        async def open_at(worker: PoolWorker[Any]) -> str:
+            assert worker.info is not None
+            for other, _ in await audio.workers():
+                other.mark_lost()
+            raise StageLost("gone")
 
-            with pytest.raises(StageLost, match="gone"):
-                await audio.open(open_at)
+        with pytest.raises(StageLost, match="gone"):
+            await audio.open(open_at)

@@ -10,13 +10,12 @@ import pytest
 from avatar.errors import InvalidAudio, NoCapacity, StageFailed, StageLost
 from avatar.failover.connector import OpenStream, StageConnector
 from avatar.failover.pool import Worker as PoolWorker
-from avatar.failover.pool import WorkerPool
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.client import remote_audio
 from avatar.rpc.server import Context, parts, receive_open
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1.types_pb2 import Block, Closed
-from tests.failover.test_pool import get_info, workers
+from tests.failover.test_pool import pooled, workers
 from tests.rpc.conftest import OPENED, Requests, Responses, Source, Worker, block, numbered
 
 PATIENT = FailoverTimeouts(stall_s=60.0, rebuild_s=20.0)
@@ -64,8 +63,7 @@ class NumberedConnector(StageConnector[pb.AudioPiece, Block]):
 @asynccontextmanager
 async def opened_stage(found: list[Worker], timeouts: FailoverTimeouts = PATIENT) -> AsyncGenerator[Stage, None]:
     """A stage whose stream is open at the first of these workers that takes it."""
-    pool = WorkerPool("audio", [each.target for each in found], get_info)
-    async with pool.running():
+    async with pooled(*found) as pool:
         connector = NumberedConnector("audio", pool, NumberedReplay(), pb.OpenEncode(session_id="a"))
         stage = FailoverStage(connector, timeouts)
         await stage.open()
@@ -133,14 +131,10 @@ async def test_a_stream_without_items_does_not_stall() -> None:
 async def test_a_stream_is_rebuilt_at_the_only_worker() -> None:
     async with workers(1) as found:
         found[0].encode = breaking(2, StageLost("gone"))
-
-        async def heal() -> None:
-            found[0].encode = numbered
-
         async with opened_stage(found) as stage:
             answers = stage(Source(range(4)).stream())
             got = [(await anext(answers)).index for _ in range(2)]
-            await heal()
+            found[0].encode = numbered
             assert got + [each.index async for each in answers] == [0, 1, 2, 3]
 
 
