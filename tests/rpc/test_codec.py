@@ -17,7 +17,6 @@ from avatar.rpc.codec import (
     conditions_from_pb,
     conditions_to_pb,
     due_s,
-    end_of_audio,
     latent_to_pb,
     piece_from_bytes,
     session_from_pb,
@@ -223,13 +222,6 @@ def test_no_bytes_are_no_samples(num_channels: int) -> None:
 def test_audio_of_partial_samples_is_refused(size: int, encoding: str, num_channels: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         piece_from_bytes(bytes(size), encoding, 16000, num_channels)
-
-
-def test_the_end_of_audio_is_a_last_piece_without_samples() -> None:
-    piece = end_of_audio(44100, 2)
-    assert piece.is_last
-    assert piece.rate_hz == 44100
-    assert piece.samples.shape == (2, 0)
 
 
 def test_slack_counts_from_the_arrival_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,4 +67,3 @@ def test_the_reason_of_an_error_is_found_in_groups_of_groups() -> None:
     assert reason_of(ExceptionGroup("", [KeyError("a"), OSError()])) == "INTERNAL"
     assert reason_of(asyncio.CancelledError()) == "CONNECTION_LOST"
     assert reason_of(AvatarError("ours")) == "INTERNAL"
-    assert reason_of(asyncio.CancelledError()) == "CONNECTION_LOST"
