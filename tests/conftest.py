@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from einops import repeat
 from opentelemetry import metrics, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -111,9 +112,18 @@ def write_checkpoint(folder: Path, text_width: int = 8, text_rows: int = 1) -> N
     checkpoints.save(folder / "denoiser", config.to_dict(), network)
     sizes = light.LightConfig(wide=8, mid=8, thin=8, latent_scale=1.0)
     picture = PictureRule("cover", width=64, height=64)
-    checkpoints.save(
-        folder / "vae", asdict(vae.VaeConfig("light", picture, 25, asdict(sizes))), light.initialise(sizes, 0)
-    )
+    checkpoints.save(folder / "vae", asdict(vae.VaeConfig("light", picture, 25, asdict(sizes))), mean_colours(sizes))
+
+
+def mean_colours(sizes: light.LightConfig) -> light.LightCodec:
+    """Return a codec whose latents are mixtures of the mean colours of patches: its frames compress well."""
+    codec = light.LightCodec(sizes)
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in codec.state_dict().items()}
+    mixtures = torch.randn(3, light.CHANNELS) / 64  # nearly orthonormal
+    tensors["encoder.linear.weight"] = repeat(mixtures, "c z -> z (c n) 1 1", n=light.PATCH // 3)
+    tensors["decoder.linear.weight"] = repeat(mixtures, "c z -> (c n) z 1 1", n=light.PATCH // 3)
+    codec.load_state_dict(tensors)
+    return codec
 
 
 @pytest.fixture(scope="session")

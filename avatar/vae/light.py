@@ -1,8 +1,6 @@
 """The light codec, a small causal VAE: eight times smaller in space, four times in time, 16 channels.
 
 A linear map of patches (4 frames of 8x8 pixels) carries the picture; a causal convolutional correction adds detail.
-Untrained, the map keeps the low frequencies of the patch's cosine transform and the correction is zero: training starts
-from a blurred picture.
 
     frames (b, 3, f, H, W) --encode--> latents (b, 16, t, H/8, W/8) --decode--> frames
 
@@ -30,13 +28,6 @@ SPACE_STRIDE = 8
 PATCH_AXES = "(c p y x)"
 PATCH_SIZES = {"c": 3, "p": FRAMES_PER_LATENT, "y": SPACE_STRIDE, "x": SPACE_STRIDE}
 PATCH = math.prod(PATCH_SIZES.values())
-# Cosine frequencies (colour, time, row, column) of the untrained channels: nine of brightness, three of each of the two
-# colour differences, and the patch's change of brightness over time.
-FREQUENCIES = (
-    *((0, 0, y, x) for y in range(3) for x in range(3)),
-    *((c, 0, y, x) for c in (1, 2) for y, x in ((0, 0), (0, 1), (1, 0))),
-    (0, 1, 0, 0),
-)
 
 
 @dataclass(frozen=True)
@@ -154,35 +145,3 @@ class LightCodec(nn.Module):
         raw = latents.to(self.mean) * self.config.latent_scale + self.mean
         frames: Tensor = self.decoder(rearrange(raw, "b c t h w -> b t c h w"), state)
         return frames[:, :, hidden:]
-
-
-def initialise(config: LightConfig, seed: int) -> LightCodec:
-    """Return an untrained codec that reconstructs the low frequencies of its input; seed: of its random weights."""
-    codec = LightCodec(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in codec.named_parameters():
-            if name.endswith("weight"):
-                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
-            else:
-                parameter.zero_()
-        for correction in (codec.encoder.leave, codec.decoder.leave):
-            correction.weight.zero_()
-        waves = cosine_basis()
-        codec.encoder.linear.weight.copy_(rearrange(waves, "z n -> z n 1 1"))
-        codec.decoder.linear.weight.copy_(rearrange(waves, "z n -> n z 1 1"))
-    return codec
-
-
-def cosine_basis() -> Tensor:
-    """Return the DCT-II basis functions of FREQUENCIES, orthonormal over a patch: (16, c p y x) float32."""
-
-    def wave(length: int, frequency: int) -> Tensor:
-        phases = (torch.arange(length, dtype=torch.float64) + 0.5) * (math.pi * frequency / length)
-        return phases.cos() * math.sqrt((1 if frequency == 0 else 2) / length)
-
-    patterns = [
-        torch.einsum("c,p,y,x->cpyx", *(wave(n, k) for n, k in zip(PATCH_SIZES.values(), frequencies, strict=True)))
-        for frequencies in FREQUENCIES
-    ]
-    return rearrange(torch.stack(patterns), f"z c p y x -> z {PATCH_AXES}").float()

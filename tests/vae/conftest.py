@@ -8,10 +8,11 @@ import torch
 
 from avatar.types import BLOCK_LATENTS, MOTION_LATENTS, Block, Session
 from avatar.vae.codec import Codec
-from avatar.vae.light import LightCodec, LightConfig, initialise
+from avatar.vae.light import LightCodec, LightConfig
 from avatar.vae.picture import PictureRule
 from avatar.vae.vae import Vae, VaeConfig
 from avatar.vae.wan import WanCodec, WanConfig
+from tests.published import filled
 
 SIZE = (24, 16)
 LIGHT = LightConfig(wide=16, mid=8, thin=8, latent_scale=2.0)
@@ -19,26 +20,16 @@ WAN = WanConfig(base_dim=4)
 
 
 def light_codec() -> LightCodec:
-    """Return a codec as if trained: its correction, zero in an untrained codec, is not zero."""
-    codec = initialise(LIGHT, seed=0).requires_grad_(False)
-    generator = torch.Generator().manual_seed(1)
-    for layer in (codec.encoder.leave, codec.decoder.leave):
-        layer.weight.copy_(0.1 * torch.randn(layer.weight.shape, generator=generator))
-    codec.mean.copy_(torch.randn(codec.mean.shape, generator=generator))
+    torch.manual_seed(0)
+    codec = LightCodec(LIGHT).requires_grad_(False)
+    codec.load_state_dict(filled(codec))
     return codec
 
 
-def wan_codec(config: WanConfig = WAN) -> WanCodec:
-    codec = WanCodec(config)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in codec.network.named_parameters():
-        drawn = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("gamma"):
-            parameter.copy_(1 + 0.1 * drawn)
-        elif name.endswith("bias"):
-            parameter.copy_(0.1 * drawn)
-        else:
-            parameter.copy_(drawn / parameter[0].numel() ** 0.5)
+def wan_codec() -> WanCodec:
+    torch.manual_seed(0)
+    codec = WanCodec(WAN)
+    codec.network.load_state_dict(filled(codec.network))
     return codec
 
 

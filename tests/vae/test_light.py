@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from avatar.vae.conv import Tails
-from avatar.vae.light import LightCodec, LightConfig, cosine_basis, initialise, tiny
+from avatar.vae.light import LightCodec, LightConfig, tiny
 from tests.vae.conftest import LIGHT, light_codec
 
 
@@ -63,34 +63,6 @@ def test_clips_of_a_batch_are_independent() -> None:
         torch.testing.assert_close(together[i : i + 1], codec(frames[i : i + 1]), rtol=0, atol=1e-5)
 
 
-def test_an_untrained_codec_reconstructs_smooth_pictures() -> None:
-    frames = clip(25, height=128, width=128)
-    codec = initialise(tiny(), seed=0).requires_grad_(False)
-    assert psnr(codec(frames), frames) > 40
-    # The scale puts latents of pictures near unit variance.
-    assert 0.3 < codec.encode(frames).std() < 3
-
-
-def test_an_untrained_codec_keeps_a_still_picture_still() -> None:
-    codec = initialise(LIGHT, seed=0).requires_grad_(False)
-    shown = codec(clip(1).expand(-1, -1, 29, -1, -1))
-    torch.testing.assert_close(shown, shown[:, :, :1].expand_as(shown), rtol=0, atol=1e-5)
-
-
-def test_the_untrained_basis_is_orthonormal() -> None:
-    basis = cosine_basis().double()
-    torch.testing.assert_close(basis @ basis.T, torch.eye(16).double(), rtol=0, atol=1e-5)
-
-
-def test_the_seed_decides_the_weights() -> None:
-    # Independent of earlier random numbers.
-    first = initialise(LIGHT, seed=3).state_dict()
-    torch.manual_seed(0)
-    again, other = initialise(LIGHT, seed=3).state_dict(), initialise(LIGHT, seed=4).state_dict()
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["decoder.mid.enter.weight"], other["decoder.mid.enter.weight"])
-
-
 def test_means_and_scale_cancel_out() -> None:
     codec, frames = light_codec(), clip(9)
     plain = LightCodec(LightConfig(LIGHT.wide, LIGHT.mid, LIGHT.thin, latent_scale=1.0)).requires_grad_(False)
@@ -108,7 +80,7 @@ def test_gradients_reach_every_weight() -> None:
 
 
 def test_training_improves_on_the_start() -> None:
-    codec, frames = initialise(LIGHT, seed=0), clip(9)
+    codec, frames = light_codec().requires_grad_(True), clip(9)
     optimizer = torch.optim.Adam(codec.parameters(), 3e-4)
     start = psnr(codec(frames), frames)
     for _ in range(20):

@@ -13,7 +13,6 @@ from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part
 from avatar.runtime.pipeline import StreamingModel
 from avatar.types import MOTION_LATENTS, Block, FrameChunk, Session
-from avatar.vae.light import initialise
 from avatar.vae.picture import PictureRule
 from avatar.vae.vae import MOTION_FRAMES, WARMUP_LATENTS, Vae, VaeConfig, load, tiny
 from tests.vae.conftest import LIGHT, SIZE, WAN, blocks, light_codec, session, wan_codec
@@ -69,16 +68,18 @@ def test_past_blocks_rebuild_the_state_exactly(vae: Vae[Any]) -> None:
 
 def test_history_is_not_longer_than_needed(vae: Vae[Any]) -> None:
     codec = vae.codec
-    latents = torch.randn(1, 16, codec.history + 8, 2, 3, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
+    latents = torch.randn(codec.history + 8, 1, 16, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+
+    def last_frames(others: int, past: int) -> Tensor:
         state = codec.new_state()
-        codec.decode(latents[:, :, :-1], state)
-        known = codec.decode(latents[:, :, -1:], state)
-        for past, is_exact in ((codec.history, True), (codec.history - 1, False)):
-            state = codec.new_state()
-            codec.decode(torch.ones(1, 16, 7, 2, 3), state)
-            codec.decode(latents[:, :, -1 - past : -1], state)
-            assert torch.equal(codec.decode(latents[:, :, -1:], state), known) == is_exact
+        for latent in (*torch.ones(others, 1, 16, 1, 2, 3), *latents[-1 - past :]):
+            frames = codec.decode(latent, state)
+        return frames
+
+    with torch.inference_mode():
+        known = last_frames(0, len(latents) - 1)
+        assert torch.equal(last_frames(7, codec.history), known)
+        assert not torch.equal(last_frames(7, codec.history - 1), known)
 
 
 def test_the_first_block_gives_nine_frames_from_frame_three(vae: Vae[Any]) -> None:
@@ -189,6 +190,6 @@ def test_invalid_configs_are_refused(tmp_path: Path) -> None:
         ({"picture": {"fit": "cover"}}, "either width and height or an area"),
         ({"picture": None}, "must be a mapping"),
     ):
-        save(tmp_path, {**good, **change}, initialise(LIGHT, seed=0))
+        save(tmp_path, {**good, **change}, light_codec())
         with pytest.raises(ValueError, match=words):
             load(Part.read(tmp_path))

@@ -27,7 +27,7 @@ from avatar.checkpoints.part import Part, load_weights
 from avatar.vae import light, vae
 from avatar.vae.light import LightCodec
 from training.codec.crops import CropConfig, load_crops
-from training.codec.pca_init import normalise_latents, set_principal_components
+from training.codec.pca_init import normalise_latents, set_principal_components, untrained_codec
 from training.codec.report import report
 from training.data import StoredClip, read_clips
 from training.loop import Limits, write_log
@@ -76,7 +76,7 @@ class CodecRun:
         if recipe.decoder_of:
             self.codec = load_light_codec(Path(recipe.decoder_of))
         else:
-            codec = light.initialise(light.tiny(), recipe.seed)
+            codec = untrained_codec(light.tiny(), recipe.seed)
             set_principal_components(codec, clips, recipe.crops, recipe.seed)
             self.codec = normalise_latents(codec, clips, recipe.crops, recipe.seed)
         self._prepare()

@@ -3,19 +3,35 @@
 Axes: b batch, t latent frames, z latent channels, n numbers of a patch, h w height and width of latents.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from einops import rearrange, reduce
-from torch import Tensor
+from torch import Tensor, nn
 
 from avatar.types import FRAMES_PER_LATENT
-from avatar.vae.light import CHANNELS, PATCH_AXES, PATCH_SIZES, LightCodec
+from avatar.vae.light import CHANNELS, PATCH_AXES, PATCH_SIZES, LightCodec, LightConfig
 from training.codec.crops import CropConfig, load_crops
 from training.data import StoredClip
 
 NUM_BATCHES = 60
+
+
+def untrained_codec(config: LightConfig, seed: int) -> LightCodec:
+    """Return a codec with random weights, drawn from the seed, and a correction of zero."""
+    codec = LightCodec(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in codec.named_parameters():
+            if name.endswith("weight"):
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+            else:
+                parameter.zero_()
+        for correction in (codec.encoder.leave, codec.decoder.leave):
+            correction.weight.zero_()
+    return codec
 
 
 def set_principal_components(codec: LightCodec, clips: Sequence[StoredClip], crops: CropConfig, seed: int) -> None:
