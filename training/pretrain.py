@@ -16,15 +16,15 @@ from torch.optim import Optimizer
 
 from avatar.checkpoints.part import Part
 from avatar.denoiser import config as configs
-from avatar.denoiser import model
 from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.model import Network
+from avatar.denoiser.model import Network, load
 from avatar.vae.vae import Vae
 from training.batches import BatchConfig, ClipBatch, Share, load_batch
 from training.checkpointing import Progress
 from training.clips import frame_sigmas, predict_velocity
 from training.data import StoredClip
 from training.eval.previews import VALIDATION_SEED, load_codec, preview_rows
+from training.initialise import initialise
 from training.loop import argument_parser, cosine_schedule, overrides, run_program, update_ema
 from training.lora import LoraConfig, make_trainable, weight_dtype
 from training.losses import add_noise, add_noise_per_frame, draw_sigmas, draw_sink_distance, flow_matching_loss
@@ -214,9 +214,9 @@ def main() -> None:
 
     def make_network() -> Network:
         if flags.start:
-            return model.load(Part.read(flags.start), dtype=weight_dtype(recipe.lora))[0].train()
+            return load(Part.read(flags.start), dtype=weight_dtype(recipe.lora))[0].train()
         network = Network(network_config())
-        model.initialise(network, recipe.seed)
+        initialise(network, recipe.seed)
         return network
 
     strategy = join(flags.strategy)

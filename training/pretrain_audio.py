@@ -20,10 +20,10 @@ from torch.nn import functional
 
 from avatar.checkpoints.files import save
 from avatar.denoiser import config as configs
-from avatar.denoiser import model
 from avatar.denoiser.model import Network
 from avatar.types import FRAMES_PER_LATENT
 from training.data import StoredClip, read_clips
+from training.initialise import initialise
 
 BATCH_SIZE = 24
 LEARNING_RATE = 2e-3
@@ -93,7 +93,7 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(1)
     network = Network(configs.tiny())
-    model.initialise(network, flags.seed)
+    initialise(network, flags.seed)
     losses = train_encoder(network, read_clips(flags.data, "train"), flags.steps, flags.seed)
     save(flags.out, network.config.to_dict(), network)
     last = losses[-20:]

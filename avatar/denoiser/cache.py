@@ -1,7 +1,7 @@
 """KV caches: the keys and values that a block attends to.
 
 A layer passes its new keys and values to a history and gets back all that the block attends to, the new ones included.
-Serving keeps a ring buffer per layer (`KVCache`); training runs a whole clip at once (`ClipHistory`).
+Serving keeps a ring buffer per layer (`KVCache`); training runs a whole clip at once (`training.clips.ClipHistory`).
 
 The cache of a layer has two regions in one buffer. The sink holds the condition tokens (reference, then motion) and is
 never evicted; the window holds the most recent blocks and evicts the oldest first.
@@ -16,14 +16,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from einops import repeat
 from torch import Tensor
 
 from avatar.denoiser.attention import (
     REFERENCE_FRAME,
     Visible,
     apply_rope,
-    block_positions,
     condition_positions,
     grid_size,
     num_time_channels,
@@ -136,57 +134,3 @@ class KVCache:
         for keys, unrotated in zip(self._keys, self._unrotated, strict=True):
             keys[:, : self._reference_tokens, :, : self._time_channels] = apply_rope(unrotated, table)
         self._reference_frame = frame
-
-
-class ClipHistory:
-    """The history of all blocks of a clip at once, for training; it keeps gradients.
-
-    Keys are: a copy of the reference per block, at the position for that block; motion; the clip itself. A block
-    attends to its own reference, motion, itself and the window's blocks before it.
-    Source: teacher forcing with a block-causal mask, as in CausVid (arXiv 2412.07772).
-    """
-
-    def __init__(
-        self,
-        config: NetworkConfig,
-        height: int,
-        width: int,
-        conditions: Sequence[KeysValues],
-        reference_frames: Sequence[int | Tensor],
-        is_causal: bool = True,
-    ) -> None:
-        """conditions: from prefill. reference_frames: the reference's frame for each block, or (b,) of them.
-
-        is_causal False: one reference for all blocks, and each attends to the whole clip.
-        """
-        device = conditions[0][0].device
-        reference = [block_positions(frame, 1, height, width) for frame in reference_frames]
-        self._blocks = len(reference)
-        self._reference_tokens = reference[0].shape[-2]
-        motion = condition_positions(height, width)[self._reference_tokens :]
-        positions = torch.cat([*reference, motion.expand(*reference[0].shape[:-2], -1, -1)], dim=-2)
-        self._rope_table = rope_table(positions.to(device), config.head_dim)
-        self._conditions = conditions
-        self.visible = self._visible(config, motion_tokens=len(motion)) if is_causal else None
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
-        """Return all keys and values of a layer, the clip's own k, v (b, n, h, d) last."""
-        condition_k, condition_v = map(self._copy_reference, self._conditions[layer])
-        return torch.cat([apply_rope(condition_k, self._rope_table), k], dim=1), torch.cat([condition_v, v], dim=1)
-
-    def _copy_reference(self, x: Tensor) -> Tensor:
-        reference, motion = x[:, : self._reference_tokens], x[:, self._reference_tokens :]
-        return torch.cat([repeat(reference, "b n h d -> b (blocks n) h d", blocks=self._blocks), motion], dim=1)
-
-    def _visible(self, config: NetworkConfig, motion_tokens: int) -> list[list[slice]]:
-        reference, block = self._reference_tokens, self._reference_tokens * config.num_frames_per_block
-        motion = self._blocks * reference
-        clip = motion + motion_tokens
-        return [
-            [
-                slice(i * reference, (i + 1) * reference),
-                slice(motion, clip),
-                slice(clip + max(0, i + 1 - config.window_blocks) * block, clip + (i + 1) * block),
-            ]
-            for i in range(self._blocks)
-        ]

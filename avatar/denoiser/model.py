@@ -14,7 +14,6 @@ Axes: b batch, a actors, c channels, t latent frames, h w of latents, l encoder 
 s tokens of a latent frame, d width.
 """
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +30,6 @@ from avatar.denoiser.layers import FramePacker, Head, Layer, PatchEmbedding, tim
 
 # Rows of the token type embedding `trainable_cond_mask`.
 NOISY, REFERENCE, MOTION = range(3)
-# Weights that `initialise` sets to zero.
-ZERO_INIT = re.compile(
-    r"(time_projection\.1|cross_attn\.o|injector\.\d+\.o|adain_layers\.\d+\.linear|head\.head)\.weight"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,23 +165,3 @@ def load(
     network.to_empty(device=device)
     load_weights(network, part)
     return network.eval().requires_grad_(False), config
-
-
-@torch.no_grad()
-def initialise(network: Network, seed: int) -> None:
-    """Initialise a network's weights for training.
-
-    Everything that adds to the hidden state starts at zero (the layers' gates, the output of text and audio), and so
-    does the head: an `x0_residual` network starts as the still reference. Other maps preserve variance (Xavier).
-    Source: adaLN-Zero of DiT (arXiv 2212.09748).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in network.named_parameters():
-        if ZERO_INIT.search(name) or name.endswith(("bias", "modulation")):
-            nn.init.zeros_(weight)
-        elif "norm" in name or name.endswith("encoder.weights"):
-            nn.init.ones_(weight)
-        elif name.startswith("trainable") or name.endswith("padding_tokens"):
-            nn.init.normal_(weight, std=0.02, generator=generator)
-        else:
-            nn.init.xavier_uniform_(weight.flatten(1), generator=generator)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from avatar.denoiser.attention import apply_rope, block_positions, condition_positions, rope_table
-from avatar.denoiser.cache import ClipHistory, KeysValues, KVCache
+from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig
 from tests.denoiser.conftest import HEIGHT, WIDTH, randn
 
@@ -123,15 +123,3 @@ def test_memory_is_keys_values_and_unrotated_reference_channels(config: NetworkC
     # Of 24 channels a head, 8 turn with the frame.
     moving = REFERENCE * config.num_heads * 8
     assert cache.num_bytes == config.num_layers * (per_layer + moving) * dtype.itemsize
-
-
-def test_in_a_clip_each_block_attends_to_its_own_reference_and_window(config: NetworkConfig) -> None:
-    history = ClipHistory(config, HEIGHT, WIDTH, sink_of(config, seed=1), [30, 31, 32, 33, 34])
-    block, motion = REFERENCE * config.num_frames_per_block, SINK - REFERENCE
-    clip = 5 * REFERENCE + motion
-    assert config.window_blocks == 3
-    assert history.visible is not None
-    for i, (own, moving, window) in enumerate(history.visible):
-        assert own == slice(i * REFERENCE, (i + 1) * REFERENCE)
-        assert moving == slice(5 * REFERENCE, clip)
-        assert window == slice(clip + max(0, i - 2) * block, clip + (i + 1) * block)

@@ -12,10 +12,11 @@ from torch import Tensor
 from avatar.denoiser.attention import condition_positions
 from avatar.denoiser.config import NetworkConfig, tiny
 from avatar.denoiser.denoiser import Denoiser, to_velocity
-from avatar.denoiser.model import Network, initialise
+from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import noise
 from avatar.types import Block, Conditions, Session
 from tests.denoiser.conftest import HEIGHT, WIDTH, randn, random_block, random_conditions, random_session
+from training.initialise import initialise
 
 
 def latents(denoiser: Denoiser, session: Session, blocks: list[Block]) -> list[Tensor]:

@@ -13,10 +13,12 @@ from torch import Tensor
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part
 from avatar.denoiser.attention import reference_frame
-from avatar.denoiser.cache import ClipHistory, KeysValues, KVCache
+from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig, base, tiny
-from avatar.denoiser.model import Network, initialise, load
+from avatar.denoiser.model import Network, load
 from tests.denoiser.conftest import HEIGHT, WIDTH, randn, random_network
+from training.clips import ClipHistory
+from training.initialise import initialise
 
 BLOCKS = 5
 DISTANCES = (30, 7, 4, 21, 4)

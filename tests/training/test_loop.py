@@ -14,13 +14,13 @@ from einops import repeat
 from PIL import Image
 from torch import Tensor
 
-from avatar.denoiser import model
 from avatar.denoiser.model import Network
 from avatar.vae.vae import Vae
 from tests.training.small import BATCHES, maker, small, tensors
 from training.checkpointing import Parts, Progress, restore, save
 from training.data import StoredClip
 from training.distill import Distillation, DistillRecipe
+from training.initialise import initialise
 from training.loop import Limits, train
 from training.pretrain import Pretraining, PretrainRecipe
 from training.strategy import SINGLE, Strategy
@@ -28,7 +28,7 @@ from training.strategy import SINGLE, Strategy
 
 def initial_network() -> Network:
     network = Network(small())
-    model.initialise(network, 0)
+    initialise(network, 0)
     return network
 
 

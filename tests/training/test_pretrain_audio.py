@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from avatar.denoiser import model
 from avatar.denoiser.model import Network
 from tests.training.small import small
 from training.data import Clip, StoredClip, read_clips, write_shard
+from training.initialise import initialise
 from training.pretrain_audio import centre_features, train_encoder
 
 
@@ -31,7 +31,7 @@ def talking(tmp_path: Path) -> list[StoredClip]:
 @pytest.fixture
 def network() -> Network:
     network = Network(small())
-    model.initialise(network, 0)
+    initialise(network, 0)
     return network
 
 
