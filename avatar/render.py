@@ -63,9 +63,10 @@ def load(
     device: torch.device | str = "cpu",
 ) -> Models:
     """Load the models of a checkpoint folder. ValueError if a config or weights do not fit."""
-    network, config = denoiser_model.load(open_part(checkpoint, "denoiser", adapter), dtype=dtype, device=device)
+    network = denoiser_model.load(open_part(checkpoint, "denoiser", adapter), dtype=dtype, device=device)
     audio = audio_model.load(open_part(checkpoint, "audio"), dtype=dtype, device=device)
-    return Models(audio, network, config, vae_model.load(open_part(checkpoint, "vae"), dtype=dtype, device=device))
+    vae = vae_model.load(open_part(checkpoint, "vae"), dtype=dtype, device=device)
+    return Models(audio, network, network.config, vae)
 
 
 @dataclass(frozen=True, kw_only=True)

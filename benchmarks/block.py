@@ -43,17 +43,17 @@ class Stream:
 
     def __post_init__(self) -> None:
         self.audio = audio_model.load(open_part(self.checkpoint, "audio"), dtype=self.dtype)
-        network, config = denoiser_model.load(open_part(self.checkpoint, "denoiser"), dtype=self.dtype)
+        network = denoiser_model.load(open_part(self.checkpoint, "denoiser"), dtype=self.dtype)
         if self.compiled:
             compile_layers(network)
-        self.levels = [Denoiser(network, config, level) for level in range(config.num_levels)]
+        self.levels = [Denoiser(network, network.config, level) for level in range(network.config.num_levels)]
         self.vae = vae_model.load(open_part(self.checkpoint, "vae"), dtype=self.dtype)
         motion = self.vae.encode_picture(torch.full((128, 128, 3), 128, dtype=torch.uint8))
         session = Session("bench", 0, motion)
         self.conditions = Conditions(0, motion[:, :1], torch.zeros(0, 0))
         self.audio_state, self.vae_state = self.audio.open(session), self.vae.open(session)
         self.level_states = [level.open(session) for level in self.levels]
-        for _ in range(config.window_blocks + 1):
+        for _ in range(network.config.window_blocks + 1):
             self.step()
         for times in self.times_ms.values():
             times.clear()

@@ -79,7 +79,7 @@ def _load(folder: Path, dtype: torch.dtype, with_adapter: bool) -> Loading:
     before = anonymous_bytes()
     start = time.process_time()
     with peak_bytes() as peak:
-        network, _ = load(part, dtype=dtype)
+        network = load(part, dtype=dtype)
     cpu_s = time.process_time() - start
     weights = network.state_dict().values()
     largest = max(each.numel() for each in weights) * torch.float32.itemsize

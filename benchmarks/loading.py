@@ -57,7 +57,7 @@ def loader(name: str) -> Any:
     if name == "denoiser":
         from avatar.denoiser import model as denoiser_model
 
-        return lambda part: denoiser_model.load(part)[0]
+        return denoiser_model.load
     from avatar.vae import vae as vae_model
 
     return lambda part: vae_model.load(part).codec

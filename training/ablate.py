@@ -191,8 +191,9 @@ def evaluate_rows(flags: argparse.Namespace) -> dict[str, dict[str, Any]]:
     }
     if flags.stage1:
         part = Part.read(flags.stage1)
-        network, config = denoiser_model.load(part)
-        rules["stage 1 alone"] = (part.digest(), replace(models, network=network, config=config), str(flags.stage1))
+        network = denoiser_model.load(part)
+        alone = replace(models, network=network, config=network.config)
+        rules["stage 1 alone"] = (part.digest(), alone, str(flags.stage1))
     if unknown := sorted({*(flags.only or ())} - {*rules}):
         raise ValueError(f"no such row: {', '.join(unknown)}; there are {', '.join(rules)}")
     kept: dict[str, dict[str, Any]] = json.loads(flags.json.read_text()) if flags.json.exists() else {}

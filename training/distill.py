@@ -283,7 +283,7 @@ def main() -> None:
     strategy = join(flags.strategy)
 
     def read_network(folder: Path) -> Network:
-        return load(Part.read(folder), dtype=weight_dtype(recipe.lora))[0].train()
+        return load(Part.read(folder), dtype=weight_dtype(recipe.lora)).train()
 
     make_generator = partial(read_network, flags.start)
     make_teacher = partial(read_network, flags.teacher or flags.start)

@@ -214,7 +214,7 @@ def main() -> None:
 
     def make_network() -> Network:
         if flags.start:
-            return load(Part.read(flags.start), dtype=weight_dtype(recipe.lora))[0].train()
+            return load(Part.read(flags.start), dtype=weight_dtype(recipe.lora)).train()
         network = Network(network_config())
         initialise(network, recipe.seed)
         return network

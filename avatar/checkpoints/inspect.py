@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from avatar.checkpoints.lora import ALPHA, LoraAdapter
 from avatar.checkpoints.part import MERGED, Part
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.cache import KVCache
-from avatar.denoiser.config import NetworkConfig
 from avatar.text import model as text_model
 from avatar.vae import vae as vae_model
 from avatar.vae.picture import PictureRule, Size
@@ -71,25 +69,16 @@ def read_size(text: str) -> Size:
     return width, height
 
 
-@dataclass(frozen=True)
-class MetaModels:
-    """A checkpoint's models on the meta device: all shapes, no weights."""
-
-    audio: audio_model.AudioModel
-    network: denoiser_model.Network
-    config: NetworkConfig
-    vae: Vae[Any]
-    text: text_model.TextEncoder | None = None
-
-
-def build_models(parts: dict[str, Part], dtype: torch.dtype) -> MetaModels:
-    """Build a checkpoint's models on the meta device, the network in dtype.
+def build_models(
+    parts: dict[str, Part], dtype: torch.dtype
+) -> tuple[audio_model.AudioModel, denoiser_model.Network, Vae[Any], text_model.TextEncoder | None]:
+    """Build a checkpoint's models on the meta device, which have shapes and no weights; the network in dtype.
 
     ValueError if a name or a shape in the parts is wrong, or the models do not fit each other.
     """
     audio = audio_model.load(parts["audio"], device="meta")
-    network, config = denoiser_model.load(parts["denoiser"], dtype=dtype, device="meta")
-    vae = vae_model.load(parts["vae"], device="meta")
+    network = denoiser_model.load(parts["denoiser"], dtype=dtype, device="meta")
+    config, vae = network.config, vae_model.load(parts["vae"], device="meta")
     expected, made = (config.num_encoder_layers, config.audio_dim), (audio.encoder.num_states, audio.encoder.width)
     if expected != made:
         raise ValueError(f"the network expects audio features of {expected} (layers, width), the encoder makes {made}")
@@ -101,7 +90,7 @@ def build_models(parts: dict[str, Part], dtype: torch.dtype) -> MetaModels:
             f"the network reads at most {config.text_len} text tokens of width {config.text_dim}, the text encoder "
             f"makes {text.config.max_tokens} of width {text.width}"
         )
-    return MetaModels(audio, network, config, vae, text)
+    return audio, network, vae, text
 
 
 def inspect(
@@ -114,8 +103,8 @@ def inspect(
     """
     parts = {name: open_part(checkpoint, name, adapter) for name in part_names(checkpoint)}
     stored = {name: part.meta_tensors() for name, part in parts.items()}
-    models = build_models(parts, dtype or dominant_dtype(stored["denoiser"]))
-    config, picture = models.config, models.vae.config.picture
+    audio, network, vae, text = build_models(parts, dtype or dominant_dtype(stored["denoiser"]))
+    config, picture = network.config, vae.config.picture
     layout = "as published" if is_published(checkpoint) else "in our layout"
     yield f"{checkpoint}: {layout}, every name and shape in place"
     yield ""
@@ -128,15 +117,15 @@ def inspect(
     yield ""
     yield f"adapter   {adapter_line(parts['denoiser'], is_published(checkpoint))}"
     yield f"network   {config.num_layers} layers of width {config.dim}, blocks of {config.num_frames_per_block} latents"
-    yield f"audio     {type(models.audio.encoder).__name__}, looks {models.audio.lookahead_s:.2f} s ahead"
-    yield f"prompts   {text_line(models.text)}"
+    yield f"audio     {type(audio.encoder).__name__}, looks {audio.lookahead_s:.2f} s ahead"
+    yield f"prompts   {text_line(text)}"
     yield f"levels    {config.num_levels}: sigma {', '.join(f'{sigma:g}' for sigma in config.schedule)}"
-    yield f"pictures  {sizes_line(picture)}, {models.vae.config.frame_rate_hz} a second"
+    yield f"pictures  {sizes_line(picture)}, {vae.config.frame_rate_hz} a second"
     yield ""
     width, height = picture.video_size(size or picture.fixed_size or DEFAULT_PICTURE, size)
-    yield f"memory of a denoiser at {width}x{height} in {dtype_name(models.network.dtype)}"
-    stride = models.vae.codec.space_stride
-    for what, num_bytes in denoiser_memory(models.network, height // stride, width // stride).items():
+    yield f"memory of a denoiser at {width}x{height} in {dtype_name(network.dtype)}"
+    stride = vae.codec.space_stride
+    for what, num_bytes in denoiser_memory(network, height // stride, width // stride).items():
         yield f"{what:40}{format_bytes(num_bytes):>10}"
 
 

@@ -152,16 +152,13 @@ class Network(nn.Module):
         return unpatchify(self.head(hidden, modulation.head), grid_size(*x.shape[-2:])[0]).to(x.dtype)
 
 
-def load(
-    part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> tuple[Network, NetworkConfig]:
-    """Return the network of a checkpoint's denoiser part, in eval mode without gradients, and its configuration.
+def load(part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Network:
+    """Return the network of a checkpoint's denoiser part, in eval mode without gradients.
 
     ValueError if the configuration is another network's, or the weights do not fit it.
     """
-    config = NetworkConfig.from_dict(part.config)
     with torch.device("meta"):
-        network = Network(config).to(dtype)
+        network = Network(NetworkConfig.from_dict(part.config)).to(dtype)
     network.to_empty(device=device)
     load_weights(network, part)
-    return network.eval().requires_grad_(False), config
+    return network.eval().requires_grad_(False)

@@ -20,7 +20,7 @@ def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> 
     adapter = LoraAdapter(settings.adapter, settings.adapter_alpha) if settings.adapter else None
     part = open_part(settings.checkpoint, "denoiser", adapter)
     device, dtype = device_and_dtype(settings)
-    network, config = load(part, device=device, dtype=dtype)
+    network = load(part, device=device, dtype=dtype)
     with naming_setting("attention"):
         attention = speed.attention_kernel(settings.attention, network)
     if settings.float8:
@@ -29,8 +29,8 @@ def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> 
     if settings.compile:
         speed.compile_layers(network)
     served = sizes if settings.compile else None
-    levels = settings.served_levels(config.num_levels)
-    denoisers = {level: Denoiser(network, config, level, sizes=served, attention=attention) for level in levels}
+    levels = settings.served_levels(network.config.num_levels)
+    denoisers = {level: Denoiser(network, network.config, level, sizes=served, attention=attention) for level in levels}
     return denoisers, part.digest()
 
 

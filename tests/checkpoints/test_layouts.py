@@ -44,16 +44,16 @@ def test_the_folder_of_these_tests_has_the_published_names(published: Path) -> N
 
 
 def test_the_network_loads_the_published_tensors(published: Path) -> None:
-    network, config = load_denoiser(open_part(published, "denoiser"), dtype=torch.bfloat16)
-    assert config == small()
-    assert config.schedule == pytest.approx((1, 0.857692, 0.602151, 0.008929, 0), abs=1e-6)
+    network = load_denoiser(open_part(published, "denoiser"), dtype=torch.bfloat16)
+    assert network.config == small()
+    assert network.config.schedule == pytest.approx((1, 0.857692, 0.602151, 0.008929, 0), abs=1e-6)
     stored = {k: v for path in published.glob("diffusion*.safetensors") for k, v in load_file(path).items()}
     torch.testing.assert_close(dict(network.state_dict()), stored, rtol=0, atol=0)
 
 
 def test_the_adapter_changes_its_targets_only(published: Path) -> None:
     part = open_part(published, "denoiser", LoraAdapter(published / ADAPTER))
-    merged, plain = (load_denoiser(each)[0].state_dict() for each in (part, open_part(published, "denoiser")))
+    merged, plain = (load_denoiser(each).state_dict() for each in (part, open_part(published, "denoiser")))
     changed = {name for name in plain if not torch.equal(plain[name], merged[name])}
     assert changed == part.adapter.pairs().keys() if part.adapter else False
     assert len(changed) == 448

@@ -85,8 +85,8 @@ def blocks_of(session: Session, checkpoint: Path) -> list[Block]:
 
 def denoised_locally(checkpoint: Path, session: Session) -> list[bytes]:
     """Return the bytes of the blocks' latents, from levels called one after another in this process."""
-    network, config = load(open_part(checkpoint, "denoiser"))
-    levels = [Denoiser(network, config, level) for level in range(NUM_LEVELS)]
+    network = load(open_part(checkpoint, "denoiser"))
+    levels = [Denoiser(network, network.config, level) for level in range(NUM_LEVELS)]
     states = [level.open(session) for level in levels]
     conditions, made = [first_conditions(session)], []
     for block in blocks_of(session, checkpoint):

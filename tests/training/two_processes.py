@@ -108,7 +108,7 @@ def start_base(
     batches = replace(second.batches, batch_size=2, num_blocks=(3, 3))
     second = replace(second, lr=1e-2, lora=lora, batches=batches)
     second = replace(second, checkpoint_activations=saves_memory, blockwise=saves_memory)
-    run = Distillation(second, lambda: load(Part.read(root / "stage1"))[0], maker(small_base()), strategy)
+    run = Distillation(second, lambda: load(Part.read(root / "stage1")), maker(small_base()), strategy)
     record_gradients(results.setdefault("stage 2", []), run.optimizer)
     results["metrics"] = [strategy.mean(run.advance(clips)) for _ in range(second.update_ratio)]
     results["teacher"] = [whole(each) for each in run.teacher.network.parameters()]
