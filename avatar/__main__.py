@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from avatar.checkpoints import inspect
+from avatar.checkpoints.files import DTYPES
 from avatar.checkpoints.inspect import read_size
 from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import LoraAdapter
@@ -25,7 +26,6 @@ from avatar.text import model as text_model
 from avatar.vae.vae import HIDDEN_FRAMES
 
 FRAME_S = 0.02  # encoder frames are 50 Hz
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from avatar import telemetry
-from avatar.checkpoints.files import is_native
+from avatar.checkpoints.files import DTYPES, is_native
 from avatar.rpc.server import Servicer, serving
 from avatar.rpc.tls import server_credentials
 from avatar.runtime.device_queue import DeviceQueue
@@ -18,8 +18,6 @@ from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

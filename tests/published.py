@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from avatar.audio.wav2vec2 import Wav2Vec2, Wav2Vec2Config, large
-from avatar.checkpoints.layouts import AUDIO_FOLDER, CLASS_NAME, VAE_FILE, vae_name
+from avatar.checkpoints.files import CLASS_NAME
+from avatar.checkpoints.layouts import AUDIO_FOLDER, VAE_FILE, vae_name
 from avatar.checkpoints.lora import TARGET
 from avatar.denoiser.config import NetworkConfig, base
 from avatar.denoiser.model import Network

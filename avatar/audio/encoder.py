@@ -4,15 +4,13 @@ Axes: s samples at 16 kHz, t encoder frames, l encoder layers, d width.
 """
 
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from avatar.audio.statistics import AudioStatistics
 from avatar.checkpoints.part import Part
-
-Config = TypeVar("Config")
 
 
 class AudioEncoder(Protocol):
@@ -56,11 +54,3 @@ class AudioEncoder(Protocol):
         or the stream's first.
         """
         ...
-
-
-def parse_config(config: type[Config], part: Part) -> Config:
-    """Return the part's configuration. ValueError if fields are missing, unknown or invalid."""
-    try:
-        return config(**part.config)
-    except TypeError as error:
-        raise ValueError(f"the configuration in {part.folder} is no {config.__name__}: {error}") from error

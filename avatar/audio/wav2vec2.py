@@ -12,7 +12,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from avatar.audio.alignment import BLOCK_ENCODER_FRAMES, FRAME_SAMPLES
-from avatar.audio.encoder import parse_config
 from avatar.audio.statistics import AudioStatistics
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part, load_weights
@@ -86,7 +85,7 @@ class Wav2Vec2(nn.Module):
     @classmethod
     def load(cls, part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "Wav2Vec2":
         with torch.device("meta"):
-            encoder = cls(parse_config(Wav2Vec2Config, part)).to(dtype)
+            encoder = cls(part.parse(Wav2Vec2Config)).to(dtype)
         encoder.to_empty(device=device)
         load_weights(encoder.network, part)
         return encoder

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from avatar.audio.alignment import BLOCK_ENCODER_FRAMES, FRAME_SAMPLES, SAMPLE_RATE_HZ, window_end
-from avatar.audio.encoder import parse_config
 from avatar.audio.statistics import AudioStatistics
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part, load_weights
@@ -94,7 +93,7 @@ class Whisper(nn.Module):
 
     @classmethod
     def load(cls, part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "Whisper":
-        encoder = cls(parse_config(WhisperConfig, part)).to(device)
+        encoder = cls(part.parse(WhisperConfig)).to(device)
         nn.Module.to(encoder.network, dtype)  # log-mel stays float32: its powers span eight decades
         load_weights(encoder.network, part)
         return encoder

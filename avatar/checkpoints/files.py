@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 CONFIG = "config.json"
+# The network's class in the config.json of published checkpoints, and of ours.
+CLASS_NAME = "WanModel_S2V"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 # Names of the file of weights in a folder; the index of shards is named after it.
@@ -31,6 +33,8 @@ SAFETENSORS_DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
 }
 
+# dtypes in which models are served, under the names of flags and settings.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # CPU capabilities (x86-64, ARM), any of which means native bfloat16 arithmetic.
 BFLOAT16_INSTRUCTIONS = ("avx512_bw", "amx_bf16", "bf16")
 

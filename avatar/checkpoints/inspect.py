@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from avatar.audio import model as audio_model
-from avatar.checkpoints.files import TOKENIZER, save_shards
+from avatar.checkpoints.files import DTYPES, TOKENIZER, save_shards
 from avatar.checkpoints.layouts import is_published, open_part, part_names
 from avatar.checkpoints.lora import ALPHA, LoraAdapter
 from avatar.checkpoints.part import MERGED, Part
@@ -29,7 +29,8 @@ from avatar.vae import vae as vae_model
 from avatar.vae.picture import PictureRule, Size
 from avatar.vae.vae import Vae
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# dtypes that weights may be stored in.
+STORED = {**DTYPES, "float16": torch.float16}
 # Picture size for the memory table, unless --size or the checkpoint sets one.
 DEFAULT_PICTURE = (1920, 1080)
 
@@ -40,9 +41,9 @@ def main(arguments: Sequence[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     inspecting = commands.add_parser("inspect", help="describe a checkpoint and check that it is complete")
     inspecting.add_argument("--size", type=read_size, metavar="WxH", help="picture size for the memory table")
-    inspecting.add_argument("--dtype", choices=DTYPES, help="dtype that the network is served in (default: as stored)")
+    inspecting.add_argument("--dtype", choices=STORED, help="dtype that the network is served in (default: as stored)")
     packing = commands.add_parser("pack", help="write a checkpoint in our layout, merged with its adapter")
-    packing.add_argument("--dtype", choices=DTYPES, help="dtype of all weights (default: as stored)")
+    packing.add_argument("--dtype", choices=STORED, help="dtype of all weights (default: as stored)")
     for each in (inspecting, packing):
         each.add_argument("checkpoint", type=Path, help="folder, in our layout or the published one")
         each.add_argument("--adapter", type=Path, help="LoRA adapter file to merge into the network's weights")
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     packing.add_argument("out", type=Path, help="folder to write; it must not exist")
     flags = parser.parse_args(arguments)
     adapter = LoraAdapter(flags.adapter, flags.adapter_alpha) if flags.adapter else None
-    dtype = DTYPES.get(flags.dtype)
+    dtype = STORED.get(flags.dtype)
     try:
         if flags.command == "inspect":
             print(*inspect(flags.checkpoint, adapter, flags.size, dtype), sep="\n")

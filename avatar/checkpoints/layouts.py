@@ -17,14 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from avatar.checkpoints.files import CONFIG, TOKENIZER, read_config, read_meta_tensors, weight_files
+from avatar.checkpoints.files import CLASS_NAME, CONFIG, TOKENIZER, read_config, read_meta_tensors, weight_files
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.checkpoints.part import Part
 
 # The parts of every checkpoint.
 PARTS = ("audio", "denoiser", "vae")
 TEXT = "text"
-CLASS_NAME = "WanModel_S2V"
 VAE_FILE = "Wan2.1_VAE.pth"
 AUDIO_FOLDER = "wav2vec2-large-xlsr-53-english"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"

@@ -10,13 +10,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from avatar.checkpoints.files import read_config, read_meta_tensors, read_metadata, read_tensors, weight_files
 from avatar.checkpoints.lora import MAX_LISTED, LoraAdapter, first_few, merge
+
+Config = TypeVar("Config")
 
 # Key of the files' metadata that names the adapter merged into the weights.
 MERGED = "merged_adapter"
@@ -51,6 +53,13 @@ class Part:
     def read(cls, folder: Path) -> Self:
         """Return a part in our layout, config.json and weights in one folder. ValueError if they are missing."""
         return cls(folder, read_config(folder), tuple(weight_files(folder)))
+
+    def parse(self, config: type[Config]) -> Config:
+        """Return the configuration as this dataclass. ValueError if fields are missing, unknown or invalid."""
+        try:
+            return config(**self.config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the configuration in {self.folder} is no {config.__name__}: {error}") from error
 
     def meta_tensors(self) -> dict[str, Tensor]:
         """Return the stored tensors' shapes and dtypes, as meta tensors by the module's names.

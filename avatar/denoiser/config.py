@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
+from avatar.checkpoints.files import CLASS_NAME
 from avatar.denoiser.sampler import SAMPLERS
 from avatar.denoiser.schedule import flow_match_schedule
 from avatar.types import FRAMES_PER_LATENT
 
-CLASS_NAME = "WanModel_S2V"
 PATCH = 2  # latent rows and columns of one token
 
 # Fields of public checkpoints that have no effect here.

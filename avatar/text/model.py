@@ -109,10 +109,7 @@ def build(config: TextConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def load(part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TextEncoder:
     """Return the text encoder of a checkpoint's part. ValueError if its config, tokenizer or weights do not fit."""
-    try:
-        config = TextConfig(**part.config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the configuration in {part.folder} is not a text encoder's: {error}") from error
+    config = part.parse(TextConfig)
     try:
         tokenizer = Tokenizer.from_file(str(part.tokenizer))
     except Exception as error:  # the library raises nothing narrower

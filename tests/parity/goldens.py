@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from avatar.checkpoints.layouts import CLASS_NAME
+from avatar.checkpoints.files import CLASS_NAME
 
 ABOUT = "about.json"
 
