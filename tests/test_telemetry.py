@@ -9,19 +9,14 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
 import pytest
 from opentelemetry import metrics, trace
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
-    ExportMetricsServiceRequest,
-    ExportMetricsServiceResponse,
-)
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-    ExportTraceServiceResponse,
-)
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -216,26 +211,23 @@ async def collecting() -> AsyncGenerator[tuple[Collected, str], None]:
     """Run a collector while the body runs; give its record and its address."""
     collected = Collected()
 
-    async def take_spans(request: ExportTraceServiceRequest, _: Any) -> ExportTraceServiceResponse:
+    async def take_spans(request: Any, _: Any) -> trace_service_pb2.ExportTraceServiceResponse:
         for each in request.resource_spans:
             collected.name(each.resource)
             collected.spans += [span.name for scope in each.scope_spans for span in scope.spans]
-        return ExportTraceServiceResponse()
+        return trace_service_pb2.ExportTraceServiceResponse()
 
-    async def take_metrics(request: ExportMetricsServiceRequest, _: Any) -> ExportMetricsServiceResponse:
+    async def take_metrics(request: Any, _: Any) -> metrics_service_pb2.ExportMetricsServiceResponse:
         for each in request.resource_metrics:
             collected.name(each.resource)
             collected.metrics += [metric.name for scope in each.scope_metrics for metric in scope.metrics]
-        return ExportMetricsServiceResponse()
+        return metrics_service_pb2.ExportMetricsServiceResponse()
 
     server = grpc.aio.server()
-    for kind, take, request, response in (
-        ("trace.v1.Trace", take_spans, ExportTraceServiceRequest, ExportTraceServiceResponse),
-        ("metrics.v1.Metrics", take_metrics, ExportMetricsServiceRequest, ExportMetricsServiceResponse),
-    ):
-        export: Any = grpc.unary_unary_rpc_method_handler(take, request.FromString, response.SerializeToString)
-        name = f"opentelemetry.proto.collector.{kind}Service"
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {"Export": export}),))
+    add_spans: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
+    add_metrics: Any = metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server
+    add_spans(SimpleNamespace(Export=take_spans), server)
+    add_metrics(SimpleNamespace(Export=take_metrics), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield collected, f"http://127.0.0.1:{port}"
