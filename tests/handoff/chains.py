@@ -149,9 +149,8 @@ async def in_processes(
     """Run a chain of one process for each share of the levels, such as `0,1`."""
     meeting, *ports = free_ports(1 + len(shares))
     targets = {levels: f"127.0.0.1:{port}" for levels, port in zip(shares, ports, strict=True)}
-    suite = Suite(folder, redis_url, targets)
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(suite.stop)
+        suite = await stack.enter_async_context(Suite(folder, redis_url, targets))
         for levels, target in targets.items():
             settings = {
                 "AVATAR_CHECKPOINT": str(checkpoint),

@@ -202,12 +202,6 @@ def test_stereo_is_interleaved(encoding: str, letter: str, scale: int) -> None:
     assert (piece.samples * scale).tolist() == [[1, 3, 5], [2, 4, 6]]
 
 
-@pytest.mark.parametrize("num_channels", [1, 2])
-def test_no_bytes_are_no_samples(num_channels: int) -> None:
-    for encoding in ("pcm16", "float32"):
-        assert piece_from_bytes(b"", encoding, 8000, num_channels).samples.shape == (num_channels, 0)
-
-
 @pytest.mark.parametrize(
     ("size", "encoding", "num_channels", "words"),
     [

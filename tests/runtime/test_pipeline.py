@@ -272,24 +272,17 @@ async def test_an_error_upstream_is_raised_after_the_answers_before_it(
             await anext(stream)
 
 
-async def test_flatten_yields_each_item_of_each_list() -> None:
-    async def lists() -> AsyncGenerator[list[int], None]:
-        for items in ([], [1, 2], [], [3]):
-            yield items
-
-    assert [item async for item in flatten(lists())] == [1, 2, 3]
-
-
-async def test_closing_flatten_closes_its_source() -> None:
+async def test_flatten_yields_each_item_of_each_list_and_closes_its_source() -> None:
     closed = []
 
     async def lists() -> AsyncGenerator[list[int], None]:
         try:
-            yield [1, 2, 3]
+            for items in ([], [1, 2], [], [3, 4]):
+                yield items
         finally:
             closed.append(True)
 
     async with aclosing(flatten(lists())) as items:
-        assert await anext(items) == 1
+        assert [await anext(items) for _ in range(3)] == [1, 2, 3]
         assert not closed
     assert closed
