@@ -119,8 +119,3 @@ def piece_from_bytes(data: bytes, encoding: str, rate_hz: int, num_channels: int
     samples = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
     scaled = samples / 32768 if dtype is torch.int16 else samples
     return AudioPiece(scaled.reshape(-1, num_channels).T.contiguous(), rate_hz)
-
-
-def end_of_audio(rate_hz: int, num_channels: int) -> AudioPiece:
-    """Return the empty piece that marks the end of the audio."""
-    return AudioPiece(torch.zeros(num_channels, 0), rate_hz, is_last=True)

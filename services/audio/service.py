@@ -10,7 +10,7 @@ from avatar import telemetry
 from avatar.audio.model import AudioModel, ResumedAudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
-from avatar.rpc.codec import audio_session_from_pb, block_to_pb, due_s, end_of_audio, piece_from_bytes
+from avatar.rpc.codec import audio_session_from_pb, block_to_pb, due_s, piece_from_bytes
 from avatar.rpc.server import Context, as_invalid_field, parts, receive_open
 from avatar.runtime.admission import AdmissionControl, StreamUsage
 from avatar.runtime.device_queue import DeviceQueue
@@ -84,4 +84,4 @@ async def _pieces(opened: pb.OpenEncode, requests: AsyncIterator[pb.EncodeReques
                 behind = piece_from_bytes(message.behind, *audio_format).samples
                 piece = replace(piece, completes=message.completes, behind=behind, due_s=due_s(message))
             yield piece
-    yield end_of_audio(opened.rate_hz, opened.num_channels)
+    yield replace(piece_from_bytes(b"", *audio_format), is_last=True)
