@@ -1,15 +1,50 @@
 """Contract tests run against any gateway: `pytest tests/contract --target HOST:PORT`; else against one of their own."""
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
+from avatar.settings import GatewaySettings
+from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
+from services.local.suite import gateway as run_gateway
+from services.local.suite import workers
 from tests.conftest import ASSETS
 from tests.contract.tenants import ACME, GLOBEX, TenantGateway, gateway_with_tenants
 from tests.product import Stub, connected
+
+WAIT_S = 30.0
+
+
+@pytest.fixture(scope="session")
+def shared_workers(checkpoint: Path, redis_server: str) -> Iterator[GatewaySettings]:
+    """Settings of a gateway over workers that all contract tests of this process share, in a thread of their own."""
+    settings, stop, thread = Future[GatewaySettings](), Event(), ThreadPoolExecutor(1)
+
+    async def serve() -> None:
+        store = SessionStore(RedisHashes(redis_server))
+        async with workers(checkpoint, store, GatewaySettings(listen="127.0.0.1:0")) as given:
+            settings.set_result(given)
+            await asyncio.to_thread(stop.wait)
+        await store.aclose()
+
+    serving = thread.submit(asyncio.run, serve())
+    yield settings.result(WAIT_S)
+    stop.set()
+    serving.result(WAIT_S)
+    thread.shutdown()
+
+
+@pytest.fixture
+async def gateway(shared_workers: GatewaySettings, store: SessionStore) -> AsyncGenerator[str, None]:
+    """HOST:PORT of a gateway over the shared workers, which are idle when it has stopped."""
+    async with run_gateway(store, shared_workers) as target:
+        yield target
 
 
 @pytest.fixture

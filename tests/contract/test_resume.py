@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -16,7 +15,7 @@ from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
-from services.local.suite import suite
+from services.local.suite import gateway
 from tests.conftest import speech
 from tests.product import (
     CLOSE,
@@ -40,13 +39,13 @@ from tests.refusals import refused
 LIVE = pb.OpenAvatar.MODE_LIVE
 # Options of a channel that buffers little before its client reads.
 SMALL = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
-SETTINGS = GatewaySettings(listen="127.0.0.1:0", resume_s=2.0, max_unread_s=0.5)
+TIMEOUTS = {"resume_s": 2.0, "max_unread_s": 0.5}
 
 
 @pytest.fixture
-async def target(checkpoint: Path, store: SessionStore) -> AsyncGenerator[str, None]:
+async def target(shared_workers: GatewaySettings, store: SessionStore) -> AsyncGenerator[str, None]:
     """A gateway with short timeouts."""
-    async with suite(checkpoint, store, SETTINGS) as target:
+    async with gateway(store, shared_workers.model_copy(update=TIMEOUTS)) as target:
         yield target
 
 
@@ -147,11 +146,10 @@ async def test_a_client_that_does_not_read_is_disconnected_and_others_are_served
 
 
 async def test_a_client_that_reads_late_is_notified_and_gets_every_frame(
-    checkpoint: Path, store: SessionStore, portrait: bytes
+    shared_workers: GatewaySettings, store: SessionStore, portrait: bytes
 ) -> None:
-    settings = SETTINGS.model_copy(update={"max_unread_s": 10.0})
     async with (
-        suite(checkpoint, store, settings) as target,
+        gateway(store, shared_workers.model_copy(update={"max_unread_s": 10.0})) as target,
         grpc.aio.insecure_channel(target, options=SMALL) as channel,
     ):
         stub: Stub = pb_grpc.AvatarServiceStub(channel)
@@ -166,7 +164,7 @@ async def test_a_client_that_reads_late_is_notified_and_gets_every_frame(
 
 
 async def test_clients_are_notified_when_the_gateway_stops(
-    checkpoint: Path, store: SessionStore, portrait: bytes
+    shared_workers: GatewaySettings, store: SessionStore, portrait: bytes
 ) -> None:
     streamed = Streamed()
 
@@ -177,7 +175,7 @@ async def test_clients_are_notified_when_the_gateway_stops(
                 await call.write(CLOSE)
 
     async with AsyncExitStack() as client:
-        async with suite(checkpoint, store, SETTINGS.model_copy(update={"drain_s": 5.0})) as target:
+        async with gateway(store, shared_workers.model_copy(update={"drain_s": 5.0})) as target:
             stub = await client.enter_async_context(connected(target))
             call, _ = await open_stream(stub, (await new_session(stub, portrait)).id, mode=LIVE)
             reading = asyncio.ensure_future(read(call))

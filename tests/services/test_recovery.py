@@ -17,7 +17,7 @@ from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
-from services.local.suite import gateway, workers
+from services.local.suite import gateway, suite, workers
 from tests.conftest import RATE_HZ, speech
 from tests.product import CLOSE, Streamed, connected, finish, new_session, open_stream, pieces, read_frames, rest, send
 from tests.proxy import Proxy, proxied
@@ -80,10 +80,10 @@ async def test_losing_the_audio_worker_or_the_vae_changes_no_frame(
     checkpoint: Path, store: SessionStore, picture: bytes, stage: str
 ) -> None:
     async with (
-        breakable(checkpoint, store, stage) as suite,
-        half_spoken(suite.target, picture, speech(SECONDS), 50) as streamed,
+        breakable(checkpoint, store, stage) as broken,
+        half_spoken(broken.target, picture, speech(SECONDS), 50) as streamed,
     ):
-        suite.proxies[stage].cut()
+        broken.proxies[stage].cut()
     assert streamed.pixels == rendered(checkpoint, picture, speech(SECONDS), seed=7)
     assert len(jumps(streamed)) == 1
     assert streamed.closed.num_blocks == 7
@@ -94,10 +94,10 @@ async def test_losing_all_stages_of_a_young_session_at_once_changes_no_frame(
     checkpoint: Path, store: SessionStore, picture: bytes
 ) -> None:
     async with (
-        breakable(checkpoint, store, "audio", "denoisers", "vae") as suite,
-        half_spoken(suite.target, picture, speech(SECONDS), YOUNG_FRAMES) as streamed,
+        breakable(checkpoint, store, "audio", "denoisers", "vae") as broken,
+        half_spoken(broken.target, picture, speech(SECONDS), YOUNG_FRAMES) as streamed,
     ):
-        for proxy in suite.proxies.values():
+        for proxy in broken.proxies.values():
             proxy.cut()
     assert streamed.pixels == rendered(checkpoint, picture, speech(SECONDS), seed=7)
     assert len(jumps(streamed)) == 1
@@ -108,10 +108,10 @@ async def test_an_old_session_continues_when_a_level_is_lost(
 ) -> None:
     data = speech(2 * SECONDS)
     async with (
-        breakable(checkpoint, store, "denoisers") as suite,
-        half_spoken(suite.target, picture, data, 80) as streamed,
+        breakable(checkpoint, store, "denoisers") as broken,
+        half_spoken(broken.target, picture, data, 80) as streamed,
     ):
-        suite.proxies["denoisers"].cut()
+        broken.proxies["denoisers"].cut()
     whole = rendered(checkpoint, picture, data, seed=7)
     [jump] = jumps(streamed)
     assert len(streamed.pixels) == len(whole)
@@ -178,11 +178,7 @@ async def test_a_stream_continues_without_its_store_and_restores_it_afterwards(
     """The sink's update and the position are restored too, even if no other block follows."""
     store, data = SessionStore(unreliable), speech(SECONDS)
     streamed = Streamed()
-    async with (
-        workers(checkpoint, store, SETTINGS) as given,
-        gateway(store, given) as target,
-        connected(target) as stub,
-    ):
+    async with suite(checkpoint, store, SETTINGS) as target, connected(target) as stub:
         session = await new_session(stub, picture, seed=7)
         call, _ = await open_stream(stub, session.id)
         unreliable.is_lost = True
@@ -208,11 +204,7 @@ async def test_a_stream_continues_without_its_store_and_restores_it_afterwards(
 async def test_a_store_that_is_emptied_between_two_blocks_is_restored(
     checkpoint: Path, store: SessionStore, redis_client: Redis, picture: bytes
 ) -> None:
-    async with (
-        workers(checkpoint, store, SETTINGS) as given,
-        gateway(store, given) as target,
-        connected(target) as stub,
-    ):
+    async with suite(checkpoint, store, SETTINGS) as target, connected(target) as stub:
         session = await new_session(stub, picture, seed=7)
         call, _ = await open_stream(stub, session.id)
         await redis_client.flushdb()

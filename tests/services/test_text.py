@@ -131,17 +131,6 @@ async def test_a_damaged_embedding_is_computed_and_written_again(
         assert len(computed) == 2
 
 
-async def test_a_pickle_in_the_store_is_not_loaded(
-    text_checkpoint: Path, hashes: RedisHashes, pickled: tuple[bytes, Path], computed: list[str]
-) -> None:
-    data, written = pickled
-    await hashes.create(key_of(text_checkpoint, PROMPT), {"embedding": data}, 60.0)
-    async with text_worker(text_checkpoint, hashes) as stub:
-        await answer(stub, PROMPT)
-    assert not written.exists()
-    assert computed == [PROMPT]
-
-
 async def test_an_embedding_has_a_time_to_live(text_checkpoint: Path, hashes: RedisHashes) -> None:
     async with text_worker(text_checkpoint, hashes) as stub:
         await answer(stub, PROMPT)

@@ -25,7 +25,7 @@ def linked(span: ReadableSpan) -> list[int]:
 
 
 def traces(spans: InMemorySpanExporter) -> dict[int, list[ReadableSpan]]:
-    """The spans of blocks by trace, in the order in which they began."""
+    """Return the spans of blocks by trace, in the order in which they started."""
     found = defaultdict(list)
     for span in sorted(spans.get_finished_spans(), key=lambda span: span.start_time or 0):
         if span.name != "avatar.session":

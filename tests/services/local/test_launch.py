@@ -26,14 +26,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from avatar import telemetry
 from avatar.rpc.channel import channel
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
 from docs.tables import instruments
 from services.local.launch import launched
 from services.local.processes import Suite
 from tests.conftest import speech
-from tests.product import answer, connected, frame, new_session, opening, pieces, rest, speak
+from tests.product import connected, frame, new_session, open_stream, pieces, rest, send, speak
 from tests.refusals import refused
 from tests.services.test_suite import SECONDS, rendered
 from tests.test_operations import rows
@@ -125,11 +124,8 @@ async def test_processes_give_the_same_frames_and_are_idle_when_a_client_vanishe
         assert streamed.pixels == rendered(two_levels, picture, speech(SECONDS), seed=7)
 
         session = await new_session(stub, picture)
-        call = stub.StreamAvatar()
-        await call.write(opening(session.id))
-        for request in pieces(speech(SECONDS)):
-            await call.write(request)
-        await answer(call)
+        call, _ = await open_stream(stub, session.id)
+        await send(call, pieces(speech(SECONDS)))
         assert (await frame(call)).index == 3
         assert set((await active_streams(suite)).values()) == {1}
         call.cancel()
@@ -137,33 +133,6 @@ async def test_processes_give_the_same_frames_and_are_idle_when_a_client_vanishe
         while any((await active_streams(suite)).values()):
             assert time.monotonic() - started < IDLE_S, f"still streaming: {await active_streams(suite)}"
             await asyncio.sleep(0.05)
-
-
-@pytest.mark.asyncio(loop_scope="module")
-async def test_a_blocks_spans_of_all_processes_are_one_trace(
-    suite: Suite, collector: tuple[Collector, int], picture: bytes
-) -> None:
-    async with connected(suite.gateway) as stub:
-        session = await new_session(stub, picture)
-        await speak(stub, session.id, speech(0.96))
-
-    def traces_of_the_session() -> dict[bytes, list[tuple[str, Span]]]:
-        named = {"avatar.session": telemetry.tag(session.id)}
-        roots = [span for _, span in collector[0].spans if span.name == "avatar.session" and named == texts(span)]
-        traces: dict[bytes, list[tuple[str, Span]]] = {}
-        for _, span in collector[0].spans:
-            if roots and any(link.span_id == roots[0].span_id for link in span.links):
-                traces[span.trace_id] = [each for each in collector[0].spans if each[1].trace_id == span.trace_id]
-        return traces
-
-    async with asyncio.timeout(10):
-        while [len(spans) for spans in traces_of_the_session().values()] != [5, 5]:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)  # spans come from other processes, without an event to wait for
-    for spans in traces_of_the_session().values():
-        services = sorted(service for service, _ in spans)
-        assert services == ["avatar-audio", *["avatar-denoiser"] * 2, *["avatar-vae"] * 2]
-        audio = next(span for service, span in spans if service == "avatar-audio")
-        assert all(span.parent_span_id == audio.span_id for service, span in spans if service != "avatar-audio")
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -196,10 +165,6 @@ async def test_spans_and_metrics_of_all_processes_are_those_in_the_documentation
         assert {named[each.span_id] for each in span.links} == set(links)
 
 
-def texts(span: Span) -> dict[str, str]:
-    return {each.key: each.value.string_value for each in span.attributes}
-
-
 @pytest.mark.asyncio(loop_scope="module")
 async def test_only_prompts_need_the_text_worker(suite: Suite, picture: bytes) -> None:
     async with connected(suite.gateway) as stub:
@@ -219,9 +184,7 @@ async def test_only_prompts_need_the_text_worker(suite: Suite, picture: bytes) -
 async def test_a_lost_worker_without_a_spare_ends_its_streams_with_its_name(suite: Suite, picture: bytes) -> None:
     async with connected(suite.gateway) as stub:
         session = await new_session(stub, picture)
-        call = stub.StreamAvatar(timeout=30)
-        await call.write(opening(session.id))
-        await answer(call)
+        call, _ = await open_stream(stub, session.id)
         suite.processes["denoiser-1"].kill()
         with pytest.raises(grpc.aio.AioRpcError, match="denoiser-1") as caught:
             await rest(call)
