@@ -28,9 +28,8 @@ from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc, vae_pb2
 from avatar.worker.v1.types_pb2 import Block, Closed
 from tests.proxy import proxied
-from tests.rpc.conftest import OPENED, Requests, Responses, Source, Worker, block, numbered, piece
+from tests.rpc.conftest import OPENED, WAIT_S, Requests, Responses, Source, Worker, block, numbered, piece
 
-WAIT_S = 10.0
 Audio: TypeAlias = RemoteStage[pb.AudioPiece, Block]
 OPEN = pb.OpenEncode(session_id="a")
 
