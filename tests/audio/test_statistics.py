@@ -28,10 +28,6 @@ def test_speech_is_normalised_to_unit_variance(speech: Tensor) -> None:
     assert 0.8 < AudioStatistics().with_samples(speech[0]).normalise(speech[0]).std() < 1.2
 
 
-def test_the_peak_never_falls() -> None:
-    assert AudioStatistics().with_peak(1.5).with_peak(0.5).peak == 1.5
-
-
 def test_statistics_round_trip_through_bytes(speech: Tensor) -> None:
     statistics = AudioStatistics().with_samples(speech[0]).with_peak(1.25)
     assert len(statistics.to_bytes()) == 32

@@ -12,15 +12,6 @@ def columns(config: NetworkConfig, num: int) -> torch.Tensor:
     return randn(1, 1, 1, config.num_encoder_layers, config.audio_dim, num)
 
 
-def test_one_frame_of_padding_equals_seventy_three(network: Network, config: NetworkConfig) -> None:
-    features = columns(config, config.frames_per_block)
-    padded = torch.cat([features[..., :1].expand(-1, -1, -1, -1, 73), features], dim=-1)
-    local, overall = network.casual_audio_encoder(padded[0])
-    audio = network.encode_audio(features)
-    torch.testing.assert_close(audio.local[0], local[:, 19:])
-    torch.testing.assert_close(audio.overall[0], overall[:, 19:])
-
-
 def test_blocks_of_audio_are_encoded_independently(network: Network, config: NetworkConfig) -> None:
     features = columns(config, 3 * config.frames_per_block)
     together = network.encode_audio(features)
@@ -36,13 +27,6 @@ def test_audio_tokens_are_causal(network: Network, config: NetworkConfig) -> Non
     before, after = network.encode_audio(features), network.encode_audio(changed)
     assert torch.equal(before.local[:, :, 0], after.local[:, :, 0])
     assert not torch.equal(before.local[:, :, 1], after.local[:, :, 1])
-
-
-def test_the_padding_token_is_last(network: Network, config: NetworkConfig) -> None:
-    local = network.encode_audio(columns(config, config.frames_per_block)).local
-    padding = network.casual_audio_encoder.encoder.padding_tokens[0, 0]
-    assert local.shape[3] == config.num_audio_token + 1
-    assert torch.equal(local[0, 0, :, -1:], padding.expand(config.num_frames_per_block, 1, -1))
 
 
 def test_masks_weight_the_actors_audio(network: Network, config: NetworkConfig) -> None:

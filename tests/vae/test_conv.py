@@ -20,19 +20,6 @@ def test_the_first_step_is_its_own_past() -> None:
     assert torch.equal(Tails().extend(0, whole)[:, 0], whole[:, 0])
 
 
-def test_tails_are_fresh_before_the_first_step() -> None:
-    tails = Tails()
-    assert tails.is_fresh
-    tails.extend(3, steps(1))
-    assert not tails.is_fresh
-
-
-def test_layers_do_not_share_tails() -> None:
-    tails = Tails()
-    tails.extend(0, steps(2))
-    assert torch.equal(tails.extend(1, steps(3))[:, 0], steps(3)[:, 0])
-
-
 def test_tails_keep_one_step_and_not_the_whole_call() -> None:
     tails, whole = Tails(), steps(6)
     tails.extend(0, whole)

@@ -1,4 +1,4 @@
-"""Tests of avatar.vae.picture."""
+"""Tests of avatar.vae.picture, in addition to the golden of sizes and fits (tests/parity)."""
 
 import io
 import struct
@@ -147,15 +147,6 @@ def test_cover_fills_the_frame_and_keeps_the_centre() -> None:
     assert (rgb == torch.tensor([0, 0, 255], dtype=torch.uint8)).all(dim=2)[:, 1:-1].all()
 
 
-def test_reference_pads_with_black() -> None:
-    fitted = pixels_of(fit_reference(Image.new("RGB", (1280, 720), "white"), (704, 384)))
-    # 682 columns of picture between 11 and 11 of black.
-    assert torch.equal(fitted.amin(dim=(0, 2)).nonzero()[:, 0], torch.arange(11, 693))
-    assert fitted[:, 11:693].amin() > 250
-    tall = pixels_of(fit_reference(Image.new("RGB", (720, 1280), "white"), (384, 704)))
-    assert torch.equal(tall, fitted.transpose(0, 1))
-
-
 def test_the_references_odd_padding_is_larger_on_the_right() -> None:
     # 407 columns become 625, of 640.
     filled = pixels_of(fit_reference(Image.new("RGB", (407, 250), "white"), (640, 384))).amin(dim=(0, 2))
@@ -166,25 +157,6 @@ def test_the_references_odd_padding_is_larger_on_the_right() -> None:
 def test_the_references_crop_rounds_halves_to_even(width: int, left: int) -> None:
     image = photo(width, 128)
     assert torch.equal(pixels_of(fit_reference(image, (128, 128))), pixels_of(image)[:, left : left + 128])
-
-
-@pytest.mark.parametrize(
-    ("picture", "area", "size"),
-    [
-        ((1280, 720), 720 * 400, (704, 384)),
-        ((720, 1280), 720 * 400, (384, 704)),
-        ((1024, 768), 720 * 400, (640, 448)),
-        ((1024, 768), 704 * 384, (576, 448)),
-        ((1500, 1000), 704 * 384, (576, 384)),
-        ((600, 600), 720 * 400, (512, 512)),
-        ((300, 170), 720 * 400, (320, 192)),
-    ],
-)
-def test_the_size_follows_the_pictures_shape_within_the_area(
-    picture: tuple[int, int], area: int, size: tuple[int, int]
-) -> None:
-    assert size_within(picture, area) == size
-    assert PictureRule("reference", area=area).video_size(picture) == size
 
 
 def test_a_size_is_always_on_the_grid_and_within_the_area() -> None:
