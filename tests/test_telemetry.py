@@ -6,17 +6,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
 import pytest
 from opentelemetry import metrics, trace
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -25,6 +19,7 @@ from opentelemetry.trace import SpanContext
 from avatar import telemetry
 from avatar.telemetry import block_span, log_formatter, session_span, set_up, tag, text_span
 from services.local.processes import free_ports
+from tests.collector import collecting
 
 # Those that PROGRAM records.
 SPANS = ["avatar.session", "avatar.audio"]
@@ -194,46 +189,6 @@ def test_embedding_a_prompt_is_recorded_apart_from_reading_it(
     assert dict(span.attributes or {}) == {"avatar.kept": False}
 
 
-@dataclass
-class Collected:
-    """The names of services, spans and metrics that an OTLP collector received."""
-
-    services: set[str] = field(default_factory=set)
-    spans: list[str] = field(default_factory=list)
-    metrics: list[str] = field(default_factory=list)
-
-    def name(self, resource: Any) -> None:
-        self.services |= {pair.value.string_value for pair in resource.attributes if pair.key == "service.name"}
-
-
-@asynccontextmanager
-async def collecting() -> AsyncGenerator[tuple[Collected, str], None]:
-    """Run a collector while the body runs; give its record and its address."""
-    collected = Collected()
-
-    async def take_spans(request: Any, _: Any) -> trace_service_pb2.ExportTraceServiceResponse:
-        for each in request.resource_spans:
-            collected.name(each.resource)
-            collected.spans += [span.name for scope in each.scope_spans for span in scope.spans]
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-    async def take_metrics(request: Any, _: Any) -> metrics_service_pb2.ExportMetricsServiceResponse:
-        for each in request.resource_metrics:
-            collected.name(each.resource)
-            collected.metrics += [metric.name for scope in each.scope_metrics for metric in scope.metrics]
-        return metrics_service_pb2.ExportMetricsServiceResponse()
-
-    server = grpc.aio.server()
-    add_spans: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
-    add_metrics: Any = metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server
-    add_spans(SimpleNamespace(Export=take_spans), server)
-    add_metrics(SimpleNamespace(Export=take_metrics), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    yield collected, f"http://127.0.0.1:{port}"
-    await server.stop(None)
-
-
 async def run(program: str, **environment: str) -> tuple[str, list[dict[str, Any]]]:
     """Run a program; return its output and the lines that it logs."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
@@ -268,23 +223,24 @@ async def test_nothing_is_exported_without_an_endpoint(environ: dict[str, str]) 
 
 
 @pytest.mark.parametrize(
-    ("switches", "expected"),
+    ("switches", "service", "spans", "metrics"),
     [
-        ({}, Collected({"avatar-test"}, SPANS, METRICS)),
-        (
-            {"OTEL_TRACES_EXPORTER": "none", "OTEL_SERVICE_NAME": "denoiser-eu"},
-            Collected({"denoiser-eu"}, [], METRICS),
-        ),
+        ({}, "avatar-test", SPANS, METRICS),
+        ({"OTEL_TRACES_EXPORTER": "none", "OTEL_SERVICE_NAME": "denoiser-eu"}, "denoiser-eu", [], METRICS),
         (
             {"OTEL_METRICS_EXPORTER": "none", "OTEL_RESOURCE_ATTRIBUTES": "service.name=denoiser-eu"},
-            Collected({"denoiser-eu"}, SPANS, []),
+            *("denoiser-eu", SPANS, []),
         ),
     ],
 )
-async def test_spans_and_metrics_are_exported_to_the_endpoint(switches: dict[str, str], expected: Collected) -> None:
-    async with collecting() as (collected, endpoint):
-        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, **switches)
-    assert collected == expected
+async def test_spans_and_metrics_are_exported_to_the_endpoint(
+    switches: dict[str, str], service: str, spans: list[str], metrics: list[str]
+) -> None:
+    async with collecting() as collector:
+        await run(PROGRAM, OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint, **switches)
+    assert collector.services == {service}
+    assert [span.name for span in collector.spans] == spans
+    assert list(collector.units) == metrics
 
 
 async def test_metrics_are_served_over_http() -> None:

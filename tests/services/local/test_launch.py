@@ -14,23 +14,13 @@ import grpc
 import grpc.aio
 import pytest
 import pytest_asyncio
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
-    ExportMetricsServiceRequest,
-    ExportMetricsServiceResponse,
-)
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-    ExportTraceServiceResponse,
-)
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from avatar.rpc.channel import channel
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
 from docs.tables import instruments
 from services.local.launch import launched
 from services.local.processes import Suite
+from tests.collector import Collector, collecting
 from tests.conftest import speech
 from tests.product import connected, frame, new_session, open_stream, pieces, rest, send, speak
 from tests.refusals import refused
@@ -40,36 +30,10 @@ from tests.test_operations import rows
 IDLE_S = 2.0
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer, metrics_service_pb2_grpc.MetricsServiceServicer):
-    """An OTLP receiver of spans, each with the service that sent it, and of the units of metrics by name."""
-
-    def __init__(self) -> None:
-        self.spans: list[tuple[str, Span]] = []
-        self.units: dict[str, str] = {}
-
-    async def Export(  # noqa: N802
-        self, request: ExportTraceServiceRequest | ExportMetricsServiceRequest, _: object
-    ) -> ExportTraceServiceResponse | ExportMetricsServiceResponse:
-        if isinstance(request, ExportMetricsServiceRequest):
-            scopes = [scope for resource in request.resource_metrics for scope in resource.scope_metrics]
-            self.units |= {metric.name: metric.unit for scope in scopes for metric in scope.metrics}
-            return ExportMetricsServiceResponse()
-        for resource in request.resource_spans:
-            names = [each.value.string_value for each in resource.resource.attributes if each.key == "service.name"]
-            self.spans += [(names[0], span) for scope in resource.scope_spans for span in scope.spans]
-        return ExportTraceServiceResponse()
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def collector() -> AsyncGenerator[tuple[Collector, int], None]:
-    """A listening collector, and its port."""
-    collector, server = Collector(), grpc.aio.server()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
-    metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    yield collector, port
-    await server.stop(0)
+async def collector() -> AsyncGenerator[Collector, None]:
+    async with collecting() as collector:
+        yield collector
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +48,11 @@ def two_levels(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def suite(
-    two_levels: Path, tmp_path_factory: pytest.TempPathFactory, collector: tuple[Collector, int]
+    two_levels: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector
 ) -> AsyncGenerator[Suite, None]:
     """A running suite that exports its traces and metrics; the module's last tests break it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector[1]}")
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         patch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "500")
         patch.setenv("AVATAR_RESUME_S", "0.2")
@@ -137,28 +101,28 @@ async def test_processes_give_the_same_frames_and_are_idle_when_a_client_vanishe
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_spans_and_metrics_of_all_processes_are_those_in_the_documentation(
-    suite: Suite, collector: tuple[Collector, int], picture: bytes
+    suite: Suite, collector: Collector, picture: bytes
 ) -> None:
     async with connected(suite.gateway) as stub:
         await speak(stub, (await new_session(stub, picture, prompt="a person who reads")).id, speech(0.96))
-    received, listed, units = collector[0], rows("Traces"), {name: unit for name, unit, *_ in instruments()}
+    listed, units = rows("Traces"), {name: unit for name, unit, *_ in instruments()}
     usual = {"avatar.block.duration", "avatar.session.capacity", "avatar.session.closed", "avatar.time_to_first_frame"}
 
     def is_complete() -> bool:
         """Processes export at different times, so children may arrive before their parents."""
-        ids = {span.span_id for _, span in received.spans}
-        needed = {span.parent_span_id for _, span in received.spans} - {b""}
-        needed |= {link.span_id for _, span in received.spans for link in span.links}
+        ids = {span.span_id for span in collector.spans}
+        needed = {span.parent_span_id for span in collector.spans} - {b""}
+        needed |= {link.span_id for span in collector.spans for link in span.links}
         return (
-            {span.name for _, span in received.spans} == set(listed) and needed <= ids and usual <= set(received.units)
+            {span.name for span in collector.spans} == set(listed) and needed <= ids and usual <= set(collector.units)
         )
 
     async with asyncio.timeout(20):
         while not is_complete():  # noqa: ASYNC110
             await asyncio.sleep(0.1)
-    assert received.units.items() <= units.items()
-    named = {span.span_id: span.name for _, span in received.spans}
-    for _, span in received.spans:
+    assert collector.units.items() <= units.items()
+    named = {span.span_id: span.name for span in collector.spans}
+    for span in collector.spans:
         (parent, attributes, links) = listed[span.name]
         assert [named[each] for each in filter(None, [span.parent_span_id])] == parent
         assert sorted(each.key for each in span.attributes) == sorted(attributes)
