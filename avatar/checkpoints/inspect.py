@@ -119,7 +119,8 @@ def inspect(
     yield f"adapter   {adapter_line(parts['denoiser'], is_published(checkpoint))}"
     yield f"network   {config.num_layers} layers of width {config.dim}, blocks of {config.num_frames_per_block} latents"
     yield f"audio     {type(audio.encoder).__name__}, looks {audio.lookahead_s:.2f} s ahead"
-    yield f"prompts   {text_line(text)}"
+    prompts = f"{text.config.encoder}, {text.config.max_tokens} tokens of width {text.width}" if text else "none"
+    yield f"prompts   {prompts}"
     yield f"levels    {config.num_levels}: sigma {', '.join(f'{sigma:g}' for sigma in config.schedule)}"
     yield f"pictures  {sizes_line(picture)}, {vae.config.frame_rate_hz} a second"
     yield ""
@@ -167,11 +168,6 @@ def adapter_line(part: Part, is_published_layout: bool) -> str:
     rank = len(next(iter(pairs.values()))["A"])
     numbers = sum(matrix.numel() for pair in pairs.values() for matrix in pair.values())
     return f"{path}: {numbers:,} parameters for {len(pairs)} weights, rank {rank}, scale {alpha / rank:g}"
-
-
-def text_line(text: text_model.TextEncoder | None) -> str:
-    """Describe the text encoder."""
-    return "none" if text is None else f"{text.config.encoder}, {text.config.max_tokens} tokens of width {text.width}"
 
 
 def sizes_line(rule: PictureRule) -> str:

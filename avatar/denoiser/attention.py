@@ -117,11 +117,6 @@ def axis_frequencies(head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return time, height, width
 
 
-def num_time_channels(head_dim: int) -> int:
-    """Return the number of real channels of a head, the first ones, that RoPE rotates by the frame."""
-    return 2 * len(axis_frequencies(head_dim)[0])
-
-
 def rope_table(positions: Tensor, head_dim: int) -> Tensor:
     """Return RoPE's factors at positions (..., n, 3) of (frame, row, column): (..., n, m) complex64.
 

@@ -22,9 +22,9 @@ from avatar.denoiser.attention import (
     REFERENCE_FRAME,
     Visible,
     apply_rope,
+    axis_frequencies,
     condition_positions,
     grid_size,
-    num_time_channels,
     rope_table,
 )
 from avatar.denoiser.config import NetworkConfig
@@ -72,7 +72,8 @@ class KVCache:
         self._block_tokens = rows * columns * config.num_frames_per_block
         self._window_blocks = config.window_blocks
         self._head_dim = config.head_dim
-        self._time_channels = num_time_channels(config.head_dim)
+        # The first real channels of a head, which RoPE rotates by the frame.
+        self._time_channels = 2 * len(axis_frequencies(config.head_dim)[0])
 
         def buffers(tokens: int, channels: int) -> list[Tensor]:
             shape = (batch, tokens, config.num_heads, channels)

@@ -73,16 +73,15 @@ class VaeState(Generic[State]):
 
 
 class Vae(Generic[State]):
-    """A streaming model (`avatar.runtime.pipeline.StreamingModel`) of blocks to frames; also encodes pictures."""
+    """A streaming model (`avatar.runtime.pipeline.StreamingModel`) of blocks to frames; also encodes pictures.
+
+    history_blocks: past blocks that rebuild a stream's state exactly: open the session again and step through them.
+    """
 
     def __init__(self, codec: Codec[State], config: VaeConfig) -> None:
         self.codec = codec
         self.config = config
-
-    @property
-    def history_blocks(self) -> int:
-        """Past blocks that rebuild a stream's state exactly: open the session again and step through them."""
-        return -(-self.codec.history // BLOCK_LATENTS)
+        self.history_blocks = -(-codec.history // BLOCK_LATENTS)
 
     def read_picture(self, data: bytes, size: Size | int | None = None, fit: Fit | None = None) -> Tensor:
         """`picture.read_picture` under this checkpoint's rule: (H, W, 3) uint8."""
