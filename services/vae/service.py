@@ -2,10 +2,10 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import grpc.aio
 
@@ -25,8 +25,6 @@ from avatar.vae.vae import Vae
 from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
 from avatar.worker.v1.types_pb2 import Closed, Frame, Reference
-
-Out = TypeVar("Out")
 
 # References that are prepared at a time: each waits in the queue of the streams' blocks.
 MAX_REFERENCES = 2
@@ -122,8 +120,9 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
 
         with self._admission.admit(opened.session_id, is_live=opened.is_live), as_invalid_field("block"):
             session = await self._store.session(opened.session_id)
-            init = await self._on_encoder(
-                encodings.init_segment, encoding, session.height, session.width, rate_hz, quality
+            loop = asyncio.get_running_loop()
+            init = await loop.run_in_executor(
+                self._encoder, encodings.init_segment, encoding, session.height, session.width, rate_hz, quality
             )
             yield pb.DecodeResponse(opened=pb.DecodeOpened(history_blocks=self._vae.history_blocks, init_segment=init))
             decoding_usage, encoding_usage, num_blocks = StreamUsage(), StreamUsage(), 0
@@ -132,17 +131,13 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 async for chunk in chunks:
                     telemetry.block_span("vae", chunk.index, *decoding_usage.last_step, parent=chunk.traceparent)
                     self._admission.step_times.add(decoding_usage.step_s)
-                    frames = await self._on_encoder(encoding_usage.measure, encode, chunk)
+                    frames = await loop.run_in_executor(self._encoder, encoding_usage.measure, encode, chunk)
                     telemetry.block_span("encode", chunk.index, *encoding_usage.last_step, parent=chunk.traceparent)
                     num_blocks += 1
                     for frame in frames:
                         yield pb.DecodeResponse(frame=frame)
             busy_s = decoding_usage.busy_s + encoding_usage.busy_s
             yield pb.DecodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=busy_s))
-
-    async def _on_encoder(self, work: Callable[..., Out], *arguments: Any) -> Out:
-        """Call work on the encoder's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, work, *arguments)
 
 
 def _frames(chunk: FrameChunk, encoded: list[Encoded]) -> list[Frame]:
