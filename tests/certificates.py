@@ -1,4 +1,4 @@
-"""Certificates as an operator would have them: files of an authority, and of what it has signed."""
+"""Certificate files like those of an operator: of an authority, and certificates that it has signed."""
 
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -14,14 +14,14 @@ DAY = timedelta(days=1)
 
 
 class Pair(NamedTuple):
-    """Files of a certificate and of its key."""
+    """The files of a certificate and its key."""
 
     cert: Path
     key: Path
 
 
 class Authority:
-    """Signs certificates. ca: the file of its own."""
+    """Signs certificates. ca: file of its own certificate."""
 
     def __init__(self, folder: Path, name: str = "authority") -> None:
         self._folder = folder
@@ -30,7 +30,7 @@ class Authority:
         self.ca = self._write(f"{name}.pem", _pem(self._signed(self._name, self._key, is_authority=True)))
 
     def issue(self, name: str, *hosts: str) -> Pair:
-        """A certificate for some hosts, or addresses, in place of one that may be there."""
+        """Write a certificate for names or addresses of hosts; it replaces an earlier one of this name."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         cert = self._signed(subject, key, *hosts)

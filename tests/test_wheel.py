@@ -30,10 +30,11 @@ asyncio.run(main(*sys.argv[1:]))
 async def run(*program: object, cwd: Path) -> str:
     """Run a program and return its output. Fails with the program's log unless it exits with 0."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = await asyncio.create_subprocess_exec(
         *map(str, program),
         cwd=cwd,
-        env={**os.environ, "PATH": path, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+        env={**without, "PATH": path, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
