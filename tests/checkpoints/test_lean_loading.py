@@ -8,8 +8,8 @@ import torch
 from benchmarks.large import measure, write
 
 SIZE = 2_000_000_000
-# For allocator and interpreter.
-SLACK = 16 << 20
+# For the allocator, the interpreter and the scratch memory of a matrix product, 18 MiB where sampling catches its peak.
+SLACK = 32 << 20
 
 
 @pytest.fixture(scope="module")
