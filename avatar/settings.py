@@ -254,7 +254,7 @@ def load(cls: type[Loaded], environ: Mapping[str, str]) -> Loaded:
     ValueError names, in one line, a variable that is not set and has no default, or whose value cannot be used.
     """
     source = EnvSettingsSource(cls)
-    source.env_vars = {name.lower(): value for name, value in environ.items()}
+    source.env_vars = {name.lower(): value for name, value in environ.items() if name == name.upper()}
     try:
         return cls(**source())
     except ValidationError as error:

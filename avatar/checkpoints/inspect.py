@@ -65,6 +65,8 @@ def read_size(text: str) -> Size:
     """Parse a size (width, height) written as `704x384`."""
     try:
         width, height = map(int, text.split("x"))
+        if min(width, height) < 1:
+            raise ValueError("a size is at least 1x1")
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size, expected WIDTHxHEIGHT") from error
     return width, height

@@ -8,9 +8,8 @@
 
 To a deployment with tenants: `connect(target, credentials=channel_credentials(ca="ca.pem"), token=token)`.
 
-Needs grpcio, protobuf, and two pure-Python packages: grpcio-status and googleapis-common-protos. All errors are
-`AvatarError`s; `reason` is one of the table in protos/avatar/v1/avatar_service.proto. An unreachable gateway raises the
-subclass `ConnectionLost`.
+Needs grpcio, protobuf and googleapis-common-protos, which is pure Python. All errors are `AvatarError`s; `reason` is
+one of the table in protos/avatar/v1/avatar_service.proto. An unreachable gateway raises the subclass `ConnectionLost`.
 """
 
 from avatar.client.items import Audio, Frame, Interrupted, Item, Notice, NoticeKind, PlaybackFinished, PlaybackStarted

@@ -57,6 +57,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                                     await context.write(answer)
                         else:  # the handler writes by itself
                             await answers
+                answers = answer = None  # see `abort`: this frame is kept, too
                 if outcome.status:
                     await outcome.abort(context)
 

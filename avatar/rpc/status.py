@@ -10,7 +10,6 @@ import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 from avatar.errors import DOMAIN, REASONS, AvatarError, ConnectionLost, MessageTooLarge
 
@@ -75,15 +74,18 @@ class ErrorDetails:
 
 
 def error_details(error: grpc.aio.AioRpcError) -> ErrorDetails:
-    """Return the details of a call's status. Details that cannot be parsed, or contradict the status, count as none."""
-    call: Any = error  # AioRpcError has what from_call reads, but is no grpc.Call
+    """Return the details of a call's status. Details that cannot be parsed count as none.
+
+    Not by `rpc_status.from_call`, which refuses details whose text a proxy has cut in the status itself.
+    """
+    trailing: Any = error.trailing_metadata() or ()
+    packed = next((value for key, value in trailing if key == "grpc-status-details-bin"), b"")
     info, request, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     try:
-        status = rpc_status.from_call(call)
-        for detail in status.details if status else ():
+        for detail in status_pb2.Status.FromString(packed).details:
             for message in (info, request, retry):
                 detail.Unpack(message)  # does nothing unless the detail is of the message's type
-    except (DecodeError, ValueError):
+    except DecodeError:
         return ErrorDetails()
     retry_s = retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None
     violations = tuple((each.field, each.description) for each in request.field_violations)

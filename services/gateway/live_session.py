@@ -12,6 +12,8 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
+import grpc.aio
+
 from avatar import telemetry
 from avatar.errors import ConnectionLost, SessionBusy, SessionNotFound, StoreUnavailable
 from avatar.rpc.status import reason_of
@@ -83,7 +85,10 @@ class LiveSession:
                 opened = await describe(self.opened.session_id)
                 opened.init_segment = self.init_segment
                 opened.num_samples, opened.num_messages = self.stream.acks.num_samples, self.stream.acks.num_messages
-                await write(pb.StreamAvatarResponse(opened=opened))
+                try:
+                    await write(pb.StreamAvatarResponse(opened=opened))
+                except grpc.aio.BaseError as error:
+                    raise ConnectionLost("the client is gone") from error
                 async with asyncio.TaskGroup() as tasks:
                     connection = [
                         tasks.create_task(self._receive(requests)),

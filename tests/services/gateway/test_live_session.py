@@ -1,0 +1,32 @@
+"""Tests of services.gateway.live_session."""
+
+from collections.abc import AsyncIterator
+
+import grpc.aio
+import pytest
+
+from avatar.errors import ConnectionLost
+from avatar.settings import GatewaySettings
+from avatar.store.sessions import SessionStore
+from avatar.v1 import avatar_service_pb2 as pb
+from services.gateway.live_session import LiveSession
+from tests.services.gateway.test_live_stream import SESSION, Pipeline
+
+
+async def test_a_session_outlives_a_client_that_is_gone_before_the_first_write(store: SessionStore) -> None:
+    session = LiveSession(pb.OpenAvatar(), SESSION, Pipeline().stream, b"", store, GatewaySettings())
+
+    async def describe(_: str) -> pb.AvatarOpened:
+        return pb.AvatarOpened()
+
+    async def write(_: pb.StreamAvatarResponse) -> None:
+        raise grpc.aio.UsageError("the call has ended")
+
+    async def requests() -> AsyncIterator[pb.StreamAvatarRequest]:
+        return
+        yield
+
+    with pytest.raises(ConnectionLost, match="the client is gone"):
+        await session.serve(describe, requests(), write, None)
+    assert not session.ended.done()
+    assert not session.stream.is_connected
