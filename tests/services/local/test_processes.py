@@ -13,8 +13,9 @@ from services.local.processes import ROOT, Suite, until_healthy
 
 WAIT_S = 60.0
 
+# A shell starts background programs with SIGINT ignored, and they pass that on to theirs.
 LAUNCHER = """
-import asyncio, sys
+import asyncio, signal, sys
 from pathlib import Path
 from services.local.processes import Suite, free_ports, start_redis
 
@@ -27,6 +28,7 @@ async def main():
         await suite.start("gateway", sys.executable, "-m", "services.gateway", **settings)
         await asyncio.sleep(60)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 asyncio.run(main())
 """
 
