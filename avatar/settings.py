@@ -18,7 +18,7 @@ Loaded = TypeVar("Loaded", bound="Settings")
 PREFIX = "AVATAR_"
 # A client's message holds names, numbers and tags beside its picture, audio or prompt.
 OTHER_BYTES = 64 << 10
-# What pydantic's own checks expect, by its types of error.
+# Expected values of pydantic's own checks, by its types of error.
 EXPECTED = {
     "bool_parsing": "true or false",
     "float_parsing": "float",
