@@ -28,7 +28,7 @@ OFFLINE_STALL_FACTOR = 10
 class SessionStages:
     """One session's streams.
 
-    denoisers: one a level, or a single one for all levels if their workers form a chain.
+    denoisers: one per level, or a single one for all levels if their workers form a chain.
     remaining_s: seconds that a block still needs after the audio stage, after each level and after the decoder.
     block_latency_s: seconds from a block's audio to its first frame, as the workers have measured it.
     lookahead_ns: audio after a block's end that its features depend on, in nanoseconds.

@@ -1,4 +1,4 @@
-"""The deployment's workers: one pool a kind, descriptions of what they serve, and requests that no session needs.
+"""The deployment's workers: one pool per kind, descriptions of what they serve, and requests that no session needs.
 
 See `avatar.failover.pool`. Denoisers are one pool: each reports the levels and the checkpoint that it serves.
 """
@@ -35,7 +35,7 @@ TRANSPORT_S = 0.03
 
 @dataclass(frozen=True)
 class DeploymentInfo:
-    """Descriptions of the workers: of each stage the slowest, of the denoisers one a level."""
+    """Descriptions of the workers: of each stage the slowest, of the denoisers one per level."""
 
     audio: audio_pb2.AudioServiceGetInfoResponse
     denoisers: list[denoiser_pb2.DenoiserServiceGetInfoResponse]
@@ -136,7 +136,7 @@ class Workers:
         return DeploymentInfo(audio, await self._describe_denoisers(), vae)
 
     async def _describe_denoisers(self) -> list[denoiser_pb2.DenoiserServiceGetInfoResponse]:
-        """Describe one denoiser a level, all of one checkpoint: the least loaded worker's, if it has all levels."""
+        """Describe one denoiser per level, of the first checkpoint, in order of load, that has all levels."""
         infos = [info for _, info in await self.denoisers.workers()]
         digests = list(dict.fromkeys(info.digest for info in infos))
         missing: dict[str, int] = {}

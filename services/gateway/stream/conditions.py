@@ -55,8 +55,7 @@ class ConditionVersions:
         block.index = self.next_block
         block.conditions = self._version_at(self.next_block)
         if block.conditions != self._last_admitted:
-            if (carried := self._known.get(block.conditions)) is not None:
-                block.carried.CopyFrom(carried)
+            block.carried.CopyFrom(self._known[block.conditions])
             self._last_admitted = block.conditions
         self.next_block += 1
 

@@ -15,7 +15,7 @@ ALWAYS_KEY = ("rgb24", "jpeg")
 
 
 class Framer:
-    """Frames of one session on their way into messages: one a message, or a block's together."""
+    """Frames of one session on their way into messages: one per message, or those of a block together."""
 
     def __init__(self, options: StreamOptions) -> None:
         self._options = options
