@@ -8,8 +8,9 @@ import torch
 from benchmarks.large import measure, write
 
 SIZE = 2_000_000_000
-# For the allocator, the interpreter and the scratch memory of a matrix product, 18 MiB where sampling catches its peak.
-SLACK = 32 << 20
+# For the allocator, the interpreter and the scratch memory of a matrix product: up to 34 MiB where sampling catches its
+# peak. A second copy of the largest tensor, 96 MiB, would show.
+SLACK = 48 << 20
 
 
 @pytest.fixture(scope="module")
