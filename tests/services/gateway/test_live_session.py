@@ -1,6 +1,6 @@
 """Tests of services.gateway.live_session."""
 
-from collections.abc import AsyncIterator
+from unittest.mock import AsyncMock
 
 import grpc.aio
 import pytest
@@ -16,17 +16,9 @@ from tests.services.gateway.test_live_stream import SESSION, Pipeline
 async def test_a_session_outlives_a_client_that_is_gone_before_the_first_write(store: SessionStore) -> None:
     session = LiveSession(pb.OpenAvatar(), SESSION, Pipeline().stream, b"", store, GatewaySettings())
 
-    async def describe(_: str) -> pb.AvatarOpened:
-        return pb.AvatarOpened()
-
-    async def write(_: pb.StreamAvatarResponse) -> None:
-        raise grpc.aio.UsageError("the call has ended")
-
-    async def requests() -> AsyncIterator[pb.StreamAvatarRequest]:
-        return
-        yield
-
+    describe = AsyncMock(return_value=pb.AvatarOpened())
+    write = AsyncMock(side_effect=grpc.aio.UsageError("the call has ended"))
     with pytest.raises(ConnectionLost, match="the client is gone"):
-        await session.serve(describe, requests(), write, None)
+        await session.serve(describe, AsyncMock(), write, None)
     assert not session.ended.done()
     assert not session.stream.is_connected

@@ -65,17 +65,9 @@ class HeldStage:
             taking.result()
 
     def answer(self, item: Any) -> Any:
-        return types_pb2.Block(index=item.index, latent=types_pb2.Tensor(dtype="float32"))
-
-
-class LastLevel(HeldStage):
-    """A level that answers block 0 with the sink's update, too."""
-
-    def answer(self, item: Any) -> Any:
-        answer = super().answer(item)
-        if item.index == 0:
-            answer.carried.version = 1
-        return answer
+        is_update = self.stage == "denoiser-1" and item.index == 0  # the last level answers block 0 with the new sink
+        carried = types_pb2.Conditions(version=1) if is_update else None
+        return types_pb2.Block(index=item.index, latent=types_pb2.Tensor(dtype="float32"), carried=carried)
 
 
 class Decoder(HeldStage):
@@ -109,7 +101,7 @@ class Pipeline:
 
     def __init__(self, sink_update_block: int | None = None, options: StreamOptions = OFFLINE, **settings: Any) -> None:
         self.encoder, self.decoder = Encoder("audio"), Decoder("vae")
-        self.denoisers = [HeldStage("denoiser-0"), LastLevel("denoiser-1")]
+        self.denoisers = [HeldStage("denoiser-0"), HeldStage("denoiser-1")]
         self.sent: list[api.StreamAvatarResponse] = []
         self.requests: asyncio.Queue[api.StreamAvatarRequest] = asyncio.Queue()
         stages = cast(Any, self.encoder), cast(Any, self.denoisers), cast(Any, self.decoder)

@@ -1,6 +1,7 @@
 """Tests of services.gateway.stream.outbox."""
 
 import asyncio
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -21,9 +22,5 @@ async def test_messages_of_a_client_wait_while_too_many_events_are_waiting() -> 
         async with asyncio.timeout(0.05):
             await outbox.wait_for_few_items()
     outbox.finish()
-
-    async def read(_: pb.StreamAvatarResponse) -> None:
-        pass
-
-    await outbox.drain(read)
+    await outbox.drain(AsyncMock())
     await outbox.wait_for_few_items()

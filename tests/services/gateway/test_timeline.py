@@ -34,11 +34,8 @@ def test_audio_and_frames_do_not_drift_apart_in_an_hour(rate_hz: int) -> None:
     assert all(abs(grid.duration_us(grid.sample(frame)) - grid.pts_us(frame)) < 130 for frame in range(0, 90000, 997))
 
 
-def test_frames_are_due_one_after_another_from_the_restart(timeline: Timeline) -> None:
+def test_a_restart_makes_a_frame_due_now_and_the_others_follow_one_by_one(timeline: Timeline, clock: Clock) -> None:
     assert [timeline.due_s(frame) for frame in (0, 1, 12)] == pytest.approx([100.0, 100.04, 100.48])
-
-
-def test_a_restart_makes_any_frame_due_now(timeline: Timeline, clock: Clock) -> None:
     clock.now_s = 130.0
     timeline.restart(50)
     assert timeline.due_s(50) == pytest.approx(130.0)
@@ -67,16 +64,13 @@ def test_the_lead_follows_the_second_longest_of_the_last_eight_latencies(timelin
     assert timeline.lead_s == pytest.approx(0.25 + MARGIN_S), "the slow blocks are forgotten"
 
 
-def test_fast_blocks_do_not_shorten_the_lead(timeline: Timeline) -> None:
+@pytest.mark.parametrize(("latency_s", "growth_s"), [(0.01, 0.0), (5.0, BLOCK_S)])
+def test_the_lead_never_shrinks_and_grows_by_a_block_at_most(
+    timeline: Timeline, latency_s: float, growth_s: float
+) -> None:
     for number in range(8):
-        timeline.block_arrived(12 * number, 0.01)
-    assert timeline.lead_s == pytest.approx(LATENCY_S + MARGIN_S)
-
-
-def test_the_lead_grows_by_a_block_at_most(timeline: Timeline) -> None:
-    for number in range(8):
-        timeline.block_arrived(12 * number, 5.0)
-    assert timeline.lead_s == pytest.approx(LATENCY_S + BLOCK_S + MARGIN_S)
+        timeline.block_arrived(12 * number, latency_s)
+    assert timeline.lead_s == pytest.approx(LATENCY_S + growth_s + MARGIN_S)
 
 
 def test_the_first_block_after_a_restart_is_not_late_and_moves_its_frame_back(timeline: Timeline) -> None:
@@ -84,20 +78,15 @@ def test_the_first_block_after_a_restart_is_not_late_and_moves_its_frame_back(ti
     assert timeline.due_s(0) == pytest.approx(100.0 + LATENCY_S + MARGIN_S)
 
 
-def test_a_later_block_is_late_by_what_it_starts_after_its_time(timeline: Timeline, clock: Clock) -> None:
+@pytest.mark.parametrize("late_s", [0.1, -0.1])
+def test_a_block_that_starts_late_moves_its_frame_back_and_an_early_one_does_not(
+    timeline: Timeline, clock: Clock, late_s: float
+) -> None:
     timeline.start_block(0)
-    clock.now_s = timeline.start_by_s(12) + 0.1
+    clock.now_s = timeline.start_by_s(12) + late_s
     due_s = timeline.due_s(12)
-    assert timeline.start_block(12) == pytest.approx(0.1)
-    assert timeline.due_s(12) == pytest.approx(due_s + 0.1)
-
-
-def test_a_block_that_starts_early_moves_nothing(timeline: Timeline, clock: Clock) -> None:
-    timeline.start_block(0)
-    clock.now_s = timeline.start_by_s(12) - 0.1
-    due_s = timeline.due_s(12)
-    assert timeline.start_block(12) == pytest.approx(-0.1)
-    assert timeline.due_s(12) == due_s
+    assert timeline.start_block(12) == pytest.approx(late_s)
+    assert timeline.due_s(12) == pytest.approx(due_s + max(0.0, late_s))
 
 
 def test_a_late_arrival_moves_all_later_frames_back(timeline: Timeline, clock: Clock) -> None:
@@ -111,6 +100,8 @@ def test_a_late_arrival_moves_all_later_frames_back(timeline: Timeline, clock: C
 def test_a_held_frame_is_due_no_earlier_than_now_and_its_arrival_tells_how_late_it_was(
     timeline: Timeline, clock: Clock
 ) -> None:
+    timeline.hold(12)
+    assert timeline.due_s(12) == pytest.approx(100.48), "it is not overdue yet"
     clock.now_s = timeline.due_s(12) + 0.1
     timeline.hold(12)
     clock.now_s += 0.2
@@ -119,11 +110,6 @@ def test_a_held_frame_is_due_no_earlier_than_now_and_its_arrival_tells_how_late_
     assert timeline.block_arrived(12, 0.5) == pytest.approx(0.3)
     clock.now_s = timeline.due_s(24)
     assert timeline.block_arrived(24, 0.5) == pytest.approx(0.0), "what was held is counted once"
-
-
-def test_a_frame_that_is_not_overdue_is_not_held(timeline: Timeline) -> None:
-    timeline.hold(12)
-    assert timeline.due_s(12) == pytest.approx(100.48)
 
 
 def test_late_blocks_are_counted_until_one_is_in_time(timeline: Timeline, clock: Clock) -> None:
