@@ -67,7 +67,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "avatar.handoff.chain": ("avatar.errors", "avatar.types"),
     "avatar.handoff.client": ("avatar.aio", "avatar.rpc.client", "avatar.worker"),
-    # What product teams use.
+    # Used by product teams.
     "avatar.client": (
         *("avatar.aio", "avatar.errors", "avatar.rpc.channel", "avatar.rpc.status", "avatar.rpc.tls", "avatar.v1"),
     ),

@@ -8,9 +8,10 @@ import torch
 from benchmarks.large import measure, write
 
 SIZE = 2_000_000_000
-# For the allocator, the interpreter and the scratch memory of a matrix product: up to 34 MiB where sampling catches its
-# peak. A second copy of the largest tensor, 96 MiB, would show.
-SLACK = 48 << 20
+SLACK = 16 << 20  # for the allocator and the interpreter
+# For the scratch memory of an adapter's matrix product: sampling has caught up to 34 MiB in all over the weights and
+# the largest tensor. A second copy of that tensor, 96 MiB, would show.
+PRODUCT = 32 << 20
 
 
 @pytest.fixture(scope="module")
@@ -29,4 +30,4 @@ def test_loading_takes_no_more_than_the_weights_and_one_tensor(
     loading = measure(large, dtype, with_adapter)
     assert loading.weights_bytes == pytest.approx(SIZE * (dtype.itemsize / 2), rel=0.05)
     assert loading.peak_bytes > 0.95 * loading.weights_bytes  # the peak was measured
-    assert loading.peak_bytes < loading.weights_bytes + loading.largest_bytes + SLACK
+    assert loading.peak_bytes < loading.weights_bytes + loading.largest_bytes + SLACK + PRODUCT * with_adapter

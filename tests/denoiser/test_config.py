@@ -9,7 +9,7 @@ import pytest
 
 from avatar.denoiser.config import NetworkConfig, base, tiny
 
-# What the public checkpoint's config.json says.
+# Fields of the public checkpoint's config.json.
 PUBLIC = {
     "_class_name": "WanModel_S2V",
     "_diffusers_version": "0.34.0",

@@ -248,7 +248,7 @@ def test_frame_ten_million_equals_frame_one_thousand_with_shifted_motion(
     near, far = answers_from(10**3, 0), answers_from(10**7, 10**7 - 10**3)
     assert far.isfinite().all()
     assert torch.equal(far, answers_from(10**7, 10**7 - 10**3))
-    # What is left is the rounding of the rope table to half precision.
+    # The remainder is the rounding of the rope table to half precision.
     assert relative_rms(far, near) < 2e-5
     assert relative_rms(answers_from(10**7, 0), near) > 1e-3, "motion at its old position gives another result"
 

@@ -29,7 +29,7 @@ from avatar.types import FRAMES_PER_LATENT
 from tests.parity.goldens import Golden, Report
 
 Module = TypeVar("Module", bound=nn.Module)
-# What bfloat16 may move a result by, relative RMS. Emulated on the reference it moves velocities by 6e-3 to 8e-3.
+# Relative RMS by which bfloat16 may move a result. Emulated on the reference it moves velocities by 6e-3 to 8e-3.
 HALF_PRECISION = 2e-2
 # Recorded places that ours has no counterpart of: modulation before a layer's own part is added.
 NOT_EXPOSED = {"layer0.e0"}

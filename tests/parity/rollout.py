@@ -25,7 +25,7 @@ from avatar.vae.wan import Slots
 from tests.parity.goldens import Golden, Report
 from tests.parity.vae import wan_vae
 
-# What is recorded of each kind of event exactly, and as means.
+# Fields of each kind of event that are recorded exactly, and as means.
 PREFILL = (["ref_shape", "motion_shape"], ["ref_mean", "motion_mean"])
 DENOISE = (
     ["t", "current_start", "current_end", "cache_pos", "cache_active"],

@@ -77,7 +77,7 @@ class LiveStream:
         )
         self._framer = Framer(options)
         self._has_room = asyncio.Event()
-        # What the audio stage had accumulated by each admitted block.
+        # The running statistics of the audio stage as of each admitted block.
         self._statistics: deque[bytes] = deque()
         # Blocks before which a stage's stream was rebuilt, and whose frames have not come yet.
         self._rebuilt: set[int] = {position.next_block} if position.opened else set()
