@@ -253,7 +253,7 @@ class DenoisingLoop:
         block = replace(block, conditions=self.conditions)
         for level, state in zip(self.levels, self.states, strict=True):
             block = level.step(block, state)
-        if last.updates_sink(block, self.session):
+        if block.index == 0 and last.updates_sink(self.session):
             assert block.latent is not None
             self._updated_conditions = self.conditions.with_sink(block.latent)
         return block

@@ -106,9 +106,9 @@ class Denoiser:
             return self.config.sink_update_block
         return session.sink_update_block or None
 
-    def updates_sink(self, block: Block, session: Session) -> bool:
-        """Return True if this level's result of this block becomes the sink of the session's next conditions."""
-        return block.index == 0 and self.is_last and self.sink_update_block(session) is not None
+    def updates_sink(self, session: Session) -> bool:
+        """Return True if this level's result of block 0 becomes the sink of the session's next conditions."""
+        return self.is_last and self.sink_update_block(session) is not None
 
     def open(self, session: Session) -> DenoiserState:
         """Return a state with an empty cache. ValueError if the session does not fit the network."""

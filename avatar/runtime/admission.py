@@ -13,74 +13,32 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from statistics import median_low
-from typing import Any, TypeVar
 
 from avatar import telemetry
 from avatar.errors import NoCapacity
 from avatar.types import BLOCK_S
-
-Out = TypeVar("Out")
 
 # Share of a device's time that live streams may need. The rest is for openings, prefills and offline streams. 22
 # streams of 20 ms fit (0.917), also if sleeps make a step last 20.5 ms (0.94); 23 do not (0.958).
 LIVE_SHARE = 0.94
 
 
-@dataclass
-class StreamUsage:
-    """Computing time of one stream.
-
-    busy_s: seconds of all steps. Of the last step: start_ns, end_ns, wall clock in nanoseconds; waited_s, seconds in
-    the device's queue, None if there is no queue.
-    """
-
-    busy_s: float = 0.0
-    start_ns: int = 0
-    end_ns: int = 0
-    waited_s: float | None = None
-
-    @property
-    def step_s(self) -> float:
-        """Seconds of the last step."""
-        return (self.end_ns - self.start_ns) / 1e9
-
-    @property
-    def last_step(self) -> tuple[int, int, float | None]:
-        """start_ns, end_ns and waited_s, as `telemetry.block_span` takes them."""
-        return self.start_ns, self.end_ns, self.waited_s
-
-    def add_step(self, start_ns: int, end_ns: int, waited_s: float | None = None) -> None:
-        self.start_ns, self.end_ns, self.waited_s = start_ns, end_ns, waited_s
-        self.busy_s += self.step_s
-
-    def measure(self, work: Callable[..., Out], *arguments: Any) -> Out:
-        """Call work and count it as a step."""
-        start_ns, started_ns = time.time_ns(), time.perf_counter_ns()
-        out = work(*arguments)
-        self.add_step(start_ns, start_ns + time.perf_counter_ns() - started_ns)
-        return out
-
-
-class StepTimes:
+class StepTimes(deque[float]):
     """Durations of a service's last fifty steps, in seconds."""
 
     def __init__(self) -> None:
-        self._steps_s: deque[float] = deque(maxlen=50)
-
-    def add(self, step_s: float) -> None:
-        self._steps_s.append(step_s)
+        super().__init__(maxlen=50)
 
     @property
     def p90_s(self) -> float:
         """90th percentile; 0 before the first step."""
-        return sorted(self._steps_s)[len(self._steps_s) * 9 // 10] if self._steps_s else 0.0
+        return sorted(self)[len(self) * 9 // 10] if self else 0.0
 
     @property
     def median_s(self) -> float:
         """Lower median, so that cold starts and prefills refuse no stream; 0 before the first step."""
-        return median_low(self._steps_s) if self._steps_s else 0.0
+        return median_low(self) if self else 0.0
 
 
 class DeviceLoad:
@@ -111,7 +69,8 @@ class DeviceLoad:
         try:
             yield
         finally:
-            self._live_streams.remove(stream)
+            # By identity: step times are equal if their numbers are.
+            self._live_streams = [each for each in self._live_streams if each is not stream]
 
     @property
     def num_free_sessions(self) -> int:
@@ -134,7 +93,7 @@ class AdmissionControl:
     A stream over the limit is refused, never queued: a live session cannot wait. A live stream is also refused when it
     and the other live streams would need more of the device's time than there is.
 
-    active: streams that are open. step_times: of the service's steps; the service adds them.
+    active: streams that are open. step_times: of the service's steps; its streams add them.
     """
 
     def __init__(self, limit: int, service: str, load: DeviceLoad, num_levels: int = 1) -> None:
@@ -155,7 +114,7 @@ class AdmissionControl:
         warm()
         started_ns = time.perf_counter_ns()
         num_blocks = warm()
-        self.step_times.add((time.perf_counter_ns() - started_ns) / num_blocks / 1e9)
+        self.step_times.append((time.perf_counter_ns() - started_ns) / num_blocks / 1e9)
         self._report_capacity()
 
     @property

@@ -13,10 +13,11 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Protocol, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from avatar.aio import background
-from avatar.runtime.admission import StreamUsage
+from avatar.runtime.admission import StepTimes
 from avatar.runtime.device_queue import DeviceQueue, Job
 from avatar.types import BLOCK_S, Session
 
@@ -38,6 +39,34 @@ class StreamingModel(Protocol[In_contra, Out_co, State]):
     def open(self, session: Session) -> State: ...
 
     def step(self, item: In_contra, state: State) -> Out_co: ...
+
+
+@dataclass
+class StreamUsage:
+    """Computing time of one stream.
+
+    step_times: of the stream's service, if it counts them. busy_s: seconds of all steps.
+    last_step: its start and its end, wall clock in nanoseconds, and its seconds in the device's queue, None without a
+    queue; what `telemetry.block_span` takes.
+    """
+
+    step_times: StepTimes | None = None
+    busy_s: float = 0.0
+    last_step: tuple[int, int, float | None] = (0, 0, None)
+
+    def add_step(self, start_ns: int, end_ns: int, waited_s: float | None = None) -> None:
+        step_s = (end_ns - start_ns) / 1e9
+        self.last_step = start_ns, end_ns, waited_s
+        self.busy_s += step_s
+        if self.step_times is not None:
+            self.step_times.append(step_s)
+
+    def measure(self, work: Callable[..., Out], *arguments: Any) -> Out:
+        """Call work and count it as a step."""
+        start_ns, started_ns = time.time_ns(), time.perf_counter_ns()
+        out = work(*arguments)
+        self.add_step(start_ns, start_ns + time.perf_counter_ns() - started_ns)
+        return out
 
 
 def local(

@@ -9,9 +9,9 @@ from typing import Any
 import grpc.aio
 
 from avatar.rpc.server import Context, parts, receive_open
-from avatar.runtime.admission import AdmissionControl, StreamUsage
+from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
-from avatar.runtime.pipeline import flatten, local
+from avatar.runtime.pipeline import StreamUsage, flatten, local
 from avatar.types import BLOCK_FRAMES, BLOCK_S
 from avatar.worker.v1 import (
     audio_pb2,
@@ -49,7 +49,7 @@ class Stage:
     def __post_init__(self) -> None:
         self.admission = AdmissionControl(self.limit, self.name, self.queue.load)
         for _ in range(WARM_STEPS):
-            self.admission.step_times.add(self.step.step_s)
+            self.admission.step_times.append(self.step.step_s)
 
     async def stream(
         self, model: Any, items: AsyncGenerator[Any, None], usage: StreamUsage, *, is_live: bool
@@ -59,7 +59,6 @@ class Stage:
         stage = local(model, session, self.queue, usage, is_live=is_live)
         async with aclosing(stage(_timed(items))) as answers:
             async for answer in answers:
-                self.admission.step_times.add(usage.step_s)
                 yield answer
 
 
@@ -103,7 +102,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
             history_s = self._stage.history_blocks * BLOCK_S
             yield audio_pb2.EncodeResponse(opened=audio_pb2.EncodeOpened(history_s=history_s))
-            usage, num_blocks = StreamUsage(), 0
+            usage, num_blocks = StreamUsage(self._stage.admission.step_times), 0
             answers = flatten(
                 self._stage.stream(
                     AudioModel(self._stage.step, opened), _pieces(requests), usage, is_live=opened.is_live
@@ -162,7 +161,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                     history_blocks=self._stage.history_blocks, num_levels=content.NUM_LEVELS, digest=DIGEST
                 )
             )
-            usage, num_blocks = StreamUsage(), 0
+            usage, num_blocks = StreamUsage(self._stage.admission.step_times), 0
             level = LevelModel(self._stage.step, opened.first_block, self._level)
             async with aclosing(
                 self._stage.stream(level, parts(requests, "block"), usage, is_live=opened.is_live)
@@ -225,7 +224,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             yield vae_pb2.DecodeResponse(
                 opened=vae_pb2.DecodeOpened(history_blocks=self._stage.history_blocks, init_segment=b"init")
             )
-            usage, num_blocks = StreamUsage(), 0
+            usage, num_blocks = StreamUsage(self._stage.admission.step_times), 0
             decoder = DecoderModel(self._stage.step, opened)
             answers = flatten(self._stage.stream(decoder, parts(requests, "block"), usage, is_live=opened.is_live))
             async with aclosing(answers) as frames:

@@ -12,9 +12,9 @@ from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
 from avatar.rpc.codec import audio_session_from_pb, block_to_pb, due_s, piece_from_bytes
 from avatar.rpc.server import Context, as_invalid_field, parts, receive_open
-from avatar.runtime.admission import AdmissionControl, StreamUsage
+from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
-from avatar.runtime.pipeline import flatten, local
+from avatar.runtime.pipeline import StreamUsage, flatten, local
 from avatar.types import BLOCK_FRAMES, AudioPiece
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
@@ -62,13 +62,12 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         admitted = self._admission.admit(opened.session_id, is_live=opened.is_live)
         with admitted, as_invalid_field("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
-            usage, num_blocks = StreamUsage(), 0
+            usage, num_blocks = StreamUsage(self._admission.step_times), 0
             model = ResumedAudioModel(self._audio, opened.first_block, opened.first_answer, opened.statistics)
             stage = local(model, audio_session_from_pb(opened), self._queue, usage, is_live=opened.is_live)
             async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
                 async for block in blocks:
                     span = telemetry.block_span("audio", block.index, *usage.last_step, link=opened.traceparent)
-                    self._admission.step_times.add(usage.step_s)
                     num_blocks += 1
                     yield pb.EncodeResponse(block=block_to_pb(replace(block, traceparent=span)))
             yield pb.EncodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))

@@ -14,9 +14,9 @@ from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, ChainMember, ChainStream
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
 from avatar.rpc.server import Context, as_invalid_field, parts, receive_open
-from avatar.runtime.admission import AdmissionControl, StreamUsage
+from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
-from avatar.runtime.pipeline import local
+from avatar.runtime.pipeline import StreamUsage, local
 from avatar.store.sessions import SessionStore
 from avatar.types import Block, Conditions, Session
 from avatar.worker.v1 import denoiser_pb2 as pb
@@ -95,18 +95,19 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         with admitted, self._chain_stream(opened) as chain_stream, as_invalid_field("block"):
             session = session_from_pb(await self._store.session(opened.session_id))
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
-            usage, num_blocks = StreamUsage(), 0
+            usage, num_blocks = StreamUsage(self._admission.step_times), 0
+            updates_sink = denoiser.updates_sink(session)
             # The copy to the host belongs to the step: later, a GPU would be computing the next block.
             then = None if chain_stream and not denoiser.is_last else on_host
             stage = local(denoiser, session, self._queue, usage, then=then, is_live=opened.is_live)
             async with aclosing(stage(self._blocks(opened, requests, chain_stream))) as blocks:
                 async for block in blocks:
-                    step, level = usage.last_step, opened.level
-                    telemetry.block_span("denoiser", block.index, *step, level=level, parent=block.traceparent)
-                    self._admission.step_times.add(usage.step_s)
+                    telemetry.block_span(
+                        "denoiser", block.index, *usage.last_step, level=opened.level, parent=block.traceparent
+                    )
                     num_blocks += 1
                     answer = latent_to_pb(chain_stream.hand_over(block) if chain_stream else block)
-                    if denoiser.updates_sink(block, session):
+                    if updates_sink and block.index == 0:
                         answer.carried.CopyFrom(await self._write_sink(opened.session_id, block))
                     yield pb.DenoiseResponse(block=answer)
             yield pb.DenoiseResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))

@@ -13,9 +13,9 @@ from avatar import telemetry
 from avatar.errors import NoCapacity
 from avatar.rpc.codec import block_from_pb, session_from_pb, tensor_to_pb
 from avatar.rpc.server import Context, as_invalid_field, parts, receive_open
-from avatar.runtime.admission import AdmissionControl, StreamUsage
+from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
-from avatar.runtime.pipeline import local
+from avatar.runtime.pipeline import StreamUsage, local
 from avatar.store.sessions import SessionStore
 from avatar.types import BLOCK_FRAMES, Block, FrameChunk
 from avatar.vae import encodings
@@ -125,12 +125,12 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 self._encoder, encodings.init_segment, encoding, session.height, session.width, rate_hz, quality
             )
             yield pb.DecodeResponse(opened=pb.DecodeOpened(history_blocks=self._vae.history_blocks, init_segment=init))
-            decoding_usage, encoding_usage, num_blocks = StreamUsage(), StreamUsage(), 0
+            decoding_usage, encoding_usage = StreamUsage(self._admission.step_times), StreamUsage()
+            num_blocks = 0
             stage = local(self._vae, session_from_pb(session), self._queue, decoding_usage, is_live=opened.is_live)
             async with aclosing(stage(_blocks(opened, requests))) as chunks:
                 async for chunk in chunks:
                     telemetry.block_span("vae", chunk.index, *decoding_usage.last_step, parent=chunk.traceparent)
-                    self._admission.step_times.add(decoding_usage.step_s)
                     frames = await loop.run_in_executor(self._encoder, encoding_usage.measure, encode, chunk)
                     telemetry.block_span("encode", chunk.index, *encoding_usage.last_step, parent=chunk.traceparent)
                     num_blocks += 1

@@ -98,7 +98,7 @@ def generate(report: Report, golden: Golden, levels: list["Level"], conditions: 
             block = each.denoiser.step(block, each.state)
             assert block.latent is not None
             report.compare(f"{name}/s{level}", block.latent, tensors[f"{name}/s{level}/x_out"], max_abs=limit)
-        if block.latent is not None and last.updates_sink(block, session):
+        if block.latent is not None and index == 0 and last.updates_sink(session):
             sinks.append(conditions.with_sink(block.latent))
         blocks.append(block)
     for version, made in enumerate(sinks):

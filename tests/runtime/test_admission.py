@@ -15,7 +15,7 @@ from avatar.types import BLOCK_FRAMES, BLOCK_S
 def step_times(*steps_s: float) -> StepTimes:
     times = StepTimes()
     for step_s in steps_s:
-        times.add(step_s)
+        times.append(step_s)
     return times
 
 
@@ -86,7 +86,7 @@ def test_a_stream_over_the_limit_is_refused_until_another_ends() -> None:
 
 def test_a_live_stream_the_device_has_no_time_for_is_refused_until_another_ends() -> None:
     admission = AdmissionControl(8, "audio", DeviceLoad())
-    admission.step_times.add(0.2)
+    admission.step_times.append(0.2)
     assert admission.capacity == 2, "two of 0.2 s fit into 0.45 s of every block"
     with admission.admit("a", is_live=True):
         with admission.admit("b", is_live=True):

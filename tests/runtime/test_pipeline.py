@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from avatar.runtime.admission import StreamUsage
+from avatar.runtime.admission import StepTimes
 from avatar.runtime.device_queue import DeviceQueue
-from avatar.runtime.pipeline import Stage, flatten, local
+from avatar.runtime.pipeline import Stage, StreamUsage, flatten, local
 from avatar.types import Session
 from tests.busy import WAIT_S
 
@@ -223,12 +223,13 @@ async def test_usage_counts_every_step_and_describes_the_last(
             now.s += item
             return super().step(item, state)
 
-    usage = StreamUsage()
+    usage = StreamUsage(StepTimes())
     stream = local(Slow(), SESSION, queue, usage)(Source([1, 2]).stream())
     await anext(stream)
-    assert usage == StreamUsage(busy_s=1, waited_s=0, start_ns=10 * 10**9, end_ns=11 * 10**9)
+    assert (usage.busy_s, usage.last_step) == (1, (10 * 10**9, 11 * 10**9, 0))
     await anext(stream)
-    assert usage == StreamUsage(busy_s=3, waited_s=0, start_ns=11 * 10**9, end_ns=13 * 10**9)
+    assert (usage.busy_s, usage.last_step) == (3, (11 * 10**9, 13 * 10**9, 0))
+    assert list(usage.step_times or ()) == [1, 2]
     await stream.aclose()
 
 
