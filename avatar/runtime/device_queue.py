@@ -93,9 +93,14 @@ class DeviceQueue:
         return self._put(Job(lambda: work(*arguments))).future
 
     async def run(self, work: Callable[..., Out], *arguments: Any, due_s: float | None = None) -> Out:
-        """Queue a call and return its result."""
-        out: Out = await self.result(self._put(Job(lambda: work(*arguments), due_s)))
-        return out
+        """Queue a call and return its result. If the caller is cancelled, so is the call."""
+        job = self._put(Job(lambda: work(*arguments), due_s))
+        try:
+            out: Out = await asyncio.wrap_future(job.future)
+            return out
+        except asyncio.CancelledError:
+            self.cancel(job)
+            raise
 
     def step(
         self,
@@ -119,16 +124,8 @@ class DeviceQueue:
 
         return self._put(Job(work, due_s), after)
 
-    async def result(self, job: Job) -> Any:
-        """Wait for a job's result. If the caller is cancelled, so is the job."""
-        try:
-            return await asyncio.wrap_future(job.future)
-        except asyncio.CancelledError:
-            self.cancel(job)
-            raise
-
     def cancel(self, job: Job) -> None:
-        """Take a job out of the queue, unless it has started."""
+        """Take a job out of the queue, unless it has started or is done."""
         job.future.cancel()
         with self._lock:
             if job in self._jobs:

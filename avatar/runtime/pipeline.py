@@ -110,14 +110,16 @@ def local(
                 jobs.put_nowait(None)
 
         async with background(submit()) as submitting:
+            job = None
             try:
                 while job := await jobs.get():
-                    answer = await queue.result(job)
+                    answer = await asyncio.wrap_future(job.future)
                     used.add_step(job.start_ns, job.end_ns, job.waited_s)
                     yield answer
                     slots.release()
                 await submitting
             finally:
+                jobs.put_nowait(job)
                 while not jobs.empty():
                     if job := jobs.get_nowait():
                         queue.cancel(job)

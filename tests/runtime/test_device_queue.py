@@ -173,9 +173,9 @@ async def test_a_streams_next_item_waits_outside_the_queue(queue: DeviceQueue) -
         third = queue.step(model, Item("a2"), [], after=second)
         other = queue.step(model, Item("b0"), [])
         assert queue.num_waiting == 2
-    assert [await queue.result(job) for job in (first, second, third, other)] == ["A0", "A1", "A2", "B0"]
+    assert [await asyncio.wrap_future(job.future) for job in (first, second, third, other)] == ["A0", "A1", "A2", "B0"]
     assert model.steps == ["a0", "b0", "a1", "a2"], "no stream's second item runs before another's first"
-    assert await queue.result(queue.step(model, Item("a3"), [], after=third)) == "A3"
+    assert await asyncio.wrap_future(queue.step(model, Item("a3"), [], after=third).future) == "A3"
 
 
 async def test_then_is_applied_before_the_next_job_starts(queue: DeviceQueue) -> None:
@@ -189,7 +189,7 @@ async def test_then_is_applied_before_the_next_job_starts(queue: DeviceQueue) ->
         first = queue.step(model, Item("a0"), [], then=then)
         second = queue.step(model, Item("a1"), [], then=then, after=first)
         other = queue.step(model, Item("b0"), [], then=then)
-    assert [await queue.result(job) for job in (first, second, other)] == ["A0!", "A1!", "B0!"]
+    assert [await asyncio.wrap_future(job.future) for job in (first, second, other)] == ["A0!", "A1!", "B0!"]
     assert model.steps == ["a0", "then A0", "b0", "then B0", "a1", "then A1"]
 
 
@@ -201,7 +201,7 @@ async def test_a_job_behind_one_that_failed_or_was_cancelled_never_runs(queue: D
             queue.step(model, Item("never"), [], after=queue.step(model, Item("next"), [], after=job))
         queue.cancel(cancelled)
     with pytest.raises(ValueError, match="WRONG is in capitals"):
-        await queue.result(wrong)
+        await asyncio.wrap_future(wrong.future)
     queue.step(model, Item("late"), [], after=wrong)
     assert await queue.run(int) == 0
     assert model.steps == ["WRONG"]
@@ -215,7 +215,7 @@ async def test_a_job_that_is_cancelled_while_it_is_held_back_never_runs_and_is_f
         second = queue.step(model, item, ["a"], after=first)
         queue.cancel(second)
         del second, item
-    await queue.result(first)
+    await asyncio.wrap_future(first.future)
     await queue.run(int)
     assert model.steps == ["a0"]
     assert cancelled() is None
