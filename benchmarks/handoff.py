@@ -25,7 +25,8 @@ from avatar.handoff.client import RemoteChain
 from avatar.rpc.channel import channel
 from avatar.rpc.client import Relayable, RemoteStage, remote_denoiser
 from avatar.rpc.codec import block_from_pb, latent_to_pb, tensor_from_pb
-from avatar.rpc.server import Context, parts, receive_open, serving, until_stopped
+from avatar.rpc.interceptor import Context, parts, receive_open
+from avatar.rpc.server import serving, until_stopped
 from avatar.runtime.pipeline import Stage
 from avatar.types import Block
 from avatar.worker.v1 import denoiser_pb2 as pb

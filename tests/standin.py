@@ -8,7 +8,8 @@ from typing import Any
 
 from avatar.client import connect
 from avatar.errors import InvalidField, StageLost
-from avatar.rpc.server import Context, Servicer, serving
+from avatar.rpc.interceptor import Context
+from avatar.rpc.server import Servicer, serving
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore

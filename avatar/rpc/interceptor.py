@@ -1,4 +1,7 @@
-"""The server interceptor that turns exceptions of handlers into gRPC statuses."""
+"""Calls at a server: their requests in order, and the exceptions of their handlers as gRPC statuses.
+
+A worker's stream is `open`, items, `close`: a handler reads it with `receive_open` and then `parts`.
+"""
 
 import asyncio
 import logging
@@ -6,19 +9,26 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
 
 from avatar import telemetry
-from avatar.errors import AvatarError, InvalidField
+from avatar.errors import AvatarError, ConnectionLost, InvalidField, ProtocolOrder
 from avatar.rpc.status import root_cause, status_of
 
 logger = logging.getLogger(__name__)
+
+# A peer that starts a stream and sends no `open` message is disconnected after so many seconds.
+OPEN_S = 30.0
+
+Request = TypeVar("Request", bound=Message)
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
@@ -46,22 +56,22 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
         if handler.stream_stream:
 
-            async def stream(messages: AsyncIterator[bytes], context: Any) -> None:
+            async def stream(requests: AsyncIterator[Any], context: Any) -> None:
                 with _outcome(method) as outcome:
-                    async with aclosing(_parse_all(handler, messages)) as requests:
-                        answers = handler.stream_stream(requests, context)
-                        if isinstance(answers, AsyncGenerator):
-                            # gRPC leaves a generator open until it is collected, and with it its session's state.
-                            async with aclosing(answers):
-                                async for answer in answers:
-                                    await context.write(answer)
-                        else:  # the handler writes by itself
-                            await answers
+                    answers = handler.stream_stream(requests, context)
+                    if isinstance(answers, AsyncGenerator):
+                        # gRPC leaves a generator open until it is collected, and with it its session's state.
+                        async with aclosing(answers):
+                            async for answer in answers:
+                                await context.write(answer)
+                    else:  # the handler writes by itself
+                        await answers
                 answers = answer = None  # see `abort`: this frame is kept, too
                 if outcome.status:
                     await outcome.abort(context)
 
-            return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
+            parse = partial(_parse, handler)
+            return grpc.stream_stream_rpc_method_handler(stream, parse, handler.response_serializer)
         return handler
 
 
@@ -126,6 +136,40 @@ def _parse(handler: Any, data: bytes) -> Any:
         raise InvalidField.at("request", "the bytes are not a message of this method") from error
 
 
-async def _parse_all(handler: Any, messages: AsyncIterator[bytes]) -> AsyncGenerator[Any, None]:
-    async for data in messages:
-        yield _parse(handler, data)
+async def receive_open(requests: AsyncIterator[Request]) -> Any:
+    """Return the `open` message of a stream. ProtocolOrder if another message comes first, or none within OPEN_S."""
+    try:
+        async with asyncio.timeout(OPEN_S):
+            request: Any = await anext(aiter(requests), None)
+    except TimeoutError as error:
+        raise ProtocolOrder(f"the stream was not opened within {OPEN_S:g} s") from error
+    if request is None:
+        raise ConnectionLost("the stream ended before it was opened")
+    part = request.WhichOneof("part")
+    if part != "open":
+        raise ProtocolOrder(f"the stream began with {part or 'an empty message'}, expected open")
+    return request.open
+
+
+async def parts(requests: AsyncIterator[Request], field: str) -> AsyncGenerator[Any, None]:
+    """Yield the items of an opened stream until `close`.
+
+    field: of the items. ProtocolOrder for any other message; ConnectionLost if the stream ends without close.
+    """
+    async for request in requests:
+        part = request.WhichOneof("part")
+        if part == "close":
+            return
+        if part != field:
+            raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream, expected {field} or close")
+        yield getattr(request, field)
+    raise ConnectionLost("the stream ended without close")
+
+
+@contextmanager
+def as_invalid_field(field: str, error: type[InvalidField] = InvalidField) -> Iterator[None]:
+    """Turn a ValueError of the body into an error that names the field whose value a model could not use."""
+    try:
+        yield
+    except ValueError as problem:
+        raise error.at(field, str(problem)) from problem

@@ -1,23 +1,17 @@
-"""A service's server: its life, and the order of messages on a worker's stream.
-
-A worker's stream is `open`, items, `close`: a handler reads it with `receive_open` and then `parts`. Exceptions become
-statuses in avatar.rpc.interceptor.
-"""
+"""A service's server, from start to shutdown."""
 
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Protocol, TypeAlias, TypeVar
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from typing import Protocol
 
 import grpc
 import grpc.aio
-from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from avatar.errors import ConnectionLost, InvalidField, ProtocolOrder
 from avatar.rpc.channel import MAX_MESSAGE_BYTES, OPTIONS
 from avatar.rpc.interceptor import StatusInterceptor
 
@@ -29,12 +23,6 @@ SERVER_OPTIONS = [
     # Two servers on one port would share its connections at random; a worker's streams have state.
     ("grpc.so_reuseport", 0),
 ]
-
-# A peer that starts a stream and sends no `open` message is disconnected after so many seconds.
-OPEN_S = 30.0
-
-Request = TypeVar("Request", bound=Message)
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class Servicer(Protocol):
@@ -90,42 +78,3 @@ async def until_stopped() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     await stopped.wait()
-
-
-async def receive_open(requests: AsyncIterator[Request]) -> Any:
-    """Return the `open` message of a stream. ProtocolOrder if another message comes first, or none within OPEN_S."""
-    try:
-        async with asyncio.timeout(OPEN_S):
-            request: Any = await anext(aiter(requests), None)
-    except TimeoutError as error:
-        raise ProtocolOrder(f"the stream was not opened within {OPEN_S:g} s") from error
-    if request is None:
-        raise ConnectionLost("the stream ended before it was opened")
-    part = request.WhichOneof("part")
-    if part != "open":
-        raise ProtocolOrder(f"the stream began with {part or 'an empty message'}, expected open")
-    return request.open
-
-
-async def parts(requests: AsyncIterator[Request], field: str) -> AsyncGenerator[Any, None]:
-    """Yield the items of an opened stream until `close`.
-
-    field: of the items. ProtocolOrder for any other message; ConnectionLost if the stream ends without close.
-    """
-    async for request in requests:
-        part = request.WhichOneof("part")
-        if part == "close":
-            return
-        if part != field:
-            raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream, expected {field} or close")
-        yield getattr(request, field)
-    raise ConnectionLost("the stream ended without close")
-
-
-@contextmanager
-def as_invalid_field(field: str, error: type[InvalidField] = InvalidField) -> Iterator[None]:
-    """Turn a ValueError of the body into an error that names the field whose value a model could not use."""
-    try:
-        yield
-    except ValueError as problem:
-        raise error.at(field, str(problem)) from problem

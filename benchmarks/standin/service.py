@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc.aio
 
-from avatar.rpc.server import Context, parts, receive_open
+from avatar.rpc.interceptor import Context, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, flatten, local

@@ -11,7 +11,7 @@ from avatar.audio.model import AudioModel, ResumedAudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
 from avatar.rpc.codec import audio_session_from_pb, block_to_pb, due_s, piece_from_bytes
-from avatar.rpc.server import Context, as_invalid_field, parts, receive_open
+from avatar.rpc.interceptor import Context, as_invalid_field, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, flatten, local

@@ -13,7 +13,7 @@ from avatar.denoiser.denoiser import Denoiser
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, ChainMember, ChainStream
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
-from avatar.rpc.server import Context, as_invalid_field, parts, receive_open
+from avatar.rpc.interceptor import Context, as_invalid_field, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, local

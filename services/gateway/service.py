@@ -12,7 +12,7 @@ import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
 from avatar.errors import InvalidField, MessageTooLarge, NotStreaming, SessionClosed
-from avatar.rpc.server import Context, receive_open
+from avatar.rpc.interceptor import Context, receive_open
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb

@@ -10,7 +10,7 @@ import grpc.aio
 from avatar import telemetry
 from avatar.errors import NoCapacity, StateCorrupt
 from avatar.rpc.codec import tensor_to_pb
-from avatar.rpc.server import Context
+from avatar.rpc.interceptor import Context
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.store.sessions import SessionStore
 from avatar.text.model import TextEncoder

@@ -12,7 +12,7 @@ import grpc.aio
 from avatar import telemetry
 from avatar.errors import NoCapacity
 from avatar.rpc.codec import block_from_pb, session_from_pb, tensor_to_pb
-from avatar.rpc.server import Context, as_invalid_field, parts, receive_open
+from avatar.rpc.interceptor import Context, as_invalid_field, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, local

@@ -5,7 +5,8 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 from avatar.errors import AvatarError, ConnectionLost
-from avatar.rpc.server import Context, receive_open, serving
+from avatar.rpc.interceptor import Context, receive_open
+from avatar.rpc.server import serving
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types

@@ -12,7 +12,7 @@ from avatar.failover.connector import OpenStream, StageConnector
 from avatar.failover.pool import Worker as PoolWorker
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.client import remote_audio
-from avatar.rpc.server import Context, parts, receive_open
+from avatar.rpc.interceptor import Context, parts, receive_open
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1.types_pb2 import Block, Closed
 from tests.failover.test_pool import pooled, workers

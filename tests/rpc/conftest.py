@@ -10,7 +10,8 @@ import grpc.aio
 import pytest
 
 from avatar.rpc.channel import channel
-from avatar.rpc.server import Context, parts, receive_open, serving
+from avatar.rpc.interceptor import Context, parts, receive_open
+from avatar.rpc.server import serving
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from avatar.worker.v1.types_pb2 import Block, Closed

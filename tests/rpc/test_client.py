@@ -23,7 +23,7 @@ from avatar.errors import (
 )
 from avatar.rpc.channel import channel
 from avatar.rpc.client import RemoteStage, remote_audio, remote_vae, stage_error
-from avatar.rpc.server import Context, receive_open
+from avatar.rpc.interceptor import Context, receive_open
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc, vae_pb2
 from avatar.worker.v1.types_pb2 import Block, Closed

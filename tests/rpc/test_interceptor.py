@@ -16,12 +16,12 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from avatar.errors import REASONS, InvalidAudio, SessionNotFound, StageLost
 from avatar.rpc.channel import channel
-from avatar.rpc.server import Context, receive_open
+from avatar.rpc.interceptor import Context, as_invalid_field, receive_open
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from avatar.worker.v1.types_pb2 import Block
 from tests.refusals import refused
-from tests.rpc.conftest import OPEN, OPENED, WAIT_S, Requests, Responses, Worker, encode
+from tests.rpc.conftest import CLOSE, OPEN, OPENED, WAIT_S, Requests, Responses, Worker, encode, piece
 
 
 def raising(error: BaseException) -> Responses:
@@ -191,3 +191,45 @@ async def test_calls_are_measured_by_method_and_status(
     for method, code in ((f"{service}/GetInfo", "OK"), (f"{service}/Encode", "NOT_FOUND")):
         labels = {"rpc.system.name": "grpc", "rpc.method": method, "rpc.response.status_code": code}
         assert labels in recorded
+
+
+@pytest.mark.parametrize(
+    ("requests", "reason", "words"),
+    [
+        ([], "CONNECTION_LOST", "ended before it was opened"),
+        ([CLOSE], "PROTOCOL_ORDER", "began with close, expected open"),
+        ([pb.EncodeRequest(piece=piece(0))], "PROTOCOL_ORDER", "began with piece, expected open"),
+        ([pb.EncodeRequest()], "PROTOCOL_ORDER", "began with an empty message, expected open"),
+        ([OPEN, OPEN], "PROTOCOL_ORDER", "open came on an open stream, expected piece or close"),
+        ([OPEN, pb.EncodeRequest()], "PROTOCOL_ORDER", "an empty message came on an open stream"),
+        ([OPEN], "CONNECTION_LOST", "ended without close"),
+        ([OPEN, pb.EncodeRequest(piece=piece(0))], "CONNECTION_LOST", "ended without close"),
+    ],
+)
+async def test_open_comes_first_and_once_and_close_last(
+    stub: audio_pb2_grpc.AudioServiceAsyncStub, requests: list[pb.EncodeRequest], reason: str, words: str
+) -> None:
+    async with refused(reason) as refusal:
+        await encode(stub, requests)
+    assert words in refusal.message
+
+
+async def test_a_stream_that_is_not_opened_in_time_is_ended(
+    stub: audio_pb2_grpc.AudioServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avatar.rpc.interceptor.OPEN_S", 0.1)
+    async with refused("PROTOCOL_ORDER") as refusal:
+        await stub.Encode().read()
+    assert refusal.message == "the stream was not opened within 0.1 s"
+
+
+def test_an_invalid_field_is_named_and_keeps_its_cause() -> None:
+    with (
+        pytest.raises(InvalidAudio, match=r"^audio\.data: it is NaN$") as caught,
+        as_invalid_field("audio.data", InvalidAudio),
+    ):
+        raise ValueError("it is NaN")
+    assert caught.value.violations == (("audio.data", "it is NaN"),)
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(KeyError), as_invalid_field("audio.data"):
+        raise KeyError("ours")

@@ -1,4 +1,4 @@
-"""Tests of avatar.rpc.server: a server's life, and the order of messages on a worker's stream."""
+"""Tests of avatar.rpc.server."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from avatar.errors import InvalidAudio
 from avatar.rpc.channel import channel
-from avatar.rpc.server import Context, Servicer, as_invalid_field, serving, until_stopped
+from avatar.rpc.interceptor import Context
+from avatar.rpc.server import Servicer, serving, until_stopped
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings
 from avatar.store.sessions import SessionStore
 from avatar.store.usage import TenantUsage
-from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
@@ -32,8 +31,7 @@ from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
 from services.text.__main__ import build as build_text
 from services.vae.__main__ import build as build_vae
-from tests.refusals import refused
-from tests.rpc.conftest import CLOSE, OPEN, OPENED, WAIT_S, Requests, Responses, Worker, encode, numbered, piece
+from tests.rpc.conftest import CLOSE, OPEN, OPENED, WAIT_S, Requests, Responses, Worker, numbered
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -120,45 +118,3 @@ async def test_a_process_is_stopped_by_a_signal(number: signal.Signals) -> None:
     assert not stopping.done()
     os.kill(os.getpid(), number)
     await asyncio.wait_for(stopping, WAIT_S)
-
-
-@pytest.mark.parametrize(
-    ("requests", "reason", "words"),
-    [
-        ([], "CONNECTION_LOST", "ended before it was opened"),
-        ([CLOSE], "PROTOCOL_ORDER", "began with close, expected open"),
-        ([pb.EncodeRequest(piece=piece(0))], "PROTOCOL_ORDER", "began with piece, expected open"),
-        ([pb.EncodeRequest()], "PROTOCOL_ORDER", "began with an empty message, expected open"),
-        ([OPEN, OPEN], "PROTOCOL_ORDER", "open came on an open stream, expected piece or close"),
-        ([OPEN, pb.EncodeRequest()], "PROTOCOL_ORDER", "an empty message came on an open stream"),
-        ([OPEN], "CONNECTION_LOST", "ended without close"),
-        ([OPEN, pb.EncodeRequest(piece=piece(0))], "CONNECTION_LOST", "ended without close"),
-    ],
-)
-async def test_open_comes_first_and_once_and_close_last(
-    stub: audio_pb2_grpc.AudioServiceAsyncStub, requests: list[pb.EncodeRequest], reason: str, words: str
-) -> None:
-    async with refused(reason) as refusal:
-        await encode(stub, requests)
-    assert words in refusal.message
-
-
-async def test_a_stream_that_is_not_opened_in_time_is_ended(
-    stub: audio_pb2_grpc.AudioServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("avatar.rpc.server.OPEN_S", 0.1)
-    async with refused("PROTOCOL_ORDER") as refusal:
-        await stub.Encode().read()
-    assert refusal.message == "the stream was not opened within 0.1 s"
-
-
-def test_an_invalid_field_is_named_and_keeps_its_cause() -> None:
-    with (
-        pytest.raises(InvalidAudio, match=r"^audio\.data: it is NaN$") as caught,
-        as_invalid_field("audio.data", InvalidAudio),
-    ):
-        raise ValueError("it is NaN")
-    assert caught.value.violations == (("audio.data", "it is NaN"),)
-    assert isinstance(caught.value.__cause__, ValueError)
-    with pytest.raises(KeyError), as_invalid_field("audio.data"):
-        raise KeyError("ours")
