@@ -30,6 +30,11 @@ class Turn:
     is_ended: bool = False
     is_started: bool = False
 
+    @property
+    def is_over(self) -> bool:
+        """True if it has ended and all its frames have been put into the outbox."""
+        return self.is_ended and self.num_finished == self.num_samples
+
 
 @dataclass(eq=False)
 class StartedBlock:

@@ -9,7 +9,7 @@ is not admitted, and the frames of blocks that are; it never reaches into the pi
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from avatar import telemetry
@@ -49,8 +49,12 @@ class LiveStream:
         position: types_pb2.Position,
         conditions: types_pb2.Conditions,
         settings: GatewaySettings,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """position, conditions: where the session starts or resumes, and the conditions of its next block."""
+        """position, conditions: where the session starts or resumes, and the conditions of its next block.
+
+        now: clock, in seconds.
+        """
         self.position = position
         self.num_blocks = 0
         self.advanced = asyncio.Event()
@@ -58,7 +62,8 @@ class LiveStream:
         self.acks = Acks(position)
         self._stages, self._options, self._settings = stages, options, settings
         self._grid = MediaGrid(options.rate_hz, session.frame_rate_hz, session.block_frames)
-        self._timeline = Timeline(self._grid, stages.block_latency_s)
+        self._now = now
+        self._timeline = Timeline(self._grid, stages.block_latency_s, now)
         self.outbox = Outbox(
             self._grid,
             position,
@@ -73,7 +78,7 @@ class LiveStream:
         lookahead_samples = -(-stages.lookahead_ns * options.rate_hz // 1_000_000_000)
         pacing = LivePacing(lookahead_samples, settings.patience_s, stages.remaining_s[0])
         self._speech = SpeechQueue(
-            self._grid, options.sample_bytes, self._in_flight, pacing, turn, position.num_samples
+            self._grid, options.sample_bytes, self._in_flight, pacing, turn, position.num_samples, now
         )
         self._framer = Framer(options)
         self._has_room = asyncio.Event()
@@ -111,7 +116,7 @@ class LiveStream:
             case "end_turn":
                 turn = self._speech.end_turn()
                 self.acks.received(0, turn.number)
-                self._finish_if_delivered(turn)
+                self._finish_turns()
             case "interrupt":
                 response = self.interrupt()
                 self.acks.received(0)
@@ -124,8 +129,7 @@ class LiveStream:
                     raise InvalidAudio.at("audio.data", "the stream was closed before any audio came")
                 turn = self._speech.close()
                 self.acks.received(0, turn.number)
-                if turn.num_samples:
-                    self._finish_if_delivered(turn)
+                self._finish_turns()
                 return True
             case part:
                 raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream")
@@ -138,7 +142,7 @@ class LiveStream:
         self._framer.drop()
         self._in_flight.drop()
         for turn in self._speech.interrupt():
-            self._finish(turn, interrupted=True)
+            self.outbox.put(playback_finished(turn, interrupted=True))
         delivered_us = self._grid.duration_us(self.outbox.drop())
         self.outbox.num_delivered = self._speech.num_samples
         self._timeline.restart(self.outbox.next_frame)
@@ -183,7 +187,7 @@ class LiveStream:
         sample_bytes = self._options.sample_bytes
         if len(data) % sample_bytes:
             raise InvalidAudio.at("audio.data", f"{len(data)} bytes are no multiple of {sample_bytes}")
-        self._first_audio_s = self._first_audio_s or time.monotonic()
+        self._first_audio_s = self._first_audio_s or self._now()
         num_samples = len(data) // sample_bytes
         if not self._options.is_live:
             await self._wait_for_room()
@@ -297,18 +301,13 @@ class LiveStream:
         self.advanced.set()
         if block.turn and not block.is_dropped:
             block.turn.num_finished += block.num_samples
-            if block.turn.is_ended:
-                self._finish_if_delivered(block.turn)
+            self._finish_turns()
 
-    def _finish_if_delivered(self, turn: Turn) -> None:
-        """Finish a turn that has ended, unless frames of its speech are still to come."""
-        if turn.num_finished == turn.num_samples:
-            self._finish(turn, interrupted=False)
-
-    def _finish(self, turn: Turn, *, interrupted: bool) -> None:
-        if turn in self._speech.unfinished:
-            self._speech.unfinished.remove(turn)
-        self.outbox.put(playback_finished(turn, interrupted=interrupted))
+    def _finish_turns(self) -> None:
+        """Finish turns in order, up to the first that has not ended or has frames still to come."""
+        unfinished = self._speech.unfinished
+        while unfinished and unfinished[0].is_over:
+            self.outbox.put(playback_finished(unfinished.popleft(), interrupted=False))
 
     def _note_discontinuity(self, index: int) -> None:
         """Mark the next frame if a stage's stream was rebuilt before its block."""
@@ -320,7 +319,7 @@ class LiveStream:
 
     def _record_latency(self, block: StartedBlock) -> None:
         """Record that the first frame of a block is there, and tell the client if blocks keep being late."""
-        now_s = time.monotonic()
+        now_s = self._now()
         if block.turn and self._first_audio_s and not self._has_first_frame:
             self._has_first_frame = True
             telemetry.TIME_TO_FIRST_FRAME.record(now_s - self._first_audio_s)

@@ -50,7 +50,7 @@ class SpeechQueue:
         num_samples: int = 0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.unfinished: list[Turn] = [turn or Turn(0)]
+        self.unfinished: deque[Turn] = deque([turn or Turn(0)])
         self.num_samples = num_samples
         self._grid = grid
         self._sample_bytes = sample_bytes
@@ -106,21 +106,21 @@ class SpeechQueue:
         self._start_turn()
         return ended
 
-    def interrupt(self) -> list[Turn]:
-        """Drop what is not admitted, end all turns, and return those that had speech."""
+    def interrupt(self) -> deque[Turn]:
+        """Drop what is not admitted, end all turns, and return them in order."""
         ended = self.unfinished
         for turn in ended:
             turn.is_ended = True
             turn.pending.clear()
         self._is_interrupted = self._filling_turn is not None
-        self.unfinished = []
+        self.unfinished = deque()
         self._start_turn()
-        return [turn for turn in ended if turn.num_samples]
+        return ended
 
     def close(self) -> Turn:
-        """End the current turn and return it; nothing is added any more."""
+        """End the current turn, if it has speech, and return it; nothing is added any more."""
         self._is_closed = True
-        self.turn.is_ended = True
+        self.turn.is_ended = self.turn.num_samples > 0
         self._changed.set()
         return self.turn
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -78,7 +79,7 @@ class Decoder(HeldStage):
 
 
 class Encoder(HeldStage):
-    """An audio stage that answers every 0.48 s of audio with a block, without being released."""
+    """An audio stage that answers every 0.48 s of audio, and the rest of it, with a block, without being released."""
 
     async def __call__(self, items: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
         num_bytes = num_blocks = 0
@@ -91,6 +92,8 @@ class Encoder(HeldStage):
                 while num_bytes >= (num_blocks + 1) * BLOCK_BYTES:
                     yield types_pb2.Block(index=num_blocks, features=types_pb2.Tensor(dtype="float32"))
                     num_blocks += 1
+            if num_bytes > num_blocks * BLOCK_BYTES:
+                yield types_pb2.Block(index=num_blocks, features=types_pb2.Tensor(dtype="float32"))
 
     def answer(self, item: Any) -> Any:
         return item
@@ -99,7 +102,13 @@ class Encoder(HeldStage):
 class Pipeline:
     """A stream over stand-ins: an audio stage, two levels, a VAE stage."""
 
-    def __init__(self, sink_update_block: int | None = None, options: StreamOptions = OFFLINE, **settings: Any) -> None:
+    def __init__(
+        self,
+        sink_update_block: int | None = None,
+        options: StreamOptions = OFFLINE,
+        now: Callable[[], float] = time.monotonic,
+        **settings: Any,
+    ) -> None:
         self.encoder, self.decoder = Encoder("audio"), Decoder("vae")
         self.denoisers = [HeldStage("denoiser-0"), HeldStage("denoiser-1")]
         self.sent: list[api.StreamAvatarResponse] = []
@@ -108,7 +117,7 @@ class Pipeline:
         streams = SessionStages(*stages, remaining_s=[0.0] * 4, sink_update_block=sink_update_block)
         position = types_pb2.Position(next_frame=3)
         given = GatewaySettings(audio_ahead_s=2.0, **settings)
-        self.stream = LiveStream(streams, options, SESSION, position, types_pb2.Conditions(), given)
+        self.stream = LiveStream(streams, options, SESSION, position, types_pb2.Conditions(), given, now)
 
     @property
     def admitted(self) -> list[types_pb2.Block]:
