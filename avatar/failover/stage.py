@@ -48,7 +48,8 @@ class FailoverStage(Generic[Item, Answer]):
     """One session's stream at a stage: open it, then call it with the stream of items.
 
     stage: name that errors carry. closed: what the stream did, once it has ended.
-    on_rebuilt: called with the first block that a rebuilt stream answers.
+    on_rebuilt: called with the first block that a rebuilt stream answers. lost_at_s: when a worker was last lost, in
+    seconds of `time.monotonic`; -inf if none was.
     """
 
     def __init__(self, connector: StageConnector[Item, Answer], timeouts: FailoverTimeouts) -> None:
@@ -66,7 +67,7 @@ class FailoverStage(Generic[Item, Answer]):
         self._timer: asyncio.Timeout | None = None
         self._silent_at: float | None = None
         self._is_closing = False
-        self._lost_at = -math.inf
+        self.lost_at_s = -math.inf
         self._num_losses = 0
         self._is_rebuilt = False
 
@@ -172,8 +173,8 @@ class FailoverStage(Generic[Item, Answer]):
         """Open the stream again. Raises the loss if the stream was lost too often, or cannot be opened in time."""
         started, pause_s = time.monotonic(), FIRST_PAUSE_S
         # A session that idles may well outlive many workers.
-        self._num_losses = self._num_losses + 1 if started - self._lost_at < FORGET_S else 1
-        self._lost_at = started
+        self._num_losses = self._num_losses + 1 if started - self.lost_at_s < FORGET_S else 1
+        self.lost_at_s = started
         if self._current:
             self._current[0].mark_lost()  # until it answers again: a spare is tried first
         self.cancel()

@@ -135,7 +135,8 @@ class LiveSession:
                 ]
                 await tasks.create_task(self.stream.run())
                 await self._close()
-                closed = pb.AvatarClosed(num_blocks=self.stream.num_blocks, stages=self.stream.stage_usage())
+                num_blocks = self.stream.position.next_block
+                closed = pb.AvatarClosed(num_blocks=num_blocks, stages=self.stream.stage_usage())
                 self.stream.outbox.put(Item([pb.StreamAvatarResponse(closed=closed)]))
                 self.stream.outbox.finish()
                 await self.stream.outbox.is_drained.wait()

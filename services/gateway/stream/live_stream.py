@@ -7,10 +7,13 @@ is not admitted, and the frames of blocks that are; it never reaches into the pi
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
+from typing import Any
 
 from avatar import telemetry
 from avatar.errors import InvalidAudio, MessageTooLarge, ProtocolOrder
@@ -26,7 +29,7 @@ from services.gateway.stages import SessionStages
 from services.gateway.stream.acks import Acks
 from services.gateway.stream.conditions import ConditionVersions
 from services.gateway.stream.framing import Framer, playback_finished
-from services.gateway.stream.in_flight import BlocksInFlight, StartedBlock, Turn
+from services.gateway.stream.in_flight import FIRST_FRAME, BlocksInFlight, StartedBlock, Turn
 from services.gateway.stream.outbox import Item, Outbox, notice
 from services.gateway.stream.speech import LivePacing, SpeechQueue
 from services.gateway.stream.timeline import MediaGrid, Timeline
@@ -56,7 +59,6 @@ class LiveStream:
         now: clock, in seconds.
         """
         self.position = position
-        self.num_blocks = 0
         self.advanced = asyncio.Event()
         self.versions = ConditionVersions(position, conditions, stages.sink_update_block)
         self.acks = Acks(position)
@@ -84,8 +86,11 @@ class LiveStream:
         self._has_room = asyncio.Event()
         # The running statistics of the audio stage as of each admitted block.
         self._statistics: deque[bytes] = deque()
+        # When the session's first frame was put into the outbox, here or at another gateway.
+        self._first_frame_s = -math.inf if position.next_frame > FIRST_FRAME else math.inf
         # Blocks before which a stage's stream was rebuilt, and whose frames have not come yet.
-        self._rebuilt: set[int] = {position.next_block} if position.opened else set()
+        is_rebuilt = position.opened and position.next_frame > FIRST_FRAME
+        self._rebuilt: set[int] = {position.next_block} if is_rebuilt else set()
         self._last_rebuilt: int | None = None
         self._is_discontinuity = False
         self._first_audio_s: float | None = None
@@ -152,7 +157,7 @@ class LiveStream:
     async def run(self) -> None:
         """Make frames until the client has closed the stream and all of them are in the outbox."""
         for stage in self._stages.all[1:]:  # the audio stage's blocks have no index of the session: see `_admit`
-            stage.on_rebuilt = self._rebuilt.add
+            stage.on_rebuilt = partial(self._stage_rebuilt, stage)
         if self._options.is_live:
             self._timeline.restart(self.position.next_frame)
             pieces = self._speech.live(self._timeline, self.outbox)
@@ -209,13 +214,13 @@ class LiveStream:
 
     async def _admit(self, encoded: AsyncGenerator[types_pb2.Block, None]) -> AsyncGenerator[RelayedBlock, None]:
         """Number the encoded blocks that are still wanted, as many at a time as there are slots."""
-        is_rebuilt = False
+        is_rebuilt, audio = False, self._stages.audio
 
         def mark_rebuilt(_: int) -> None:
             nonlocal is_rebuilt
-            is_rebuilt = True
+            is_rebuilt = audio.lost_at_s > self._first_frame_s
 
-        self._stages.audio.on_rebuilt = mark_rebuilt
+        audio.on_rebuilt = mark_rebuilt
         async with aclosing(encoded):
             async for block in encoded:
                 if not self._options.is_live:
@@ -285,6 +290,7 @@ class LiveStream:
             if items := self._framer.add(frame, block, is_discontinuity=self._is_discontinuity):
                 await self.outbox.wait_for_space(warns=self._options.is_live and self.is_connected)
                 if not block.is_dropped:
+                    self._first_frame_s = min(self._first_frame_s, self._now())
                     for item in items:
                         self.outbox.put(item)
                         block.num_frames -= item.num_frames
@@ -295,7 +301,6 @@ class LiveStream:
     def _finish_block(self, index: int, block: StartedBlock) -> None:
         """Finish a block whose frames are all in the outbox, or were dropped."""
         self._in_flight.finish(index)
-        self.num_blocks += 1
         self.position.next_block = index + 1
         self.position.statistics = self._statistics.popleft()
         self.advanced.set()
@@ -308,6 +313,11 @@ class LiveStream:
         unfinished = self._speech.unfinished
         while unfinished and unfinished[0].is_over:
             self.outbox.put(playback_finished(unfinished.popleft(), interrupted=False))
+
+    def _stage_rebuilt(self, stage: FailoverStage[Any, Any], index: int) -> None:
+        """Record a stage's first block after a loss. Before the session's first frame there is nothing to jump."""
+        if stage.lost_at_s > self._first_frame_s:
+            self._rebuilt.add(index)
 
     def _note_discontinuity(self, index: int) -> None:
         """Mark the next frame if a stage's stream was rebuilt before its block."""

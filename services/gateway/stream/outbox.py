@@ -18,6 +18,7 @@ from avatar.errors import ConnectionLost, InvalidField, ResumeImpossible, SlowRe
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.worker.v1 import types_pb2
 from services.gateway.stream.fragments import renumber_fragment
+from services.gateway.stream.in_flight import FIRST_FRAME
 from services.gateway.stream.timeline import MediaGrid
 
 Write: TypeAlias = Callable[[api.StreamAvatarResponse], Awaitable[None]]
@@ -60,7 +61,7 @@ def notice(kind: api.Notice.Kind.ValueType, message: str, within_s: float = 0.0,
 class Outbox:
     """The outgoing messages of one session.
 
-    next_frame, next_event: numbers of the next frame and event to be sent. num_frames: frames that were sent.
+    next_frame, next_event: numbers of the next frame and event to be sent.
     end_frame: number that the next frame to be put will get.
     num_delivered: samples of the client's audio whose frames were sent, or never will be.
     is_drained: set when everything is sent and nothing more follows.
@@ -82,7 +83,6 @@ class Outbox:
         self.next_frame = position.next_frame
         self.next_event = position.next_event
         self.num_delivered = position.num_samples
-        self.num_frames = 0
         # The turn whose speech was sent last, and how many samples of it.
         self._last_speech: tuple[int | None, int] = (position.turn, position.num_turn_samples)
         self._unfinished_turn = position.turn
@@ -222,9 +222,8 @@ class Outbox:
                 case "interrupted":
                     message.interrupted.next_frame = self.next_frame
                 case "closed":
-                    message.closed.num_frames = self.num_frames
+                    message.closed.num_frames = self.next_frame - FIRST_FRAME
             num_bytes += message.ByteSize()
-        self.num_frames += item.num_frames
         self._num_waiting_frames -= item.num_frames
         if item.num_delivered is not None:
             self.num_delivered = item.num_delivered

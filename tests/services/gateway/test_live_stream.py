@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -41,6 +42,7 @@ class HeldStage:
         self.seen: list[Any] = []
         self.closed = types_pb2.Closed()
         self.on_rebuilt: Any = None
+        self.lost_at_s = -math.inf
         self.gate = asyncio.Semaphore(0)
 
     def release(self, count: int = 1000) -> None:
@@ -122,6 +124,15 @@ class Pipeline:
     @property
     def admitted(self) -> list[types_pb2.Block]:
         return self.denoisers[0].seen
+
+    def lose(self, stage: HeldStage, first_block: int) -> None:
+        """Lose a stage's worker; its stream is rebuilt before a block."""
+        stage.lost_at_s = time.monotonic()
+        stage.on_rebuilt(first_block)
+
+    @property
+    def jumps(self) -> list[int]:
+        return [response.frame.index for response in self.sent if response.frame.is_discontinuity]
 
     @property
     def frames(self) -> list[int]:
@@ -257,3 +268,19 @@ async def test_close_runs_to_the_end() -> None:
         await task
     assert pipeline.frames == [3, 4, 5]
     assert pipeline.stream.position.next_block == 3
+
+
+async def test_a_worker_that_is_lost_before_the_first_frame_marks_no_discontinuity() -> None:
+    pipeline = Pipeline()
+    pipeline.say(3)
+    async with pipeline.running():
+        for stage in (*pipeline.denoisers, pipeline.encoder):
+            pipeline.lose(stage, 0)
+        pipeline.lose(pipeline.denoisers[0], 1)
+        pipeline.release()
+        await settled()
+        assert (pipeline.frames, pipeline.jumps) == ([3, 4, 5], [])
+        pipeline.lose(pipeline.denoisers[1], 3)
+        pipeline.say(2)
+        await settled()
+        assert (pipeline.frames, pipeline.jumps) == ([3, 4, 5, 6, 7], [6])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +120,7 @@ def test_events_come_in_the_order_of_turns_and_every_turn_is_finished_once(
     options: StreamOptions, steps: list[Step], delays: Delays
 ) -> None:
     conversation = received(options, [Say(10000), *steps], delays)
-    turns, playing, position_s = conversation.turns, None, Counter[int]()
+    turns, playing = conversation.turns, None
     finished: list[int] = []
     started: list[int] = []
     for response in conversation.sent:
