@@ -102,10 +102,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "training": ("avatar",),
     "web.playout": ("avatar.client",),
     "web.text_to_speech": (),
-    "web.browser_session": ("avatar.aio", "avatar.client", "web.playout", "web.text_to_speech"),
+    "web.pending_speech": ("web.playout",),
+    "web.page_requests": (),
+    "web.browser_session": (
+        *("avatar.aio", "avatar.client", "web.pending_speech", "web.playout", "web.text_to_speech"),
+    ),
     "web": (
         *("avatar.client", "avatar.errors", "avatar.v1"),
-        *("web.browser_session", "web.playout", "web.text_to_speech"),
+        *("web.browser_session", "web.page_requests", "web.pending_speech", "web.playout", "web.text_to_speech"),
     ),
     # Benchmarks measure the suite from outside, and only start its processes.
     "benchmarks": ("avatar", "services.local"),

@@ -15,6 +15,7 @@ import json
 import logging
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 from aiortc import MediaStreamTrack, RTCDataChannel, RTCPeerConnection
@@ -23,6 +24,7 @@ from av import AudioFrame
 
 from avatar.aio import background
 from avatar.client import AvatarError, Frame, Interrupted, Item, Notice, PlaybackStarted, Session, Stream
+from web.pending_speech import PendingSpeech
 from web.playout import RATE_HZ, SAMPLE_BYTES, AudioTrack, Playout, VideoTrack
 from web.text_to_speech import MAX_TEXT, Resampler, SpeechError, Synthesiser
 
@@ -34,40 +36,11 @@ MAX_PENDING_S, MAX_MICROPHONE_S = 60.0, 0.5
 # Time for the last message to be sent before the connection closes.
 CLOSE_S = 0.3
 MAX_COMMANDS = 32
-
-
-class PendingSpeech:
-    """Audio, texts, and ends of turns (None) that wait for the stream, in order."""
-
-    def __init__(self) -> None:
-        self._items: deque[bytes | str | None] = deque()
-        self._num_bytes = 0
-        self._added = asyncio.Event()
-
-    @property
-    def seconds(self) -> float:
-        """Amount of pending audio."""
-        return self._num_bytes / SAMPLE_BYTES / RATE_HZ
-
-    def put(self, item: bytes | str | None) -> None:
-        """Append an item."""
-        self._items.append(item)
-        self._num_bytes += len(item) if isinstance(item, bytes) else 0
-        self._added.set()
-
-    async def get(self) -> bytes | str | None:
-        """Wait for the next item and remove it."""
-        while not self._items:
-            self._added.clear()
-            await self._added.wait()
-        item = self._items.popleft()
-        self._num_bytes -= len(item) if isinstance(item, bytes) else 0
-        return item
-
-    def clear(self) -> None:
-        """Drop all items."""
-        self._items.clear()
-        self._num_bytes = 0
+# A message from the browser: the size that WebRTC's description promises to take.
+MAX_MESSAGE_BYTES = 64 << 10
+# Messages to a browser that does not read them are dropped beyond this.
+MAX_UNREAD_BYTES = 64 << 10
+MAX_TURNS = 512
 
 
 class BrowserSession:
@@ -82,13 +55,15 @@ class BrowserSession:
         self._microphone: MediaStreamTrack | None = None
         self._connected, self._closed = asyncio.Event(), asyncio.Event()
         self._commands: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MAX_COMMANDS)
-        self._pending = PendingSpeech()
+        self._pending = PendingSpeech(MAX_PENDING_S)
         self._num_interrupts = 0
         self._is_microphone_on = self._is_refusing = self._is_in_turn = False
-        self._turn_starts: deque[float] = deque()  # arrival of the first piece of each turn that is not yet shown
+        # Arrival of the first piece of each turn that is not yet shown.
+        self._turn_starts: deque[float] = deque(maxlen=MAX_TURNS)
         self._state = ""
         self._playout = Playout(self._on_item)
-        peer.addTrack(VideoTrack(self._playout, session.video.width, session.video.height))
+        # Send only: nobody reads a video of the browser's, so its frames would pile up.
+        peer.addTransceiver(VideoTrack(self._playout, session.video.width, session.video.height), "sendonly")
         peer.addTrack(AudioTrack(self._playout))
         peer.on("connectionstatechange", self._on_connection_state)
         peer.on("track", self._on_track)
@@ -103,6 +78,8 @@ class BrowserSession:
                 await self._run_stream(stream)
         except TimeoutError:
             logger.info("a browser did not connect")
+            with suppress(AvatarError):
+                await self._session.delete()
         except AvatarError as error:
             self._send("ended", text=str(error), reason=error.reason)
             await asyncio.sleep(CLOSE_S)
@@ -179,9 +156,11 @@ class BrowserSession:
                     self._is_refusing = False
                     self._end_turn()
                 case {"type": "text", "text": str(text)} if self._synthesiser:
-                    self._pending.put(text[:MAX_TEXT])
-                case command:
-                    self._send("notice", text=f"unknown command: {command.get('type')!r}"[:80])
+                    self._add(text[:MAX_TEXT])
+                case {"type": str(kind)}:
+                    self._send("notice", text=f"Unknown or incomplete command: {kind[:40]}.")
+                case _:
+                    self._send("notice", text="A command needs a `type`.")
 
     async def _interrupt(self, stream: Stream) -> None:
         """Stop the speech: locally at once, at the gateway as soon as it answers."""
@@ -196,21 +175,27 @@ class BrowserSession:
         self._set_state("interrupted")
 
     def _add_audio(self, data: bytes) -> None:
-        """Queue audio, unless too much is pending."""
-        if self._pending.seconds > MAX_PENDING_S:
+        """Queue audio of the open turn, or of a new one."""
+        if data and self._add(data) and not self._is_in_turn:
+            self._turn_starts.append(time.monotonic())
+            self._is_in_turn = True
+
+    def _add(self, item: bytes | str) -> bool:
+        """Queue audio or a text. Returns False, with a notice for the first, if too much is pending."""
+        if self._pending.is_full:
             if not self._is_refusing:
                 text = f"Only {MAX_PENDING_S:g} seconds of speech can be queued; the rest is dropped."
                 self._send("notice", text=text)
             self._is_refusing = True
-            return
-        if not self._is_in_turn:
-            self._turn_starts.append(time.monotonic())
-            self._is_in_turn = True
-        self._pending.put(data)
+            return False
+        self._pending.put(item)
+        return True
 
     def _end_turn(self) -> None:
-        self._is_in_turn = False
-        self._pending.put(None)
+        """End the open turn. Without one there is nothing to say, and nothing to queue."""
+        if self._is_in_turn:
+            self._is_in_turn = False
+            self._pending.put(None)
 
     def _on_item(self, item: Item) -> None:
         """Report an item that is due to the browser."""
@@ -228,9 +213,10 @@ class BrowserSession:
             self._send("state", state=state)
 
     def _send(self, kind: str, **fields: Any) -> None:
-        """Send a message to the browser, if the channel is open."""
-        if self._channel and self._channel.readyState == "open":
-            self._channel.send(json.dumps({"type": kind, **fields}))
+        """Send a message to the browser, if the channel is open and the browser reads it."""
+        channel = self._channel
+        if channel and channel.readyState == "open" and channel.bufferedAmount < MAX_UNREAD_BYTES:
+            channel.send(json.dumps({"type": kind, **fields}))
 
     def _on_connection_state(self) -> None:
         match self._peer.connectionState:
@@ -240,9 +226,14 @@ class BrowserSession:
                 self._closed.set()
 
     def _on_track(self, track: MediaStreamTrack) -> None:
-        self._microphone = track
+        if track.kind == "audio":
+            self._microphone = track
 
     def _on_channel(self, channel: RTCDataChannel) -> None:
+        """Use the first channel; close others."""
+        if self._channel:
+            channel.close()
+            return
         self._channel = channel
         channel.on("message", self._on_message)
         channel.on("close", self._closed.set)
@@ -250,13 +241,21 @@ class BrowserSession:
             self._send("state", state=self._state)
 
     def _on_message(self, message: bytes | str) -> None:
-        """Add audio at once and queue commands in order. Ignore messages that are neither."""
-        if isinstance(message, bytes):
+        """Add audio at once and queue commands in order. Messages that are neither are refused with a notice."""
+        if len(message) > MAX_MESSAGE_BYTES:
+            self._send("notice", text=f"A message can have {MAX_MESSAGE_BYTES >> 10} KiB; a longer one is dropped.")
+        elif isinstance(message, bytes):
             self._add_audio(message[: len(message) // SAMPLE_BYTES * SAMPLE_BYTES])
-            return
-        try:
-            command = json.loads(message)
-        except ValueError:
-            return
-        if isinstance(command, dict) and not self._commands.full():
+        elif (command := command_from_json(message)) is None:
+            self._send("notice", text="A command must be a JSON object, and cannot be nested deeply.")
+        elif not self._commands.full():
             self._commands.put_nowait(command)
+
+
+def command_from_json(message: str) -> dict[str, Any] | None:
+    """Return a JSON object, or None if the message is none."""
+    try:
+        command = json.loads(message)
+    except (ValueError, RecursionError):
+        return None
+    return command if isinstance(command, dict) else None

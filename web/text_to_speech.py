@@ -41,8 +41,9 @@ class Synthesiser:
 
     async def speak(self, text: str) -> bytes:
         """Return speech as mono PCM16. Raises SpeechError if the command fails, writes nothing, or takes too long."""
-        # A text that starts with a dash must not become an option of the command.
-        words = " ".join(text.split()).lstrip("- ")[:MAX_TEXT]
+        # A text that starts with a dash must not become an option of the command, and arguments cannot hold NUL.
+        printable = "".join(each for each in " ".join(text.split()) if each.isprintable())
+        words = printable.lstrip("- ")[:MAX_TEXT]
         if not words:
             raise SpeechError("there is nothing to say")
         with tempfile.TemporaryDirectory() as folder:

@@ -24,6 +24,12 @@ async def test_text_is_always_one_argument(text: str, tmp_path: Path) -> None:
     assert not made.exists()
 
 
+async def test_characters_that_no_argument_can_hold_are_dropped() -> None:
+    assert await Synthesiser(speech_command(), RATE_HZ).speak("hel\0lo \ud800")
+    with pytest.raises(SpeechError, match="nothing to say"):
+        await Synthesiser(speech_command(), RATE_HZ).speak("\0\ud800")
+
+
 async def test_text_that_starts_with_a_dash_is_no_option() -> None:
     program = (
         "import shutil, sys; sys.exit(3) if sys.argv[2].startswith('-') else shutil.copy(sys.argv[1], sys.argv[3])"
