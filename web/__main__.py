@@ -1,6 +1,6 @@
 """Serve a browser page for a gateway.
 
-python -m web --target 127.0.0.1:7000 [--listen 127.0.0.1:8080] [--tts "flite -t {text} -o {wav}"]
+python -m web --target 127.0.0.1:7000 [--listen 127.0.0.1:8080] [--allow-host NAME] [--tts "flite -t {text} -o {wav}"]
 """
 
 import argparse
@@ -25,11 +25,15 @@ async def main() -> None:
     parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="use TLS; PEM file of a private authority")
     parser.add_argument("--token", default=os.environ.get("AVATAR_TOKEN", ""), help="bearer token; or AVATAR_TOKEN")
     parser.add_argument("--listen", default="127.0.0.1:8080", help="HOST:PORT to serve the page at")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="serve the page under this name, too"
+    )
     parser.add_argument("--tts", default="", metavar="COMMAND", help="writes speech of {text} to the file {wav}")
     parser.add_argument("--max-peers", type=int, default=4, help="sessions at a time")
     flags = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     host, _, port = flags.listen.rpartition(":")
+    hosts = {host.strip("[]"), *flags.allow_host}
     task = asyncio.current_task()
     assert task
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # like ctrl-C
@@ -37,8 +41,8 @@ async def main() -> None:
     credentials = None if flags.tls is None else channel_credentials(flags.tls)
     async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
         limits = await avatar.capabilities()
-        server = PageServer(avatar, limits, portraits(ASSETS), synthesiser, flags.max_peers)
-        async with server.serving(host, int(port)) as address:
+        server = PageServer(avatar, limits, portraits(ASSETS), synthesiser, flags.max_peers, hosts)
+        async with server.serving(host.strip("[]"), int(port)) as address:
             print(f"the page is at {address}", flush=True)
             await asyncio.Event().wait()
 

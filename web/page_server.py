@@ -1,28 +1,45 @@
 """HTTP server of the page: its files, its settings, and the offer that starts a session."""
 
+import asyncio
 import logging
 from asyncio import Task, TaskGroup
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
+from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiortc import RTCPeerConnection, RTCSessionDescription
-from aiortc.exceptions import InvalidStateError
 
 from avatar.client import Avatar, AvatarError
 from avatar.errors import ConnectionLost, NoCapacity
 from avatar.v1.avatar_service_pb2 import GetCapabilitiesResponse
 from web.browser_session import MAX_PENDING_S, BrowserSession
+from web.page_requests import (
+    LINGER_S,
+    MAX_FIELDS,
+    MAX_HEADERS,
+    REQUEST_S,
+    BoundedServer,
+    Offer,
+    only_hosts,
+    read_offer,
+    refusal,
+)
 from web.playout import RATE_HZ
 from web.text_to_speech import MAX_TEXT, Synthesiser
 
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
-MAX_OFFER_BYTES = 256 << 10
+MAX_SDP_BYTES = 64 << 10  # a browser's has about 5 KB
+# Bytes of an offer's form beside the picture.
+MAX_FORM_BYTES = MAX_SDP_BYTES + (16 << 10)
+MEDIA = {"audio", "video", "application"}
+NEGOTIATION_S = 20.0
+# The gateway forgets a session this long after its last block, also one whose offer was cancelled.
+SESSION_TTL_S = 60.0
 # The page loads nothing from other sites and cannot be framed. Blobs are pictures that the user has selected.
 POLICY = "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 STATUS: Mapping[type[AvatarError], HTTPStatus] = {
@@ -34,7 +51,8 @@ STATUS: Mapping[type[AvatarError], HTTPStatus] = {
 class PageServer:
     """Serves the page and runs its sessions.
 
-    portraits: selectable pictures by name. max_peers: sessions at a time. num_peers: current sessions.
+    portraits: selectable pictures by name. max_peers: sessions at a time. hosts: names of this server besides
+    loopback; requests for others are refused. num_peers: current sessions.
     """
 
     def __init__(
@@ -44,29 +62,46 @@ class PageServer:
         portraits: Mapping[str, Path],
         synthesiser: Synthesiser | None,
         max_peers: int,
+        hosts: Collection[str] = (),
     ) -> None:
         self.num_peers = 0
         self._avatar, self._limits, self._portraits = avatar, limits, portraits
-        self._synthesiser, self._max_peers = synthesiser, max_peers
+        self._synthesiser, self._max_peers, self._hosts = synthesiser, max_peers, hosts
         self._group, self._tasks = TaskGroup(), set[Task[None]]()
 
     @asynccontextmanager
     async def serving(self, host: str, port: int) -> AsyncGenerator[str, None]:
         """Serve while the body runs; give the page's address. Sessions end with it. Raises OSError for a used port."""
-        runner = web.AppRunner(self.application(), access_log=None)
+        runner = web.AppRunner(
+            self.application(),
+            access_log=None,
+            handler_cancellation=True,  # an offer whose browser has left is given up
+            keepalive_timeout=REQUEST_S,
+            lingering_time=LINGER_S,
+            max_headers=MAX_HEADERS,
+        )
         await runner.setup()
+        assert runner.server
+        self._connections = BoundedServer(runner.server)
         try:
-            await web.TCPSite(runner, host, port).start()
-            async with self._group:
-                yield f"http://{host}:{runner.addresses[0][1]}"
-                for task in self._tasks:
-                    task.cancel()
+            listener = await asyncio.get_running_loop().create_server(self._connections, host, port)
+            try:
+                async with self._group:
+                    yield f"http://{host}:{listener.sockets[0].getsockname()[1]}"
+                    for task in self._tasks:
+                        task.cancel()
+            finally:
+                listener.close()
         finally:
             await runner.cleanup()
 
     def application(self) -> web.Application:
         """Return the routes."""
-        app = web.Application(client_max_size=self._limits.max_picture_bytes + MAX_OFFER_BYTES)
+        app = web.Application(
+            client_max_size=self._limits.max_picture_bytes + MAX_FORM_BYTES,
+            client_max_fields=MAX_FIELDS,
+            middlewares=[only_hosts(self._hosts)],
+        )
         app.on_response_prepare.append(_guard)
         app.router.add_get("/", _file("index.html"))
         app.router.add_get("/page.css", _file("page.css"))
@@ -101,53 +136,55 @@ class PageServer:
         """
         origin = request.headers.get("Origin")
         if origin and urlsplit(origin).netloc != request.host:
-            return _refusal(HTTPStatus.FORBIDDEN, "Only the page itself may start a session.")
-        if self.num_peers >= self._max_peers:
-            text = f"All {self._max_peers} sessions are in use. Try again later."
-            return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, text)
-        self.num_peers += 1
-        is_running = False
+            return refusal(HTTPStatus.FORBIDDEN, "Only the page itself may start a session.")
         try:
-            form = await request.post()
-            picture, sdp = self._picture(form), form.get("sdp")
-            if picture is None or not isinstance(sdp, str):
-                return _refusal(HTTPStatus.BAD_REQUEST, "An offer needs `sdp`, and `portrait` or `picture`.")
-            answer = await self._start(picture, sdp)
-            is_running = True
-            return web.json_response(answer)
+            return await self._start(request, await read_offer(request, self._portraits))
+        except TimeoutError:
+            response = refusal(HTTPStatus.REQUEST_TIMEOUT, f"The offer did not arrive within {REQUEST_S:g} s.")
+            response.force_close()
+            return response
         except web.HTTPRequestEntityTooLarge:
             text = f"The picture is too large: at most {self._limits.max_picture_bytes >> 20} MB are accepted."
-            return _refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
+            return refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
         except AvatarError as error:
-            return _refusal(STATUS.get(type(error), HTTPStatus.BAD_REQUEST), str(error))
-        except (ValueError, InvalidStateError) as error:
-            return _refusal(HTTPStatus.BAD_REQUEST, f"The offer is invalid: {error}")
+            return refusal(STATUS.get(type(error), HTTPStatus.BAD_REQUEST), str(error))
+        except ValueError as error:
+            return refusal(HTTPStatus.BAD_REQUEST, f"The offer is invalid: {error}.")
+
+    async def _start(self, request: web.Request, offer: Offer) -> web.Response:
+        """Start a session for a complete offer, if there is a place for it."""
+        if self.num_peers >= self._max_peers:
+            text = f"All {self._max_peers} sessions are in use. Try again later."
+            return refusal(HTTPStatus.SERVICE_UNAVAILABLE, text)
+        self.num_peers += 1
+        self._connections.protected.add(request.protocol)
+        is_running = False
+        try:
+            answer = await self._connect(offer)
+            is_running = True
+            return web.json_response(answer)
         finally:
             self.num_peers -= not is_running
+            self._connections.protected.discard(request.protocol)
 
-    async def _start(self, picture: bytes, sdp: str) -> dict[str, str | float]:
-        """Start a session and return the answer. Raises ValueError or InvalidStateError for a bad offer."""
+    async def _connect(self, offer: Offer) -> dict[str, str | float]:
+        """Create a session, run it in the background, and return the answer. Raises ValueError for a bad offer."""
         capabilities = await self._avatar.capabilities()  # with the latest measured reaction time
-        session = await self._avatar.create(picture)
+        session = await self._avatar.create(offer.picture, ttl_s=SESSION_TTL_S)
         peer = RTCPeerConnection()
         browser_session = BrowserSession(peer, session, self._synthesiser)
         try:
-            await peer.setRemoteDescription(RTCSessionDescription(sdp, "offer"))
-            await peer.setLocalDescription(await peer.createAnswer())
+            sdp = await answer_sdp(peer, offer.sdp)
         except BaseException:
-            await peer.close()
-            await session.delete()
+            with suppress(AvatarError):
+                await session.delete()
+            with suppress(AttributeError):  # aiortc's, for a connection that is only half made
+                await peer.close()
             raise
         task = self._group.create_task(self._run(browser_session))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return {"sdp": peer.localDescription.sdp, "notice": session.notice, "reaction_s": capabilities.reaction_s}
-
-    def _picture(self, form: Mapping[str, object]) -> bytes | None:
-        picture, name = form.get("picture"), form.get("portrait")
-        if isinstance(picture, web.FileField):
-            return picture.file.read()
-        return self._portraits[name].read_bytes() if isinstance(name, str) and name in self._portraits else None
+        return {"sdp": sdp, "notice": session.notice, "reaction_s": capabilities.reaction_s}
 
     async def _run(self, browser_session: BrowserSession) -> None:
         try:
@@ -156,6 +193,23 @@ class PageServer:
             logger.exception("a browser session failed")
         finally:
             self.num_peers -= 1
+
+
+async def answer_sdp(peer: RTCPeerConnection, offered: str) -> str:
+    """Return a peer's answer to a description. Raises ValueError for a malformed one."""
+    if len(offered) > MAX_SDP_BYTES:
+        raise ValueError(f"its `sdp` has {len(offered)} characters, the limit is {MAX_SDP_BYTES}")
+    # Every section costs a transport, and audio or video that nobody reads would pile up.
+    sections = [line[2:].partition(" ")[0] for line in offered.splitlines() if line.startswith("m=")]
+    if not sections or not MEDIA.issuperset(sections) or len(sections) > len(set(sections)):
+        raise ValueError(f"its `sdp` must have one section or more of {', '.join(sorted(MEDIA))}, each at most once")
+    try:
+        async with asyncio.timeout(NEGOTIATION_S):
+            await peer.setRemoteDescription(RTCSessionDescription(offered, "offer"))
+            await peer.setLocalDescription(await peer.createAnswer())
+    except Exception as error:  # aiortc's parser raises errors of many types, such as AssertionError and KeyError
+        raise ValueError(f"its `sdp` is malformed ({type(error).__name__}: {error})") from error
+    return str(peer.localDescription.sdp)
 
 
 def portraits(folder: Path) -> dict[str, Path]:
@@ -169,10 +223,6 @@ def _file(name: str) -> Callable[[web.Request], Awaitable[web.FileResponse]]:
         return web.FileResponse(PAGE / name, headers={"Cache-Control": "no-cache"})
 
     return answer
-
-
-def _refusal(status: HTTPStatus, text: str) -> web.Response:
-    return web.json_response({"error": text}, status=status)
 
 
 async def _guard(_: web.Request, response: web.StreamResponse) -> None:

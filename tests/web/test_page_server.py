@@ -211,9 +211,33 @@ async def test_pending_speech_is_bounded_with_a_notice(store: SessionStore, monk
         assert "Only 1 seconds" in peer.received("notice")[0]["text"]
 
 
-async def test_invalid_messages_from_a_browser_are_harmless(page: Page) -> None:
+async def test_invalid_messages_from_a_browser_are_refused(page: Page) -> None:
     async with connected(page) as peer:
-        for message in ("{", "[]", '"text"', '{"type": 5}', b"\x01"):
+        invalid = ("{", "[]", '"text"', "{}", '{"type": 5}', '{"type": "unknown"}', "[" * 60_000)
+        for message in (*invalid, b"\x01"):
             peer.channel.send(message)
+        peer.connection.createDataChannel("another")
         peer.command("interrupt")
         await until(lambda: peer.received("interrupted"))
+        assert len(peer.received("notice")) == len(invalid)
+
+
+async def test_a_malformed_description_is_refused(page: Page) -> None:
+    connection = RTCPeerConnection()
+    connection.createDataChannel("avatar")
+    await connection.setLocalDescription(await connection.createOffer())
+    sdp = connection.localDescription.sdp
+    await connection.close()
+    lines = sdp.splitlines()
+    media = next(line for line in lines if line.startswith("m="))
+    for malformed in (
+        sdp + sdp,
+        sdp.replace(media, f"{media}\r\n{media}"),
+        sdp.replace(media, "m=text 9 RTP/AVP 0"),
+        *("\r\n".join(line for line in lines if not line.startswith(start)) for start in ("m=", "a=setup", "a=ice-p")),
+        sdp.replace("a=mid:", "a=max-message-size:x\r\na=mid:"),
+        sdp + "a=x\r\n" * 20_000,
+    ):
+        status, answer = await offer(page, {"sdp": malformed, "portrait": "portrait"})
+        assert (status, page.server.num_peers) == (400, 0), malformed
+        assert "its `sdp`" in answer["error"]
