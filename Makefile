@@ -22,7 +22,7 @@ $(VENV)/installed: requirements.lock pyproject.toml $(PROTOS)
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-# Packages that read lips and faces in training.evaluate: 117 MB that the suite does not need.
+# Packages that read lips and faces in training.evaluate: 100 MB that the suite does not need.
 $(VENV)/evaluation: training/requirements-evaluate.txt | $(VENV)/installed
 	python -m pip install --quiet --no-deps --requirement training/requirements-evaluate.txt
 	touch $@

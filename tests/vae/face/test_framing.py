@@ -1,0 +1,121 @@
+"""Tests of avatar.vae.face.framing: geometry and notices, with faces given."""
+
+import pytest
+
+from avatar.vae.face.detector import Face
+from avatar.vae.face.framing import Box, Size, centre_crop, face_crop, frame_centre, frame_face
+
+SQUARE = (128, 128)
+
+
+def face(x: float, y: float, side: float) -> Face:
+    return Face(x, y, side, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("picture", "video", "crop"),
+    [
+        ((1600, 900), SQUARE, (350, 0, 1250, 900)),
+        ((600, 900), SQUARE, (0, 150, 600, 750)),
+        ((64, 64), SQUARE, (0, 0, 64, 64)),
+        ((1000, 1000), (200, 100), (0, 250, 1000, 750)),
+    ],
+)
+def test_the_centre_crop_is_the_largest_of_the_videos_shape(picture: Size, video: Size, crop: Box) -> None:
+    assert centre_crop(picture, video) == pytest.approx(crop)
+
+
+@pytest.mark.parametrize(
+    ("video", "crop"),
+    [
+        (SQUARE, (500, 345, 600, 445)),
+        ((256, 128), (450, 345, 650, 445)),
+        ((128, 256), (500, 345, 600, 545)),
+    ],
+)
+def test_a_face_gets_the_stated_margin_in_any_shape(video: Size, crop: Box) -> None:
+    assert face_crop(face(550, 400, 56), (1600, 900), video) == pytest.approx(crop)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "crop"),
+    [
+        (10, 20, (0, 0, 200, 200)),
+        (1590, 880, (1400, 700, 1600, 900)),
+        (1590, 400, (1400, 290, 1600, 490)),
+    ],
+)
+def test_a_crop_is_moved_into_the_picture(x: float, y: float, crop: Box) -> None:
+    assert face_crop(face(x, y, 112), (1600, 900), SQUARE) == pytest.approx(crop)
+
+
+def test_a_crop_larger_than_the_picture_is_made_smaller() -> None:
+    assert face_crop(face(250, 500, 360), (500, 1000), SQUARE) == pytest.approx((0, 225, 500, 725))
+
+
+def test_a_crop_reaches_beyond_a_picture_that_is_too_narrow_for_its_face() -> None:
+    left, top, right, bottom = face_crop(face(150, 400, 200), (300, 1000), (512, 128))
+    assert (left, right) == pytest.approx((-250, 550))
+    assert (top, bottom) == pytest.approx((290, 490))
+
+
+@pytest.mark.parametrize(
+    ("near", "picture", "is_kept"),
+    [
+        (face(256, 282, 287), (512, 512), True),
+        (face(500 + 24, 282 - 24, 287 + 30), (1000, 512), True),
+        (face(500 + 27, 282, 287), (1000, 512), False),
+        (face(256, 500 + 26 + 27, 287), (512, 1000), False),
+        (face(256, 282, 287 - 40), (512, 512), False),
+    ],
+)
+def test_a_portrait_that_is_framed_nearly_so_is_kept(near: Face, picture: Size, is_kept: bool) -> None:
+    assert (face_crop(near, picture, SQUARE) == centre_crop(picture, SQUARE)) == is_kept
+
+
+def test_a_good_picture_has_no_notice() -> None:
+    framing = frame_face([face(800, 400, 90)], (1600, 900), SQUARE)
+    assert (framing.num_faces, framing.notice) == (1, "")
+    assert framing.face_share == pytest.approx(90 * 90 / (1600 * 900))
+
+
+def test_a_picture_without_a_face_shows_its_centre_and_says_so() -> None:
+    framing = frame_face([], (1600, 900), SQUARE)
+    assert (framing.crop, framing.num_faces, framing.face_share) == (centre_crop((1600, 900), SQUARE), 0, 0)
+    assert framing.notice.startswith("No face was found in this picture")
+    assert "Send a picture of one person" in framing.notice
+
+
+def test_of_several_faces_the_largest_is_taken_and_the_notice_counts_them() -> None:
+    faces = [face(1200, 400, 100), face(400, 400, 90), face(700, 400, 80)]
+    framing = frame_face(faces, (1600, 900), SQUARE)
+    assert framing.crop == face_crop(faces[0], (1600, 900), SQUARE)
+    assert framing.notice.startswith("3 faces were found in this picture, and the largest one was taken.")
+
+
+def test_a_face_that_is_too_small_is_measured_and_the_needed_size_named() -> None:
+    notice = frame_face([face(800, 400, 28)], (1600, 900), SQUARE).notice
+    assert "28 pixels wide and is enlarged 2.6 times" in notice
+    assert "at least 48 pixels wide" in notice
+    assert frame_face([face(800, 400, 48)], (1600, 900), SQUARE).notice == ""
+
+
+def test_a_large_face_in_a_small_picture_is_too_small_too() -> None:
+    assert "36 pixels wide and is enlarged 2.0 times" in frame_face([face(32, 35, 36)], (64, 64), SQUARE).notice
+
+
+@pytest.mark.parametrize(
+    ("faces", "words"),
+    [
+        ([], "No face was found in this picture."),
+        ([face(1400, 400, 150)], "No face is in the part of the picture that the video shows. Request the fit `face`"),
+        ([face(1250, 400, 150)], "No face is in the part of the picture that the video shows."),  # half of it is
+        ([face(1200, 400, 150)], ""),
+        ([face(1400, 400, 150), face(800, 400, 120)], ""),
+    ],
+)
+def test_a_crop_without_a_face_is_noticed(faces: list[Face], words: str) -> None:
+    framing = frame_centre(faces, (1600, 900), centre_crop((1600, 900), SQUARE))
+    assert framing.notice.startswith(words)
+    assert bool(framing.notice) == bool(words)
+    assert framing.num_faces == len(faces)
