@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     out = argparse.ArgumentParser(prog="python -m avatar", description="Render one clip in one process.")
     out.add_argument("speech", type=Path, nargs="+", help="an audio file; one per actor, each with a --mask")
-    out.add_argument("portrait", type=Path, help="a PNG, JPEG or WebP picture of a person")
+    out.add_argument("portrait", type=Path, help="a PNG, JPEG, WebP, HEIC or AVIF picture of a person")
     out.add_argument("out", type=Path, help="the MP4 file to write")
     out.add_argument("--checkpoint", type=Path, default=Path("models/tiny"), help="folder of the models")
     out.add_argument("--adapter", type=Path, help="LoRA adapter file to merge into the network's weights")

@@ -35,7 +35,8 @@ from avatar.denoiser.sampler import NoiseSource, clip_noise, noise
 from avatar.types import AudioPiece, Block, Conditions, FrameChunk, Session
 from avatar.vae import vae as vae_model
 from avatar.vae import whole_clip
-from avatar.vae.picture import Fit, Size, read_mask
+from avatar.vae.picture.reading import read_mask
+from avatar.vae.picture.rule import Fit, Size
 from avatar.vae.pose import pose_latents
 from avatar.vae.vae import HIDDEN_FRAMES, Vae, to_bytes
 
@@ -110,12 +111,12 @@ def render(
 ) -> Iterator[FrameChunk]:
     """Yield the frames of a clip: a chunk per block, or per clip of the reference with schedule "offline".
 
-    speech: each actor's samples, (1 or 2, s) float32 in [-1, 1]. picture: a PNG, JPEG or WebP file.
+    speech: each actor's samples, (1 or 2, s) float32 in [-1, 1]. picture: a file as in `read_picture`.
     ValueError if an input or an option is invalid, or they do not fit together.
     """
     options = options or RenderOptions()
     config, vae = with_clip_frames(models.config, options.clip_frames), models.vae
-    rgb = vae.read_picture(picture, options.size, options.fit)
+    rgb = vae.read_picture(picture, options.size, options.fit).rgb
     session, sink = open_session(vae, rgb, picture, options)
     text = torch.zeros(0, 0) if options.text is None else options.text
     blocks = encode_speech(models.audio, speech, rate_hz, session, config, options)

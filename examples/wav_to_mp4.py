@@ -20,7 +20,7 @@ from avatar.client import channel_credentials, connect
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("speech", help="WAV file, 16 bit, one channel")
-    parser.add_argument("portrait", help="PNG, JPEG or WebP file")
+    parser.add_argument("portrait", help="PNG, JPEG, WebP, HEIC or AVIF file")
     parser.add_argument("out", help="MP4 file to write")
     parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
     parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="use TLS; PEM file of a private authority")

@@ -31,7 +31,7 @@ from avatar.settings import GatewaySettings
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.vae import light, vae
-from avatar.vae.picture import PictureRule
+from avatar.vae.picture.rule import PictureRule
 from services.local.processes import local_redis
 from services.local.suite import suite as services_suite
 from tests import published as as_published

@@ -21,7 +21,7 @@ from avatar.media import read_video, write_mp4
 from avatar.render import Models, RenderOptions, load, render, with_clip_frames
 from avatar.types import FrameChunk
 from avatar.vae.out_of_distribution import GRID_CELLS, OutOfDistributionCheck
-from avatar.vae.picture import PictureRule
+from avatar.vae.picture.rule import PictureRule
 from avatar.vae.vae import Vae
 from tests.conftest import RATE_HZ, speech, write_speech
 

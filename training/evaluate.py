@@ -198,7 +198,7 @@ def _long_session(checkpoint: Path, person: Pixels, extent: Extent) -> list[floa
 def evaluate_any(checkpoint: Path, speech: Path, portrait: Path) -> dict[str, Metric]:
     """Return the metrics that need no truth, of a person who speaks any audio."""
     models = inference.load(checkpoint)
-    reference = models.vae.read_picture(portrait.read_bytes()).numpy()
+    reference = models.vae.read_picture(portrait.read_bytes()).rgb.numpy()
     audio = to_mono_16k(*read_audio(speech))
     rendered = render_speech(models, reference, audio)
     scores = score(rendered, available(Landmarks), available(Identity))

@@ -95,7 +95,7 @@ def main() -> None:
         if check is None:
             parser.error(f"{flags.vae} has no out-of-distribution check")
         for path in flags.show:
-            distance = check.distance(descriptor(vae, vae.read_picture(path.read_bytes())))
+            distance = check.distance(descriptor(vae, vae.read_picture(path.read_bytes()).rgb))
             print(f"{distance:6.2f}  {'outside' if distance > check.limit else 'inside '}  {path}")
         return
     training = list(portrait_descriptors(vae, flags.data, "train", flags.clips))

@@ -26,7 +26,7 @@ from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.cache import KVCache
 from avatar.text import model as text_model
 from avatar.vae import vae as vae_model
-from avatar.vae.picture import PictureRule, Size
+from avatar.vae.picture.rule import PictureRule, Size
 from avatar.vae.vae import Vae
 
 # dtypes that weights may be stored in.

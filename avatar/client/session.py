@@ -84,9 +84,9 @@ class Avatar:
     ) -> "Session":
         """Create a session of a person.
 
-        portrait: the bytes or the path of a PNG, JPEG or WebP file. All other arguments default to the deployment's
-        choice and are documented in CreateReferenceRequest and CreateSessionRequest. sink_distance: smallest and
-        largest, in latent frames.
+        portrait: the bytes or the path of a PNG, JPEG, WebP, HEIC or AVIF file. All other arguments default to the
+        deployment's choice and are documented in CreateReferenceRequest and CreateSessionRequest. sink_distance:
+        smallest and largest, in latent frames.
         """
         picture = portrait if isinstance(portrait, bytes) else await asyncio.to_thread(Path(portrait).read_bytes)
         reference_request = pb.CreateReferenceRequest(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from avatar.vae.codec import Codec
-from avatar.vae.picture import to_pixels
+from avatar.vae.picture.reading import to_pixels
 
 # Rows and columns of the grid of reconstruction errors.
 GRID_CELLS = 4

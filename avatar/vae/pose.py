@@ -15,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from avatar.vae.codec import Codec, State
-from avatar.vae.picture import Fit, Size, fit_picture, to_pixels
+from avatar.vae.picture.fitting import fit_image
+from avatar.vae.picture.reading import to_pixels
+from avatar.vae.picture.rule import Fit, Size
 
 # Frames after a video's end are black.
 BLACK = -1.0
@@ -31,9 +33,14 @@ def pose_latents(
     """
     width, height = size
     missing = torch.full((3, height, width), BLACK)
-    while shown := [to_pixels(fit_picture(Image.fromarray(frame), size, fit)) for frame in islice(frames, clip_frames)]:
+    while shown := [_fitted(frame, size, fit) for frame in islice(frames, clip_frames)]:
         yield _encode(codec, [*shown, *repeat(missing, clip_frames - len(shown))])
     yield from repeat(_encode(codec, [missing] * clip_frames))
+
+
+def _fitted(frame: NDArray[np.uint8], size: Size, fit: Fit) -> Tensor:
+    """Return a frame (H, W, 3) RGB at the video's size, (3, H, W) in [-1, 1]."""
+    return to_pixels(torch.from_numpy(np.array(fit_image(Image.fromarray(frame), size, fit))))
 
 
 def _encode(codec: Codec[State], clip: list[Tensor]) -> Tensor:

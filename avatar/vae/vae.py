@@ -22,7 +22,8 @@ from avatar.types import BLOCK_FRAMES, BLOCK_LATENTS, FRAMES_PER_LATENT, MOTION_
 from avatar.vae import light
 from avatar.vae.codec import Codec, State
 from avatar.vae.out_of_distribution import OutOfDistributionCheck, picture_descriptor
-from avatar.vae.picture import Fit, PictureRule, Size, read_picture, to_pixels
+from avatar.vae.picture.reading import Picture, read_picture, to_pixels
+from avatar.vae.picture.rule import Fit, PictureRule, Size
 
 # Pixel frames of the still clip from which motion latents are encoded.
 MOTION_FRAMES = 1 + (MOTION_LATENTS - 1) * FRAMES_PER_LATENT
@@ -83,8 +84,8 @@ class Vae(Generic[State]):
         self.config = config
         self.history_blocks = -(-codec.history // BLOCK_LATENTS)
 
-    def read_picture(self, data: bytes, size: Size | int | None = None, fit: Fit | None = None) -> Tensor:
-        """`picture.read_picture` under this checkpoint's rule: (H, W, 3) uint8."""
+    def read_picture(self, data: bytes, size: Size | int | None = None, fit: Fit | None = None) -> Picture:
+        """`picture.reading.read_picture` under this checkpoint's rule."""
         return read_picture(data, self.config.picture, size, fit)
 
     def encode_picture(self, rgb: Tensor) -> Tensor:

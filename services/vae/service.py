@@ -20,7 +20,8 @@ from avatar.store.sessions import SessionStore
 from avatar.types import BLOCK_FRAMES, Block, FrameChunk
 from avatar.vae import encodings
 from avatar.vae.encodings import Encoded
-from avatar.vae.picture import Fit
+from avatar.vae.picture.reading import Picture
+from avatar.vae.picture.rule import Fit
 from avatar.vae.vae import Vae
 from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
@@ -43,6 +44,8 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self._queue = queue
         self._admission = AdmissionControl(capacity, "vae", queue.load)
         self._preparing = asyncio.Semaphore(MAX_REFERENCES)
+        # Threads that wait for the processes that decode pictures, so that neither the device nor the event loop does.
+        self._picture_readers = ThreadPoolExecutor(MAX_REFERENCES, "picture")
         # Frames are encoded on a thread of their own, while the device decodes the next block.
         self._encoder = ThreadPoolExecutor(1, "encode")
 
@@ -75,17 +78,23 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         if self._preparing.locked():
             raise NoCapacity(f"{MAX_REFERENCES} pictures are being prepared already", retry_s=1.0)
         async with self._preparing:
+            loop = asyncio.get_running_loop()
+            picture = await loop.run_in_executor(self._picture_readers, self._read_picture, request)
             # No deadline: below live blocks, but first come, first served with offline work, so it cannot starve.
-            return await self._queue.run(self._encode_reference, request)
+            return await self._queue.run(self._encode_reference, request, picture)
 
-    def _encode_reference(self, request: pb.EncodeReferenceRequest) -> pb.EncodeReferenceResponse:
+    def _read_picture(self, request: pb.EncodeReferenceRequest) -> Picture:
         size = (request.width, request.height) if request.width or request.height else request.area or None
         if size is not None:
             with as_invalid_field("area" if isinstance(size, int) else "width"):
                 self._vae.config.picture.check(size)
-        fit = request.fit or self._vae.config.picture.fit
+        fit = cast(Fit, request.fit or None)  # any other is refused with the picture
         with as_invalid_field("picture"):
-            rgb = self._vae.read_picture(request.picture, size, cast(Fit, fit))  # which refuses any other
+            return self._vae.read_picture(request.picture, size, fit)
+
+    def _encode_reference(self, request: pb.EncodeReferenceRequest, picture: Picture) -> pb.EncodeReferenceResponse:
+        fit = request.fit or self._vae.config.picture.fit
+        rgb = picture.rgb
         motion = self._vae.encode_picture(rgb)
         height, width, _ = rgb.shape
         name = hashlib.sha256(request.picture)

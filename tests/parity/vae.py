@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from avatar.checkpoints.layouts import VAE_FILE, open_part
 from avatar.types import BLOCK_LATENTS, MOTION_LATENTS, Block, Session
-from avatar.vae.picture import PictureRule, read_picture, size_within, to_pixels
+from avatar.vae.picture.reading import read_picture, to_pixels
+from avatar.vae.picture.rule import PictureRule, size_within
 from avatar.vae.vae import HIDDEN_FRAMES, WARMUP_LATENTS, Vae, load
 from avatar.vae.wan import Slots
 from tests.parity.goldens import Golden, Report, published
@@ -39,7 +40,7 @@ def image_prep(golden: Golden, report: Report) -> None:
     bytes_off = golden.info["tolerance_u8"]
     for case in golden.info["cases"]:
         of = {key.split("/")[1]: value for key, value in golden.tensors.items() if key.startswith(f"{case['name']}/")}
-        rgb = read_picture(of["png"].numpy().tobytes(), PictureRule("reference", area=case["max_area"]))
+        rgb = read_picture(of["png"].numpy().tobytes(), PictureRule("reference", area=case["max_area"])).rgb
         report.compare(f"{case['name']}/rgb_u8", rgb.permute(2, 0, 1), of["rgb_u8"], max_abs=bytes_off)
         pixels = to_pixels(rgb)
         height, width = of["pixels_corner"].shape[1:]

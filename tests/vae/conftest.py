@@ -9,7 +9,7 @@ import torch
 from avatar.types import BLOCK_LATENTS, MOTION_LATENTS, Block, Session
 from avatar.vae.codec import Codec
 from avatar.vae.light import LightCodec, LightConfig
-from avatar.vae.picture import PictureRule
+from avatar.vae.picture.rule import PictureRule
 from avatar.vae.vae import Vae, VaeConfig
 from avatar.vae.wan import WanCodec, WanConfig
 from tests.published import filled

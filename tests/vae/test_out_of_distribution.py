@@ -11,7 +11,7 @@ from PIL import Image
 from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.part import Part
 from avatar.vae.out_of_distribution import OutOfDistributionCheck
-from avatar.vae.picture import PictureRule
+from avatar.vae.picture.rule import PictureRule
 from avatar.vae.vae import Vae, VaeConfig, load, parse_config
 from services.local.processes import ROOT
 from tests.conftest import ASSETS
@@ -60,7 +60,7 @@ def test_the_shipped_portraits_pass_and_other_pictures_do_not() -> None:
     vae = load(open_part(ROOT / "models/tiny", "vae"))
 
     def notice(data: bytes) -> str:
-        rgb = vae.read_picture(data)
+        rgb = vae.read_picture(data).rgb
         return vae.notice(rgb, vae.encode_picture(rgb))
 
     for path in (ASSETS / "portrait.png", *(ASSETS / "portraits").glob("*.png")):

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from avatar.vae.picture import fit_reference, to_pixels
+from avatar.vae.picture.fitting import fit_reference
+from avatar.vae.picture.reading import to_pixels
 from avatar.vae.pose import pose_latents
 from tests.vae.conftest import light_codec
 

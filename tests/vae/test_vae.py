@@ -13,7 +13,7 @@ from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part
 from avatar.runtime.pipeline import StreamingModel
 from avatar.types import MOTION_LATENTS, Block, FrameChunk, Session
-from avatar.vae.picture import PictureRule
+from avatar.vae.picture.rule import PictureRule
 from avatar.vae.vae import MOTION_FRAMES, WARMUP_LATENTS, Vae, VaeConfig, load, tiny
 from tests.vae.conftest import LIGHT, SIZE, WAN, blocks, light_codec, session, wan_codec
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from avatar.vae.picture import PictureRule
+from avatar.vae.picture.rule import PictureRule
 from avatar.vae.vae import MOTION_FRAMES, Vae, VaeConfig
 from avatar.vae.whole_clip import WINDOW_FRAMES, decode_clips, encode_picture
 from tests.vae.conftest import light_codec, wan_codec

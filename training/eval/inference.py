@@ -38,7 +38,7 @@ class Models(render.Models):
         """Fit an image (h, w, 3) to the video's size as a user's picture is fitted: (H, W, 3)."""
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG")
-        return self.vae.read_picture(file.getvalue()).numpy()
+        return self.vae.read_picture(file.getvalue()).rgb.numpy()
 
 
 def load(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Models:
