@@ -15,6 +15,7 @@ class Proxy:
         self.target = ""
         self._host, _, self._port = server.rpartition(":")
         self._writers: set[asyncio.StreamWriter] = set()
+        self._is_refusing = False
         self._is_forwarding = asyncio.Event()
         self._is_forwarding.set()
 
@@ -23,6 +24,11 @@ class Proxy:
         for writer in [*self._writers]:
             self._end(writer)
 
+    def leave(self) -> None:
+        """Break all connections and refuse new ones, like a machine without the server."""
+        self._is_refusing = True
+        self.cut()
+
     def swallow(self) -> None:
         """Drop all bytes and keep the connections open, like a network that loses all packets."""
         self._is_forwarding.clear()
@@ -30,10 +36,14 @@ class Proxy:
     def mend(self) -> None:
         """Forward again. Breaks the connections, since they have lost bytes."""
         self.cut()
+        self._is_refusing = False
         self._is_forwarding.set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Handle one connection until either end closes it."""
+        if self._is_refusing:
+            writer.transport.abort()
+            return
         self._writers.add(writer)
         try:
             await self._is_forwarding.wait()

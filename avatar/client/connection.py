@@ -14,11 +14,12 @@ from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 Response = TypeVar("Response")
 
 CALL_S = 30.0
-# The gateway keeps a broken stream for seconds only, so keep the reconnect backoff short.
+# The gateway keeps a broken stream for seconds only, so connect again often. The minimum is no delay: it is the time
+# that an attempt has for its handshakes.
 BACKOFF = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 150),
 ]
 
 
@@ -26,8 +27,13 @@ class Connection:
     """A gateway's stub, and the metadata that every call carries."""
 
     def __init__(self, channel: grpc.aio.Channel, token: str) -> None:
+        self._channel = channel
         self.stub: pb_grpc.AvatarServiceAsyncStub = pb_grpc.AvatarServiceStub(channel)
         self.metadata = [("authorization", f"Bearer {token}")] if token else []
+
+    async def ready(self) -> None:
+        """Wait until the channel is connected."""
+        await self._channel.channel_ready()
 
     async def call(
         self, method: Callable[..., Awaitable[Response]], request: object, timeout_s: float = CALL_S

@@ -27,8 +27,10 @@ OPEN_S = 60.0
 PIECE_S = 0.1
 # Items queued before reading pauses; a stream of single frames has 25 a second and more.
 MAX_QUEUED_ITEMS = 64
-# Delay between attempts to resume: the first and the longest, in seconds.
-RETRY_S, MAX_RETRY_S = 0.1, 2.0
+# Delay between attempts to resume: the first and the longest, in seconds. The last attempt is made LAST_S before the
+# gateway forgets the stream.
+RETRY_S, MAX_RETRY_S = 0.1, 0.5
+LAST_S = 0.1
 SAMPLE_BYTES = {types.SAMPLE_ENCODING_PCM16: 2, types.SAMPLE_ENCODING_FLOAT32: 4}
 
 
@@ -257,17 +259,24 @@ class Stream:
     async def _resume(self, lost: ConnectionLost) -> None:
         """Open another call that continues the lost one. Raises `lost` after the gateway's `resume_s`."""
         deadline, delay_s = time.monotonic() + self._resume_s, RETRY_S
-        while time.monotonic() < deadline:
+        while True:
             try:
+                # A call fails at once while the channel waits for its next attempt to connect, so wait with it.
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self._connection.ready()
                 opened = await self.open(is_resume=True)
+            except TimeoutError:
+                raise lost from None
             except (ConnectionLost, NoCapacity, SessionBusy, StoreUnavailable):
                 # SessionBusy: the gateway has not detected the broken connection yet.
-                await asyncio.sleep(delay_s)
+                left_s = deadline - time.monotonic() - LAST_S
+                if left_s <= 0:
+                    raise lost from None
+                await asyncio.sleep(min(delay_s, left_s))
                 delay_s = min(2 * delay_s, MAX_RETRY_S)
             else:
                 self._requests.rewind(opened.num_messages)
                 return
-        raise lost
 
     async def _send(self, request: pb.StreamAvatarRequest) -> None:
         """Queue a request and wait until it is written or discarded. Raises the error that ended the stream, if any."""

@@ -1,6 +1,7 @@
 """The client's live streams over the real gateway, and over connections that break."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -247,6 +248,38 @@ async def test_an_interrupt_survives_a_broken_connection(store: SessionStore) ->
         rest = await until(stream, PlaybackFinished)
     assert spoken(rest) == samples(speech(0.5, seed=1))
     assert_complete(items + rest)
+
+
+async def test_a_stream_resumes_until_the_end_of_the_grace_period(store: SessionStore) -> None:
+    await resume_at(store, 2.0, 1.7, is_refused=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_refused", [True, False])
+@pytest.mark.parametrize("away_s", [8.5, 9.7])
+async def test_a_stream_resumes_until_the_end_of_the_default_grace_period(
+    store: SessionStore, away_s: float, is_refused: bool
+) -> None:
+    await resume_at(store, 10.0, away_s, is_refused)
+
+
+async def resume_at(store: SessionStore, resume_s: float, away_s: float, is_refused: bool) -> None:
+    """Speak over a gateway that is away for a while: it refuses connections, or accepts them and stays silent."""
+    async with live_stream(store, settings={"resume_s": resume_s}, return_audio=True) as (stream, proxy):
+        await stream.push(speech(0.4))
+        items = [await anext(stream)]
+        started = time.monotonic()
+        if is_refused:
+            proxy.leave()
+        else:
+            proxy.swallow()
+            proxy.cut()
+        await asyncio.sleep(away_s - (time.monotonic() - started))
+        proxy.mend()
+        await speak(stream, speech(0.1, seed=1))
+        items += await until(stream, PlaybackFinished)
+    assert finish(items).position_s == 0.5
+    assert_complete(items)
 
 
 async def test_a_connection_that_stays_broken_is_lost_after_the_grace_period(store: SessionStore) -> None:
