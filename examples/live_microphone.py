@@ -49,6 +49,8 @@ async def main() -> None:
     credentials = None if flags.tls is None else channel_credentials(flags.tls)
     async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
         session = await avatar.create(flags.portrait)
+        if session.notice:
+            print(f"notice: {session.notice}")
         async with session.stream(rate_hz=rate_hz, live=True, video="jpeg") as stream, asyncio.TaskGroup() as tasks:
             tasks.create_task(print_items(stream))
             speaking = tasks.create_task(speak(stream, speech, rate_hz))

@@ -18,6 +18,8 @@ async def run_session(avatar: Avatar, number: int, portrait: str, speech: bytes,
     while True:
         try:
             session = await avatar.create(portrait, seed=number)
+            if session.notice:
+                print(f"session {number}: notice: {session.notice}")
             async with session.stream(audio=speech, rate_hz=rate_hz) as stream:
                 async for _ in stream.frames():
                     first_s = first_s or time.monotonic() - started

@@ -34,6 +34,8 @@ async def main() -> None:
     credentials = None if flags.tls is None else channel_credentials(flags.tls)
     async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
         session = await avatar.create(flags.portrait, seed=flags.seed)
+        if session.notice:
+            print(f"notice: {session.notice}")
         width, height, frame_rate_hz = session.video.width, session.video.height, session.video.frame_rate_hz
         with av.open(flags.out, "w") as out:
             video = out.add_stream("libx264", rate=frame_rate_hz, options={"crf": "18"})

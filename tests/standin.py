@@ -46,12 +46,12 @@ class RecordingAudio(AudioServicer):
 
 
 class RecordingVae(VaeServicer):
-    """Records pictures, or refuses them with `refusal` if it is set."""
+    """Records pictures, or refuses them with `refusal` if it is set. Others get the notice `notice`."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
         self.pictures: list[bytes] = []
-        self.refusal = ""
+        self.refusal = self.notice = ""
 
     async def EncodeReference(
         self, request: vae_pb2.EncodeReferenceRequest, context: Context
@@ -59,7 +59,9 @@ class RecordingVae(VaeServicer):
         if self.refusal:
             raise InvalidField.at("picture", self.refusal)
         self.pictures.append(request.picture)
-        return await super().EncodeReference(request, context)
+        response = await super().EncodeReference(request, context)
+        response.reference.notice = self.notice
+        return response
 
 
 @dataclass

@@ -30,7 +30,12 @@ VIDEOS = {
     "h264": types.VIDEO_ENCODING_H264,
     "fmp4": types.VIDEO_ENCODING_FMP4,
 }
-FITS = {"": types.FIT_UNSPECIFIED, "cover": types.FIT_COVER, "reference": types.FIT_REFERENCE}
+FITS = {
+    "": types.FIT_UNSPECIFIED,
+    "cover": types.FIT_COVER,
+    "reference": types.FIT_REFERENCE,
+    "face": types.FIT_FACE,
+}
 
 
 @asynccontextmanager
@@ -76,7 +81,7 @@ class Avatar:
         width: int = 0,
         height: int = 0,
         area: int = 0,
-        fit: Literal["", "cover", "reference"] = "",
+        fit: Literal["", "cover", "reference", "face"] = "",
         ttl_s: float | None = None,
         sink_update_block: int | None = None,
         sink_distance: tuple[int, int] | None = None,
@@ -121,7 +126,8 @@ class Avatar:
 class Session:
     """A session: one person, one stream. Created by `Avatar.create`.
 
-    info: the session's message as of the last call. notice: a warning about the portrait, empty if there is none.
+    info: the session's message as of the last call. notice: what is wrong with the portrait and what to do about it, in
+    words; empty if nothing is.
     """
 
     def __init__(self, avatar: Avatar, connection: Connection, info: types.Session, notice: str = "") -> None:

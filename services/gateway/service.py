@@ -36,7 +36,12 @@ from services.gateway.workers import Workers
 
 MIN_TTL_S, MAX_TTL_S = 1.0, 86400.0
 CHANGEABLE = {"prompt", "ttl"}
-FITS = {types.FIT_UNSPECIFIED: "", types.FIT_COVER: "cover", types.FIT_REFERENCE: "reference"}
+FITS = {
+    types.FIT_UNSPECIFIED: "",
+    types.FIT_COVER: "cover",
+    types.FIT_REFERENCE: "reference",
+    types.FIT_FACE: "face",
+}
 FIT_OF = {name: fit for fit, name in FITS.items()}
 
 
@@ -268,9 +273,14 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
 
 def _reference(reference: types_pb2.Reference, remaining_s: float) -> types.Reference:
     message = types.Reference(
-        id=reference.id, width=reference.width, height=reference.height, fit=FIT_OF[reference.fit]
+        id=reference.id,
+        width=reference.width,
+        height=reference.height,
+        fit=FIT_OF[reference.fit],
+        notice=reference.notice,
+        num_faces=reference.num_faces,
+        face_share=reference.face_share,
     )
-    message.notice = reference.notice
     message.expire_time.FromMilliseconds(round((time.time() + remaining_s) * 1000))
     return message
 

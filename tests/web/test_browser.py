@@ -201,6 +201,22 @@ async def test_an_uploaded_picture_speaks_and_a_large_one_is_refused(page: Page)
         await expect(tab.get_by_role("alert")).to_contain_text("at most 2 MB")
 
 
+async def test_the_notice_about_a_picture_stays_until_the_next_session(page: Page) -> None:
+    page.gateway.vae.notice = "No face was found in this picture."
+    async with browsing(page) as tab:
+        await start(tab)
+        await expect(tab.get_by_role("alert")).to_have_text(page.gateway.vae.notice)
+        await tab.get_by_label("Or type a text").fill("good morning")
+        await tab.keyboard.press("Enter")
+        await expect_state(tab, "Speaking")
+        await expect_state(tab, "Listening")
+        await expect(tab.get_by_role("alert")).to_have_text(page.gateway.vae.notice)
+        await tab.get_by_role("button", name="Leave").click()
+        page.gateway.vae.notice = ""
+        await start(tab)
+        await expect(tab.get_by_role("alert")).to_be_empty()
+
+
 async def test_a_session_that_ends_is_reported_and_another_can_start(page: Page) -> None:
     async with browsing(page) as tab:
         await start(tab)
