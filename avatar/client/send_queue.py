@@ -10,6 +10,8 @@ from avatar.v1 import avatar_service_pb2 as pb
 
 # HTTP/2's flow-control windows bound what is in flight, so a connection that breaks loses no more than this.
 MAX_KEPT_BYTES = 8 << 20
+# What a request without audio takes up.
+REQUEST_BYTES = 128
 
 
 @dataclass(eq=False)
@@ -18,6 +20,10 @@ class QueuedRequest:
 
     request: pb.StreamAvatarRequest
     is_done: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return REQUEST_BYTES + len(self.request.audio.data)
 
 
 class SendQueue:
@@ -50,9 +56,9 @@ class SendQueue:
         queued.is_done = True
         self._written.append(queued)
         self._num_written += 1
-        self._written_bytes += len(queued.request.audio.data)
+        self._written_bytes += queued.num_bytes
         while self._written_bytes > MAX_KEPT_BYTES and len(self._written) > 1:
-            self._written_bytes -= len(self._written.popleft().request.audio.data)
+            self._written_bytes -= self._written.popleft().num_bytes
             self._num_discarded = self._num_written - len(self._written)
         return queued.request
 

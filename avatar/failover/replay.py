@@ -14,6 +14,9 @@ from google.protobuf.message import Message
 from avatar.rpc.wire import RelayedBlock
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 
+# Pieces of audio are kept together up to this size, so that tiny ones need no memory each.
+MERGED_BYTES = 4096
+
 Item = TypeVar("Item", bound=Message | RelayedBlock)
 Answer_contra = TypeVar("Answer_contra", contravariant=True)
 
@@ -134,10 +137,19 @@ class AudioReplay:
 
     def record(self, piece: audio_pb2.AudioPiece) -> None:
         block = int((self._num_bytes / self._bytes_per_s + 1e-9) / self._block_s)
-        self._kept.append((block, piece))
+        self._keep(block, piece)
         self._num_bytes += len(piece.data)
         if piece.HasField("completes"):
             self._completed = piece.completes
+
+    def _keep(self, block: int, piece: audio_pb2.AudioPiece) -> None:
+        if self._kept and not piece.HasField("completes"):
+            last_block, last = self._kept[-1]
+            is_small = len(last.data) + len(piece.data) <= MERGED_BYTES
+            if is_small and last_block == block and not last.HasField("completes"):
+                self._kept[-1] = (block, audio_pb2.AudioPiece(data=last.data + piece.data))
+                return
+        self._kept.append((block, piece))
 
     def items(self) -> Sequence[audio_pb2.AudioPiece]:
         pieces = [piece for block, piece in self._kept if block >= self.first_block]

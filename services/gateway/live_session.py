@@ -112,7 +112,7 @@ class LiveSession:
         async for request in requests:
             if await self.stream.receive(request):
                 return
-            await self.stream.outbox.wait_for_few_items()
+            await self.stream.wait_for_few_items()
         raise ConnectionLost("the stream ended without close")
 
     def _fail(self, error: Exception) -> None:

@@ -63,7 +63,7 @@ def test_requests_before_an_interrupt_are_not_sent_again() -> None:
 
 
 def test_undelivered_audio_that_was_dropped_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(send_queue, "MAX_KEPT_BYTES", 4)
+    monkeypatch.setattr(send_queue, "MAX_KEPT_BYTES", 2 * (send_queue.REQUEST_BYTES + 2))
     queue = written(audio(b"ab"), audio(b"cd"), audio(b"ef"))
     with pytest.raises(ConnectionLost, match="1 messages"):
         queue.rewind(0)

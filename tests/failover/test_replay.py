@@ -59,6 +59,19 @@ def test_whole_blocks_of_audio_are_kept() -> None:
     assert not replay.is_answer_due
 
 
+def test_tiny_pieces_of_audio_are_kept_together_and_apart_by_block() -> None:
+    replay = AudioReplay(sample_bytes=2, rate_hz=16000, block_s=0.48, lookahead_s=0.2, statistics=b"")
+    data = b"".join(index.to_bytes(2, "little") for index in range(10000))
+    for start in range(0, len(data), 2):
+        replay.record(pb.AudioPiece(data=data[start : start + 2]))
+    replay.record(pb.AudioPiece(data=b"", completes=1))
+    kept = replay.items()
+    assert len(kept) == 4 + 2 + 1
+    assert b"".join(piece.data for piece in kept) == data
+    assert replay.accept(Block(index=0)) == 0
+    assert b"".join(piece.data for piece in replay.items()) == data[2 * 7680 :]
+
+
 def relayed(index: int, version: int, *, carries: bool = False) -> RelayedBlock:
     block = Block(index=index, conditions=version, features=Tensor(dtype="uint8", shape=[1], data=bytes([index])))
     if carries:

@@ -1,8 +1,23 @@
 """The client messages whose effect has been delivered, so that another gateway can say what has to be sent again."""
 
 from collections import deque
+from dataclasses import dataclass
 
 from avatar.worker.v1 import types_pb2
+
+
+@dataclass(slots=True)
+class _Group:
+    """Consecutive messages of one kind that are done together.
+
+    ended_turn: the turn that they end. start, end: samples before them, and up to their end.
+    """
+
+    kind: str
+    start: int
+    end: int
+    ended_turn: int | None
+    num_messages: int = 1
 
 
 class Acks:
@@ -10,20 +25,34 @@ class Acks:
 
     num_messages: messages received. num_samples: samples of each channel in them.
     skip: samples at the start of the next audio that were delivered before the client sent them again.
+    num_pending: groups of messages that are not done.
     """
 
-    def __init__(self, position: types_pb2.Position) -> None:
+    def __init__(self, position: types_pb2.Position, group_samples: int) -> None:
+        """group_samples: pieces of audio are grouped up to so many samples of each channel."""
         self.num_messages = self._num_done = position.num_messages
         self.num_samples = self._num_done_samples = position.num_message_samples
         self.skip = position.num_samples - position.num_message_samples
-        # For each message that is not done: the sample at its end, and the turn that it ends, None if it is audio.
-        self._pending: deque[tuple[int, int | None]] = deque()
+        self._group_samples = group_samples
+        self._pending: deque[_Group] = deque()
 
-    def received(self, num_samples: int, ended_turn: int | None = None) -> None:
-        """Count a message of so many samples, or one that ends a turn."""
+    @property
+    def num_pending(self) -> int:
+        return len(self._pending)
+
+    def received(self, kind: str, num_samples: int = 0, ended_turn: int | None = None) -> None:
+        """Count a message of a kind, with so many samples, or one that ends a turn."""
+        start = self.num_samples
         self.num_messages += 1
         self.num_samples += num_samples
-        self._pending.append((self.num_samples, ended_turn))
+        last = self._pending[-1] if self._pending else None
+        # Messages that end a turn stay apart: sent again together, they would end turns that are over.
+        is_like_last = last is not None and last.kind == kind and ended_turn is None
+        is_empty = kind == "audio" and not num_samples
+        if last and (is_empty or (is_like_last and self.num_samples - last.start <= self._group_samples)):
+            last.end, last.num_messages = self.num_samples, last.num_messages + 1
+        else:
+            self._pending.append(_Group(kind, start, self.num_samples, ended_turn))
 
     def record(self, position: types_pb2.Position, num_delivered: int) -> None:
         """Write into the position how many messages are done.
@@ -31,10 +60,11 @@ class Acks:
         num_delivered: samples whose frames were delivered. `position.turn` has to be the oldest unfinished turn.
         """
         while self._pending:
-            end, ended_turn = self._pending[0]
-            if end > num_delivered or (ended_turn is not None and ended_turn >= position.turn):
+            group = self._pending[0]
+            if group.end > num_delivered or (group.ended_turn is not None and group.ended_turn >= position.turn):
                 break
             self._pending.popleft()
-            self._num_done, self._num_done_samples = self._num_done + 1, end
+            self._num_done += group.num_messages
+            self._num_done_samples = group.end
         position.num_messages, position.num_message_samples = self._num_done, self._num_done_samples
         position.num_samples = max(num_delivered, self._num_done_samples)

@@ -98,8 +98,9 @@ class ConditionVersions:
     async def change(self, write: Callable[[int, int], Awaitable[types_pb2.Conditions]]) -> int:
         """Put a new version in force and return the first block made under it.
 
-        write: writes the new version, given the numbers of the newest version and of the new one, and returns it.
-        SessionClosed if the stream has ended.
+        write: writes the new version, given the numbers of the newest version and of the new one, and returns it. Both
+        are the same if no block was made under the newest version: it is replaced, so that any number of changes
+        between two blocks keeps one version. SessionClosed if the stream has ended.
         """
         while True:
             if self._is_sink_awaited():
@@ -110,9 +111,14 @@ class ConditionVersions:
                 if self._is_sink_awaited():
                     continue
                 first_block, newest = self._in_force[-1]
-                self.add(await write(newest, newest + 1))
-                self._in_force.append((max(first_block, self.next_block), newest + 1))
-                return self._in_force[-1][0]
+                if self.next_block > first_block:
+                    self.add(await write(newest, newest + 1))
+                    self._in_force.append((self.next_block, newest + 1))
+                    return self.next_block
+                replaced = await write(newest, newest)
+                if self.next_block <= first_block:  # no block was admitted in the meantime
+                    self.add(replaced)
+                    return first_block
 
     def _is_sink_awaited(self) -> bool:
         return self._sink_update_block is not None and self.next_block > 0 and not self._sink_is_written.is_set()

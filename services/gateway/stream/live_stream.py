@@ -36,6 +36,12 @@ from services.gateway.stream.timeline import MediaGrid, Timeline
 
 # The client is told that its stream is degraded after so many late blocks in a row.
 LATE_BLOCKS = 3
+# Blocks that may wait to be admitted before no more messages are read from the client: a few bytes can start a block.
+MAX_STARTED_BLOCKS = 16
+# Pieces of audio are acknowledged together up to this many seconds, so that tiny ones need no memory each.
+ACK_S = 0.02
+# Acknowledgements are settled once more than this many wait: blocks, which settle them otherwise, may take a while.
+MAX_PENDING_ACKS = 500
 
 
 class LiveStream:
@@ -61,7 +67,7 @@ class LiveStream:
         self.position = position
         self.advanced = asyncio.Event()
         self.versions = ConditionVersions(position, conditions, stages.sink_update_block)
-        self.acks = Acks(position)
+        self.acks = Acks(position, round(ACK_S * options.rate_hz))
         self._stages, self._options, self._settings = stages, options, settings
         self._grid = MediaGrid(options.rate_hz, session.frame_rate_hz, session.block_frames)
         self._now = now
@@ -116,29 +122,38 @@ class LiveStream:
     async def receive(self, request: api.StreamAvatarRequest) -> bool:
         """Take a message of the client and return whether it was the last. Offline, wait until its audio has room."""
         match request.WhichOneof("part"):
-            case "audio":
-                self.acks.received(await self._add_audio(request.audio.data))
-            case "end_turn":
+            case "audio" as kind:
+                self.acks.received(kind, await self._add_audio(request.audio.data))
+            case "end_turn" as kind:
                 turn = self._speech.end_turn()
-                self.acks.received(0, turn.number)
+                self.acks.received(kind, ended_turn=turn.number)
                 self._finish_turns()
-            case "interrupt":
+            case "interrupt" as kind:
                 response = self.interrupt()
-                self.acks.received(0)
+                self.acks.received(kind)
                 interrupted = api.AvatarInterrupted(
                     position_us=response.position_us, was_speaking=response.was_speaking
                 )
                 self.outbox.put(Item([api.StreamAvatarResponse(interrupted=interrupted)]))
-            case "close":
+            case "close" as kind:
                 if not self._speech.num_samples and not self._options.is_live:
                     raise InvalidAudio.at("audio.data", "the stream was closed before any audio came")
                 turn = self._speech.close()
-                self.acks.received(0, turn.number)
+                self.acks.received(kind, ended_turn=turn.number)
                 self._finish_turns()
                 return True
             case part:
                 raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream")
+        if self.acks.num_pending > MAX_PENDING_ACKS:
+            self.record_position()
         return False
+
+    async def wait_for_few_items(self) -> None:
+        """Wait until another message may be taken: started blocks, unfinished turns and waiting events are bounded."""
+        while len(self._in_flight.started) > MAX_STARTED_BLOCKS:
+            self._has_room.clear()
+            await self._has_room.wait()
+        await self.outbox.wait_for_few_items(lambda: len(self._speech.unfinished))
 
     def interrupt(self) -> api.InterruptResponse:
         """Drop speech that is not admitted and frames that are not sent; return how much of it was delivered."""
@@ -186,7 +201,9 @@ class LiveStream:
         ]
 
     async def _add_audio(self, data: bytes) -> int:
-        """Add audio and return how many of its samples are accepted."""
+        """Add audio and return how many of its samples are accepted. A piece without samples has no effect."""
+        if not data:
+            return 0
         if len(data) > self._settings.max_audio_bytes:
             raise MessageTooLarge(f"{len(data)} bytes of audio at once, the limit is {self._settings.max_audio_bytes}")
         sample_bytes = self._options.sample_bytes

@@ -118,9 +118,12 @@ class Outbox:
             self._has_space.clear()
             await self._has_space.wait()
 
-    async def wait_for_few_items(self) -> None:
-        """Wait until a message of the client may cause another event: waiting events are bounded too."""
-        while len(self._waiting) >= MAX_WAITING_ITEMS:
+    async def wait_for_few_items(self, num_coming: Callable[[], int] = int) -> None:
+        """Wait until a message of the client may cause another event: waiting events are bounded too.
+
+        num_coming: returns the number of events that are certain to be put.
+        """
+        while len(self._waiting) + num_coming() >= MAX_WAITING_ITEMS:
             self._has_space.clear()
             await self._has_space.wait()
 

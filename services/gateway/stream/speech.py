@@ -81,8 +81,8 @@ class SpeechQueue:
 
     @property
     def ahead_samples(self) -> int:
-        """Samples that are in no admitted block."""
-        return self.pending_samples + sum(block.num_samples for block in self._in_flight.started)
+        """Samples that are in no admitted block, with the silence that fills up started ones."""
+        return self.pending_samples + sum(block.boundaries[-1] for block in self._in_flight.started)
 
     @property
     def has_speech(self) -> bool:
@@ -127,6 +127,7 @@ class SpeechQueue:
     def _start_turn(self) -> None:
         turn = Turn(self.turn.number + 1)
         self._turns.append(turn)
+        self._next_turn()  # forgets turns without audio, of which there may be many until the next block
         self.unfinished.append(turn)
         self._changed.set()
 

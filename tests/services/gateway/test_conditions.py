@@ -14,18 +14,39 @@ async def test_a_prompt_waits_for_the_sinks_update_and_is_combined_with_it() -> 
         written.append((newest, version))
         return types_pb2.Conditions(version=version)
 
-    async def admitted() -> tuple[int, int, int]:
+    async def admitted() -> tuple[int, int, bool]:
         block = types_pb2.Block()
         await versions.admit(block)
-        return block.index, block.conditions, block.carried.version
+        return block.index, block.conditions, block.HasField("carried")
 
     assert await versions.change(write) == 0
-    assert await admitted() == (0, 1, 1)
+    assert await admitted() == (0, 0, True)
     changing = asyncio.ensure_future(versions.change(write))
-    assert await admitted() == (1, 1, 0)
+    assert await admitted() == (1, 0, False)
     await settled()
     assert not changing.done()
     versions.finish(0)
     assert await changing == 3
-    assert [await admitted() for _ in range(3)] == [(2, 1, 0), (3, 3, 3), (4, 3, 0)]
-    assert written == [(0, 1), (2, 3)], "version 2 is the sink's update, which the last level wrote"
+    assert [await admitted() for _ in range(3)] == [(2, 0, False), (3, 1, True), (4, 1, False)]
+    assert written == [(0, 0), (1, 1)], "version 1 is the sink's update, which the last level wrote"
+
+
+async def test_prompts_between_two_blocks_replace_one_another() -> None:
+    versions, written = ConditionVersions(types_pb2.Position(), types_pb2.Conditions(), None), []
+
+    async def write(newest: int, version: int) -> types_pb2.Conditions:
+        written.append((newest, version))
+        return types_pb2.Conditions(version=version, text=types_pb2.Tensor(shape=[len(written)]))
+
+    async def write_late(newest: int, version: int) -> types_pb2.Conditions:
+        if newest == version:
+            await versions.admit(types_pb2.Block())
+        return await write(newest, version)
+
+    await versions.admit(types_pb2.Block())
+    assert [await versions.change(write) for _ in range(3)] == [1, 1, 1]
+    assert written == [(0, 1), (1, 1), (1, 1)]
+    assert await versions.change(write_late) == 2, "block 1 was admitted while its version was written"
+    await versions.admit(block := types_pb2.Block())
+    assert (block.index, block.conditions, list(block.carried.text.shape)) == (2, 2, [5])
+    assert [each.version for each in versions.known] == [0, 1, 2]

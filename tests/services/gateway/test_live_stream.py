@@ -160,7 +160,7 @@ class Pipeline:
 
     async def _receive(self) -> None:
         while not await self.stream.receive(await self.requests.get()):
-            pass
+            await self.stream.wait_for_few_items()
 
     async def _write(self, response: api.StreamAvatarResponse) -> None:
         self.sent.append(response)

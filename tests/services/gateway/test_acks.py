@@ -1,0 +1,36 @@
+"""Tests of services.gateway.stream.acks."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from avatar.worker.v1 import types_pb2
+from services.gateway.stream.acks import Acks
+
+MESSAGES = st.lists(st.sampled_from([("audio", 0), ("audio", 1), ("audio", 9), ("audio", 40), ("interrupt", 0)]))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(MESSAGES, st.floats(0, 1))
+def test_messages_that_are_done_are_counted_with_their_samples(messages: list[tuple[str, int]], share: float) -> None:
+    acks, position = Acks(types_pb2.Position(), group_samples=20), types_pb2.Position()
+    for kind, num_samples in messages:
+        acks.received(kind, num_samples)
+    num_delivered = round(share * acks.num_samples)
+    acks.record(position, num_delivered)
+    done = messages[: position.num_messages]
+    assert position.num_message_samples == sum(num_samples for _, num_samples in done) <= num_delivered
+    assert position.num_samples == num_delivered
+    assert num_delivered - position.num_message_samples < 20 + 40, "what is sent again is little"
+
+
+def test_tiny_messages_are_acknowledged_together() -> None:
+    acks = Acks(types_pb2.Position(), group_samples=20)
+    for _ in range(40):
+        acks.received("audio", 1)
+    for _ in range(100):
+        acks.received("audio")
+        acks.received("interrupt")
+    for turn in range(3):
+        acks.received("end_turn", ended_turn=turn)
+        acks.received("audio")
+    assert acks.num_pending == 2 + 1 + 3

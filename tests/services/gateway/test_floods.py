@@ -1,0 +1,82 @@
+"""Floods of messages that carry little or nothing: the size of a stream does not depend on their number."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+from avatar.aio import background
+from avatar.v1 import avatar_service_pb2 as api
+from services.gateway.options import StreamOptions
+from services.gateway.stream.live_stream import LiveStream
+from tests.product import END_TURN, INTERRUPT
+from tests.services.gateway.clock import VirtualTimeLoop
+from tests.services.gateway.test_live_stream import LIVE, OFFLINE, Pipeline
+
+EMPTY = api.StreamAvatarRequest(audio=api.AudioPiece())
+SAMPLE = api.StreamAvatarRequest(audio=api.AudioPiece(data=b"\1\0"))
+SHARED = (ModuleType, type, FunctionType, BuiltinFunctionType, asyncio.AbstractEventLoop, asyncio.Task)
+# Messages that are repeated, and by how many bytes they may grow a stream: audio waits up to a limit, and a bounded
+# number of answers and ends of turns is kept for a client that resumes.
+FLOODS = {
+    "empty audio": ([EMPTY], 1 << 16),
+    "one sample": ([SAMPLE], 1 << 20),
+    "interrupts": ([INTERRUPT], 1 << 20),
+    "ends of turns": ([END_TURN], 1 << 20),
+    "empty audio and interrupts": ([EMPTY, INTERRUPT], 1 << 20),
+    "turns of one sample": ([SAMPLE, END_TURN], 1 << 20),
+    "interrupted samples": ([SAMPLE, INTERRUPT], 1 << 20),
+}
+
+
+def size_bytes(root: object, left_out: object) -> int:
+    """Return the size of all objects that are reachable from one, without another and those that all share."""
+    seen, waiting, size = {id(left_out)}, [root], 0
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or isinstance(each, SHARED):
+            continue
+        seen.add(id(each))
+        size += sys.getsizeof(each)
+        waiting += gc.get_referents(each)
+    return size
+
+
+async def send(stream: LiveStream, messages: list[api.StreamAvatarRequest], count: int) -> None:
+    """Send messages as a live session takes them."""
+    for index in range(count):
+        await stream.receive(messages[index % len(messages)])
+        await stream.wait_for_few_items()
+        await asyncio.sleep(0)
+
+
+async def grown_bytes(options: StreamOptions, messages: list[api.StreamAvatarRequest], count: int) -> int:
+    """Return by how many bytes a flood grows a stream whose stages answer nothing, and whose client reads."""
+    pipeline = Pipeline(options=options, now=asyncio.get_running_loop().time)
+    stream: Any = pipeline.stream
+    async with pipeline.running():
+        before = size_bytes(stream, stream._stages)
+        async with background(send(stream, messages, count)) as sending:
+            await asyncio.wait({sending}, timeout=1)
+            return size_bytes(stream, stream._stages) - before
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (OFFLINE, 5_000),
+        pytest.param(OFFLINE, 200_000, marks=pytest.mark.slow),
+        pytest.param(LIVE, 50_000, marks=pytest.mark.slow),
+    ],
+    ids=["few", "offline", "live"],
+)
+@pytest.mark.parametrize("flood", FLOODS)
+def test_a_flood_does_not_grow_a_stream(options: StreamOptions, count: int, flood: str) -> None:
+    messages, limit_bytes = FLOODS[flood]
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        assert runner.run(grown_bytes(options, messages, count)) < limit_bytes
