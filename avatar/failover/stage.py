@@ -63,9 +63,10 @@ class FailoverStage(Generic[Item, Answer]):
         # Lists of one item; an empty list is the end.
         self._queue: asyncio.Queue[list[Item]] = asyncio.Queue()
         self._free_slots = asyncio.Semaphore(1)
-        self._deadline: float | None = None
+        # Of the wait for the next answer: its limit once an answer is due, and its timer.
+        self._stall_s = 0.0
         self._timer: asyncio.Timeout | None = None
-        self._silent_at: float | None = None
+        self._is_silent = False
         self._is_closing = False
         self.lost_at_s = -math.inf
         self._num_losses = 0
@@ -74,7 +75,7 @@ class FailoverStage(Generic[Item, Answer]):
     async def open(self) -> Any:
         """Open the stream; return the worker's `opened`. Raises the workers' error."""
         worker, stream, opened = await self._connector.connect()
-        self._current, self._silent_at = (worker, stream), None
+        self._current, self._is_silent = (worker, stream), False
         worker.on_silence.add(self._give_up)
         return opened
 
@@ -84,14 +85,16 @@ class FailoverStage(Generic[Item, Answer]):
         async with background(self._pull(items)) as pulling:
             while True:
                 assert self._current is not None
-                stream = self._current[1]
+                worker, stream = self._current
                 try:
                     async with aclosing(stream(self._stream_items(pulling))) as answers:
                         while True:
+                            step_s = getattr(worker.info, "step_s", 0.0)
+                            self._stall_s = 0.0 if self._is_silent else self._timeouts.stall_s + 4 * step_s
+                            is_due = self._is_silent or self._replay.is_answer_due or self._is_closing
                             # The time that the consumer takes between two answers does not count against the worker.
-                            self._deadline = self._silent_at or self._answer_deadline()
                             try:
-                                async with asyncio.timeout_at(self._deadline) as self._timer:
+                                async with asyncio.timeout(self._stall_s if is_due else None) as self._timer:
                                     answer = await anext(answers)
                             except StopAsyncIteration:
                                 self.closed = types_pb2.Closed(num_blocks=num_blocks, busy_s=stream.closed.busy_s)
@@ -140,34 +143,24 @@ class FailoverStage(Generic[Item, Answer]):
         while queued := await self._queue.get():
             self._free_slots.release()
             self._replay.record(queued[0])
-            self._start_deadline()
+            self._limit_wait()
             yield queued[0]
         self._queue.put_nowait([])  # for the stream that may have to replace this one
         self._is_closing = True
-        self._start_deadline()
+        self._limit_wait()
         await pulling
 
-    def _answer_deadline(self) -> float | None:
-        """Return by when the worker has to give its next answer; None if none is due."""
-        if not self._current or not (self._replay.is_answer_due or self._is_closing):
-            return None
-        step_s = getattr(self._current[0].info, "step_s", 0.0)
-        return asyncio.get_running_loop().time() + self._timeouts.stall_s + 4 * step_s
-
-    def _start_deadline(self) -> None:
-        """Set a deadline for the next answer, if it has none and has become due."""
-        if self._deadline is None and (deadline := self._answer_deadline()):
-            self._set_deadline(deadline)
+    def _limit_wait(self) -> None:
+        """Limit the wait for the next answer, if it has no limit and the answer has become due."""
+        is_due = self._replay.is_answer_due or self._is_closing
+        if is_due and self._timer and self._timer.when() is None:
+            self._timer.reschedule(asyncio.get_running_loop().time() + self._stall_s)
 
     def _give_up(self) -> None:
         """Stop waiting: the worker does not answer polls."""
-        self._silent_at = asyncio.get_running_loop().time()
-        self._set_deadline(self._silent_at)
-
-    def _set_deadline(self, deadline: float) -> None:
-        self._deadline = deadline
+        self._is_silent = True
         if self._timer and not self._timer.expired():
-            self._timer.reschedule(deadline)
+            self._timer.reschedule(asyncio.get_running_loop().time())
 
     async def _reopen(self, lost: AvatarError) -> None:
         """Open the stream again. Raises the loss if the stream was lost too often, or cannot be opened in time."""

@@ -14,7 +14,7 @@ from google.protobuf.message_factory import GetMessageClass
 from avatar.aio import background
 from avatar.errors import REASONS, AvatarError, ConfigMismatch, InvalidField, StageFailed, StageLost
 from avatar.rpc.status import ENDED_EARLY, CallStatus, error_details
-from avatar.rpc.wire import RelayedBlock, serialize, serialize_field
+from avatar.rpc.wire import RelayedBlock, serialize_field
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 
 Relayable: TypeAlias = types_pb2.Block | RelayedBlock
@@ -46,8 +46,8 @@ class RemoteStage(Generic[Item, Answer]):
         self.closed = types_pb2.Closed()
         self._request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
         path = f"/{method.containing_service.full_name}/{method.name}"
-        # The generated stub could only send whole messages, and not their serialized parts.
-        open_call: Any = connection.stream_stream(path, serialize, response.FromString)
+        # The generated stub could only send whole messages, and not bytes that are joined from serialized parts.
+        open_call: Any = connection.stream_stream(path, None, response.FromString)
         self._call = open_call()
         self._status = CallStatus(self._call)
         self._item = method.input_type.fields_by_name[item].number
@@ -58,7 +58,7 @@ class RemoteStage(Generic[Item, Answer]):
         is_open = False
         try:
             async with asyncio.timeout(OPEN_S):
-                await self._write(self._request(open=message))
+                await self._write(self._request(open=message).SerializeToString())
                 opened = (await self._read()).opened
             is_open = True
             return opened
@@ -99,14 +99,14 @@ class RemoteStage(Generic[Item, Answer]):
         try:
             async with aclosing(items):
                 async for item in items:
-                    await self._write(serialize_field(self._item, item))
-            await self._write(self._request(close={}))
+                    await self._write(b"".join(serialize_field(self._item, item)))
+            await self._write(self._request(close={}).SerializeToString())
             await self._call.done_writing()
         except BaseException:
             self.cancel()
             raise
 
-    async def _write(self, request: Any) -> None:
+    async def _write(self, request: bytes) -> None:
         try:
             await self._call.write(request)
         except asyncio.InvalidStateError:  # the call has ended; reading raises its status

@@ -7,7 +7,6 @@ times for every stage that it is sent to. With a tag and a length written before
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from google.protobuf.message import Message
 
@@ -59,11 +58,6 @@ def serialize_field(number: int, message: Message | RelayedBlock) -> list[bytes]
     """Serialize a message as a field of another one, in parts."""
     parts = message.parts() if isinstance(message, RelayedBlock) else [message.SerializeToString()]
     return [_varint(number << 3 | LENGTH_DELIMITED) + _varint(sum(map(len, parts))), *parts]
-
-
-def serialize(request: Any) -> bytes:
-    """Serialize a request, which is a message or the parts of one."""
-    return b"".join(request) if isinstance(request, list) else request.SerializeToString()
 
 
 def _varint(number: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
 from avatar.errors import InvalidAudio, InvalidField
@@ -43,7 +44,7 @@ class StreamOptions:
     is_per_block: bool = False
     returns_audio: bool = False
 
-    @property
+    @cached_property
     def sample_bytes(self) -> int:
         """Bytes of one sample of all channels."""
         return SAMPLE_BYTES[self.encoding] * self.num_channels
