@@ -3,7 +3,8 @@
 All services run in this process on one event loop, one offline stream speaks the shipped clip twice, and the calls of
 eight blocks in mid-stream are traced on the event loop's thread. An *entry* is a call of a function of the file, or the
 resumption of one of its coroutines; a *change* is a call or return from one file of avatar/ or services/ to another.
-Figures are means per block. Health checks of workers, which belong to no block, are switched off meanwhile.
+Figures are means per block. Health checks of workers, which belong to no block, are switched off meanwhile; a renewal
+of quotas, every few seconds, may enter one file more.
 """
 
 import argparse

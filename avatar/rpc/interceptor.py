@@ -1,6 +1,7 @@
 """Calls at a server: their requests in order, and the exceptions of their handlers as gRPC statuses.
 
-A worker's stream is `open`, items, `close`: a handler reads it with `receive_open` and then `parts`.
+A worker's stream is `open`, items, `close`: a handler reads it with `receive_open` and then `parts`. It is a generator
+of answers, single ones or lists of those that are ready together; or it writes them by itself.
 """
 
 import asyncio
@@ -63,10 +64,11 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                         # gRPC leaves a generator open until it is collected, and with it its session's state.
                         async with aclosing(answers):
                             async for answer in answers:
-                                await context.write(answer)
+                                for message in answer if isinstance(answer, list) else [answer]:
+                                    await context.write(message)
                     else:  # the handler writes by itself
                         await answers
-                answers = answer = None  # see `abort`: this frame is kept, too
+                answers = answer = message = None  # see `abort`: this frame is kept, too
                 if outcome.status:
                     await outcome.abort(context)
 

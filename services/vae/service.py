@@ -113,9 +113,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             )
         )
 
-    async def Decode(
-        self, requests: AsyncIterator[pb.DecodeRequest], context: Context
-    ) -> AsyncGenerator[pb.DecodeResponse, None]:
+    async def Decode(self, requests: AsyncIterator[pb.DecodeRequest], context: Context) -> AsyncGenerator[Any, None]:
         opened: pb.OpenDecode = await receive_open(requests)
         encoding, quality, rate_hz = opened.encoding or "rgb24", opened.quality, self._vae.config.frame_rate_hz
         with as_invalid_field("open.encoding"):
@@ -143,8 +141,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                     frames = await loop.run_in_executor(self._encoder, encoding_usage.measure, encode, chunk)
                     telemetry.block_span("encode", chunk.index, *encoding_usage.last_step, parent=chunk.traceparent)
                     num_blocks += 1
-                    for frame in frames:
-                        yield pb.DecodeResponse(frame=frame)
+                    yield [pb.DecodeResponse(frame=frame) for frame in frames]  # written one by one
             busy_s = decoding_usage.busy_s + encoding_usage.busy_s
             yield pb.DecodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=busy_s))
 

@@ -300,18 +300,16 @@ class LiveStream:
         block = self._in_flight.admitted[0]
         if self._rebuilt:
             self._note_discontinuity(frame.block)
+        if not (block.has_frames or block.is_dropped):
+            block.has_frames = True
+            self._record_latency(block)
+            await self.outbox.wait_for_space(warns=self._options.is_live and self.is_connected)
         if not block.is_dropped:
-            if not block.has_frames:
-                block.has_frames = True
-                self._record_latency(block)
-            if items := self._framer.add(frame, block, is_discontinuity=self._is_discontinuity):
-                await self.outbox.wait_for_space(warns=self._options.is_live and self.is_connected)
-                if not block.is_dropped:
-                    self._first_frame_s = min(self._first_frame_s, self._now())
-                    for item in items:
-                        self.outbox.put(item)
-                        block.num_frames -= item.num_frames
-                    self._is_discontinuity = False
+            for item in self._framer.add(frame, block, is_discontinuity=self._is_discontinuity):
+                self._first_frame_s = min(self._first_frame_s, self._now())
+                self.outbox.put(item)
+                block.num_frames -= item.num_frames
+                self._is_discontinuity = False
         if frame.is_last:
             self._finish_block(frame.block, block)
 

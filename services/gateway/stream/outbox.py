@@ -19,7 +19,7 @@ from avatar.v1 import avatar_service_pb2 as api
 from avatar.worker.v1 import types_pb2
 from services.gateway.stream.fragments import renumber_fragment
 from services.gateway.stream.in_flight import FIRST_FRAME
-from services.gateway.stream.timeline import MediaGrid
+from services.gateway.stream.timeline import US, MediaGrid
 
 Write: TypeAlias = Callable[[api.StreamAvatarResponse], Awaitable[None]]
 # Blocks of frames that may wait: one being sent, one being made, and one between.
@@ -108,7 +108,7 @@ class Outbox:
         return any(item.num_frames and item.turn is not None for item in self._waiting)
 
     async def wait_for_space(self, *, warns: bool) -> None:
-        """Wait until frames may be put. warns: the client gets a notice, once, that it reads too slowly."""
+        """Wait until a block's frames may be put. warns: the client gets a notice, once, that it reads too slowly."""
         is_slow = self._num_waiting_frames >= MAX_WAITING_BLOCKS * self._grid.block_frames
         if is_slow and warns and not self._is_reader_slow:
             message = "frames are not read as fast as they are made"
@@ -210,15 +210,15 @@ class Outbox:
             match message.WhichOneof("part"):
                 case "frame" | "chunk" as part:
                     for frame in [message.frame] if part == "frame" else message.chunk.frames:
-                        frame.index, frame.pts_us = self.next_frame, self._grid.pts_us(self.next_frame)
+                        frame.index, frame.pts_us = self.next_frame, self._pts_us()
                         if self._is_fragmented:
                             frame.data = renumber_fragment(frame.data, frame.index)
                         self.next_frame += frame.num_frames
                 case "audio":
-                    message.audio.pts_us = self._grid.pts_us(self.next_frame)
+                    message.audio.pts_us = self._pts_us()
                 case "event":
                     message.event.number = self.next_event
-                    message.event.pts_us = self._grid.pts_us(self.next_frame)
+                    message.event.pts_us = self._pts_us()
                     if message.event.HasField("playback_finished"):
                         self._finish_turn(message.event.playback_finished, item)
                     self.next_event += 1
@@ -243,6 +243,10 @@ class Outbox:
             oldest, oldest_bytes = self._kept.popleft()
             self._num_kept_frames -= oldest.num_frames
             self._num_kept_bytes -= oldest_bytes
+
+    def _pts_us(self) -> int:
+        """Return the next frame's time on the media clock, in microseconds."""
+        return self.next_frame * US // self._grid.frame_rate_hz
 
     def _finish_turn(self, finished: api.PlaybackFinished, item: Item) -> None:
         """Say how a turn ended, which is only known now: an interrupt may have dropped its last frames."""

@@ -37,10 +37,6 @@ class MediaGrid:
         start = self.sample(first)
         return [self.sample(first + frame) - start for frame in range(self.block_frames + 1)]
 
-    def pts_us(self, frame: int) -> int:
-        """Return a frame's time on the media clock, in microseconds."""
-        return frame * US // self.frame_rate_hz
-
     def duration_us(self, num_samples: int) -> int:
         """Return the duration of audio, in microseconds."""
         return num_samples * US // self.rate_hz
