@@ -5,8 +5,11 @@ docs/reference_options.md maps the flags to the reference implementation's optio
 """
 
 import argparse
+import os
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +20,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from avatar.checkpoints import inspect
 from avatar.checkpoints.files import DTYPES
-from avatar.checkpoints.inspect import read_size
+from avatar.checkpoints.inspect import format_bytes, read_size
 from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import LoraAdapter
-from avatar.media import read_audio, read_video, write_mp4
-from avatar.render import Models, RenderOptions, load, render, with_clip_frames
+from avatar.media import Film, check_film_name, read_audio, read_video, write_mp4
+from avatar.render import Models, RenderOptions, check_speech, load, render, with_clip_frames
 from avatar.text import model as text_model
-from avatar.vae.vae import HIDDEN_FRAMES
+from avatar.vae.picture.reading import read_mask, read_picture
+from avatar.vae.vae import HIDDEN_FRAMES, parse_config
 
 FRAME_S = 0.02  # encoder frames are 50 Hz
 
@@ -36,17 +40,60 @@ def main() -> None:
     flags = parser().parse_args()
     torch.set_num_threads(flags.threads)
     try:
-        speech, rate_hz = read_speech(flags.speech)
-        picture = flags.portrait.read_bytes()
-        flags.out.parent.mkdir(parents=True, exist_ok=True)
-        adapter = LoraAdapter(flags.adapter) if flags.adapter else None
-        models = load(flags.checkpoint, adapter, dtype=DTYPES[flags.dtype], device=flags.device)
-        chunks = render(models, list(map(torch.from_numpy, speech)), rate_hz, picture, render_options(flags, models))
-        frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="block"))
-        with logging_redirect_tqdm():
-            write_mp4(flags.out, frames, models.vae.config.frame_rate_hz, HIDDEN_FRAMES, mix(speech), rate_hz)
+        film = make_film(flags)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    size = f"{film.num_frames} frames of {film.width}x{film.height}, {format_bytes(flags.out.stat().st_size)}"
+    print(f"wrote {flags.out}: {film.duration_s:.2f} s, {size}")
+
+
+def make_film(flags: argparse.Namespace) -> Film:
+    """Render and write the film of the flags; inputs and the output's name are checked before the models are loaded."""
+    check_film_name(flags.out)
+    inputs = [*flags.speech, flags.portrait, *(flags.mask or []), *([flags.pose_video] if flags.pose_video else [])]
+    if flags.out.exists() and any(path.exists() and flags.out.samefile(path) for path in inputs):
+        raise ValueError(f"{flags.out} is one of the inputs; expected the name of another film to write")
+    speech, rate_hz = read_speech(flags.speech)
+    picture = flags.portrait.read_bytes()
+    check_pictures(flags, picture)
+    adapter = LoraAdapter(flags.adapter) if flags.adapter else None
+    make_folder(flags.out.parent)
+    models = load(flags.checkpoint, adapter, dtype=DTYPES[flags.dtype], device=flags.device)
+    options = render_options(flags, models)
+    chunks = render(models, list(map(torch.from_numpy, speech)), rate_hz, picture, options)
+    frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="block"))
+    with logging_redirect_tqdm():
+        return write_mp4(flags.out, frames, models.vae.config.frame_rate_hz, HIDDEN_FRAMES, mix(speech), rate_hz)
+
+
+def check_pictures(flags: argparse.Namespace, picture: bytes) -> None:
+    """Raise ValueError, with the file's name, if the portrait, a mask or the pose video cannot be used."""
+    rule = parse_config(open_part(flags.checkpoint, "vae").config).picture
+    with naming(flags.portrait):
+        height, width, _ = read_picture(picture, rule, flags.size, flags.fit).rgb.shape
+    for path in flags.mask or []:
+        with naming(path):
+            read_mask(path.read_bytes(), picture, (width, height), flags.fit or rule.fit, cell=1)
+    if flags.pose_video:
+        next(read_video(flags.pose_video, rate_hz=1), None)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of the output if it is missing, and say so. OSError if it cannot be written to."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        print(f"made the folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"no permission to write to the folder {folder}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the path in front of a ValueError's message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,9 +101,9 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="python -m avatar", description="Render one clip in one process.")
     out.add_argument("speech", type=Path, nargs="+", help="an audio file; one per actor, each with a --mask")
     out.add_argument("portrait", type=Path, help="a PNG, JPEG, WebP, HEIC or AVIF picture of a person")
-    out.add_argument("out", type=Path, help="the MP4 file to write")
+    out.add_argument("out", type=Path, help="the film to write: .mp4, .m4v or .mov; its folder is made")
     out.add_argument("--checkpoint", type=Path, default=Path("models/tiny"), help="folder of the models")
-    out.add_argument("--adapter", type=Path, help="LoRA adapter file to merge into the network's weights")
+    out.add_argument("--adapter", type=Path, help="LoRA adapter, a file or PEFT's folder, to merge into the network")
     out.add_argument("--device", type=torch.device, default="cpu", help="torch device (default cpu)")
     out.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and states (default float32)")
     out.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
@@ -133,6 +180,9 @@ def read_speech(paths: list[Path]) -> tuple[list[NDArray[np.float32]], int]:
     speech, rates = zip(*map(read_audio, paths), strict=True)
     if len(set(rates)) > 1:
         raise ValueError(f"all speech must have the same rate, got {', '.join(f'{rate} Hz' for rate in rates)}")
+    for path, samples in zip(paths, speech, strict=True):
+        with naming(path):
+            check_speech(torch.from_numpy(samples), rates[0])
     return list(speech), rates[0]
 
 

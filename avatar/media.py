@@ -1,9 +1,13 @@
-"""Reading of audio and video files, and writing of MP4. It loads no torch, so that clients can use it.
+"""Reading of audio and video files, and writing of films. It loads no torch, so that clients can use it.
+
+A path is always a file's, whatever it looks like: `take:1.mp4` is no protocol.
 
 Axes: a audio channels, s samples, f pixel frames, h w height and width.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
@@ -14,8 +18,13 @@ from av.audio.stream import AudioStream
 from av.container import OutputContainer
 from numpy.typing import NDArray
 
-from avatar.audio.alignment import MAX_RATE_HZ, MIN_RATE_HZ
+from avatar.audio.decode import decode_audio, open_container
 from avatar.vae.encodings import set_picture_format, to_video_frame
+
+logger = logging.getLogger(__name__)
+
+# FFmpeg's names of the kinds of film that are written, by the ends of their names.
+FILM_FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov"}
 
 AAC_RATE_HZ = 48000
 """Every player supports AAC at this rate; the encoder does not support every rate that speech may have."""
@@ -24,30 +33,23 @@ LAYOUTS = {1: "mono", 2: "stereo"}
 
 
 def read_audio(path: Path) -> tuple[NDArray[np.float32], int]:
-    """Return samples (a, s) float32 and their rate in Hz, of the first audio stream in any file that FFmpeg reads.
+    """Return samples (1 or 2, s) float32 and their rate in Hz, 8000 to 48000, of any file that FFmpeg decodes.
 
-    Integers are scaled by their full range (16 bits: by 1/32768), floats are unchanged. ValueError if the file has no
-    audio, is empty or damaged, or has other than 1 or 2 channels or a rate outside 8 to 48 kHz.
+    Integers are scaled by their full range (16 bits: by 1/32768), floats are unchanged. Of several audio streams the
+    first is read. What cannot be decoded is left out, other rates are resampled, and more than two channels, or two
+    that cancel each other, are mixed down as by `mix_down`; a warning in the log says what is missing or changed.
+    ValueError if nothing in the file can be decoded, its rate is below 8000 Hz, or it is longer than `MAX_NUMBERS`.
     """
     if not path.is_file():
         raise ValueError(f"no audio file at {path}")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                raise ValueError(f"{path} is not an audio file: it has no audio stream")
-            stream = container.streams.audio[0]
-            rate_hz, num_channels = stream.rate, stream.channels
-            if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
-                raise ValueError(f"{path} has {rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
-            if num_channels not in (1, 2):
-                raise ValueError(f"{path} has {num_channels} channels, expected 1 or 2")
-            to_float = av.AudioResampler(format="fltp")
-            pieces = [piece.to_ndarray() for frame in container.decode(stream) for piece in to_float.resample(frame)]
-    except av.FFmpegError as error:
-        raise ValueError(f"{path} is not an audio file, or is damaged: {error}") from error
-    if not sum(piece.shape[1] for piece in pieces):
-        raise ValueError(f"{path} is empty: no samples")
-    return np.concatenate(pieces, axis=1), rate_hz
+    with path.open("rb") as file:
+        try:
+            audio = decode_audio(file)
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from error
+    for note in audio.notes:
+        logger.warning("%s %s", path, note)
+    return audio.samples, audio.rate_hz
 
 
 def read_video(path: Path, rate_hz: int) -> Iterator[NDArray[np.uint8]]:
@@ -59,7 +61,7 @@ def read_video(path: Path, rate_hz: int) -> Iterator[NDArray[np.uint8]]:
     if not path.is_file():
         raise ValueError(f"no video file at {path}")
     try:
-        with av.open(str(path)) as container:
+        with path.open("rb") as file, open_container(file) as container:
             if not container.streams.video:
                 raise ValueError(f"{path} is not a video file: it has no video stream")
             stream = container.streams.video[0]
@@ -67,7 +69,25 @@ def read_video(path: Path, rate_hz: int) -> Iterator[NDArray[np.uint8]]:
             for frame in islice(container.decode(stream), 0, None, step):
                 yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
     except av.FFmpegError as error:
-        raise ValueError(f"{path} is not a video file, or is damaged: {error}") from error
+        raise ValueError(f"{path} is not a video file, or is damaged: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Film:
+    """A written film: its frames of width x height pixels, and the seconds from the audio's start to the last frame."""
+
+    num_frames: int
+    width: int
+    height: int
+    duration_s: float
+
+
+def check_film_name(path: Path) -> None:
+    """Raise ValueError unless the name is a film's, of a kind in FILM_FORMATS, and no folder has it."""
+    if path.suffix.lower() not in FILM_FORMATS:
+        raise ValueError(f"{path} is not the name of a film: expected one that ends in {', '.join(FILM_FORMATS)}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected the name of a film to write")
 
 
 def write_mp4(
@@ -77,14 +97,18 @@ def write_mp4(
     first_frame: int,
     samples: NDArray[np.float32],
     rate_hz: int,
-) -> None:
-    """Write an MP4 of H.264 and AAC; video starts at first_frame / frame_rate seconds, audio at 0.
+) -> Film:
+    """Write a film of H.264 and AAC: video starts at first_frame / frame_rate seconds, audio at 0.
 
-    frames: chunks (f, h, w, 3) uint8 RGB of one size, h and w even; consumed one at a time.
-    samples: (a, s) float32 in [-1, 1], 1 or 2 channels.
+    Audio after the last frame is left out.
+
+    path: its ending is one of FILM_FORMATS. frames: chunks (f, h, w, 3) uint8 RGB of one size, h and w even; consumed
+    one at a time. samples: (a, s) float32 in [-1, 1], 1 or 2 channels.
     The file is renamed into place when it is complete. The offset of the video is stored as an empty edit in the edit
-    list. ValueError if there are no frames or no samples, or the frames' size is odd.
+    list. ValueError if there are no frames or no samples, the frames' size is odd, or as in `check_film_name`; OSError
+    if the file cannot be written.
     """
+    check_film_name(path)
     chunks = iter(frames)
     first = next(chunks, None)
     if first is None or not samples.size:
@@ -93,8 +117,10 @@ def write_mp4(
     if height % 2 or width % 2:
         raise ValueError(f"frames must have even sides, got {height} x {width}")
     partial = path.with_name(f".{path.name}.partial")
+    # FFmpeg takes a name up to a colon for a protocol, and opens the file a second time to move its index.
+    url, kind = f"file:{partial.absolute()}", FILM_FORMATS[path.suffix.lower()]
     try:
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        with av.open(url, "w", format=kind, options={"movflags": "faststart"}) as container:
             video = container.add_stream("libx264", rate=frame_rate, options={"crf": "18"})
             set_picture_format(video.codec_context, height, width, frame_rate)
             audio = container.add_stream("aac", rate=AAC_RATE_HZ, layout=LAYOUTS[len(samples)])
@@ -107,12 +133,14 @@ def write_mp4(
                 end = frame_number * rate_hz // frame_rate
                 mux_audio(container, audio, samples, start, end, rate_hz)
                 start = end
-            mux_audio(container, audio, samples, start, samples.shape[1], rate_hz)
             container.mux(video.encode(None))
             container.mux(audio.encode(None))
         partial.replace(path)
+    except av.FFmpegError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
+    return Film(frame_number - first_frame, width, height, frame_number / frame_rate)
 
 
 def mux_audio(

@@ -24,6 +24,7 @@ from torch.nn import functional
 from avatar.audio import model as audio_model
 from avatar.audio.alignment import BLOCK_SAMPLES, SAMPLE_RATE_HZ
 from avatar.audio.model import AudioModel
+from avatar.audio.resample import check_piece
 from avatar.audio.whole_file import file_blocks
 from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import LoraAdapter
@@ -131,6 +132,11 @@ def render(
         state = vae.open(session)
         for block in denoised:
             yield vae.step(block, state)
+
+
+def check_speech(samples: Tensor, rate_hz: int) -> None:
+    """Raise ValueError unless `render` takes this speech, (1 or 2, s) float32 in [-1, 1]."""
+    check_piece(AudioPiece(samples, rate_hz))
 
 
 def with_clip_frames(config: NetworkConfig, frames: int | None) -> NetworkConfig:

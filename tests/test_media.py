@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from avatar.media import read_audio, write_mp4
+from avatar.media import Film, read_audio, read_video, write_mp4
 
 RNG = np.random.default_rng(0)
 
@@ -93,11 +93,52 @@ def test_a_picture_has_no_audio() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "rate_hz", "message"),
-    [((1, 0), 16000, "is empty"), ((1, 99), 3000, "3000 Hz, expected 8000"), ((3, 99), 16000, "3 channels")],
+    [((1, 0), 16000, "a.wav is empty"), ((1, 99), 3000, "a.wav has 3000 Hz and 1 channels, expected 8000 to")],
 )
 def test_unsupported_audio_is_refused(shape: tuple[int, int], rate_hz: int, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_audio(write_wav(tmp_path / "a.wav", np.zeros(shape, np.int16), rate_hz))
+
+
+def test_what_is_missing_is_logged_with_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_wav(tmp_path / "a.wav", np.ones((1, 16000), np.int16))
+    path.write_bytes(path.read_bytes()[: 44 + 2 * 12000])
+    samples, _ = read_audio(path)
+    assert samples.shape == (1, 12000)
+    assert caplog.messages == [f"{path} is cut short at 0.75 s: at least 0.25 s are missing"]
+
+
+NAMES = ["take:1.mp4", "concat:a|b.mp4", "pipe:1.mov", "-x.m4v", "file:ünicode 数.MP4", "http://x.mp4", "%d.mp4"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_is_a_file_to_write_and_to_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(name)  # of http://, a folder `http:`
+    path.parent.mkdir(exist_ok=True)
+    film = write_mp4(path, [frames_of(64, 12)], 25, 3, np.zeros((1, 9600), np.float32), 16000)
+    assert film == Film(num_frames=12, width=64, height=64, duration_s=0.6)
+    assert [each for each in tmp_path.rglob("*") if each.is_file()] == [tmp_path / path]
+    assert len(list(read_video(path, 25))) == 12
+    samples, rate_hz = read_audio(path)
+    assert samples.shape[1] / rate_hz == pytest.approx(0.6, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.mkv", "a", ".mp4", "mp4"])
+def test_a_name_that_is_no_films_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not the name of a film: expected one that ends in \.mp4, \.m4v, \.mov"):
+        write_mp4(tmp_path / name, [frames_of(64, 2)], 25, 0, np.zeros((1, 99), np.float32), 16000)
+
+
+def test_a_film_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"cannot write .*missing/a\.mp4: No such file or directory"):
+        write_mp4(tmp_path / "missing" / "a.mp4", [frames_of(64, 2)], 25, 0, np.zeros((1, 99), np.float32), 16000)
+
+
+def test_audio_ends_with_the_last_frame(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "a.mp4", [frames_of(64, 9), frames_of(64, 12)], 25, 3, np.ones((1, 64000), np.float32), 16000)
+    samples, rate_hz = read_audio(tmp_path / "a.mp4")
+    assert samples.shape[1] / rate_hz == pytest.approx(24 / 25, abs=0.03)
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 16000, 22050, 44100, 48000])

@@ -1,5 +1,6 @@
 """Tests of avatar.render and of `python -m avatar`: every option with a tiny checkpoint."""
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,12 +18,13 @@ from avatar import __main__ as command
 from avatar.audio.model import AudioModel
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.audio.whole_file import file_blocks
-from avatar.media import read_video, write_mp4
+from avatar.media import read_audio, read_video, write_mp4
 from avatar.render import Models, RenderOptions, load, render, with_clip_frames
 from avatar.types import FrameChunk
 from avatar.vae.out_of_distribution import GRID_CELLS, OutOfDistributionCheck
 from avatar.vae.picture.rule import PictureRule
 from avatar.vae.vae import Vae
+from tests.audio.recordings import encode
 from tests.conftest import RATE_HZ, speech, write_speech
 
 SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round the window
@@ -197,14 +199,23 @@ def files(tmp_path: Path, picture: bytes, checkpoint: Path) -> list[object]:
     return [*voices, tmp_path / "face.png", tmp_path / "out.mp4", "--checkpoint", checkpoint]
 
 
-def test_the_command_renders_two_actors(files: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_renders_two_actors(
+    files: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     masks = []
     for name in ("left", "right"):
         (tmp_path / f"{name}.png").write_bytes(plain(128))
         masks += ["--mask", tmp_path / f"{name}.png"]
+    monkeypatch.chdir(tmp_path)
+    files[3] = Path("new/take:1.mp4")
     chosen = ["--sink-distance", "4-6", "--sink-update-block", "never", "--noise", "clip", "--seed", "-1"]
     run(monkeypatch, *files, *masks, *chosen, "--num-clips", "1", "--clip-frames", "24", "--levels", "3")
-    assert len(list(read_video(tmp_path / "out.mp4", 25))) == 24 - 3
+    assert len(list(read_video(Path("new/take:1.mp4"), 25))) == 24 - 3
+    made, wrote = capsys.readouterr().out.splitlines()
+    assert made == "made the folder new"
+    assert re.fullmatch(r"wrote new/take:1\.mp4: 0\.96 s, 21 frames of 64x64, [0-9.]+ kB", wrote)
+    audio, rate_hz = read_audio(Path("new/take:1.mp4"))  # of 1 s of speech
+    assert audio.shape[1] / rate_hz == pytest.approx(0.96, abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +236,42 @@ def test_the_command_names_unsupported_options(
 ) -> None:
     with pytest.raises(SystemExit, match=said):
         run(monkeypatch, *files[:1], *files[2:], *flags)
+
+
+def too_loud(path: Path) -> Path:
+    """Write a WAV file of float32 samples with the range of 16-bit integers."""
+    path.write_bytes(encode(np.full((1, 1600), 20000, np.float32), "wav", codec="pcm_f32le"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({2: "out.wav"}, r"out\.wav is not the name of a film"),
+        ({0: "missing.wav"}, r"no audio file at .*missing\.wav"),
+        ({0: "face.png"}, r"face\.png is not an audio file: it has no audio stream"),
+        ({0: "loud.wav"}, r"loud\.wav: audio samples must be in \[-1, 1\], got 20000"),
+        ({1: "0.wav"}, r"0\.wav: not a PNG"),
+        ({2: "clip.mp4", 0: "clip.mp4"}, r"clip\.mp4 is one of the inputs"),
+        ({2: "folder.mp4"}, r"folder\.mp4 is a folder"),
+    ],
+)
+def test_the_command_checks_its_files_before_it_loads_models(
+    files: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[int, str],
+    said: str,
+) -> None:
+    monkeypatch.setattr(command, "load", None)
+    arguments = [files[0], *files[2:]]
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "clip.mp4").write_bytes(Path(str(files[0])).read_bytes())
+    too_loud(tmp_path / "loud.wav")
+    for position, name in changed.items():
+        arguments[position] = tmp_path / name
+    with pytest.raises(SystemExit, match=said):
+        run(monkeypatch, *arguments)
 
 
 def test_frames_of_a_faster_video_are_skipped(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import soxr
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from avatar.audio.decode import open_container
 from avatar.media import read_audio
 from training.data import AUDIO_RATE_HZ, FRAME_RATE_HZ, FRAME_SAMPLES, Clip, ClipShape, write_shard
 
@@ -32,7 +33,7 @@ def read_frames(film: Path, size: tuple[int, int]) -> Iterator[NDArray[np.uint8]
     size: (width, height). ValueError if the file is not a film.
     """
     try:
-        with av.open(str(film)) as container:
+        with film.open("rb") as file, open_container(file) as container:
             if not container.streams.video:
                 raise ValueError(f"{film} has no video stream")
             shown: NDArray[np.uint8] | None = None
