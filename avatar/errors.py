@@ -103,6 +103,10 @@ class SlowReader(AvatarError, reason="SLOW_READER", code=StatusCode.ABORTED):
     """The client read no frame for too long."""
 
 
+class SilentClient(AvatarError, reason="SILENT_CLIENT", code=StatusCode.ABORTED):
+    """The client sent nothing for too long, and was owed no frames."""
+
+
 class ResumeImpossible(AvatarError, reason="RESUME_IMPOSSIBLE", code=StatusCode.OUT_OF_RANGE):
     """The frames that a client lacks are no longer kept."""
 

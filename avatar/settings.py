@@ -205,6 +205,8 @@ class GatewaySettings(Settings):
     live_ahead_s: seconds of live audio that may wait; audio beyond it is refused.
     patience_s: seconds that a live block waits for the rest of its speech before it is idle, or filled with silence.
     max_unread_s: seconds after which a stream whose client reads nothing is closed.
+    silent_s: seconds after which an offline stream ends whose client sends no audio and is owed no frames, and 60 times
+        as many for a live stream without any message; 0 disables it.
     resume_s: seconds that a session waits to be resumed after its connection broke; 0 disables it.
     kept_s, kept_bytes: limits on what is kept to be sent again on resume, in seconds of video and in bytes.
     max_picture_bytes, max_audio_bytes, max_prompt_bytes: largest picture, piece of audio and prompt.
@@ -226,6 +228,7 @@ class GatewaySettings(Settings):
     live_ahead_s: Seconds = 30.0
     patience_s: Seconds = 0.25
     max_unread_s: Seconds = 10.0
+    silent_s: Seconds = 60.0
     resume_s: Seconds = 10.0
     kept_s: Seconds = 2.0
     kept_bytes: Bytes = 64 << 20

@@ -72,6 +72,11 @@ class FailoverStage(Generic[Item, Answer]):
         self._num_losses = 0
         self._is_rebuilt = False
 
+    @property
+    def is_answer_due(self) -> bool:
+        """True if the stream has been sent all that its next answer needs."""
+        return self._replay.is_answer_due
+
     async def open(self) -> Any:
         """Open the stream; return the worker's `opened`. Raises the workers' error."""
         worker, stream, opened = await self._connector.connect()

@@ -15,7 +15,7 @@ from contextlib import suppress
 import grpc.aio
 
 from avatar import telemetry
-from avatar.errors import ConnectionLost, SessionBusy, SessionNotFound, StoreUnavailable
+from avatar.errors import ConnectionLost, SessionBusy, SessionNotFound, SilentClient, StoreUnavailable
 from avatar.rpc.status import reason_of
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import LOCK_TTL_S, SessionStore
@@ -131,6 +131,7 @@ class LiveSession:
                 watchers = [
                     tasks.create_task(self._renew(owner)),
                     tasks.create_task(self._expire()),
+                    tasks.create_task(self._end_silence()),
                     tasks.create_task(self._until_failure()),
                 ]
                 await tasks.create_task(self.stream.run())
@@ -197,6 +198,14 @@ class LiveSession:
             except TimeoutError as error:
                 message = f"the connection broke, and nobody resumed in {self._settings.resume_s:g} s"
                 raise ConnectionLost(message) from error
+
+    async def _end_silence(self) -> None:
+        """Raise SilentClient once the client has sent nothing for too long."""
+        limit_s = self.stream.max_silent_s
+        while limit_s:
+            if (silent_s := self.stream.silent_s()) >= limit_s:
+                raise SilentClient(f"the client sent nothing for {limit_s:g} s, and was owed no frames")
+            await asyncio.sleep(limit_s - silent_s)
 
     async def _until_failure(self) -> None:
         await self._failure

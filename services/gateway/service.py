@@ -91,6 +91,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             hold_s=workers.hold_s,
             max_live_ahead_s=self._settings.live_ahead_s,
             max_unread_s=self._settings.max_unread_s,
+            max_silent_s=self._settings.silent_s,
             resume_s=self._settings.resume_s,
         )
 
@@ -232,6 +233,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         self, requests: AsyncIterator[pb.StreamAvatarRequest], context: Context
     ) -> None:
         opened: pb.OpenAvatar = await receive_open(requests)
+        opened.DiscardUnknownFields()  # the session's record keeps the rest
         caller().session(opened.session_id)
         is_resumed = opened.HasField("resume")
         session = await (self._live_sessions.resume(opened) if is_resumed else self._live_sessions.start(opened))

@@ -36,6 +36,8 @@ from services.gateway.stream.timeline import MediaGrid, Timeline
 
 # The client is told that its stream is degraded after so many late blocks in a row.
 LATE_BLOCKS = 3
+# A live stream may wait so many times longer than an offline one for a message of its client.
+LIVE_SILENT_FACTOR = 60
 # Blocks that may wait to be admitted before no more messages are read from the client: a few bytes can start a block.
 MAX_STARTED_BLOCKS = 16
 # Pieces of audio are acknowledged together up to this many seconds, so that tiny ones need no memory each.
@@ -48,6 +50,7 @@ class LiveStream:
     """The pipeline of one session.
 
     position: the session's record; `record_position` updates it. advanced: set when a block is finished.
+    max_silent_s: limit on `silent_s`; 0 if there is none.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class LiveStream:
         self._stages, self._options, self._settings = stages, options, settings
         self._grid = MediaGrid(options.rate_hz, session.frame_rate_hz, session.block_frames)
         self._now = now
+        self.max_silent_s = settings.silent_s * (LIVE_SILENT_FACTOR if options.is_live else 1)
+        self._heard_s = now()  # when the client last sent something, or was owed frames
         self._timeline = Timeline(self._grid, stages.block_latency_s, now)
         self.outbox = Outbox(
             self._grid,
@@ -108,6 +113,7 @@ class LiveStream:
 
     def connect(self) -> None:
         """Give blocks slots: a client is connected."""
+        self._heard_s = self._now()
         if self._options.is_live:
             self._timeline.restart(self.outbox.next_frame)
         self._in_flight.connected.set()
@@ -121,6 +127,8 @@ class LiveStream:
 
     async def receive(self, request: api.StreamAvatarRequest) -> bool:
         """Take a message of the client and return whether it was the last. Offline, wait until its audio has room."""
+        if self._options.is_live or request.audio.data:
+            self._heard_s = self._now()
         match request.WhichOneof("part"):
             case "audio" as kind:
                 self.acks.received(kind, await self._add_audio(request.audio.data))
@@ -154,6 +162,22 @@ class LiveStream:
             self._has_room.clear()
             await self._has_room.wait()
         await self.outbox.wait_for_few_items(lambda: len(self._speech.unfinished))
+
+    def silent_s(self) -> float:
+        """Return how long the client has sent nothing, in seconds; offline, and has been owed no frames.
+
+        0 if it is not connected, or has sent all that it will.
+        """
+        is_waited_for = self.is_connected and not self._speech.is_closed
+        if not is_waited_for or (not self._options.is_live and self._owes_frames()):
+            self._heard_s = self._now()
+        last_frame_s = -math.inf if self._options.is_live else self.outbox.last_frame_s
+        return self._now() - max(self._heard_s, last_frame_s)
+
+    def _owes_frames(self) -> bool:
+        """Return whether frames will come although the client sends nothing more. Offline."""
+        is_encoding = self._speech.waits_for_stage or self._stages.audio.is_answer_due
+        return is_encoding or bool(self._in_flight.admitted) or self.outbox.has_frames
 
     def interrupt(self) -> api.InterruptResponse:
         """Drop speech that is not admitted and frames that are not sent; return how much of it was delivered."""

@@ -7,6 +7,7 @@ there are a few per block.
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class Outbox:
     next_frame, next_event: numbers of the next frame and event to be sent.
     end_frame: number that the next frame to be put will get.
     num_delivered: samples of the client's audio whose frames were sent, or never will be.
+    last_frame_s: when a frame was last sent, in seconds of the event loop's clock.
     is_drained: set when everything is sent and nothing more follows.
     """
 
@@ -83,6 +85,7 @@ class Outbox:
         self.next_frame = position.next_frame
         self.next_event = position.next_event
         self.num_delivered = position.num_samples
+        self.last_frame_s = -math.inf
         # The turn whose speech was sent last, and how many samples of it.
         self._last_speech: tuple[int | None, int] = (position.turn, position.num_turn_samples)
         self._unfinished_turn = position.turn
@@ -106,6 +109,11 @@ class Outbox:
     def has_speech(self) -> bool:
         """True if frames of speech are waiting."""
         return any(item.num_frames and item.turn is not None for item in self._waiting)
+
+    @property
+    def has_frames(self) -> bool:
+        """True if frames are waiting."""
+        return self._num_waiting_frames > 0
 
     async def wait_for_space(self, *, warns: bool) -> None:
         """Wait until a block's frames may be put. warns: the client gets a notice, once, that it reads too slowly."""
@@ -228,6 +236,8 @@ class Outbox:
                     message.closed.num_frames = self.next_frame - FIRST_FRAME
             num_bytes += message.ByteSize()
         self._num_waiting_frames -= item.num_frames
+        if item.num_frames:
+            self.last_frame_s = asyncio.get_running_loop().time()
         if item.num_delivered is not None:
             self.num_delivered = item.num_delivered
         if item.num_frames and item.turn is not None:

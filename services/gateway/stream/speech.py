@@ -80,6 +80,16 @@ class SpeechQueue:
         return (sum(len(turn.pending) for turn in self._turns) + len(self._filling)) // self._sample_bytes
 
     @property
+    def is_closed(self) -> bool:
+        """True if nothing is added any more."""
+        return self._is_closed
+
+    @property
+    def waits_for_stage(self) -> bool:
+        """True if there is audio that the audio stage does not take yet. Offline."""
+        return any(turn.pending for turn in self._turns)
+
+    @property
     def ahead_samples(self) -> int:
         """Samples that are in no admitted block, with the silence that fills up started ones."""
         return self.pending_samples + sum(block.boundaries[-1] for block in self._in_flight.started)

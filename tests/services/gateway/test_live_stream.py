@@ -43,6 +43,7 @@ class HeldStage:
         self.closed = types_pb2.Closed()
         self.on_rebuilt: Any = None
         self.lost_at_s = -math.inf
+        self.is_answer_due = False
         self.gate = asyncio.Semaphore(0)
 
     def release(self, count: int = 1000) -> None:
