@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 
 from avatar.aio import background
+from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as api
 from services.gateway.options import StreamOptions
 from services.gateway.stream.live_stream import LiveStream
-from tests.product import END_TURN, INTERRUPT
+from tests.conftest import speech
+from tests.product import END_TURN, INTERRUPT, connected, frame, new_session, opening, pieces
+from tests.product import send as send_all
 from tests.services.gateway.clock import VirtualTimeLoop
 from tests.services.gateway.test_live_stream import LIVE, OFFLINE, Pipeline
+from tests.standin import standin_gateway
 
 EMPTY = api.StreamAvatarRequest(audio=api.AudioPiece())
 SAMPLE = api.StreamAvatarRequest(audio=api.AudioPiece(data=b"\1\0"))
@@ -80,3 +84,19 @@ def test_a_flood_does_not_grow_a_stream(options: StreamOptions, count: int, floo
     messages, limit_bytes = FLOODS[flood]
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         assert runner.run(grown_bytes(options, messages, count)) < limit_bytes
+
+
+async def test_unknown_fields_of_open_are_not_kept(store: SessionStore, picture: bytes) -> None:
+    async with standin_gateway(store) as gateway, connected(gateway.target) as stub:
+        session = await new_session(stub, picture)
+        known = opening(session.id).open.SerializeToString()
+        unknown = b"\xc2\x3e\x80\x80\x04" + bytes(1 << 16)  # field 1000, of 64 KiB
+        call = stub.StreamAvatar(timeout=60)
+        await call.write(api.StreamAvatarRequest(open=api.OpenAvatar.FromString(known + unknown)))
+        await send_all(call, pieces(speech(1.0)))
+        await frame(call)
+        async with asyncio.timeout(10):
+            while not (opened := (await store.position(session.id)).opened):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # the gateway writes it after a block
+        assert opened == known
+        call.cancel()
