@@ -1,6 +1,6 @@
 """Admission control: how many streams a worker accepts.
 
-    a service's step times (`StepTimes`) -> time its device needs for live streams (`DeviceLoad`) -> admit or refuse
+    a service's step times (`StepTimes`) -> time its device needs for live streams (`DeviceLoad`) -> accept or refuse
 
 A live stream needs one step of its service in every block, for as long as it is open. A device keeps up with its live
 streams if one step of each, by the median of those measured, fits into LIVE_SHARE of a block's duration.
@@ -123,8 +123,8 @@ class AdmissionControl:
         return min(self._limit, self.active + self._load.num_free_sessions * self._num_levels)
 
     @contextmanager
-    def admit(self, session_id: str, *, is_live: bool) -> Iterator[None]:
-        """Count a stream as active while the body runs. NoCapacity if it cannot be admitted."""
+    def accept(self, session_id: str, *, is_live: bool) -> Iterator[None]:
+        """Count a stream as active while the body runs. NoCapacity if it is refused."""
         if self.active >= self._limit:
             raise NoCapacity(f"all {self._limit} streams of this worker are taken", retry_s=1.0)
         if is_live and not self._load.has_time_for(session_id, self.step_times):

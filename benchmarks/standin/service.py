@@ -99,7 +99,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         opened: audio_pb2.OpenEncode = await receive_open(requests)
         if (opened.encoding, opened.num_channels) != ("pcm16", 1):
             raise ValueError(f"audio must be pcm16 with one channel, got {opened.encoding} with {opened.num_channels}")
-        with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
+        with self._stage.admission.accept(opened.session_id, is_live=opened.is_live):
             history_s = self._stage.history_blocks * BLOCK_S
             yield audio_pb2.EncodeResponse(opened=audio_pb2.EncodeOpened(history_s=history_s))
             usage, num_blocks = StreamUsage(self._stage.admission.step_times), 0
@@ -155,7 +155,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         opened: denoiser_pb2.OpenDenoise = await receive_open(requests)
         if opened.level != self._level:
             raise ValueError(f"level {opened.level} is not served here, only {self._level}")
-        with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
+        with self._stage.admission.accept(opened.session_id, is_live=opened.is_live):
             yield denoiser_pb2.DenoiseResponse(
                 opened=denoiser_pb2.DenoiseOpened(
                     history_blocks=self._stage.history_blocks, num_levels=content.NUM_LEVELS, digest=DIGEST
@@ -220,7 +220,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self, requests: AsyncIterator[vae_pb2.DecodeRequest], context: Context
     ) -> AsyncGenerator[vae_pb2.DecodeResponse, None]:
         opened: vae_pb2.OpenDecode = await receive_open(requests)
-        with self._stage.admission.admit(opened.session_id, is_live=opened.is_live):
+        with self._stage.admission.accept(opened.session_id, is_live=opened.is_live):
             yield vae_pb2.DecodeResponse(
                 opened=vae_pb2.DecodeOpened(history_blocks=self._stage.history_blocks, init_segment=b"init")
             )

@@ -91,8 +91,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         denoiser = self._denoisers.get(opened.level)
         if denoiser is None:
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
-        admitted = self._admission.admit(opened.session_id, is_live=opened.is_live)
-        with admitted, self._chain_stream(opened) as chain_stream, as_invalid_field("block"):
+        accepted = self._admission.accept(opened.session_id, is_live=opened.is_live)
+        with accepted, self._chain_stream(opened) as chain_stream, as_invalid_field("block"):
             session = session_from_pb(await self._store.session(opened.session_id))
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = StreamUsage(self._admission.step_times), 0

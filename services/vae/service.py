@@ -125,7 +125,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             pixels = chunk.frames.numpy()
             return _frames(chunk, encodings.encode(pixels, encoding, rate_hz, quality, chunk.first_frame))
 
-        with self._admission.admit(opened.session_id, is_live=opened.is_live), as_invalid_field("block"):
+        with self._admission.accept(opened.session_id, is_live=opened.is_live), as_invalid_field("block"):
             session = await self._store.session(opened.session_id)
             loop = asyncio.get_running_loop()
             init = await loop.run_in_executor(

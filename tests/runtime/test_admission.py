@@ -1,4 +1,4 @@
-"""Tests of avatar.runtime.admission: step times, and the streams that are admitted by them."""
+"""Tests of avatar.runtime.admission: step times, and the streams that are accepted by them."""
 
 import sys
 from contextlib import ExitStack
@@ -19,7 +19,7 @@ def step_times(*steps_s: float) -> StepTimes:
     return times
 
 
-def num_admitted(load: DeviceLoad, times: StepTimes, most: int = 100) -> int:
+def num_accepted(load: DeviceLoad, times: StepTimes, most: int = 100) -> int:
     """Return how many sessions of one live stream each the device has time for."""
     with ExitStack() as stack:
         for number in range(most):
@@ -35,7 +35,7 @@ def test_a_block_lasts_as_long_in_audio_as_in_video() -> None:
 
 def test_live_streams_get_nearly_all_of_a_devices_time() -> None:
     steps_s = (0.02, 0.0205, 0.12, 0.265, 0.4)
-    assert [num_admitted(DeviceLoad(), step_times(step_s)) for step_s in steps_s] == [22, 22, 3, 1, 1]
+    assert [num_accepted(DeviceLoad(), step_times(step_s)) for step_s in steps_s] == [22, 22, 3, 1, 1]
 
 
 def test_a_session_alone_at_a_device_is_never_refused() -> None:
@@ -63,7 +63,7 @@ def test_a_device_without_measured_steps_refuses_no_stream() -> None:
     load = DeviceLoad()
     load.add_service(StepTimes(), 1)
     assert load.num_free_sessions == sys.maxsize
-    assert num_admitted(load, StepTimes()) == 100
+    assert num_accepted(load, StepTimes()) == 100
 
 
 def test_cold_starts_and_prefills_refuse_no_stream() -> None:
@@ -74,13 +74,13 @@ def test_cold_starts_and_prefills_refuse_no_stream() -> None:
 
 def test_a_stream_over_the_limit_is_refused_until_another_ends() -> None:
     admission = AdmissionControl(2, "audio", DeviceLoad())
-    with admission.admit("a", is_live=False):
-        with admission.admit("b", is_live=False):
+    with admission.accept("a", is_live=False):
+        with admission.accept("b", is_live=False):
             with pytest.raises(NoCapacity, match="all 2 streams of this worker are taken") as refusal:
-                admission.admit("c", is_live=False).__enter__()
+                admission.accept("c", is_live=False).__enter__()
             assert refusal.value.retry_s
             assert admission.active == 2
-        with admission.admit("c", is_live=False):
+        with admission.accept("c", is_live=False):
             assert admission.active == 2
 
 
@@ -88,15 +88,15 @@ def test_a_live_stream_the_device_has_no_time_for_is_refused_until_another_ends(
     admission = AdmissionControl(8, "audio", DeviceLoad())
     admission.step_times.append(0.2)
     assert admission.capacity == 2, "two of 0.2 s fit into 0.45 s of every block"
-    with admission.admit("a", is_live=True):
-        with admission.admit("b", is_live=True):
+    with admission.accept("a", is_live=True):
+        with admission.accept("b", is_live=True):
             with pytest.raises(NoCapacity, match="no time for another live stream") as refusal:
-                admission.admit("c", is_live=True).__enter__()
+                admission.accept("c", is_live=True).__enter__()
             assert refusal.value.retry_s
             assert admission.capacity == admission.active == 2
-            with admission.admit("offline", is_live=False):
+            with admission.accept("offline", is_live=False):
                 assert admission.active == 3, "offline streams use the time that is left"
-        with admission.admit("c", is_live=True):
+        with admission.accept("c", is_live=True):
             assert admission.active == 2
 
 

@@ -107,7 +107,7 @@ async def test_a_live_stream_that_would_delay_the_others_is_refused(
     monkeypatch.setattr("avatar.runtime.admission.BLOCK_S", 1e9)
     assert await active_and_capacity(worker) == (0, 5)
     monkeypatch.setattr("avatar.runtime.admission.BLOCK_S", 1e-9)
-    assert await active_and_capacity(worker) == (0, 1), "a session alone at the device is admitted"
+    assert await active_and_capacity(worker) == (0, 1), "a session alone at the device is accepted"
     first, second, third, fourth = (remote_vae(worker) for _ in SESSIONS)
     await first.open(pb.OpenDecode(session_id="first", is_live=True))
     with pytest.raises(NoCapacity, match="no time for another live stream") as refusal:
