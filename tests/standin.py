@@ -1,7 +1,7 @@
 """The real gateway over stand-in workers, all in this process: real time and the real contract, without models."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,12 +46,16 @@ class RecordingAudio(AudioServicer):
 
 
 class RecordingVae(VaeServicer):
-    """Records pictures, or refuses them with `refusal` if it is set. Others get the notice `notice`."""
+    """Records pictures, or refuses them with `refusal` if it is set. Others get the notice `notice`.
+
+    before: awaited before a picture is encoded.
+    """
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
         self.pictures: list[bytes] = []
         self.refusal = self.notice = ""
+        self.before: Callable[[Context], Awaitable[None]] | None = None
 
     async def EncodeReference(
         self, request: vae_pb2.EncodeReferenceRequest, context: Context
@@ -59,6 +63,8 @@ class RecordingVae(VaeServicer):
         if self.refusal:
             raise InvalidField.at("picture", self.refusal)
         self.pictures.append(request.picture)
+        if self.before:
+            await self.before(context)
         response = await super().EncodeReference(request, context)
         response.reference.notice = self.notice
         return response

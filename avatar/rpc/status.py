@@ -16,6 +16,8 @@ from avatar.errors import DOMAIN, REASONS, AvatarError, ConnectionLost, MessageT
 ENDED_EARLY = "the stream ended before all was answered"
 # A status travels in the trailers, twice; over 16 KB they are dropped. Its text may repeat what a client sent.
 MAX_TEXT = 1000
+# Initial metadata of a worker that begins to work on a client's input, which may end the worker.
+INPUT_TAKEN = ("avatar-input", "taken")
 # Codes that gRPC itself gives, without details, to a call whose connection fails.
 LOST = (
     grpc.StatusCode.CANCELLED,

@@ -10,9 +10,10 @@ from typing import Any
 
 import grpc.aio
 
-from avatar.errors import ConfigMismatch, PromptUnsupported, StageLost
+from avatar.errors import AvatarError, ConfigMismatch, PromptUnsupported, StageLost
 from avatar.failover.pool import ANSWER_S, WorkerPool
 from avatar.rpc.client import stage_error
+from avatar.rpc.status import INPUT_TAKEN
 from avatar.rpc.tls import worker_credentials
 from avatar.settings import GatewaySettings
 from avatar.worker.v1 import (
@@ -183,15 +184,26 @@ class Workers:
 
 
 async def _call(pool: WorkerPool[Any], stub: Any, method: str, request: Any, limit_s: float) -> Any:
-    """Return the response of one of a pool's workers to a request that holds a client's input."""
+    """Return the response of one of a pool's workers to a request that holds a client's input.
+
+    A request that a worker took and did not answer is not repeated at another one, which its input might end as well.
+    """
 
     async def call(worker: Any) -> Any:
+        response = getattr(stub(worker.channel), method)(request, timeout=limit_s)
         try:
-            return await getattr(stub(worker.channel), method)(request, timeout=limit_s)
+            return await response
         except grpc.aio.AioRpcError as error:
-            raise stage_error(pool.stage, error, is_request=True) from error
+            failure = stage_error(pool.stage, error, is_request=True)
+            is_taken = INPUT_TAKEN in tuple(await response.initial_metadata() or ())
+            if is_taken or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return failure  # as an answer: after an error the pool would try the next worker
+            raise failure from error
 
-    return await pool.call(call)
+    answer = await pool.call(call)
+    if isinstance(answer, AvatarError):
+        raise answer
+    return answer
 
 
 def _slowest(workers: Any) -> Any:

@@ -13,6 +13,7 @@ from avatar import telemetry
 from avatar.errors import NoCapacity
 from avatar.rpc.codec import block_from_pb, session_from_pb, tensor_to_pb
 from avatar.rpc.interceptor import Context, as_invalid_field, parts, receive_open
+from avatar.rpc.status import INPUT_TAKEN
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, local
@@ -78,6 +79,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         if self._preparing.locked():
             raise NoCapacity(f"{MAX_REFERENCES} pictures are being prepared already", retry_s=1.0)
         async with self._preparing:
+            await context.send_initial_metadata((INPUT_TAKEN,))
             loop = asyncio.get_running_loop()
             picture = await loop.run_in_executor(self._picture_readers, self._read_picture, request)
             # No deadline: below live blocks, but first come, first served with offline work, so it cannot starve.
