@@ -1,14 +1,30 @@
 """Tests of the suite's telemetry: one trace a block over all stages, and metrics without sessions."""
 
+import logging
 from collections import defaultdict
 
+import pytest
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from avatar import telemetry
+from avatar.v1 import avatar_service_pb2 as pb
 from tests.conftest import speech
-from tests.product import connected, new_session, speak
+from tests.product import (
+    CLOSE,
+    END_TURN,
+    INTERRUPT,
+    answer,
+    connected,
+    finish,
+    frame,
+    new_session,
+    open_stream,
+    pieces,
+    send,
+    speak,
+)
 
 STAGES = [("audio", None), ("denoiser", 0), ("denoiser", 1), ("denoiser", 2), ("vae", None), ("encode", None)]
 LABELS = {"stage", "level", "reason", "kept", "service", "rpc.system.name", "rpc.method", "rpc.response.status_code"}
@@ -86,3 +102,18 @@ async def test_no_metric_knows_a_session(gateway: str, picture: bytes, measured:
     for labels in (labels for each in points.values() for labels in each):
         assert set(labels) <= LABELS
         assert session.id not in map(str, labels.values())
+
+
+async def test_healthy_streams_log_no_warning(
+    gateway: str, picture: bytes, measured: InMemoryMetricReader, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected(gateway) as stub:
+        await speak(stub, (await new_session(stub, picture)).id, speech(0.5))
+        call, _ = await open_stream(stub, (await new_session(stub, picture)).id, mode=pb.OpenAvatar.MODE_LIVE)
+        await frame(call)  # an idle block comes before the first audio
+        await send(call, [*pieces(speech(1.0)), END_TURN, END_TURN])
+        while not (await answer(call)).event.HasField("playback_started"):
+            pass
+        await finish(call, [INTERRUPT, *pieces(speech(0.3)), CLOSE])
+    assert measured.get_metrics_data() is not None
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []

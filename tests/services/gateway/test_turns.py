@@ -9,11 +9,14 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as api
 from services.gateway.options import StreamOptions
-from tests.product import CLOSE, END_TURN, INTERRUPT
+from tests.conftest import speech
+from tests.product import CLOSE, END_TURN, INTERRUPT, connected, finish, new_session, open_stream, pieces, send
 from tests.services.gateway.clock import VirtualTimeLoop
 from tests.services.gateway.test_live_stream import LIVE, OFFLINE, Pipeline
+from tests.standin import standin_gateway
 
 RATE_HZ = 16000
 
@@ -141,3 +144,14 @@ def test_events_come_in_the_order_of_turns_and_every_turn_is_finished_once(
                 assert response.frame.is_idle or playing is not None
     assert len(finished) == len(turns) - (turns[-1] == 0)
     assert started == sorted(set(started))
+
+
+async def test_a_gateway_finishes_turns_in_order(store: SessionStore, picture: bytes) -> None:
+    async with standin_gateway(store) as gateway, connected(gateway.target) as stub:
+        session = await new_session(stub, picture)
+        call, _ = await open_stream(stub, session.id, mode=api.OpenAvatar.MODE_LIVE)
+        await send(call, [*pieces(speech(0.6)), END_TURN, END_TURN, *pieces(speech(0.3)), END_TURN, END_TURN, CLOSE])
+        events = (await finish(call, ())).events
+    turns = [(kind := event.WhichOneof("kind"), getattr(event, str(kind)).turn) for event in events]
+    start, end = "playback_started", "playback_finished"
+    assert turns == [(start, 0), (end, 0), (end, 1), (start, 2), (end, 2), (end, 3)]
