@@ -6,10 +6,10 @@ python examples/live_microphone.py assets/speech.wav assets/portrait.png --inter
 import argparse
 import asyncio
 import os
-import wave
+import sys
 from collections import Counter
 
-from avatar.client import Frame, Stream, channel_credentials, connect
+from avatar.client import Frame, Stream, channel_credentials, connect, read_wav
 
 PIECE_S = 0.04
 
@@ -36,15 +36,14 @@ async def print_items(stream: Stream) -> None:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("speech", help="WAV file, 16 bit, one channel")
+    parser.add_argument("speech", help="WAV file")
     parser.add_argument("portrait", help="PNG, JPEG, WebP, HEIC or AVIF file")
     parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
     parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="use TLS; PEM file of a private authority")
     parser.add_argument("--token", default=os.environ.get("AVATAR_TOKEN", ""), help="bearer token; or AVATAR_TOKEN")
     parser.add_argument("--interrupt-after", type=float, default=2.0, help="seconds of speech before the interrupt")
     flags = parser.parse_args()
-    with wave.open(flags.speech) as file:
-        rate_hz, speech = file.getframerate(), file.readframes(file.getnframes())
+    speech, rate_hz = read_wav(flags.speech)
 
     credentials = None if flags.tls is None else channel_credentials(flags.tls)
     async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
@@ -62,4 +61,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -6,10 +6,10 @@ python examples/many_sessions.py assets/speech.wav assets/portrait.png --session
 import argparse
 import asyncio
 import os
+import sys
 import time
-import wave
 
-from avatar.client import Avatar, AvatarError, channel_credentials, connect
+from avatar.client import Avatar, AvatarError, channel_credentials, connect, read_wav
 
 
 async def run_session(avatar: Avatar, number: int, portrait: str, speech: bytes, rate_hz: int) -> None:
@@ -36,15 +36,14 @@ async def run_session(avatar: Avatar, number: int, portrait: str, speech: bytes,
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("speech", help="WAV file, 16 bit, one channel")
+    parser.add_argument("speech", help="WAV file")
     parser.add_argument("portrait", help="PNG, JPEG, WebP, HEIC or AVIF file")
     parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
     parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="use TLS; PEM file of a private authority")
     parser.add_argument("--token", default=os.environ.get("AVATAR_TOKEN", ""), help="bearer token; or AVATAR_TOKEN")
     parser.add_argument("--sessions", type=int, default=4)
     flags = parser.parse_args()
-    with wave.open(flags.speech) as file:
-        rate_hz, speech = file.getframerate(), file.readframes(file.getnframes())
+    speech, rate_hz = read_wav(flags.speech)
 
     credentials = None if flags.tls is None else channel_credentials(flags.tls)
     async with (
@@ -56,4 +55,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -8,18 +8,18 @@ Needs av and numpy in addition to the client, to write the file.
 import argparse
 import asyncio
 import os
-import wave
+import sys
 from fractions import Fraction
 
 import av
 import numpy as np
 
-from avatar.client import channel_credentials, connect
+from avatar.client import AvatarError, channel_credentials, connect, read_wav
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("speech", help="WAV file, 16 bit, one channel")
+    parser.add_argument("speech", help="WAV file")
     parser.add_argument("portrait", help="PNG, JPEG, WebP, HEIC or AVIF file")
     parser.add_argument("out", help="MP4 file to write")
     parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
@@ -28,8 +28,7 @@ async def main() -> None:
     parser.add_argument("--seed", type=int, help="the same seed gives the same frames")
     flags = parser.parse_args()
 
-    with wave.open(flags.speech) as file:
-        rate_hz, speech = file.getframerate(), file.readframes(file.getnframes())
+    speech, rate_hz = read_wav(flags.speech)
 
     credentials = None if flags.tls is None else channel_credentials(flags.tls)
     async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
@@ -58,4 +57,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except (AvatarError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -2,7 +2,8 @@
 
     async with connect("127.0.0.1:7000") as avatar:
         session = await avatar.create("face.png")
-        async with session.stream(audio=speech) as stream:
+        speech, rate_hz = read_wav("speech.wav")
+        async with session.stream(audio=speech, rate_hz=rate_hz) as stream:
             async for frame in stream.frames():
                 show(frame.data)
 
@@ -15,6 +16,7 @@ one of the table in protos/avatar/v1/avatar_service.proto. An unreachable gatewa
 from avatar.client.items import Audio, Frame, Interrupted, Item, Notice, NoticeKind, PlaybackFinished, PlaybackStarted
 from avatar.client.session import Avatar, Session, connect
 from avatar.client.stream import AudioSource, Stream
+from avatar.client.wav import read_wav
 from avatar.errors import AvatarError
 from avatar.rpc.tls import channel_credentials
 
@@ -34,4 +36,5 @@ __all__ = [
     "Stream",
     "channel_credentials",
     "connect",
+    "read_wav",
 ]

@@ -1,11 +1,13 @@
-"""Every example, run as its docstring describes."""
+"""Every example, run as its docstring describes, and the program that docs/integration.md starts with."""
 
 import asyncio
 import re
 import sys
+import wave
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 
 from tests.conftest import RATE_HZ, write_speech
@@ -15,8 +17,14 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def wav(tmp_path: Path) -> str:
-    """A WAV file of a second and a half."""
-    return str(write_speech(tmp_path / "speech.wav", 1.5))
+    """A WAV file of a second and a half: stereo of 24 bits."""
+    with wave.open(str(write_speech(tmp_path / "mono.wav", 1.5))) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype("<i4") << 8
+    path = tmp_path / "speech.wav"
+    with wave.open(str(path), "w") as file:
+        file.setparams((2, 3, RATE_HZ, 0, "NONE", ""))
+        file.writeframes(np.repeat(samples, 2).view("u1").reshape(-1, 4)[:, :3].tobytes())
+    return str(path)
 
 
 @pytest.fixture
@@ -26,13 +34,17 @@ def portrait(tmp_path: Path, picture: bytes) -> str:
     return str(path)
 
 
-async def run(name: str, *flags: str) -> str:
-    """Run an example and return its output."""
+async def run(name: str, *flags: str, status: int = 0) -> str:
+    """Run an example, expect its exit status, and return its output."""
+    return await run_python(str(EXAMPLES / name), *flags, status=status)
+
+
+async def run_python(*arguments: str, status: int = 0) -> str:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, EXAMPLES / name, *flags, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     output, _ = await process.communicate()
-    assert process.returncode == 0, output.decode()
+    assert process.returncode == status, output.decode()
     return output.decode()
 
 
@@ -58,3 +70,21 @@ async def test_a_microphone_is_interrupted(gateway: str, wav: str, portrait: str
 async def test_many_sessions_speak_at_once(gateway: str, wav: str, portrait: str) -> None:
     printed = await run("many_sessions.py", wav, portrait, "--target", gateway, "--sessions", "3")
     assert re.findall(r"session (\d): 45 frames", "\n".join(sorted(printed.splitlines()))) == ["0", "1", "2"]
+
+
+async def test_the_first_program_of_the_documentation_runs(gateway: str, wav: str, portrait: str) -> None:
+    page = (EXAMPLES.parent / "docs/integration.md").read_text(encoding="utf-8")
+    program = page.split("```python\n")[1].split("```")[0]
+    for written, here in (("assets/speech.wav", wav), ("assets/portrait.png", portrait), ("127.0.0.1:7000", gateway)):
+        assert written in program
+        program = program.replace(written, here)
+    lines = (await run_python("-c", program)).splitlines()
+    assert [line.split()[0] for line in lines] == [str(index) for index in range(3, 48)]
+
+
+async def test_a_file_that_is_no_wav_is_refused_in_a_line(portrait: str, tmp_path: Path) -> None:
+    mp3 = tmp_path / "speech.mp3"
+    mp3.write_bytes(b"ID3\x03" + bytes(1000))
+    out = str(tmp_path / "out.mp4")
+    printed = await run("wav_to_mp4.py", str(mp3), portrait, out, "--target", "127.0.0.1:1", status=1)
+    assert printed.startswith(f"error: {mp3} is no WAV file, but MP3")
