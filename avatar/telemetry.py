@@ -25,21 +25,27 @@ _meter = metrics.get_meter("avatar")
 _propagator = TraceContextTextMapPropagator()
 
 # A block is 0.48 s of video: a stage that takes longer is slower than real time. Streams last minutes.
-BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.48, 0.75, 1, 2.5, 5, 10, 60, 600)
+BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.48, 0.75, 1, 1.5, 2.5, 5, 10, 20, 30, 60, 600)
 
 
 def _durations(name: str, description: str) -> metrics.Histogram:
     return _meter.create_histogram(name, "s", description, explicit_bucket_boundaries_advisory=BUCKETS_S)
 
 
-# Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae, encode), `level`, `reason`, `kept`, and
-# those of the RPC conventions; never a session's id.
+# Every metric of the suite. Labels: `service`, `stage` (audio, denoiser, vae, encode), `level`, `reason`, `kept`,
+# `target` (an address in the settings), and those of the RPC conventions; never a session's id. Whoever counts by
+# `reason` or `stage` starts each of its series at 0: Prometheus sees no rate in a series that starts at 1.
 BLOCK_DURATION = _durations("avatar.block.duration", "Computing one block at one stage")
 BLOCK_WAIT = _durations("avatar.block.queue_wait", "Waiting time of one block for its stage's device")
 SESSIONS_ACTIVE = _meter.create_up_down_counter("avatar.session.active", "{session}", "Streams open at a service")
 SESSIONS_CAPACITY = _meter.create_up_down_counter("avatar.session.capacity", "{session}", "Streams a worker takes")
 SESSIONS_CLOSED = _meter.create_counter("avatar.session.closed", "{session}", "Streams that ended, by reason")
+CALLS_FAILED = _meter.create_counter("avatar.call.failed", "{call}", "Calls that ended with an error, by reason")
+STREAMS_REBUILT = _meter.create_counter("avatar.stream.rebuilt", "{stream}", "Lost streams that were opened again")
 REBUILD_DURATION = _durations("avatar.rebuild.duration", "Opening a lost stream again")
+WORKERS = _meter.create_gauge(
+    "avatar.worker.answering", "{worker}", "Workers that answer at an address of the settings"
+)
 TEXT_DURATION = _durations("avatar.text.duration", "Embedding one prompt, or reading it from the store")
 TIME_TO_FIRST_FRAME = _durations("avatar.time_to_first_frame", "From the first audio to the first frame")
 RPC_DURATION = _durations("rpc.server.call.duration", "Duration of inbound calls")

@@ -23,6 +23,8 @@ Video = Literal["rgb24", "jpeg", "h264", "fmp4"]
 # The VAE worker encodes a picture only when no block is waiting.
 CREATE_S = 90.0
 DELETE_S = 2.0
+# A gateway ends a call right after its last message.
+END_S = 0.5
 ENCODINGS = {"pcm16": types.SAMPLE_ENCODING_PCM16, "float32": types.SAMPLE_ENCODING_FLOAT32}
 VIDEOS = {
     "rgb24": types.VIDEO_ENCODING_RGB24,
@@ -183,8 +185,10 @@ class Session:
         stream = Stream(self._connection, opening, await self._avatar.limits())
         await stream.open()
         try:
-            async with background(stream.run(audio)):
+            async with background(stream.run(audio)) as running:
                 yield stream
+                if stream.closed:  # read the call's status, too: without it the gateway would count it as cancelled
+                    await asyncio.wait({running}, timeout=END_S)
         finally:
             if not stream.closed:
                 with suppress(AvatarError):

@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 import grpc.aio
 from google.protobuf.message import Message
 
+from avatar import telemetry
 from avatar.aio import background
 from avatar.errors import AvatarError, NoCapacity, StageFailed, StageLost, StoreUnavailable
 from avatar.rpc.channel import channel
@@ -89,7 +90,9 @@ class WorkerPool(Generic[Info]):
         self._get_info = get_info
         self._credentials = credentials
         self._workers: dict[str, Worker[Info]] = {}
+        self._addresses_of: dict[str, set[str]] = {}
         self._polling = asyncio.Lock()
+        telemetry.STREAMS_REBUILT.add(0, {"stage": stage})
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
@@ -152,6 +155,9 @@ class WorkerPool(Generic[Info]):
         async with self._polling:
             await self._resolve()
             await asyncio.gather(*(self._poll(worker) for worker in [*self._workers.values()]))
+            for target, addresses in self._addresses_of.items():
+                num_workers = sum(self._workers[address].info is not None for address in addresses)
+                telemetry.WORKERS.set(num_workers, {"target": target})
 
     def answering(self, serves: Callable[[Info], bool]) -> list[tuple[Worker[Info], Info]]:
         """Return the workers that answered the last poll and serve what is asked."""
@@ -183,10 +189,12 @@ class WorkerPool(Generic[Info]):
         found: dict[str, str] = {}
         for target in self._targets:
             try:
-                found |= await _addresses(target)
+                addresses = await _addresses(target)
             except OSError:
                 logger.warning("name not resolved", extra={"target": target})
-                found |= dict.fromkeys(self._workers, "")
+                addresses = dict.fromkeys(self._addresses_of.get(target, ()), "")
+            self._addresses_of[target] = set(addresses)
+            found |= addresses
         for address, name in found.items():
             if address not in self._workers:
                 self._workers[address] = Worker(address, channel(address, self._credentials, name=name))

@@ -189,8 +189,9 @@ class FailoverStage(Generic[Item, Answer]):
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         self._is_rebuilt = True
-        elapsed_s = time.monotonic() - started
-        telemetry.REBUILD_DURATION.record(elapsed_s, {"stage": self.stage.partition("-")[0]})
+        elapsed_s, labels = time.monotonic() - started, {"stage": self.stage.partition("-")[0]}
+        telemetry.STREAMS_REBUILT.add(1, labels)
+        telemetry.REBUILD_DURATION.record(elapsed_s, labels)
         logger.warning(
             "stream reopened", extra={"stage": self.stage, "reason": lost.reason, "duration_s": round(elapsed_s, 3)}
         )

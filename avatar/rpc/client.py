@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import grpc
@@ -23,6 +23,8 @@ Answer = TypeVar("Answer", bound=Message)
 
 # Opening a stream does not wait for the worker's device, but it reads the session store.
 OPEN_S = 5.0
+# A worker ends a call right after its last message.
+END_S = 0.5
 # Statuses of a call whose worker is gone. OK is one of them: a stream that ends properly ends with `closed`.
 GONE = (
     grpc.StatusCode.OK,
@@ -76,6 +78,7 @@ class RemoteStage(Generic[Item, Answer]):
                 while (response := await self._call.read()) is not grpc.aio.EOF:
                     if response.WhichOneof("part") == "closed":
                         self.closed = response.closed
+                        await self._until_ended()
                         return
                     yield getattr(response, self._answer)
                 raise self._ended_early()
@@ -94,6 +97,12 @@ class RemoteStage(Generic[Item, Answer]):
     def cancel(self) -> None:
         """End the stream at once; does nothing if it has ended."""
         self._call.cancel()
+
+    async def _until_ended(self) -> None:
+        """Wait a moment for the call's status. The worker would count a call without it as cancelled."""
+        with suppress(TimeoutError, grpc.aio.AioRpcError):
+            async with asyncio.timeout(END_S):
+                await self._call.read()
 
     async def _feed(self, items: AsyncGenerator[Item, None]) -> None:
         try:

@@ -20,8 +20,8 @@ from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
 
 from avatar import telemetry
-from avatar.errors import AvatarError, ConnectionLost, InvalidField, ProtocolOrder
-from avatar.rpc.status import root_cause, status_of
+from avatar.errors import REASONS, AvatarError, ConnectionLost, InvalidField, ProtocolOrder
+from avatar.rpc.status import reason_of, root_cause, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,10 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
     """Turn a handler's exception into a status, and close a handler's generator when its call ends."""
+
+    def __init__(self) -> None:
+        for reason in REASONS:
+            telemetry.CALLS_FAILED.add(0, {"reason": reason})
 
     async def intercept_service(
         self,
@@ -110,6 +114,7 @@ def _outcome(method: str) -> Iterator[_Outcome]:
         raise
     except Exception as error:
         outcome.status = _status(method, error)
+        telemetry.CALLS_FAILED.add(1, {"reason": reason_of(error)})
         code = code_pb2.Code.Name(outcome.status.code)
     finally:
         telemetry.RPC_DURATION.record(

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 
 from avatar import telemetry
-from avatar.errors import ConnectionLost, InvalidField, SessionClosed, StoreUnavailable
+from avatar.errors import REASONS, ConnectionLost, InvalidField, SessionClosed, StoreUnavailable
 from avatar.rpc.status import reason_of
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # A lost gateway's record is at most a block old, and what it had sent was in transit for no longer than a client waits.
 MAX_FRAMES_APART = 500
+# The reason of a stream that ended as its client asked, in logs and metrics.
+CLOSED = "CLOSED"
 
 
 class LiveSessions:
@@ -43,6 +45,8 @@ class LiveSessions:
         self._tasks = asyncio.TaskGroup()
         self._running: set[asyncio.Task[None]] = set()
         self._sessions: dict[str, LiveSession] = {}
+        for reason in (CLOSED, *REASONS):
+            telemetry.SESSIONS_CLOSED.add(0, {"reason": reason})
 
     async def __aenter__(self) -> "LiveSessions":
         await self._tasks.__aenter__()
@@ -169,7 +173,7 @@ class LiveSessions:
         owner = secrets.token_hex(8)
         await self._store.acquire_lock(session_id, owner, take_over=take_over)
         telemetry.SESSIONS_ACTIVE.add(1, {"service": "gateway"})
-        started, reason = time.monotonic(), "CLOSED"
+        started, reason = time.monotonic(), CLOSED
         try:
             yield owner
         except BaseException as error:

@@ -56,7 +56,7 @@ def named_in(expression: str) -> tuple[set[str], set[str]]:
     labels = {label for part in braces for label in re.findall(r"(\w+)\s*[=!]~?", re.sub(r'"[^"]*"', "", part))}
     labels |= {label.strip() for part in grouped for label in part.split(",") if label}
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|(?:by|ignoring|on|without) \([^)]*\)|\b\w+\s*\(", " ", expression)
-    words = set(re.findall(r"\b[a-z]\w*", bare)) - {"unless", "group_left", "group", "sum", "and"}
+    words = set(re.findall(r"\b[a-z]\w*", bare)) - {"unless", "group_left", "group", "sum", "max", "and"}
     return words, labels
 
 

@@ -1,14 +1,16 @@
 """Tests of the suite's telemetry: one trace a block over all stages, and metrics without sessions."""
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader, NumberDataPoint
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from avatar import telemetry
+from avatar.client import connect
+from avatar.errors import REASONS
 from avatar.v1 import avatar_service_pb2 as pb
 from tests.conftest import speech
 from tests.product import (
@@ -27,7 +29,17 @@ from tests.product import (
 )
 
 STAGES = [("audio", None), ("denoiser", 0), ("denoiser", 1), ("denoiser", 2), ("vae", None), ("encode", None)]
-LABELS = {"stage", "level", "reason", "kept", "service", "rpc.system.name", "rpc.method", "rpc.response.status_code"}
+LABELS = {
+    "stage",
+    "level",
+    "reason",
+    "kept",
+    "service",
+    "target",
+    "rpc.system.name",
+    "rpc.method",
+    "rpc.response.status_code",
+}
 
 
 def span_id(span: ReadableSpan) -> int:
@@ -117,3 +129,40 @@ async def test_healthy_streams_log_no_warning(
         await finish(call, [INTERRUPT, *pieces(speech(0.3)), CLOSE])
     assert measured.get_metrics_data() is not None
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def counts(reader: InMemoryMetricReader, name: str, *labels: str) -> Counter[str]:
+    """Return how often a metric was recorded so far, by the values of labels."""
+    data = reader.get_metrics_data()
+    assert data is not None
+    found: Counter[str] = Counter()
+    for metric in (each for at in data.resource_metrics for scope in at.scope_metrics for each in scope.metrics):
+        if metric.name == name:
+            for point in metric.data.data_points:
+                assert isinstance(point, HistogramDataPoint | NumberDataPoint)
+                count = point.count if isinstance(point, HistogramDataPoint) else point.value
+                found[" ".join(str((point.attributes or {})[label]) for label in labels)] += int(count)
+    return found
+
+
+async def test_a_healthy_stream_is_no_failed_or_cancelled_call(
+    measured: InMemoryMetricReader, gateway: str, picture: bytes
+) -> None:
+    calls = ("rpc.server.call.duration", "rpc.response.status_code", "rpc.method")
+    calls_before, closed_before = counts(measured, *calls), counts(measured, "avatar.session.closed", "reason")
+    failed = counts(measured, "avatar.call.failed", "reason")
+    async with connect(gateway) as avatar:
+        session = await avatar.create(picture)
+        async with session.stream(audio=speech(0.5)) as stream:
+            assert [frame async for frame in stream.frames()]
+    new = counts(measured, *calls) - calls_before
+    assert [call for call in new if not call.startswith("OK ")] == []
+    assert counts(measured, "avatar.session.closed", "reason") - closed_before == {"CLOSED": 1}
+    assert counts(measured, "avatar.call.failed", "reason") == failed
+
+
+async def test_counters_are_there_before_anything_is_counted(measured: InMemoryMetricReader, gateway: str) -> None:
+    assert gateway
+    for name in ("avatar.call.failed", "avatar.session.closed"):
+        assert set(counts(measured, name, "reason")) >= set(REASONS)
+    assert set(counts(measured, "avatar.stream.rebuilt", "stage")) >= {"audio", "denoiser", "vae"}
