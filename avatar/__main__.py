@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -24,9 +25,10 @@ from avatar.checkpoints.inspect import format_bytes, read_size
 from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.media import Film, check_film_name, read_audio, read_video, write_mp4
-from avatar.render import Models, RenderOptions, check_speech, load, render, with_clip_frames
+from avatar.render import Models, RenderOptions, check_speech, load, portrait_fit, render, with_clip_frames
 from avatar.text import model as text_model
 from avatar.vae.picture.reading import read_mask, read_picture
+from avatar.vae.picture.rule import Fit
 from avatar.vae.vae import HIDDEN_FRAMES, parse_config
 
 FRAME_S = 0.02  # encoder frames are 50 Hz
@@ -69,11 +71,12 @@ def make_film(flags: argparse.Namespace) -> Film:
 def check_pictures(flags: argparse.Namespace, picture: bytes) -> None:
     """Raise ValueError, with the file's name, if the portrait, a mask or the pose video cannot be used."""
     rule = parse_config(open_part(flags.checkpoint, "vae").config).picture
+    fit = portrait_fit(flags.fit, rule.fit, bool(flags.mask))
     with naming(flags.portrait):
-        height, width, _ = read_picture(picture, rule, flags.size, flags.fit).rgb.shape
+        height, width, _ = read_picture(picture, rule, flags.size, fit).rgb.shape
     for path in flags.mask or []:
         with naming(path):
-            read_mask(path.read_bytes(), picture, (width, height), flags.fit or rule.fit, cell=1)
+            read_mask(path.read_bytes(), picture, (width, height), fit, cell=1)
     if flags.pose_video:
         next(read_video(flags.pose_video, rate_hz=1), None)
 
@@ -114,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     size = content.add_mutually_exclusive_group()
     size.add_argument("--size", type=area, metavar="A*B", help="greatest area in pixels; the shape is the portrait's")
     size.add_argument("--exact-size", dest="size", type=read_size, metavar="WxH", help="width and height in pixels")
-    content.add_argument("--fit", choices=("cover", "reference"), help="how the portrait is fitted to the size")
+    content.add_argument("--fit", choices=get_args(Fit), help="how the portrait is fitted to the size")
     content.add_argument("--mask", type=Path, action="append", help="an actor's mask: white where the actor is")
     content.add_argument("--pose-video", type=Path, help="a video of poses to follow")
 

@@ -36,7 +36,7 @@ from avatar.denoiser.sampler import NoiseSource, clip_noise, noise
 from avatar.types import AudioPiece, Block, Conditions, FrameChunk, Session
 from avatar.vae import vae as vae_model
 from avatar.vae import whole_clip
-from avatar.vae.picture.reading import read_mask
+from avatar.vae.picture.reading import Picture, read_mask
 from avatar.vae.picture.rule import Fit, Size
 from avatar.vae.pose import pose_latents
 from avatar.vae.vae import HIDDEN_FRAMES, Vae, to_bytes
@@ -77,7 +77,7 @@ class RenderOptions:
 
     seed: of all randomness, 0 to 2^63 - 1.
     size: (width, height) of the video, or its greatest area in pixels.
-    fit: of the picture to this size.
+    fit: of the picture to this size; with masks, "cover" if the default is "face".
     text: (n, d) embedding of the prompt; None: no prompt.
     masks: a picture file for each actor, white where the portrait shows the actor; None: one actor.
     pose: frames (h, w, 3) RGB of a pose video, at the video's rate; None: no pose video.
@@ -117,8 +117,10 @@ def render(
     """
     options = options or RenderOptions()
     config, vae = with_clip_frames(models.config, options.clip_frames), models.vae
-    rgb = vae.read_picture(picture, options.size, options.fit).rgb
-    session, sink = open_session(vae, rgb, picture, options)
+    options = replace(options, fit=portrait_fit(options.fit, vae.config.picture.fit, bool(options.masks)))
+    shown = vae.read_picture(picture, options.size, options.fit)
+    rgb = shown.rgb
+    session, sink = open_session(vae, shown, picture, options)
     text = torch.zeros(0, 0) if options.text is None else options.text
     blocks = encode_speech(models.audio, speech, rate_hz, session, config, options)
     if options.pose is not None:
@@ -160,23 +162,34 @@ def clip_frames(config: NetworkConfig) -> int:
     return config.window_blocks * config.frames_per_block
 
 
-def open_session(vae: Vae[Any], rgb: Tensor, picture: bytes, options: RenderOptions) -> tuple[Session, Tensor]:
+def portrait_fit(requested: Fit | None, default: Fit, has_masks: bool) -> Fit:
+    """Return the fit of a portrait: the requested one, or the checkpoint's default.
+
+    A portrait with masks shows several actors: its default is "cover" instead of "face", and ValueError is raised if
+    "face" is requested.
+    """
+    if has_masks and requested == "face":
+        raise ValueError("the fit `face` shows one person; with masks, request `cover` or `reference`")
+    return requested or ("cover" if has_masks and default == "face" else default)
+
+
+def open_session(vae: Vae[Any], shown: Picture, file: bytes, options: RenderOptions) -> tuple[Session, Tensor]:
     """Return the session of a picture, and its first sink (c, 1, h, w).
 
-    rgb: the picture at the video's size, (h, w, 3) uint8. picture: its file, for the masks.
+    shown: the picture at the video's size. file: its file, for the masks.
     """
-    update = options.sink_update_block
+    rgb, update = shown.rgb, options.sink_update_block
     if options.schedule == "offline":
         (motion, sink), update = whole_clip.encode_picture(vae, rgb), 0
     else:
         motion = vae.encode_picture(rgb)
         sink = motion[:, :1]
-    if notice := vae.notice(rgb, motion):
+    if notice := vae.notice(shown, motion):
         logger.warning("notice: %s", notice)
     masks, fit = None, options.fit or vae.config.picture.fit
     if options.masks is not None:
         cell = vae.codec.space_stride * PATCH
-        masks = torch.stack([read_mask(mask, picture, size_of(rgb), fit, cell) for mask in options.masks])
+        masks = torch.stack([read_mask(mask, file, size_of(rgb), fit, cell) for mask in options.masks])
     return Session("clip", options.seed, motion, masks, update, options.sink_distance, options.audio_right_frames), sink
 
 

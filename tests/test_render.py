@@ -19,13 +19,13 @@ from avatar.audio.model import AudioModel
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.audio.whole_file import file_blocks
 from avatar.media import read_audio, read_video, write_mp4
-from avatar.render import Models, RenderOptions, load, render, with_clip_frames
+from avatar.render import Models, RenderOptions, load, portrait_fit, render, with_clip_frames
 from avatar.types import FrameChunk
 from avatar.vae.out_of_distribution import GRID_CELLS, OutOfDistributionCheck
 from avatar.vae.picture.rule import PictureRule
 from avatar.vae.vae import Vae
 from tests.audio.recordings import encode
-from tests.conftest import RATE_HZ, speech, write_speech
+from tests.conftest import ASSETS, RATE_HZ, speech, write_speech
 
 SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round the window
 
@@ -281,9 +281,27 @@ def test_frames_of_a_faster_video_are_skipped(tmp_path: Path) -> None:
     np.testing.assert_allclose(seen, np.arange(0, 30, 2) * 8, atol=6)
 
 
-def test_an_out_of_distribution_picture_is_logged_and_rendered(
+def test_a_picture_without_a_face_is_logged_and_rendered(
     models: Models, picture: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
+    chunks = list(render(models, [samples(0)], RATE_HZ, picture, RenderOptions(num_blocks=1, fit="face")))
+    assert len(chunks) == 1
+    (message,) = caplog.messages
+    assert message.startswith("notice: No face was found in this picture")
+
+
+def test_masks_need_a_fit_that_shows_all_actors(models: Models, picture: bytes) -> None:
+    assert portrait_fit(None, "face", has_masks=False) == "face"
+    assert portrait_fit(None, "face", has_masks=True) == portrait_fit("cover", "face", has_masks=True) == "cover"
+    assert portrait_fit(None, "reference", has_masks=True) == "reference"
+    with pytest.raises(ValueError, match="with masks, request `cover` or `reference`"):
+        next(render(models, [samples(0)], RATE_HZ, picture, RenderOptions(masks=[plain(255)], fit="face")))
+
+
+def test_an_out_of_distribution_picture_is_logged_and_rendered(
+    models: Models, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture = (ASSETS / "portrait.png").read_bytes()
     codec, config = models.vae.codec, models.vae.config
     k = GRID_CELLS**2 + codec.channels
     nobody = OutOfDistributionCheck((0.0,) * k, (1.0,) * (k * (k + 1) // 2), 0.0, "unlike the training pictures")

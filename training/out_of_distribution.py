@@ -25,8 +25,8 @@ from avatar.vae.vae import Vae, load
 from training.data import read_clips
 
 NOTICE = (
-    "this model was trained on drawn people only, such as those in assets/portraits; this picture differs from them, "
-    "so the video may be blurred or show another person"
+    "This model was trained on drawn people only, such as those in assets/portraits; this picture differs from them, "
+    "so the video may be blurred or show another person."
 )
 # The limit over the largest measured distance, because other pictures in distribution can be a little farther.
 MARGIN = 1.02

@@ -56,7 +56,7 @@ class VaeConfig:
 
 def tiny() -> VaeConfig:
     """The embedded default's configuration: the light codec at 128x128."""
-    return VaeConfig("light", PictureRule("cover", width=128, height=128), 25, asdict(light.tiny()))
+    return VaeConfig("light", PictureRule("face", width=128, height=128), 25, asdict(light.tiny()))
 
 
 @dataclass(eq=False)
@@ -97,15 +97,16 @@ class Vae(Generic[State]):
             latents = self.codec.encode(self.still_clip(rgb, MOTION_FRAMES))
         return latents[0].float().cpu()
 
-    def notice(self, rgb: Tensor, motion: Tensor) -> str:
-        """Return the notice about a picture that is unlike the checkpoint's training pictures; empty for others.
+    def notice(self, picture: Picture, motion: Tensor) -> str:
+        """Return what is wrong with a picture and what to do about it; empty if nothing is.
 
-        rgb: (H, W, 3) uint8. motion: its motion latents (c, t, h, w). Empty too if the checkpoint has no check.
+        The notice is about its faces, and about a picture that is unlike the checkpoint's training pictures, if the
+        checkpoint has a check for that. motion: the picture's motion latents (c, t, h, w).
         """
-        check = self.config.familiar
-        if check is None or check.distance(picture_descriptor(self.codec, rgb, motion)) <= check.limit:
-            return ""
-        return check.notice
+        check, notices = self.config.familiar, [picture.notice]
+        if check and check.distance(picture_descriptor(self.codec, picture.rgb, motion)) > check.limit:
+            notices.append(check.notice)
+        return " ".join(filter(None, notices))
 
     def still_clip(self, rgb: Tensor, num_frames: int) -> Tensor:
         """Repeat a picture (H, W, 3) uint8 to a clip (1, 3, f, H, W) in [-1, 1]. ValueError as in `encode_picture`."""

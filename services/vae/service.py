@@ -111,7 +111,9 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 sink=tensor_to_pb(motion[:, :1]),
                 frame_rate_hz=self._vae.config.frame_rate_hz,
                 block_frames=BLOCK_FRAMES,
-                notice=self._vae.notice(rgb, motion),
+                notice=self._vae.notice(picture, motion),
+                num_faces=picture.num_faces,
+                face_share=picture.face_share,
             )
         )
 

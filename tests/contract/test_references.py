@@ -30,10 +30,41 @@ async def test_equal_pictures_give_one_reference(stub: Stub, portrait: bytes) ->
 
 
 async def test_another_fit_gives_another_reference(stub: Stub, portrait: bytes) -> None:
-    fits = [types.FIT_COVER, types.FIT_REFERENCE]
+    fits = [types.FIT_COVER, types.FIT_REFERENCE, types.FIT_FACE]
     references = [await new_reference(stub, portrait, fit=fit) for fit in fits]
-    assert references[0].id != references[1].id
+    assert len({reference.id for reference in references}) == len(fits)
     assert [reference.fit for reference in references] == fits
+
+
+def beside(portrait: bytes, *spots: tuple[int, int, int]) -> bytes:
+    """Return a grey landscape with a portrait at each (left, top, side), in pixels."""
+    landscape = Image.new("RGB", (800, 450), (120, 140, 120))
+    for left, top, side in spots:
+        landscape.paste(Image.open(BytesIO(portrait)).resize((side, side)), (left, top))
+    file = BytesIO()
+    landscape.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("spots", "num_faces", "words"),
+    [
+        ([(560, 120, 200)], 1, ""),
+        ([(560, 120, 200), (100, 150, 160)], 2, "2 faces were found"),
+        ([(560, 120, 36)], 1, "The face is too small"),
+        ([], 0, "No face was found"),
+    ],
+)
+async def test_a_reference_says_which_faces_were_found(
+    stub: Stub, portrait: bytes, spots: list[tuple[int, int, int]], num_faces: int, words: str
+) -> None:
+    first = await new_reference(stub, beside(portrait, *spots), fit=types.FIT_FACE)
+    assert (first.fit, first.num_faces) == (types.FIT_FACE, num_faces)
+    expected = (0.56 * spots[0][2]) ** 2 / (800 * 450) if spots else 0
+    assert first.face_share == pytest.approx(expected, rel=0.2)
+    assert first.notice.startswith(words)
+    kept = (await stub.GetReference(pb.GetReferenceRequest(reference_id=first.id), timeout=10)).reference
+    assert (kept.num_faces, kept.face_share, kept.notice) == (num_faces, first.face_share, first.notice)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])

@@ -11,6 +11,7 @@ from PIL import Image
 from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.part import Part
 from avatar.vae.out_of_distribution import OutOfDistributionCheck
+from avatar.vae.picture.reading import Picture
 from avatar.vae.picture.rule import PictureRule
 from avatar.vae.vae import Vae, VaeConfig, load, parse_config
 from services.local.processes import ROOT
@@ -20,6 +21,10 @@ from training.out_of_distribution import descriptor, fit_check
 
 KIND = OutOfDistributionCheck((1.0, 2.0), (1.0, 0.0, 0.5), 1.5, "unlike")
 RGB = torch.zeros(SIZE[1], SIZE[0], 3, dtype=torch.uint8)
+
+
+def seen(notice: str = "") -> Picture:
+    return Picture(RGB, SIZE, 1, 0.3, notice)
 
 
 def test_distance_uses_the_covariance() -> None:
@@ -40,12 +45,13 @@ def test_pictures_beyond_the_limit_get_a_notice() -> None:
     codec = light_codec()
     plain = Vae(codec, VaeConfig("light", PictureRule("cover", width=SIZE[0], height=SIZE[1]), 25, asdict(LIGHT)))
     motion = plain.encode_picture(RGB)
-    assert plain.notice(RGB, motion) == ""
+    assert plain.notice(seen(), motion) == ""
+    assert plain.notice(seen("No face."), motion) == "No face."
     own = descriptor(plain, RGB)
     kind = OutOfDistributionCheck((*own.tolist(),), (0.0,) * (len(own) * (len(own) + 1) // 2), 0.0, "unlike")
-    assert Vae(codec, replace(plain.config, familiar=kind)).notice(RGB, motion) == ""
+    assert Vae(codec, replace(plain.config, familiar=kind)).notice(seen(), motion) == ""
     away = replace(kind, root=(1.0, *kind.root[1:]), mean=(kind.mean[0] + 1, *kind.mean[1:]))
-    assert Vae(codec, replace(plain.config, familiar=away)).notice(RGB, motion) == "unlike"
+    assert Vae(codec, replace(plain.config, familiar=away)).notice(seen("No face."), motion) == "No face. unlike"
 
 
 def test_the_check_is_saved_in_the_config() -> None:
@@ -60,8 +66,8 @@ def test_the_shipped_portraits_pass_and_other_pictures_do_not() -> None:
     vae = load(open_part(ROOT / "models/tiny", "vae"))
 
     def notice(data: bytes) -> str:
-        rgb = vae.read_picture(data).rgb
-        return vae.notice(rgb, vae.encode_picture(rgb))
+        shown = vae.read_picture(data)
+        return vae.notice(shown, vae.encode_picture(shown.rgb))
 
     for path in (ASSETS / "portrait.png", *(ASSETS / "portraits").glob("*.png")):
         assert notice(path.read_bytes()) == "", path

@@ -12,7 +12,6 @@ top, right, bottom.
 
 import hashlib
 import math
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from avatar.vae.face.crop import Face
 
 Floats = NDArray[np.float32]
 
@@ -45,29 +46,6 @@ MIN_SCORE = 0.78
 TURN_MARGIN = 0.05
 # Intersection over union from which two boxes are of one face. Source: MediaPipe.
 SAME_FACE = 0.3
-
-
-@dataclass(frozen=True)
-class Face:
-    """A face in a picture: a square from the brows' upper side to the chin.
-
-    x, y: its centre, and side: its width and height, in pixels of the picture. score: in [0, 1].
-    """
-
-    x: float
-    y: float
-    side: float
-    score: float
-
-    @property
-    def box(self) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom, in pixels; it may reach beyond the picture."""
-        half = self.side / 2
-        return self.x - half, self.y - half, self.x + half, self.y + half
-
-    def contains(self, other: "Face") -> bool:
-        """Return True if the other face's centre is inside this one's square."""
-        return max(abs(other.x - self.x), abs(other.y - self.y)) < self.side / 2
 
 
 def find_faces(image: Image.Image) -> list[Face]:
@@ -140,9 +118,11 @@ class BlazeFace:
             box, score = self._central(pixels, view)
             boxes.append(box * (side / SIDE) + np.array([left, top, left, top], np.float32))
             scores.append(score)
+        if np.mean(scores) < MIN_SCORE:
+            return None
         # The model also finds most faces that lie on their side or stand on their head, and takes them for upright.
         turned = max(self._central(np.rot90(pixels, turn), view)[1] for turn in (1, 2, 3))
-        if np.mean(scores) < MIN_SCORE or turned > scores[-1] + TURN_MARGIN:
+        if turned > scores[-1] + TURN_MARGIN:
             return None
         return face_of(np.mean(boxes, axis=0), float(np.mean(scores)))
 

@@ -3,8 +3,9 @@
     stdin: a line of JSON, the picture's bytes --> stdout: a line of JSON, the pixels' bytes
 
 The request has `rule` (fields of PictureRule), `size` ([width, height], area or null) and `fit` (or null). The response
-has `refusal`, or `shape` of the pixels ([h, w, 3]) and `size` of the whole picture as it is shown ([width, height]).
-`avatar.vae.picture.reading` starts the process and explains its death. It loads no torch, and starts within 0.1 s.
+has `refusal`, or `shape` of the pixels ([h, w, 3]), `size` of the whole picture as it is shown ([width, height]), and
+`num_faces`, `face_share` and `notice` as in Framing. `avatar.vae.picture.reading` starts the process and explains its
+death. It loads no torch, and starts within 0.1 s; finding faces adds 0.15 s for most pictures.
 
 Sizes are (width, height), in pixels.
 """
@@ -24,8 +25,9 @@ from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
+from avatar.vae.face.crop import Framing, centre_crop, frame_centre, frame_face, reference_crop
 from avatar.vae.picture.colour import over_white, plain_mode, to_srgb
-from avatar.vae.picture.fitting import fit_image
+from avatar.vae.picture.fitting import fit_crop, fit_image
 from avatar.vae.picture.rule import Fit, PictureRule, Size, check_fit
 
 # The plugins that are imported; Pillow imports all that it has when it is asked for another format.
@@ -71,11 +73,13 @@ QUARTER_TURNS = (5, 6, 7, 8)
 class Decoded:
     """A decoded picture.
 
-    image: mode RGB, of the video's size. size: of the whole picture as it is shown, before it was fitted.
+    image: mode RGB, of the video's size. size: of the whole picture as it is shown, before it was fitted. framing: the
+    faces in it.
     """
 
     image: Image.Image
     size: Size
+    framing: Framing
 
 
 def main() -> None:
@@ -109,7 +113,9 @@ def respond(request: dict[str, Any], data: bytes, out: BinaryIO) -> None:
         out.write(json.dumps({"refusal": str(error)}).encode() + b"\n")
         return
     width, height = decoded.image.size
-    out.write(json.dumps({"shape": [height, width, 3], "size": decoded.size}).encode() + b"\n")
+    response = {"shape": [height, width, 3], "size": decoded.size}
+    faces = {name: getattr(decoded.framing, name) for name in ("num_faces", "face_share", "notice")}
+    out.write(json.dumps({**response, **faces}).encode() + b"\n")
     out.write(decoded.image.tobytes())
 
 
@@ -145,8 +151,22 @@ def decode(data: bytes, rule: PictureRule, size: Size | int | None = None, fit: 
     video_size = rule.video_size(shown_size, size)
     with pillow_errors():
         # Profiles apply to the few pixels that remain, as they take long; without one there is nothing to wait for.
-        image = fit_image(image if profile else image.convert("RGB"), video_size, fit)
-        return Decoded(to_srgb(image, profile), shown_size)
+        image = image if profile else image.convert("RGB")
+        framing = frame(image, video_size, fit)
+        crop = framing.crop
+        fitted = fit_image(image, video_size, fit) if crop is None else fit_crop(image, video_size, crop)
+        return Decoded(to_srgb(fitted, profile), shown_size, framing)
+
+
+def frame(image: Image.Image, video_size: Size, fit: Fit) -> Framing:
+    """Find the faces in an image of mode RGB, L or CMYK, and frame it for a video."""
+    from avatar.vae.face.detector import find_faces  # imports numpy, which takes longer than most pictures to decode
+
+    faces = find_faces(image)
+    if fit == "face":
+        return frame_face(faces, image.size, video_size)
+    shown = reference_crop(image.size, video_size) if fit == "reference" else centre_crop(image.size, video_size)
+    return frame_centre(faces, image.size, shown)
 
 
 def open_file(data: bytes) -> Image.Image:

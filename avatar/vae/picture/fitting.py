@@ -5,12 +5,44 @@ Sizes are (width, height), in pixels.
 
 from PIL import Image, ImageOps
 
+from avatar.vae.face.crop import Box, clipped
 from avatar.vae.picture.rule import Fit, Size
 
 
 def fit_image(image: Image.Image, size: Size, fit: Fit) -> Image.Image:
-    """Fit an image of any mode to a size: "cover" crops it to the size's shape, "reference" as `fit_reference`."""
-    return ImageOps.fit(image, size, Image.Resampling.BICUBIC) if fit == "cover" else fit_reference(image, size)
+    """Fit an image of any mode to a size, at its centre.
+
+    "cover" and "face" crop it to the size's shape, "reference" as `fit_reference`.
+    """
+    return fit_reference(image, size) if fit == "reference" else ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+
+
+def fit_crop(image: Image.Image, size: Size, crop: Box) -> Image.Image:
+    """Fit a crop of an image of any mode to a size. Where it reaches beyond the image, the image's edge is repeated.
+
+    crop: in the shape of the size. It reaches beyond the image's width or its height, but not both.
+    """
+    width, height = size
+    scale = width / (crop[2] - crop[0])
+    inside = clipped(crop, image.size)
+    left, right = (round((x - crop[0]) * scale) for x in inside[::2])
+    top, bottom = (round((y - crop[1]) * scale) for y in inside[1::2])
+    part = image.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box=inside)
+    if part.size == size:
+        return part
+    fitted = Image.new(image.mode, size)
+    fitted.paste(part, (left, top))
+    across, down = part.size
+    for edge, space in (
+        ((0, 0, 1, down), (0, top, left, bottom)),
+        ((across - 1, 0, across, down), (right, top, width, bottom)),
+        ((0, 0, across, 1), (left, 0, right, top)),
+        ((0, down - 1, across, down), (left, bottom, right, height)),
+    ):
+        extent = (space[2] - space[0], space[3] - space[1])
+        if min(extent) > 0:
+            fitted.paste(part.crop(edge).resize(extent), space)
+    return fitted
 
 
 def fit_reference(image: Image.Image, size: Size) -> Image.Image:

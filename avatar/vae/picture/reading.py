@@ -45,11 +45,16 @@ TOO_LARGE = "picture needs too much memory to decode; send a smaller one, or sav
 class Picture:
     """A picture at the video's size.
 
-    rgb: (h, w, 3) uint8. size: of the whole picture as it is shown, before it was fitted.
+    rgb: (h, w, 3) uint8. size: of the whole picture as it is shown, before it was fitted. num_faces: upright faces in
+    the picture. face_share: part of its area that the largest takes, in [0, 1]; 0 without a face. notice: what is wrong
+    with the picture and what to do about it, in words; empty if nothing is.
     """
 
     rgb: Tensor
     size: Size
+    num_faces: int
+    face_share: float
+    notice: str
 
 
 def read_picture(data: bytes, rule: PictureRule, size: Size | int | None = None, fit: Fit | None = None) -> Picture:
@@ -59,8 +64,10 @@ def read_picture(data: bytes, rule: PictureRule, size: Size | int | None = None,
     its first frame, a JPEG has at most 100 scans.
     size, fit: the session's size or area, and its fit; None for the rule's choice.
     Fit "cover" shows the picture as viewers do (EXIF orientation and ICC profile applied, transparent parts over
-    white), cropped to the video's shape. Fit "reference" equals the reference implementation, which ignores
-    orientation, profile and transparency and pads with black; it exists for equal numbers.
+    white), cropped to the video's shape at its centre. Fit "face" is the same, cropped around the largest face
+    (`avatar.vae.face.crop.face_crop`), and equals "cover" without one. Fit "reference" equals the reference
+    implementation, which ignores orientation, profile and transparency and pads with black; it exists for equal
+    numbers.
     ValueError if the file is no such picture or damaged, passes a limit, or the size or fit is not available.
     """
     request = json.dumps({"rule": asdict(rule), "size": size, "fit": fit}).encode()
@@ -70,7 +77,8 @@ def read_picture(data: bytes, rule: PictureRule, size: Size | int | None = None,
     if refusal := response.get("refusal"):
         raise ValueError(refusal)
     rgb = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(*response["shape"])
-    return Picture(rgb, tuple(response["size"]))
+    facts = response["num_faces"], response["face_share"], response["notice"]
+    return Picture(rgb, tuple(response["size"]), *facts)
 
 
 def read_mask(data: bytes, portrait: bytes, size: Size, fit: Fit, cell: int) -> Tensor:

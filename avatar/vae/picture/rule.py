@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Fit = Literal["cover", "reference"]
+Fit = Literal["cover", "reference", "face"]
 Size = tuple[int, int]
 
 # Sides of videos of free size are multiples of this, as in the reference; codec and network divide it evenly.

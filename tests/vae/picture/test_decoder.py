@@ -6,12 +6,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
+from avatar.vae.face.detector import find_faces
 from avatar.vae.picture import decoder
 from avatar.vae.picture.decoder import MAX_SCANS, decode
 from avatar.vae.picture.rule import Fit, PictureRule, Size
+from tests.vae.face.scenes import CENTRE, PORTRAITS, SIDE, scene
 from tests.vae.picture.files import (
     HEIC_PHOTO,
     file,
@@ -150,8 +152,53 @@ def test_a_fixed_size_refuses_others() -> None:
 
 
 def test_an_unknown_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="fit must be one of cover, reference, got 'stretch'"):
+    with pytest.raises(ValueError, match="fit must be one of cover, reference, face, got 'stretch'"):
         pixels(file(photo(64, 48)), COVER, fit="stretch")  # type: ignore[arg-type]
+
+
+def test_a_portrait_like_the_training_data_keeps_its_pixels_under_the_fit_face() -> None:
+    rule = PictureRule("face", width=128, height=128)
+    for path in PORTRAITS:
+        data = path.read_bytes()
+        assert torch.equal(pixels(data, rule), pixels(data, rule, fit="cover")), path
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_face_at_the_side_of_a_landscape_fills_the_video(mode: str) -> None:
+    data = file(scene((1600, 900), (1350, 470, 168)).convert(mode), "JPEG")
+    decoded = decode(data, PictureRule("face", width=128, height=128))
+    assert (decoded.framing.num_faces, decoded.framing.notice) == (1, "")
+    assert decoded.framing.face_share == pytest.approx(168 * 168 / (1600 * 900), rel=0.1)
+    (face,) = find_faces(decoded.image)
+    assert (face.x, face.y, face.side) == pytest.approx((64, 128 * CENTRE, 128 * SIDE), abs=6)
+
+
+def test_a_face_is_found_in_a_picture_as_it_is_shown() -> None:
+    turned = scene((300, 200), (230, 100, 60)).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = file(turned, "JPEG", exif=exif)
+    assert decode(data, COVER, fit="face").framing.num_faces == 1
+    assert decode(data, COVER, fit="reference").framing.num_faces == 0  # it ignores the orientation
+
+
+def test_a_halved_picture_shows_the_same_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = file(scene((800, 600), (600, 300, 160)), "PNG")
+    whole = decode(data, COVER, fit="face")
+    monkeypatch.setattr(decoder, "HALVED_PIXELS", 300_000)
+    halved = decode(data, COVER, fit="face")
+    assert halved.framing.face_share == pytest.approx(whole.framing.face_share, rel=0.1)
+    (before,), (after,) = find_faces(whole.image), find_faces(halved.image)
+    assert (after.x, after.y, after.side) == pytest.approx((before.x, before.y, before.side), abs=2)
+
+
+def test_other_fits_say_that_they_show_no_face() -> None:
+    data = file(scene((800, 450), (740, 220, 80)))
+    for fit in ("cover", "reference"):
+        notice = decode(data, COVER, fit=fit).framing.notice
+        assert notice.startswith("No face is in the part of the picture that the video shows.")
+    middle = file(scene((800, 450), (400, 220, 80)))
+    assert decode(middle, COVER, fit="cover").framing.notice == ""
 
 
 def test_as_many_scans_as_allowed_are_decoded_wherever_else_their_marker_occurs() -> None:

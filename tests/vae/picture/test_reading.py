@@ -12,6 +12,7 @@ from avatar.vae.picture import reading
 from avatar.vae.picture.decoder import decode
 from avatar.vae.picture.reading import read_mask, read_picture, to_pixels
 from avatar.vae.picture.rule import Fit, PictureRule
+from tests.vae.face.scenes import scene
 from tests.vae.picture.files import file, photo, pixels_of, png_chunk, progressive_jpeg
 
 COVER = PictureRule("cover", width=64, height=48)
@@ -29,6 +30,15 @@ def test_a_process_gives_the_same_pixels(rule: PictureRule, size: tuple[int, int
     found, expected = read_picture(data, rule, size, fit), decode(data, rule, size, fit)
     assert torch.equal(found.rgb, pixels_of(expected.image))
     assert found.size == expected.size == (300, 200)
+
+
+def test_a_process_finds_the_same_faces_within_its_limits() -> None:
+    data = file(scene((800, 450), (650, 200, 90), (200, 200, 70)), "WEBP")
+    found, expected = read_picture(data, COVER, fit="face"), decode(data, COVER, fit="face")
+    assert torch.equal(found.rgb, pixels_of(expected.image))
+    assert (found.num_faces, found.face_share) == (2, expected.framing.face_share)
+    assert found.notice == expected.framing.notice
+    assert found.notice.startswith("2 faces were found")
 
 
 def test_refusals_of_the_process_are_the_callers() -> None:

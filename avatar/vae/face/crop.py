@@ -9,9 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from avatar.vae.face.detector import Face
+from avatar.vae.picture.rule import Size
 
-Size = tuple[int, int]
 Box = tuple[float, float, float, float]
 
 # Side of the face and distance of its centre from the top, over the shorter side of the crop. Measured on 66 portraits
@@ -26,15 +25,38 @@ MIN_VISIBLE = 0.75
 
 
 @dataclass(frozen=True)
+class Face:
+    """A face in a picture: a square from the brows' upper side to the chin.
+
+    x, y: its centre, and side: its width and height, in pixels of the picture. score: in [0, 1].
+    """
+
+    x: float
+    y: float
+    side: float
+    score: float
+
+    @property
+    def box(self) -> Box:
+        """Left, top, right and bottom, in pixels; it may reach beyond the picture."""
+        half = self.side / 2
+        return self.x - half, self.y - half, self.x + half, self.y + half
+
+    def contains(self, other: "Face") -> bool:
+        """Return True if the other face's centre is inside this one's square."""
+        return max(abs(other.x - self.x), abs(other.y - self.y)) < self.side / 2
+
+
+@dataclass(frozen=True)
 class Framing:
     """The crop of a picture, and what is known of the faces in it.
 
-    crop: box that the video shows; it may reach beyond the picture. num_faces: in the picture. face_share: part of the
-    picture that the largest face takes, in [0, 1]; 0 without a face. notice: what is wrong with the picture and what to
-    do, in words; empty if nothing is.
+    crop: around a face; it may reach beyond the picture. None: the fit's own, at the centre. num_faces: in the picture.
+    face_share: part of the picture that the largest face takes, in [0, 1]; 0 without a face. notice: what is wrong with
+    the picture and what to do, in words; empty if nothing is.
     """
 
-    crop: Box
+    crop: Box | None
     num_faces: int
     face_share: float
     notice: str
@@ -47,15 +69,16 @@ def frame_face(faces: Sequence[Face], picture: Size, video: Size) -> Framing:
             "No face was found in this picture, so the video shows its centre. Send a picture of one person who is "
             "upright and looks at the camera."
         )
-        return Framing(centre_crop(picture, video), 0, 0.0, notice)
+        return Framing(None, 0, 0.0, notice)
     face, notices = faces[0], []
     crop = face_crop(face, picture, video)
+    shown = centre_crop(picture, video) if crop is None else crop
     if len(faces) > 1:
         notices.append(
             f"{len(faces)} faces were found in this picture, and the largest one was taken. To show another person, "
             "send a picture of that person alone."
         )
-    enlargement = min(video) / shorter_side(crop)
+    enlargement = min(video) / shorter_side(shown)
     if enlargement > MAX_ENLARGEMENT:
         needed = math.ceil(face.side * enlargement / MAX_ENLARGEMENT)
         notices.append(
@@ -65,32 +88,31 @@ def frame_face(faces: Sequence[Face], picture: Size, video: Size) -> Framing:
     return Framing(crop, len(faces), face_share(faces, picture), " ".join(notices))
 
 
-def frame_centre(faces: Sequence[Face], picture: Size, crop: Box) -> Framing:
-    """Describe a crop that is not made for a face. faces: of the picture, largest first."""
+def frame_centre(faces: Sequence[Face], picture: Size, shown: Box) -> Framing:
+    """Describe a picture whose crop does not follow faces. faces: largest first. shown: what the video shows of it."""
     notice = ""
     if not faces:
         notice = (
             "No face was found in this picture. Send a picture of one person who is upright and looks at the camera."
         )
-    elif not any(visible_share(face, crop) >= MIN_VISIBLE for face in faces):
+    elif not any(visible_share(face, shown) >= MIN_VISIBLE for face in faces):
         notice = (
             "No face is in the part of the picture that the video shows. Request the fit `face`, or send a picture "
             "with the face in the middle."
         )
-    return Framing(crop, len(faces), face_share(faces, picture), notice)
+    return Framing(None, len(faces), face_share(faces, picture), notice)
 
 
-def face_crop(face: Face, picture: Size, video: Size) -> Box:
-    """Return the crop around a face, in the shape of the video.
+def face_crop(face: Face, picture: Size, video: Size) -> Box | None:
+    """Return the crop around a face, in the shape of the video; None to keep the centre crop.
 
     In units of the crop's shorter side, the face has the side FACE_SIDE; its centre is FACE_CENTRE from the top and in
     the middle. A crop that would reach beyond the picture is moved into it; if it is too large, it is made smaller,
     as long as it holds the whole face. Only where the picture is too narrow for that it reaches beyond the picture.
     The centre crop is kept if it shows the face nearly so.
     """
-    centre = centre_crop(picture, video)
-    if is_framed(face, centre):
-        return centre
+    if is_framed(face, centre_crop(picture, video)):
+        return None
     shape = [length / min(video) for length in video]
     left, top, right, bottom = clipped(face.box, picture)
     least = max((right - left) / shape[0], (bottom - top) / shape[1])
@@ -115,6 +137,13 @@ def is_framed(face: Face, crop: Box) -> bool:
 def centre_crop(picture: Size, video: Size) -> Box:
     """Return the largest crop in the shape of the video, at the picture's centre."""
     scale = min(length / wanted for length, wanted in zip(picture, video, strict=True))
+    left, top = ((length - wanted * scale) / 2 for length, wanted in zip(picture, video, strict=True))
+    return left, top, picture[0] - left, picture[1] - top
+
+
+def reference_crop(picture: Size, video: Size) -> Box:
+    """Return what the fit "reference" shows of a picture: its centre, and what is beside it."""
+    scale = min(picture) / min(video)
     left, top = ((length - wanted * scale) / 2 for length, wanted in zip(picture, video, strict=True))
     return left, top, picture[0] - left, picture[1] - top
 

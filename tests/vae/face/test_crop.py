@@ -1,9 +1,17 @@
-"""Tests of avatar.vae.face.framing: geometry and notices, with faces given."""
+"""Tests of avatar.vae.face.crop: geometry and notices, with faces given."""
 
 import pytest
 
-from avatar.vae.face.detector import Face
-from avatar.vae.face.framing import Box, Size, centre_crop, face_crop, frame_centre, frame_face
+from avatar.vae.face.crop import (
+    Box,
+    Face,
+    centre_crop,
+    face_crop,
+    frame_centre,
+    frame_face,
+    reference_crop,
+)
+from avatar.vae.picture.rule import Size
 
 SQUARE = (128, 128)
 
@@ -54,9 +62,8 @@ def test_a_crop_larger_than_the_picture_is_made_smaller() -> None:
 
 
 def test_a_crop_reaches_beyond_a_picture_that_is_too_narrow_for_its_face() -> None:
-    left, top, right, bottom = face_crop(face(150, 400, 200), (300, 1000), (512, 128))
-    assert (left, right) == pytest.approx((-250, 550))
-    assert (top, bottom) == pytest.approx((290, 490))
+    crop = face_crop(face(150, 400, 200), (300, 1000), (512, 128))
+    assert crop == pytest.approx((-250, 290, 550, 490))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +77,7 @@ def test_a_crop_reaches_beyond_a_picture_that_is_too_narrow_for_its_face() -> No
     ],
 )
 def test_a_portrait_that_is_framed_nearly_so_is_kept(near: Face, picture: Size, is_kept: bool) -> None:
-    assert (face_crop(near, picture, SQUARE) == centre_crop(picture, SQUARE)) == is_kept
+    assert (face_crop(near, picture, SQUARE) is None) == is_kept
 
 
 def test_a_good_picture_has_no_notice() -> None:
@@ -81,7 +88,7 @@ def test_a_good_picture_has_no_notice() -> None:
 
 def test_a_picture_without_a_face_shows_its_centre_and_says_so() -> None:
     framing = frame_face([], (1600, 900), SQUARE)
-    assert (framing.crop, framing.num_faces, framing.face_share) == (centre_crop((1600, 900), SQUARE), 0, 0)
+    assert (framing.crop, framing.num_faces, framing.face_share) == (None, 0, 0)
     assert framing.notice.startswith("No face was found in this picture")
     assert "Send a picture of one person" in framing.notice
 
@@ -118,4 +125,16 @@ def test_a_crop_without_a_face_is_noticed(faces: list[Face], words: str) -> None
     framing = frame_centre(faces, (1600, 900), centre_crop((1600, 900), SQUARE))
     assert framing.notice.startswith(words)
     assert bool(framing.notice) == bool(words)
-    assert framing.num_faces == len(faces)
+    assert (framing.crop, framing.num_faces) == (None, len(faces))
+
+
+@pytest.mark.parametrize(
+    ("picture", "video", "shown"),
+    [
+        ((1600, 900), SQUARE, (350, 0, 1250, 900)),
+        ((400, 900), (512, 256), (-200, 250, 600, 650)),  # black beside it
+        ((1600, 400), (512, 256), (400, 0, 1200, 400)),
+    ],
+)
+def test_the_references_fit_shows_the_centre_and_what_is_beside_it(picture: Size, video: Size, shown: Box) -> None:
+    assert reference_crop(picture, video) == pytest.approx(shown)
