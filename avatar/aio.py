@@ -1,9 +1,11 @@
-"""A task that runs while the body of an `async with` runs."""
+"""Tasks that run while the body of an `async with` runs, or to their end."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 @asynccontextmanager
@@ -21,3 +23,15 @@ async def background(coroutine: Coroutine[Any, Any, None]) -> AsyncGenerator[asy
         await asyncio.wait({task})
         if not task.cancelled():
             task.exception()  # the body could read it; avoid asyncio's "exception was never retrieved"
+
+
+async def uncancelled(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Return a coroutine's result. If the caller is cancelled meanwhile, the coroutine still runs to its end first."""
+    task = asyncio.get_running_loop().create_task(coroutine)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # nobody else reads it
+        raise

@@ -1,219 +1,264 @@
 """The session store: each session's constants, numbered conditions and position, in Redis, under a time to live.
 
-Values are the messages of avatar/worker/v1/types.proto after a version byte and a checksum; tensors are raw numbers
-with dtype and shape. Reading refuses a value that is damaged or of another kind, or a tensor that does not fill its
-shape. Nothing is ever unpickled.
+Values are the messages of avatar/worker/v1/types.proto, packed by `packing`.
 
-    avatar:session:{ID}    hash    session, position, conditions/0, conditions/1, ...
-    avatar:stream:{ID}     string  lock of the session's one stream; its value is the owner
-    avatar:reference:{ID}  hash    reference
+    avatar:session:{ID}    hash    session, position, conditions/0, conditions/1, ...; ttl: its time to live in
+                                   milliseconds; closed: there once its stream has ended
+    avatar:claim:{ID}      hash    the session's one stream: see `claims`
+    avatar:deleted:{ID}    string  mark of a deleted session, so that a stale write does not create it again
     avatar:text:{ID}       hash    embedding of a prompt; ID is derived from the prompt and the encoder
+
+Latents belong to references (`references`): a session leases those of its own.
 """
 
-import math
-import zlib
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from avatar.errors import ReferenceNotFound, SessionBusy, SessionNotFound, StateCorrupt
-from avatar.store.redis import Lock, RedisHashes, Renewal
+from avatar.errors import StateCorrupt, StoreUnavailable
+from avatar.store.claims import CHANGES, CLOSED_TTL_S, Claim, Outcome, key, no_session, refusal
+from avatar.store.packing import pack, pack_position, unpack
+from avatar.store.redis import IN_FULL_STORE, RedisHashes, flat, to_ms
+from avatar.store.references import Latents, References, no_reference
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.text_pb2 import EmbedResponse
 
 Stored = TypeVar("Stored", bound=Message)
-VERSION = b"\x01"
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
-# A gateway renews the locks of its streams about three times in this time; if it dies, its sessions are free after it.
-LOCK_TTL_S = 10.0
+
+# KEYS of every script: the session's record. Each returns an Outcome.
+
+# Lua: refuse a record that does not exist, since HSET would create a new one without a time to live, or is closed.
+_CHECK = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 1 end
+if redis.call('HEXISTS', KEYS[1], 'closed') == 1 then return 2 end
+"""
+_UPDATE = (
+    IN_FULL_STORE
+    + _CHECK
+    + """
+for i = 1, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+return 0
+"""
+)
+# KEYS[2]: the claim. ARGV[1]: the position as it was read. ARGV[2]: a field to delete.
+_UPDATE_IDLE = (
+    IN_FULL_STORE
+    + _CHECK
+    + """
+if redis.call('EXISTS', KEYS[2]) == 1 then return 3 end
+if redis.call('HGET', KEYS[1], 'position') ~= ARGV[1] then return 7 end
+redis.call('HDEL', KEYS[1], ARGV[2])
+for i = 3, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+return 0
+"""
+)
+_SET_TTL = (
+    IN_FULL_STORE
+    + _CHECK
+    + """
+redis.call('HSET', KEYS[1], 'ttl', ARGV[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return 0
+"""
+)
+# KEYS[2]: the mark. ARGV: its milliseconds to live, channel, session id.
+_DELETE = (
+    IN_FULL_STORE
+    + """
+if redis.call('DEL', KEYS[1]) == 0 then return 1 end
+redis.call('SET', KEYS[2], 1, 'PX', ARGV[1])
+redis.call('PUBLISH', ARGV[2], ARGV[3])
+return 0
+"""
+)
+_DELETE_CLOSED = IN_FULL_STORE + "return redis.call('HEXISTS', KEYS[1], 'closed') == 1 and redis.call('DEL', KEYS[1])"
 
 
 class SessionStore:
-    """Sessions, references and prompt embeddings over `hashes`. StoreUnavailable if the server cannot be reached.
+    """Sessions and prompt embeddings over `hashes`. StoreUnavailable if the server cannot be used.
 
-    A method that needs a session or reference which does not exist raises SessionNotFound or ReferenceNotFound; one
-    that reads a damaged value raises StateCorrupt.
+    A method that needs a session which does not exist raises SessionNotFound; one that changes a session whose stream
+    has ended, SessionClosed; one that reads a damaged value, StateCorrupt.
+
+    references: of the same server.
     """
 
     def __init__(self, hashes: RedisHashes) -> None:
         self._hashes = hashes
-
-    async def put_reference(self, reference: pb.Reference, ttl_s: float) -> None:
-        """Store a reference for ttl_s seconds, in place of one with the same id."""
-        await self._hashes.create(_key("reference", reference.id), {"reference": _pack(reference)}, ttl_s)
-
-    async def reference(self, reference_id: str) -> pb.Reference:
-        """Return a reference."""
-        value = await self._hashes.read(_key("reference", reference_id), "reference")
-        if value is None:
-            raise no_reference(reference_id)
-        return _unpack(value, pb.Reference, "reference")
-
-    async def reference_expires_in_s(self, reference_id: str) -> float:
-        """Return the seconds until a reference expires; 0 if it does not exist."""
-        return await self._hashes.expires_in_s(_key("reference", reference_id))
-
-    async def delete_reference(self, reference_id: str) -> None:
-        """Delete a reference."""
-        if not await self._hashes.delete(_key("reference", reference_id)):
-            raise no_reference(reference_id)
+        self.references = References(hashes)
 
     async def put_embedding(self, name: str, embedding: EmbedResponse, ttl_s: float) -> None:
         """Store a prompt's embedding under a name that is derived from the prompt and the encoder alone."""
-        await self._hashes.create(_key("text", name), {"embedding": _pack(embedding)}, ttl_s)
+        await self._hashes.create(key("text", name), {"embedding": pack(embedding)}, ttl_s)
 
     async def embedding(self, name: str) -> EmbedResponse | None:
         """Return the embedding of this name, None if it is not stored."""
-        value = await self._hashes.read(_key("text", name), "embedding")
-        return None if value is None else _unpack(value, EmbedResponse, f"embedding {name}")
+        [value] = await self._hashes.read(key("text", name), "embedding")
+        return None if value is None else unpack(value, EmbedResponse, f"embedding {name}")
 
     async def create(self, session: pb.Session, conditions: pb.Conditions, position: pb.Position) -> None:
-        """Write a new session with its first conditions; position.ttl_s is its time to live in seconds."""
+        """Write a new session with its first conditions; position.ttl_s is its time to live in seconds.
+
+        ReferenceNotFound if there are no latents of its reference, which it leases.
+        """
+        if not await self.references.lease(session.reference_id, session.id, position.ttl_s):
+            raise no_reference(session.reference_id)
         fields = {
-            "session": _pack(session),
-            "position": _pack(position),
-            f"conditions/{conditions.version}": _pack(conditions),
+            "session": pack(session),
+            "position": pack_position(position),
+            f"conditions/{conditions.version}": pack(conditions),
+            "ttl": str(to_ms(position.ttl_s)).encode(),
         }
-        await self._hashes.create(_key("session", session.id), fields, position.ttl_s)
+        try:
+            await self._hashes.create(key("session", session.id), fields, position.ttl_s)
+        except StoreUnavailable:
+            with suppress(StoreUnavailable):
+                await self.references.release(session.reference_id, session.id)
+            raise
 
     async def session(self, session_id: str) -> pb.Session:
-        """Return a session's constants."""
-        return await self._field(session_id, "session", pb.Session)
+        """Return a session's constants, without the motion latents."""
+        [session] = await self._read(session_id, "session")
+        return self._unpack(session, session_id, "session", pb.Session)
 
-    async def put_session(self, session: pb.Session) -> None:
-        """Replace a session's constants."""
-        await self._update(session.id, "session", session)
+    async def session_with_motion(self, session_id: str) -> pb.Session:
+        """Return a session's constants with its motion latents."""
+        session = await self.session(session_id)
+        if (motion := await self.references.motion(session.reference_id)) is None:
+            raise no_session(session_id)
+        session.motion.CopyFrom(motion)
+        return session
 
     async def conditions(self, session_id: str, version: int) -> pb.Conditions:
-        """Return one version of a session's conditions. SessionNotFound if it was not written."""
-        return await self._field(session_id, f"conditions/{version}", pb.Conditions)
+        """Return one version of a session's conditions, with the reference's sink where it has none of its own.
+
+        SessionNotFound if it was not written.
+        """
+        name = f"conditions/{version}"
+        value, session = await self._read(session_id, name, "session")
+        conditions = self._unpack(value, session_id, name, pb.Conditions)
+        if not conditions.HasField("sink"):
+            reference_id = self._unpack(session, session_id, "session", pb.Session).reference_id
+            if (sink := await self.references.sink(reference_id)) is None:
+                raise no_session(session_id)
+            conditions.sink.CopyFrom(sink)
+        return conditions
 
     async def put_conditions(self, session_id: str, conditions: pb.Conditions) -> None:
         """Write a version of the conditions, for a gateway that resumes the session."""
-        await self._update(session_id, f"conditions/{conditions.version}", conditions)
+        await self._update(session_id, {f"conditions/{conditions.version}": pack(conditions)})
+
+    async def put_prompt(self, session: pb.Session, conditions: pb.Conditions) -> None:
+        """Write a session's constants, in which the prompt has changed, and the conditions with its embedding."""
+        await self._update(session.id, {"session": pack(session), f"conditions/{conditions.version}": pack(conditions)})
+
+    async def put_idle_prompt(
+        self, session: pb.Session, conditions: pb.Conditions, before: pb.Position, after: pb.Position, replaced: int
+    ) -> Outcome:
+        """Write as `put_prompt` does, and the position, while no stream has a claim; delete the version `replaced`.
+
+        Return DONE, TAKEN if a stream has a claim, or CHANGED if the position is no longer as it was `before`.
+        """
+        fields = {
+            "session": pack(session),
+            f"conditions/{conditions.version}": pack(conditions),
+            "position": pack_position(after),
+        }
+        keys = [key("session", session.id), key("claim", session.id)]
+        args = [pack_position(before), f"conditions/{replaced}", *flat(fields)]
+        outcome = Outcome(await self._hashes.run(_UPDATE_IDLE, keys, args))
+        if outcome is not Outcome.TAKEN and (error := refusal(outcome, session.id)):
+            raise error
+        return outcome
 
     async def position(self, session_id: str) -> pb.Position:
-        """Return a session's position: the next block and frame, and the time to live."""
-        return await self._field(session_id, "position", pb.Position)
+        """Return a session's position: the next block and frame, whether it is closed, and its time to live."""
+        value, ttl_ms, closed = await self._read(session_id, "position", "ttl", "closed")
+        position = self._unpack(value, session_id, "position", pb.Position)
+        position.ttl_s, position.is_closed = int(ttl_ms or 0) / 1000, closed is not None
+        return position
 
-    async def renew(self, session_id: str, position: pb.Position) -> None:
-        """Write a session's position and restart its time to live."""
-        await self._update(session_id, "position", position, position.ttl_s)
+    async def set_ttl(self, session_id: str, ttl_s: float) -> None:
+        """Change a session's time to live, and restart it; its stream goes on with the new one, at any gateway."""
+        self._check(await self._hashes.run(_SET_TTL, [key("session", session_id)], [to_ms(ttl_s)]), session_id)
+        await self.references.lease((await self.session(session_id)).reference_id, session_id, ttl_s)
 
     async def expires_in_s(self, session_id: str) -> float:
         """Return the seconds until the session expires."""
-        remaining_s = await self._hashes.expires_in_s(_key("session", session_id))
+        remaining_s = await self._hashes.expires_in_s(key("session", session_id))
         if not remaining_s:
             raise no_session(session_id)
         return remaining_s
 
     async def delete(self, session_id: str) -> None:
-        """Delete a session; the lock of its stream stays until it is released or expires."""
-        if not await self._hashes.delete(_key("session", session_id)):
-            raise no_session(session_id)
+        """Delete a session, and end its lease of the latents. Its stream ends; nothing creates it again."""
+        reference_id = ""
+        with suppress(StateCorrupt):
+            reference_id = (await self.session(session_id)).reference_id
+        keys = [key("session", session_id), key("deleted", session_id)]
+        self._check(await self._hashes.run(_DELETE, keys, [to_ms(CLOSED_TTL_S), CHANGES, session_id]), session_id)
+        await self.references.release(reference_id, session_id)
 
-    async def restore(self, session: pb.Session, versions: Sequence[pb.Conditions], position: pb.Position) -> None:
+    async def delete_closed(self, session_id: str) -> bool:
+        """Delete a session whose stream has ended; False if it is not closed, or does not exist."""
+        return bool(await self._hashes.run(_DELETE_CLOSED, [key("session", session_id)], []))
+
+    def claim(self, session_id: str, gateway: str = "") -> Claim:
+        """Return a claim on a session, not acquired yet. gateway: see Claim."""
+        return Claim(self._hashes, session_id, gateway)
+
+    async def is_claimed(self, session_id: str) -> bool:
+        """Return whether a stream of the session is open at any gateway."""
+        return await self._hashes.exists(key("claim", session_id))
+
+    def changes(self) -> AsyncGenerator[str, None]:
+        """Yield the id of each session whose claim moves or that is deleted, from now on, for ever."""
+        return self._hashes.messages(CHANGES)
+
+    async def restore(
+        self,
+        claim: Claim,
+        session: pb.Session,
+        latents: Latents,
+        versions: Sequence[pb.Conditions],
+        position: pb.Position,
+        *,
+        may_create: bool = True,
+    ) -> Outcome:
         """Write a streaming session again, after the store was unreachable and may have lost all or part of it.
 
-        versions: the conditions in use.
+        versions: the conditions in use. Returns and raises as Claim.restore.
         """
-        if not await self._hashes.expires_in_s(_key("session", session.id)):
-            await self.create(session, versions[-1], position)
-        for conditions in versions:
-            await self.put_conditions(session.id, conditions)
+        fields = {f"conditions/{each.version}": pack(each) for each in versions}
+        fields |= {"session": pack(session), "position": pack_position(position)}
+        ttl_s = claim.ttl_s or position.ttl_s
+        outcome = await claim.restore(fields, ttl_s, may_create=may_create)
+        if outcome is Outcome.DONE:
+            await self.references.restore(session.reference_id, latents, session.id, ttl_s)
+        return outcome
 
-    async def acquire_lock(self, session_id: str, owner: str, *, take_over: bool = False) -> None:
-        """Acquire, or renew, the lock of the session's stream. SessionBusy if another owner has it.
-
-        take_over: take the lock from another owner.
-        """
-        if not await self._hashes.acquire(_lock(session_id, owner), take_over=take_over):
-            raise session_busy(session_id)
-
-    async def is_locked(self, session_id: str) -> bool:
-        """Return whether a stream of the session is open at any gateway."""
-        return await self._hashes.expires_in_s(_key("stream", session_id)) > 0
-
-    async def renew_lock(self, session_id: str, owner: str, position: pb.Position | None = None) -> bool:
-        """Renew the lock of the session's stream, and `renew` the session if a position is given.
-
-        False, with nothing written, if the lock does not exist: the store has lost its data, since deleting a session
-        leaves its lock. SessionBusy if another owner has the lock, SessionNotFound if the session is deleted.
-        """
-        fields, ttl_s = ({"position": _pack(position)}, position.ttl_s) if position else ({}, None)
-        renewal = await self._hashes.renew(_lock(session_id, owner), _key("session", session_id), fields, ttl_s)
-        if renewal is Renewal.LOCK_TAKEN:
-            raise session_busy(session_id)
-        if renewal is Renewal.HASH_GONE:
-            raise no_session(session_id)
-        return renewal is Renewal.RENEWED
-
-    async def release_lock(self, session_id: str, owner: str) -> None:
-        """Release the lock of the session's stream, if the owner has it."""
-        await self._hashes.release(_lock(session_id, owner))
+    async def close(self, claim: Claim, session: pb.Session, position: pb.Position) -> None:
+        """Close a session as Claim.close does, and end its lease of the latents."""
+        await claim.close(position)
+        await self.references.release(session.reference_id, session.id)
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._hashes.aclose()
 
-    async def _update(self, session_id: str, field: str, message: Message, ttl_s: float | None = None) -> None:
-        if not await self._hashes.update(_key("session", session_id), {field: _pack(message)}, ttl_s):
-            raise no_session(session_id)
+    async def _update(self, session_id: str, fields: dict[str, bytes]) -> None:
+        self._check(await self._hashes.run(_UPDATE, [key("session", session_id)], flat(fields)), session_id)
 
-    async def _field(self, session_id: str, field: str, kind: type[Stored]) -> Stored:
-        value = await self._hashes.read(_key("session", session_id), field)
+    async def _read(self, session_id: str, *fields: str) -> list[bytes | None]:
+        return await self._hashes.read(key("session", session_id), *fields)
+
+    def _check(self, outcome: int, session_id: str) -> None:
+        if error := refusal(Outcome(outcome), session_id):
+            raise error
+
+    def _unpack(self, value: bytes | None, session_id: str, field: str, kind: type[Stored]) -> Stored:
         if value is None:
             raise no_session(session_id)
-        return _unpack(value, kind, f"{field} of session {session_id!r}")
-
-
-def _key(kind: str, name: str) -> str:
-    return f"avatar:{kind}:{{{name}}}"
-
-
-def _lock(session_id: str, owner: str) -> Lock:
-    return Lock(_key("stream", session_id), owner, LOCK_TTL_S)
-
-
-def no_session(session_id: str) -> SessionNotFound:
-    """Return the error for a session that does not exist, the same for one that belongs to another tenant."""
-    return SessionNotFound(f"there is no session {session_id!r}: it was never created, was deleted or has expired")
-
-
-def session_busy(session_id: str) -> SessionBusy:
-    return SessionBusy(f"another stream of session {session_id!r} is open; close it first")
-
-
-def no_reference(reference_id: str) -> ReferenceNotFound:
-    """Return the error for a reference that does not exist, the same for one that belongs to another tenant."""
-    return ReferenceNotFound(f"there is no reference {reference_id!r}: create it again")
-
-
-def _pack(message: Message) -> bytes:
-    data = message.SerializeToString()
-    return VERSION + _checksum(type(message), data) + data
-
-
-def _unpack(value: bytes, kind: type[Stored], what: str) -> Stored:
-    version, checksum, data = value[:1], value[1:5], value[5:]
-    if version != VERSION:
-        raise StateCorrupt(f"{what} has version byte {version!r}, expected {VERSION!r}")
-    if checksum != _checksum(kind, data):
-        raise StateCorrupt(f"{what} is damaged, or is no {kind.DESCRIPTOR.name}")
-    message = kind()
-    message.ParseFromString(data)
-    for descriptor, content in message.ListFields():
-        if isinstance(content, pb.Tensor) and not _is_whole(content):
-            raise StateCorrupt(f"{descriptor.name} of {what} does not fill its shape")
-    return message
-
-
-def _checksum(kind: type[Message], data: bytes) -> bytes:
-    """Return four bytes over the message's kind and its bytes, since bytes cut short or of another kind may parse."""
-    return zlib.crc32(data, zlib.crc32(kind.DESCRIPTOR.full_name.encode())).to_bytes(4, "big")
-
-
-def _is_whole(tensor: pb.Tensor) -> bool:
-    item_bytes = ITEM_BYTES.get(tensor.dtype)
-    return item_bytes is not None and len(tensor.data) == item_bytes * math.prod(tensor.shape)
+        return unpack(value, kind, f"{field} of session {session_id!r}")

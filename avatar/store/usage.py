@@ -3,30 +3,63 @@
     avatar:held:{LEASES}    sorted set  names, each with the time at which its lease expires
     avatar:spent:{COUNTER}  string      a decimal number
 
-A gateway renews the leases of its open streams; if it dies, they expire. Gateways of two versions count together during
-an upgrade, so the keys keep their names.
+Gateways of two versions count together during an upgrade, so the keys keep their names. A full store still counts.
 """
 
 from contextlib import AbstractAsyncContextManager
+from enum import IntEnum
+from typing import Any
 
-from avatar.store.redis import open_redis, redis_call, to_ms
+from avatar.store.redis import IN_FULL_STORE, NOW, open_redis, redis_call, to_ms
 
-# Lease the name ARGV[1] for ARGV[2] milliseconds: return 0 if ARGV[3], unless empty, others are leased already. Times
-# are the server's, since the gateways' clocks may differ. The set expires with its last lease.
-_LEASE = """
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+# Lease the name ARGV[1] for ARGV[2] milliseconds: return a Lease. Refused if ARGV[3], unless empty, others are leased
+# already. A lease that exists is renewed, unless ARGV[4] is 1. The set expires with its last lease.
+_LEASE = (
+    IN_FULL_STORE
+    + NOW
+    + """
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 local is_leased = redis.call('ZSCORE', KEYS[1], ARGV[1])
 if ARGV[3] ~= '' and not is_leased and redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[3]) then return 0 end
-redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1])
+if not is_leased or ARGV[4] == '0' then redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1]) end
 redis.call('PEXPIREAT', KEYS[1], redis.call('ZREVRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2])
-return 1
+return is_leased and 1 or 2
 """
+)
+# Add ARGV[1] to a counter that expires after ARGV[2] milliseconds; return its value.
+_ADD = (
+    IN_FULL_STORE
+    + """
+local value = redis.call('INCRBYFLOAT', KEYS[1], ARGV[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return value
+"""
+)
+# Add up to ARGV[1], at least ARGV[3], and return how much was added: nothing if the counter has reached the limit
+# ARGV[4], or lacks less than a sum of decimals may be wrong by.
+_TAKE = (
+    IN_FULL_STORE
+    + """
+local left = tonumber(ARGV[4]) - tonumber(redis.call('GET', KEYS[1]) or '0')
+if left < 1e-6 then return '0' end
+local taken = math.min(tonumber(ARGV[1]), math.max(left, tonumber(ARGV[3])))
+redis.call('INCRBYFLOAT', KEYS[1], taken)
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return string.format('%.17g', taken)
+"""
+)
+
+
+class Lease(IntEnum):
+    """The outcome of leasing a name; the numbers are those that the script returns."""
+
+    REFUSED = 0
+    EXISTED = 1
+    NEW = 2
 
 
 class TenantUsage:
-    """Sets of leased names, and counters. Every method raises StoreUnavailable if the server cannot be reached.
+    """Sets of leased names, and counters. Every method raises StoreUnavailable if the server cannot be used.
 
     An instance belongs to the event loop that first uses it. timeout_s: limit on each call.
     """
@@ -35,12 +68,25 @@ class TenantUsage:
         self._redis = open_redis(url, timeout_s)
         self._timeout_s = timeout_s
         self._lease = self._redis.register_script(_LEASE)
+        self._add = self._redis.register_script(_ADD)
+        self._take = self._redis.register_script(_TAKE)
 
-    async def lease(self, leases: str, name: str, ttl_s: float, limit: int | None = None) -> bool:
-        """Lease a name in a set for ttl_s from now, or renew its lease; False if `limit` other names are leased."""
-        args: list[str | int] = [name, to_ms(ttl_s), "" if limit is None else limit]
+    async def lease(
+        self, leases: str, name: str, ttl_s: float, limit: int | None = None, *, renews: bool = True
+    ) -> Lease:
+        """Lease a name in a set for ttl_s from now; REFUSED if `limit` other names are leased.
+
+        renews: a lease that exists ends ttl_s from now, too; else it stays as it is.
+        """
+        args: list[str | int] = [name, to_ms(ttl_s), "" if limit is None else limit, int(not renews)]
         async with self._call():
-            return bool(await self._lease(keys=[f"avatar:held:{{{leases}}}"], args=args))
+            return Lease(await self._lease(keys=[f"avatar:held:{{{leases}}}"], args=args))
+
+    async def names(self, leases: str) -> list[str]:
+        """Return the names in a set, the one whose lease ends first in front."""
+        async with self._call():
+            names: list[Any] = await self._redis.zrange(f"avatar:held:{{{leases}}}", 0, -1)
+            return [name.decode() for name in names]
 
     async def release(self, leases: str, name: str) -> None:
         """End a name's lease, if it has one."""
@@ -49,12 +95,17 @@ class TenantUsage:
 
     async def add(self, counter: str, amount: float, ttl_s: float) -> float:
         """Add to a counter, which expires ttl_s after the last addition; return its value."""
-        key = f"avatar:spent:{{{counter}}}"
-        async with self._call(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.incrbyfloat(key, amount)
-            pipe.pexpire(key, to_ms(ttl_s))
-            value, _ = await pipe.execute()
-            return float(value)
+        async with self._call():
+            return float(await self._add(keys=[f"avatar:spent:{{{counter}}}"], args=[amount, to_ms(ttl_s)]))
+
+    async def take(self, counter: str, amount: float, least: float, limit: float, ttl_s: float) -> float:
+        """Add as much of an amount as the limit leaves, or `least` if that is more; return how much was added.
+
+        0 if the counter has reached the limit: it passes the limit by less than one `least`.
+        """
+        args = [amount, to_ms(ttl_s), least, limit]
+        async with self._call():
+            return float(await self._take(keys=[f"avatar:spent:{{{counter}}}"], args=args))
 
     async def aclose(self) -> None:
         """Close the connections."""

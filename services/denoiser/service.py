@@ -93,7 +93,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
         accepted = self._admission.accept(opened.session_id, is_live=opened.is_live)
         with accepted, self._chain_stream(opened) as chain_stream, as_invalid_field("block"):
-            session = session_from_pb(await self._store.session(opened.session_id))
+            session = session_from_pb(await self._store.session_with_motion(opened.session_id))
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = StreamUsage(self._admission.step_times), 0
             updates_sink = denoiser.updates_sink(session)

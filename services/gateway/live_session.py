@@ -9,16 +9,27 @@ place or the grace period ends.
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
 import grpc.aio
 
 from avatar import telemetry
-from avatar.errors import ConnectionLost, SessionBusy, SessionNotFound, SilentClient, StoreUnavailable
+from avatar.errors import (
+    ConnectionLost,
+    SessionBusy,
+    SessionClosed,
+    SessionNotFound,
+    SilentClient,
+    StoreUnavailable,
+)
 from avatar.rpc.status import reason_of
 from avatar.settings import GatewaySettings
-from avatar.store.sessions import LOCK_TTL_S, SessionStore
+from avatar.store.claims import CLAIM_TTL_S, Claim, Outcome
+from avatar.store.references import LEASE_MARGIN_S, Latents
+from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.worker.v1 import types_pb2
 from services.gateway.stream.live_stream import LiveStream
@@ -26,6 +37,8 @@ from services.gateway.stream.outbox import Item, Write
 
 logger = logging.getLogger(__name__)
 
+# Errors of a stream whose session goes on, or has ended, at another gateway.
+ELSEWHERE = (SessionBusy.reason, SessionClosed.reason)
 # Errors that end a connection and leave its session open.
 CONNECTION_ERRORS = (ConnectionLost.reason, StoreUnavailable.reason)
 
@@ -120,22 +133,22 @@ class LiveSession:
         if not (self.ended.done() or self._failure.done()):
             self._failure.set_exception(error)
 
-    async def run(self, owner: str) -> None:
+    async def run(self, claim: Claim, latents: Latents) -> None:
         """Run the pipeline until the client has closed the stream and everything is sent; then close the record.
 
-        owner: of the session's lock. Raises the error that ends the session before.
+        claim: on the session, committed. latents: of its reference. Raises the error that ends the session before.
         """
         goes_on_elsewhere = False
         try:
             async with asyncio.TaskGroup() as tasks:
                 watchers = [
-                    tasks.create_task(self._renew(owner)),
+                    tasks.create_task(self._renew(claim, latents)),
                     tasks.create_task(self._expire()),
                     tasks.create_task(self._end_silence()),
                     tasks.create_task(self._until_failure()),
                 ]
                 await tasks.create_task(self.stream.run())
-                await self._close()
+                await self._close(claim)
                 num_blocks = self.stream.position.next_block
                 closed = pb.AvatarClosed(num_blocks=num_blocks, stages=self.stream.stage_usage())
                 self.stream.outbox.put(Item([pb.StreamAvatarResponse(closed=closed)]))
@@ -144,48 +157,42 @@ class LiveSession:
                 for task in watchers:
                     task.cancel()
         except BaseException as error:
-            # If this gateway stops, its clients may resume at another one; if another one has the lock, they have.
-            goes_on_elsewhere = isinstance(error, asyncio.CancelledError) or reason_of(error) == SessionBusy.reason
+            # If this gateway stops, its clients may resume at another one; if another one has the claim, they have.
+            goes_on_elsewhere = isinstance(error, asyncio.CancelledError) or reason_of(error) in ELSEWHERE
             raise
         finally:
             if not goes_on_elsewhere:
-                await self._close()
+                await self._close(claim)
 
-    async def _close(self) -> None:
-        """Mark the session's record as closed, unless that is done."""
+    async def _close(self, claim: Claim) -> None:
+        """Close the session's record, unless that is done."""
         position = self.stream.position
         if position.is_closed and position.next_frame == self.stream.outbox.next_frame:
             return
         self.stream.record_position().is_closed = True
-        with suppress(StoreUnavailable, SessionNotFound):
-            await self._store.renew(self.session.id, position)
+        with suppress(StoreUnavailable, SessionNotFound, SessionBusy, SessionClosed):
+            await self._store.close(claim, self.session, position)
 
-    async def _renew(self, owner: str) -> None:
-        """Write the position after every block, and renew the lock. SessionNotFound if the session was deleted.
+    async def _renew(self, claim: Claim, latents: Latents) -> None:
+        """Write the position after every block; renew the claim and the lease of the latents.
 
         A running stream survives the loss of its store: the workers have all that they need. Once the store is back,
-        what it has lost is written again.
+        what it has lost is written again. Raises SessionNotFound if the session was deleted, SessionBusy if another
+        stream has the claim.
         """
-        session_id, was_away = self.session.id, False
-        advanced = self.stream.advanced
+        record = _Record(self._store, claim, self.session, latents)
         while True:
             # Not asyncio.wait_for: before Python 3.12 it swallows a cancellation that comes with the event.
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOCK_TTL_S / 3):
-                    await advanced.wait()
-            has_advanced, position = advanced.is_set(), self.stream.record_position()
-            advanced.clear()
-            changed = position if has_advanced else None
+                async with asyncio.timeout(CLAIM_TTL_S / 3):
+                    await claim.changed.wait()
+            record.is_behind |= claim.changed.is_set()
+            claim.changed.clear()
             try:
-                while was_away or not await self._store.renew_lock(session_id, owner, changed):
-                    await self._store.acquire_lock(session_id, owner)
-                    await self._store.restore(self.session, self.stream.versions.known, position)
-                    was_away = False
+                await record.write(self.stream)
             except StoreUnavailable:
-                was_away = True
-                if has_advanced:  # still to be written, although there may be no other block
-                    advanced.set()
-                logger.warning("session not renewed", extra={"session": telemetry.tag(session_id)})
+                record.was_away = True
+                logger.warning("session not renewed", extra={"session": telemetry.tag(self.session.id)})
                 await asyncio.sleep(1)
 
     async def _expire(self) -> None:
@@ -214,3 +221,47 @@ class LiveSession:
 async def _until_replaced(replaced: "asyncio.Future[None]") -> None:
     await asyncio.wait({replaced})
     raise ConnectionLost("another connection resumed this session")
+
+
+class _Record:
+    """A streaming session's record in the store.
+
+    is_behind: the position has changed since it was written. was_away: the store could not be reached, and may have
+    lost what was written.
+    """
+
+    def __init__(self, store: SessionStore, claim: Claim, session: types_pb2.Session, latents: Latents) -> None:
+        self.is_behind = self.was_away = False
+        self._store, self._claim, self._session, self._latents = store, claim, session, latents
+        self._tried_s, self._has_stalled = time.monotonic(), False
+        self._leased_s, self._leased_for_s = -math.inf, 0.0
+
+    async def write(self, stream: LiveStream) -> None:
+        """Renew the claim, write the position if it has changed, and restore what the store has lost."""
+        # A process that was stopped for longer than its claim lasts may have missed the end of its session elsewhere.
+        now_s = time.monotonic()
+        self._has_stalled |= now_s - self._tried_s > CLAIM_TTL_S
+        self._tried_s = now_s
+        position, versions = stream.record_position(), stream.versions.known
+        if position.is_closed:
+            await self._store.close(self._claim, self._session, position)
+            return
+        outcome = Outcome.EXPIRED
+        if not self.was_away:
+            numbers = [each.version for each in versions]
+            outcome = await self._claim.renew(position if self.is_behind else None, numbers)
+        if outcome is Outcome.EXPIRED:
+            outcome = await self._store.restore(
+                self._claim, self._session, self._latents, versions, position, may_create=not self._has_stalled
+            )
+        if outcome is Outcome.DONE:
+            self.is_behind = self.was_away = self._has_stalled = False
+            await self._lease_latents(now_s)
+
+    async def _lease_latents(self, now_s: float) -> None:
+        """Renew the lease of the latents twice in its margin, and at once if the time to live has grown."""
+        ttl_s = self._claim.ttl_s or 0.0
+        if now_s - self._leased_s > LEASE_MARGIN_S / 2 or ttl_s > self._leased_for_s:
+            reference_id, session_id = self._session.reference_id, self._session.id
+            await self._store.references.restore(reference_id, self._latents, session_id, ttl_s)
+            self._leased_s, self._leased_for_s = now_s, ttl_s

@@ -5,23 +5,24 @@ start or resume -> LiveSession -> serve -> (the connection breaks) -> resume -> 
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from types import TracebackType
 
 from avatar import telemetry
-from avatar.errors import REASONS, ConnectionLost, InvalidField, SessionClosed, StoreUnavailable
+from avatar.errors import REASONS, ConnectionLost, InvalidField, NoCapacity, SessionClosed, StoreUnavailable
 from avatar.rpc.status import reason_of
 from avatar.settings import GatewaySettings
+from avatar.store.claims import CLAIM_TTL_S, Claim, no_session
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.worker.v1 import types_pb2
 from services.gateway.access.quotas import Quotas
 from services.gateway.live_session import LiveSession
 from services.gateway.options import StreamOptions, stream_options
-from services.gateway.stages import open_stages
+from services.gateway.stages import SessionStages, open_stages
+from services.gateway.stream.in_flight import FIRST_FRAME
 from services.gateway.stream.live_stream import LiveStream
 from services.gateway.stream.outbox import notice
 from services.gateway.workers import Workers
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 MAX_FRAMES_APART = 500
 # The reason of a stream that ended as its client asked, in logs and metrics.
 CLOSED = "CLOSED"
+# Time for the stream that a session was taken from to release its slots at full workers.
+SLOTS_S, SLOTS_RETRY_S = 1.0, 0.05
+RECONNECT_S = 1.0
 
 
 class LiveSessions:
@@ -47,9 +51,12 @@ class LiveSessions:
         self._sessions: dict[str, LiveSession] = {}
         for reason in (CLOSED, *REASONS):
             telemetry.SESSIONS_CLOSED.add(0, {"reason": reason})
+        # By session: more than one while a stream takes over from another one here.
+        self._claims: dict[str, set[Claim]] = {}
 
     async def __aenter__(self) -> "LiveSessions":
         await self._tasks.__aenter__()
+        self._running.add(self._tasks.create_task(self._follow_changes()))
         return self
 
     async def __aexit__(
@@ -86,6 +93,9 @@ class LiveSessions:
 
     async def resume(self, opened: pb.OpenAvatar) -> LiveSession:
         """Return the session that a client goes on with. Raises the error that prevents it."""
+        if opened.resume.next_frame < FIRST_FRAME:
+            message = f"{opened.resume.next_frame}, the first frame has number {FIRST_FRAME}"
+            raise InvalidField.at("open.resume.next_frame", message)
         session = self._sessions.get(opened.session_id)
         if session is None:
             return await self._resume_from_record(opened)
@@ -120,26 +130,32 @@ class LiveSessions:
         error: Exception | None = None
         try:
             async with (
-                self._locked(session.id, take_over=opened.HasField("resume")) as owner,
-                self._quotas.streaming(session.id),
+                self._claimed(session.id, take_over=opened.HasField("resume")) as claim,
+                self._quotas.streaming(claim),
+                AsyncExitStack() as stack,
             ):
                 position = await self._position(opened, options, session)
                 conditions = await self._store.conditions(session.id, position.conditions)
-                async with open_stages(self._workers, self._settings, session, options, position) as stages:
-                    stream = LiveStream(stages, options, session, position, conditions, self._settings)
-                    if position.coming_conditions:
-                        stream.versions.add(await self._store.conditions(session.id, position.coming_conditions))
-                    position.opened = opened.SerializeToString()
-                    live = LiveSession(opened, session, stream, stages.init_segment, self._store, self._settings)
-                    self._sessions[session.id] = live
-                    try:
-                        if not started.done():  # the caller may be gone
-                            started.set_result(live)
-                        await live.run(owner)
-                    finally:
-                        if self._sessions.get(session.id) is live:
-                            del self._sessions[session.id]
-                        stream.versions.close()
+                latents = await self._store.references.latents(session.reference_id)
+                if latents is None:
+                    raise no_session(session.id)
+                stages = await self._opened(stack, claim, session, options, position)
+                stream = LiveStream(stages, options, session, position, conditions, self._settings)
+                stack.callback(stream.versions.close)
+                if position.coming_conditions:
+                    stream.versions.add(await self._store.conditions(session.id, position.coming_conditions))
+                position.opened = opened.SerializeToString()
+                await claim.commit(position)
+                claim.wake_with(stream.advanced)
+                live = LiveSession(opened, session, stream, stages.init_segment, self._store, self._settings)
+                self._sessions[session.id] = live
+                try:
+                    if not started.done():  # the caller may be gone
+                        started.set_result(live)
+                    await live.run(claim, latents)
+                finally:
+                    if self._sessions.get(session.id) is live:
+                        del self._sessions[session.id]
         except Exception as caught:
             error = caught  # for the connection, and not for this task
         except asyncio.CancelledError:
@@ -160,22 +176,57 @@ class LiveSessions:
             raise SessionClosed(f"the stream of session {session.id!r} has ended; create another session")
         if opened.HasField("resume"):
             _advance(position, opened.resume.next_frame, session, options)
-        elif position.opened:
+        elif position.opened and (position.next_block or position.next_frame > FIRST_FRAME):
             raise SessionClosed(f"a stream of session {session.id!r} was open; resume it")
         return position
 
-    @asynccontextmanager
-    async def _locked(self, session_id: str, *, take_over: bool) -> AsyncGenerator[str, None]:
-        """Hold the session's lock, for its only stream; yields the lock's owner. SessionBusy if another stream has it.
+    async def _opened(
+        self,
+        stack: AsyncExitStack,
+        claim: Claim,
+        session: types_pb2.Session,
+        options: StreamOptions,
+        position: types_pb2.Position,
+    ) -> SessionStages:
+        """Open a session's stages, until the stack's end. SessionBusy if another stream takes the claim meanwhile.
 
-        take_over: take the lock from another gateway, which is lost, or ends its stream when it sees that.
+        The stream that the claim was taken from keeps its slots until these stages are open. If the workers have no
+        room beside it, it ends first, and its slots are waited for.
         """
-        owner = secrets.token_hex(8)
-        await self._store.acquire_lock(session_id, owner, take_over=take_over)
+        stages: SessionStages | None = None
+        give_up_s = 0.0
+        async with asyncio.TaskGroup() as tasks:
+            keeping = tasks.create_task(_keep(claim))
+            while stages is None:
+                full: BaseException | None = None
+                try:
+                    opening = open_stages(self._workers, self._settings, session, options, position)
+                    stages = await stack.enter_async_context(opening)
+                except* NoCapacity as error:
+                    full = error
+                if full:
+                    if not claim.is_taken_over or 0 < give_up_s < time.monotonic():
+                        raise full
+                    if not give_up_s:
+                        await claim.commit()
+                        give_up_s = time.monotonic() + SLOTS_S
+                    await asyncio.sleep(SLOTS_RETRY_S)
+            keeping.cancel()
+        return stages
+
+    @asynccontextmanager
+    async def _claimed(self, session_id: str, *, take_over: bool) -> AsyncGenerator[Claim, None]:
+        """Hold a claim on the session for its only stream. SessionBusy if another stream has it.
+
+        take_over: take it from the other stream. If the body fails before it commits, that stream gets it back.
+        """
+        claim = self._store.claim(session_id)
+        await claim.acquire(take_over=take_over)
+        self._claims.setdefault(session_id, set()).add(claim)
         telemetry.SESSIONS_ACTIVE.add(1, {"service": "gateway"})
         started, reason = time.monotonic(), CLOSED
         try:
-            yield owner
+            yield claim
         except BaseException as error:
             reason = reason_of(error)
             raise
@@ -186,8 +237,35 @@ class LiveSessions:
             logger.info(
                 "stream ended", extra={"session": telemetry.tag(session_id), "reason": reason, "duration_s": duration_s}
             )
+            self._claims[session_id].discard(claim)
+            if not self._claims[session_id]:
+                del self._claims[session_id]
             with suppress(StoreUnavailable):
-                await self._store.release_lock(session_id, owner)
+                await claim.release()
+
+    async def _follow_changes(self) -> None:
+        """Wake the streams of each session whose claim moves or that is deleted, at any gateway.
+
+        Without the store they look for themselves, three times in CLAIM_TTL_S.
+        """
+        while True:
+            with suppress(StoreUnavailable):
+                async with aclosing(self._store.changes()) as changes:
+                    async for session_id in changes:
+                        for claim in self._claims.get(session_id, ()):
+                            claim.changed.set()
+            await asyncio.sleep(RECONNECT_S)
+
+
+async def _keep(claim: Claim) -> None:
+    """Renew a claim while its stages open. SessionBusy if another stream takes it."""
+    while True:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLAIM_TTL_S / 3):
+                await claim.changed.wait()
+        claim.changed.clear()
+        with suppress(StoreUnavailable):
+            await claim.renew()
 
 
 def _advance(position: types_pb2.Position, next_frame: int, session: types_pb2.Session, options: StreamOptions) -> None:

@@ -6,14 +6,24 @@ The gateway relays messages; it opens no tensor and decodes no picture.
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
-from avatar.errors import InvalidField, MessageTooLarge, NotStreaming, SessionClosed
+from avatar.aio import uncancelled
+from avatar.errors import (
+    InvalidField,
+    MessageTooLarge,
+    NotStreaming,
+    QuotaExceeded,
+    SessionClosed,
+    SessionNotFound,
+    StoreUnavailable,
+)
 from avatar.rpc.interceptor import Context, receive_open
 from avatar.settings import GatewaySettings
+from avatar.store.claims import Outcome
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc
@@ -114,17 +124,17 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         )
         reference.id = caller().prefix + reference.id[len(caller().prefix) :]
         await self._quotas.lease_reference(reference.id, self._settings.reference_ttl_s)
-        await self._store.put_reference(reference, self._settings.reference_ttl_s)
+        await self._store.references.put(reference, self._settings.reference_ttl_s)
         return pb.CreateReferenceResponse(reference=_reference(reference, self._settings.reference_ttl_s))
 
     async def GetReference(self, request: pb.GetReferenceRequest, context: Context) -> pb.GetReferenceResponse:
-        reference = await self._store.reference(caller().reference(request.reference_id))
-        remaining_s = await self._store.reference_expires_in_s(reference.id)
+        reference = await self._store.references.get(caller().reference(request.reference_id))
+        remaining_s = await self._store.references.expires_in_s(reference.id)
         return pb.GetReferenceResponse(reference=_reference(reference, remaining_s))
 
     async def DeleteReference(self, request: pb.DeleteReferenceRequest, context: Context) -> pb.DeleteReferenceResponse:
         reference_id = caller().reference(request.reference_id)
-        await self._store.delete_reference(reference_id)
+        await self._store.references.delete(reference_id)
         await self._quotas.release_reference(reference_id)
         return pb.DeleteReferenceResponse()
 
@@ -132,7 +142,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         if request.seed >= 1 << 63:
             raise InvalidField.at("seed", f"{request.seed} is not below 2^63")
         ttl_s = _ttl_s("ttl", request.ttl) if request.HasField("ttl") else None
-        reference = await self._store.reference(caller().reference(request.reference_id))
+        reference = await self._store.references.get(caller().reference(request.reference_id))
         text = await self._embed(request.prompt)
         session = types_pb2.Session(
             id=caller().prefix + secrets.token_urlsafe(24),
@@ -140,7 +150,6 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             reference_id=reference.id,
             width=reference.width,
             height=reference.height,
-            motion=reference.motion,
             frame_rate_hz=reference.frame_rate_hz,
             block_frames=reference.block_frames,
             prompt=request.prompt,
@@ -148,10 +157,39 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         )
         await set_session_options(session, request, self._workers.max_right_frames)
         position = types_pb2.Position(next_frame=FIRST_FRAME, ttl_s=ttl_s or self._settings.session_ttl_s)
-        conditions = types_pb2.Conditions(version=0, sink=reference.sink, text=text)
-        await self._quotas.lease_session(session.id, position.ttl_s)
+        conditions = types_pb2.Conditions(version=0, text=text)
+        try:
+            return pb.CreateSessionResponse(session=await uncancelled(self._create(session, conditions, position)))
+        except BaseException:  # nobody learns its id
+            await uncancelled(self._forget(session.id))
+            raise
+
+    async def _create(
+        self, session: types_pb2.Session, conditions: types_pb2.Conditions, position: types_pb2.Position
+    ) -> types.Session:
+        """Count a session, then write it."""
+        await self._lease_session(session.id, position.ttl_s)
         await self._store.create(session, conditions, position)
-        return pb.CreateSessionResponse(session=await self._session(session.id))
+        return await self._session(session.id)
+
+    async def _forget(self, session_id: str) -> None:
+        """Delete a session and stop counting it; if the store is away and may have it, it counts until it expires."""
+        with suppress(StoreUnavailable):
+            with suppress(SessionNotFound):
+                await self._store.delete(session_id)
+            await self._quotas.release_session(session_id)
+
+    async def _lease_session(self, session_id: str, ttl_s: float) -> None:
+        """Count a session. In a full quota it takes the place of one whose stream has ended."""
+        try:
+            await self._quotas.lease_session(session_id, ttl_s)
+        except QuotaExceeded:
+            for each in await self._quotas.sessions():
+                if await self._store.delete_closed(each):
+                    await self._quotas.release_session(each)
+                    await self._quotas.lease_session(session_id, ttl_s)
+                    return
+            raise
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
         return pb.GetSessionResponse(session=await self._session(caller().session(request.session_id)))
@@ -164,47 +202,52 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         ttl_s = _ttl_s("session.ttl", request.session.ttl) if "ttl" in paths else None
         first_block = await self._change_prompt(session_id, request.session.prompt) if "prompt" in paths else None
         if ttl_s is not None:
-            live = self._live_sessions.get(session_id)
-            position = live.stream.position if live else await self._store.position(session_id)
-            position.ttl_s = ttl_s
-            await self._store.renew(session_id, position)
-            if not position.is_closed:
-                await self._quotas.lease_session(session_id, ttl_s)
+            await self._store.set_ttl(session_id, ttl_s)
+            await self._quotas.lease_session(session_id, ttl_s)
         return pb.UpdateSessionResponse(session=await self._session(session_id), first_block=first_block)
 
     async def _change_prompt(self, session_id: str, prompt: str) -> int:
         """Put conditions with a new prompt in force; return the first block that is made under them."""
         session = await self._store.session(session_id)
         text = await self._embed(prompt)
+        session.prompt = prompt
 
-        async def write(newest: int, version: int) -> types_pb2.Conditions:
+        async def under_prompt(newest: int, version: int) -> types_pb2.Conditions:
             conditions = await self._store.conditions(session_id, newest)
             conditions.version = version
             conditions.ClearField("text")
             if text is not None:
                 conditions.text.CopyFrom(text)
-            await self._store.put_conditions(session_id, conditions)
+            return conditions
+
+        async def write(newest: int, version: int) -> types_pb2.Conditions:
+            conditions = await under_prompt(newest, version)
+            await self._store.put_prompt(session, conditions)
             return conditions
 
         if live := self._live_sessions.get(session_id):
             first_block = await live.stream.versions.change(write)
             live.session.prompt = prompt
-        else:
+            live.stream.advanced.set()  # the record then names the version
+            return first_block
+        while True:
             position = await self._store.position(session_id)
-            if await self._store.is_locked(session_id):
-                raise NotStreaming(f"session {session_id!r} streams at another gateway; change its prompt there")
             if position.is_closed:
                 raise SessionClosed(f"the stream of session {session_id!r} has ended; its prompt cannot be changed")
+            changed = types_pb2.Position()
+            changed.CopyFrom(position)
             if position.coming_conditions:  # a version that the session's last stream wrote, and has not used yet
-                await write(position.coming_conditions, position.coming_conditions + 1)
-                first_block, position.coming_conditions = position.coming_block, position.coming_conditions + 1
+                newest, first_block = position.coming_conditions, position.coming_block
+                changed.coming_conditions = newest + 1
             else:
-                await write(position.conditions, position.conditions + 1)
-                first_block, position.conditions = position.next_block, position.conditions + 1
-            await self._store.renew(session_id, position)
-        session.prompt = prompt
-        await self._store.put_session(session)
-        return first_block
+                newest, first_block = position.conditions, position.next_block
+                changed.conditions = newest + 1
+            conditions = await under_prompt(newest, newest + 1)
+            outcome = await self._store.put_idle_prompt(session, conditions, position, changed, newest)
+            if outcome is Outcome.TAKEN:
+                raise NotStreaming(f"session {session_id!r} streams at another gateway; change its prompt there")
+            if outcome is Outcome.DONE:
+                return first_block
 
     async def _embed(self, prompt: str) -> types_pb2.Tensor | None:
         """Return a prompt's embedding, None if the prompt is empty."""
@@ -217,8 +260,6 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         session_id = caller().session(request.session_id)
         await self._store.delete(session_id)
         await self._quotas.release_session(session_id)
-        if live := self._live_sessions.get(session_id):
-            live.stream.advanced.set()  # wakes the renewal, which finds the session deleted and ends the stream
         return pb.DeleteSessionResponse()
 
     async def Interrupt(self, request: pb.InterruptRequest, context: Context) -> pb.InterruptResponse:
@@ -254,7 +295,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         state = types.Session.STATE_IDLE
         if position.is_closed:
             state = types.Session.STATE_CLOSED
-        elif await self._store.is_locked(session_id):
+        elif await self._store.is_claimed(session_id):
             live = self._live_sessions.get(session_id)
             is_detached = live is not None and not live.stream.is_connected
             state = types.Session.STATE_DETACHED if is_detached else types.Session.STATE_STREAMING

@@ -130,7 +130,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             return _frames(chunk, encodings.encode(pixels, encoding, rate_hz, quality, chunk.first_frame))
 
         with self._admission.accept(opened.session_id, is_live=opened.is_live), as_invalid_field("block"):
-            session = await self._store.session(opened.session_id)
+            session = await self._store.session_with_motion(opened.session_id)
             loop = asyncio.get_running_loop()
             init = await loop.run_in_executor(
                 self._encoder, encodings.init_segment, encoding, session.height, session.width, rate_hz, quality

@@ -91,9 +91,9 @@ class ChaosSuite:
         return {name: psutil.Process(each.pid).memory_info().rss for name, each in self.suite.processes.items()}
 
     async def _keys(self) -> list[bytes]:
-        """Return the store's keys, but for references, which outlive their sessions."""
+        """Return the store's keys of sessions, but for the marks of those that were deleted."""
         async with Redis.from_url(self.suite.redis_url, socket_timeout=1.0) as redis:
-            return [key async for key in redis.scan_iter("avatar:*") if not key.startswith(b"avatar:reference:")]
+            return [key for kind in ("session", "claim") async for key in redis.scan_iter(f"avatar:{kind}:*")]
 
     def _environment(self, name: str) -> dict[str, str]:
         """Return the settings of a worker or a gateway."""

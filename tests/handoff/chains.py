@@ -28,6 +28,7 @@ from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoRequest, DenoiserServiceGetInfoResponse, OpenDenoise
 from services.denoiser.__main__ import build
 from services.local.processes import Suite, free_ports, until_healthy
+from tests.stored import store_session
 
 NUM_LEVELS = 3
 SINK_UPDATE_BLOCK = 2
@@ -58,7 +59,7 @@ class Chain:
         session = random_session(name, seed)
         message = pb.Session(id=name, seed=seed, motion=tensor_to_pb(session.motion))
         conditions = conditions_to_pb(first_conditions(session))
-        await self.store.create(message, conditions, pb.Position(ttl_s=60.0))
+        await store_session(self.store, message, conditions, pb.Position(ttl_s=60.0))
         return session
 
     async def infos(self) -> list[DenoiserServiceGetInfoResponse]:

@@ -23,7 +23,7 @@ from avatar.rpc.codec import (
     tensor_from_pb,
     tensor_to_pb,
 )
-from avatar.store.sessions import ITEM_BYTES
+from avatar.store.packing import ITEM_BYTES
 from avatar.types import Block, Conditions
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.audio_pb2 import AudioPiece, OpenEncode

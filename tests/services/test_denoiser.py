@@ -17,6 +17,7 @@ from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.denoiser_pb2 import OpenDenoise
 from services.denoiser.__main__ import build
 from tests.handoff.chains import blocks_of, first_conditions, random_session
+from tests.stored import store_session
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ async def test_the_first_block_of_a_version_must_carry_it(
     versions = [conditions_to_pb(first_conditions(session)) for _ in range(2)]
     versions[1].version = 1
     constants = pb.Session(id=session.id, seed=session.seed, motion=tensor_to_pb(session.motion))
-    await store.create(constants, versions[0], pb.Position(ttl_s=60.0))
+    await store_session(store, constants, versions[0], pb.Position(ttl_s=60.0))
     await store.put_conditions(session.id, versions[1])
 
     async def blocks() -> AsyncGenerator[pb.Block, None]:

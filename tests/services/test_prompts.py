@@ -20,6 +20,7 @@ from tests.conftest import speech
 from tests.product import CLOSE, Stub, connected, finish, frame, new_session, open_stream, pieces, send, speak
 from tests.refusals import refused
 from tests.services.test_suite import rendered
+from tests.stored import write_position
 from tests.text import tiny
 
 PROMPT = "a person who smiles"
@@ -37,10 +38,14 @@ async def test_every_version_of_the_conditions_has_the_prompt(
     stub: Stub, text_checkpoint: Path, store: SessionStore, picture: bytes
 ) -> None:
     session = await new_session(stub, picture, prompt=PROMPT)
-    await speak(stub, session.id, speech(0.48))
-    for version in (0, 1):
-        kept = await store.conditions(session.id, version)
-        assert torch.equal(tensor_from_pb(kept.text), load(open_part(text_checkpoint, "text")).embed(PROMPT))
+    versions = [await store.conditions(session.id, 0)]
+    call, _ = await open_stream(stub, session.id)
+    await send(call, pieces(speech(0.96)))
+    await frame(call)
+    versions.append(await store.conditions(session.id, 1))
+    await finish(call)
+    for each in versions:
+        assert torch.equal(tensor_from_pb(each.text), load(open_part(text_checkpoint, "text")).embed(PROMPT))
 
 
 async def test_a_session_without_a_prompt_has_no_text(stub: Stub, text_checkpoint: Path, picture: bytes) -> None:
@@ -78,7 +83,7 @@ async def test_a_prompt_changed_before_a_resumption_keeps_the_pending_sink_updat
     await store.put_conditions(session.id, worker_types.Conditions(version=1, sink=update))
     position = await store.position(session.id)
     position.next_block, position.coming_block, position.coming_conditions = 1, 2, 1
-    await store.renew(session.id, position)
+    await write_position(store, session.id, position)
     assert (await change(stub, session.id, PROMPT)).first_block == 2
     position = await store.position(session.id)
     assert (position.conditions, position.coming_block, position.coming_conditions) == (0, 2, 2)
@@ -95,14 +100,16 @@ async def test_a_prompt_changes_in_mid_stream_at_the_returned_block_and_the_new_
     call, _ = await open_stream(stub, session.id)
     await send(call, pieces(speech(1.92)))
     await frame(call)
+    sink = await store.conditions(session.id, 1)
     changed = await change(stub, session.id, PROMPT)
+    # A version that no block was made under yet is replaced.
+    prompted = await store.conditions(session.id, 1 if changed.first_block == 2 else 2)
     pixels = (await finish(call, [*pieces(speech(1.92)), CLOSE])).pixels
     unchanged = (await speak(stub, plain.id, speech(1.92) * 2)).pixels[1:]
     same = 12 * changed.first_block - 4
     assert changed.first_block >= 2, "the sink is updated at block 2, and the prompt is added to it"
     assert pixels[:same] == unchanged[:same]
     assert pixels[same] != unchanged[same]
-    sink, prompted = [await store.conditions(session.id, version) for version in (1, 2)]
     assert sink.sink == prompted.sink
     assert sink.text != prompted.text
 

@@ -25,6 +25,7 @@ from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
 from services.vae.__main__ import build
 from tests.busy import WAIT_S, busy, until_waiting
+from tests.stored import store_session
 
 SESSIONS = ["first", "second", "third", "fourth"]
 
@@ -46,7 +47,7 @@ async def worker(
         reference = (await stub.EncodeReference(pb.EncodeReferenceRequest(picture=picture))).reference
         for name in SESSIONS:
             session = types.Session(id=name, width=reference.width, height=reference.height, motion=reference.motion)
-            await store.create(session, types.Conditions(sink=reference.sink), types.Position(ttl_s=60))
+            await store_session(store, session, types.Conditions(sink=reference.sink), types.Position(ttl_s=60))
         yield target
 
 

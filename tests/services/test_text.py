@@ -121,11 +121,11 @@ async def test_a_damaged_embedding_is_computed_and_written_again(
     key = key_of(text_checkpoint, PROMPT)
     async with text_worker(text_checkpoint, hashes) as stub:
         first = await answer(stub, PROMPT)
-        value = await hashes.read(key, "embedding")
+        [value] = await hashes.read(key, "embedding")
         assert value is not None
-        await hashes.update(key, {"embedding": damage(value)}, None)
+        await hashes.create(key, {"embedding": damage(value)}, 60.0)
         assert await answer(stub, PROMPT) == first
-        assert await hashes.read(key, "embedding") == value
+        assert await hashes.read(key, "embedding") == [value]
         assert len(computed) == 2
         await answer(stub, PROMPT)
         assert len(computed) == 2

@@ -25,6 +25,7 @@ from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
 from services.vae.__main__ import build
 from tests.refusals import refused
+from tests.stored import store_session
 
 SESSION = "s"
 NUM_BLOCKS = 3
@@ -42,7 +43,7 @@ async def worker(checkpoint: Path, store: SessionStore, picture: bytes) -> Async
             reference = encoded.reference
             session = types.Session(id=SESSION, width=reference.width, height=reference.height, motion=reference.motion)
             conditions = types.Conditions(sink=reference.sink)
-            await store.create(session, conditions, types.Position(ttl_s=60))
+            await store_session(store, session, conditions, types.Position(ttl_s=60))
             yield target
 
 

@@ -1,4 +1,4 @@
-"""Tests of avatar.store.redis that tests/store/test_sessions.py does not cover: a server that is unreachable."""
+"""Tests of avatar.store.redis: a server that is unreachable, full, or refuses the gateway."""
 
 import socket
 import time
@@ -22,12 +22,12 @@ async def test_an_unreachable_server_is_reported_in_bounded_time(is_listening: b
         calls = (
             lambda: store.session("a"),
             lambda: store.create(session("a"), conditions(0), position()),
-            lambda: store.renew("a", position()),
             lambda: store.delete("a"),
             lambda: store.expires_in_s("a"),
-            lambda: store.acquire_lock("a", "owner"),
-            lambda: store.renew_lock("a", "owner", position()),
-            lambda: store.release_lock("a", "owner"),
+            lambda: store.claim("a").acquire(),
+            lambda: store.claim("a").renew(position()),
+            lambda: store.claim("a").release(),
+            lambda: anext(store.changes()),
         )
         for call in calls:
             started = time.monotonic()
@@ -41,4 +41,4 @@ async def test_an_unreachable_server_is_reported_in_bounded_time(is_listening: b
 async def test_a_connection_that_the_server_closed_is_opened_again(hashes: RedisHashes, redis_client: Redis) -> None:
     number = await hashes._redis.client_id()
     await redis_client.client_kill_filter(_id=str(number))
-    assert await hashes.read("nothing", "field") is None
+    assert await hashes.read("nothing", "field") == [None]

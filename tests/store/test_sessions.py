@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from avatar.errors import ReferenceNotFound, SessionBusy, SessionNotFound, StateCorrupt
-from avatar.store.redis import RedisHashes
-from avatar.store.sessions import LOCK_TTL_S, SessionStore
+from avatar.errors import ReferenceNotFound, SessionNotFound, StateCorrupt
+from avatar.store.claims import Outcome
+from avatar.store.sessions import SessionStore
 from avatar.worker.v1 import types_pb2 as pb
 from tests.store.expiry import elapse
+from tests.stored import write_position
 
 TTL_S = 60.0
 KEY = "avatar:session:{a}"
@@ -30,7 +31,6 @@ def session(name: str = "a") -> pb.Session:
         reference_id="face",
         width=64,
         height=48,
-        motion=tensor(4, 19, 3, 2),
         frame_rate_hz=25,
         block_frames=12,
     )
@@ -44,12 +44,15 @@ def position(ttl_s: float = TTL_S, next_block: int = 0) -> pb.Position:
     return pb.Position(next_block=next_block, next_frame=3 + 12 * next_block, ttl_s=ttl_s)
 
 
-REFERENCE = pb.Reference(id="a", width=64, height=48, fit="cover", motion=tensor(4, 19, 3, 2), sink=tensor(4, 1, 3, 2))
+REFERENCE = pb.Reference(
+    id="face", width=64, height=48, fit="cover", motion=tensor(4, 19, 3, 2), sink=tensor(4, 1, 3, 2)
+)
 
 
 @pytest.fixture
 async def created(store: SessionStore) -> SessionStore:
     """The session store, with session `a` in it."""
+    await store.references.put(REFERENCE, TTL_S)
     await store.create(session(), conditions(0), position())
     return store
 
@@ -91,7 +94,9 @@ async def test_renewing_restarts_the_time_to_live_of_the_whole_session(
 ) -> None:
     await created.put_conditions("a", conditions(1))
     await elapse(redis_client, TTL_S - 10)
-    await created.renew("a", position(next_block=5, ttl_s=90.0))
+    await created.set_ttl("a", 90.0)
+    await elapse(redis_client, 10)
+    await write_position(created, "a", position(next_block=5, ttl_s=1.0))
     assert 89 < await created.expires_in_s("a") <= 90
     assert await created.session("a") == session()
     assert [await created.conditions("a", version) for version in range(2)] == [conditions(i) for i in range(2)]
@@ -108,8 +113,44 @@ async def test_writing_to_a_missing_session_creates_nothing(store: SessionStore,
     with pytest.raises(SessionNotFound):
         await store.put_conditions("a", conditions(1))
     with pytest.raises(SessionNotFound):
-        await store.renew("a", position())
+        await store.set_ttl("a", TTL_S)
+    with pytest.raises(SessionNotFound):
+        await store.put_prompt(session(), conditions(1))
+    with pytest.raises(SessionNotFound):
+        await store.put_idle_prompt(session(), conditions(1), position(), position(), 0)
     assert await redis_client.keys() == []
+
+
+async def test_a_session_has_the_motion_and_the_sink_of_its_reference(created: SessionStore) -> None:
+    assert (await created.session_with_motion("a")).motion == REFERENCE.motion
+    await created.put_conditions("a", pb.Conditions(version=1, text=tensor(0, 8)))
+    assert (await created.conditions("a", 1)).sink == REFERENCE.sink
+
+
+async def test_a_session_without_its_latents_does_not_exist(created: SessionStore, redis_client: Redis) -> None:
+    await created.put_conditions("a", pb.Conditions(version=1))
+    await redis_client.delete("avatar:latents:{face}")
+    with pytest.raises(SessionNotFound):
+        await created.session_with_motion("a")
+    with pytest.raises(SessionNotFound):
+        await created.conditions("a", 1)
+    with pytest.raises(ReferenceNotFound, match="'face'"):
+        await created.create(session("b"), conditions(0), position())
+
+
+async def test_a_prompt_of_an_idle_session_is_written_only_where_it_was_read(created: SessionStore) -> None:
+    prompted, before, after = session(), position(), position()
+    prompted.prompt, after.conditions = "a person who smiles", 1
+    outcome = await created.put_idle_prompt(prompted, conditions(1), before, after, 0)
+    assert outcome is Outcome.DONE
+    assert (await created.session("a")).prompt == prompted.prompt
+    assert (await created.position("a")).conditions == 1
+    with pytest.raises(SessionNotFound):
+        await created.conditions("a", 0)
+    assert await created.put_idle_prompt(session(), conditions(1), before, after, 0) is Outcome.CHANGED
+    await created.claim("a").acquire()
+    assert await created.put_idle_prompt(session(), conditions(2), after, after, 1) is Outcome.TAKEN
+    assert (await created.session("a")).prompt == prompted.prompt
 
 
 async def test_a_deleted_session_does_not_exist(created: SessionStore) -> None:
@@ -127,86 +168,6 @@ async def test_creating_a_session_again_replaces_it(created: SessionStore) -> No
         await created.conditions("a", 1)
 
 
-async def test_a_reference_is_read_as_it_was_written_until_it_expires(store: SessionStore, redis_client: Redis) -> None:
-    await store.put_reference(REFERENCE, 30.0)
-    assert await store.reference("a") == REFERENCE
-    assert 29 < await store.reference_expires_in_s("a") <= 30
-    await elapse(redis_client, 30)
-    assert await store.reference_expires_in_s("a") == 0
-    with pytest.raises(ReferenceNotFound, match="no reference 'a'"):
-        await store.reference("a")
-
-
-async def test_deleting_a_reference_leaves_a_session_of_the_same_name(created: SessionStore) -> None:
-    await created.put_reference(REFERENCE, TTL_S)
-    await created.delete_reference("a")
-    with pytest.raises(ReferenceNotFound):
-        await created.reference("a")
-    with pytest.raises(ReferenceNotFound):
-        await created.delete_reference("a")
-    assert await created.session("a") == session()
-
-
-async def test_a_session_has_one_lock_owner_at_a_time(store: SessionStore) -> None:
-    assert not await store.is_locked("a")
-    await store.acquire_lock("a", "one")
-    await store.acquire_lock("a", "one")
-    with pytest.raises(SessionBusy, match="'a'"):
-        await store.acquire_lock("a", "other")
-    assert await store.is_locked("a")
-
-
-async def test_a_lock_expires_unless_its_owner_renews_it(created: SessionStore, redis_client: Redis) -> None:
-    await created.acquire_lock("a", "one")
-    for block in (3, 4):
-        await elapse(redis_client, 0.6 * LOCK_TTL_S)
-        assert await created.renew_lock("a", "one", position(next_block=block))
-    assert await created.position("a") == position(next_block=4)
-    await elapse(redis_client, 0.6 * LOCK_TTL_S)
-    await created.acquire_lock("a", "one")
-    await elapse(redis_client, 0.6 * LOCK_TTL_S)
-    with pytest.raises(SessionBusy):
-        await created.acquire_lock("a", "other")
-    await elapse(redis_client, 0.6 * LOCK_TTL_S)
-    await created.acquire_lock("a", "other")
-
-
-async def test_renewing_the_lock_renews_the_session_only_with_a_position(created: SessionStore) -> None:
-    await created.acquire_lock("a", "one")
-    for renewed, is_longer in ((None, False), (position(ttl_s=90.0), True)):
-        await created.renew_lock("a", "one", renewed)
-        assert (await created.expires_in_s("a") > TTL_S) == is_longer
-
-
-async def test_a_former_owner_writes_nothing(created: SessionStore) -> None:
-    await created.acquire_lock("a", "one")
-    await created.acquire_lock("a", "other", take_over=True)
-    with pytest.raises(SessionBusy, match="'a'"):
-        await created.renew_lock("a", "one", position(next_block=5))
-    assert await created.position("a") == position()
-
-
-async def test_renewing_the_lock_tells_a_deleted_session_from_an_emptied_store(created: SessionStore) -> None:
-    await created.acquire_lock("a", "one")
-    await created.delete("a")
-    with pytest.raises(SessionNotFound, match="'a'"):
-        await created.renew_lock("a", "one", position())
-    await created.release_lock("a", "one")
-    assert not await created.renew_lock("a", "one", position())
-    with pytest.raises(SessionNotFound):
-        await created.position("a")
-
-
-async def test_only_the_owner_releases_a_lock(store: SessionStore) -> None:
-    await store.acquire_lock("a", "one")
-    await store.release_lock("a", "other")
-    with pytest.raises(SessionBusy):
-        await store.acquire_lock("a", "other")
-    await store.release_lock("a", "one")
-    assert not await store.is_locked("a")
-    await store.acquire_lock("a", "other")
-
-
 @pytest.mark.parametrize(
     ("value", "words"),
     [
@@ -217,35 +178,35 @@ async def test_only_the_owner_releases_a_lock(store: SessionStore) -> None:
         pytest.param(b"\x01" + b"\xff" * 40, "damaged", id="junk"),
     ],
 )
-async def test_a_foreign_value_is_refused(created: SessionStore, hashes: RedisHashes, value: bytes, words: str) -> None:
+async def test_a_foreign_value_is_refused(created: SessionStore, redis_client: Redis, value: bytes, words: str) -> None:
     for field, read in (
         ("session", created.session("a")),
         ("position", created.position("a")),
         ("conditions/0", created.conditions("a", 0)),
     ):
-        await hashes.update(KEY, {field: value}, None)
+        await redis_client.hset(KEY, field, value)
         with pytest.raises(StateCorrupt, match=f"{field} of session 'a'.*{words}"):
             await read
 
 
-async def test_a_damaged_value_or_one_of_another_kind_is_refused(created: SessionStore, hashes: RedisHashes) -> None:
-    whole, other = await hashes.read(KEY, "conditions/0"), await hashes.read(KEY, "position")
-    assert whole
-    assert other
+async def test_a_damaged_value_or_one_of_another_kind_is_refused(created: SessionStore, redis_client: Redis) -> None:
+    whole, other = await redis_client.hmget(KEY, ["conditions/0", "position"])
+    assert isinstance(whole, bytes)
+    assert isinstance(other, bytes)
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]
     for value in (other, flipped, *(whole[:length] for length in range(len(whole)))):
-        await hashes.update(KEY, {"conditions/0": value}, None)
+        await redis_client.hset(KEY, "conditions/0", value)
         with pytest.raises(StateCorrupt):
             await created.conditions("a", 0)
 
 
 async def test_a_pickle_is_refused_and_never_unpickled(
-    created: SessionStore, hashes: RedisHashes, pickled: tuple[bytes, Path]
+    created: SessionStore, redis_client: Redis, pickled: tuple[bytes, Path]
 ) -> None:
     value, unpickled = pickled
     for each in (value, b"\x01" + value):
-        await hashes.update(KEY, {"session": each}, None)
+        await redis_client.hset(KEY, "session", each)
         with pytest.raises(StateCorrupt):
             await created.session("a")
     assert not unpickled.exists()
@@ -265,9 +226,9 @@ async def test_a_tensor_that_does_not_fill_its_shape_is_refused(created: Session
     await created.put_conditions("a", pb.Conditions(version=1, sink=broken))
     with pytest.raises(StateCorrupt, match="sink of conditions/1 of session 'a' does not fill its shape"):
         await created.conditions("a", 1)
-    await created.put_reference(pb.Reference(id="a", motion=broken), TTL_S)
+    await created.references.put(pb.Reference(id="face", motion=broken), TTL_S)
     with pytest.raises(StateCorrupt, match="motion of reference does not fill its shape"):
-        await created.reference("a")
+        await created.session_with_motion("a")
 
 
 async def test_the_store_stays_usable_after_a_cancelled_call(created: SessionStore) -> None:
@@ -281,10 +242,12 @@ async def test_the_store_stays_usable_after_a_cancelled_call(created: SessionSto
     assert await created.session("a") == session()
 
 
-async def test_the_store_never_swallows_a_cancellation(store: SessionStore) -> None:
+async def test_the_store_never_swallows_a_cancellation(created: SessionStore) -> None:
+    claim = created.claim("a")
+
     async def acquire_repeatedly() -> None:
         while True:
-            await store.acquire_lock("a", "owner")
+            await claim.acquire()
             await asyncio.sleep(0)
 
     for pauses in range(200):

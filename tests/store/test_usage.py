@@ -7,7 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from avatar.errors import StoreUnavailable
-from avatar.store.usage import TenantUsage
+from avatar.store.usage import Lease, TenantUsage
 from tests.store.expiry import elapse
 
 SHORT_S, LONG_S = 10.0, 60.0
@@ -67,6 +67,22 @@ async def test_a_renewal_can_shorten_a_lease(usage: TenantUsage, redis_client: R
     assert await usage.lease("set", "b", LONG_S, 1)
 
 
+async def test_a_lease_that_exists_is_left_as_it_is_where_it_is_not_to_be_renewed(
+    usage: TenantUsage, redis_client: Redis
+) -> None:
+    assert await usage.lease("set", "a", SHORT_S, 1, renews=False) is Lease.NEW
+    assert await usage.lease("set", "a", LONG_S, 1, renews=False) is Lease.EXISTED
+    await elapse(redis_client, SHORT_S)
+    assert await usage.lease("set", "b", LONG_S, 1) is Lease.NEW
+
+
+async def test_names_are_listed_by_the_end_of_their_leases(usage: TenantUsage) -> None:
+    await usage.lease("set", "late", LONG_S)
+    await usage.lease("set", "soon", SHORT_S)
+    assert await usage.names("set") == ["soon", "late"]
+    assert await usage.names("another set") == []
+
+
 async def test_a_lease_without_a_limit_is_always_granted_and_counts(usage: TenantUsage) -> None:
     assert await usage.lease("set", "a", LONG_S, 1)
     assert await usage.lease("set", "unlimited", LONG_S)
@@ -74,7 +90,9 @@ async def test_a_lease_without_a_limit_is_always_granted_and_counts(usage: Tenan
 
 
 async def test_concurrent_leases_stay_within_the_limit(usage: TenantUsage) -> None:
-    assert sum(await asyncio.gather(*(usage.lease("set", str(i), LONG_S, 5) for i in range(20)))) == 5
+    leases = await asyncio.gather(*(usage.lease("set", str(i), LONG_S, 5) for i in range(20)))
+    assert leases.count(Lease.NEW) == 5
+    assert leases.count(Lease.REFUSED) == 15
 
 
 async def test_a_counter_sums_over_all_gateways(usages: tuple[TenantUsage, TenantUsage]) -> None:
@@ -83,6 +101,20 @@ async def test_a_counter_sums_over_all_gateways(usages: tuple[TenantUsage, Tenan
     assert await usage.add("counter", 1.25, LONG_S) == 1.25
     assert await other.add("counter", 0.5, LONG_S) == 1.75
     assert await usage.add("another counter", 1.0, LONG_S) == 1.0
+
+
+async def test_a_limited_counter_gives_what_is_left_and_passes_its_limit_by_less_than_the_least(
+    usages: tuple[TenantUsage, TenantUsage],
+) -> None:
+    usage, other = usages
+    assert await usage.take("counter", 4.0, 0.0, 10.0, LONG_S) == 4.0
+    assert await other.take("counter", 4.0, 3.0, 10.0, LONG_S) == 4.0
+    assert await usage.take("counter", 4.0, 1.0, 10.0, LONG_S) == 2.0
+    assert await usage.take("counter", 4.0, 1.0, 10.0, LONG_S) == 0.0
+    assert await usage.add("counter", -0.5, LONG_S) == 9.5
+    assert await other.take("counter", 4.0, 3.0, 10.0, LONG_S) == 3.0
+    assert await usage.take("counter", 0.1, 0.1, 10.0, LONG_S) == 0.0
+    assert await usage.add("counter", 0.0, LONG_S) == 12.5
 
 
 async def test_a_counter_expires(usage: TenantUsage, redis_client: Redis) -> None:

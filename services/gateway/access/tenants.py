@@ -20,7 +20,8 @@ import grpc.aio
 
 from avatar.errors import Unauthenticated
 from avatar.settings import unusable
-from avatar.store.sessions import no_reference, no_session
+from avatar.store.claims import no_session
+from avatar.store.references import no_reference
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,13 @@ import pytest
 from redis.asyncio import Redis
 
 from avatar.errors import QuotaExceeded, StoreUnavailable
-from avatar.store.sessions import LOCK_TTL_S
+from avatar.store.claims import CLOSED_TTL_S, Claim
+from avatar.store.redis import RedisHashes
 from avatar.store.usage import TenantUsage
 from avatar.v1 import avatar_service_pb2 as pb
 from services.gateway.access import quotas as module
 from services.gateway.access import tenants
-from services.gateway.access.quotas import Quotas, open_quotas
+from services.gateway.access.quotas import MARGIN_S, Quotas, open_quotas
 from services.gateway.access.tenants import Tenant
 from tests.store.expiry import elapse
 
@@ -60,40 +61,103 @@ async def send_audio(quotas: Quotas, seconds: int) -> None:
     assert [request async for request in quotas.metered(pieces(), BYTES_PER_S)]
 
 
-async def test_a_stream_counts_as_one_session_until_it_ends(usage: Usage) -> None:
+def claim(hashes: RedisHashes, session_id: str = "a", ttl_s: float = 60.0) -> Claim:
+    """A claim on a session with this time to live."""
+    claim = Claim(hashes, session_id)
+    claim.ttl_s = ttl_s
+    return claim
+
+
+async def has_room(quotas: Quotas) -> bool:
+    """Return whether the caller may have another session."""
+    try:
+        await quotas.lease_session("b", 60.0)
+    except QuotaExceeded:
+        return False
+    await quotas.release_session("b")
+    return True
+
+
+async def test_a_stream_and_its_session_count_once(usage: Usage, hashes: RedisHashes) -> None:
     quotas, elsewhere = Quotas(usage), Quotas(usage)
     with calling(ACME):
         await quotas.lease_session("a", 60.0)
-        async with quotas.streaming("a"):
-            with pytest.raises(QuotaExceeded):
-                await elsewhere.lease_session("b", 60.0)
+        async with quotas.streaming(claim(hashes)):
+            assert not await has_room(elsewhere)
             with calling(GLOBEX):
                 await elsewhere.lease_session("c", 60.0)
-        await quotas.save()
-        await elsewhere.lease_session("b", 60.0)
 
 
-async def test_a_lease_released_during_its_renewal_stays_released(usage: Usage) -> None:
+@pytest.mark.parametrize(
+    ("ending", "counts_s"), [("gone", 0.0), ("closed", CLOSED_TTL_S), ("elsewhere", 60.0), ("refused", 60.0)]
+)
+async def test_a_session_counts_as_long_as_its_record(
+    usage: Usage, hashes: RedisHashes, redis_client: Redis, ending: str, counts_s: float
+) -> None:
+    quotas, held = Quotas(usage), claim(hashes)
+    with calling(ACME):
+        await quotas.lease_session("a", 60.0)
+        async with quotas.streaming(held):
+            if ending == "gone":
+                held.ttl_s = 0.0
+            held.is_closed = ending == "closed"
+        if counts_s:
+            await elapse(redis_client, counts_s - 1)
+            assert not await has_room(quotas)
+            await elapse(redis_client, 1 + MARGIN_S)
+        assert await has_room(quotas)
+
+
+async def test_opening_a_session_again_and_again_does_not_prolong_its_lease(
+    usage: Usage, hashes: RedisHashes, redis_client: Redis
+) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
-        async with quotas.streaming("a"):
+        await quotas.lease_session("a", 60.0)
+        for _ in range(3):
+            await elapse(redis_client, 20)
+            async with quotas.streaming(claim(hashes)):
+                pass
+        await elapse(redis_client, MARGIN_S)
+        assert await has_room(quotas)
+
+
+async def test_two_streams_of_a_session_at_once_end_one_by_one(usage: Usage, hashes: RedisHashes) -> None:
+    quotas, first, second = Quotas(usage), claim(hashes), claim(hashes)
+    with calling(ACME):
+        async with AsyncExitStack() as outer:
+            await outer.enter_async_context(quotas.streaming(first))
+            async with quotas.streaming(second):
+                assert not await has_room(quotas)
+            await quotas.save()
+            assert not await has_room(quotas)
+            first.ttl_s = 0.0
+        assert await has_room(quotas)
+
+
+async def test_a_lease_released_during_its_renewal_stays_released(usage: Usage, hashes: RedisHashes) -> None:
+    quotas, held = Quotas(usage), claim(hashes)
+    with calling(ACME):
+        async with quotas.streaming(held):
             saving = asyncio.ensure_future(quotas.save())
             await asyncio.sleep(0)
+            held.ttl_s = 0.0
         await saving
-        await quotas.lease_session("b", 60.0)
+        assert await has_room(quotas)
 
 
-async def test_leases_of_a_dead_gateway_expire(usage: Usage, redis_client: Redis) -> None:
+async def test_leases_of_a_dead_gateway_expire_with_its_records(
+    usage: Usage, hashes: RedisHashes, redis_client: Redis
+) -> None:
     dying, living = Quotas(usage), Quotas(usage)
     with calling(ACME):
         async with AsyncExitStack() as never_closed:
-            await never_closed.enter_async_context(dying.streaming("a"))
+            await never_closed.enter_async_context(dying.streaming(claim(hashes)))
             for _ in range(10):
-                await elapse(redis_client, LOCK_TTL_S / 3)
+                await elapse(redis_client, 59)
                 await dying.save()
-                with pytest.raises(QuotaExceeded):
-                    await living.lease_session("b", 60.0)
-            await elapse(redis_client, LOCK_TTL_S + 0.1)
+                assert not await has_room(living)
+            await elapse(redis_client, 61 + MARGIN_S)
             await living.lease_session("b", 60.0)
             await dying.save()  # it was only slow: its stream is not ended
 
@@ -106,26 +170,58 @@ async def test_a_session_without_a_stream_counts_until_it_expires(usage: Usage, 
         await elapse(redis_client, 61)
         with pytest.raises(QuotaExceeded):
             await quotas.lease_session("b", 60.0)
-        await elapse(redis_client, 30)
+        await elapse(redis_client, 30 + MARGIN_S)
         await quotas.lease_session("b", 60.0)
 
 
-async def test_audio_is_counted_over_all_gateways(usage: Usage) -> None:
+async def audio_used(usage: Usage) -> float:
+    return await usage.add(f"acme/audio/{module._today()}", 0.0, 60.0)
+
+
+async def test_audio_is_counted_over_all_gateways(usage: Usage, hashes: RedisHashes) -> None:
     here, there = Quotas(usage), Quotas(usage)
     with calling(ACME):
         await send_audio(here, 6)
         await send_audio(there, 4)
-        await here.save()
-        await there.save()
         for quotas in (here, there):
             with pytest.raises(QuotaExceeded) as caught:
-                async with quotas.streaming("a"):
+                async with quotas.streaming(claim(hashes)):
                     pass
             assert caught.value.metadata == {"quota": "audio"}
             assert caught.value.retry_s
             assert 0 < caught.value.retry_s <= 86400
     with calling(GLOBEX):
         await send_audio(here, 9)
+
+
+async def test_gateways_at_once_pass_the_quota_by_less_than_one_piece(usage: Usage) -> None:
+    gateways = [Quotas(usage) for _ in range(3)]
+    num_accepted = 0
+
+    async def send(quotas: Quotas) -> None:
+        nonlocal num_accepted
+
+        async def pieces() -> AsyncIterator[pb.StreamAvatarRequest]:
+            while True:
+                yield pb.StreamAvatarRequest(audio=pb.AudioPiece(data=bytes(70)))
+
+        try:
+            async for _ in quotas.metered(pieces(), BYTES_PER_S):
+                num_accepted += 1
+        except QuotaExceeded:
+            return
+
+    with calling(ACME):
+        await asyncio.gather(*(send(quotas) for quotas in gateways * 3))
+    assert 10.0 - 0.7 * len(gateways) <= 0.7 * num_accepted < 10.0 + 0.7
+
+
+async def test_audio_that_is_reserved_and_not_used_is_returned(usage: Usage, hashes: RedisHashes) -> None:
+    quotas = Quotas(usage)
+    with calling(ACME):
+        async with quotas.streaming(claim(hashes)):
+            assert await audio_used(usage) == module.AHEAD_S
+        assert await audio_used(usage) == 0.0
 
 
 async def test_a_stream_ends_when_the_days_audio_is_used_up(usage: Usage) -> None:
@@ -149,10 +245,10 @@ async def test_the_audio_quota_is_restored_the_next_day(usage: Usage, monkeypatc
         await send_audio(quotas, 10)
 
 
-async def test_streams_continue_while_the_store_is_lost(usage: Usage) -> None:
+async def test_streams_continue_while_the_store_is_lost(usage: Usage, hashes: RedisHashes) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
-        async with quotas.streaming("a"):
+        async with quotas.streaming(claim(hashes)):
             usage.is_lost = True
             with pytest.raises(StoreUnavailable):
                 await quotas.save()
@@ -162,11 +258,14 @@ async def test_streams_continue_while_the_store_is_lost(usage: Usage) -> None:
         with pytest.raises(StoreUnavailable):
             await quotas.lease_session("b", 60.0)
         with pytest.raises(StoreUnavailable):
-            async with quotas.streaming("b"):
+            async with Quotas(usage).streaming(claim(hashes, "b")):
                 pass
         usage.is_lost = False
         await quotas.save()
-        assert await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0) == 4.0
+        assert await audio_used(usage) == 4.0
+        await send_audio(quotas, 6)
+        with pytest.raises(QuotaExceeded):
+            await send_audio(quotas, 1)
 
 
 async def test_concurrent_saves_add_audio_once(usage: Usage) -> None:
@@ -174,37 +273,39 @@ async def test_concurrent_saves_add_audio_once(usage: Usage) -> None:
     with calling(ACME):
         await send_audio(quotas, 3)
         await asyncio.gather(*(quotas.save() for _ in range(5)))
-        assert await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0) == 3.0
+        assert await audio_used(usage) == 3.0
 
 
-async def test_unsaved_audio_is_saved_on_exit(usage: Usage) -> None:
+async def test_audio_is_settled_on_exit(usage: Usage) -> None:
     with calling(ACME):
         async with open_quotas(usage) as quotas:
+            usage.is_lost = True
             await send_audio(quotas, 3)
-    assert await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0) == 3.0
+            usage.is_lost = False
+    assert await audio_used(usage) == 3.0
 
 
-async def test_audio_is_saved_in_the_background_once_the_store_is_back(
+async def test_audio_is_settled_in_the_background_once_the_store_is_back(
     usage: Usage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SAVE_S", 0.01)
     with calling(ACME):
         async with open_quotas(usage) as quotas:
-            await send_audio(quotas, 3)
             usage.is_lost = True
-            await asyncio.sleep(0.05)
+            await send_audio(quotas, 3)
             usage.is_lost = False
             async with asyncio.timeout(5):
-                while not await usage.add(f"acme/audio/{module._today()}", 0.0, 1.0):  # noqa: ASYNC110
+                while not await audio_used(usage):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
 
 
-async def test_without_tenants_the_store_is_not_used(usage: Usage) -> None:
+async def test_without_tenants_the_store_is_not_used(usage: Usage, hashes: RedisHashes) -> None:
     usage.is_lost = True
     quotas = Quotas(usage)
+    await quotas.reserve_reference("r")
     await quotas.lease_reference("r", 60.0)
     await quotas.release_reference("r")
     await quotas.lease_session("a", 60.0)
-    async with quotas.streaming("a"):
+    async with quotas.streaming(claim(hashes)):
         await quotas.save()
     await quotas.release_session("a")
