@@ -35,8 +35,8 @@ def main() -> None:
     renderer = Renderer(head, flags.size)
     for index, number in enumerate(flags.numbers, 1):
         renderer.set_face(Face(head, person_of(head, number)))
-        picture, _ = renderer.draw(weights, np.zeros(3, np.float32), np.zeros(2, np.float32))
-        Image.fromarray(np.ascontiguousarray(picture)).save(flags.out / f"{index}.png", optimize=True)
+        picture = renderer.draw(weights, np.zeros(3, np.float32), np.zeros(2, np.float32))
+        Image.fromarray(np.ascontiguousarray(picture.pixels)).save(flags.out / f"{index}.png", optimize=True)
 
 
 if __name__ == "__main__":

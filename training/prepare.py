@@ -6,11 +6,12 @@ stream would.
     CLIP.latents.npy   (c, t, h, w) float16: the clip's latents, whole blocks
     CLIP.motion.npy    (c, t, h, w) float16: the portrait as a still video; latent 0 is the reference latent
     CLIP.features.npy  (l, d, f) float16: audio features of each pixel frame
-    CLIP.lips.npy, CLIP.jaw.npy  as in training.data; optional
+    CLIP.lips.npy, CLIP.jaw.npy and other truth  as in training.data; optional
     CLIP.text.npy      (n, d) float16: the prompt's embedding; optional
 
 Shards keep their names. Existing ones are kept, so every call prepares only new shards. Each training shard also gets
-an augmented twin: mirrored, recoloured, and with augmented audio.
+an augmented twin: mirrored, recoloured, and with augmented audio. Frames that are a multiple of the checkpoint's
+picture size are averaged down to it.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -33,7 +34,46 @@ from avatar.vae import vae as vae_model
 from avatar.vae.vae import Vae
 from training.codec.crops import recolour, to_pixels
 from training.data import AUDIO_RATE_HZ, SHARE_HELP, SPLITS, Clip, StoredClip, parse_share, read_shard, write_shard
-from training.synthetic.augment_audio import augment_audio
+from training.synthetic.speech.augment_audio import augment_audio
+
+# Truth that is copied, and the signs of its components in a mirrored clip.
+MIRRORED = {
+    **dict.fromkeys(("jaw", "blink", "brow", "smile", "gap", "nod", "speaking"), (1,)),
+    "pose": (1, -1, -1),
+    "gaze": (-1, 1),
+}
+
+
+def scale_of(clip: StoredClip, vae: Vae[Any]) -> int:
+    """Return the factor by which a clip's frames are larger than the checkpoint's pictures, at least 1."""
+    rule = vae.config.picture
+    height, width, _ = clip.array("reference").shape
+    if not rule.height or not rule.width or height % rule.height or height * rule.width != width * rule.height:
+        return 1
+    return int(max(1, height // rule.height))
+
+
+def shrink(frames: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+    """Average frames (f, h, w, 3) over squares of scale x scale pixels."""
+    if scale == 1:
+        return frames
+    means = reduce(frames.astype(np.float32), "f (h i) (w j) c -> f h w c", "mean", i=scale, j=scale)
+    return np.rint(means).astype(np.uint8)
+
+
+def truth_of(clip: StoredClip, scale: int) -> dict[str, NDArray[Any]]:
+    """Return a clip's truth, and its prompt's embedding, at the size of frames divided by scale."""
+    arrays = {name: np.array(clip.array(name)) for name in ("lips", "text", *MIRRORED) if clip.has(name)}
+    return {name: array / np.float32(scale) if name in ("lips", "gap") else array for name, array in arrays.items()}
+
+
+def mirror(arrays: dict[str, NDArray[Any]], width: int) -> dict[str, NDArray[Any]]:
+    """Mirror the truth of a clip whose frames have a width."""
+    mirrored = {name: array * np.array(MIRRORED.get(name, 1), array.dtype) for name, array in arrays.items()}
+    if "lips" in arrays:
+        # Rows stay, columns are counted from the other side.
+        mirrored["lips"] = np.array((0, width - 1), np.float32) + arrays["lips"] * np.array((1, -1), np.float32)
+    return mirrored
 
 
 def latents_of(frames: NDArray[np.uint8], vae: Vae[Any]) -> Tensor:
@@ -73,11 +113,12 @@ def encode_frames(frames: NDArray[np.uint8], reference: NDArray[np.uint8], vae: 
 
 def prepare_clip(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
     """Encode a clip to latents and features."""
-    frames = clip.array("frames")
+    scale = scale_of(clip, vae)
+    frames = shrink(clip.frames(), scale)
     arrays: dict[str, NDArray[Any]] = {
-        **encode_frames(frames, clip.array("reference"), vae),
+        **encode_frames(frames, shrink(clip.array("reference")[None], scale)[0], vae),
         "features": features_of(clip, audio_of(clip), len(frames) // BLOCK_FRAMES, audio).half().numpy(),
-        **{name: np.array(clip.array(name)) for name in ("lips", "jaw", "text") if clip.has(name)},
+        **truth_of(clip, scale),
     }
     return Clip(clip.name, arrays, clip.info)
 
@@ -85,19 +126,16 @@ def prepare_clip(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
 def augment_clip(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
     """Encode a clip mirrored, recoloured and with augmented audio."""
     rng = np.random.default_rng(zlib.crc32(clip.name.encode()))
-    frames = np.concatenate([clip.array("frames"), clip.array("reference")[None]])
+    scale = scale_of(clip, vae)
+    frames = shrink(np.concatenate([clip.frames(), clip.array("reference")[None]]), scale)
     pixels = recolour(to_pixels(frames).flip(3), rng)
     frames = rearrange(((pixels + 1) * 127.5).round().to(torch.uint8), "c f h w -> f h w c").numpy()
     features = features_of(clip, augment_audio(audio_of(clip), rng), (len(frames) - 1) // BLOCK_FRAMES, audio)
     arrays = {
         **encode_frames(frames[:-1], frames[-1], vae),
         "features": features.half().numpy(),
-        **{name: np.array(clip.array(name)) for name in ("jaw", "text") if clip.has(name)},
+        **mirror(truth_of(clip, scale), frames.shape[2]),
     }
-    if clip.has("lips"):
-        # Rows stay, columns are counted from the other side.
-        sign = np.array((1, -1), np.float32)
-        arrays["lips"] = np.array((0, frames.shape[2] - 1), np.float32) + clip.array("lips") * sign
     return Clip(f"{clip.name}-mirrored", arrays, clip.info)
 
 

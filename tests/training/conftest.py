@@ -12,7 +12,7 @@ from training.data import Clip, StoredClip, read_clips, write_shard
 from training.synthetic.head import Head, read_pack
 
 # Rendering needs the packages of training/requirements-data.txt and EGL; see training/synthetic/README.md.
-collect_ignore = [] if find_spec("moderngl") else ["test_renderer.py"]
+collect_ignore = [] if find_spec("moderngl") else ["synthetic/test_renderer.py"]
 
 
 STARTS_PROCESSES = {"test_evaluate", "test_strategy", "test_base"}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.training.conftest import synthetic_clip
-from training.data import StoredClip, read_clips, read_shard, write_shard
+from training.data import Clip, StoredClip, encode_jpeg, read_clips, read_shard, write_shard
 
 
 def test_a_clip_is_read_as_it_was_written(clips: list[StoredClip]) -> None:
@@ -51,3 +51,20 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"not a tar file" * 100)
     with pytest.raises(ValueError, match="is not a shard of clips"):
         read_shard(tmp_path / "x.tar")
+
+
+def test_frames_are_read_from_jpegs_in_any_span(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[0:32, 0:48]
+    frames = [np.stack([rows * 4, columns * 3, rows + 9 * index], 2).astype(np.uint8) for index in range(7)]
+    write_shard(tmp_path / "0.tar", [Clip("0", {}, {}, [encode_jpeg(frame) for frame in frames])])
+    [clip] = read_shard(tmp_path / "0.tar")
+    assert clip.num_frames == 7
+    for span in (slice(None), slice(2, 5), slice(-3, None)):
+        read = clip.frames(span)
+        assert read.shape == (len(frames[span]), 32, 48, 3)
+        assert np.abs(read.astype(int) - np.stack(frames[span])).mean() < 1
+
+
+def test_frames_are_read_from_an_array_too(clips: list[StoredClip]) -> None:
+    np.testing.assert_array_equal(clips[0].frames(slice(3, 6)), clips[0].array("frames")[3:6])
+    assert clips[0].num_frames == len(clips[0].array("frames"))

@@ -2,10 +2,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.training.small import noisy_clip
-from training.data import Clip, read_clips, write_shard
-from training.prepare import prepare
+from training.codec.crops import recolour
+from training.data import Clip, read_clips, read_shard, write_shard
+from training.prepare import mirror, prepare, shrink, truth_of
 
 
 def test_a_clip_gets_latents_features_and_a_mirrored_twin_once(checkpoint: Path, tmp_path: Path) -> None:
@@ -28,3 +30,27 @@ def test_a_clip_gets_latents_features_and_a_mirrored_twin_once(checkpoint: Path,
 def test_a_folder_without_shards_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no shards in .*; make some"):
         prepare(tmp_path, tmp_path / "out", checkpoint)
+
+
+def test_frames_and_truth_are_averaged_down_together(tmp_path: Path) -> None:
+    frames = np.zeros((1, 4, 4, 3), np.uint8)
+    frames[0, 2:, :2] = 200
+    np.testing.assert_array_equal(shrink(frames, 2)[0, :, :, 0], [[0, 0], [200, 0]])
+    lips, gap = np.array([(3.0, 1.0)], np.float32), np.array([8.0], np.float32)
+    write_shard(tmp_path / "0.tar", [Clip("0", {"lips": lips, "gap": gap, "nod": np.ones(1)}, {})])
+    [clip] = read_shard(tmp_path / "0.tar")
+    small = truth_of(clip, 2)
+    assert {name: array.tolist() for name, array in small.items()} == {"lips": [[1.5, 0.5]], "gap": [4.0], "nod": [1.0]}
+
+
+def test_a_mirrored_head_turns_and_looks_the_other_way() -> None:
+    truth = {"pose": np.array([(0.1, 0.2, 0.3)]), "gaze": np.array([(0.4, 0.5)]), "blink": np.array([0.6])}
+    mirrored = {name: array.tolist() for name, array in mirror(truth, 64).items()}
+    assert mirrored == {"pose": [[0.1, -0.2, -0.3]], "gaze": [[-0.4, 0.5]], "blink": [0.6]}
+
+
+def test_recoloured_people_keep_the_order_of_their_channels() -> None:
+    pixels = torch.tensor((0.6, 0.0, -0.6)).reshape(3, 1, 1, 1).expand(3, 2, 4, 4)
+    for seed in range(60):
+        red, green, blue = recolour(pixels, np.random.default_rng(seed))[:, 0, 0, 0].tolist()
+        assert red > green > blue

@@ -52,21 +52,24 @@ def lips_weight(lips: NDArray[np.float32], height: int, width: int, gain: float)
 
 
 def recolour(pixels: Tensor, rng: Generator) -> Tensor:
-    """Change gain and offset of the channels, and sometimes their order: (3, f, h, w) in [-1, 1] to the same."""
+    """Change gain and offset of the channels: (3, f, h, w) in [-1, 1] to the same.
+
+    Channels keep their order: people of other colours than people have would teach networks to ignore the reference's.
+    """
     gain = torch.from_numpy(rng.uniform(0.85, 1.15, 3).astype(np.float32))
     offset = torch.from_numpy((rng.uniform(-0.08, 0.08) + rng.uniform(-0.04, 0.04, 3)).astype(np.float32))
-    order = rng.permutation(3) if rng.random() < 0.15 else np.arange(3)
     gain, offset = rearrange(torch.stack([gain, offset]), "n c -> n c 1 1 1")
-    recoloured: Tensor = (pixels[torch.from_numpy(order)] * gain + offset).clamp(-1, 1)
+    recoloured: Tensor = (pixels * gain + offset).clamp(-1, 1)
     return recoloured
 
 
 def crop(clip: StoredClip, config: CropConfig, rng: Generator) -> tuple[Tensor, Tensor]:
     """Draw a crop (3, f, h, w) in [-1, 1] and the loss weights of its pixels (1, f, h, w)."""
-    frames, size = clip.array("frames"), config.size
+    size = config.size
     lips = clip.array("lips") if clip.has("lips") else None
-    start = int(rng.integers(0, len(frames) - config.num_frames + 1))
+    start = int(rng.integers(0, clip.num_frames - config.num_frames + 1))
     span = slice(start, start + config.num_frames)
+    frames = clip.frames(span)
     max_corner = np.array(frames.shape[1:3]) - size
     if lips is not None and rng.random() < 0.5:
         middle = lips[span].mean(0)
@@ -74,7 +77,7 @@ def crop(clip: StoredClip, config: CropConfig, rng: Generator) -> tuple[Tensor, 
     else:
         corner = rng.uniform(0, 1, 2) * (max_corner + 1)
     top, left = (int(value) for value in np.clip(corner, 0, max_corner))
-    pixels = to_pixels(frames[span, top : top + size, left : left + size])
+    pixels = to_pixels(frames[:, top : top + size, left : left + size])
     weight = torch.ones_like(pixels[:1])
     if lips is not None:
         weight = lips_weight(lips[span] - np.array((top, left), np.float32), size, size, config.lips_gain)

@@ -33,7 +33,7 @@ def report(codec: LightCodec, clips: Sequence[StoredClip], sheet: Path | None = 
     columns: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
     for clip in clips:
-        frames = to_pixels(clip.array("frames")[:NUM_FRAMES])
+        frames = to_pixels(clip.frames(slice(NUM_FRAMES)))
         with SINGLE.autocast():
             latent = codec.encode(frames[None]).float()
             noise = torch.randn(latent.shape, generator=generator) * NOISE * latent.std()

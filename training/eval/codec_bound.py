@@ -5,7 +5,6 @@ Axes: f pixel frames, H W height and width of frames.
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from einops import rearrange, reduce
 
@@ -27,8 +26,8 @@ def codec_metrics(
     """
     whole, mouth, edges, flickers, openings, correlations = [], [], [], [], [], []
     for clip in until(clips, deadline):
-        count = 1 + (len(clip.array("frames")) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
-        truth = np.array(clip.array("frames")[:count])
+        count = 1 + (clip.num_frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
+        truth = clip.frames(slice(count))
         pixels = to_pixels(truth)
         codec = models.vae.codec
         with torch.inference_mode():

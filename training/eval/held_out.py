@@ -55,7 +55,7 @@ def render_clip(models: Models, clip: StoredClip) -> RenderedClip:
     """Render a clip from its reference and audio, including the audio before its frames."""
     reference = models.picture(np.array(clip.array("reference")))
     rendered = render_clip_frames(models, reference, clip)
-    truth = np.array(clip.array("frames")[-len(rendered) :])
+    truth = clip.frames(slice(-len(rendered), None))
     if truth.shape != rendered.shape:
         truth = np.stack([models.picture(frame) for frame in truth])
     jaw = np.array(clip.array("jaw")[-len(rendered) :]) if clip.has("jaw") else None
@@ -67,7 +67,7 @@ def render_clip_frames(models: Models, reference: Pixels, clip: StoredClip) -> P
 
     A stream's first HIDDEN_FRAMES frames are never shown, so a clip without audio before its frames returns fewer.
     """
-    lead, end = clip.info["lead_frames"], clip.info["lead_frames"] + len(clip.array("frames"))
+    lead, end = clip.info["lead_frames"], clip.info["lead_frames"] + clip.num_frames
     frames = render_frames(models, reference, audio_of(clip), -(-end // BLOCK_FRAMES))
     return frames[max(0, lead - HIDDEN_FRAMES) : end - HIDDEN_FRAMES]
 

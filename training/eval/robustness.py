@@ -18,7 +18,7 @@ from training.data import AUDIO_RATE_HZ, FRAME_RATE_HZ
 from training.eval.inference import BLOCK_SAMPLES, Audio, Models, Pixels, SessionRenderer, pieces, until
 from training.eval.landmarks import Floats
 from training.eval.metrics import Curve, Metric, correlation, distance, lag_metric, ratio_to_chance
-from training.synthetic.motion import loudness
+from training.synthetic.motion.lips import loudness
 
 # Blocks at the start and at the end of a session that drift compares.
 END_BLOCKS = 10

@@ -4,24 +4,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data import AUDIO_RATE_HZ
-from training.make_data import FIRST_HELD_OUT, Plan, make_utterance, missing_shards
-from training.synthetic.sentences import is_held_out_text, sentence
-from training.synthetic.voices import PAUSE, VOICES, Engines, Speech, Voice, choose_voice, merge_marks, strip_marks
-
-
-class Metronome(Engines):
-    """Engines that speak every text in half a second: a vowel of 0.3 s, then a pause."""
-
-    def __init__(self) -> None:
-        super().__init__(Path("none"), seed=0)
-        self.texts: list[str] = []
-
-    def speak(self, text: str, voice: Voice, tempo: float = 1.0, pitch: float = 1.0) -> Speech:  # noqa: ARG002
-        self.texts.append(text)
-        samples = np.zeros(AUDIO_RATE_HZ // 2, np.float32)
-        samples[: int(0.3 * AUDIO_RATE_HZ)] = 0.2
-        return Speech(samples, [0.0, 0.3], ["ɑ", PAUSE])
+from tests.training.synthetic.speakers import speech_of
+from training.make_data import FIRST_HELD_OUT, FIRST_TEST, Plan, missing_shards, phones_of
+from training.synthetic.speech.sentences import is_held_out_text, sentence
+from training.synthetic.speech.voices import (
+    PAUSE,
+    VOICES,
+    choose_voice,
+    merge_marks,
+    strip_marks,
+)
 
 
 def test_no_sentence_is_in_both_splits() -> None:
@@ -42,38 +34,20 @@ def test_no_voice_is_in_both_splits() -> None:
 
 
 def test_no_person_is_in_both_splits(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, {"train": 60, "held_out": 30}, deadline=0.0)
+    plan = Plan(tmp_path, {"train": 60, "held_out": 30, "test": 20}, deadline=0.0)
     numbers = {path.parent.name: set[int]() for path, _ in missing_shards(plan)}
     for path, clips in missing_shards(plan):
         numbers[path.parent.name] |= set(clips)
     assert numbers["train"] == set(range(60))
     assert numbers["held_out"] == set(range(FIRST_HELD_OUT, FIRST_HELD_OUT + 30))
+    assert numbers["test"] == set(range(FIRST_TEST, FIRST_TEST + 20))
 
 
 def test_an_existing_shard_is_not_made_again(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, {"train": 60, "held_out": 0}, deadline=0.0)
+    plan = Plan(tmp_path, {"train": 30, "held_out": 0}, deadline=0.0)
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "000001.tar").touch()
     assert [path.name for path, _ in missing_shards(plan)] == ["000000.tar", "000002.tar"]
-
-
-def test_phones_keep_their_times_in_an_utterance() -> None:
-    speech, text = make_utterance(Metronome(), VOICES[0], 3.0, False, np.random.default_rng(2))
-    assert len(speech.samples) == 3 * AUDIO_RATE_HZ
-    assert speech.onsets == sorted(speech.onsets)
-    assert len(text) > 20
-    loud = np.abs(speech.samples) > 0.1
-    ends = [*speech.onsets[1:], 3.0]
-    for start, end, phone in zip(speech.onsets, ends, speech.phones, strict=True):
-        middle = int((start + end) / 2 * AUDIO_RATE_HZ)
-        assert loud[middle] == (phone == "ɑ")
-
-
-def test_an_utterance_depends_on_its_seed_alone() -> None:
-    one, two = (Metronome(), Metronome())
-    for engines in (one, two):
-        make_utterance(engines, VOICES[0], 2.0, False, np.random.default_rng(3))
-    assert one.texts == two.texts
 
 
 @pytest.mark.parametrize(
@@ -87,3 +61,14 @@ def test_marks_extend_their_phones() -> None:
     onsets, phones = merge_marks([0.0, 0.1, 0.2, 0.3, 0.4], ["k", "ˈ", "ɔ", "ː", "l"])
     assert phones == ["k", "ɔ", "l"]
     assert onsets == [0.0, 0.1, 0.4]
+
+
+def test_phones_are_stored_with_times_from_the_first_frame() -> None:
+    speech = speech_of((PAUSE, 0), ("b", 1.0), ("ɑ", 1.2))
+    assert phones_of(speech, 25) == [(-1.0, PAUSE), (0.0, "b"), (0.2, "ɑ")]
+
+
+def test_any_prefix_of_the_shards_has_clips_to_report_on(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, dict.fromkeys(("train", "held_out", "test"), 20), deadline=0.0)
+    order = [path.parent.name for path, _ in missing_shards(plan)]
+    assert order == ["held_out"] * 2 + ["train"] * 2 + ["test"] * 2

@@ -1,7 +1,7 @@
 import numpy as np
 
 from training.data import AUDIO_RATE_HZ
-from training.synthetic.augment_audio import PEAK_DB, augment_audio
+from training.synthetic.speech.augment_audio import PEAK_DB, augment_audio
 
 
 def syllables(seconds: float = 2.0) -> np.ndarray:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from training.data import AUDIO_RATE_HZ
 
 PAUSE = "_"
+PUNCTUATION = frozenset(",.;:?!^$")
 STRESS_MARKS, LENGTH_MARK = "ˈˌ", "ː"
 # Delay of the onsets in Piper's durations behind its audio; measured on fricatives and vowels.
 PIPER_DELAY_S = 0.02
@@ -55,6 +56,9 @@ class Voice:
     name: str
     weight: float
     is_held_out: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.engine} {self.name}"
 
 
 ESPEAK_LANGUAGES = ("en-us", "en", "en-gb-x-rp", "en-029", "en-gb-scotland")
@@ -276,3 +280,8 @@ class Espeak:
 def strip_marks(phone: str) -> str:
     """Return a phone without marks of stress and length."""
     return re.sub(r"[ˈˌːˑ'^$.,:;!? ̩̃0-9|-]", "", phone)
+
+
+def is_pause(phone: str) -> bool:
+    """Return whether nothing is spoken during a phone: a pause or a punctuation mark."""
+    return phone == PAUSE or (not strip_marks(phone) and bool(set(phone) & PUNCTUATION))

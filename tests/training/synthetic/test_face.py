@@ -14,7 +14,7 @@ def face(head: Head) -> Face:
 
 
 def positions(face: Face, shapes: dict[str, float] | None = None, turn: Floats = STILL) -> Floats:
-    return face.pose(face.head.weights(shapes or {}), turn, AHEAD)[0]
+    return face.pose(face.head.weights(shapes or {}), turn, AHEAD).positions
 
 
 def test_a_seed_always_gives_the_same_person(head: Head) -> None:
@@ -62,7 +62,7 @@ def test_shoulders_do_not_turn_with_the_head(face: Face) -> None:
 
 def test_a_glance_moves_only_the_eyes(face: Face) -> None:
     weights = face.head.weights({})
-    there = face.pose(weights, STILL, np.array((0.5, 0)))[0]
+    there = face.pose(weights, STILL, np.array((0.5, 0))).positions
     moved = np.abs(there - positions(face)).max(1) > 0.02
     assert moved[face.head.part == Part.EYES].any()
     assert not moved[face.head.mask[:, 0] > 0.5].any()
@@ -70,7 +70,7 @@ def test_a_glance_moves_only_the_eyes(face: Face) -> None:
 
 def test_normals_have_unit_length_and_match_across_seams(face: Face) -> None:
     head = face.head
-    _, normals = face.pose(head.weights({}), STILL, AHEAD)
+    normals = face.pose(head.weights({}), STILL, AHEAD).normals
     count = len(head.unique)
     used = np.unique(head.triangles)
     np.testing.assert_allclose(np.linalg.norm(normals[used[used < count]], axis=1), 1, atol=1e-3)

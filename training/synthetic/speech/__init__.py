@@ -1,0 +1,1 @@
+"""Speech with the exact time of every phone, and dialogues of two people."""
