@@ -1,8 +1,9 @@
 """Evaluate a checkpoint: `python -m training.evaluate CHECKPOINT --data runs/data` prints one table of metrics.
 
 Held-out people speak held-out sentences through the library and are compared with their true frames. With
-`--speech FILE --portrait FILE` any person speaks any audio, and the table has the metrics that need no truth. A metric
-without a value says why. `--json FILE` writes all metrics as they become available.
+`--speech FILE --portrait FILE` any person speaks any audio, and the table has only the metrics that were measured,
+none of which needs a truth. Without these options, a metric without a value says why. `--json FILE` writes all metrics
+as they become available.
 """
 
 import argparse
@@ -234,10 +235,11 @@ def cost_metrics(checkpoint: Path, person: Pixels) -> dict[str, Metric]:
 
 
 def table(metrics: Mapping[str, Metric]) -> str:
-    """Format the metrics, one per line, with their targets; `!` marks values out of bounds."""
+    """Format the metrics that are given, one per line, with their targets; `!` marks values out of bounds."""
     lines = [f"{'':42} {'measured':>9}  {'target':12} remarks"]
     for row in TABLE:
-        metric = metrics[row.key]
+        if (metric := metrics.get(row.key)) is None:
+            continue
         value = "-" if metric.value is None else f"{metric.value:.{row.decimals}f}"
         mark = " " if metric.value is None or row.low <= metric.value <= row.high else "!"
         lines.append(f"{row.label:42} {value:>9}{mark} {row.target:12} {metric.note}".rstrip())
@@ -296,6 +298,8 @@ def main() -> None:
                 write_json(flags.json, metrics, {"checkpoint": str(flags.checkpoint), **about})
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if flags.speech is not None:
+        metrics = {key: metric for key, metric in metrics.items() if metric.value is not None}
     print(table(metrics))
 
 

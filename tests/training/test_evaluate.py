@@ -103,13 +103,15 @@ def test_an_interrupted_program_has_written_its_metrics(
 
 
 def test_any_audio_and_portrait_have_the_metrics_that_need_no_truth(
-    run: Run, speech: Path, picture: bytes, tmp_path: Path
+    run: Run, speech: Path, picture: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "portrait.png").write_bytes(picture)
     metrics = run("--speech", str(speech), "--portrait", str(tmp_path / "portrait.png"))
     assert [metrics[key] for key in evaluate.NEEDS_TRUTH] == [None] * len(evaluate.NEEDS_TRUTH)
     keys = ("edge_energy", "face_found", "background_db", "drift_ratio", "speech_ratio", "block_ms")
     assert [key for key in keys if not isinstance(metrics[key], float)] == []
+    printed = [line[:42].rstrip() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert printed == [row.label for row in evaluate.TABLE if metrics[row.key] is not None]
 
 
 def test_flags_set_number_and_length_of_long_sessions() -> None:
