@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc.aio
 import psutil
 import torch
 
@@ -61,12 +62,21 @@ def main() -> None:
         started = time.monotonic()
         try:
             report.put(name, available[name]())
-        except (RuntimeError, TimeoutError) as error:  # of a measured process; continue with the other measurements
-            failed.append(f"{name}: {error or 'timed out'}")
+        # Of a measured process; continue with the other measurements.
+        except (RuntimeError, TimeoutError, grpc.aio.AioRpcError) as error:
+            report.put(name, [])
+            failed.append(f"{name}: {reason_of(error)}")
         print(f"{name}, {time.monotonic() - started:.0f} s", flush=True)
     print(f"\n{table(report.rows)}\n\n{machine()}\nwrote {report.path}")
     if failed:
         raise ValueError("; ".join(failed))
+
+
+def reason_of(error: RuntimeError | TimeoutError | grpc.aio.AioRpcError) -> str:
+    """Return the reason of a failed measurement."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error) or "too slow to measure: timed out"
 
 
 class Report:

@@ -20,7 +20,7 @@ import grpc.aio
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
-from benchmarks.pipeline.metrics import percentile
+from benchmarks.pipeline.metrics import TooSlowError, percentile
 from benchmarks.row import Row, row
 
 RATE_HZ = 16000
@@ -28,7 +28,7 @@ PIECE = RATE_HZ // 25
 CLICK = b"\xff\x3f" + bytes(2 * (PIECE - 1))
 SILENCE = bytes(2 * PIECE)
 TRIALS = 12
-START_S = 120.0
+START_S, LIMIT_S = 120.0, 180.0
 PORTRAIT = Path(__file__).parents[1] / "assets/portrait.png"
 
 
@@ -38,7 +38,7 @@ def rows(checkpoint: Path) -> list[Row]:
 
 
 async def _measured(checkpoint: Path) -> list[Row]:
-    async with _gateway(checkpoint) as stub:
+    async with _gateway(checkpoint) as stub, asyncio.timeout(LIMIT_S):
         limits = await stub.GetCapabilities(pb.GetCapabilitiesRequest())
         client = await _Client.open(stub)
         await client.idle(3.0)
@@ -115,16 +115,25 @@ class _Client:
         started = time.monotonic()
         await self.call.write(pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar()))
         await self._read_during(self._interrupted.wait())
-        while self.arrivals[-1][1] < self._interrupted_s:
-            self._take(await self.call.read())
+        while not self.arrivals or self.arrivals[-1][1] < self._interrupted_s:
+            await self._read()
         return self._interrupted_s - started, self.arrivals[-1][1] - self._interrupted_s
 
     async def _read_during(self, activity: Any) -> None:
         """Read until an activity has finished. A cancelled read ends the call, so each read runs to its end."""
         done = asyncio.ensure_future(activity)
-        while not done.done():
-            self._take(await self.call.read())
-        await done
+        try:
+            while not done.done():
+                await self._read()
+            await done
+        finally:
+            done.cancel()
+
+    async def _read(self) -> None:
+        response = await self.call.read()
+        if response is grpc.aio.EOF:
+            raise TooSlowError("the gateway ended the stream")
+        self._take(response)
 
     def _take(self, response: Any) -> None:
         match response.WhichOneof("part"):

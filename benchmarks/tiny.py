@@ -10,7 +10,7 @@ from tqdm import tqdm
 from avatar.types import BLOCK_FRAMES
 from benchmarks.pipeline.client import Job, run_clients
 from benchmarks.pipeline.live import ENOUGH, live_sessions, share_on_time
-from benchmarks.pipeline.metrics import next_to_try, rate_hz, steady
+from benchmarks.pipeline.metrics import TooSlowError, next_to_try, rate_hz, steady
 from benchmarks.row import Row, row
 from benchmarks.standin.content import FRAME_RATE_HZ
 from services.local.launch import launched
@@ -35,6 +35,8 @@ async def _rows(checkpoint: Path) -> list[Row]:
                 job = Job(suite.gateway, "full", OFFLINE_BLOCKS, is_checked=False)
                 session = (await run_clients(job, LIMIT_S)).sessions[0]
                 arrived = session.arrived_s
+                if session.refused or not arrived:
+                    raise TooSlowError(session.refused or "the session received no block")
                 firsts.append(arrived[0] - session.sent_s[0])
                 rates.append(rate_hz(steady([arrived], FILL)[0]) * BLOCK_FRAMES)
                 ahead = int(rates[-1] / FRAME_RATE_HZ)  # an upper bound

@@ -15,7 +15,7 @@ from avatar.types import BLOCK_FRAMES, BLOCK_S
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
 from benchmarks.pipeline.client import START_S, Job, Report, SessionReport, run_clients
 from benchmarks.pipeline.contenders import Peer
-from benchmarks.pipeline.metrics import longest_pause, lost_and_duplicated, percentile
+from benchmarks.pipeline.metrics import TooSlowError, longest_pause, lost_and_duplicated, percentile
 from benchmarks.pipeline.suite import STAGES, standin_suite, start_worker, workers_of
 from benchmarks.row import Row, row
 from services.local.processes import Suite, until_healthy
@@ -80,10 +80,14 @@ async def ring_restart_s() -> float:
     async with (lost := Peer("gloo", STEP_S)).running():
         await lost.work("alone", 2)
         ranks = [each for each in psutil.Process(lost.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+        if not ranks:
+            raise RuntimeError("the ring has no ranks")
         ranks[len(ranks) // 2].kill()
         at = time.monotonic()
     async with (again := Peer("gloo", STEP_S)).running():
-        return (await again.work("alone", 1)).arrived_s[0] - at
+        if not (arrived_s := (await again.work("alone", 1)).arrived_s):
+            raise TooSlowError("the restarted ring rendered no block")
+        return arrived_s[0] - at
 
 
 async def _kill_each(suite: Suite) -> dict[str, float]:
@@ -124,7 +128,7 @@ async def _active(suite: Suite, stage: str) -> dict[str, int]:
 
 def is_watched(session: SessionReport, at: float) -> bool:
     """Return whether a session ran until the end of the watch, or was ended by the loss."""
-    return bool(session.refused) or session.arrivals[-1].at_s >= at + WATCH_S
+    return bool(session.refused) or (bool(session.arrivals) and session.arrivals[-1].at_s >= at + WATCH_S)
 
 
 def pause(session: SessionReport, at: float) -> float:

@@ -10,7 +10,7 @@ from bisect import bisect_right
 
 from avatar.types import BLOCK_LATENTS, BLOCK_S
 from benchmarks.pipeline.client import Job, SessionReport, run_clients
-from benchmarks.pipeline.metrics import slope_per_hour
+from benchmarks.pipeline.metrics import TooSlowError, slope_per_hour
 from benchmarks.pipeline.processes import unshared_megabytes
 from benchmarks.pipeline.suite import standin_suite
 from benchmarks.row import Row, row
@@ -79,7 +79,11 @@ def growth(sessions: list[SessionReport], samples: list[tuple[float, dict[str, f
     samples: time, and megabytes of each process. Samples before the warm share or after the last block are ignored.
     """
     arrived = sorted(at for session in sessions for at in session.arrived_s)
+    if not arrived:
+        raise TooSlowError("no session received a block")
     counted = [(bisect_right(arrived, at), used) for at, used in samples if at <= arrived[-1]]
     kept = [(count * BLOCK_S, used) for count, used in counted if count >= WARM * len(arrived)]
+    if not kept:
+        raise TooSlowError("memory was not sampled before the last block")
     media_s = [media for media, _ in kept]
     return {name: slope_per_hour(media_s, [used[name] for _, used in kept]) for name in kept[0][1]}

@@ -98,12 +98,13 @@ async def live_sessions(
 
 
 def share_on_time(sessions: list[SessionReport]) -> float:
-    """Return the share of all sessions' frames that arrived on time, once all had started; 0 without sessions."""
+    """Return the share of all sessions' frames that arrived on time, once all had started; 0 without any."""
     if not sessions:
         return 0.0
     since = _since(sessions)
     counts = [on_time([arrival[:3] for arrival in each.arrivals], since) for each in sessions]
-    return sum(num_on_time for num_on_time, _ in counts) / sum(total for _, total in counts)
+    total = sum(num_frames for _, num_frames in counts)
+    return sum(num_on_time for num_on_time, _ in counts) / total if total else 0.0
 
 
 def _since(sessions: list[SessionReport]) -> float:

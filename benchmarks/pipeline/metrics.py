@@ -11,20 +11,37 @@ FRAME_S = 1 / FRAME_RATE_HZ
 HOUR_S = 3600.0
 
 
+class TooSlowError(RuntimeError):
+    """The machine produced too little in the time of a measurement."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"too slow to measure: {reason}")
+
+
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Return the value that `percent` percent of the values do not exceed."""
+    """Return the value that `percent` percent of the values do not exceed. Raises TooSlowError without values."""
+    if not values:
+        raise TooSlowError("nothing arrived in time")
     return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
 def steady(sessions: Sequence[Sequence[float]], skip: int) -> list[list[float]]:
-    """Return the arrivals while all sessions run at full speed: after each one's first `skip`, before any last."""
+    """Return the arrivals while all sessions run at full speed: after each one's first `skip`, before any last.
+
+    Raises TooSlowError if a session has no more arrivals than `skip`.
+    """
+    fewest = min(map(len, sessions), default=0)
+    if fewest <= skip:
+        raise TooSlowError(f"a session received {fewest} blocks, more than {skip} are needed")
     start, end = max(times[skip] for times in sessions), min(times[-1] for times in sessions)
     return [[at for at in times if start <= at <= end] for times in sessions]
 
 
 def rate_hz(times: Sequence[float]) -> float:
-    """Return the rate of blocks."""
+    """Return the rate of blocks. Raises TooSlowError for fewer than two."""
     ordered = sorted(times)
+    if not ordered or ordered[0] == ordered[-1]:
+        raise TooSlowError(f"{len(ordered)} blocks have no rate")
     return (len(ordered) - 1) / (ordered[-1] - ordered[0])
 
 
@@ -41,6 +58,8 @@ def on_time(arrivals: Sequence[tuple[int, int, float]], since: float = 0.0) -> t
     frame is late if it arrives more than a frame's duration after it is due; the player then holds its last frame, and
     all later frames are due that much later.
     """
+    if not arrivals:
+        return 0, 0
     first, _, first_at = arrivals[0]
     num_on_time = num_frames = 0
     start = first_at - first * FRAME_S
@@ -55,7 +74,9 @@ def on_time(arrivals: Sequence[tuple[int, int, float]], since: float = 0.0) -> t
 
 
 def interval_std(times: Sequence[float]) -> float:
-    """Return the standard deviation of the intervals between blocks."""
+    """Return the standard deviation of the intervals between blocks. Raises TooSlowError for fewer than two."""
+    if len(times) < 2:
+        raise TooSlowError(f"{len(times)} blocks have no intervals")
     return pstdev(b - a for a, b in pairwise(times))
 
 
@@ -84,10 +105,12 @@ def slope_per_hour(media_s: Sequence[float], megabytes: Sequence[float]) -> floa
     """Return the growth of memory per hour of media, in MB: the median slope between samples (Theil-Sen).
 
     A leak grows throughout. An allocator takes some megabytes once and keeps them, which a least-squares line would
-    mistake for a leak.
+    mistake for a leak. Raises TooSlowError if no media was rendered between samples.
     """
-    samples = list(zip(media_s, megabytes, strict=True))
-    slopes = [(more - less) / (later - sooner) for (sooner, less), (later, more) in combinations(samples, 2)]
+    pairs = combinations(zip(media_s, megabytes, strict=True), 2)
+    slopes = [(more - less) / (later - sooner) for (sooner, less), (later, more) in pairs if later > sooner]
+    if not slopes:
+        raise TooSlowError("no block was rendered between two samples of memory")
     return median(slopes) * HOUR_S
 
 

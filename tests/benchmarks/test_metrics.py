@@ -1,10 +1,17 @@
 """Tests of benchmarks.pipeline.metrics and benchmarks.row."""
 
+from collections.abc import Callable
+
 import pytest
 
 from avatar.types import BLOCK_S
+from benchmarks.pipeline.client import Arrival, SessionReport
+from benchmarks.pipeline.crash import is_watched
+from benchmarks.pipeline.endurance import growth
+from benchmarks.pipeline.live import share_on_time
 from benchmarks.pipeline.metrics import (
     FRAME_S,
+    TooSlowError,
     fairness,
     interval_std,
     longest_pause,
@@ -117,3 +124,31 @@ def test_the_table_shows_bound_target_and_peers_of_each_value() -> None:
         ["hop", "1.5", "ms", "0.5", "<=", "2", "yes", "3", "(2x)"],
         ["plain", "1", "s"],
     ]
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda: percentile([], 95),
+        lambda: steady([[0.0, 1.0], [0.0]], skip=1),
+        lambda: steady([], skip=1),
+        lambda: rate_hz([]),
+        lambda: rate_hz([1.0]),
+        lambda: fairness([[0.0, 1.0], [0.5]]),
+        lambda: interval_std([1.0]),
+        lambda: slope_per_hour([], []),
+        lambda: slope_per_hour([5.0, 5.0], [50.0, 51.0]),
+        lambda: growth([], [(1.0, {"gateway": 50.0})]),
+        lambda: growth([SessionReport(arrivals=[Arrival(3, 9, 1.0, False)])], [(2.0, {"gateway": 50.0})]),
+    ],
+)
+def test_a_machine_that_is_too_slow_is_named_as_such(measure: Callable[[], object]) -> None:
+    with pytest.raises(TooSlowError, match="too slow to measure"):
+        measure()
+
+
+def test_sessions_without_frames_are_not_on_time() -> None:
+    assert share_on_time([]) == 0.0
+    assert on_time([]) == (0, 0)
+    assert share_on_time([SessionReport(arrivals=[Arrival(3, 9, 1.0, False)])]) == 0.0
+    assert not is_watched(SessionReport(), at=0.0)

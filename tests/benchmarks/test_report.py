@@ -1,10 +1,20 @@
-"""The rows that `make bench` stores."""
+"""The rows that `make bench` stores, and measurements that a machine is too slow for."""
 
 import json
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
-from benchmarks.__main__ import Report
-from benchmarks.row import row
+import grpc.aio
+import pytest
+
+from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
+from benchmarks import live
+from benchmarks.__main__ import Report, main
+from benchmarks.pipeline.metrics import TooSlowError
+from benchmarks.row import Row, row
+from tests.client.scripted import CLOSED, frames, scripted
 
 OLD = row("hop", 3.0, "ms", at_most=2.0, bound=0.0, beside={"gloo": 1.5}, note="busy")
 NEW = row("hop", 1.0, "ms", at_most=2.0, bound=0.0, beside={"gloo": 1.5})
@@ -45,3 +55,37 @@ def test_the_file_has_target_result_and_factor_over_peers(tmp_path: Path) -> Non
             "ahead": {"gloo": 0.5},
         }
     ]
+
+
+def test_a_measurement_that_fails_leaves_the_others_and_no_stale_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_slow(_: Path) -> list[Row]:
+        raise TooSlowError("nothing arrived in time")
+
+    Report(tmp_path / "bench.json", ["live"], afresh=True).put("live", [OLD])
+    monkeypatch.setattr("benchmarks.live.rows", too_slow)
+    monkeypatch.setattr("benchmarks.encoding.rows", lambda: [OTHER])
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--only", "live", "encoding", "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="live: too slow to measure: nothing arrived in time"):
+        main()
+    assert "share" in (printed := capsys.readouterr().out)
+    assert "hop" not in printed
+
+
+@pytest.mark.parametrize("num_frames", [0, 2])
+def test_a_live_stream_that_ends_early_is_too_slow_to_measure(
+    num_frames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def slow_gateway(*_: Path) -> AsyncGenerator[Any, None]:
+        async with (
+            scripted([*frames(*range(3, 3 + num_frames)), CLOSED]) as (target, gateway),
+            grpc.aio.insecure_channel(target) as channel,
+        ):
+            assert gateway.calls
+            yield pb_grpc.AvatarServiceStub(channel)
+
+    monkeypatch.setattr(live, "_gateway", slow_gateway)
+    with pytest.raises(TooSlowError, match="the gateway ended the stream"):
+        live.rows(tmp_path)
