@@ -70,7 +70,9 @@ def make_film(flags: argparse.Namespace) -> Film:
 
 def check_pictures(flags: argparse.Namespace, picture: bytes) -> None:
     """Raise ValueError, with the file's name, if the portrait, a mask or the pose video cannot be used."""
-    rule = parse_config(open_part(flags.checkpoint, "vae").config).picture
+    part = open_part(flags.checkpoint, "vae")
+    with part.naming_config():
+        rule = parse_config(part.config).picture
     fit = portrait_fit(flags.fit, rule.fit, bool(flags.mask))
     with naming(flags.portrait):
         height, width, _ = read_picture(picture, rule, flags.size, fit).rgb.shape

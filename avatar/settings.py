@@ -136,8 +136,10 @@ class DenoiserSettings(WorkerSettings):
     """Settings of a denoiser.
 
     levels: the levels that this process serves, noisiest is 0: a list such as `0` or `0,1`, or `all`.
-    adapter: file of LoRA matrices to merge into the network's weights; none where they are merged already.
-    adapter_alpha: alpha of the LoRA adapter's training; its product is scaled by alpha / rank.
+    adapter: LoRA adapter to merge into the network's weights, a file or a folder that PEFT saved; none where they are
+        merged already.
+    adapter_alpha: alpha of a file's training (64 if it is not set); the product is scaled by alpha / rank. A folder
+        states its own.
     sizes: WIDTHxHEIGHT of the videos to prepare for at the start; by default the size that the checkpoint fixes.
     attention: the attention kernel: `auto`, or torch's `math`, `flash`, `efficient` or `cudnn`.
     compile: compile the layers with torch.compile at the start; only `sizes` are served then.
@@ -149,7 +151,7 @@ class DenoiserSettings(WorkerSettings):
     listen: Address = "127.0.0.1:7010"
     levels: str = "all"
     adapter: OptionalPath = None
-    adapter_alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 64.0
+    adapter_alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     sizes: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     attention: str = "auto"
     compile: bool = False

@@ -64,5 +64,5 @@ def merge_lora(state: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tenso
         if found and found["side"] == "A":
             module, weight = found["module"], f"{found['module']}.weight"
             b = state[f"{module}.lora_B.default.weight"]
-            plain[weight] = merge(plain[weight], {"A": a, "B": b}, lora.alpha).to(plain[weight].dtype)
+            plain[weight] = merge(plain[weight], {"A": a, "B": b}, lora.alpha / len(a)).to(plain[weight].dtype)
     return plain

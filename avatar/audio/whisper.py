@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from avatar.audio.alignment import BLOCK_ENCODER_FRAMES, FRAME_SAMPLES, SAMPLE_RATE_HZ, window_end
 from avatar.audio.statistics import AudioStatistics
 from avatar.checkpoints.files import save
-from avatar.checkpoints.part import Part, load_weights
+from avatar.checkpoints.part import Part, check_network_fields, load_weights
 
 FFT_SAMPLES = 400
 HOP_SAMPLES = 160
@@ -93,7 +93,13 @@ class Whisper(nn.Module):
 
     @classmethod
     def load(cls, part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "Whisper":
-        encoder = cls(part.parse(WhisperConfig)).to(device)
+        # Slow to import, and only needed where an encoder runs.
+        import transformers
+
+        config = part.parse(WhisperConfig)
+        with part.naming_config():
+            check_network_fields(config.network, transformers.WhisperConfig())
+            encoder = cls(config).to(device)
         nn.Module.to(encoder.network, dtype)  # log-mel stays float32: its powers span eight decades
         load_weights(encoder.network, part)
         return encoder

@@ -5,6 +5,7 @@ Nothing in a checkpoint can run code. Tensors are memory-mapped: their bytes are
 """
 
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ TOKENIZER = "tokenizer.json"
 # Names of the file of weights in a folder; the index of shards is named after it.
 WEIGHT_NAMES = (WEIGHTS, "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 PICKLED = (".pth", ".bin")
+# Bytes that tell what a file is, and how much of a text is quoted.
+HEAD_BYTES, SHOWN = 512, 80
 # Bytes of tensors in each file of `save_shards`.
 SHARD_BYTES = 4 << 30
 # dtypes under safetensors' names.
@@ -55,7 +58,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"no checkpoint at {folder}: expected a file {path}")
-    return _read_object(path)
+    return read_object(path)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -70,7 +73,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shard_files(index: Path) -> list[Path]:
-    files = _read_object(index).get("weight_map")
+    files = read_object(index).get("weight_map")
     if not isinstance(files, dict):
         raise ValueError(f"{index} has no `weight_map` from tensors to files")
     names = sorted(set(files.values()))
@@ -80,11 +83,12 @@ def _shard_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the fields of a JSON object in a file. ValueError if the file holds anything else."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} {foreign_content(path) or f'is not JSON: {error}'}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}, expected an object")
     return fields
@@ -121,24 +125,73 @@ def read_meta_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _open_safetensors(path: Path, framework: str) -> Iterator[Any]:
-    """Open a safetensors file. ValueError if it is damaged."""
+    """Open a safetensors file. ValueError if it is damaged, or something else."""
+    _check_is_file(path)
     try:
         with safe_open(path, framework=framework) as file:
             yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or is cut short: {error}") from error
+    except (SafetensorError, OSError) as error:
+        reason = foreign_content(path) or f"is not a safetensors file, or is cut short: {error}"
+        raise ValueError(f"{path} {reason}") from error
+
+
+def _check_is_file(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected a file of weights")
+    if not path.exists():
+        raise ValueError(f"no file of weights at {path}")
+
+
+def foreign_content(path: Path) -> str:
+    """Return what a file holds that programs leave in the place of weights, and what to do; empty if it is unknown.
+
+    A sentence without its subject.
+    """
+    again = "copy or download it again"
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    text = head.decode("utf-8-sig", errors="replace").strip()
+    lower = text.lower()
+    if not text:
+        return f"is empty; {again}"
+    if text.startswith("version https://git-lfs"):
+        found = re.search(r"^size (\d+)", text, re.MULTILINE)
+        size = f" of {found[1]} bytes" if found else ""
+        return f"is a Git LFS pointer and not the file{size} that it stands for; run `git lfs pull` in its repository"
+    if lower.startswith(("<!doctype html", "<html", "<head", "<body")):
+        return (
+            "is a web page: a server sent a log-in or an overview; download the file itself, with access if it needs it"
+        )
+    if lower.startswith("<?xml"):
+        return f"is an XML document, which servers send as an error ({text[:SHOWN]!r}); {again}"
+    if head.startswith(b"PK\x03\x04") and path.suffix not in PICKLED:
+        return "is a zip archive: unpack it, or, if torch.save wrote it, rename it so that it ends in .bin"
+    if head.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"BZh", b"\xfd7zXZ", b"Rar!")):
+        return "is a compressed archive: unpack it"
+    if head.startswith(b"GGUF"):
+        return "is a GGUF file, which is not supported; download the safetensors files"
+    if head[8:9] == b"{" and path.suffix in PICKLED:
+        return "is a safetensors file: rename it so that it ends in .safetensors"
+    if path.suffix != ".json" and text.isprintable() and text.isascii():
+        return f"is text, which servers send as an error ({text[:SHOWN]!r}); {again}"
+    return ""
 
 
 def _load_pickle(path: Path, device: str) -> dict[str, Tensor]:
     """Load the tensors of a file written by torch.save: memory-mapped on the CPU, or meta tensors."""
+    _check_is_file(path)
     try:
         # Files older than torch 1.6 are not zip archives and cannot be mapped.
         mapped = device == "cpu" and zipfile.is_zipfile(path)
         content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:
         # Damaged and malicious pickles raise UnpicklingError, RuntimeError, EOFError, KeyError and others.
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a file of tensors, or is cut short or not safe to read: {reason}") from error
+        first_line = str(error).partition("\n")[0]
+        unknown = f"is not a file of tensors, or is cut short or not safe to read: {first_line}"
+        raise ValueError(f"{path} {foreign_content(path) or unknown}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected names and their tensors")
     for name, tensor in content.items():
@@ -209,7 +262,10 @@ def _to_stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    save_file(tensors, path, {"format": "pt", **(metadata or {})})
+    try:
+        save_file(tensors, path, {"format": "pt", **(metadata or {})})
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     path.chmod(0o644)  # safetensors writes 0600, and services may run as another user
 
 

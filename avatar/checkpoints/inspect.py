@@ -1,7 +1,7 @@
 """The commands `inspect` and `pack`: describe a checkpoint without loading it, and copy it into our layout.
 
-python -m avatar inspect CHECKPOINT [--adapter FILE] [--size WxH] [--dtype TYPE]
-python -m avatar pack CHECKPOINT OUT [--adapter FILE] [--dtype TYPE]
+python -m avatar inspect CHECKPOINT [--adapter PATH] [--size WxH] [--dtype TYPE]
+python -m avatar pack CHECKPOINT OUT [--adapter PATH] [--dtype TYPE]
 
 `inspect` builds the models on the meta device and compares names and shapes with the files; no weight is read.
 """
@@ -10,7 +10,7 @@ import argparse
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,10 @@ def main(arguments: Sequence[str]) -> None:
     packing.add_argument("--dtype", choices=STORED, help="dtype of all weights (default: as stored)")
     for each in (inspecting, packing):
         each.add_argument("checkpoint", type=Path, help="folder, in our layout or the published one")
-        each.add_argument("--adapter", type=Path, help="LoRA adapter file to merge into the network's weights")
-        each.add_argument("--adapter-alpha", type=float, default=ALPHA, help=f"alpha of its training ({ALPHA:g})")
+        each.add_argument(
+            "--adapter", type=Path, help="LoRA adapter, a file or PEFT's folder, to merge into the network"
+        )
+        each.add_argument("--adapter-alpha", type=float, help=f"alpha of a file's training ({ALPHA:g})")
     packing.add_argument("out", type=Path, help="folder to write; it must not exist")
     flags = parser.parse_args(arguments)
     adapter = LoraAdapter(flags.adapter, flags.adapter_alpha) if flags.adapter else None
@@ -166,10 +168,18 @@ def adapter_line(part: Part, is_published_layout: bool) -> str:
         return f"{merged} is merged into the weights"
     if part.adapter is None:
         return "none; the published weights need one to generate block by block" if is_published_layout else "none"
-    path, alpha, pairs = part.adapter.path, part.adapter.alpha, part.adapter.pairs()
-    rank = len(next(iter(pairs.values()))["A"])
+    pairs = part.adapter.pairs()
+    ranks = {name: len(pair["A"]) for name, pair in pairs.items()}
+    scales = {part.adapter.scale(name, rank) for name, rank in ranks.items()}
     numbers = sum(matrix.numel() for pair in pairs.values() for matrix in pair.values())
-    return f"{path}: {numbers:,} parameters for {len(pairs)} weights, rank {rank}, scale {alpha / rank:g}"
+    what = f"{numbers:,} parameters for {len(pairs)} weights"
+    return f"{part.adapter.path}: {what}, rank {span(set(ranks.values()))}, scale {span(scales)}"
+
+
+def span(numbers: Collection[float]) -> str:
+    """Format numbers as one, or as the least and the greatest."""
+    least, greatest = min(numbers), max(numbers)
+    return f"{least:g}" if least == greatest else f"{least:g} to {greatest:g}"
 
 
 def sizes_line(rule: PictureRule) -> str:
@@ -198,7 +208,7 @@ def pack(checkpoint: Path, out: Path, adapter: LoraAdapter | None = None, dtype:
     parts = {name: open_part(checkpoint, name, adapter) for name in part_names(checkpoint)}
     build_models(parts, torch.float32)  # checks names and shapes before anything is written
     for name, part in parts.items():
-        merged = part.adapter.path.name if part.adapter else part.merged_adapter()
+        merged = part.adapter.name if part.adapter else part.merged_adapter()
         kept = {key: tensor.dtype for key, tensor in part.meta_tensors().items()}
         tensors = ((key, tensor if dtype else tensor.to(kept[key])) for key, tensor in part.tensors())
         save_shards(out / name, part.config, tensors, dtype, {MERGED: merged} if merged else None)

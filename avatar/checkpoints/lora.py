@@ -11,12 +11,15 @@ Source: LoRA (arXiv 2106.09685). Axes: r rank, i inputs, o outputs.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from avatar.checkpoints import peft_config
 from avatar.checkpoints.files import read_tensors
+from avatar.checkpoints.peft_config import PeftConfig
 
 # PEFT's keys, with or without its prefix and the adapter's name.
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -32,10 +35,58 @@ Pairs = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A LoRA adapter: its file, and the alpha that it was trained with."""
+    """A LoRA adapter: a file of matrices, or the folder of one that PEFT saved.
+
+    alpha: that a file was trained with; None: ALPHA. A folder states its own, in its adapter_config.json.
+    """
 
     path: Path
-    alpha: float = ALPHA
+    alpha: float | None = None
+
+    @cached_property
+    def peft(self) -> PeftConfig | None:
+        """The configuration of a folder, or beside one of PEFT's files; None for other files.
+
+        ValueError if it is missing or not supported, or there is another alpha.
+        """
+        folder = self.path.parent if self.path.name in peft_config.WEIGHTS else self.path
+        config = folder / peft_config.CONFIG
+        if not self.path.exists():
+            raise ValueError(f"no LoRA adapter at {self.path}: expected a file, or a folder that PEFT saved")
+        if not config.is_file():
+            if self.path.is_dir():
+                raise ValueError(
+                    f"no LoRA adapter in {self.path}: {config} is missing; PEFT's save_pretrained writes it"
+                )
+            return None
+        if self.alpha is not None:
+            raise ValueError(f"alpha of the adapter {self.path} is in {config}; leave out another one")
+        return PeftConfig.read(config)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that decide its numbers, the one of the matrices first. ValueError if one is missing."""
+        if self.peft is None:
+            return (self.path,)
+        folder = self.peft.path.parent
+        for name in peft_config.WEIGHTS:
+            if (folder / name).exists():
+                return (folder / name, self.peft.path)
+        raise ValueError(f"no LoRA adapter in {folder}: {folder / peft_config.WEIGHTS[0]} is missing")
+
+    @property
+    def name(self) -> str:
+        """The name of its file or folder."""
+        return self.path.resolve().name
+
+    @property
+    def file_alpha(self) -> float:
+        """Alpha of an adapter without a configuration."""
+        return ALPHA if self.alpha is None else self.alpha
+
+    def scale(self, name: str, rank: int) -> float:
+        """Return the factor of the product B A, of this rank, for the weight of this name."""
+        return self.file_alpha / rank if self.peft is None else self.peft.scale_of(module_of(name))
 
     def pairs(self) -> Pairs:
         """Return matrices "A" (r, i) and "B" (o, r) by the name of the weight that they change, memory-mapped.
@@ -44,7 +95,8 @@ class LoraAdapter:
         """
         pairs: Pairs = {}
         foreign: list[str] = []
-        for key, tensor in read_tensors(self.path):
+        path = self.files[0]
+        for key, tensor in read_tensors(path):
             found = KEY.fullmatch(key)
             pair = pairs.setdefault(f"{found['module']}.weight", {}) if found else {}
             if found is None or found["side"] in pair:
@@ -52,30 +104,47 @@ class LoraAdapter:
             else:
                 pair[found["side"]] = tensor
         if foreign:
-            raise ValueError(f"{self.path} is no LoRA adapter: it holds {first_few(foreign)}")
+            raise ValueError(f"{path} is no LoRA adapter: it holds {first_few(foreign)}")
         return pairs
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless each weight (o, i) that LoRA targets has a pair of matching shapes, and nothing else.
 
+        A file targets TARGET. A folder targets what its configuration names, and may change any matrix.
         weights: meta tensors by name.
         """
-        pairs, targets = self.pairs(), {name for name in weights if TARGET.search(name)}
+        pairs = self.pairs()
+        if self.peft is None:
+            changeable = targets = {name for name in weights if TARGET.search(name)}
+        else:
+            changeable = {name for name in weights if name.endswith(".weight") and weights[name].ndim == 2}
+            targets = {name for name in changeable if self.peft.targets_module(module_of(name))}
         problems = [f"nothing for {name}" for name in weights if name in targets and name not in pairs]
-        problems += [f"a pair for {name}, which it cannot change" for name in pairs if name not in targets]
-        for name in (name for name in pairs if name in targets):
+        problems += [f"a pair for {name}, which it cannot change" for name in pairs if name not in changeable]
+        for name in (name for name in pairs if name in changeable):
             shapes = {side: tuple(matrix.shape) for side, matrix in pairs[name].items()}
             (outputs, inputs), rank = weights[name].shape, min(shapes.get("A", (0,)))
             if shapes != {"A": (rank, inputs), "B": (outputs, rank)} or not rank:
                 problems.append(f"{name} of shape {(outputs, inputs)} has {shapes}")
+            elif self.peft is not None and rank != self.peft.rank_of(module_of(name)):
+                problems.append(
+                    f"{name} has rank {rank}, but {self.peft.rank_of(module_of(name))} in its configuration"
+                )
+        if not pairs:
+            problems.append("it is empty")
         if problems:
             raise ValueError(f"adapter {self.path} does not match these weights: {first_few(problems)}")
 
 
-def merge(weight: Tensor, pair: Mapping[str, Tensor], alpha: float, device: torch.device | str = "cpu") -> Tensor:
-    """Return weight (o, i) + alpha / r * B A, float32 on the device; nothing beyond the result is allocated."""
+def module_of(weight: str) -> str:
+    """Return the name of the module that has a weight."""
+    return weight.removesuffix(".weight")
+
+
+def merge(weight: Tensor, pair: Mapping[str, Tensor], scale: float, device: torch.device | str = "cpu") -> Tensor:
+    """Return weight (o, i) + scale * B A, float32 on the device; nothing beyond the result is allocated."""
     a, b = (pair[side].to(device, torch.float32) for side in "AB")
-    return (b @ a).mul_(alpha / len(a)).add_(weight.to(device))
+    return (b @ a).mul_(scale).add_(weight.to(device))
 
 
 def first_few(problems: list[str]) -> str:

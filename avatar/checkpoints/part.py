@@ -8,7 +8,8 @@ Tensors pass one at a time: beside the module's own weights, at most one of them
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -56,10 +57,16 @@ class Part:
 
     def parse(self, config: type[Config]) -> Config:
         """Return the configuration as this dataclass. ValueError if fields are missing, unknown or invalid."""
+        with self.naming_config():
+            return parse_fields(config, self.config)
+
+    @contextmanager
+    def naming_config(self) -> Iterator[None]:
+        """Put the part's configuration in front of the message of an error in it, as a ValueError."""
         try:
-            return config(**self.config)
+            yield
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the configuration in {self.folder} is no {config.__name__}: {error}") from error
+            raise ValueError(f"the configuration in {self.folder}: {error}") from error
 
     def meta_tensors(self) -> dict[str, Tensor]:
         """Return the stored tensors' shapes and dtypes, as meta tensors by the module's names.
@@ -85,7 +92,8 @@ class Part:
         for path in self.files:
             for name, tensor in self._renamed(read_tensors(path)):
                 if self.adapter is not None and name in pairs:
-                    yield name, merge(tensor, pairs[name], self.adapter.alpha, device)
+                    pair = pairs[name]
+                    yield name, merge(tensor, pair, self.adapter.scale(name, len(pair["A"])), device)
                 else:
                     yield name, tensor
 
@@ -101,9 +109,9 @@ class Part:
         numbers may go unnoticed.
         """
         state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        if self.adapter is not None:
-            state.update(str(self.adapter.alpha).encode())
-        for path in (*self.files, *((self.adapter.path,) if self.adapter else ())):
+        if self.adapter is not None and self.adapter.peft is None:
+            state.update(str(self.adapter.file_alpha).encode())
+        for path in (*self.files, *(self.adapter.files if self.adapter else ())):
             state.update(_file_digest(path))
         if self.tokenizer is not None:
             state.update(self.tokenizer.read_bytes())
@@ -123,6 +131,32 @@ class Part:
             name = self.rename(stored) if self.rename else stored
             if name is not None:
                 yield name, tensor
+
+
+def parse_fields(config: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
+    """Return the values as this dataclass. ValueError names fields that are unknown or missing.
+
+    prefix: of the fields' names in the message, such as `picture.`.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix.removesuffix('.')} must be an object with fields, got {values!r}")
+    known = {each.name: each for each in fields(config)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        names = ", ".join(prefix + name for name in unknown)
+        raise ValueError(f"unknown field {names}; expected some of {', '.join(known)}")
+    required = [name for name, each in known.items() if each.default is MISSING and each.default_factory is MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"missing field {', '.join(prefix + name for name in missing)}")
+    return config(**values)
+
+
+def check_network_fields(network: Mapping[str, Any], defaults: object) -> None:
+    """Raise ValueError if a network's sizes name a field that the library's configuration does not have.
+
+    defaults: an instance of that configuration, whose classes keep unknown fields without a word.
+    """
+    if unknown := sorted(set(network) - set(vars(defaults))):
+        raise ValueError(f"unknown field {', '.join(f'network.{name}' for name in unknown)}")
 
 
 def load_weights(module: nn.Module, part: Part) -> None:

@@ -157,7 +157,7 @@ def load(part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device
 
     ValueError if the configuration is another network's, or the weights do not fit it.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), part.naming_config():
         network = Network(NetworkConfig.from_dict(part.config)).to(dtype)
     network.to_empty(device=device)
     load_weights(network, part)

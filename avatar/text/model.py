@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from avatar.checkpoints.files import TOKENIZER, save
-from avatar.checkpoints.part import Part, load_weights
+from avatar.checkpoints.files import TOKENIZER, foreign_content, save
+from avatar.checkpoints.part import Part, check_network_fields, load_weights
 from avatar.text.prompt import clean
 
 PADDING = "<pad>"
@@ -98,6 +98,7 @@ def build(config: TextConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     from huggingface_hub.errors import StrictDataclassError
 
     try:
+        check_network_fields(config.network, transformers.UMT5Config())
         network = transformers.UMT5Config(**config.network)
     except StrictDataclassError as error:
         raise ValueError(f"network: {' '.join(str(error).split())}") from error
@@ -113,8 +114,12 @@ def load(part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device
     try:
         tokenizer = Tokenizer.from_file(str(part.tokenizer))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{part.tokenizer} is not a tokenizer: {error}") from error
-    network = build(config, dtype).to_empty(device=device)
+        assert part.tokenizer is not None
+        raise ValueError(
+            f"{part.tokenizer} {foreign_content(part.tokenizer) or f'is not a tokenizer: {error}'}"
+        ) from error
+    with part.naming_config():
+        network = build(config, dtype).to_empty(device=device)
     load_weights(network, part)
     try:
         return TextEncoder(network, config, tokenizer)

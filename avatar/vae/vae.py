@@ -17,7 +17,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from avatar.checkpoints.part import Part, load_weights
+from avatar.checkpoints.part import Part, load_weights, parse_fields
 from avatar.types import BLOCK_FRAMES, BLOCK_LATENTS, FRAMES_PER_LATENT, MOTION_LATENTS, Block, FrameChunk, Session
 from avatar.vae import light
 from avatar.vae.codec import Codec, State
@@ -167,11 +167,9 @@ def to_bytes(frames: Tensor) -> Tensor:
 
 def load(part: Part, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae[Any]:
     """Return the VAE of a checkpoint's part. ValueError if its config or weights are invalid."""
-    try:
+    with part.naming_config():
         config = parse_config(part.config)
         codec, network = CODECS[config.codec](config.network, torch.device(device), dtype)
-    except TypeError as error:
-        raise ValueError(f"config of {part.folder}: {error}") from error
     load_weights(network, part)
     return Vae(codec, config)
 
@@ -180,14 +178,15 @@ def parse_config(fields: Mapping[str, Any]) -> VaeConfig:
     """Return the configuration in a config.json. TypeError or ValueError if fields are missing, unknown or invalid."""
     check = fields.get("familiar")
     nested = {
-        "picture": PictureRule(**fields.get("picture", {})),
-        "familiar": check and OutOfDistributionCheck(**check),
+        "picture": parse_fields(PictureRule, fields.get("picture", {}), "picture."),
+        "familiar": check and parse_fields(OutOfDistributionCheck, check, "familiar."),
     }
-    return VaeConfig(**{**fields, **nested})
+    return parse_fields(VaeConfig, {**fields, **nested})
 
 
 def _light(fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Codec[Any], nn.Module]:
-    codec = light.LightCodec(light.LightConfig(**fields)).to(device, dtype).requires_grad_(False)
+    config = parse_fields(light.LightConfig, fields, "network.")
+    codec = light.LightCodec(config).to(device, dtype).requires_grad_(False)
     return codec, codec
 
 
@@ -195,7 +194,7 @@ def _wan(fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype) ->
     # Imported here: it imports diffusers, which serving the light codec does not need.
     from avatar.vae.wan import WanCodec, WanConfig
 
-    codec = WanCodec(WanConfig(**fields), device, dtype)
+    codec = WanCodec(parse_fields(WanConfig, fields, "network."), device, dtype)
     return codec, codec.network
 
 

@@ -16,7 +16,6 @@ import torch
 
 from avatar import telemetry
 from avatar.checkpoints.layouts import has_text_encoder
-from avatar.checkpoints.lora import ALPHA
 from avatar.rpc.server import Servicer, serving, until_stopped
 from avatar.rpc.tls import server_credentials
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
@@ -42,7 +41,7 @@ async def workers(
     *,
     denoisers: Sequence[str] = ("all",),
     adapter: Path | None = None,
-    adapter_alpha: float = ALPHA,
+    adapter_alpha: float | None = None,
     **worker: Any,
 ) -> AsyncGenerator[GatewaySettings, None]:
     """Run the workers of one checkpoint while the body runs; yield a gateway's settings with their addresses.

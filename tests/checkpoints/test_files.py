@@ -97,7 +97,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, suffix: str, expl
     assert exploit.path.exists()  # unsafe loading does run it
 
 
-@pytest.mark.parametrize("length", [0, 7, 40, -1, -1000])
+@pytest.mark.parametrize("length", [7, 40, -1, -1000])
 def test_a_truncated_torch_file_is_refused(tmp_path: Path, length: int) -> None:
     path = tmp_path / "part.pth"
     torch.save(Toy().state_dict(), path)
@@ -115,13 +115,72 @@ def test_a_torch_file_without_named_tensors_is_refused(tmp_path: Path, content: 
         list(files.read_tensors(tmp_path / "part.pth"))
 
 
-@pytest.mark.parametrize("length", [0, 7, 40, -1])
+@pytest.mark.parametrize("length", [7, 40, -1])
 def test_a_truncated_safetensors_file_is_refused(tmp_path: Path, length: int) -> None:
     save(tmp_path, {}, Toy())
     whole = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(whole[:length])
     with pytest.raises(ValueError, match=f"{WEIGHTS} is not a safetensors file, or is cut short"):
         load_weights(Toy(), part_in(tmp_path))
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 13400542\n"
+FOREIGN = [
+    (b"", "is empty; copy or download it again"),
+    (LFS, "is a Git LFS pointer and not the file of 13400542 bytes that it stands for; run `git lfs pull`"),
+    (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><title>Sign in</title>", "is a web page: .* download the file itself"),
+    (b"<html>", "is a web page"),
+    (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "is an XML document, .*AccessDenied"),
+    (b'{"error": "Repository not found"}', "is text, which servers send as an error .*Repository not found"),
+    (b"Entry not found", "is text, which servers send as an error .*Entry not found"),
+    (b"\x1f\x8b\x08\x00", "is a compressed archive: unpack it"),
+    (b"GGUF\x03\x00\x00\x00", "is a GGUF file, which is not supported"),
+]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "part.pth", "adapter.bin"])
+@pytest.mark.parametrize(("data", "words"), FOREIGN)
+def test_what_lies_in_the_place_of_weights_is_named(tmp_path: Path, name: str, data: bytes, words: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    for read in (files.read_tensors, files.read_meta_tensors):
+        with pytest.raises(ValueError, match=f"{path} {words}"):
+            list(read(path))
+
+
+def test_weights_under_the_name_of_another_format_are_named(tmp_path: Path) -> None:
+    zipped, plain = tmp_path / WEIGHTS, tmp_path / "part.bin"
+    torch.save({"weight": torch.zeros(2)}, zipped)
+    save_file({"weight": torch.zeros(2)}, plain)
+    with pytest.raises(ValueError, match=f"{zipped} is a zip archive: .* rename it so that it ends in .bin"):
+        list(files.read_tensors(zipped))
+    with pytest.raises(ValueError, match=f"{plain} is a safetensors file: rename it"):
+        list(files.read_tensors(plain))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "part.pth"])
+def test_a_folder_or_nothing_in_the_place_of_weights_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for read in (files.read_tensors, files.read_meta_tensors):
+        with pytest.raises(ValueError, match=f"no file of weights at {path}"):
+            list(read(path))
+    path.mkdir()
+    for read in (files.read_tensors, files.read_meta_tensors):
+        with pytest.raises(ValueError, match=f"{path} is a folder, expected a file of weights"):
+            list(read(path))
+
+
+@pytest.mark.parametrize("data", [LFS, b"<!doctype html>"])
+def test_a_config_that_was_not_fetched_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(data)
+    with pytest.raises(ValueError, match=r"config\.json is a (Git LFS pointer|web page)"):
+        read_config(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "WEIGHTS", "missing/model.safetensors")
+    with pytest.raises(OSError, match=rf"cannot write {tmp_path}/missing/model\.safetensors\.partial: "):
+        save(tmp_path, {}, Toy())
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -134,7 +193,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "is not JSON"),
+        (b"", "is empty"),
         (b'{"dim": 3', "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
         (b"[1, 2]", "holds a list, expected an object"),

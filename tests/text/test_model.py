@@ -164,7 +164,7 @@ def without_a_public_tensor(checkpoint: Path) -> None:
     ("change", "words"),
     [
         (without(Path("google/umt5-xxl/tokenizer.json")), r"expected a file .*google/umt5-xxl/tokenizer\.json"),
-        (with_text(Path(TEXT_FILE), "weights"), f"{TEXT_FILE} is not"),
+        (with_text(Path(TEXT_FILE), "weights"), f"{TEXT_FILE} is text, which servers send as an error"),
         (without_a_public_tensor, rf"{TEXT_FILE} do not fit.*missing block\.1\.layer\.1\.layer_norm\.weight"),
     ],
 )

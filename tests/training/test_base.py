@@ -70,6 +70,7 @@ def test_serving_loads_the_export_merged_or_as_an_adapter(both: list[dict[str, A
     adapter = LoraAdapter(folder / "fsdp2" / "stage1" / "adapter.safetensors", alpha=2.0)
     base = network_of(small_base()).state_dict()
     adapter.check(base)
-    merged = merge(base[f"{name}.weight"], adapter.pairs()[f"{name}.weight"], adapter.alpha)
+    pair = adapter.pairs()[f"{name}.weight"]
+    merged = merge(base[f"{name}.weight"], pair, adapter.scale(f"{name}.weight", len(pair["A"])))
     assert torch.equal(merged.bfloat16().float(), network.get_parameter(f"{name}.weight"))
     assert load(Part.read(folder / "fsdp2" / "stage2")).config == network.config
