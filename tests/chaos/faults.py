@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from avatar.aio import background
+from tests.chaos.attacks import ATTACKS
 from tests.chaos.suite import WORKERS, ChaosSuite
 
 Change: TypeAlias = Callable[[ChaosSuite, str], Awaitable[None]]
@@ -75,8 +77,8 @@ KINDS: dict[str, tuple[Change, Change]] = {
 class Fault:
     """A fault in a service.
 
-    kind: of KINDS. `kill stage` kills both workers, so that the stage is missing until they have restarted. service: a
-    stage, `redis` or `gateway`.
+    kind: of KINDS or ATTACKS. `kill stage` kills both workers, so that the stage is missing until they have restarted.
+    service: a stage, `redis` or `gateway`.
     """
 
     kind: str
@@ -88,11 +90,21 @@ class Fault:
     @property
     def is_exact(self) -> bool:
         """True if it changes no frame: the lost state is rebuilt exactly, or is not needed."""
-        return self.service not in ("denoiser", "gateway")
+        return self.is_attack or self.service not in ("denoiser", "gateway")
+
+    @property
+    def is_attack(self) -> bool:
+        """True if it disturbs nobody."""
+        return self.kind in ATTACKS
 
     @asynccontextmanager
     async def at(self, suite: ChaosSuite, name: str) -> AsyncGenerator[None, None]:
         """Keep the fault in a process while the body runs. A restarted process may become healthy only later."""
+        if self.is_attack:
+            async with background(ATTACKS[self.kind](suite.suite.targets[name])) as attack:
+                yield
+                assert not attack.done(), f"{self} ended early"
+            return
         inject, end = KINDS[self.kind]
         await inject(suite, name)
         try:
@@ -104,5 +116,5 @@ class Fault:
 FAULTS = [
     *(Fault(kind, stage) for kind in KINDS for stage in WORKERS),
     *(Fault(kind, "redis") for kind in ("kill", "freeze")),
-    *(Fault(kind, "gateway") for kind in ("kill", "drain")),
+    *(Fault(kind, "gateway") for kind in ("kill", "drain", *ATTACKS)),
 ]

@@ -34,7 +34,8 @@ ONCE = [
     *(Fault("kill", "denoiser"), Fault("kill", "gateway"), Fault("freeze", "vae"), Fault("swallow", "audio")),
     *(Fault("cut", "denoiser"), Fault("drain", "audio"), Fault("drain", "gateway")),
 ]
-OTHERS = [fault for fault in FAULTS if fault not in ONCE and fault.service != REDIS]
+ATTACKS = [fault for fault in FAULTS if fault.is_attack]
+OTHERS = [fault for fault in FAULTS if fault not in (*ONCE, *ATTACKS) and fault.service != REDIS]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -132,6 +133,29 @@ async def test_sessions_of_a_lost_process_continue_at_another_and_others_are_not
         assert abs(num_frames(NUM_BLOCKS) - len(speaker.received)) <= MAX_UNREAD_FRAMES
     else:
         assert speaker.pixels == undisturbed(SECONDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ATTACKS, ids=str)
+async def test_an_attack_disturbs_nobody(
+    suite: ChaosSuite, picture: bytes, undisturbed: Callable[[float], list[bytes]], attack: Fault
+) -> None:
+    await suite.until_healthy()
+    data = speech(SECONDS)
+    async with (
+        attack.at(suite, "gateway-0"),
+        speaker_and_processes(suite, picture, live=True) as (bystander, _),
+        speaker_and_processes(suite, picture) as (speaker, _),
+    ):
+        for start in range(0, len(data), len(data) // 10):
+            await speaker.say(data[start : start + len(data) // 10])
+            await asyncio.sleep(0.3)
+        await speaker.finish()
+        await bystander.finish()
+    for session in (speaker, bystander):
+        assert (session.num_lost, session.num_repeated, session.jumps) == (0, 0, [])
+    assert speaker.pixels == undisturbed(SECONDS)
+    await suite.until_idle()
 
 
 @pytest.mark.slow

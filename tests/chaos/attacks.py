@@ -1,0 +1,64 @@
+"""Attacks: what a hostile client does to a gateway. Sessions of others must not notice.
+
+An attack is a coroutine that takes the gateway's HOST:PORT and goes on until it is cancelled.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from itertools import cycle
+from typing import Any, TypeAlias
+
+import grpc.aio
+
+from avatar.aio import background
+from avatar.v1 import avatar_service_pb2 as pb
+from tests.conftest import ASSETS
+from tests.product import END_TURN, INTERRUPT, Call, Stub, connected, new_session, open_stream
+
+Attack: TypeAlias = Callable[[str], Coroutine[Any, Any, None]]
+EMPTY = pb.StreamAvatarRequest(audio=pb.AudioPiece())
+SAMPLE = pb.StreamAvatarRequest(audio=pb.AudioPiece(data=b"\1\0"))
+FLOODS = [[EMPTY], [INTERRUPT], [END_TURN], [SAMPLE], [SAMPLE, END_TURN], [SAMPLE, INTERRUPT]]
+FLOOD_MESSAGES, NUM_SILENT = 2000, 4
+
+
+async def flood(target: str) -> None:
+    """Send messages that carry little or nothing as fast as the gateway takes them, one kind after another."""
+    async with connected(target) as stub:
+        for messages in cycle(FLOODS):
+            with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                async with hostile_stream(stub) as call, background(_read(call)):
+                    for index in range(FLOOD_MESSAGES):
+                        await call.write(messages[index % len(messages)])
+            await asyncio.sleep(0.1)  # after a refusal, too
+
+
+async def be_silent(target: str) -> None:
+    """Keep streams open and send nothing on them."""
+    async with connected(target) as stub:
+        while True:
+            with suppress(grpc.aio.AioRpcError):
+                async with AsyncExitStack() as stack:
+                    calls = [await stack.enter_async_context(hostile_stream(stub)) for _ in range(NUM_SILENT)]
+                    await asyncio.gather(*map(_read, calls))
+            await asyncio.sleep(0.1)
+
+
+@asynccontextmanager
+async def hostile_stream(stub: Stub) -> AsyncGenerator[Call, None]:
+    """Open an offline stream while the body runs; then delete its session."""
+    session = await new_session(stub, (ASSETS / "portrait.png").read_bytes())
+    try:
+        call, _ = await open_stream(stub, session.id)
+        yield call
+    finally:
+        await stub.DeleteSession(pb.DeleteSessionRequest(session_id=session.id), timeout=10)
+
+
+async def _read(call: Call) -> None:
+    while isinstance(await call.read(), pb.StreamAvatarResponse):
+        pass
+
+
+ATTACKS: dict[str, Attack] = {"flood": flood, "be silent at": be_silent}
