@@ -91,5 +91,18 @@ def progressive_jpeg(width: int, height: int, num_scans: int) -> bytes:
     )
 
 
+def with_packed_text(num_bytes: int) -> bytes:
+    """Return a PNG with a text that unpacks to so many bytes."""
+    data = file(photo(64, 48))
+    at = data.index(b"IDAT") - 4
+    return data[:at] + png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(num_bytes), 1)) + data[at:]
+
+
+def with_empty_segments(count: int) -> bytes:
+    """Return a JPEG whose header has so many comments without a letter."""
+    data = file(photo(64, 48), "JPEG")
+    return data[:2] + b"\xff\xfe\0\2" * count + data[2:]
+
+
 def pixels_of(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image))

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import zlib
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from avatar.vae.picture.decoder import decode
 from avatar.vae.picture.reading import read_mask, read_picture, to_pixels
 from avatar.vae.picture.rule import Fit, PictureRule
 from tests.vae.face.scenes import scene
-from tests.vae.picture.files import file, photo, pixels_of, png_chunk, progressive_jpeg
+from tests.vae.picture.files import file, photo, pixels_of, progressive_jpeg, with_packed_text
 
 COVER = PictureRule("cover", width=64, height=48)
 FREE = PictureRule("reference", area=128 * 64)
@@ -46,13 +45,6 @@ def test_refusals_of_the_process_are_the_callers() -> None:
         read_picture(b"{}\n" * 3, COVER)
     with pytest.raises(ValueError, match="size must be 64x48"):
         read_picture(file(photo(300, 200)), COVER, size=(128, 128))
-
-
-def with_packed_text(num_bytes: int) -> bytes:
-    """Return a PNG with a text that unpacks to so many bytes."""
-    data = file(photo(64, 48))
-    at = data.index(b"IDAT") - 4
-    return data[:at] + png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(num_bytes), 1)) + data[at:]
 
 
 @pytest.mark.parametrize(
