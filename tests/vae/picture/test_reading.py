@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -132,3 +133,16 @@ def test_a_mask_must_have_the_portraits_size_as_it_is_shown() -> None:
     assert read_mask(file(mask), portrait, (64, 48), "cover", 16).shape == (3, 4)
     with pytest.raises(ValueError, match=r"portrait's size \(128, 96\), got \(96, 128\)"):
         read_mask(file(mask.transpose(Image.Transpose.ROTATE_90)), portrait, (64, 48), "cover", 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {"compress_level": 1}), ("WEBP", {"method": 0})],
+    ids=["jpeg", "progressive", "png", "webp"],
+)
+def test_the_48_megapixels_of_a_phone_are_taken(kind: str, options: dict[str, Any]) -> None:
+    size = (8064, 6048)
+    found = read_picture(file(photo(64, 48).resize(size), kind, **options), COVER)
+    assert found.size == size
+    assert (found.rgb.float() - pixels_of(photo(64, 48)).float()).abs()[..., :2].mean() < 8
