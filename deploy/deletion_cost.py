@@ -2,7 +2,7 @@
 
 When replicas become fewer, Kubernetes deletes the pods with the lowest `controller.kubernetes.io/pod-deletion-cost`.
 This program sets it once, for each pod, to its number of streams in Prometheus; the CronJob in
-deploy/kubernetes/deletion-cost runs it every minute.
+deploy/kubernetes/overlays/autoscaling runs it every minute.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
-PROMETHEUS = "http://prometheus:9090"
+PROMETHEUS = "http://prometheus.avatar-observability:9090"
 COST = "controller.kubernetes.io/pod-deletion-cost"
 STREAMS = 'sum by (instance) (avatar_session_active{job="avatar"})'
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
