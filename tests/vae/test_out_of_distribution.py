@@ -17,6 +17,8 @@ from avatar.vae.vae import Vae, VaeConfig, load, parse_config
 from services.local.processes import ROOT
 from tests.conftest import ASSETS
 from tests.vae.conftest import LIGHT, SIZE, light_codec
+from tests.vae.face.scenes import scene
+from tests.vae.picture.files import file
 from training.out_of_distribution import descriptor, fit_check
 
 KIND = OutOfDistributionCheck((1.0, 2.0), (1.0, 0.0, 0.5), 1.5, "unlike")
@@ -71,6 +73,7 @@ def test_the_shipped_portraits_pass_and_other_pictures_do_not() -> None:
 
     for path in (ASSETS / "portrait.png", *(ASSETS / "portraits").glob("*.png")):
         assert notice(path.read_bytes()) == "", path
+    assert notice(file(scene((1600, 900), (1350, 470, 168)))) == ""  # the face is found, and cropped as in training
     assert "drawn people" in notice(png(np.random.default_rng(0).integers(0, 256, (128, 128, 3))))
     assert "drawn people" in notice(png(np.full((128, 128, 3), 90)))
 

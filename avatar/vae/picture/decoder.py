@@ -152,8 +152,9 @@ def decode(data: bytes, rule: PictureRule, size: Size | int | None = None, fit: 
     with pillow_errors():
         # Profiles apply to the few pixels that remain, as they take long; without one there is nothing to wait for.
         image = image if profile else image.convert("RGB")
-        framing = frame(image, video_size, fit)
-        crop = framing.crop
+    framing = frame(image, video_size, fit)  # if it fails, the picture is not to blame
+    crop = framing.crop
+    with pillow_errors():
         fitted = fit_image(image, video_size, fit) if crop is None else fit_crop(image, video_size, crop)
         return Decoded(to_srgb(fitted, profile), shown_size, framing)
 

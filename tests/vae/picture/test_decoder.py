@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from avatar.vae.face import detector
 from avatar.vae.face.detector import find_faces
 from avatar.vae.picture import decoder
 from avatar.vae.picture.decoder import MAX_SCANS, decode
@@ -190,6 +192,13 @@ def test_a_halved_picture_shows_the_same_face(monkeypatch: pytest.MonkeyPatch) -
     assert halved.framing.face_share == pytest.approx(whole.framing.face_share, rel=0.1)
     (before,), (after,) = find_faces(whole.image), find_faces(halved.image)
     assert (after.x, after.y, after.side) == pytest.approx((before.x, before.y, before.side), abs=2)
+
+
+def test_a_detector_that_fails_is_a_defect_and_not_the_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detector, "MODEL", Path("no such file"))
+    detector.blazeface.cache_clear()
+    with pytest.raises(FileNotFoundError):
+        decode(file(photo(64, 48)), COVER)
 
 
 def test_other_fits_say_that_they_show_no_face() -> None:
