@@ -21,6 +21,14 @@ EMPTY = pb.StreamAvatarRequest(audio=pb.AudioPiece())
 SAMPLE = pb.StreamAvatarRequest(audio=pb.AudioPiece(data=b"\1\0"))
 FLOODS = [[EMPTY], [INTERRUPT], [END_TURN], [SAMPLE], [SAMPLE, END_TURN], [SAMPLE, INTERRUPT]]
 FLOOD_MESSAGES, NUM_SILENT = 2000, 4
+# What a connection of `send_halves` sends before it falls silent: nothing, HTTP/1, HTTP/2's preface, a frame's header.
+HALVES = (
+    b"",
+    b"POST / HTTP/1.1\r\nHost: ",
+    b"PRI * HTTP/2.0\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0\0\x40\0\1\5",
+)
+NUM_HALVES = 200
 
 
 async def flood(target: str) -> None:
@@ -45,6 +53,24 @@ async def be_silent(target: str) -> None:
             await asyncio.sleep(0.1)
 
 
+async def send_halves(target: str) -> None:
+    """Open many connections, send the start of a request on each, and open those again that are closed."""
+    host, _, port = target.rpartition(":")
+
+    async def send(half: bytes) -> None:
+        while True:
+            with suppress(OSError):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                try:
+                    writer.write(half)
+                    await reader.read(-1)
+                finally:
+                    writer.transport.abort()
+            await asyncio.sleep(0.1)
+
+    await asyncio.gather(*(send(HALVES[number % len(HALVES)]) for number in range(NUM_HALVES)))
+
+
 @asynccontextmanager
 async def hostile_stream(stub: Stub) -> AsyncGenerator[Call, None]:
     """Open an offline stream while the body runs; then delete its session."""
@@ -61,4 +87,4 @@ async def _read(call: Call) -> None:
         pass
 
 
-ATTACKS: dict[str, Attack] = {"flood": flood, "be silent at": be_silent}
+ATTACKS: dict[str, Attack] = {"flood": flood, "be silent at": be_silent, "send halves to": send_halves}
