@@ -36,7 +36,7 @@ async def main() -> None:
         if session.notice:
             print(f"notice: {session.notice}")
         width, height, frame_rate_hz = session.video.width, session.video.height, session.video.frame_rate_hz
-        with av.open(flags.out, "w") as out:
+        with av.open(f"file:{flags.out}", "w") as out:  # the name alone is a protocol's up to a colon
             video = out.add_stream("libx264", rate=frame_rate_hz, options={"crf": "18"})
             video.width, video.height, video.pix_fmt = width, height, "yuv420p"
             audio = out.add_stream("aac", rate=rate_hz, layout="mono")

@@ -147,7 +147,7 @@ class _Reading:
         if container.format.name == "ogg" and (declared_end(span) or 0) > span.size:
             failures.append(self.seconds)  # FFmpeg drops an incomplete page
         missing_s = max(failed_s, _missing_s(container, stream, span, self.seconds - start_s - (failed_s - pending_s)))
-        places = sorted([*failures, *holes])
+        places = sorted({*failures, *holes})
         if failures or missing_s > (HOLE_S if places else CUT_S):
             self._report(places or [self.seconds], missing_s)
 
@@ -177,12 +177,14 @@ class _Reading:
     def _report(self, places: list[float], missing_s: float) -> None:
         what = "cut short" if places[0] > self.seconds - HOLE_S else "damaged"
         where = f"at {places[0]:.2f} s" + (f" and at {len(places) - 1} later places" if len(places) > 1 else "")
-        self.damage.append(f"is {what} {where}: at least {missing_s:.2f} s are missing")
+        how_much = f"at least {missing_s:.2f} s are missing" if missing_s >= 0.01 else "an unknown part is missing"
+        self.damage.append(f"is {what} {where}: {how_much}")
 
     def finish(self) -> DecodedAudio:
         """Return all samples at one rate: the highest in the file, at most MAX_RATE_HZ."""
         if not any(samples.size for _, samples in self.pieces):
-            raise ValueError(self.errors[0] if self.errors else "is empty: no samples")
+            nothing = "is damaged: nothing in it can be decoded" if self.damage else "is empty: no samples"
+            raise ValueError(self.errors[0] if self.errors else nothing)
         notes = self.damage[:MAX_NOTES]
         target_hz = min(MAX_RATE_HZ, max(rate_hz for rate_hz, _ in self.pieces))
         runs: list[NDArray[np.float32]] = []

@@ -1,7 +1,7 @@
 """The bytes around the audio in a file: tags in front of it, files joined to it, and the end that its header declares.
 
-FFmpeg reads the first of several joined WAV, FLAC, MP4 or WebM files, and refuses a WAV file behind a tag. It continues
-through joined MP3, AAC and Ogg files by itself.
+FFmpeg reads the first of several joined WAV, AIFF, FLAC, MP4 or WebM files, and refuses a WAV file behind a tag. It
+continues through joined MP3, AAC and Ogg files by itself.
 """
 
 import io
@@ -10,13 +10,14 @@ from typing import BinaryIO
 
 # The beginnings of files that end where another begins.
 WAVE = re.compile(rb"(?:RIFF|RF64|BW64)....WAVE", re.DOTALL)
+AIFF = re.compile(rb"FORM....AIF[FC]", re.DOTALL)
 FLAC = re.compile(rb"fLaC\x00\x00\x00\x22")
-MP4 = re.compile(rb"\x00\x00\x00.ftyp(?:M4A|isom|iso.|mp4)", re.DOTALL)
+MP4 = re.compile(rb"\x00\x00\x00.ftyp(?:M4A|isom|iso.|mp4|qt)", re.DOTALL)
 WEBM = re.compile(rb"\x1a\x45\xdf\xa3.{1,40}?\x42\x82.(?:webm|matroska)", re.DOTALL)
 # The first packet of an MP3 file, up to the flags of its Xing header.
 MP3 = re.compile(rb"\xff[\xe0-\xff].{8,64}?(?:Xing|Info)\x00\x00\x00(.)", re.DOTALL)
 # What to search for, and how far after the file's beginning it is: scanning gigabytes for a pattern is slow.
-MARKS = {WAVE: (b"WAVE", 8), FLAC: (b"fLaC", 0), MP4: (b"ftyp", 4), WEBM: (b"\x1a\x45\xdf\xa3", 0)}
+MARKS = {WAVE: (b"WAVE", 8), AIFF: (b"AIF", 8), FLAC: (b"fLaC", 0), MP4: (b"ftyp", 4), WEBM: (b"\x1a\x45\xdf\xa3", 0)}
 MAX_JOINED = 1000
 # How far behind tags a WAV file is searched for, and how much is searched at a time.
 SEARCHED_BYTES, READ_BYTES = 1 << 16, 1 << 20
@@ -68,7 +69,7 @@ def joined_files(file: BinaryIO) -> list[Span]:
         return [whole]
     whole.seek(start)
     head = whole.read(SEARCHED_BYTES)
-    kinds = [(found, kind) for kind in (FLAC, MP4, WEBM) if (found := kind.match(head))]
+    kinds = [(found, kind) for kind in (AIFF, FLAC, MP4, WEBM) if (found := kind.match(head))]
     if found := WAVE.search(head):
         kinds.append((found, WAVE))
     if not kinds:
@@ -116,12 +117,15 @@ def tags_end(file: Span) -> int:
 
 
 def declared_end(file: Span) -> int | None:
-    """Return the offset at which the audio must end by the headers of a WAV, MP3 or Ogg file; None if unknown."""
+    """Return the offset at which the audio must end by the headers of a WAV, AIFF, MP3 or Ogg file; None if unknown."""
     start = tags_end(file)
     file.seek(start)
     head = file.read(SEARCHED_BYTES)
     if WAVE.match(head):
         return _wave_end(file)
+    if AIFF.match(head):
+        size = int.from_bytes(head[4:8], "big")
+        return 8 + size if 0 < size < UNKNOWN_BYTES else None
     if head[:4] == b"OggS":
         return _ogg_end(file)
     if found := MP3.match(head):

@@ -27,6 +27,8 @@ WEIGHT_NAMES = (WEIGHTS, "diffusion_pytorch_model.safetensors", "pytorch_model.b
 PICKLED = (".pth", ".bin")
 # Bytes that tell what a file is, and how much of a text is quoted.
 HEAD_BYTES, SHOWN = 512, 80
+# safetensors' own limit.
+MAX_HEADER_BYTES = 100_000_000
 # Bytes of tensors in each file of `save_shards`.
 SHARD_BYTES = 4 << 30
 # dtypes under safetensors' names.
@@ -175,9 +177,28 @@ def foreign_content(path: Path) -> str:
         return "is a GGUF file, which is not supported; download the safetensors files"
     if head[8:9] == b"{" and path.suffix in PICKLED:
         return "is a safetensors file: rename it so that it ends in .safetensors"
+    if head[8:9] == b"{":
+        return _missing_bytes(path, int.from_bytes(head[:8], "little"))
     if path.suffix != ".json" and text.isprintable() and text.isascii():
         return f"is text, which servers send as an error ({text[:SHOWN]!r}); {again}"
     return ""
+
+
+def _missing_bytes(path: Path, header_bytes: int) -> str:
+    """Return how much of a safetensors file is missing, by its header; empty if it is complete or damaged."""
+    expected = 8 + header_bytes
+    if header_bytes > MAX_HEADER_BYTES:
+        return ""
+    with path.open("rb") as file:
+        header = file.read(expected)[8:]
+    if len(header) == header_bytes:
+        try:
+            tensors = json.loads(header)
+            expected += max(entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            return ""
+    found = path.stat().st_size
+    return f"is cut short: it has {found} of {expected} bytes; copy or download it again" if found < expected else ""
 
 
 def _load_pickle(path: Path, device: str) -> dict[str, Tensor]:

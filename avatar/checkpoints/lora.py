@@ -55,9 +55,9 @@ class LoraAdapter:
             raise ValueError(f"no LoRA adapter at {self.path}: expected a file, or a folder that PEFT saved")
         if not config.is_file():
             if self.path.is_dir():
-                raise ValueError(
-                    f"no LoRA adapter in {self.path}: {config} is missing; PEFT's save_pretrained writes it"
-                )
+                inner = sorted(self.path.glob(f"*/{peft_config.CONFIG}"))
+                hint = f"did you mean {inner[0].parent}?" if inner else "PEFT's save_pretrained writes it"
+                raise ValueError(f"no LoRA adapter in {self.path}: {config} is missing; {hint}")
             return None
         if self.alpha is not None:
             raise ValueError(f"alpha of the adapter {self.path} is in {config}; leave out another one")

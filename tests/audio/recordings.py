@@ -12,6 +12,7 @@ RATE_HZ = 16000
 # The kinds of file: FFmpeg's container, its codec, and the sample rate that the codec takes.
 KINDS: dict[str, tuple[str, str, int]] = {
     "wav": ("wav", "pcm_s16le", RATE_HZ),
+    "aiff": ("aiff", "pcm_s16be", RATE_HZ),
     "flac": ("flac", "flac", RATE_HZ),
     "mp3": ("mp3", "libmp3lame", RATE_HZ),
     "ogg": ("ogg", "libopus", 48000),

@@ -94,7 +94,7 @@ def test_sample_formats_of_joined_files_may_differ(files: dict[str, bytes]) -> N
 
 @pytest.mark.parametrize(
     ("kind", "missing"),
-    [("wav", 0.4), ("flac", 0.4), ("mp3", 0.4), ("webm", 0.4), ("ogg", 0.0), ("aac", 0.0)],
+    [("wav", 0.4), ("aiff", 0.4), ("flac", 0.4), ("mp3", 0.4), ("webm", 0.4), ("ogg", 0.0), ("aac", 0.0)],
 )
 def test_what_a_file_cut_short_has_is_kept_and_the_rest_is_named(
     files: dict[str, bytes], kind: str, missing: float

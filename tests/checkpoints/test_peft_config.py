@@ -232,6 +232,12 @@ def test_an_empty_folder_ends_the_command_with_its_path_and_the_missing_file(
         main([*command, str(checkpoint), *out, "--adapter", str(tmp_path / "B")])
 
 
+def test_a_folder_around_an_adapters_names_it(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "A", RANKS)
+    with pytest.raises(ValueError, match=rf"adapter_config.json is missing; did you mean {folder}\?"):
+        LoraAdapter(tmp_path).pairs()
+
+
 def test_another_alpha_beside_a_folders_is_refused(tmp_path: Path) -> None:
     adapter = LoraAdapter(write_adapter(tmp_path / "A", RANKS), alpha=64.0)
     with pytest.raises(ValueError, match=f"alpha of the adapter {tmp_path}/A is in {tmp_path}/A/adapter_config.json"):
