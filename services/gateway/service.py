@@ -3,8 +3,10 @@
 The gateway relays messages; it opens no tensor and decodes no picture.
 """
 
+import asyncio
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 
@@ -16,6 +18,7 @@ from avatar.errors import (
     InvalidField,
     MessageTooLarge,
     NotStreaming,
+    ProtocolOrder,
     QuotaExceeded,
     SessionClosed,
     SessionNotFound,
@@ -44,6 +47,8 @@ from services.gateway.options import (
 from services.gateway.stream.in_flight import FIRST_FRAME
 from services.gateway.workers import Workers
 
+# Streams that wait for their `open` message.
+MAX_UNOPENED = 1000
 MIN_TTL_S, MAX_TTL_S = 1.0, 86400.0
 CHANGEABLE = {"prompt", "ttl"}
 FITS = {
@@ -73,6 +78,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         self._workers = workers
         self._live_sessions = live_sessions
         self._quotas = quotas
+        self._unopened: deque[asyncio.Timeout] = deque()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         avatar_service_pb2_grpc.add_AvatarServiceServicer_to_server(self, server)
@@ -273,8 +279,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
     async def StreamAvatar(  # type: ignore[override]  # writes through its context, from more than one task
         self, requests: AsyncIterator[pb.StreamAvatarRequest], context: Context
     ) -> None:
-        opened: pb.OpenAvatar = await receive_open(requests)
-        opened.DiscardUnknownFields()  # the session's record keeps the rest
+        opened = await self._receive_open(requests)
         caller().session(opened.session_id)
         is_resumed = opened.HasField("resume")
         session = await (self._live_sessions.resume(opened) if is_resumed else self._live_sessions.start(opened))
@@ -285,6 +290,22 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         options = stream_options(session.opened)
         async with aclosing(self._quotas.metered(requests, options.rate_hz * options.sample_bytes)) as metered:
             await session.serve(self._opened, metered, context.write, next_frame)
+
+    async def _receive_open(self, requests: AsyncIterator[pb.StreamAvatarRequest]) -> pb.OpenAvatar:
+        """Return the `open` of a stream. Of more than MAX_UNOPENED streams that wait for theirs the oldest one ends."""
+        if len(self._unopened) >= MAX_UNOPENED:
+            self._unopened.popleft().reschedule(asyncio.get_running_loop().time())
+        try:
+            async with asyncio.timeout(None) as waiting:
+                self._unopened.append(waiting)
+                opened: pb.OpenAvatar = await receive_open(requests)
+        except TimeoutError as error:
+            raise ProtocolOrder(f"more than {MAX_UNOPENED} streams were not opened; this was the oldest") from error
+        finally:
+            with suppress(ValueError):
+                self._unopened.remove(waiting)
+        opened.DiscardUnknownFields()  # the session's record keeps the rest
+        return opened
 
     async def _opened(self, session_id: str) -> pb.AvatarOpened:
         return pb.AvatarOpened(session=await self._session(session_id))

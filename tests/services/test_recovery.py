@@ -145,6 +145,7 @@ async def test_a_session_continues_at_another_gateway(
         state = (await other.GetSession(pb.GetSessionRequest(session_id=session.id))).session.state
     assert streamed.indexes == list(range(3, 3 + len(streamed.frames)))
     assert jumps(streamed) == [next_frame]
+    assert streamed.closed.num_frames == len(streamed.frames), "those of both gateways"
     # Frames that the first gateway sent and the client did not read are not made again.
     assert 0 <= 13 * 12 - (3 + len(streamed.frames)) <= 48
     whole = rendered(checkpoint, picture, speech(2 * SECONDS), seed=7, sink_update_block=sink_update_block)

@@ -13,11 +13,13 @@ import pytest
 from avatar.aio import background
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as api
+from services.gateway import service
 from services.gateway.options import StreamOptions
 from services.gateway.stream.live_stream import LiveStream
 from tests.conftest import speech
-from tests.product import END_TURN, INTERRUPT, connected, frame, new_session, opening, pieces
+from tests.product import END_TURN, INTERRUPT, connected, frame, new_session, open_stream, opening, pieces, rest
 from tests.product import send as send_all
+from tests.refusals import refused
 from tests.services.gateway.clock import VirtualTimeLoop
 from tests.services.gateway.test_live_stream import LIVE, OFFLINE, Pipeline
 from tests.standin import standin_gateway
@@ -100,3 +102,18 @@ async def test_unknown_fields_of_open_are_not_kept(store: SessionStore, picture:
                 await asyncio.sleep(0.01)  # the gateway writes it after a block
         assert opened == known
         call.cancel()
+
+
+async def test_of_too_many_streams_that_are_not_opened_the_oldest_ends(
+    store: SessionStore, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "MAX_UNOPENED", 2)
+    async with standin_gateway(store) as gateway, connected(gateway.target) as stub:
+        session = await new_session(stub, picture)
+        waiting = [stub.StreamAvatar(timeout=60) for _ in range(2)]
+        call, opened = await open_stream(stub, session.id)
+        async with refused("PROTOCOL_ORDER"):
+            await rest(waiting[0])
+        assert opened.session.id == session.id
+        for each in (call, waiting[1]):
+            each.cancel()
