@@ -76,7 +76,7 @@ def make_clip(number: int, head: Head, renderer: "Renderer", engines: Engines, n
     span = slice(lead_frames, lead_frames + num_frames)
     dialogue = make_dialogue(engines, voices, kind, total_frames / FRAME_RATE_HZ, is_held_out, rng)
     performance = perform(dialogue, head.shape_names, total_frames, rng)
-    motion, photo = performance.motion, photo_of(rng, renderer.size, number)
+    motion, photo = performance.motion, photo_of(rng, renderer.size, number, not is_held_out)
     renderer.set_face(Face(head, person_of(head, number)))
     drawn = [renderer.draw(*frame) for frame in list(motion.frames())[span]]
     [portrait] = [renderer.draw(*frame) for frame in portrait_of(motion, head.shape_names, rng).frames()]

@@ -157,6 +157,10 @@ def make_hat(head: Head, base: Floats, hat: Hat, rng: Generator) -> Solid:
     colour, band = np.array(hat.colour), np.array(hat.band)
     if hat.kind == "headscarf":
         return headscarf(head, base, skull, colour, rng)
+    # Large enough for all of the head above its edge.
+    above = base[(head.has_cap | (head.part == Part.SKIN)) & (base[:, 1] > skull.centre[1] + hat.edge * skull.radii[1])]
+    reach = float(np.linalg.norm((above - skull.centre) / skull.radii, axis=1).max(initial=1.0))
+    skull = Skull(skull.centre, skull.radii * reach)
     crown = dome(skull, hat.edge, 0.1, flat=1.12 if hat.kind == "beanie" else 1.0)
     parts = [grid(crown, colour, CLOTH, 1.0, closed=True)]
     if hat.kind == "beanie":

@@ -323,5 +323,5 @@ def beard(head: Head, shape: BeardShape, base: Floats, normals: Floats, rng: Gen
     whole = points[:, None] + 0.01 * out[:, None] + directions * steps * length[:, None]
     along = np.tile(steps[0, :, 0], (len(root), 1))
     normal = np.repeat(out[:, None], BEARD_SEGMENTS + 1, 1)
-    width = 0.018 * rng.uniform(0.7, 1.3, len(root))
+    width = 0.018 * rng.uniform(0.7, 1.3, len(root)) * (0.4 + 0.6 * density[root])
     return ribbons_from(whole, along, root, base[root], normal, width, 0.0, rng)

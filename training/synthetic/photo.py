@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 Pixels = NDArray[np.uint8]
 
 # Shares of clips with each effect.
-GRADED, SOFT, NOISY, COMPRESSED, DARK_CORNERS = 0.6, 0.35, 0.25, 0.25, 0.25
+GRADED, SOFT, NOISY, COMPRESSED, DARK_CORNERS = 0.6, 0.35, 0.2, 0.2, 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +63,12 @@ class Photo:
         return np.array(image)
 
 
-def photo_of(rng: Generator, size: int, seed: int) -> Photo:
-    """Draw a clip's effects on pictures of size x size pixels. seed: of the noise from frame to frame."""
+def photo_of(rng: Generator, size: int, seed: int, has_noise: bool = True) -> Photo:
+    """Draw a clip's effects on pictures of size x size pixels.
+
+    seed: of the noise from frame to frame. has_noise: False leaves out noise and JPEG, which no codec can reproduce,
+    from pictures that codecs are compared with.
+    """
     values, scale = np.linspace(0, 1, 256)[:, None], size / 256
     curves = np.tile(values, 3)
     if rng.random() < GRADED:
@@ -81,8 +85,8 @@ def photo_of(rng: Generator, size: int, seed: int) -> Photo:
         fine = rng.standard_normal((side, side, 3)).astype(np.float32)
         # Colour noise is coarser and weaker than that of brightness.
         grey = fine.mean(2, keepdims=True) * np.float32(np.sqrt(3))
-        noise = np.float32(rng.uniform(0.6, 2.5)) * (0.8 * grey + 0.45 * fine)
+        noise = np.float32(rng.uniform(0.5, 1.8)) * (0.8 * grey + 0.45 * fine)
     quality = int(rng.integers(55, 93)) if rng.random() < COMPRESSED else None
     corners = float(rng.uniform(0.1, 0.45)) if rng.random() < DARK_CORNERS else 0.0
     pixels: Pixels = np.rint(255 * np.clip(curves, 0, 1)).astype(np.uint8)
-    return Photo(pixels, blur, corners, noise, quality, seed)
+    return Photo(pixels, blur, corners, noise if has_noise else None, quality if has_noise else None, seed)

@@ -21,6 +21,9 @@ from training.synthetic.scene import BACKGROUND_SIDE
 SHADERS = Path(__file__).with_name("shaders")
 TEXTURE_SIDE = 1024
 SHADOW_SIDE = 384
+# Distance, by a pixel, of the four points that a pixel is the mean of. At .25 pictures are as crisp as they can be,
+# which no lens is; at .4 enlarging a picture of half the size gives 36 dB, and not 33.
+SOFTNESS = 0.4
 # Half the side of the cube that casts shadows, in dm.
 SHADOW_REACH = 2.1
 # The texture units that programs read.
@@ -199,7 +202,7 @@ class Renderer:
                 lenses.render()
         gl.disable(moderngl.DEPTH_TEST | moderngl.BLEND)
         self._result.use()
-        self._copy(self._large, spread=0.25 / self.size)
+        self._copy(self._large, spread=SOFTNESS / self.size)
         data = self._result.read(components=3, alignment=1)
         pixels = np.frombuffer(data, np.uint8).reshape(self.size, self.size, 3)[::-1]
         face = self.face

@@ -28,6 +28,12 @@ def test_noise_changes_from_frame_to_frame_and_the_rest_does_not() -> None:
     np.testing.assert_array_equal(still.develop(picture(), 0), still.develop(picture(), 1))
 
 
+def test_pictures_to_compare_with_have_no_noise() -> None:
+    for seed in range(30):
+        photo = photo_of(np.random.default_rng(seed), SIZE, seed, has_noise=False)
+        np.testing.assert_array_equal(photo.develop(picture(), 0), photo.develop(picture(), 1))
+
+
 def test_effects_depend_on_their_seed_alone_and_leave_pictures_recognisable() -> None:
     changes = []
     for seed in range(30):
