@@ -1,11 +1,13 @@
 """Tests of avatar.vae.face.crop: geometry and notices, with faces given."""
 
 import pytest
+from hypothesis import given, settings, strategies
 
 from avatar.vae.face.crop import (
     Box,
     Face,
     centre_crop,
+    clipped,
     face_crop,
     frame_centre,
     frame_face,
@@ -138,3 +140,31 @@ def test_a_crop_without_a_face_is_noticed(faces: list[Face], words: str) -> None
 )
 def test_the_references_fit_shows_the_centre_and_what_is_beside_it(picture: Size, video: Size, shown: Box) -> None:
     assert reference_crop(picture, video) == pytest.approx(shown)
+
+
+lengths = strategies.integers(16, 4000)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    picture=strategies.tuples(lengths, lengths),
+    video=strategies.tuples(*[strategies.integers(1, 16).map(lambda cells: 64 * cells)] * 2),
+    place=strategies.tuples(strategies.floats(0, 1), strategies.floats(0, 1)),
+    part=strategies.floats(0.01, 1),
+)
+def test_any_crop_holds_its_face_in_the_videos_shape(
+    picture: Size, video: Size, place: tuple[float, float], part: float
+) -> None:
+    x, y = (ratio * length for ratio, length in zip(place, picture, strict=True))
+    found = face(x, y, max(4.0, part * min(picture)))
+    crop = face_crop(found, picture, video) or centre_crop(picture, video)
+    width, height = crop[2] - crop[0], crop[3] - crop[1]
+    assert width / height == pytest.approx(video[0] / video[1])
+    inside, visible = clipped(crop, picture), clipped(found.box, picture)
+    margins = [visible[0] - crop[0], visible[1] - crop[1], crop[2] - visible[2], crop[3] - visible[3]]
+    assert min(margins) > -0.1 * found.side
+    beyond = [inside[0] - crop[0], inside[1] - crop[1], crop[2] - inside[2], crop[3] - inside[3]]
+    is_beyond = [max(beyond[axis], beyond[axis + 2]) > 1e-6 for axis in (0, 1)]
+    assert is_beyond != [True, True]
+    if any(is_beyond):  # then it is no larger than the face
+        assert min(width - (visible[2] - visible[0]), height - (visible[3] - visible[1])) == pytest.approx(0, abs=1e-6)
