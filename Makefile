@@ -56,15 +56,17 @@ check: install $(VENV)/deployment $(VENV)/livekit
 docs: install $(VENV)/deployment
 	mkdocs build --strict
 
-# Tests the alerts' rules on made-up series. promtool comes from Debian's package, which is unpacked, not installed.
-alerts: $(VENV)/bin/promtool
+# Tests rules on made-up series, and rules, dashboards and traces beside a running suite. Prometheus comes from
+# Debian's package, which is unpacked, not installed.
+alerts: $(VENV)/bin/prometheus $(VENV)/deployment
 	promtool check config deploy/prometheus/prometheus.yml
 	promtool test rules deploy/prometheus/alerts_test.yml
+	pytest -m alerts tests/deploy
 
-$(VENV)/bin/promtool: | $(VENV)/installed
-	cd $(VENV) && apt-get download --quiet prometheus && dpkg-deb --extract prometheus_*.deb prometheus
-	mv $(VENV)/prometheus/usr/bin/promtool $@
-	rm -r $(VENV)/prometheus $(VENV)/prometheus_*.deb
+$(VENV)/bin/prometheus: | $(VENV)/installed
+	cd $(VENV) && apt-get download --quiet prometheus && dpkg-deb --extract prometheus_*.deb prometheus-package
+	mv $(VENV)/prometheus-package/usr/bin/promtool $(VENV)/prometheus-package/usr/bin/prometheus $(VENV)/bin/
+	rm -r $(VENV)/prometheus-package $(VENV)/prometheus_*.deb
 
 test: install $(VENV)/evaluation $(VENV)/deployment $(VENV)/livekit
 	pytest --numprocesses 2 --dist loadfile

@@ -87,6 +87,16 @@ def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def two_levels(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with text, at two levels: one process less."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "two-levels"
+    shutil.copytree(text_checkpoint, folder)
+    config = folder / "denoiser/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "schedule": [1.0, 0.5, 0.0]}))
+    return folder
+
+
 def write_checkpoint(folder: Path, text_width: int = 8, text_rows: int = 1) -> None:
     torch.manual_seed(0)
     audio = Whisper.tiny()

@@ -1,4 +1,4 @@
-"""Alerts, dashboards and the Collector refer to what exists. Only the alerts have run, in promtool."""
+"""Alerts, dashboards and the Collector refer to what exists; test_observed runs alerts and dashboards."""
 
 import json
 import re

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import shutil
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -34,16 +32,6 @@ IDLE_S = 2.0
 async def collector() -> AsyncGenerator[Collector, None]:
     async with collecting() as collector:
         yield collector
-
-
-@pytest.fixture(scope="module")
-def two_levels(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint with text, at two levels: one process less."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "two-levels"
-    shutil.copytree(text_checkpoint, folder)
-    config = folder / "denoiser/config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "schedule": [1.0, 0.5, 0.0]}))
-    return folder
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
