@@ -91,8 +91,11 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             with as_invalid_field("area" if isinstance(size, int) else "width"):
                 self._vae.config.picture.check(size)
         fit = cast(Fit, request.fit or None)  # any other is refused with the picture
-        with as_invalid_field("picture"):
-            return self._vae.read_picture(request.picture, size, fit)
+        try:
+            with as_invalid_field("picture"):
+                return self._vae.read_picture(request.picture, size, fit)
+        except TimeoutError as error:
+            raise NoCapacity(str(error), retry_s=1.0) from error
 
     def _encode_reference(self, request: pb.EncodeReferenceRequest, picture: Picture) -> pb.EncodeReferenceResponse:
         fit = request.fit or self._vae.config.picture.fit

@@ -25,7 +25,7 @@ from avatar.vae.picture.rule import Fit, PictureRule, Size
 
 # A picture has TIME_S. On a machine so busy that the decoder hardly ran it has longer, up to LONGEST_S.
 TIME_S = 1.9
-LONGEST_S = 10.0
+LONGEST_S = 20.0
 POLL_EVERY_S = 0.1
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -38,6 +38,7 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
 }
 SLOW = "picture takes too long to decode; send a smaller one, or save it in another format"
+BUSY = "the machine is too busy to decode a picture; try again later"
 TOO_LARGE = "picture needs too much memory to decode; send a smaller one, or save it in another format"
 
 
@@ -69,6 +70,7 @@ def read_picture(data: bytes, rule: PictureRule, size: Size | int | None = None,
     implementation, which ignores orientation, profile and transparency and pads with black; it exists for equal
     numbers.
     ValueError if the file is no such picture or damaged, passes a limit, or the size or fit is not available.
+    TimeoutError if the machine was too busy to decode it.
     """
     request = json.dumps({"rule": asdict(rule), "size": size, "fit": fit}).encode()
     output = run_decoder(request + b"\n" + data)
@@ -102,7 +104,10 @@ def to_pixels(rgb: Tensor) -> Tensor:
 
 
 def run_decoder(message: bytes) -> bytes:
-    """Return the response of a decoder process to a message. ValueError if the picture in it ends the process."""
+    """Return the response of a decoder process to a message.
+
+    ValueError if the picture in it ends the process; TimeoutError if the machine is too busy.
+    """
     started_s = time.monotonic()
     with subprocess.Popen(
         PROGRAM,
@@ -120,10 +125,11 @@ def run_decoder(message: bytes) -> bytes:
                 break
             except subprocess.TimeoutExpired:
                 unsent, wait_s = None, POLL_EVERY_S
-                if processor_s(process.pid) > 0.95 * TIME_S or time.monotonic() - started_s > LONGEST_S:
+                is_slow = processor_s(process.pid) > 0.95 * TIME_S
+                if is_slow or time.monotonic() - started_s > LONGEST_S:
                     process.kill()
                     process.communicate()
-                    raise ValueError(SLOW) from None
+                    raise (ValueError(SLOW) if is_slow else TimeoutError(BUSY)) from None
             except BaseException:
                 process.kill()
                 raise

@@ -77,7 +77,6 @@ PROGRAMS = {
         ("killed", "too much memory"),
         ("time limit", "too long to decode"),
         ("busy", "too long to decode"),
-        ("asleep", "too long to decode"),
     ],
 )
 def test_a_picture_that_ends_its_decoder_is_refused_with_the_reason(
@@ -85,8 +84,17 @@ def test_a_picture_that_ends_its_decoder_is_refused_with_the_reason(
 ) -> None:
     monkeypatch.setattr(reading, "PROGRAM", (sys.executable, "-c", PROGRAMS[program]))
     monkeypatch.setattr(reading, "TIME_S", 0.1)
-    monkeypatch.setattr(reading, "LONGEST_S", 0.5)
     with pytest.raises(ValueError, match=words):
+        read_picture(file(photo(64, 48)), COVER)
+
+
+def test_a_decoder_that_does_not_get_to_run_is_the_machines_fault_and_not_the_pictures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reading, "PROGRAM", (sys.executable, "-c", PROGRAMS["asleep"]))
+    monkeypatch.setattr(reading, "TIME_S", 0.1)
+    monkeypatch.setattr(reading, "LONGEST_S", 0.3)
+    with pytest.raises(TimeoutError, match="too busy to decode a picture; try again"):
         read_picture(file(photo(64, 48)), COVER)
 
 
