@@ -6,6 +6,7 @@ An attack is a coroutine that takes the gateway's HOST:PORT and goes on until it
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import cache
 from itertools import cycle
 from typing import Any, TypeAlias
 
@@ -14,12 +15,15 @@ import grpc.aio
 from avatar.aio import background
 from avatar.v1 import avatar_service_pb2 as pb
 from tests.conftest import ASSETS
-from tests.product import END_TURN, INTERRUPT, Call, Stub, connected, new_session, open_stream
+from tests.product import END_TURN, INTERRUPT, Call, Stub, connected, new_reference, new_session, open_stream
+from tests.vae.picture.files import progressive_jpeg, webp_header, with_empty_segments, with_packed_text
 
 Attack: TypeAlias = Callable[[str], Coroutine[Any, Any, None]]
 EMPTY = pb.StreamAvatarRequest(audio=pb.AudioPiece())
 SAMPLE = pb.StreamAvatarRequest(audio=pb.AudioPiece(data=b"\1\0"))
 FLOODS = [[EMPTY], [INTERRUPT], [END_TURN], [SAMPLE], [SAMPLE, END_TURN], [SAMPLE, INTERRUPT]]
+# Of a picture that is invalid, and of one that comes while others are prepared.
+REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
 FLOOD_MESSAGES, NUM_SILENT = 2000, 4
 # What a connection of `send_halves` sends before it falls silent: nothing, HTTP/1, HTTP/2's preface, a frame's header.
 HALVES = (
@@ -71,6 +75,27 @@ async def send_halves(target: str) -> None:
     await asyncio.gather(*(send(HALVES[number % len(HALVES)]) for number in range(NUM_HALVES)))
 
 
+async def send_bombs(target: str) -> None:
+    """Send pictures that cost much, one after another. Fails if one is taken."""
+    pictures = await asyncio.to_thread(bombs)  # the proxies run on this event loop
+    async with connected(target) as stub:
+        for picture in cycle(pictures):
+            try:
+                await new_reference(stub, picture)
+            except grpc.aio.AioRpcError as error:
+                assert error.code() in REFUSALS, error  # noqa: PT017  # any other error fails the attack
+            else:
+                raise AssertionError(f"a hostile picture of {len(picture)} bytes was taken")
+            await asyncio.sleep(0.1)
+
+
+@cache
+def bombs() -> list[bytes]:
+    """Return small pictures that unpack to much, and one that takes all of the time of its decoder."""
+    pictures = [progressive_jpeg(8192, 8192, 2500), progressive_jpeg(4096, 4096, 10_000), webp_header(16_383, 16_383)]
+    return [*pictures, with_packed_text(1 << 28), with_empty_segments(1_900_000)]
+
+
 @asynccontextmanager
 async def hostile_stream(stub: Stub) -> AsyncGenerator[Call, None]:
     """Open an offline stream while the body runs; then delete its session."""
@@ -87,4 +112,9 @@ async def _read(call: Call) -> None:
         pass
 
 
-ATTACKS: dict[str, Attack] = {"flood": flood, "be silent at": be_silent, "send halves to": send_halves}
+ATTACKS: dict[str, Attack] = {
+    "flood": flood,
+    "be silent at": be_silent,
+    "send halves to": send_halves,
+    "send bombs to": send_bombs,
+}

@@ -65,6 +65,11 @@ class Speaker:
         """Return the seconds from a time to the next discontinuity, None if there was none."""
         return next((frame.time_s - since_s for frame in self.jumps if frame.time_s > since_s), None)
 
+    def longest_pause_s(self, start_s: float, end_s: float) -> float:
+        """Return the longest time between two frames that a time span, on the monotonic clock, has a part of; or 0."""
+        times = [frame.time_s for frame in self.received]
+        return max((b - a for a, b in pairwise(times) if b > start_s and a < end_s), default=0.0)
+
     async def say(self, data: bytes) -> None:
         """Send audio."""
         await self._stream.push(data)
