@@ -20,7 +20,8 @@ from avatar.types import FRAMES_PER_LATENT, MOTION_LATENTS
 from training.codec.crops import lips_weight
 from training.data import StoredClip
 
-LATENT_PIXELS = 8
+# Pixels on a side of a latent, in clips that do not say.
+SPACE_STRIDE = 8
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,9 @@ def read_span(span: ClipSpan, num_blocks: int, batches: BatchConfig, config: Net
     if clip.has("lips"):
         height, width = latents.shape[-2:]
         lips = reduce(clip.array("lips")[frame_span], "(t p) place -> t place", "mean", p=FRAMES_PER_LATENT)
-        pixels = lips_weight(lips, height * LATENT_PIXELS, width * LATENT_PIXELS, batches.lips_gain)
-        weight = functional.avg_pool2d(pixels, LATENT_PIXELS)
+        stride = clip.info.get("space_stride", SPACE_STRIDE)
+        pixels = lips_weight(lips, height * stride, width * stride, batches.lips_gain)
+        weight = functional.avg_pool2d(pixels, stride)
     return ClipBatch(latents, reference, motion, features[None], text, torch.tensor(span.first_block), weight)
 
 

@@ -8,6 +8,7 @@ stream would.
     CLIP.features.npy  (l, d, f) float16: audio features of each pixel frame
     CLIP.lips.npy, CLIP.jaw.npy and other truth  as in training.data; optional
     CLIP.text.npy      (n, d) float16: the prompt's embedding; optional
+    CLIP.json          as in training.data, and space_stride: pixels on a side of a latent
 
 Shards keep their names. Existing ones are kept, so every call prepares only new shards. Each training shard also gets
 an augmented twin: mirrored, recoloured, and with augmented audio. Frames that are a multiple of the checkpoint's
@@ -120,7 +121,7 @@ def prepare_clip(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
         "features": features_of(clip, audio_of(clip), len(frames) // BLOCK_FRAMES, audio).half().numpy(),
         **truth_of(clip, scale),
     }
-    return Clip(clip.name, arrays, clip.info)
+    return Clip(clip.name, arrays, {**clip.info, "space_stride": vae.codec.space_stride})
 
 
 def augment_clip(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
@@ -136,7 +137,7 @@ def augment_clip(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
         "features": features.half().numpy(),
         **mirror(truth_of(clip, scale), frames.shape[2]),
     }
-    return Clip(f"{clip.name}-mirrored", arrays, clip.info)
+    return Clip(f"{clip.name}-mirrored", arrays, {**clip.info, "space_stride": vae.codec.space_stride})
 
 
 def prepare(data: Path, out: Path, checkpoint: Path, share: tuple[int, int] = (0, 1)) -> int:

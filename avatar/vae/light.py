@@ -1,8 +1,11 @@
-"""The light codec, a small causal VAE: eight times smaller in space, four times in time, 16 channels.
+"""The light codec, a small causal VAE: eight or more times smaller in space, four times in time, 16 channels.
 
 A linear map of patches (4 frames of 8x8 pixels) carries the picture; a causal convolutional correction adds detail.
 
     frames (b, 3, f, H, W) --encode--> latents (b, 16, t, H/8, W/8) --decode--> frames
+
+A codec of scale 2 has the latents of a picture of half the size: it encodes means of 2x2 pixels, and its decoder draws
+the detail that goes with them. The networks that generate latents, and what they cost, stay the same.
 
 In time the first frame stands for a whole patch: f = 1 + 4 (t - 1), as with the Wan codec. Streamed decoding equals
 decoding of the whole to 1e-6: the arithmetic is the same, but the order of a convolution kernel's sums depends on the
@@ -16,7 +19,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,7 +29,14 @@ from avatar.vae.conv import Residual, StepConv, Tails
 CHANNELS = 16
 SPACE_STRIDE = 8
 PATCH_AXES = "(c p y x)"
-PATCH_SIZES = {"c": 3, "p": FRAMES_PER_LATENT, "y": SPACE_STRIDE, "x": SPACE_STRIDE}
+
+
+def patch_sizes(scale: int = 1) -> dict[str, int]:
+    """Return the sizes of PATCH_AXES in a decoder's patches. scale: as in `LightConfig`; an encoder's is 1."""
+    return {"c": 3, "p": FRAMES_PER_LATENT, "y": SPACE_STRIDE * scale, "x": SPACE_STRIDE * scale}
+
+
+PATCH_SIZES = patch_sizes()
 PATCH = math.prod(PATCH_SIZES.values())
 
 
@@ -37,15 +47,17 @@ class LightConfig:
     wide, mid, thin: channels at 1/8, 1/4 and 1/2 of the picture's height and width.
     latent_scale: divisor of the centred raw latents; one number for all channels, so that small signals of the picture
         stay small in the latent.
+    scale: pixels of a side that the encoder averages, and that the decoder draws in place of one.
     """
 
     wide: int
     mid: int
     thin: int
     latent_scale: float
+    scale: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.wide, self.mid, self.thin, self.latent_scale) <= 0:
+        if min(self.wide, self.mid, self.thin, self.latent_scale, self.scale) <= 0:
             raise ValueError(f"a light codec's sizes and its latent scale must be positive: {self}")
 
 
@@ -76,7 +88,9 @@ class LightDecoder(nn.Module):
 
     def __init__(self, config: LightConfig) -> None:
         super().__init__()
-        self.linear = StepConv(CHANNELS, PATCH, 1)
+        self._patch_sizes = patch_sizes(config.scale)
+        self._last = 2 * config.scale
+        self.linear = StepConv(CHANNELS, math.prod(self._patch_sizes.values()), 1)
         self.enter = StepConv(CHANNELS, config.wide, 3)
         self.wide = Residual(config.wide, memory=0)
         self.wide_too = Residual(config.wide)
@@ -84,16 +98,29 @@ class LightDecoder(nn.Module):
         self.mid = Residual(config.mid, memory=1)
         self.to_thin = StepConv(config.mid, 8 * config.thin, 1)
         self.thin = Residual(config.thin, memory=2)
-        self.leave = StepConv(config.thin, 3 * 2 * 2, 3)
+        self.leave = StepConv(config.thin, 3 * self._last**2, 3)
 
     def forward(self, latents: Tensor, tails: Tails) -> Tensor:
-        """latents: (b, t, 16, h, w). Returns frames (b, 3, 4 t, 8 h, 8 w)."""
+        """latents: (b, t, 16, h, w). Returns frames (b, 3, 4 t, 8 scale h, 8 scale w)."""
+        frames: Tensor = self.picture(latents) + self.correction(self.features(latents, tails))
+        return frames
+
+    def picture(self, latents: Tensor) -> Tensor:
+        """Return the frames of the linear map of patches."""
+        patches = self.linear(latents)
+        frames: Tensor = rearrange(patches, f"b t {PATCH_AXES} h w -> b c (t p) (h y) (w x)", **self._patch_sizes)
+        return frames
+
+    def features(self, latents: Tensor, tails: Tails) -> Tensor:
+        """Return the last features, (b, 4 t, thin, 4 h, 4 w)."""
         steps = self.wide_too(self.wide(self.enter(latents), tails), tails)
         steps = self.mid(upsample(self.to_mid(steps)), tails)
-        steps = self.thin(upsample(self.to_thin(steps)), tails)
-        correction = rearrange(self.leave(functional.silu(steps)), "b f (c y x) h w -> b c f (h y) (w x)", y=2, x=2)
-        picture = rearrange(self.linear(latents), f"b t {PATCH_AXES} h w -> b c (t p) (h y) (w x)", **PATCH_SIZES)
-        frames: Tensor = picture + correction
+        return functional.silu(self.thin(upsample(self.to_thin(steps)), tails))
+
+    def correction(self, features: Tensor) -> Tensor:
+        """Return the correction of the frames that the last features give."""
+        pixels = self.leave(features)
+        frames: Tensor = rearrange(pixels, "b f (c y x) h w -> b c f (h y) (w x)", y=self._last, x=self._last)
         return frames
 
 
@@ -106,7 +133,7 @@ class LightCodec(nn.Module):
     """A `Codec` that is also the module to train; `forward` reconstructs whole clips."""
 
     channels = CHANNELS
-    space_stride = SPACE_STRIDE
+    space_stride: int
     # The decoder uses one past step at each of its three rates: one, two and four steps a latent.
     history = math.ceil(1 + 1 / 2 + 1 / 4)
     mean: Tensor
@@ -114,6 +141,7 @@ class LightCodec(nn.Module):
     def __init__(self, config: LightConfig) -> None:
         super().__init__()
         self.config = config
+        self.space_stride = SPACE_STRIDE * config.scale
         self.encoder = LightEncoder(config)
         self.decoder = LightDecoder(config)
         # (c, 1, 1, 1): means of the raw latents' channels over the training data.
@@ -125,6 +153,9 @@ class LightCodec(nn.Module):
 
     def encode(self, frames: Tensor) -> Tensor:
         frames = frames.to(self.mean)
+        if self.config.scale > 1:
+            scale = self.config.scale
+            frames = reduce(frames, "b c f (h y) (w x) -> b c f h w", "mean", y=scale, x=scale)
         first = repeat(frames[:, :, :1], "b c 1 h w -> b c p h w", p=FRAMES_PER_LATENT)
         whole = 1 + (frames.shape[2] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
         patches = rearrange(

@@ -8,7 +8,7 @@ from avatar.denoiser.model import load
 from avatar.settings import PREFIX, DenoiserSettings
 from services.worker import device_and_dtype, naming_setting
 
-# Pixels on a side of one latent, whatever the VAE.
+# Pixels on a side of one latent, for a VAE of scale 1.
 SPACE_STRIDE = 8
 
 
@@ -37,14 +37,17 @@ def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> 
 def latent_sizes(settings: DenoiserSettings) -> list[tuple[int, int]]:
     """Return heights and widths, in latents, to warm up for: the settings' sizes, or the one that the VAE fixes.
 
-    ValueError if a size is no multiple of SPACE_STRIDE, or if layers are compiled and there is no size.
+    ValueError if a size is no multiple of the VAE's stride, or if layers are compiled and there is no size.
     """
-    pictures = settings.video_sizes()
-    if not pictures and (settings.checkpoint / "vae").is_dir():
-        rule = open_part(settings.checkpoint, "vae").config.get("picture", {})
-        pictures = [(rule["width"], rule["height"])] if rule.get("width") and rule.get("height") else []
+    pictures, stride = settings.video_sizes(), SPACE_STRIDE
+    if (settings.checkpoint / "vae").is_dir():
+        config = open_part(settings.checkpoint, "vae").config
+        stride *= config.get("network", {}).get("scale", 1)
+        rule = config.get("picture", {})
+        if not pictures and rule.get("width") and rule.get("height"):
+            pictures = [(rule["width"], rule["height"])]
     if settings.compile and not pictures:
         raise ValueError(f"{PREFIX}COMPILE needs {PREFIX}SIZES: this checkpoint leaves the size of its videos open")
-    if odd := [f"{width}x{height}" for width, height in pictures if width % SPACE_STRIDE or height % SPACE_STRIDE]:
-        raise ValueError(f"{PREFIX}SIZES names {odd[0]}, expected multiples of {SPACE_STRIDE}")
-    return [(height // SPACE_STRIDE, width // SPACE_STRIDE) for width, height in pictures]
+    if odd := [f"{width}x{height}" for width, height in pictures if width % stride or height % stride]:
+        raise ValueError(f"{PREFIX}SIZES names {odd[0]}, expected multiples of {stride}")
+    return [(height // stride, width // stride) for width, height in pictures]

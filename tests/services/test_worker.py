@@ -7,12 +7,14 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from avatar.checkpoints.files import save
 from avatar.denoiser.denoiser import Denoiser
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import AudioSettings, DenoiserSettings, VaeSettings
 from avatar.store.sessions import SessionStore
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
+from services.denoiser.loading import latent_sizes
 from services.denoiser.service import DenoiserServicer
 from services.vae.__main__ import build as build_vae
 
@@ -46,6 +48,17 @@ async def test_compiling_needs_sizes_if_the_checkpoint_fixes_none(
     (tmp_path / "denoiser").symlink_to(checkpoint / "denoiser")
     with pytest.raises(ValueError, match="AVATAR_COMPILE needs AVATAR_SIZES"):
         built(tmp_path, store, compile=True)
+
+
+def test_a_vae_of_scale_2_has_half_as_many_latents_in_a_row(tmp_path: Path) -> None:
+    rule, network = {"fit": "face", "width": 256, "height": 192}, {"wide": 8, "mid": 8, "thin": 8, "latent_scale": 1.0}
+    for scale, sizes in ((None, [(24, 32)]), (2, [(12, 16)])):
+        config = {"codec": "light", "picture": rule, "frame_rate_hz": 25, "network": network}
+        network = {**network, "scale": 2}
+        save(tmp_path / "vae", config, torch.nn.Linear(1, 1), torch.float16)
+        assert latent_sizes(DenoiserSettings(checkpoint=tmp_path)) == sizes, scale
+    with pytest.raises(ValueError, match="AVATAR_SIZES names 72x64, expected multiples of 16"):
+        latent_sizes(DenoiserSettings(checkpoint=tmp_path, sizes=("72x64",)))
 
 
 async def test_a_compiled_denoiser_is_warmed_up_at_every_level_for_the_checkpoints_size(

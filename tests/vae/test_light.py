@@ -1,11 +1,15 @@
 """Tests of avatar.vae.light."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool3d
 
 from avatar.vae.conv import Tails
 from avatar.vae.light import LightCodec, LightConfig, tiny
+from tests.published import filled
 from tests.vae.conftest import LIGHT, light_codec
 
 
@@ -108,3 +112,30 @@ def test_sizes_must_be_positive() -> None:
         LightConfig(wide=16, mid=0, thin=8, latent_scale=2.0)
     with pytest.raises(ValueError, match="must be positive"):
         LightConfig(wide=16, mid=8, thin=8, latent_scale=0.0)
+
+
+def larger_codec() -> LightCodec:
+    torch.manual_seed(0)
+    codec = LightCodec(replace(LIGHT, scale=2)).requires_grad_(False)
+    codec.load_state_dict(filled(codec))
+    return codec
+
+
+def test_a_codec_of_scale_2_has_the_latents_of_half_the_picture() -> None:
+    codec, small = larger_codec(), light_codec()
+    small.encoder.load_state_dict(codec.encoder.state_dict())
+    small.mean.copy_(codec.mean)
+    frames = clip(9, height=64, width=96)
+    latents = codec.encode(frames)
+    assert latents.shape == (1, 16, 3, 4, 6)
+    halved = avg_pool3d(frames, (1, 2, 2))
+    torch.testing.assert_close(latents, small.encode(halved), rtol=0, atol=1e-5)
+    assert codec.decode(latents, codec.new_state()).shape == frames.shape
+    assert (codec.space_stride, small.space_stride) == (16, 8)
+
+
+def test_a_streamed_codec_of_scale_2_equals_the_whole() -> None:
+    codec, latents = larger_codec(), noise(6)
+    whole, state = codec.decode(latents, codec.new_state()), codec.new_state()
+    pieces = [codec.decode(part, state) for part in torch.split(latents, [1, 3, 2], dim=2)]
+    torch.testing.assert_close(torch.cat(pieces, dim=2), whole, rtol=0, atol=1e-5)

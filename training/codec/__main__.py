@@ -6,7 +6,8 @@ bit; clips that arrive meanwhile join at checkpoints. `--export FOLDER` writes t
 folder and prints their metrics.
 
 `--decoder-of FOLDER` trains only the decoder of a finished codec: its latents do not change, so networks that generate
-them and prepared data stay valid.
+them and prepared data stay valid. With `--scale 2` the decoder draws pictures of twice the size from the same latents:
+it is grown out of the finished one, and `--data` holds pictures of that size.
 """
 
 import argparse
@@ -25,8 +26,9 @@ from tqdm import tqdm
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part, load_weights
 from avatar.vae import light, vae
-from avatar.vae.light import LightCodec
+from avatar.vae.light import LightCodec, LightConfig
 from training.codec.crops import CropConfig, load_crops
+from training.codec.growth import fit_outputs, grow
 from training.codec.pca_init import normalise_latents, set_principal_components, untrained_codec
 from training.codec.report import report
 from training.data import StoredClip, read_clips
@@ -35,6 +37,12 @@ from training.strategy import SINGLE
 
 # Held-out clips of a report during training.
 NUM_REPORT_CLIPS = 24
+# Brings squared errors to the size of absolute ones.
+SQUARED = 10.0
+# Height and width of the pictures of a codec of scale 1.
+SIZE = 128
+# Of decoders that are grown: a higher rate loses what growing gave them.
+GROWN_RATE, GROWN_CROPS = 3e-4, CropConfig(batch_size=2, num_frames=9)
 PLOTS = {"psnr": ("psnr", "psnr_mouth", "psnr_noisy"), "loss": ("loss", "picture", "edges", "motion")}
 
 
@@ -45,8 +53,9 @@ class CodecRecipe:
     steps: of the whole run; the learning rate falls to zero along half a cosine. noise: upper bound of the latents'
     noise, drawn for each crop, in units of their standard deviation. edges, motion: loss weights of differences between
     neighbouring pixels, and between frames: without the latter a latent's frames, which are decoded together, jump to
-    the next latent's. evenness: loss weight of the spread of the channels' variances. ema_decay: per step. decoder_of:
-    vae folder whose decoder alone is trained.
+    the next latent's. squared: errors are squared, which blurs less than absolute errors where detail is uncertain.
+    evenness: loss weight of the spread of the channels' variances. ema_decay: per step. decoder_of:
+    vae folder whose decoder alone is trained. scale: that it is grown to.
     """
 
     steps: int = 20000
@@ -60,6 +69,8 @@ class CodecRecipe:
     seed: int = 0
     crops: CropConfig = field(default_factory=CropConfig)
     decoder_of: str | None = None
+    scale: int = 1
+    squared: bool = False
 
     def lr_at(self, step: int) -> float:
         progress = min(1.0, step / self.steps)
@@ -75,6 +86,10 @@ class CodecRun:
         self.num_clips = len(clips)
         if recipe.decoder_of:
             self.codec = load_light_codec(Path(recipe.decoder_of))
+            if recipe.scale > 1:
+                self.codec = grow(self.codec, recipe.scale)
+                fit_outputs(self.codec, clips, recipe.crops, recipe.seed)
+                self.codec.requires_grad_(True)
         else:
             codec = untrained_codec(light.tiny(), recipe.seed)
             set_principal_components(codec, clips, recipe.crops, recipe.seed)
@@ -91,7 +106,7 @@ class CodecRun:
         state = {
             "step": self.step,
             "num_clips": self.num_clips,
-            "latent_scale": self.codec.config.latent_scale,
+            "config": asdict(self.codec.config),
             "codec": self.codec.state_dict(),
             "average": self.ema.state_dict(),
             "optimiser": self.optimizer.state_dict(),
@@ -106,7 +121,7 @@ class CodecRun:
         state = torch.load(path, weights_only=True)
         run = cls.__new__(cls)
         run.recipe, run.step, run.num_clips = recipe, state["step"], state["num_clips"]
-        run.codec = LightCodec(replace(light.tiny(), latent_scale=state["latent_scale"]))
+        run.codec = LightCodec(LightConfig(**state["config"]))
         run.codec.load_state_dict(state["codec"])
         run._prepare()
         run.ema.load_state_dict(state["average"])
@@ -141,9 +156,13 @@ def loss_terms(
     """Return the loss terms for the reconstruction of frames (b, 3, f, h, w) and for their latents.
 
     weights: (b, 1, f, h, w) of each pixel's error. picture: absolute plus twice the squared error. edges, motion:
-    absolute error of differences between neighbouring pixels, and between frames. spread: mean square of the channels'
-    log variances around their mean.
+    absolute error of differences between neighbouring pixels, and between frames. With `recipe.squared` all three are
+    SQUARED times the squared error. spread: mean square of the channels' log variances around their mean.
     """
+
+    def size(error: Tensor) -> Tensor:
+        return SQUARED * error**2 if recipe.squared else error.abs()
+
     with SINGLE.autocast():
         latents = codec.encode(frames).float()
         amount = recipe.noise * torch.rand(len(frames), 1, 1, 1, 1, generator=generator) * latents.std()
@@ -152,9 +171,9 @@ def loss_terms(
     error = result.float() - frames
     logs = latents.var((0, 2, 3, 4)).clamp_min(1e-6).log()
     return {
-        "picture": ((error.abs() + 2 * error**2) * weights).mean(),
-        "edges": error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
-        "motion": error.diff(dim=2).abs().mean(),
+        "picture": ((size(error) + (0 if recipe.squared else 2) * error**2) * weights).mean(),
+        "edges": size(error.diff(dim=-1)).mean() + size(error.diff(dim=-2)).mean(),
+        "motion": size(error.diff(dim=2)).mean(),
         "spread": (logs - logs.mean()).pow(2).mean(),
     }
 
@@ -211,7 +230,9 @@ def export(data: Path, out: Path, recipe: CodecRecipe, folder: Path) -> dict[str
     codec = run.ema
     if not recipe.decoder_of:
         codec = normalise_latents(codec, read_clips(data, "train")[: run.num_clips], recipe.crops, recipe.seed)
-    config = replace(vae.tiny(), network=asdict(codec.config))
+    size = SIZE * codec.config.scale
+    picture = replace(vae.tiny().picture, width=size, height=size)
+    config = replace(vae.tiny(), picture=picture, network=asdict(codec.config))
     save(folder, asdict(config), codec, torch.float16)
     load_weights(codec, Part.read(folder))
     return {"step": run.step, **report(codec, read_clips(data, "held_out"))}
@@ -222,7 +243,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of shards that training.make_data wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: state, log, previews")
     parser.add_argument("--decoder-of", help="vae folder: train its decoder alone")
-    parser.add_argument("--rate", type=float, default=CodecRecipe.lr, help="highest learning rate")
+    parser.add_argument("--scale", type=int, default=1, help="with --decoder-of: factor by which pictures are larger")
+    parser.add_argument("--rate", type=float, help="highest learning rate (default 0.002, grown decoders 0.0003)")
     parser.add_argument("--lips", type=float, default=CropConfig.lips_gain, help="extra loss weight at the lips")
     parser.add_argument("--motion", type=float, default=CodecRecipe.motion, help="loss weight of frame differences")
     parser.add_argument("--steps", type=int, default=CodecRecipe.steps, help="length of the whole run")
@@ -231,12 +253,17 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="do not train: write the run's EMA weights to this folder")
     flags = parser.parse_args()
     torch.set_num_threads(1)
+    if flags.scale > 1 and not flags.decoder_of:
+        parser.error("--scale needs --decoder-of, the codec to grow")
+    crops = replace(GROWN_CROPS, size=CropConfig.size * flags.scale) if flags.scale > 1 else CropConfig()
     recipe = CodecRecipe(
         steps=flags.steps,
-        lr=flags.rate,
+        lr=flags.rate or (GROWN_RATE if flags.scale > 1 else CodecRecipe.lr),
         motion=flags.motion,
-        crops=CropConfig(lips_gain=flags.lips),
+        crops=replace(crops, lips_gain=flags.lips),
         decoder_of=flags.decoder_of,
+        scale=flags.scale,
+        squared=flags.scale > 1,
     )
     if flags.export:
         print(json.dumps(export(flags.data, flags.out, recipe, flags.export), indent=2))

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from training.data import StoredClip
 
-# Extent of the extra loss weight around the lips' centre, in pixels (rows, columns).
-LIPS_EXTENT = (11.0, 16.0)
+# Extent of the extra loss weight around the lips' centre, rows and columns, by the picture's height.
+LIPS_EXTENT = (11 / 128, 16 / 128)
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,17 @@ def to_pixels(frames: NDArray[np.uint8]) -> Tensor:
     return rearrange(torch.from_numpy(np.array(frames)), "... f h w c -> ... c f h w") / 127.5 - 1
 
 
-def lips_weight(lips: NDArray[np.float32], height: int, width: int, gain: float) -> Tensor:
+def lips_weight(
+    lips: NDArray[np.float32], height: int, width: int, gain: float, picture_height: int | None = None
+) -> Tensor:
     """Return loss weights of pixels, of mean 1 per frame: lips (f, 2) rows and columns -> (1, f, h, w).
 
-    gain: extra weight at the lips' centre.
+    gain: extra weight at the lips' centre. picture_height: of the whole picture, where h x w is a part of it.
     """
+    extent = np.array(LIPS_EXTENT) * (picture_height or height)
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     row, column = rearrange(torch.from_numpy(np.array(lips)), "f (a h w) -> a f h w", h=1, w=1)
-    near = torch.exp(-(((rows - row) / LIPS_EXTENT[0]) ** 2) - ((columns - column) / LIPS_EXTENT[1]) ** 2)
+    near = torch.exp(-(((rows - row) / extent[0]) ** 2) - ((columns - column) / extent[1]) ** 2)
     weight = 1 + gain * near
     return (weight / weight.mean((1, 2), keepdim=True))[None]
 
@@ -80,7 +83,8 @@ def crop(clip: StoredClip, config: CropConfig, rng: Generator) -> tuple[Tensor, 
     pixels = to_pixels(frames[:, top : top + size, left : left + size])
     weight = torch.ones_like(pixels[:1])
     if lips is not None:
-        weight = lips_weight(lips[span] - np.array((top, left), np.float32), size, size, config.lips_gain)
+        place = lips[span] - np.array((top, left), np.float32)
+        weight = lips_weight(place, size, size, config.lips_gain, frames.shape[1])
     if rng.random() < 0.5:
         pixels, weight = pixels.flip(3), weight.flip(3)
     return recolour(pixels, rng), weight

@@ -6,13 +6,16 @@ Axes: b batch, c channels, f frames, h w height and width.
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from avatar.vae.light import LightCodec
+from avatar.vae.vae import to_bytes
 from training.codec.crops import to_pixels
 from training.data import StoredClip
 from training.eval.contact_sheets import save_sheet
+from training.eval.metrics import edge_energy, flicker, sharpness
 from training.eval.psnr import mouth_boxes, psnr
 from training.strategy import SINGLE
 
@@ -25,11 +28,12 @@ def report(codec: LightCodec, clips: Sequence[StoredClip], sheet: Path | None = 
     """Return metrics of reconstructions, and write a preview if `sheet` names a file.
 
     psnr, psnr_mouth, psnr_noisy: dB, of whole frames, of the box around the lips, and with noise on the latents.
-    flicker: second differences in time over the true frames'. latent_std: of all channels together, and its extremes.
+    flicker, sharpness, edges: second differences in time, Laplacians and differences of neighbours, over the true
+    frames'. latent_std: of all channels together, and its extremes.
     sheet: PNG of truth, reconstruction and four times the difference, of one frame per clip.
     """
     whole, mouth, noisy, latents = [], [], [], []
-    second_differences = torch.zeros(2)
+    details = np.zeros((3, 2))
     columns: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
     for clip in clips:
@@ -45,19 +49,21 @@ def report(codec: LightCodec, clips: Sequence[StoredClip], sheet: Path | None = 
         if clip.has("lips"):
             mouth.append(mouth_boxes(error, clip.array("lips")[:NUM_FRAMES]).mean())
         noisy.append(((degraded - frames) ** 2).mean())
-        second_differences += torch.stack([each.diff(n=2, dim=1).abs().mean() for each in (result, frames)])
+        shown = [to_bytes(each).numpy() for each in (result, frames)]
+        details += [[metric(each) for each in shown] for metric in (flicker, sharpness, edge_energy)]
         latents.append(latent[0, :, 1:].flatten(1))
         if len(columns) < 10:
-            shown = NUM_FRAMES // 2
-            columns.append(torch.stack([frames[:, shown], result[:, shown], 4 * (result - frames)[:, shown]]))
+            middle = NUM_FRAMES // 2
+            columns.append(torch.stack([frames[:, middle], result[:, middle], 4 * (result - frames)[:, middle]]))
     if sheet is not None:
         save_sheet(sheet, torch.stack(columns, 1).unbind(0))
+    ratios = details[:, 0] / np.maximum(details[:, 1], 1e-9)
     deviations = torch.cat(latents, 1).std(1)
     return {
         "psnr": psnr(torch.stack(whole)),
         **({"psnr_mouth": psnr(torch.stack(mouth))} if mouth else {}),
         "psnr_noisy": psnr(torch.stack(noisy)),
-        "flicker": float(second_differences[0] / second_differences[1].clamp_min(1e-9)),
+        **dict(zip(("flicker", "sharpness", "edges"), ratios.tolist(), strict=True)),
         "latent_std": float(torch.cat(latents, 1).std()),
         "latent_std_least": float(deviations.min()),
         "latent_std_most": float(deviations.max()),

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Height and width of the box around the lips, in pixels.
+# Height and width of the box around the lips, in pixels of a picture 128 high.
 MOUTH_BOX = (28, 36)
+BOX_PICTURE = 128
 
 
 def psnr(squared_error: Tensor) -> float:
@@ -20,8 +21,11 @@ def psnr(squared_error: Tensor) -> float:
 
 
 def mouth_boxes(values: Tensor, lips: NDArray[np.float32]) -> Tensor:
-    """Cut the box around the lips out of every frame: (c, f, h, w) and lips (f, 2) -> (f, c, 28, 36)."""
-    height, width = MOUTH_BOX
+    """Cut the box around the lips out of every frame: (c, f, h, w) and lips (f, 2) -> (f, c, box height, width).
+
+    The box is MOUTH_BOX in pictures up to 128 high, and in proportion in larger ones.
+    """
+    height, width = (round(side * max(1.0, values.shape[2] / BOX_PICTURE)) for side in MOUTH_BOX)
     boxes = []
     for frame, (row, column) in zip(values.unbind(1), lips.tolist(), strict=True):
         top = min(max(round(row - height / 2), 0), frame.shape[1] - height)
