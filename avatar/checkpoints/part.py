@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ class Part:
 
 
 def parse_fields(config: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
-    """Return the values as this dataclass. ValueError names fields that are unknown or missing.
+    """Return the values as this dataclass. ValueError names fields that are unknown, missing or of another type.
 
     prefix: of the fields' names in the message, such as `picture.`.
     """
@@ -147,7 +148,40 @@ def parse_fields(config: type[Config], values: Mapping[str, Any], prefix: str = 
     required = [name for name, each in known.items() if each.default is MISSING and each.default_factory is MISSING]
     if missing := [name for name in required if name not in values]:
         raise ValueError(f"missing field {', '.join(prefix + name for name in missing)}")
+    hints = get_type_hints(config)
+    for name, value in values.items():
+        if expected := other_types(value, hints[name]):
+            raise ValueError(f"{prefix}{name} must be {expected}, got {value!r}")
     return config(**values)
+
+
+def other_types(value: object, hint: Any) -> str:
+    """Return the JSON types that a field has by its type hint, in words, if the value is of none; else an empty string.
+
+    Hints of other types than numbers, texts, switches, objects and null are not checked.
+    """
+    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [JSON_TYPES.get(get_origin(choice) or choice) for choice in choices]
+    if any(kind is None or is_of(value, kind[1]) for kind in kinds):
+        return ""
+    return " or ".join(kind[0] for kind in kinds if kind is not None)
+
+
+def is_of(value: object, types: tuple[type, ...]) -> bool:
+    """Return True if a value of JSON has one of these types; a switch is no number."""
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
+
+
+# Types of fields: their name in JSON, and the classes of their values.
+JSON_TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a text", (str,)),
+    bool: ("true or false", (bool,)),
+    dict: ("an object", (Mapping,)),
+    Mapping: ("an object", (Mapping,)),
+    NoneType: ("null", (NoneType,)),
+}
 
 
 def check_network_fields(network: Mapping[str, Any], defaults: object) -> None:

@@ -5,11 +5,12 @@ network. Our own fields follow after them.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 from avatar.checkpoints.files import CLASS_NAME
+from avatar.checkpoints.part import parse_fields
 from avatar.denoiser.sampler import SAMPLERS
 from avatar.denoiser.schedule import flow_match_schedule
 from avatar.types import FRAMES_PER_LATENT
@@ -130,12 +131,9 @@ class NetworkConfig:
         for name, value in FIXED.items():
             if values.get(name, value) != value:
                 raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported")
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(values.keys() - known - IGNORED - FIXED.keys())
-        if unknown:
-            raise ValueError(f"unknown fields in the network's config: {', '.join(unknown)}")
+        ours = {name: to_tuple(value) for name, value in values.items() if name not in IGNORED | FIXED.keys()}
         try:
-            return cls(**{name: to_tuple(values[name]) for name in known & values.keys()})
+            return parse_fields(cls, ours)
         except TypeError as error:
             raise ValueError(f"a field of the network's config has the wrong type: {error}") from error
 

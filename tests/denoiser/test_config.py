@@ -51,7 +51,7 @@ def test_a_saved_config_loads_equal(preset: Callable[[], NetworkConfig]) -> None
 
 
 def test_unknown_fields_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"unknown fields.*: colour, flavour"):
+    with pytest.raises(ValueError, match="unknown field colour, flavour; expected some of in_dim"):
         NetworkConfig.from_dict(PUBLIC | {"flavour": 1, "colour": 2})
 
 
@@ -93,5 +93,5 @@ def test_contradicting_values_are_refused(change: dict[str, Any], said: str) -> 
 
 
 def test_a_value_of_the_wrong_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="wrong type"):
+    with pytest.raises(ValueError, match="dim must be a whole number, got 'wide'"):
         NetworkConfig.from_dict(PUBLIC | {"dim": "wide"})

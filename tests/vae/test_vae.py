@@ -189,6 +189,8 @@ def test_invalid_configs_are_refused(tmp_path: Path) -> None:
         ({"network": {**network, "wide": 64}}, "do not fit LightCodec"),
         ({"picture": {"fit": "cover"}}, "either width and height or an area"),
         ({"picture": {**good["picture"], "shape": 3}}, r"unknown field picture\.shape"),
+        ({"frame_rate_hz": "25"}, "frame_rate_hz must be a whole number, got '25'"),
+        ({"picture": {**good["picture"], "width": True}}, r"picture\.width must be a whole number or null, got True"),
         ({"picture": None}, "picture must be an object with fields, got None"),
     ):
         save(tmp_path, {**good, **change}, light_codec())
