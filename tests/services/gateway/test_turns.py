@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as api
+from avatar.worker.v1 import types_pb2
 from services.gateway.options import StreamOptions
 from tests.conftest import speech
 from tests.product import CLOSE, END_TURN, INTERRUPT, connected, finish, new_session, open_stream, pieces, send
 from tests.services.gateway.clock import VirtualTimeLoop
-from tests.services.gateway.test_live_stream import LIVE, OFFLINE, Pipeline
+from tests.services.gateway.test_live_stream import LIVE, OFFLINE, Decoder, Pipeline
 from tests.standin import standin_gateway
 
 RATE_HZ = 16000
@@ -62,6 +65,18 @@ class Gate:
         await asyncio.sleep(self._seconds)
 
 
+class FrameDecoder(Decoder):
+    """A decoder that answers a block with all its frames, one after another."""
+
+    async def __call__(self, items: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        async with aclosing(super().__call__(items)) as blocks:
+            async for answer in blocks:
+                last = 11 if answer.block else 8
+                for index in range(last + 1):
+                    yield types_pb2.Frame(block=answer.block, is_last=index == last)
+                    await asyncio.sleep(0.001)
+
+
 class Conversation(Pipeline):
     """A pipeline that takes its time, and what the client of it sends and receives.
 
@@ -71,6 +86,8 @@ class Conversation(Pipeline):
     def __init__(self, options: StreamOptions, delays: Delays) -> None:
         super().__init__(options=options, now=asyncio.get_running_loop().time)
         self.turns = [0]
+        self.decoder = FrameDecoder("vae")
+        self.stream._stages.vae = cast(Any, self.decoder)
         self._client_s = delays.client_s
         for stage in self.denoisers:
             stage.gate = Gate(delays.level_s)  # type: ignore[assignment]
@@ -115,8 +132,8 @@ def received(options: StreamOptions, steps: list[Step], delays: Delays) -> Conve
         return runner.run(run())
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(st.sampled_from([LIVE, OFFLINE]), STEPS, DELAYS)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from([LIVE, OFFLINE, replace(LIVE, is_per_block=True)]), STEPS, DELAYS)
 @example(LIVE, [END_TURN, END_TURN], Delays(decoder_s=0.9))
 @example(OFFLINE, [END_TURN, INTERRUPT, Say(1), END_TURN, INTERRUPT, END_TURN], Delays(decoder_s=0.9))
 def test_events_come_in_the_order_of_turns_and_every_turn_is_finished_once(
@@ -140,8 +157,9 @@ def test_events_come_in_the_order_of_turns_and_every_turn_is_finished_once(
                 assert end.position_us == 0 or end.turn in started
                 finished.append(end.turn)
                 playing = None
-            case "frame":
-                assert response.frame.is_idle or playing is not None
+            case "frame" | "chunk":
+                shown = [response.frame] if response.HasField("frame") else response.chunk.frames
+                assert shown[0].is_idle or playing is not None
     assert len(finished) == len(turns) - (turns[-1] == 0)
     assert started == sorted(set(started))
 
