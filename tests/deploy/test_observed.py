@@ -1,5 +1,6 @@
 """A real Prometheus and a real OTLP receiver beside a running suite, one of whose workers is killed: `make alerts`."""
 
+import asyncio
 import re
 from collections.abc import AsyncGenerator
 from math import isfinite
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from deploy import deletion_cost
 from tests.conftest import speech
 from tests.deploy.observed import RATE_S, ObservedSuite, observed_suite, until
+from tests.deploy.test_kubernetes import objects
 from tests.deploy.test_monitoring import expressions
 from tests.product import answer, connected, finish, frame, new_reference, new_session, opening, pieces, send, speak
 from tests.refusals import refused
@@ -67,6 +70,14 @@ async def test_every_expression_of_dashboards_and_rules_returns_data(observed: O
     found = [(where, await observed.ask(measured(expression))) for where, expression in expressions()]
     without = {where for where, each in found if not any(isfinite(float(one["value"][1])) for one in each)}
     assert without == WITHOUT_VALUE
+
+
+async def test_autoscaling_sees_every_stage(observed: ObservedSuite) -> None:
+    for name, each in objects("autoscaling", "ScaledObject").items():
+        if name in observed.metrics:
+            (found,) = await observed.ask(each["spec"]["triggers"][0]["metadata"]["query"])
+            assert float(found["value"][1]) == 0, "no session of its capacity"
+    assert await asyncio.to_thread(deletion_cost.streams, observed.prometheus) == {"127.0.0.1": 0}
 
 
 def measured(expression: str) -> str:
