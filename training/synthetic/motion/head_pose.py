@@ -23,8 +23,8 @@ SHIFT_HZ, SHIFT, SHIFT_S = 0.3, np.array((0.05, 0.11, 0.035)), (0.35, 0.9)
 LISTENING = 0.6
 LIMIT = np.array((0.3, 0.42, 0.22))
 # A nod follows the end of the other's phrase by this time, in seconds.
-LATENCY_S, LATENCY_DEVIATION_S, LATENCY_RANGE_S = 0.5, 0.15, (0.3, 1.0)
-NOD_PROBABILITY, NOD_HZ, NOD_PEAK = 0.7, (1.6, 2.6), (0.05, 0.14)
+LATENCY_S, LATENCY_DEVIATION_S, LATENCY_RANGE_S = 0.5, 0.12, (0.3, 1.0)
+NOD_PROBABILITY, NOD_HZ, NOD_PEAK = 0.8, (1.6, 2.6), (0.05, 0.14)
 
 
 def sway(rng: Generator, num_frames: int) -> Floats:

@@ -23,7 +23,7 @@ from training.synthetic.speech.dialogue import Dialogue, phrases, speaking
 # Probability of a look at the viewer while speaking, and while listening.
 ATTENTION_SPEAKING, ATTENTION_LISTENING = 0.65, 0.9
 # Probability that brows answer a phrase, and that a smile does; rate of smiles and frowns without cause.
-BROW_PROBABILITY, SMILE_PROBABILITY, SMILE_HZ, FROWN_HZ = 0.35, 0.15, 0.07, 0.06
+BROW_PROBABILITY, SMILE_PROBABILITY, SMILE_HZ, FROWN_HZ = 0.45, 0.15, 0.07, 0.06
 # Less smile on lips that are busy.
 SMILE_SPEAKING = 0.55
 
