@@ -56,7 +56,7 @@ def make_film(flags: argparse.Namespace) -> Film:
     if flags.out.exists() and any(path.exists() and flags.out.samefile(path) for path in inputs):
         raise ValueError(f"{flags.out} is one of the inputs; expected the name of another film to write")
     speech, rate_hz = read_speech(flags.speech)
-    picture = flags.portrait.read_bytes()
+    picture = picture_file(flags.portrait)
     check_pictures(flags, picture)
     adapter = LoraAdapter(flags.adapter) if flags.adapter else None
     make_folder(flags.out.parent)
@@ -78,14 +78,23 @@ def check_pictures(flags: argparse.Namespace, picture: bytes) -> None:
         height, width, _ = read_picture(picture, rule, flags.size, fit).rgb.shape
     for path in flags.mask or []:
         with naming(path):
-            read_mask(path.read_bytes(), picture, (width, height), fit, cell=1)
+            read_mask(picture_file(path), picture, (width, height), fit, cell=1)
     if flags.pose_video:
         next(read_video(flags.pose_video, rate_hz=1), None)
+
+
+def picture_file(path: Path) -> bytes:
+    """Return the bytes of a picture's file. ValueError if there is none."""
+    if not path.is_file():
+        raise ValueError(f"no picture at {path}")
+    return path.read_bytes()
 
 
 def make_folder(folder: Path) -> None:
     """Make the folder of the output if it is missing, and say so. OSError if it cannot be written to."""
     if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"{folder} is a file, expected a folder to write the film to")
         folder.mkdir(parents=True)
         print(f"made the folder {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):

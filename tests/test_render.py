@@ -254,6 +254,8 @@ def too_loud(path: Path) -> Path:
         ({1: "0.wav"}, r"0\.wav: not a PNG"),
         ({2: "clip.mp4", 0: "clip.mp4"}, r"clip\.mp4 is one of the inputs"),
         ({2: "folder.mp4"}, r"folder\.mp4 is a folder"),
+        ({1: "missing.png"}, r"no picture at .*missing\.png"),
+        ({2: "0.wav/out.mp4"}, r"0\.wav is a file, expected a folder"),
     ],
 )
 def test_the_command_checks_its_files_before_it_loads_models(
