@@ -236,7 +236,7 @@ def test_the_guide_states_the_requested_cores(overlay: str) -> None:
     assert float(row.split("|")[3]) == pytest.approx(cores(overlay))
 
 
-def test_a_node_of_two_cores_runs_the_default_and_replaces_all_of_its_pods_at_once() -> None:
+def test_two_cores_are_enough_for_the_default_and_for_its_roll_out() -> None:
     surge = sum(in_cores(container(each)["resources"]["requests"]["cpu"]) for each in stages("cpu").values())
     assert cores("cpu") + surge <= 1.6, "the rest is for the cluster's own pods"
     assert cores("cpu") + cores("observability") <= 1.6
