@@ -5,66 +5,103 @@ such as avatar.v1.AvatarService; without it, the server as a whole is checked.
 
 If AVATAR_TLS_CERT and AVATAR_TLS_KEY are set, as they are for the server, the server must present exactly this
 certificate, whatever names it is for. The check presents it too, to a server that asks for clients' certificates.
+
+Containers run this every few seconds, so it imports nothing that starts slowly: it writes the one gRPC call of
+grpc.health.v1 to a socket itself, as HTTP/2 frames.
 """
 
 import os
 import socket
-import ssl
 import sys
-from pathlib import Path
-from typing import Any
-
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 ANSWER_S = 3.0
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+# Types and flags of HTTP/2's frames (RFC 9113, section 6).
+DATA, HEADERS, RST_STREAM, SETTINGS, GOAWAY = 0, 1, 3, 4, 7
+END_STREAM, END_HEADERS = 1, 4
+# Answers of grpc.health.v1 as bytes of its message: field 1, a number.
+STATUSES = {b"": "UNKNOWN", b"\x08\x00": "UNKNOWN", b"\x08\x01": "", b"\x08\x02": "NOT_SERVING"}
 
 
-def problem(target: str, service: str = "", *, cert: Path | None = None, key: Path | None = None) -> str:
+def problem(
+    target: str, service: str = "", *, cert: str | os.PathLike[str] = "", key: str | os.PathLike[str] = ""
+) -> str:
     """Return why the service at HOST:PORT does not serve; empty if it does. cert, key: files of a server with TLS."""
-    request = health_pb2.HealthCheckRequest(service=service)
+    host, _, port = target.rpartition(":")
     try:
-        with _channel(target, cert, key) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)  # comes without types
-            answer = stub.Check(request, timeout=ANSWER_S)
-    except grpc.RpcError as error:
-        return f"{target}: {error.code().name}: {error.details()}"
-    except OSError as error:
+        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_S) as plain:
+            if not cert or not key:
+                answer = _check(plain, "http", service)
+            else:
+                with _secured(plain, cert, key) as secured:
+                    answer = _check(secured, "https", service)
+    except (OSError, ValueError) as error:
         return f"{target}: {error}"
-    status: str = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    return "" if status == "SERVING" else f"{target}: {status}"
+    if answer is None:
+        return f"{target}: does not answer health checks" + (f" of {service}" if service else "")
+    status = STATUSES.get(answer, "SERVICE_UNKNOWN")
+    return f"{target}: {status}" if status else ""
 
 
-def _channel(target: str, cert: Path | None, key: Path | None) -> grpc.Channel:
-    if not cert or not key:
-        return grpc.insecure_channel(target)
-    chain = cert.read_bytes()
-    credentials = grpc.ssl_channel_credentials(chain, key.read_bytes(), chain)
-    return grpc.secure_channel(target, credentials, [("grpc.ssl_target_name_override", _name(target, cert, key))])
+def _secured(plain: socket.socket, cert: str | os.PathLike[str], key: str | os.PathLike[str]) -> socket.socket:
+    import ssl  # takes as long to import as all else, and most servers are plain
 
-
-def _name(target: str, cert: Path, key: Path) -> str:
-    """Return one of the names in the server's certificate: the address that is checked need not be one of them."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.load_verify_locations(cert)
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # trust the certificate itself, not its issuer
     context.load_cert_chain(cert, key)
-    host, _, port = target.rpartition(":")
-    with (
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S) as plain,
-        context.wrap_socket(plain) as connection,
-    ):
-        names: Any = (connection.getpeercert() or {}).get("subjectAltName", ())
-    return next((value.replace("*", "any") for _, value in names), "")
+    context.set_alpn_protocols(["h2"])
+    return context.wrap_socket(plain)
 
 
-def _file(variable: str) -> Path | None:
-    name = os.environ.get(variable)
-    return Path(name) if name else None
+def _check(connection: socket.socket, scheme: str, service: str) -> bytes | None:
+    """Return the answer's message, None if the server ends the call without one."""
+    fields = {
+        ":method": "POST",
+        ":scheme": scheme,
+        ":path": "/grpc.health.v1.Health/Check",
+        ":authority": "localhost",
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+    # Each field as a literal that is not indexed, without Huffman coding (RFC 7541, section 6.2.2).
+    headers = b"".join(b"\0" + _text(name) + _text(value) for name, value in fields.items())
+    request = b"\x0a" + _text(service) if service else b""
+    connection.sendall(
+        PREFACE
+        + _frame(SETTINGS, 0, 0, b"")
+        + _frame(HEADERS, END_HEADERS, 1, headers)
+        + _frame(DATA, END_STREAM, 1, b"\0" + len(request).to_bytes(4, "big") + request)
+    )
+    message = b""
+    with connection.makefile("rb") as stream:
+        while len(head := stream.read(9)) == 9:
+            size, kind, flags, stream_id = int.from_bytes(head[:3], "big"), head[3], head[4], head[5:]
+            payload = stream.read(size)
+            if kind == DATA:
+                message += payload
+            on_call = stream_id == b"\0\0\0\x01"
+            if kind in (RST_STREAM, GOAWAY) or (on_call and kind in (DATA, HEADERS) and flags & END_STREAM):
+                break
+    # A byte that says whether it is compressed, and four of length, come before the message.
+    return message[5:] if len(message) >= 5 else None
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def _text(value: str) -> bytes:
+    """Return a string of at most 126 bytes after its length, as both HPACK and protobuf write it."""
+    data = value.encode()
+    if len(data) > 126:
+        raise ValueError(f"a service's name has at most 126 bytes, got {len(data)}")
+    return bytes([len(data)]) + data
 
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    sys.exit(problem(*sys.argv[1:], cert=_file("AVATAR_TLS_CERT"), key=_file("AVATAR_TLS_KEY")) or None)
+    files = {name: os.environ.get(f"AVATAR_TLS_{name.upper()}", "") for name in ("cert", "key")}
+    sys.exit(problem(*sys.argv[1:], **files) or None)

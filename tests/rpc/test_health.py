@@ -26,7 +26,7 @@ async def test_a_server_that_serves_is_healthy() -> None:
         assert await check(f"127.0.0.1:{port}", worker.service_name) == (0, "")
         status, output = await check(f"127.0.0.1:{port}", "avatar.v1.AvatarService")
     assert status == 1
-    assert output.startswith(f"127.0.0.1:{port}: NOT_FOUND")
+    assert output == f"127.0.0.1:{port}: does not answer health checks of avatar.v1.AvatarService\n"
 
 
 async def test_a_draining_server_is_not_healthy() -> None:
@@ -46,7 +46,7 @@ async def test_a_missing_server_is_not_healthy() -> None:
     (port,) = free_ports(1)
     status, output = await check(f"127.0.0.1:{port}")
     assert status == 1
-    assert output.startswith(f"127.0.0.1:{port}: UNAVAILABLE")
+    assert output.startswith(f"127.0.0.1:{port}: [Errno 111] Connection refused")
     assert output.count("\n") == 1
 
 
