@@ -1,5 +1,5 @@
 # The whole interface. Every target prepares its own requirements.
-.PHONY: install protos check docs alerts test test-slow test-web chaos demo web bench
+.PHONY: install protos check docs alerts test test-slow test-containers test-web chaos demo web bench
 
 VENV := .venv
 PYTHON ?= python3
@@ -10,15 +10,25 @@ LISTEN ?= 127.0.0.1:8080
 TTS ?=
 MINUTES ?= 10
 SEED ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Counts the packages that pip has found, in one line that grows.
+PROGRESS = /^Collecting|^Requirement/ {printf "\r%3d found", ++n; fflush()} /^Installing/ {printf "; installing"; fflush()} \
+	/^ERROR|^  ERROR/ {print} END {print ""}
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 PROTOS := $(shell find protos -name '*.proto')
 
 install: $(VENV)/installed
 
+# torch comes from its own index, in a build for CPUs: PyPI's has CUDA, which downloads 3 GB. For it, or where that index
+# cannot be reached: make install TORCH_INDEX=https://pypi.org/simple.
 $(VENV)/installed: requirements.lock pyproject.toml $(PROTOS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --requirement requirements.lock
+	@echo "Installing $$(grep -c == requirements.lock) packages into $(VENV): 460 MB to download, 1.9 GB on disk, two to five minutes."
+	-python -m pip install --no-deps --retries 1 --constraint requirements.lock --index-url $(TORCH_INDEX) torch
+	python -m pip install --progress-bar off --requirement requirements.lock | awk '$(PROGRESS)'
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
@@ -73,6 +83,10 @@ test: install $(VENV)/evaluation $(VENV)/deployment $(VENV)/livekit
 
 test-slow: install
 	pytest -m slow --timeout 1800
+
+# Builds the gateway's image, starts it and calls it, as root on Debian; FULL=1 all images and docker-compose.yml: minutes.
+test-containers: install $(VENV)/deployment
+	python -m tests.containers $(if $(FULL),--full)
 
 # In real Chromium: on Debian `apt-get install -y --no-install-recommends chromium`.
 test-web: install

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -71,7 +72,13 @@ async def main() -> None:
     samples, rate_hz = read_audio(flags.speech)
     portrait = flags.portrait.read_bytes()
     print(f"starting Redis, audio, four denoisers, vae and gateway; their output is in {flags.out / 'logs'}")
-    async with launched(flags.checkpoint, flags.out / "logs", redis_url=os.environ.get("AVATAR_REDIS_URL")) as suite:
+    async with AsyncExitStack() as stack:
+        with tqdm(bar_format="starting: {n_fmt} processes healthy [{elapsed}]") as healthy:
+            redis_url = os.environ.get("AVATAR_REDIS_URL")
+            launching = launched(
+                flags.checkpoint, flags.out / "logs", redis_url=redis_url, report=lambda _: healthy.update()
+            )
+            suite = await stack.enter_async_context(launching)
         making = make_video(suite.gateway, portrait, samples, rate_hz, flags.seed)
         frames, measured = await _unless_a_process_ends(suite, making)
     write_mp4(flags.out / "demo.mp4", frames, measured.frame_rate_hz, measured.first_frame, samples, rate_hz)

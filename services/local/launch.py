@@ -5,7 +5,7 @@ async with launched(checkpoint, folder) as suite:
 """
 
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,12 +15,14 @@ from services.local.processes import Suite, free_ports, start_redis, until_healt
 
 
 @asynccontextmanager
-async def launched(checkpoint: Path, folder: Path, *, redis_url: str | None = None) -> AsyncGenerator[Suite, None]:
+async def launched(
+    checkpoint: Path, folder: Path, *, redis_url: str | None = None, report: Callable[[str], object] = lambda _: None
+) -> AsyncGenerator[Suite, None]:
     """Run all services on free ports of the loopback interface while the body runs; yield them when they are healthy.
 
     One denoiser per level, and a text worker if the checkpoint has a text encoder. redis_url: of a server to use;
-    without it, one is started. folder: of the processes' output. RuntimeError, with the end of its output, if a process
-    ends or does not become healthy.
+    without it, one is started. folder: of the processes' output. report: called with the name of each process once it
+    is healthy. RuntimeError, with the end of its output, if a process ends or does not become healthy.
     """
     folder.mkdir(parents=True, exist_ok=True)
     num_levels = NetworkConfig.from_dict(open_part(checkpoint, "denoiser").config).num_levels
@@ -39,7 +41,7 @@ async def launched(checkpoint: Path, folder: Path, *, redis_url: str | None = No
             else:
                 settings |= {"AVATAR_CHECKPOINT": str(checkpoint.absolute()), "AVATAR_LEVELS": level or "0"}
             await suite.start(name, sys.executable, "-m", f"services.{service}", **settings)
-        await until_healthy(suite)
+        await until_healthy(suite, report)
         yield suite
 
 

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -157,10 +157,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-async def until_healthy(suite: Suite) -> None:
+async def until_healthy(suite: Suite, report: Callable[[str], object] = lambda _: None) -> None:
     """Wait until Redis and all targets serve, and each gateway reaches a worker of every stage.
 
-    RuntimeError if a process ends, or after HEALTHY_S seconds.
+    report: called with the name of each target once it is healthy. RuntimeError if a process ends, or after HEALTHY_S
+    seconds.
     """
     waiting = set(suite.targets)
     async with AsyncExitStack() as stack:
@@ -178,7 +179,10 @@ async def until_healthy(suite: Suite) -> None:
                 late = ", ".join(sorted(waiting)) or "redis"
                 raise RuntimeError(f"not healthy after {HEALTHY_S:g} s: {late}; see {suite.folder}")
             await asyncio.sleep(POLL_S)
-            waiting = {name for name in waiting if not await _is_serving(name, channels[name])}
+            for name in sorted(waiting):
+                if await _is_serving(name, channels[name]):
+                    waiting.remove(name)
+                    report(name)
 
 
 async def _is_serving(name: str, channel: grpc.aio.Channel) -> bool:
