@@ -9,18 +9,31 @@ WORKDIR /src
 RUN python -m venv --without-pip /opt/avatar
 COPY pyproject.toml requirements.lock README.md LICENSE ./
 COPY protos protos
-COPY avatar avatar
+# An empty package has the same dependencies, which a change of the code then does not install again.
+RUN mkdir avatar && touch avatar/__init__.py
 
+# dumb-init is process 1: the kernel gives it signals that it would keep from a Python process which has yet to set its
+# handlers, so SIGTERM also ends a process that imports or loads weights.
 FROM build AS build-gateway
-RUN pip install --constraint requirements.lock '.[gateway]'
+RUN pip install --constraint requirements.lock dumb-init==1.2.5.post1 '.[gateway]'
+COPY avatar avatar
+RUN pip install --no-deps --force-reinstall .
 
 FROM build AS build-worker-cpu
 RUN pip install --no-deps --constraint requirements.lock --index-url https://download.pytorch.org/whl/cpu torch \
-    && pip install --constraint requirements.lock '.[worker]'
+    && pip install --constraint requirements.lock dumb-init==1.2.5.post1 '.[worker]'
+# 190 MB that only torch's own tests and building extensions need.
+WORKDIR /opt/avatar/lib/python3.11/site-packages/torch
+RUN rm -r bin/protoc* bin/test_* include test
+WORKDIR /src
+COPY avatar avatar
+RUN pip install --no-deps --force-reinstall .
 
 # PyPI's torch includes CUDA; the host provides the driver.
 FROM build AS build-worker-cuda
-RUN pip install --constraint requirements.lock '.[worker,float8]'
+RUN pip install --constraint requirements.lock dumb-init==1.2.5.post1 '.[worker,float8]'
+COPY avatar avatar
+RUN pip install --no-deps --force-reinstall .
 
 FROM python:3.11.14-slim-bookworm AS runtime
 # malloc would map and unmap memory for each large message: 1.6 ms instead of 0.18 ms at 864 KB.
@@ -29,12 +42,18 @@ ENV MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP
     PATH=/opt/avatar/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
     AVATAR_LISTEN=0.0.0.0:7000
+# The base image comes without the standard library's bytecode, and a read-only root would compile it at every start:
+# a health check took 89 CPU-ms instead of 27.
+RUN python -m compileall -q -x 'site-packages|ensurepip|idlelib|lib2to3|pydoc_data|turtledemo' /usr/local/lib/python3.11
 WORKDIR /app
-COPY services services
-COPY deploy/deletion_cost.py deploy/
+# Readable for the user below, whatever the umask of the checkout was.
+COPY --chmod=755 services services
+COPY --chmod=755 deploy/deletion_cost.py deploy/
 USER 10001:10001
 EXPOSE 7000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --start-interval=2s --retries=3 \
+ENTRYPOINT ["dumb-init", "--"]
+# Often, since it is cheap and other containers start after it; --start-interval is unknown to Debian 12's buildah.
+HEALTHCHECK --interval=3s --timeout=5s --start-period=600s --retries=5 \
     CMD ["python", "-m", "avatar.rpc.health", "127.0.0.1:7000"]
 
 FROM runtime AS gateway
@@ -43,7 +62,7 @@ CMD ["python", "-m", "services.gateway"]
 
 FROM runtime AS worker-cpu
 COPY --from=build-worker-cpu /opt/avatar /opt/avatar
-COPY models/tiny models/tiny
+COPY --chmod=755 models/tiny models/tiny
 
 FROM runtime AS worker-cuda
 COPY --from=build-worker-cuda /opt/avatar /opt/avatar
