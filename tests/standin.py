@@ -1,6 +1,7 @@
 """The real gateway over stand-in workers, all in this process: real time and the real contract, without models."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class RecordingVae(VaeServicer):
         if self.before:
             await self.before(context)
         response = await super().EncodeReference(request, context)
+        response.reference.id = hashlib.sha256(request.picture).hexdigest()
         response.reference.notice = self.notice
         return response
 
@@ -86,7 +88,19 @@ class StandInGateway:
 
 @asynccontextmanager
 async def standin_gateway(store: SessionStore, **settings: Any) -> AsyncGenerator[StandInGateway, None]:
-    """Run the gateway and its workers while the body runs. settings: of the gateway."""
+    """Run the gateway and its workers while the body runs. settings: of the gateway, and as of `standin_gateways`."""
+    async with standin_gateways(store, {}, **settings) as [gateway]:
+        yield gateway
+
+
+@asynccontextmanager
+async def standin_gateways(
+    store: SessionStore, *each: dict[str, Any], limit: int = 16, token: str = "", **settings: Any
+) -> AsyncGenerator[list[StandInGateway], None]:
+    """Run gateways over the same workers while the body runs.
+
+    each: further settings of each gateway. limit: streams at a time at a worker. token: of a tenant, if there are any.
+    """
     async with AsyncExitStack() as stack:
         queue = stack.enter_context(DeviceQueue())
 
@@ -94,7 +108,7 @@ async def standin_gateway(store: SessionStore, **settings: Any) -> AsyncGenerato
             return f"127.0.0.1:{await stack.enter_async_context(serving('127.0.0.1:0', servicer))}"
 
         def stage(name: str) -> Stage:
-            return Stage(name, Step(STEP_S), queue, limit=16, history_blocks=3)
+            return Stage(name, Step(STEP_S), queue, limit, history_blocks=3)
 
         audio, vae = RecordingAudio(stage("audio")), RecordingVae(stage("vae"))
         levels = [DenoiserServicer(stage("denoiser"), level) for level in range(NUM_LEVELS)]
@@ -105,14 +119,14 @@ async def standin_gateway(store: SessionStore, **settings: Any) -> AsyncGenerato
             vae=(await serve(vae),),
             **settings,
         )
-        target = await stack.enter_async_context(gateway(store, given))
-        await _until_ready(target)
-        yield StandInGateway(target, audio, vae)
+        targets = [await stack.enter_async_context(gateway(store, given.model_copy(update=own))) for own in each]
+        await _until_ready(targets[0], token)
+        yield [StandInGateway(target, audio, vae) for target in targets]
 
 
-async def _until_ready(target: str) -> None:
+async def _until_ready(target: str, token: str) -> None:
     """Wait until the gateway has found all its workers."""
-    async with connect(target) as avatar, asyncio.timeout(READY_S):
+    async with connect(target, token=token, plaintext_token=bool(token)) as avatar, asyncio.timeout(READY_S):
         while True:
             try:
                 await avatar.capabilities()

@@ -1,6 +1,7 @@
 """References and their latents, which the sessions of one picture share.
 
-    avatar:reference:{ID}  hash        reference: the constants, under the reference's time to live
+    avatar:reference:{ID}  hash        reference: the constants, under the reference's time to live;
+                                       counted_as: the name under which its tenant's quota counts it
     avatar:latents:{ID}    hash        motion, sink: the tensors, which live as long as somebody leases them
     avatar:leases:{ID}     sorted set  who leases the latents: the reference and sessions, each until when
 
@@ -45,29 +46,36 @@ redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[1])
     + "return 1"
 )
 _RELEASE = IN_FULL_STORE + NOW + "redis.call('ZREM', KEYS[2], ARGV[1])" + _PRUNE + _EXPIRE
-# KEYS[3]: the reference, or none. ARGV: name of the lease, its milliseconds, motion, sink; with KEYS[3], the reference
-# and its milliseconds to live.
+# KEYS[3]: the reference, or none. ARGV: name of the lease, its milliseconds, motion, sink; with KEYS[3], the reference,
+# its milliseconds to live and `counted_as`. Return the former `counted_as`.
 _PUT = (
     NOW
     + """
 redis.call('HSET', KEYS[1], 'motion', ARGV[3], 'sink', ARGV[4])
 redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[1])
+local former = false
 if KEYS[3] then
-    redis.call('HSET', KEYS[3], 'reference', ARGV[5])
+    former = redis.call('HGET', KEYS[3], 'counted_as')
+    redis.call('HSET', KEYS[3], 'reference', ARGV[5], 'counted_as', ARGV[7])
     redis.call('PEXPIRE', KEYS[3], ARGV[6])
 end
 """
     + _PRUNE
     + _EXPIRE
+    + "return former or ''"
 )
+# KEYS[3]: the reference. ARGV[1]: name of its lease. Return `counted_as`, nothing if there is no such reference.
 _DELETE = (
     IN_FULL_STORE
-    + "if redis.call('DEL', KEYS[3]) == 0 then return 0 end"
+    + """
+local counted_as = redis.call('HGET', KEYS[3], 'counted_as')
+if redis.call('DEL', KEYS[3]) == 0 then return false end
+"""
     + NOW
     + "redis.call('ZREM', KEYS[2], ARGV[1])"
     + _PRUNE
     + _EXPIRE
-    + "return 1"
+    + "return counted_as or ''"
 )
 
 
@@ -89,15 +97,19 @@ class References:
     def __init__(self, hashes: RedisHashes) -> None:
         self._hashes = hashes
 
-    async def put(self, reference: pb.Reference, ttl_s: float) -> None:
-        """Store a reference for ttl_s seconds, in place of one with the same id."""
+    async def put(self, reference: pb.Reference, ttl_s: float, counted_as: str = "") -> str:
+        """Store a reference for ttl_s seconds, in place of one with the same id; return how that one was counted.
+
+        counted_as: its name in the tenant's quota.
+        """
         constants = pb.Reference()
         constants.CopyFrom(reference)
         constants.ClearField("motion")
         constants.ClearField("sink")
         keys = [*_latents_keys(reference.id), key("reference", reference.id)]
         args = [OF_REFERENCE, to_ms(ttl_s), pack(reference.motion), pack(reference.sink)]
-        await self._hashes.run(_PUT, keys, [*args, pack(constants), to_ms(ttl_s)])
+        former: bytes = await self._hashes.run(_PUT, keys, [*args, pack(constants), to_ms(ttl_s), counted_as])
+        return former.decode()
 
     async def get(self, reference_id: str) -> pb.Reference:
         """Return a reference, without its latents."""
@@ -110,11 +122,13 @@ class References:
         """Return the seconds until a reference expires; 0 if it does not exist."""
         return await self._hashes.expires_in_s(key("reference", reference_id))
 
-    async def delete(self, reference_id: str) -> None:
-        """Delete a reference; its latents stay as long as sessions lease them."""
+    async def delete(self, reference_id: str) -> str:
+        """Delete a reference; return how it was counted. Its latents stay as long as sessions lease them."""
         keys = [*_latents_keys(reference_id), key("reference", reference_id)]
-        if not await self._hashes.run(_DELETE, keys, [OF_REFERENCE]):
+        counted_as: bytes | None = await self._hashes.run(_DELETE, keys, [OF_REFERENCE])
+        if counted_as is None:
             raise no_reference(reference_id)
+        return counted_as.decode()
 
     async def latents(self, reference_id: str) -> Latents | None:
         """Return the latents, None if nobody leases them."""

@@ -13,12 +13,14 @@ from typing import Any
 from avatar.store.redis import IN_FULL_STORE, NOW, open_redis, redis_call, to_ms
 
 # Lease the name ARGV[1] for ARGV[2] milliseconds: return a Lease. Refused if ARGV[3], unless empty, others are leased
-# already. A lease that exists is renewed, unless ARGV[4] is 1. The set expires with its last lease.
+# already. A lease that exists is renewed, unless ARGV[4] is 1. The lease of ARGV[5] ends first. The set expires with
+# its last lease.
 _LEASE = (
     IN_FULL_STORE
     + NOW
     + """
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
+redis.call('ZREM', KEYS[1], ARGV[5])
 local is_leased = redis.call('ZSCORE', KEYS[1], ARGV[1])
 if ARGV[3] ~= '' and not is_leased and redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[3]) then return 0 end
 if not is_leased or ARGV[4] == '0' then redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1]) end
@@ -72,13 +74,20 @@ class TenantUsage:
         self._take = self._redis.register_script(_TAKE)
 
     async def lease(
-        self, leases: str, name: str, ttl_s: float, limit: int | None = None, *, renews: bool = True
+        self,
+        leases: str,
+        name: str,
+        ttl_s: float,
+        limit: int | None = None,
+        *,
+        renews: bool = True,
+        replaces: str = "",
     ) -> Lease:
         """Lease a name in a set for ttl_s from now; REFUSED if `limit` other names are leased.
 
-        renews: a lease that exists ends ttl_s from now, too; else it stays as it is.
+        renews: a lease that exists ends ttl_s from now, too; else it stays as it is. replaces: a name whose lease ends.
         """
-        args: list[str | int] = [name, to_ms(ttl_s), "" if limit is None else limit, int(not renews)]
+        args: list[str | int] = [name, to_ms(ttl_s), "" if limit is None else limit, int(not renews), replaces]
         async with self._call():
             return Lease(await self._lease(keys=[f"avatar:held:{{{leases}}}"], args=args))
 

@@ -86,10 +86,14 @@ class LiveSession:
         not the next one. Raises the error that ended the session; ConnectionLost if the connection broke, or was
         replaced.
         """
-        if self._replaced and not self._replaced.done():
-            self._replaced.set_result(None)
+        # Replace the connection that is served and, of those that wait for it to end, all but the latest.
+        former, replaced = self._replaced, asyncio.get_running_loop().create_future()
+        self._replaced = replaced
+        if former and not former.done():
+            former.set_result(None)
         async with self._serving:
-            replaced = self._replaced = asyncio.get_running_loop().create_future()
+            if replaced.done():
+                raise _replaced_error()
             self._disconnected.clear()
             self.stream.connect()
             try:
@@ -220,7 +224,11 @@ class LiveSession:
 
 async def _until_replaced(replaced: "asyncio.Future[None]") -> None:
     await asyncio.wait({replaced})
-    raise ConnectionLost("another connection resumed this session")
+    raise _replaced_error()
+
+
+def _replaced_error() -> ConnectionLost:
+    return ConnectionLost("another connection resumed this session")
 
 
 class _Record:

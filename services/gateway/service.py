@@ -4,6 +4,7 @@ The gateway relays messages; it opens no tensor and decodes no picture.
 """
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections import deque
@@ -119,19 +120,33 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             raise InvalidField.at("fit", f"{request.fit} is no fit")
         if request.area and (request.width or request.height):
             raise InvalidField.at("area", "leave it out where width and height are set")
-        reference = await self._workers.encode_reference(
-            vae_pb2.EncodeReferenceRequest(
-                picture=request.picture,
-                width=request.width,
-                height=request.height,
-                fit=FITS[request.fit],
-                area=request.area,
-            )
+        encoding = vae_pb2.EncodeReferenceRequest(
+            picture=request.picture,
+            width=request.width,
+            height=request.height,
+            fit=FITS[request.fit],
+            area=request.area,
         )
-        reference.id = caller().prefix + reference.id[len(caller().prefix) :]
-        await self._quotas.lease_reference(reference.id, self._settings.reference_ttl_s)
-        await self._store.references.put(reference, self._settings.reference_ttl_s)
+        # The reference's own name depends on what the worker makes of the picture; quotas are checked before.
+        counted_as = hashlib.sha256(encoding.SerializeToString(deterministic=True)).hexdigest()
+        async with self._quotas.reference(counted_as) as reservation:
+            reference = await self._workers.encode_reference(encoding)
+            reference.id = caller().prefix + reference.id[len(caller().prefix) :]
+            await self._put_reference(reference, counted_as, reservation)
         return pb.CreateReferenceResponse(reference=_reference(reference, self._settings.reference_ttl_s))
+
+    async def _put_reference(self, reference: types_pb2.Reference, counted_as: str, reservation: str) -> None:
+        ttl_s = self._settings.reference_ttl_s
+        await self._quotas.lease_reference(counted_as, ttl_s, reservation)
+        try:
+            former = await self._store.references.put(reference, ttl_s, counted_as)
+        except StoreUnavailable:
+            if reservation:  # it did not count before
+                with suppress(StoreUnavailable):
+                    await self._quotas.release_reference(counted_as)
+            raise
+        if former not in ("", counted_as):  # the same reference by another size or fit
+            await self._quotas.release_reference(former)
 
     async def GetReference(self, request: pb.GetReferenceRequest, context: Context) -> pb.GetReferenceResponse:
         reference = await self._store.references.get(caller().reference(request.reference_id))
@@ -140,8 +155,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
 
     async def DeleteReference(self, request: pb.DeleteReferenceRequest, context: Context) -> pb.DeleteReferenceResponse:
         reference_id = caller().reference(request.reference_id)
-        await self._store.references.delete(reference_id)
-        await self._quotas.release_reference(reference_id)
+        counted_as = await self._store.references.delete(reference_id)
+        await self._quotas.release_reference(counted_as)
         return pb.DeleteReferenceResponse()
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:

@@ -5,6 +5,7 @@ its stream renews both. Audio is reserved in the store before it is used, about 
 """
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -12,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from avatar.aio import background
 from avatar.errors import QuotaExceeded, StoreUnavailable
 from avatar.store.claims import CLAIM_TTL_S, CLOSED_TTL_S, Claim
-from avatar.store.usage import Lease, TenantUsage
+from avatar.store.usage import TenantUsage
 from avatar.v1 import avatar_service_pb2 as pb
 from services.gateway.access.tenants import Tenant, caller
 
@@ -20,7 +21,7 @@ DAY_S = 86400.0
 SAVE_S = CLAIM_TTL_S / 3
 # A session's lease is longer than its record lives by this time, in which its gateway renews it.
 MARGIN_S = CLAIM_TTL_S
-# A reference is leased for so long while its picture is encoded.
+# The longest that a reservation lasts if its gateway dies, and longer than a picture takes.
 ENCODING_S = 300.0
 # Audio that is reserved at a time, in seconds; and less than any audio.
 AHEAD_S, ROUNDING_S = 1.0, 1e-6
@@ -59,13 +60,27 @@ class Quotas:
         self._renewing = asyncio.Lock()
         self._budgets: dict[str, _AudioBudget] = {}
 
-    async def reserve_reference(self, name: str) -> bool:
-        """Count a reference of the caller before it is encoded; return True if it was not counted yet."""
-        return await self._lease("references", caller().max_references, name, ENCODING_S, renews=False) is Lease.NEW
+    @asynccontextmanager
+    async def reference(self, name: str) -> AsyncGenerator[str, None]:
+        """Reserve a place for a reference of the caller while the body encodes it; yield the reservation.
 
-    async def lease_reference(self, name: str, ttl_s: float) -> None:
-        """Count a reference of the caller for ttl_s."""
-        await self._lease("references", caller().max_references, name, ttl_s)
+        A name that counts already needs none: the reservation is then empty.
+        """
+        limit, leases, reservation = caller().max_references, _leases(caller(), "references"), ""
+        # With a limit of 0 nothing new is leased.
+        if limit is not None and not await self._usage.lease(leases, name, ENCODING_S, 0, renews=False):
+            reservation = secrets.token_hex(8)
+            await self._lease("references", limit, reservation, ENCODING_S)
+        try:
+            yield reservation
+        finally:
+            if reservation:
+                with suppress(StoreUnavailable):
+                    await self._usage.release(leases, reservation)
+
+    async def lease_reference(self, name: str, ttl_s: float, reservation: str = "") -> None:
+        """Count a reference of the caller for ttl_s, in the place of its reservation."""
+        await self._lease("references", caller().max_references, name, ttl_s, replaces=reservation)
 
     async def release_reference(self, name: str) -> None:
         """Stop counting a reference of the caller."""
@@ -145,15 +160,15 @@ class Quotas:
         ttl_s: float,
         *,
         renews: bool = True,
+        replaces: str = "",
         retry_s: float | None = None,
-    ) -> Lease:
+    ) -> None:
         if limit is None:
-            return Lease.EXISTED
-        lease = await self._usage.lease(_leases(caller(), kind), name, ttl_s, limit, renews=renews)
-        if lease is Lease.REFUSED:
+            return
+        leases = _leases(caller(), kind)
+        if not await self._usage.lease(leases, name, ttl_s, limit, renews=renews, replaces=replaces):
             message = f"all {limit} {kind} of tenant {caller().name} are in use"
             raise QuotaExceeded(message, metadata={"quota": kind}, retry_s=retry_s)
-        return lease
 
     @asynccontextmanager
     async def _audio_budget(self, tenant: Tenant) -> AsyncGenerator[None, None]:

@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
@@ -299,11 +300,29 @@ async def test_audio_is_settled_in_the_background_once_the_store_is_back(
                     await asyncio.sleep(0.01)
 
 
+async def test_a_reservation_that_fails_takes_no_place_of_a_reference(usage: Usage) -> None:
+    """Not even if the same picture is stored by another call meanwhile."""
+    quotas = Quotas(usage)
+    with calling(replace(ACME, max_references=3)):
+        for name in ("a", "b"):
+            with suppress(ValueError):
+                async with quotas.reference(name):
+                    async with quotas.reference(name) as other:
+                        await quotas.lease_reference(name, 60.0, other)
+                    raise ValueError("the picture cannot be encoded")
+        async with quotas.reference("c"):
+            with pytest.raises(QuotaExceeded):
+                await quotas.lease_reference("d", 60.0)
+        async with quotas.reference("a") as reservation:
+            assert not reservation
+        assert await usage.names("acme/references") == ["a", "b"]
+
+
 async def test_without_tenants_the_store_is_not_used(usage: Usage, hashes: RedisHashes) -> None:
     usage.is_lost = True
     quotas = Quotas(usage)
-    await quotas.reserve_reference("r")
-    await quotas.lease_reference("r", 60.0)
+    async with quotas.reference("r") as reservation:
+        await quotas.lease_reference("r", 60.0, reservation)
     await quotas.release_reference("r")
     await quotas.lease_session("a", 60.0)
     async with quotas.streaming(claim(hashes)):

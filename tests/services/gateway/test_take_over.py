@@ -1,0 +1,166 @@
+"""Streams that move from gateway to gateway, over stand-in workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import grpc.aio
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from avatar.rpc.status import error_of
+from avatar.store.sessions import SessionStore
+from avatar.v1 import avatar_service_pb2 as pb
+from avatar.v1 import types_pb2 as types
+from tests.product import Call, Stub, connected, frame, new_session, open_stream, pieces, rest, send
+from tests.refusals import refused
+from tests.standin import StandInGateway, standin_gateways
+
+LIVE = pb.OpenAvatar.MODE_LIVE
+WAIT_S = 10.0
+
+
+@asynccontextmanager
+async def cell(
+    store: SessionStore, limit: int, second: dict[str, Any] | None = None
+) -> AsyncGenerator[tuple[StandInGateway, Stub, Stub], None]:
+    """Two gateways over workers that have room for `limit` streams. second: settings of the second gateway."""
+    async with standin_gateways(store, {}, second or {}, limit=limit) as gateways, AsyncExitStack() as stack:
+        stubs = [await stack.enter_async_context(connected(gateway.target)) for gateway in gateways]
+        yield gateways[0], stubs[0], stubs[1]
+
+
+async def resumed(stub: Stub, session_id: str, next_frame: int) -> Call:
+    call, _ = await open_stream(stub, session_id, resume=pb.ResumeAvatar(next_frame=next_frame))
+    return call
+
+
+async def test_a_stream_moves_between_gateways_although_the_workers_have_room_for_one(store: SessionStore) -> None:
+    """The gateway before lives, and has not seen yet that its connection is broken."""
+    async with cell(store, limit=1) as (workers, *stubs):
+        session = await new_session(stubs[0], b"picture")
+        call, _ = await open_stream(stubs[0], session.id, mode=LIVE)
+        calls = [call]
+        for turn in range(1, 6):
+            last = await frame(calls[-1])
+            async with asyncio.timeout(WAIT_S):
+                calls.append(await resumed(stubs[turn % 2], session.id, last.index + 1))
+                assert (await frame(calls[-1])).index == last.index + 1
+        for lost in calls[:-1]:
+            async with refused("SESSION_BUSY"):
+                await rest(lost)
+        assert workers.num_streams == 1
+        calls[-1].cancel()
+
+
+async def first_frame_or_reason(stub: Stub, session_id: str, next_frame: int) -> int | str:
+    """Resume a stream; return the number of its first frame, or the reason of its error."""
+    try:
+        return (await frame(await resumed(stub, session_id, next_frame))).index
+    except grpc.aio.AioRpcError as error:
+        return error_of(error).reason
+
+
+@pytest.mark.parametrize("limit", [1, 16])
+async def test_one_of_two_take_overs_at_once_has_the_stream(store: SessionStore, limit: int) -> None:
+    async with cell(store, limit) as (workers, here, there):
+        for _ in range(3):
+            session = await new_session(here, b"picture")
+            call, _ = await open_stream(here, session.id, mode=LIVE)
+            next_frame = (await frame(call)).index + 1
+            async with asyncio.timeout(WAIT_S):
+                both = (first_frame_or_reason(there, session.id, next_frame) for _ in range(2))
+                outcomes = set(await asyncio.gather(*both))
+                assert next_frame in outcomes
+                assert outcomes <= {next_frame, "SESSION_BUSY", "CONNECTION_LOST"}
+                async with refused("SESSION_BUSY"):
+                    await rest(call)
+                assert workers.num_streams == 1
+                await here.DeleteSession(pb.DeleteSessionRequest(session_id=session.id))
+                while workers.num_streams:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)  # it ends in the other gateway
+
+
+async def test_a_take_over_that_fails_leaves_the_stream_where_it_was(store: SessionStore) -> None:
+    gone = {"vae": ("127.0.0.1:1",)}
+    async with cell(store, limit=1, second=gone) as (_, here, there):
+        session = await new_session(here, b"picture")
+        call, _ = await open_stream(here, session.id, mode=LIVE)
+        last = await frame(call)
+        async with refused("STAGE_LOST"):
+            await resumed(there, session.id, last.index + 1)
+        call.cancel()
+        again = await resumed(here, session.id, last.index + 1)
+        following = await frame(again)
+        assert (following.index, following.is_discontinuity) == (last.index + 1, False)
+        again.cancel()
+
+
+async def test_a_stream_can_be_resumed_elsewhere_before_its_first_block(store: SessionStore) -> None:
+    async with cell(store, limit=1) as (_, here, there):
+        session = await new_session(here, b"picture")
+        await open_stream(here, session.id)
+        call = await resumed(there, session.id, 3)
+        await send(call, pieces(bytes(40000)))
+        assert (await frame(call)).index == 3
+
+
+async def test_a_time_to_live_is_set_at_any_gateway(store: SessionStore) -> None:
+    async with cell(store, limit=1) as (_, here, there):
+        session = await new_session(here, b"picture")
+        call, _ = await open_stream(here, session.id, mode=LIVE)
+        await frame(call)
+        session.ttl.FromSeconds(777)
+        await there.UpdateSession(pb.UpdateSessionRequest(session=session, update_mask=FieldMask(paths=["ttl"])))
+        before = (await store.position(session.id)).next_block
+        async with asyncio.timeout(WAIT_S):
+            while (await store.position(session.id)).next_block < before + 2:
+                await frame(call)
+        for stub in (here, there):
+            kept = (await stub.GetSession(pb.GetSessionRequest(session_id=session.id))).session
+            assert kept.ttl.seconds == 777
+        assert await store.expires_in_s(session.id) > 700
+        call.cancel()
+
+
+async def test_a_session_that_is_deleted_elsewhere_ends_at_once(store: SessionStore) -> None:
+    async with cell(store, limit=1) as (workers, here, there):
+        session = await new_session(here, b"picture")
+        call, _ = await open_stream(here, session.id, mode=LIVE)
+        await frame(call)
+        await there.DeleteSession(pb.DeleteSessionRequest(session_id=session.id))
+        async with asyncio.timeout(2), refused("SESSION_NOT_FOUND"):
+            await rest(call)
+        async with refused("SESSION_NOT_FOUND"):
+            await resumed(there, session.id, 4)
+        assert workers.num_streams == 0
+
+
+@pytest.mark.parametrize("next_frame", [0, 2])
+async def test_nobody_resumes_before_the_first_frame(store: SessionStore, next_frame: int) -> None:
+    async with cell(store, limit=1) as (_, here, there):
+        session = await new_session(here, b"picture")
+        call, _ = await open_stream(here, session.id, mode=LIVE)
+        await frame(call)
+        for stub in (here, there):
+            async with refused("INVALID_FIELD") as refusal:
+                await resumed(stub, session.id, next_frame)
+            assert refusal.fields == ["open.resume.next_frame"]
+        assert (await stub.GetSession(pb.GetSessionRequest(session_id=session.id))).session.state == (
+            types.Session.STATE_STREAMING
+        )
+        call.cancel()
+
+
+async def test_one_of_two_connections_at_once_has_the_stream_at_its_own_gateway(store: SessionStore) -> None:
+    async with cell(store, limit=1) as (_, here, _):
+        session = await new_session(here, b"picture")
+        call, _ = await open_stream(here, session.id, mode=LIVE)
+        next_frame = (await frame(call)).index + 1
+        async with asyncio.timeout(WAIT_S):
+            for _ in range(3):
+                both = (first_frame_or_reason(here, session.id, next_frame) for _ in range(2))
+                assert set(await asyncio.gather(*both)) in ({next_frame}, {next_frame, "CONNECTION_LOST"})
