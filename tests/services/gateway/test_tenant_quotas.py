@@ -58,13 +58,13 @@ async def test_records_stay_within_the_quota_whatever_a_client_does(
                 num_created += 1
                 call = stub.StreamAvatar(**AS_ACME)
                 await call.write(opening(session.id, mode=LIVE))
-                if turn % 2:
+                if turn % 2:  # and then it gives way to the next one
                     await call.read()
                     await call.write(CLOSE)
                     await rest(call)
+                    continue
                 call.cancel()
-                if number % 2:
-                    await stub.DeleteSession(pb.DeleteSessionRequest(session_id=session.id), **AS_ACME)
+                await stub.DeleteSession(pb.DeleteSessionRequest(session_id=session.id), **AS_ACME)
 
     async def watch() -> None:
         # Not cancelled: the client's own timeouts swallow a cancellation before Python 3.12.
