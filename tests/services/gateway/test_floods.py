@@ -75,7 +75,7 @@ async def grown_bytes(options: StreamOptions, messages: list[api.StreamAvatarReq
 @pytest.mark.parametrize(
     ("options", "count"),
     [
-        (OFFLINE, 5_000),
+        (OFFLINE, 3_000),
         pytest.param(OFFLINE, 200_000, marks=pytest.mark.slow),
         pytest.param(LIVE, 50_000, marks=pytest.mark.slow),
     ],

@@ -103,7 +103,7 @@ def test_a_stream_without_a_connection_or_that_is_closed_is_not_silent(live: boo
     in_virtual_time(body, live=live)
 
 
-@pytest.mark.parametrize(("live", "silent_s"), [(False, 0.4), (True, 0.01)])
+@pytest.mark.parametrize(("live", "silent_s"), [(False, 0.3), (True, 0.005)])
 async def test_a_silent_stream_ends_with_its_reason(
     store: SessionStore, picture: bytes, live: bool, silent_s: float
 ) -> None:
