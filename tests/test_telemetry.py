@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import sys
 from typing import Any
 
@@ -288,3 +289,13 @@ def test_a_tag_identifies_a_session_without_revealing_its_id() -> None:
     assert tag(name) == tag(name) != tag(name + "x")
     assert re.fullmatch("[0-9a-f]{12}", tag(name))
     assert name not in tag(name)
+
+
+@pytest.mark.parametrize("mark", ["", "0123456789abcdef"])
+def test_a_text_keeps_no_session_id_and_everything_else(mark: str) -> None:
+    for _ in range(200):
+        session_id = mark + secrets.token_urlsafe(24)
+        around = 'File "/usr/lib/python3.11/site.py", line 3, in test_a_name_of_many_words_in_lower_case_letters\n'
+        text = f"{around}KeyError: '{session_id}' avatar:session:{{{session_id}}}"
+        shown = f"{around}KeyError: '{tag(session_id)}' avatar:session:{{{tag(session_id)}}}"
+        assert telemetry.without_session_ids(text) == shown

@@ -189,7 +189,12 @@ class PageServer:
     async def _run(self, browser_session: BrowserSession) -> None:
         try:
             await browser_session.run()
-        except Exception:  # a failed session must not end the others
+        # A failed session must not end the others.
+        except* (
+            AvatarError
+        ) as failed:  # without the messages, which may have the session's id: anyone with it can stream
+            logger.error("a browser session failed: %s", [type(each).__name__ for each in failed.exceptions])
+        except* Exception:
             logger.exception("a browser session failed")
         finally:
             self.num_peers -= 1

@@ -128,10 +128,9 @@ def _status(method: str, error: Exception) -> status_pb2.Status:
     cause = root_cause(error)
     if not isinstance(cause, AvatarError):
         # Log text, not the exception: a kept traceback keeps the tensors of its frames.
-        logger.error(
-            "handler failed", extra={"method": method, "traceback": "".join(traceback.format_exception(cause))}
-        )
-        cause = AvatarError(f"{type(cause).__name__}: {cause}")
+        text = telemetry.without_session_ids("".join(traceback.format_exception(cause)))
+        logger.error("handler failed", extra={"method": method, "traceback": text})
+        cause = AvatarError(telemetry.without_session_ids(f"{type(cause).__name__}: {cause}"))
     return status_of(cause)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import secrets
 import weakref
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
+from avatar import telemetry
 from avatar.errors import REASONS, InvalidAudio, SessionNotFound, StageLost
 from avatar.rpc.channel import channel
 from avatar.rpc.interceptor import Context, as_invalid_field, receive_open
@@ -84,6 +86,19 @@ async def test_an_unexpected_error_is_internal_and_logged_as_text(
     assert 'raise RuntimeError("the device is lost")' in vars(record)["traceback"]
     gc.collect()
     assert tensors[0]() is None, "the log keeps the traceback's frames alive"
+
+
+async def test_an_error_of_ours_shows_no_session_id(
+    worker: Worker, stub: audio_pb2_grpc.AudioServiceAsyncStub, caplog: pytest.LogCaptureFixture
+) -> None:
+    session_id = secrets.token_urlsafe(24)
+    worker.encode = lambda *_: raising(KeyError(session_id))
+    async with refused("INTERNAL") as refusal:
+        await encode(stub, [])
+    assert session_id not in refusal.message
+    assert telemetry.tag(session_id) in refusal.message
+    (record,) = (record for record in caplog.records if record.message == "handler failed")
+    assert session_id not in str(vars(record))
 
 
 async def test_an_error_that_is_meant_for_the_client_is_not_logged(

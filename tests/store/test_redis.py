@@ -9,7 +9,10 @@ from redis.asyncio import Redis
 from avatar.errors import StoreUnavailable
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
-from tests.store.test_sessions import conditions, position, session
+from avatar.store.usage import TenantUsage
+from avatar.worker.v1 import types_pb2 as pb
+from avatar.worker.v1.text_pb2 import EmbedResponse
+from tests.store.test_sessions import REFERENCE, conditions, position, session
 
 
 @pytest.mark.parametrize("is_listening", [False, True], ids=["no server", "a server that does not answer"])
@@ -42,3 +45,54 @@ async def test_a_connection_that_the_server_closed_is_opened_again(hashes: Redis
     number = await hashes._redis.client_id()
     await redis_client.client_kill_filter(_id=str(number))
     assert await hashes.read("nothing", "field") == [None]
+
+
+async def test_an_error_says_nothing_of_the_servers_words(
+    hashes: RedisHashes, redis_client: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    session_id = "a" * 32
+    await redis_client.set(f"avatar:session:{{{session_id}}}", "of another kind")
+    with pytest.raises(StoreUnavailable) as caught:
+        await SessionStore(hashes).session(session_id)
+    assert caught.value.message == "the session store refuses the gateway"
+    with pytest.raises(StoreUnavailable) as caught:
+        await hashes.run(f"return redis.call('NOCOMMAND', '{session_id}')", [], [])
+    assert caught.value.message == "the session store refuses the gateway"
+    assert len(caplog.records) == 2
+    assert all(session_id not in str(vars(record)) for record in caplog.records)
+
+
+async def test_a_full_store_keeps_streams_and_refuses_what_is_new(
+    store: SessionStore, redis: str, redis_client: Redis
+) -> None:
+    usage = TenantUsage(redis)
+    await store.references.put(REFERENCE, 60.0)
+    await store.create(session("a"), conditions(0), position())
+    claim = store.claim("a")
+    await claim.acquire()
+    await redis_client.config_set("maxmemory", 1)
+    await redis_client.config_set("maxmemory-policy", "noeviction")
+    try:
+        for refused in (
+            store.references.put(pb.Reference(id="b"), 60.0),
+            store.create(session("b"), conditions(0), position()),
+            store.put_embedding("prompt", EmbedResponse(), 60.0),
+        ):
+            with pytest.raises(StoreUnavailable, match="the session store is full") as caught:
+                await refused
+            assert caught.value.retry_s
+        assert b"b" not in await redis_client.zrange("avatar:leases:{face}", 0, -1)
+        await claim.renew(position(next_block=1))
+        await store.put_conditions("a", conditions(1))
+        await usage.lease("acme/sessions", "a", 60.0)
+        await usage.take("acme/audio/1", 1.0, 0.0, 10.0, 60.0)
+        assert (await store.session_with_motion("a")).motion == REFERENCE.motion
+        other = store.claim("a")
+        await other.acquire(take_over=True)
+        await other.commit(position(next_block=2))
+        await store.close(other, session("a"), position(next_block=3))
+        await store.delete("a")
+    finally:
+        await redis_client.config_set("maxmemory", 0)
+        await usage.aclose()
+    await store.create(session("b"), conditions(0), position())
