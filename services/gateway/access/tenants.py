@@ -37,7 +37,7 @@ BEARER = "bearer "
 class Tenant:
     """An authenticated tenant and its quotas; without a name, any caller, with no quotas.
 
-    max_sessions: sessions at a time, each counted from its creation until its stream has ended.
+    max_sessions: sessions at a time, each counted as long as its record exists.
     max_audio_s: seconds of audio in a day of UTC. max_references: stored references.
     """
 
