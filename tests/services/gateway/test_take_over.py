@@ -10,6 +10,7 @@ from typing import Any
 import grpc.aio
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
+from redis.asyncio import Redis
 
 from avatar.rpc.status import error_of
 from avatar.store.sessions import SessionStore
@@ -164,3 +165,29 @@ async def test_one_of_two_connections_at_once_has_the_stream_at_its_own_gateway(
             for _ in range(3):
                 both = (first_frame_or_reason(here, session.id, next_frame) for _ in range(2))
                 assert set(await asyncio.gather(*both)) in ({next_frame}, {next_frame, "CONNECTION_LOST"})
+
+
+async def test_in_a_full_store_streams_continue_and_move_and_new_ones_are_refused(
+    store: SessionStore, redis_client: Redis
+) -> None:
+    async with cell(store, limit=2) as (_, here, there):
+        session = await new_session(here, b"picture")
+        call, _ = await open_stream(here, session.id, mode=LIVE)
+        await frame(call)
+        await redis_client.config_set("maxmemory", 1)
+        try:
+            async with refused("STORE_UNAVAILABLE") as refusal:
+                await new_session(here, b"another picture")
+            assert "the session store is full" in refusal.message
+            async with refused("STORE_UNAVAILABLE"):
+                await here.CreateSession(pb.CreateSessionRequest(reference_id=session.reference_id))
+            before, last = (await store.position(session.id)).next_block, await frame(call)
+            async with asyncio.timeout(WAIT_S):
+                while (await store.position(session.id)).next_block < before + 2:
+                    last = await frame(call)
+                moved = await resumed(there, session.id, last.index + 1)
+                assert (await frame(moved)).index == last.index + 1
+            await there.DeleteSession(pb.DeleteSessionRequest(session_id=session.id))
+        finally:
+            await redis_client.config_set("maxmemory", 0)
+        assert await new_session(here, b"another picture")
