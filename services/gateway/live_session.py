@@ -152,7 +152,6 @@ class LiveSession:
                     tasks.create_task(self._until_failure()),
                 ]
                 await tasks.create_task(self.stream.run())
-                await self._close(claim)
                 num_blocks = self.stream.position.next_block
                 closed = pb.AvatarClosed(num_blocks=num_blocks, stages=self.stream.stage_usage())
                 self.stream.outbox.put(Item([pb.StreamAvatarResponse(closed=closed)]))
@@ -169,13 +168,9 @@ class LiveSession:
                 await self._close(claim)
 
     async def _close(self, claim: Claim) -> None:
-        """Close the session's record, unless that is done."""
-        position = self.stream.position
-        if position.is_closed and position.next_frame == self.stream.outbox.next_frame:
-            return
-        self.stream.record_position().is_closed = True
+        """Close the session's record: everything is sent, or nobody goes on with it."""
         with suppress(StoreUnavailable, SessionNotFound, SessionBusy, SessionClosed):
-            await self._store.close(claim, self.session, position)
+            await self._store.close(claim, self.session, self.stream.record_position())
 
     async def _renew(self, claim: Claim, latents: Latents) -> None:
         """Write the position after every block; renew the claim and the lease of the latents.
@@ -251,9 +246,6 @@ class _Record:
         self._has_stalled |= now_s - self._tried_s > CLAIM_TTL_S
         self._tried_s = now_s
         position, versions = stream.record_position(), stream.versions.known
-        if position.is_closed:
-            await self._store.close(self._claim, self._session, position)
-            return
         outcome = Outcome.EXPIRED
         if not self.was_away:
             numbers = [each.version for each in versions]

@@ -15,13 +15,16 @@ from redis.asyncio import Redis
 from avatar.rpc.status import error_of
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
+from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
-from tests.product import Call, Stub, connected, frame, new_session, open_stream, pieces, rest, send
+from tests.product import CLOSE, Call, Stub, connected, finish, frame, new_session, open_stream, pieces, rest, send
 from tests.refusals import refused
 from tests.standin import StandInGateway, standin_gateways
 
 LIVE = pb.OpenAvatar.MODE_LIVE
 WAIT_S = 10.0
+# Options of a channel that buffers little before its client reads.
+SMALL = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
 
 
 @asynccontextmanager
@@ -191,3 +194,22 @@ async def test_in_a_full_store_streams_continue_and_move_and_new_ones_are_refuse
         finally:
             await redis_client.config_set("maxmemory", 0)
         assert await new_session(here, b"another picture")
+
+
+async def test_a_stream_whose_last_frames_are_still_to_be_read_goes_on_elsewhere(store: SessionStore) -> None:
+    """Everything is rendered, and the client has closed the stream, but it has not received its end."""
+    async with (
+        cell(store, limit=1) as (workers, here, there),
+        grpc.aio.insecure_channel(workers.target, options=SMALL) as channel,
+    ):
+        slow: Stub = pb_grpc.AvatarServiceStub(channel)
+        session = await new_session(here, b"picture")
+        call, _ = await open_stream(slow, session.id)
+        await send(call, [*pieces(bytes(3 * 15360)), CLOSE])
+        last = await frame(call)
+        async with asyncio.timeout(WAIT_S):
+            while (await store.position(session.id)).next_block < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # it is written after each block
+            moved = await resumed(there, session.id, last.index + 1)
+            await finish(moved, [CLOSE])
+        assert (await store.position(session.id)).is_closed
