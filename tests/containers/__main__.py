@@ -6,18 +6,21 @@ is left but Debian's packages.
 """
 
 import argparse
+import hashlib
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 
 import yaml
 
 from tests.containers.base import ROOT, make_python_image, make_redis_image, pip_mounts
 from tests.containers.engine import NAMESPACE, Engine, engine, missing
+from tests.deploy.test_kubernetes import objects
 
 GATEWAY_MB, WORKER_MB = 250, 1500
 # A process that serves nobody ends within this time after SIGTERM.
@@ -50,6 +53,8 @@ def main() -> None:
                 made.build("worker-cpu", mounts, ROOT)
                 notes.append(check_size(made, "worker-cpu", WORKER_MB))
             check_suite(made)
+            with step("the VAE's pod of Kubernetes, by podman kube play") as notes:
+                notes.append(check_pod(made))
 
 
 def compose_file() -> dict[str, dict[str, dict[str, str]]]:
@@ -111,33 +116,51 @@ def check_suite(made: Engine) -> None:
         with step("docker compose --profile cpu up"):
             compose(made, "up", "--detach", "--no-build", "--wait", "--wait-timeout", "300")
         with step("a film from outside") as notes:
-            film = made.folder / "film.mp4"
-            files = (ROOT / "assets/speech.wav", ROOT / "assets/portrait.png", film)
-            notes.append(made.run(CLIENT, ROOT / "examples/wav_to_mp4.py", *files).strip().rpartition(": ")[2])
-            assert film.stat().st_size > 10_000
-        with step("one of two replicas of a level killed under four sessions") as notes:
+            notes.append(make_film(made))
+        with step("one of two replicas of a level killed under sessions") as notes:
             compose(made, "up", "--detach", "--no-build", "--wait", "--scale", "denoiser-2=2")
             notes.append(check_kill(made))
+        with step("one worker again, under sessions") as notes:
+            notes.append(check_restart(made))
         with step("SIGTERM to a worker that loads its weights") as notes:
             notes.append(check_early_stop(made))
         with step("SIGTERM to the gateway under sessions") as notes:
             notes.append(check_drain(made))
+        compose(made, "down", "--volumes", "--timeout", "5")
+        with step("tenants, and TLS between all") as notes:
+            notes.append(check_trust(made))
     finally:
         compose(made, "down", "--volumes", "--timeout", "5", is_checked=False)
 
 
-def compose(made: Engine, *arguments: str, is_checked: bool = True) -> str:
-    """Run docker-compose on docker-compose.yml's profile cpu and return its output. RuntimeError has the logs, too."""
-    command = ("docker-compose", f"--project-directory={ROOT}", "--profile=cpu")
+def compose(made: Engine, *arguments: str, secrets: Path | None = None, is_checked: bool = True) -> str:
+    """Run docker-compose on docker-compose.yml's profile cpu and return its output. RuntimeError has the logs, too.
+
+    secrets: folder of tenants and certificates, for deploy/compose.trust.yaml.
+    """
+    files = ["docker-compose.yml", *(["deploy/compose.trust.yaml"] if secrets else [])]
+    variables = {"AVATAR_SECRETS": str(secrets)} if secrets else {}
+    names = [f"--file={ROOT / name}" for name in files]
+    command = ("docker-compose", f"--project-directory={ROOT}", *names, "--profile=cpu")
     try:
-        return made.run(*command, *arguments, is_checked=is_checked)
+        return made.run(*command, *arguments, is_checked=is_checked, variables=variables)
     except RuntimeError as error:
         raise RuntimeError(f"{error}\n{made.run(*command, 'logs', '--no-color', '--tail=20')}") from error
 
 
+def make_film(made: Engine, *options: str) -> str:
+    """Stream the shipped clip from outside, with the example; return its number and size of frames."""
+    film = made.folder / "film.mp4"
+    files = (ROOT / "assets/speech.wav", ROOT / "assets/portrait.png", film)
+    output = made.run(CLIENT, ROOT / "examples/wav_to_mp4.py", *files, *options)
+    assert film.stat().st_size > 10_000
+    film.unlink()
+    return output.strip().rpartition(": ")[2]
+
+
 @contextmanager
 def streaming() -> Iterator[subprocess.Popen[str]]:
-    """Stream four sessions from outside while the body runs, which begins when each has its first frame."""
+    """Stream sessions from outside while the body runs, which begins when each has its first frame."""
     command = ("nsenter", f"--net=/run/netns/{NAMESPACE}", CLIENT, "-m", "tests.containers.sessions", "127.0.0.1:7000")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout
@@ -168,6 +191,57 @@ def check_kill(made: Engine) -> str:
         return outcome(sessions)
 
 
+def check_restart(made: Engine) -> str:
+    """Kill the only VAE worker, which restarts, under sessions that wait for it."""
+    (worker,) = made.podman("ps", "--format={{.Names}}", "--filter=name=vae").split()
+    with streaming() as sessions:
+        started_s = time.monotonic()
+        made.podman("kill", "--signal=KILL", worker)
+        made.podman("start", worker, is_checked=False)  # as an engine's daemon does, by `restart: unless-stopped`
+        until_healthy(made, worker)
+        restarted_s = time.monotonic() - started_s
+        return f"healthy again after {restarted_s:.1f} s; {outcome(sessions)}"
+
+
+def check_trust(made: Engine) -> str:
+    """Follow the recipe of docs/operations/security.md, start compose with its result, and stream with a token."""
+    page = (ROOT / "docs/operations/security.md").read_text(encoding="utf-8")
+    (recipe,) = [block.partition("```")[0] for block in page.split("```bash\n")[1:] if "openssl req" in block]
+    folder, token = made.folder / "trust", token_hex(32)
+    folder.mkdir()
+    subprocess.run(["bash", "-euc", recipe], cwd=folder, check=True, capture_output=True)
+    tenants = f'[acme]\ntokens = ["{hashlib.sha256(token.encode()).hexdigest()}"]\nmax_sessions = 1\n'
+    (folder / "secrets/tenants.toml").write_text(tenants, encoding="utf-8")
+    compose(made, "up", "--detach", "--no-build", "--wait", "--wait-timeout", "300", secrets=folder / "secrets")
+    secured = (f"--tls={folder / 'secrets/ca.crt'}", "--target=localhost:7000")
+    film = make_film(made, *secured, f"--token={token}")
+    with suppress(RuntimeError):
+        make_film(made, *secured, "--token=another")
+        raise AssertionError("another token was accepted")
+    return film
+
+
+def check_pod(made: Engine) -> str:
+    """Start the VAE's Deployment and its ConfigMap as podman can, and ask the process for its health."""
+    found = [*objects("cpu", "ConfigMap").values(), objects("cpu", "Deployment")["vae"]]
+    for container in found[-1]["spec"]["template"]["spec"]["containers"]:
+        container |= {"image": "docker.io/avatar/worker-cpu:0.1.0", "imagePullPolicy": "Never"}
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            del container[probe]  # this podman has none by gRPC
+    manifest = made.folder / "vae.yaml"
+    manifest.write_text(yaml.safe_dump_all(found), encoding="utf-8")
+    started_s = time.monotonic()
+    made.podman("kube", "play", "--network=alone", str(manifest))
+    try:
+        (name,) = made.podman("ps", "--format={{.Names}}", "--filter=name=vae.*service").split()
+        while made.podman("exec", name, "python", "-m", "avatar.rpc.health", "127.0.0.1:7000", is_checked=False):
+            assert time.monotonic() - started_s < 120, made.podman("logs", name)
+            time.sleep(1)
+        return f"healthy after {time.monotonic() - started_s:.0f} s"
+    finally:
+        made.podman("kube", "down", str(manifest), is_checked=False)
+
+
 def check_early_stop(made: Engine) -> str:
     """Stop workers at several moments of their start."""
     taken_s = []
@@ -180,13 +254,14 @@ def check_early_stop(made: Engine) -> str:
 
 
 def check_drain(made: Engine) -> str:
+    """Stop the gateway, which lets its sessions end; start it again, so that they can be deleted."""
     (gateway,) = made.podman("ps", "--format={{.Names}}", "--filter=name=gateway").split()
     with streaming() as sessions:
         compose(made, "stop", "gateway")
-        result = outcome(sessions)
-    status = made.podman("inspect", "--format={{.State.ExitCode}}", gateway)
-    assert status == "0", f"the gateway ended with {status}"
-    return result
+        status = made.podman("inspect", "--format={{.State.ExitCode}}", gateway)
+        assert status == "0", f"the gateway ended with {status}"
+        compose(made, "start", "gateway")
+        return outcome(sessions)
 
 
 def until_healthy(made: Engine, name: str, within_s: float = 60) -> None:

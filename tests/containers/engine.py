@@ -9,14 +9,15 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
+from types import MappingProxyType
 
-PACKAGES = ("podman", "buildah", "runc", "netavark", "aardvark-dns", "debootstrap", "iproute2", "iptables")
+PACKAGES = ("podman", "buildah", "runc", "catatonit", "netavark", "aardvark-dns", "debootstrap", "iproute2", "iptables")
 NAMESPACE = "avatar-containers"
-CHECK_S = 1.0
+CHECK_S = 3.0
 # crun, podman's default, refuses a machine with both versions of cgroups.
 CONTAINERS = """
 [containers]
@@ -55,19 +56,29 @@ class Engine:
             "TMPDIR": str(folder),
         }
 
-    def run(self, *command: str | Path, timeout_s: float = 600, is_checked: bool = True, **variables: str) -> str:
+    def run(
+        self,
+        *command: str | Path,
+        timeout_s: float = 600,
+        is_checked: bool = True,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> str:
         """Run a command inside the network namespace; return its output. RuntimeError with the output if it fails."""
         # nsenter and not `ip netns exec`, which also hides the machine's cgroups.
         inside = ("nsenter", f"--net=/run/netns/{NAMESPACE}")
-        return self.run_outside(*inside, *command, timeout_s=timeout_s, is_checked=is_checked, **variables)
+        return self.run_outside(*inside, *command, timeout_s=timeout_s, is_checked=is_checked, variables=variables)
 
     def run_outside(
-        self, *command: str | Path, timeout_s: float = 600, is_checked: bool = True, **variables: str
+        self,
+        *command: str | Path,
+        timeout_s: float = 600,
+        is_checked: bool = True,
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> str:
         """Run a command in the machine's network, for downloads, and return its output. RuntimeError as above."""
         done = subprocess.run(
             [*map(str, command)],
-            env=self.environment | variables,
+            env={**self.environment, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -142,7 +153,7 @@ def _service(made: Engine) -> Iterator[None]:
 
 @contextmanager
 def _health_checks(made: Engine) -> Iterator[None]:
-    """Run each container's health check every second while the body runs."""
+    """Run each container's health check every few seconds while the body runs."""
     is_over = threading.Event()
 
     def check() -> None:
@@ -189,7 +200,7 @@ def missing() -> str:
     """Return why containers cannot run here, empty if they can; install Debian's packages where they are missing."""
     if os.geteuid() != 0:
         return "needs root"
-    if all(shutil.which(each) for each in ("podman", "buildah", "runc", "debootstrap", "nsenter", "iptables")):
+    if all(shutil.which(each) for each in ("podman", "buildah", "runc", "catatonit", "debootstrap", "iptables")):
         return ""
     if not shutil.which("apt-get"):
         return "needs podman, buildah, runc and debootstrap, and there is no apt-get to install them"
