@@ -175,6 +175,6 @@ def stage_error(stage: str, error: grpc.aio.AioRpcError, *, is_request: bool = F
         kind = ConfigMismatch
     else:
         kind = StageFailed
-    return kind(
-        f"{stage}: {text}", metadata={**details.metadata, "stage": stage}, violations=violations, retry_s=retry_s
-    )
+    # The field that a client sent is subject enough; which stage reads it is no concern of the client's.
+    message = text if kind is InvalidField else f"{stage}: {text}"
+    return kind(message, metadata={**details.metadata, "stage": stage}, violations=violations, retry_s=retry_s)

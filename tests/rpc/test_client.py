@@ -155,6 +155,7 @@ async def test_an_unusable_block_is_not_the_clients_fault(
     error = stage_error("audio", caught.value, is_request=is_request)
     assert type(error) is (InvalidField if is_request else StageFailed)
     assert error.violations == ((("block", "it is NaN"),) if is_request else ())
+    assert str(error) == ("block: it is NaN" if is_request else "audio: block: it is NaN")
 
 
 async def test_a_refusal_arrives_whole_while_more_is_being_written(
