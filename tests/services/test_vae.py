@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import VaeSettings
 from avatar.store.sessions import SessionStore
 from avatar.vae.encodings import ENCODINGS, encode, init_segment
+from avatar.vae.picture import reading
 from avatar.worker.v1 import types_pb2 as types
 from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
@@ -129,6 +131,16 @@ async def test_an_unknown_encoding_or_quality_is_refused(
         await call.write(pb.DecodeRequest(open=opening))
         await call.read()
     assert refusal.fields == [field]
+
+
+async def test_a_machine_too_busy_for_a_picture_has_no_capacity_for_it(
+    worker: grpc.aio.Channel, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(60)"))
+    monkeypatch.setattr(reading, "TIME_S", 0.1)
+    monkeypatch.setattr(reading, "LONGEST_S", 0.2)
+    async with refused("NO_CAPACITY"):
+        await vae_pb2_grpc.VaeServiceStub(worker).EncodeReference(pb.EncodeReferenceRequest(picture=picture))
 
 
 async def test_closing_a_stream_while_it_encodes_frees_its_capacity(worker: grpc.aio.Channel) -> None:

@@ -19,11 +19,11 @@ import resource
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from avatar.vae.face.crop import Framing, centre_crop, frame_centre, frame_face, reference_crop
 from avatar.vae.picture.colour import over_white, plain_mode, to_srgb
@@ -44,6 +44,12 @@ MAX_PIXELS = 50_000_000
 MAX_SCANS = 100
 # Pictures with more pixels are halved before anything else: a phone's 48 megapixels cost as much as its usual 12.
 HALVED_PIXELS = 16_000_000
+# Rows that must be there of a PNG or JPEG whose file is cut short, as a part of all.
+MIN_ROWS = 0.9
+DAMAGED = "damaged or cut short; send the whole file, or save it again"
+INCOMPLETE = (
+    "The file is cut short or damaged, so a part of the picture may be missing or blurred. Send the whole file."
+)
 
 # Limits of the process. Measured at 48 megapixels: 1.8 s for the slowest file (HEIC of noise), 800 MB for the largest
 # (WebP, whose decoder keeps four copies).
@@ -55,6 +61,8 @@ THREADS = 2
 # A marker of JPEG: not a stuffed zero, and not one of the restart markers within a scan.
 MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
+# Values of all channels where data is missing: mid-grey in a JPEG (127 of inverted CMYK), in a PNG as it was allocated.
+MISSING = {"JPEG": (127, 128), "MPO": (127, 128), "PNG": (0,)}
 LONE_MARKERS = (0x01, 0xD8)
 
 TURNS = {
@@ -130,12 +138,12 @@ def decode(data: bytes, rule: PictureRule, size: Size | int | None = None, fit: 
     check_size(*image.size)
     if image.format in ("JPEG", "MPO"):
         check_scans(data)
+    shown_size: Size = image.size
     with pillow_errors():
-        half = (image.width // 2, image.height // 2)
-        shown_size: Size = image.size
-        if math.prod(shown_size) > HALVED_PIXELS:
-            image.draft(None, half)  # of the formats only JPEG has a decoder that halves
-        image.load()
+        image, is_whole = load(image, data)
+    if not is_whole:
+        check_rows(image)
+    with pillow_errors():
         turn, profile = orientation(image), image.info.get("icc_profile")
         image = plain_mode(image)
         if math.prod(image.size) > HALVED_PIXELS:
@@ -153,6 +161,8 @@ def decode(data: bytes, rule: PictureRule, size: Size | int | None = None, fit: 
         # Profiles apply to the few pixels that remain, as they take long; without one there is nothing to wait for.
         image = image if profile else image.convert("RGB")
     framing = frame(image, video_size, fit)  # if it fails, the picture is not to blame
+    if not is_whole:
+        framing = replace(framing, notice=f"{INCOMPLETE} {framing.notice}".strip())
     crop = framing.crop
     with pillow_errors():
         fitted = fit_image(image, video_size, fit) if crop is None else fit_crop(image, video_size, crop)
@@ -181,8 +191,60 @@ def open_file(data: bytes) -> Image.Image:
         try:
             return Image.open(io.BytesIO(data), formats=("AVIF", "HEIF"))
         except UnidentifiedImageError as error:
-            raise ValueError("it is neither a whole HEIC nor a whole AVIF file") from error
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+            raise ValueError(DAMAGED) from error
+    with incomplete_files():  # also passes over texts and profiles that unpack to too much
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+@contextlib.contextmanager
+def incomplete_files() -> Iterator[None]:
+    """Let Pillow take what there is of a PNG."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def load(image: Image.Image, data: bytes) -> tuple[Image.Image, bool]:
+    """Return an image with its pixels decoded, and False if its file's end is missing or damaged.
+
+    image: of the file `data`. Of a PNG or JPEG that has no end, what is there is decoded, as
+    browsers do; other formats raise Pillow's errors.
+    """
+    try:
+        load_pixels(image)
+        return image, True
+    except Exception as error:
+        if image.format not in MISSING:
+            raise
+        is_whole = image.format == "PNG" and isinstance(error, ValueError)  # only a text behind the pixels is bad
+    if image.format == "PNG":
+        image = open_file(data)
+        with incomplete_files():
+            load_pixels(image)
+    else:
+        image = open_file(data + bytes((0xFF, END_OF_IMAGE)))
+        load_pixels(image)
+    return image, is_whole
+
+
+def load_pixels(image: Image.Image) -> None:
+    """Decode an image's pixels, half of them in width and height if it is a large JPEG."""
+    if math.prod(image.size) > HALVED_PIXELS:
+        image.draft(None, (image.width // 2, image.height // 2))  # only JPEG has a decoder that halves
+    image.load()
+
+
+def check_rows(image: Image.Image) -> None:
+    """Raise ValueError if more of an incomplete file is missing than its lowest rows: they are of a single colour then.
+
+    image: as decoded from a PNG or JPEG. An interlaced PNG has no row before its end.
+    """
+    lowest = image.crop((0, math.floor(image.height * MIN_ROWS), image.width, image.height))
+    values = {value for channel in lowest.split() for value in channel.getextrema()}
+    if values <= set(MISSING[image.format or ""]) or image.info.get("interlace"):
+        raise ValueError(DAMAGED)
 
 
 def webp_size(data: bytes) -> Size | None:
@@ -209,12 +271,12 @@ def webp_size(data: bytes) -> Size | None:
 def check_size(width: int, height: int) -> None:
     """Raise ValueError unless pictures of this size are accepted."""
     if min(width, height) < MIN_SIDE:
-        raise ValueError(f"picture is too small: {width}x{height}, expected at least {MIN_SIDE} pixels a side")
+        raise ValueError(f"too small: {width}x{height}, expected at least {MIN_SIDE} pixels a side")
     if max(width, height) > MAX_SIDE:
-        raise ValueError(f"picture is too large: {width}x{height}, expected at most {MAX_SIDE} pixels a side")
+        raise ValueError(f"too large: {width}x{height}, expected at most {MAX_SIDE} pixels a side")
     if width * height > MAX_PIXELS:
         raise ValueError(
-            f"picture is too large: {width}x{height} are {width * height / 1e6:.1f} megapixels, at most"
+            f"too large: {width}x{height} are {width * height / 1e6:.1f} megapixels, at most"
             f" {MAX_PIXELS // 10**6} are accepted"
         )
 
@@ -234,9 +296,7 @@ def check_scans(data: bytes) -> None:
         if marker == START_OF_SCAN:
             num_scans += 1
         if num_scans > MAX_SCANS:
-            raise ValueError(
-                f"picture has more than {MAX_SCANS} scans, which take too long to decode; save it as an ordinary JPEG"
-            )
+            raise ValueError(f"more than {MAX_SCANS} scans, which take too long to decode; save it as an ordinary JPEG")
         position += int.from_bytes(data[position : position + 2])
 
 
@@ -259,14 +319,14 @@ def pillow_errors() -> Iterator[None]:
             raise ValueError(f"not a {NAMES} picture; send the bytes of such a file") from error
         except Image.DecompressionBombError as error:
             accepted = f"at most {MAX_PIXELS // 10**6} megapixels are accepted"
-            raise ValueError(f"picture is too large: {accepted}: {error}") from error
+            raise ValueError(f"too large: {accepted}: {error}") from error
         except MemoryError as error:
             raise ValueError(
-                f"picture needs more than {MEMORY_BYTES >> 20} MiB of memory to decode; send a smaller one"
+                f"too large: it needs more than {MEMORY_BYTES >> 20} MiB of memory to decode; send a smaller one"
             ) from error
         except Exception as error:
             # Decoders raise many exceptions on damaged data: OSError, SyntaxError, struct.error and others.
-            raise ValueError(f"picture is damaged or cut short: {error}") from error
+            raise ValueError(DAMAGED) from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Axes: h w height and width, in pixels. Sizes are (width, height).
 """
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -37,9 +36,9 @@ ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
 }
-SLOW = "picture takes too long to decode; send a smaller one, or save it in another format"
+SLOW = "takes too long to decode; send a smaller one, or save it in another format"
 BUSY = "the machine is too busy to decode a picture; try again later"
-TOO_LARGE = "picture needs too much memory to decode; send a smaller one, or save it in another format"
+TOO_LARGE = "too large: it needs too much memory to decode; send a smaller one, or save it in another format"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,8 @@ def read_picture(data: bytes, rule: PictureRule, size: Size | int | None = None,
     """Decode a picture and fit it to the video's size, within 2 s and 1 GiB.
 
     data: a PNG, JPEG, WebP, HEIC or AVIF file, both sides 16 to 16384 pixels, at most 50 megapixels; an animation gives
-    its first frame, a JPEG has at most 100 scans.
+    its first frame, a JPEG has at most 100 scans. A PNG or JPEG whose end is missing is taken, with a notice, if nine
+    tenths of its rows can be read.
     size, fit: the session's size or area, and its fit; None for the rule's choice.
     Fit "cover" shows the picture as viewers do (EXIF orientation and ICC profile applied, transparent parts over
     white), cropped to the video's shape at its centre. Fit "face" is the same, cropped around the largest face
@@ -142,13 +142,13 @@ def run_decoder(message: bytes) -> bytes:
         raise ValueError(SLOW)
     if name == "SIGKILL":  # by the kernel, whose memory was used up
         raise ValueError(TOO_LARGE)
-    raise ValueError(f"picture is damaged in a way that ends its decoder ({name})")
+    raise ValueError(f"damaged in a way that ends its decoder ({name})")
 
 
 def processor_s(pid: int) -> float:
-    """Return the processor time that a running child has used, in seconds; infinity where the system does not say."""
+    """Return the processor time that a running child has used, in seconds; 0 where the system does not say."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     except OSError:
-        return math.inf
+        return 0.0  # the limit of the process itself remains
     return (int(fields[11]) + int(fields[12])) / TICKS

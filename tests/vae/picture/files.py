@@ -24,6 +24,23 @@ def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(np.stack([x, y, blue], axis=2).astype(np.uint8)).convert(mode)
 
 
+def noise() -> Image.Image:
+    """Return a picture whose rows all take as many bytes in a file."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 192, 3), dtype=np.uint8))
+
+
+def interlaced(image: Image.Image) -> bytes:
+    """Return an RGB image as an interlaced PNG (Adam7), which Pillow does not write."""
+    values = np.asarray(image)
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    rows = [row for y, x, dy, dx in passes for row in values[y::dy, x::dx]]
+    header = struct.pack(">IIBBBBB", image.width, image.height, 8, 2, 0, 0, 1)
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        png_chunk(name, part) for name, part in ((b"IHDR", header), (b"IDAT", body), (b"IEND", b""))
+    )
+
+
 def file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)

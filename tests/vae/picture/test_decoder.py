@@ -2,7 +2,9 @@
 
 import random
 import warnings
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,8 @@ from tests.vae.picture.files import (
     HEIC_PHOTO,
     file,
     half,
+    interlaced,
+    noise,
     photo,
     pixels_of,
     png_chunk,
@@ -238,8 +242,60 @@ def test_damaged_metadata_do_not_spoil_a_picture() -> None:
         assert torch.equal(pixels(file(image, exif=exif), COVER), pixels_of(image))
 
 
-def test_long_texts_in_a_picture_are_read_or_refused() -> None:
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        png_chunk(b"tEXt", b"Workflow\0" + b"x" * 5_000_000),
+        png_chunk(b"zTXt", b"Workflow\0\0" + zlib.compress(bytes(5_000_000))),
+        png_chunk(b"iTXt", b"Workflow\0\1\0\0\0" + zlib.compress(bytes(5_000_000))),
+        png_chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(5_000_000))),
+    ],
+    ids=["tEXt", "zTXt", "iTXt", "iCCP"],
+)
+def test_large_metadata_do_not_spoil_a_picture(chunk: bytes, before: bytes) -> None:
     data = file(photo(64, 48))
-    at = data.index(b"IDAT") - 4
-    plain = png_chunk(b"tEXt", b"Workflow\0" + b"x" * 5_000_000)
-    assert torch.equal(pixels(data[:at] + plain + data[at:], COVER), pixels_of(photo(64, 48)))
+    at = data.index(before) - 4
+    decoded = decode(data[:at] + chunk + data[at:], COVER)
+    assert torch.equal(pixels_of(decoded.image), pixels_of(photo(64, 48)))
+    assert "cut short" not in decoded.framing.notice
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "RGB", {}),
+        ("JPEG", "RGB", {"progressive": True}),
+        ("JPEG", "L", {}),
+        ("JPEG", "CMYK", {}),
+        ("PNG", "RGB", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "P", {}),
+    ],
+)
+def test_a_picture_that_lacks_its_end_is_shown_with_a_notice(kind: str, mode: str, options: dict[str, Any]) -> None:
+    data = file(noise().convert(mode), kind, **options)
+    rule = PictureRule("cover", width=192, height=160)
+    whole, cut = decode(data, rule), decode(data[: int(0.97 * len(data))], rule)
+    assert cut.framing.notice.startswith("The file is cut short or damaged")
+    assert "cut short" not in whole.framing.notice
+    upper = 128  # the lowest blocks have 16 rows
+    if not options:
+        assert torch.equal(pixels_of(cut.image)[:upper], pixels_of(whole.image)[:upper])
+    difference = (pixels_of(cut.image)[:upper].float() - pixels_of(whole.image)[:upper].float()).abs()
+    assert difference.mean() < 8  # of a progressive JPEG's last scan
+
+
+def test_a_jpeg_without_its_end_marker_loses_nothing() -> None:
+    for options in ({}, {"progressive": True}):
+        data = file(noise(), "JPEG", **options)
+        rule = PictureRule("cover", width=192, height=160)
+        assert torch.equal(pixels(data[:-2], rule), pixels(data, rule))
+
+
+@pytest.mark.parametrize(("kind", "share"), [("JPEG", 0.8), ("PNG", 0.85), ("PNG interlaced", 0.97)])
+def test_a_picture_that_lacks_more_than_a_tenth_of_its_rows_is_refused(kind: str, share: float) -> None:
+    data = interlaced(noise()) if kind == "PNG interlaced" else file(noise(), kind)
+    assert decode(data, COVER).image.size == (64, 48)
+    with pytest.raises(ValueError, match="damaged or cut short; send the whole file"):
+        decode(data[: int(share * len(data))], COVER)

@@ -41,7 +41,7 @@ FILES = {
     "heic": HEIC_PHOTO,
     "heic with a profile": HEIC_WIDE_GAMUT,
 }
-DOCUMENTED = re.compile(r"not a PNG, |picture (is|has|needs|takes) ")
+DOCUMENTED = re.compile(r"not a PNG, |damaged |too (small|large): |more than 100 scans|takes too long ")
 # The interpreter and its libraries, which are files in memory and so not limited; and the interval of the limits.
 LIBRARY_BYTES, INTERVAL_S = 1 << 29, 5.0
 
