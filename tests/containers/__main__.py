@@ -18,7 +18,7 @@ from secrets import token_hex
 
 import yaml
 
-from tests.containers.base import ROOT, make_python_image, make_redis_image, pip_mounts
+from tests.containers.base_images import ROOT, make_python_image, make_redis_image, pip_mounts
 from tests.containers.engine import NAMESPACE, Engine, engine, missing
 from tests.deploy.test_kubernetes import objects
 
