@@ -152,7 +152,7 @@ class PageServer:
             return refusal(HTTPStatus.BAD_REQUEST, f"The offer is invalid: {error}.")
 
     async def _start(self, request: web.Request, offer: Offer) -> web.Response:
-        """Start a session for a complete offer, if there is a place for it."""
+        """Start a session for a complete offer, if there is a free slot."""
         if self.num_peers >= self._max_peers:
             text = f"All {self._max_peers} sessions are in use. Try again later."
             return refusal(HTTPStatus.SERVICE_UNAVAILABLE, text)

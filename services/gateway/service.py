@@ -33,7 +33,7 @@ from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc
 from avatar.v1 import types_pb2 as types
 from avatar.worker.v1 import types_pb2, vae_pb2
-from services.gateway.access.picture_places import PicturePlaces
+from services.gateway.access.picture_slots import PictureSlots
 from services.gateway.access.quotas import Quotas
 from services.gateway.access.tenants import caller
 from services.gateway.live_sessions import LiveSessions
@@ -80,7 +80,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         self._workers = workers
         self._live_sessions = live_sessions
         self._quotas = quotas
-        self._picture_places = PicturePlaces(lambda: len(workers.vae.answering(lambda _: True)))
+        self._picture_slots = PictureSlots(lambda: len(workers.vae.answering(lambda _: True)))
         self._unopened: deque[asyncio.Timeout] = deque()
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -132,7 +132,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         # The reference's own name depends on what the worker makes of the picture; quotas are checked before.
         counted_as = hashlib.sha256(encoding.SerializeToString(deterministic=True)).hexdigest()
         async with self._quotas.reference(counted_as) as reservation:
-            async with self._picture_places.place():
+            async with self._picture_slots.slot():
                 reference = await self._workers.encode_reference(encoding)
             reference.id = caller().prefix + reference.id[len(caller().prefix) :]
             await self._put_reference(reference, counted_as, reservation)

@@ -73,7 +73,7 @@ async def test_chunks_without_end_are_closed(hasty_page: Page) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_half_sent_offers_take_no_place(page: Page) -> None:
+async def test_half_sent_offers_take_no_slot(page: Page) -> None:
     async with connection(page) as (_, first), connection(page) as (_, second), connection(page) as (_, third):
         for writer in (first, second, third):
             writer.write(SHORT_BODY.encode())
@@ -96,7 +96,7 @@ async def test_idle_connections_do_not_close_the_page(page: Page, monkeypatch: p
         writer.transport.abort()
 
 
-async def test_an_offer_whose_browser_has_left_frees_its_place(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_offer_whose_browser_has_left_frees_its_slot(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     async def create(*_: Any, **__: Any) -> None:
         await asyncio.sleep(3600)
 

@@ -62,7 +62,7 @@ class Quotas:
 
     @asynccontextmanager
     async def reference(self, name: str) -> AsyncGenerator[str, None]:
-        """Reserve a place for a reference of the caller while the body encodes it; yield the reservation.
+        """Reserve a slot for a reference of the caller while the body encodes it; yield the reservation.
 
         A name that counts already needs none: the reservation is then empty.
         """

@@ -1,4 +1,4 @@
-"""Places for pictures at the VAE workers, shared fairly among tenants.
+"""Slots for pictures at the VAE workers, shared fairly among tenants.
 
 One picture at a time is sent to each worker. The tenants whose pictures wait take turns, so that a tenant with one
 picture waits for one picture of somebody else at most, however many others send.
@@ -17,19 +17,19 @@ MAX_WAITING, WAIT_S = 8, 30.0
 RETRY_S = 1.0
 
 
-class PicturePlaces:
-    """The places of all workers. num_places: returns how many there are now."""
+class PictureSlots:
+    """The slots of all workers. num_slots: returns how many there are now."""
 
-    def __init__(self, num_places: Callable[[], int]) -> None:
-        self._num_places = num_places
+    def __init__(self, num_slots: Callable[[], int]) -> None:
+        self._num_slots = num_slots
         self._num_taken = 0
         # By tenant, in the order of their turns.
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         self._last: str | None = None
 
     @asynccontextmanager
-    async def place(self) -> AsyncGenerator[None, None]:
-        """Hold a place for a picture of the caller. NoCapacity if too many of its pictures wait, or for too long."""
+    async def slot(self) -> AsyncGenerator[None, None]:
+        """Hold a slot for a picture of the caller. NoCapacity if too many of its pictures wait, or for too long."""
         await self._take(caller().name)
         try:
             yield
@@ -48,7 +48,7 @@ class PicturePlaces:
             async with asyncio.timeout(WAIT_S):
                 await turn
         except BaseException as error:
-            if turn.done() and not turn.cancelled():  # the place came too late
+            if turn.done() and not turn.cancelled():  # the slot came too late
                 self._num_taken -= 1
                 self._give()
             elif turn in waiting:
@@ -60,9 +60,9 @@ class PicturePlaces:
             raise
 
     def _give(self) -> None:
-        """Give free places to the tenants in turn."""
+        """Give free slots to the tenants in turn."""
         # At least one: without a worker, the call says so.
-        while self._waiting and self._num_taken < max(1, self._num_places()):
+        while self._waiting and self._num_taken < max(1, self._num_slots()):
             # Never the tenant that had the last turn, if another one waits.
             tenant = next((each for each in self._waiting if each != self._last), next(iter(self._waiting)))
             waiting = self._waiting.pop(tenant)
