@@ -1,4 +1,4 @@
-"""Tests of services.process: a setting or checkpoint that cannot be used ends the start with one line."""
+"""Tests of services.process: arguments, a setting or a checkpoint that cannot be used end the start in a few lines."""
 
 import os
 import subprocess
@@ -28,6 +28,7 @@ def test_a_setting_that_cannot_be_used_is_named(
     monkeypatch.setenv("AVATAR_CHECKPOINT", str(checkpoint))
     monkeypatch.setenv("AVATAR_LISTEN", "127.0.0.1:0")
     monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["denoiser"])
     with pytest.raises(SystemExit) as ended:
         run(main)
     line = str(ended.value.code)
@@ -42,3 +43,25 @@ def test_a_process_prints_nothing_else_and_fails() -> None:
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: AVATAR_DRAIN_S is 'soon', expected float\n"
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--port=7000", 2), ("models/tiny", 2)])
+def test_arguments_do_not_start_a_service(
+    argument: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def start() -> None:
+        raise AssertionError("the service was started")
+
+    monkeypatch.setattr(sys, "argv", ["gateway", argument])
+    with pytest.raises(SystemExit) as ended:
+        run(start)
+    printed = capsys.readouterr()
+    assert ended.value.code == status
+    assert "usage: " in printed.out + printed.err
+    assert ("AVATAR_*" in printed.out) if status == 0 else (argument in printed.err)
+
+
+def test_the_usage_names_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "services.gateway", "-h"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: python -m services.gateway [-h]\n")
