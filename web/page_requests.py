@@ -71,8 +71,11 @@ def only_hosts(hosts: Collection[str]) -> Middleware:
 def is_allowed(header: str, allowed: Collection[str]) -> bool:
     """Return whether a Host header names loopback or one of the allowed hosts, with any port."""
     try:
-        host = (urlsplit(f"//{header}").hostname or "").rstrip(".")
+        url = urlsplit(f"//{header}")
+        host, _ = (url.hostname or "").rstrip("."), url.port
     except ValueError:
+        return False
+    if url.netloc != header or "@" in header:
         return False
     if host == "localhost" or host in allowed:
         return True
@@ -87,10 +90,12 @@ async def read_offer(request: web.Request, portraits: Mapping[str, Path]) -> Off
 
     Raises ValueError for an invalid form, TimeoutError after `REQUEST_S`, and HTTPRequestEntityTooLarge.
     """
+    if (size := request.content_length or 0) > request.client_max_size:
+        raise web.HTTPRequestEntityTooLarge(request.client_max_size, size)
     try:
         async with asyncio.timeout(REQUEST_S):
             form = await request.post()
-    except (ValueError, LookupError, RequestPayloadError) as error:
+    except (ValueError, LookupError, RuntimeError, RequestPayloadError) as error:  # of aiohttp
         raise ValueError(f"its form cannot be read ({error})") from error
     sdp, picture, name = form.get("sdp"), form.get("picture"), form.get("portrait")
     if isinstance(picture, web.FileField):

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiortc import RTCPeerConnection, RTCSessionDescription
+from aiortc.sdp import SessionDescription
 
 from avatar.client import Avatar, AvatarError
 from avatar.errors import ConnectionLost, NoCapacity
@@ -144,7 +145,8 @@ class PageServer:
             response.force_close()
             return response
         except web.HTTPRequestEntityTooLarge:
-            text = f"The picture is too large: at most {self._limits.max_picture_bytes >> 20} MB are accepted."
+            picture = f"a picture of at most {self._limits.max_picture_bytes >> 20} MB"
+            text = f"The offer is too large: send {picture}, in a form of at most {MAX_FIELDS} fields."
             return refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
         except AvatarError as error:
             return refusal(STATUS.get(type(error), HTTPStatus.BAD_REQUEST), str(error))
@@ -169,6 +171,7 @@ class PageServer:
 
     async def _connect(self, offer: Offer) -> dict[str, str | float]:
         """Create a session, run it in the background, and return the answer. Raises ValueError for a bad offer."""
+        check_sdp(offer.sdp)
         capabilities = await self._avatar.capabilities()  # with the latest measured reaction time
         session = await self._avatar.create(offer.picture, ttl_s=SESSION_TTL_S)
         peer = RTCPeerConnection()
@@ -200,8 +203,8 @@ class PageServer:
             self.num_peers -= 1
 
 
-async def answer_sdp(peer: RTCPeerConnection, offered: str) -> str:
-    """Return a peer's answer to a description. Raises ValueError for a malformed one."""
+def check_sdp(offered: str) -> None:
+    """Raise ValueError for a description that cannot be parsed or asks for too much; it has cost nothing by then."""
     if len(offered) > MAX_SDP_BYTES:
         raise ValueError(f"its `sdp` has {len(offered)} characters, the limit is {MAX_SDP_BYTES}")
     # Every section costs a transport, and audio or video that nobody reads would pile up.
@@ -209,12 +212,25 @@ async def answer_sdp(peer: RTCPeerConnection, offered: str) -> str:
     if not sections or not MEDIA.issuperset(sections) or len(sections) > len(set(sections)):
         raise ValueError(f"its `sdp` must have one section or more of {', '.join(sorted(MEDIA))}, each at most once")
     try:
+        SessionDescription.parse(offered)
+    except Exception as error:  # of many types, such as AssertionError and KeyError
+        raise malformed_sdp(error) from error
+
+
+async def answer_sdp(peer: RTCPeerConnection, offered: str) -> str:
+    """Return a peer's answer to a description. Raises ValueError for a malformed one."""
+    try:
         async with asyncio.timeout(NEGOTIATION_S):
             await peer.setRemoteDescription(RTCSessionDescription(offered, "offer"))
             await peer.setLocalDescription(await peer.createAnswer())
-    except Exception as error:  # aiortc's parser raises errors of many types, such as AssertionError and KeyError
-        raise ValueError(f"its `sdp` is malformed ({type(error).__name__}: {error})") from error
+    except Exception as error:  # of as many types
+        raise malformed_sdp(error) from error
     return str(peer.localDescription.sdp)
+
+
+def malformed_sdp(error: Exception) -> ValueError:
+    """Return the refusal of a description for which aiortc raised an error."""
+    return ValueError(f"its `sdp` is malformed ({type(error).__name__}: {error})")
 
 
 def portraits(folder: Path) -> dict[str, Path]:

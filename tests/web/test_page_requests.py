@@ -11,7 +11,7 @@ import pytest
 
 from avatar.store.sessions import SessionStore
 from tests.web.page import MAX_PEERS, Page, serving
-from tests.web.test_page_server import offer, until
+from tests.web.test_page_server import SDP, offer, until
 from web import page_requests, page_server
 from web.page_requests import is_allowed
 
@@ -101,7 +101,7 @@ async def test_an_offer_whose_browser_has_left_frees_its_slot(page: Page, monkey
         await asyncio.sleep(3600)
 
     monkeypatch.setattr(page.avatar, "create", create)
-    task = asyncio.create_task(offer(page, {"sdp": "v=0", "portrait": "portrait"}))
+    task = asyncio.create_task(offer(page, {"sdp": SDP, "portrait": "portrait"}))
     await until(lambda: page.server.num_peers == 1)
     task.cancel()
     await until(lambda: page.server.num_peers == 0)
@@ -109,7 +109,17 @@ async def test_an_offer_whose_browser_has_left_frees_its_slot(page: Page, monkey
 
 
 @pytest.mark.parametrize(
-    "host", ["elsewhere.example", "elsewhere.example:8080", "localhost.elsewhere.example", "", "["]
+    "host",
+    [
+        "elsewhere.example",
+        "elsewhere.example:8080",
+        "localhost.elsewhere.example",
+        "elsewhere.example@localhost",
+        "localhost:x",
+        "localhost/",
+        "",
+        "[",
+    ],
 )
 async def test_a_request_for_another_host_is_refused(page: Page, host: str) -> None:
     answer = await request(page, f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
@@ -148,6 +158,11 @@ def test_further_hosts_are_a_setting() -> None:
             b'--b\r\nContent-Disposition: form-data; name="sdp"\r\n'
             b"Content-Type: text/plain; charset=none\r\n\r\n1\r\n--b--\r\n",
         ),
+        (
+            "multipart/form-data; boundary=b",
+            b'--b\r\nContent-Disposition: form-data; name="sdp"\r\n'
+            b"Content-Transfer-Encoding: klingon\r\n\r\n1\r\n--b--\r\n",
+        ),
         ("application/x-www-form-urlencoded", b"sdp=\xff&portrait=portrait"),
         ("application/json", b"[" * 100_000),
     ],
@@ -164,4 +179,14 @@ async def test_a_malformed_form_is_refused(page: Page, content_type: str, body: 
 async def test_many_fields_are_refused(page: Page) -> None:
     form = aiohttp.FormData({f"field{number}": "x" for number in range(100)}, default_to_multipart=True)
     async with aiohttp.ClientSession() as client, client.post(f"{page.url}/offer", data=form) as response:
-        assert response.status == 413
+        assert (response.status, page.server.num_peers) == (413, 0)
+        assert "at most 8 fields" in (await response.json())["error"]
+
+
+async def test_an_offer_that_announces_too_much_is_refused_before_it_arrives(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_requests, "REQUEST_S", 60.0)
+    async with asyncio.timeout(30), connection(page) as (reader, writer):
+        writer.write(f"{HEAD}Content-Length: {10**12}\r\n\r\n{PART}".encode())
+        assert b"413" in await reader.readline()

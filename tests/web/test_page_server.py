@@ -19,6 +19,8 @@ from tests.web.page import ASSETS, MAX_PEERS, Page, serving
 from web.playout import RATE_HZ
 
 PICTURE = (ASSETS / "portraits/2.png").read_bytes()
+# A description that can be parsed, and no more.
+SDP = "v=0\r\nm=audio 9 UDP/TLS/RTP/SAVPF 0\r\n"
 TONE = b"".join(round(8000 * ((i // 40) % 2 - 0.5)).to_bytes(2, "little", signed=True) for i in range(RATE_HZ))
 
 
@@ -128,7 +130,7 @@ async def test_a_picture_over_the_gateways_limit_is_refused(page: Page) -> None:
 
 async def test_the_gateways_refusal_of_a_picture_reaches_the_page(page: Page) -> None:
     page.gateway.vae.refusal = "this is no picture"
-    status, answer = await offer(page, {"sdp": "v=0", "picture": b"not a picture"})
+    status, answer = await offer(page, {"sdp": SDP, "picture": b"not a picture"})
     assert 400 <= status < 600
     assert "no picture" in answer["error"]
 
@@ -241,3 +243,4 @@ async def test_a_malformed_description_is_refused(page: Page) -> None:
         status, answer = await offer(page, {"sdp": malformed, "portrait": "portrait"})
         assert (status, page.server.num_peers) == (400, 0), malformed
         assert "its `sdp`" in answer["error"]
+    assert len(page.gateway.vae.pictures) == 2  # aiortc finds two of them wrong only when it connects
