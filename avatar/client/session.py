@@ -1,11 +1,11 @@
 """A gateway as the client sees it, and the sessions created on it."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import grpc
 
@@ -38,6 +38,15 @@ FITS = {
     "reference": types.FIT_REFERENCE,
     "face": types.FIT_FACE,
 }
+
+Value = TypeVar("Value")
+
+
+def value_of(choices: Mapping[str, Value], name: str, choice: str) -> Value:
+    """Return the choice's value. ValueError, with all choices, if there is no such choice."""
+    if choice not in choices:
+        raise ValueError(f"{name} must be {', '.join(map(repr, choices))}, got {choice!r}")
+    return choices[choice]
 
 
 @asynccontextmanager
@@ -93,11 +102,11 @@ class Avatar:
 
         portrait: the bytes or the path of a PNG, JPEG, WebP, HEIC or AVIF file. All other arguments default to the
         deployment's choice and are documented in CreateReferenceRequest and CreateSessionRequest. sink_distance:
-        smallest and largest, in latent frames.
+        smallest and largest, in latent frames. ValueError if there is no such fit.
         """
         picture = portrait if isinstance(portrait, bytes) else await asyncio.to_thread(Path(portrait).read_bytes)
         reference_request = pb.CreateReferenceRequest(
-            picture=picture, width=width, height=height, area=area, fit=FITS[fit]
+            picture=picture, width=width, height=height, area=area, fit=value_of(FITS, "fit", fit)
         )
         stub = self._connection.stub
         reference = (await self._connection.call(stub.CreateReference, reference_request, CREATE_S)).reference
@@ -171,15 +180,18 @@ class Session:
         video, quality: encoding of the frames; `Avatar.capabilities` lists the supported ones.
         per_block: receive all frames of a block in one message; iteration still yields single frames.
         return_audio: receive the audio along with the frames.
+        ValueError if there is no such encoding.
 
         If the connection breaks, the stream resumes on a new one within the gateway's `resume_s`. A body that exits
         before all frames have arrived deletes the session, which frees its capacity at once.
         """
         opening = pb.OpenAvatar(
             session_id=self.id,
-            audio=types.AudioFormat(encoding=ENCODINGS[encoding], rate_hz=rate_hz, num_channels=channels),
+            audio=types.AudioFormat(
+                encoding=value_of(ENCODINGS, "encoding", encoding), rate_hz=rate_hz, num_channels=channels
+            ),
             mode=pb.OpenAvatar.MODE_LIVE if live else pb.OpenAvatar.MODE_OFFLINE,
-            output=types.VideoOutput(encoding=VIDEOS[video], quality=quality, per_block=per_block),
+            output=types.VideoOutput(encoding=value_of(VIDEOS, "video", video), quality=quality, per_block=per_block),
             return_audio=return_audio,
         )
         stream = Stream(self._connection, opening, await self._avatar.limits())

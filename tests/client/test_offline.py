@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,3 +131,15 @@ async def test_an_unreachable_gateway_is_a_lost_connection() -> None:
     async with connect("127.0.0.1:1") as avatar:
         with pytest.raises(ConnectionLost):
             await avatar.capabilities()
+
+
+async def test_an_unknown_option_is_refused_with_the_known_ones(gateway: str, picture: bytes) -> None:
+    async with connect(gateway) as avatar:
+        with pytest.raises(ValueError, match="fit must be '', 'cover', 'reference', 'face', got 'fill'"):
+            await avatar.create(picture, fit="fill")  # type: ignore[arg-type]
+        session = await avatar.create(picture)
+        for name, value in (("video", "mp4"), ("encoding", "mp3")):
+            options: Any = {name: value}
+            with pytest.raises(ValueError, match=f"{name} must be '.*', got '{value}'"):
+                async with session.stream(**options):
+                    pass
