@@ -91,6 +91,8 @@ def read_object(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} {foreign_content(path) or f'is not JSON: {error}'}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply for a configuration") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}, expected an object")
     return fields
@@ -195,7 +197,7 @@ def _missing_bytes(path: Path, header_bytes: int) -> str:
         try:
             tensors = json.loads(header)
             expected += max(entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__")
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
             return ""
     found = path.stat().st_size
     return f"is cut short: it has {found} of {expected} bytes; copy or download it again" if found < expected else ""

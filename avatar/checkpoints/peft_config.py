@@ -4,6 +4,7 @@ Source: LoraConfig of PEFT 0.21; a module's own rank and alpha come from pattern
 alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732).
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,13 +54,16 @@ class PeftConfig:
             raise ValueError(f"{path} sets {problem}")
         try:
             rank_pattern = {key: positive(rank) for key, rank in (fields.get("rank_pattern") or {}).items()}
-            alpha_pattern = {key: float(alpha) for key, alpha in (fields.get("alpha_pattern") or {}).items()}
-            rank, alpha = positive(fields["r"]), float(fields["lora_alpha"])
+            alpha_pattern = {key: finite(alpha) for key, alpha in (fields.get("alpha_pattern") or {}).items()}
+            rank, alpha = positive(fields["r"]), finite(fields["lora_alpha"])
             for pattern in (*rank_pattern, *alpha_pattern):
                 re.compile(pattern)
         except KeyError as error:
             raise ValueError(f"{path} has no field {error.args[0]!r}; PEFT writes `r` and `lora_alpha`") from error
-        except (AttributeError, TypeError, ValueError, re.error) as error:
+        except AttributeError as error:
+            problem = "rank_pattern and alpha_pattern are objects"
+            raise ValueError(f"{path} has a field of the wrong type: {problem}") from error
+        except (TypeError, ValueError, re.error) as error:
             raise ValueError(f"{path} has a field of the wrong type: {error}") from error
         partial = fields.get("layers_to_transform") is not None or fields.get("exclude_modules")
         targets = None if partial else fields.get("target_modules")
@@ -119,3 +123,10 @@ def positive(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"a rank is a positive integer, got {value!r}")
     return value
+
+
+def finite(value: Any) -> float:
+    """Return a finite number. ValueError otherwise."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"an alpha is a number, got {value!r}")
+    return float(value)

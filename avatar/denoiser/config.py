@@ -43,6 +43,12 @@ FIXED = {
     "add_last_motion": True,
     "slide_motion_frames": False,
 }
+# Fields that count something, of which there is at least one. The public network's largest is 13824.
+SIZES = (
+    *("in_dim", "out_dim", "cond_dim", "dim", "num_heads", "num_layers", "ffn_dim", "freq_dim"),
+    *("text_dim", "text_len", "audio_dim", "num_audio_token", "num_encoder_layers"),
+)
+MAX_SIZE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,9 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         layers, sigmas, update = self.audio_inject_layers, self.schedule, self.sink_update_block
+        for name in SIZES:
+            if not 1 <= getattr(self, name) <= MAX_SIZE:
+                raise ValueError(f"{name} must be 1 to {MAX_SIZE}, got {getattr(self, name)}")
         rules = (
             (self.dim % 4 == 0 and self.dim % (2 * self.num_heads) == 0, "dim must be a multiple of 4 and 2 num_heads"),
             (is_ascending((-1, *layers, self.num_layers)), "audio_inject_layers must ascend within the layers"),
@@ -108,7 +117,7 @@ class NetworkConfig:
         )
         broken = [rule for holds, rule in rules if not holds]
         if broken:
-            raise ValueError(f"{'; '.join(broken)}: {self}")
+            raise ValueError("; ".join(broken))
 
     @property
     def head_dim(self) -> int:

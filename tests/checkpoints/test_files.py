@@ -198,6 +198,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     [
         (b"", "is empty"),
         (b'{"dim": 3', "is not JSON"),
+        (b"[" * 100_000, "is nested too deeply"),
         (b"\xff\xfe", "is not JSON"),
         (b"[1, 2]", "holds a list, expected an object"),
     ],

@@ -198,6 +198,7 @@ def test_what_a_merge_would_get_wrong_is_refused(tmp_path: Path, changes: dict[s
         {"r": "4"},
         {"r": 0},
         {"lora_alpha": None},
+        {"lora_alpha": float("nan")},
         {"rank_pattern": {"q": 0}},
         {"alpha_pattern": [1]},
         {"rank_pattern": {"(": 2}},

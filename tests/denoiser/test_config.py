@@ -95,3 +95,9 @@ def test_contradicting_values_are_refused(change: dict[str, Any], said: str) -> 
 def test_a_value_of_the_wrong_type_is_refused() -> None:
     with pytest.raises(ValueError, match="dim must be a whole number, got 'wide'"):
         NetworkConfig.from_dict(PUBLIC | {"dim": "wide"})
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_heads", 0), ("dim", 10**12), ("num_layers", -1)])
+def test_a_size_that_no_network_has_is_named(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be 1 to 1048576, got {value}$"):
+        NetworkConfig.from_dict({name: value})
