@@ -25,7 +25,16 @@ from avatar.checkpoints.inspect import format_bytes, read_size
 from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.media import Film, check_film_name, read_audio, read_video, write_mp4
-from avatar.render import Models, RenderOptions, check_speech, load, portrait_fit, render, with_clip_frames
+from avatar.render import (
+    Models,
+    RenderOptions,
+    check_actors,
+    check_speech,
+    load,
+    portrait_fit,
+    render,
+    with_clip_frames,
+)
 from avatar.text import model as text_model
 from avatar.vae.picture.reading import read_mask, read_picture
 from avatar.vae.picture.rule import Fit
@@ -55,6 +64,7 @@ def make_film(flags: argparse.Namespace) -> Film:
     inputs = [*flags.speech, flags.portrait, *(flags.mask or []), *([flags.pose_video] if flags.pose_video else [])]
     if flags.out.exists() and any(path.exists() and flags.out.samefile(path) for path in inputs):
         raise ValueError(f"{flags.out} is one of the inputs; expected the name of another film to write")
+    check_content(flags)
     speech, rate_hz = read_speech(flags.speech)
     picture = picture_file(flags.portrait)
     check_pictures(flags, picture)
@@ -66,6 +76,15 @@ def make_film(flags: argparse.Namespace) -> Film:
     frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="block"))
     with logging_redirect_tqdm():
         return write_mp4(flags.out, frames, models.vae.config.frame_rate_hz, HIDDEN_FRAMES, mix(speech), rate_hz)
+
+
+def check_content(flags: argparse.Namespace) -> None:
+    """Raise ValueError for an invalid seed, a prompt that the checkpoint does not take, or too few or many masks."""
+    if not -1 <= flags.seed < 1 << 63:
+        raise ValueError(f"seed must be 0 to 2^63 - 1, or -1, got {flags.seed}")
+    if flags.prompt:
+        open_part(flags.checkpoint, "text")
+    check_actors(len(flags.speech), len(flags.mask or []))
 
 
 def check_pictures(flags: argparse.Namespace, picture: bytes) -> None:
@@ -118,9 +137,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("out", type=Path, help="the film to write: .mp4, .m4v or .mov; its folder is made")
     out.add_argument("--checkpoint", type=Path, default=Path("models/tiny"), help="folder of the models")
     out.add_argument("--adapter", type=Path, help="LoRA adapter, a file or PEFT's folder, to merge into the network")
-    out.add_argument("--device", type=torch.device, default="cpu", help="torch device (default cpu)")
+    out.add_argument("--device", type=usable_device, default="cpu", help="torch device (default cpu)")
     out.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and states (default float32)")
-    out.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    out.add_argument("--threads", type=positive, default=1, help="CPU threads (default 1)")
 
     content = out.add_argument_group("content")
     content.add_argument("--prompt", default="", help="text prompt; for checkpoints with a text encoder")
@@ -165,8 +184,6 @@ def render_options(flags: argparse.Namespace, models: Models) -> RenderOptions:
             f"this checkpoint has {config.num_levels} levels, for which its weights were trained; "
             f"it cannot run with {flags.levels}"
         )
-    if not -1 <= flags.seed < 1 << 63:
-        raise ValueError(f"seed must be 0 to 2^63 - 1, or -1, got {flags.seed}")
     num_blocks = flags.num_blocks
     if flags.num_clips is not None:
         num_blocks = flags.num_clips * with_clip_frames(config, flags.clip_frames).window_blocks
@@ -208,6 +225,17 @@ def mix(speech: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     for samples in speech:
         mixed[:, : samples.shape[1]] += samples.mean(0)
     return mixed.clip(-1, 1)
+
+
+def usable_device(text: str) -> torch.device:
+    """Parse a torch device, and allocate a number on it. ArgumentTypeError if this machine has no such device."""
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch has all three, with texts of many lines
+        available = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used on this machine, expected {available}") from error
+    return device
 
 
 def area(text: str) -> int:

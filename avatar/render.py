@@ -136,6 +136,12 @@ def render(
             yield vae.step(block, state)
 
 
+def check_actors(num_speech: int, num_masks: int) -> None:
+    """Raise ValueError unless each speech has a mask; a single one needs none."""
+    if num_speech != (num_masks or 1):
+        raise ValueError(f"got {num_speech} speech files and {num_masks} masks; several actors need a mask each")
+
+
 def check_speech(samples: Tensor, rate_hz: int) -> None:
     """Raise ValueError unless `render` takes this speech, (1 or 2, s) float32 in [-1, 1]."""
     check_piece(AudioPiece(samples, rate_hz))
@@ -207,10 +213,7 @@ def encode_speech(
     options: RenderOptions,
 ) -> Iterator[Block]:
     """Yield blocks of features to the end of the longest speech; (a, l, d, f) if the session has masks."""
-    actors = 1 if session.masks is None else len(session.masks)
-    if len(speech) != actors:
-        masks = len(options.masks or ())
-        raise ValueError(f"got {len(speech)} speech files and {masks} masks; several actors need a mask each")
+    check_actors(len(speech), 0 if session.masks is None else len(session.masks))
     num_samples = max(samples.shape[1] for samples in speech)
     # An actor whose speech has ended is silent.
     padded = [functional.pad(samples, (0, num_samples - samples.shape[1])) for samples in speech]

@@ -276,6 +276,32 @@ def test_the_command_checks_its_files_before_it_loads_models(
         run(monkeypatch, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--device", "cuda:99"], "argument --device: 'cuda:99' cannot be used on this machine, expected cpu"),
+        (["--device", "klingon"], "argument --device: 'klingon' cannot be used"),
+        (["--device", "meta"], "argument --device: 'meta' cannot be used"),
+        (["--threads", "0"], "argument --threads: invalid positive value: '0'"),
+        (["--prompt", "a person"], "has no text encoder"),
+        (["--seed", "-2"], "seed must be"),
+        (["--mask", "a.png", "--mask", "b.png"], "got 1 speech files and 2 masks"),
+    ],
+)
+def test_the_command_checks_its_flags_before_it_reads_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checkpoint: Path, flags: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "missing.wav", "missing.png", "out.mp4", "--checkpoint", checkpoint, *flags)
+    assert said in f"{ended.value.code} {capsys.readouterr().err}"
+
+
+def test_two_speeches_need_masks(files: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "load", None)
+    with pytest.raises(SystemExit, match="got 2 speech files and 0 masks"):
+        run(monkeypatch, *files)
+
+
 def test_frames_of_a_faster_video_are_skipped(tmp_path: Path) -> None:
     shades = np.arange(30, dtype=np.uint8)[:, None, None, None] * 8 * np.ones((1, 32, 32, 3), np.uint8)
     write_mp4(tmp_path / "fast.mp4", [shades], 50, 0, np.zeros((1, RATE_HZ), np.float32), RATE_HZ)
