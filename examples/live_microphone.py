@@ -9,8 +9,10 @@ import os
 import sys
 from collections import Counter
 
-from avatar.client import Frame, Stream, channel_credentials, connect, read_wav
+from avatar.client import AvatarError, Frame, Stream, channel_credentials, connect, read_wav
+from avatar.errors import ConnectionLost
 
+HINT = "is a gateway running there? `python -m services` starts one on this machine"
 PIECE_S = 0.04
 
 
@@ -61,7 +63,10 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    failed = None
     try:
         asyncio.run(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except* (AvatarError, ValueError, OSError) as errors:  # of a task group's, the first one says what went wrong
+        failed = errors.exceptions[0]
+    if failed:
+        sys.exit(f"error: {failed}; {HINT}" if isinstance(failed, ConnectionLost) else f"error: {failed}")

@@ -10,6 +10,9 @@ import sys
 import time
 
 from avatar.client import Avatar, AvatarError, channel_credentials, connect, read_wav
+from avatar.errors import ConnectionLost
+
+HINT = "is a gateway running there? `python -m services` starts one on this machine"
 
 
 async def run_session(avatar: Avatar, number: int, portrait: str, speech: bytes, rate_hz: int) -> None:
@@ -55,7 +58,10 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    failed = None
     try:
         asyncio.run(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except* (AvatarError, ValueError, OSError) as errors:  # of a task group's, the first one says what went wrong
+        failed = errors.exceptions[0]
+    if failed:
+        sys.exit(f"error: {failed}; {HINT}" if isinstance(failed, ConnectionLost) else f"error: {failed}")

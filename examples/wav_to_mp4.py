@@ -10,18 +10,33 @@ import asyncio
 import os
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 
 from avatar.client import AvatarError, channel_credentials, connect, read_wav
+from avatar.errors import ConnectionLost
+
+HINT = "is a gateway running there? `python -m services` starts one on this machine"
+# Every player supports AAC at this rate; the encoder does not support every rate that speech may have.
+AAC_RATE_HZ = 48000
+
+
+def film_path(text: str) -> Path:
+    """Return the path of a film to write, whose folder is made. ValueError unless its name is a film's."""
+    path = Path(text)
+    if path.suffix.lower() not in (".mp4", ".m4v", ".mov") or path.is_dir():
+        raise ValueError(f"{text} is not the name of a film to write, expected one that ends in .mp4, .m4v or .mov")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("speech", help="WAV file")
     parser.add_argument("portrait", help="PNG, JPEG, WebP, HEIC or AVIF file")
-    parser.add_argument("out", help="MP4 file to write")
+    parser.add_argument("out", help="film to write: .mp4, .m4v or .mov; its folder is made")
     parser.add_argument("--target", default="127.0.0.1:7000", help="HOST:PORT of the gateway")
     parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="use TLS; PEM file of a private authority")
     parser.add_argument("--token", default=os.environ.get("AVATAR_TOKEN", ""), help="bearer token; or AVATAR_TOKEN")
@@ -29,6 +44,7 @@ async def main() -> None:
     flags = parser.parse_args()
 
     speech, rate_hz = read_wav(flags.speech)
+    path = film_path(flags.out)
 
     credentials = None if flags.tls is None else channel_credentials(flags.tls)
     async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
@@ -36,10 +52,10 @@ async def main() -> None:
         if session.notice:
             print(f"notice: {session.notice}")
         width, height, frame_rate_hz = session.video.width, session.video.height, session.video.frame_rate_hz
-        with av.open(f"file:{flags.out}", "w") as out:  # the name alone is a protocol's up to a colon
+        with av.open(f"file:{path}", "w") as out:  # the name alone is a protocol's up to a colon
             video = out.add_stream("libx264", rate=frame_rate_hz, options={"crf": "18"})
             video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-            audio = out.add_stream("aac", rate=rate_hz, layout="mono")
+            audio = out.add_stream("aac", rate=AAC_RATE_HZ, layout="mono")
             async with session.stream(audio=speech, rate_hz=rate_hz) as stream:
                 async for frame in stream.frames():
                     pixels = np.frombuffer(frame.data, np.uint8).reshape(height, width, 3)
@@ -53,11 +69,13 @@ async def main() -> None:
             out.mux(audio.encode(samples))
             out.mux(audio.encode(None))
     assert stream.closed
-    print(f"wrote {flags.out}: {stream.closed.num_frames} frames of {width} x {height}")
+    print(f"wrote {path}: {stream.closed.num_frames} frames of {width} x {height}")
 
 
 if __name__ == "__main__":
     try:
         asyncio.run(main())
+    except ConnectionLost as error:
+        sys.exit(f"error: {error}; {HINT}")
     except (AvatarError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")

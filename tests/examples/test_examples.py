@@ -49,7 +49,7 @@ async def run_python(*arguments: str, status: int = 0) -> str:
 
 
 async def test_a_wav_becomes_an_mp4(gateway: str, wav: str, portrait: str, tmp_path: Path) -> None:
-    out = tmp_path / "out.mp4"
+    out = tmp_path / "new" / "out.mp4"
     printed = await run("wav_to_mp4.py", wav, portrait, str(out), "--target", gateway, "--seed", "7")
     assert "45 frames of 64 x 64" in printed
     with av.open(str(out)) as film:
@@ -57,7 +57,7 @@ async def test_a_wav_becomes_an_mp4(gateway: str, wav: str, portrait: str, tmp_p
     with av.open(str(out)) as film:
         num_samples = sum(frame.samples for frame in film.decode(audio=0))
     assert times == pytest.approx([index / 25 for index in range(3, 48)], abs=1e-3)
-    assert num_samples == pytest.approx(1.5 * RATE_HZ, abs=2048)
+    assert num_samples == pytest.approx(1.5 * 48000, abs=2048)
 
 
 async def test_a_microphone_is_interrupted(gateway: str, wav: str, portrait: str) -> None:
@@ -88,3 +88,38 @@ async def test_a_file_that_is_no_wav_is_refused_in_a_line(portrait: str, tmp_pat
     out = str(tmp_path / "out.mp4")
     printed = await run("wav_to_mp4.py", str(mp3), portrait, out, "--target", "127.0.0.1:1", status=1)
     assert printed.startswith(f"error: {mp3} is no WAV file, but MP3")
+
+
+async def test_a_rate_that_aac_lacks_is_resampled(gateway: str, portrait: str, tmp_path: Path) -> None:
+    speech, out = tmp_path / "speech.wav", tmp_path / "out.mp4"
+    with wave.open(str(speech), "w") as file:
+        file.setparams((1, 2, 12345, 0, "NONE", ""))
+        file.writeframes(bytes(2 * 12345))
+    await run("wav_to_mp4.py", str(speech), portrait, str(out), "--target", gateway)
+    with av.open(str(out)) as film:
+        num_samples = sum(frame.samples for frame in film.decode(audio=0))
+    assert num_samples == pytest.approx(48000, abs=2048)
+
+
+@pytest.mark.parametrize("name", ["out", "out.txt", "folder.mp4", "speech.wav/out.mp4"])
+async def test_a_name_that_is_no_films_is_refused_before_the_call(
+    wav: str, portrait: str, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    printed = await run("wav_to_mp4.py", wav, portrait, str(tmp_path / name), "--target", "127.0.0.1:1", status=1)
+    assert re.fullmatch(rf"error: .*{name.split('/')[0]}.*\n", printed)
+    assert "connect" not in printed
+
+
+@pytest.mark.parametrize("name", ["wav_to_mp4.py", "many_sessions.py", "live_microphone.py"])
+async def test_a_missing_gateway_is_reported_in_a_line(wav: str, portrait: str, tmp_path: Path, name: str) -> None:
+    out = [str(tmp_path / "out.mp4")] if name == "wav_to_mp4.py" else []
+    printed = await run(name, wav, portrait, *out, "--target", "127.0.0.1:1", status=1)
+    assert re.fullmatch(r"error: .*; is a gateway running there\? `python -m services` starts one .*\n", printed)
+
+
+@pytest.mark.parametrize("name", ["many_sessions.py", "live_microphone.py"])
+async def test_a_refusal_is_reported_in_a_line(gateway: str, wav: str, tmp_path: Path, name: str) -> None:
+    (tmp_path / "face.txt").write_text("no picture")
+    printed = await run(name, wav, str(tmp_path / "face.txt"), "--target", gateway, status=1)
+    assert re.fullmatch(r"error: picture: .*\n", printed)
