@@ -12,7 +12,7 @@ MINUTES ?= 10
 SEED ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Counts the packages that pip has found, in one line that grows.
-PROGRESS = /^Collecting|^Requirement/ {printf "\r%3d found", ++n; fflush()} /^Installing/ {printf "; installing"; fflush()} \
+PROGRESS = /^Collecting|^Processing|^Requirement/ {printf "\r%3d packages found", ++n; fflush()} /^Installing/ {printf "; installing"; fflush()} \
 	/^ERROR|^  ERROR/ {print} END {print ""}
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -27,8 +27,8 @@ install: $(VENV)/installed
 $(VENV)/installed: requirements.lock pyproject.toml $(PROTOS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing $$(grep -c == requirements.lock) packages into $(VENV): 460 MB to download, 1.9 GB on disk, two to five minutes."
-	-python -m pip install --no-deps --retries 1 --constraint requirements.lock --index-url $(TORCH_INDEX) torch
-	python -m pip install --progress-bar off --requirement requirements.lock | awk '$(PROGRESS)'
+	-@python -m pip install --quiet --no-deps --retries 1 --constraint requirements.lock --index-url $(TORCH_INDEX) torch
+	@python -m pip install --progress-bar off --requirement requirements.lock | awk '$(PROGRESS)'
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 

@@ -202,7 +202,8 @@ class GatewaySettings(Settings):
     text: HOST:PORT of each text worker; empty if there is none, and prompts are refused.
     stall_s: seconds, added to four times a step, after which a worker that owes a live block counts as lost.
     rebuild_s: seconds to open the stream of a lost worker at another one.
-    session_ttl_s, reference_ttl_s: seconds that an unused session or reference is kept.
+    session_ttl_s: seconds that a session is kept without a stream.
+    reference_ttl_s: seconds that a reference is kept after its creation.
     audio_ahead_s: seconds of offline audio accepted ahead of the blocks in the pipeline.
     live_ahead_s: seconds of live audio that may wait; audio beyond it is refused.
     patience_s: seconds that a live block waits for the rest of its speech before it is idle, or filled with silence.
@@ -210,8 +211,11 @@ class GatewaySettings(Settings):
     silent_s: seconds after which an offline stream ends whose client sends no audio and is owed no frames, and 60 times
         as many for a live stream without any message; 0 disables it.
     resume_s: seconds that a session waits to be resumed after its connection broke; 0 disables it.
-    kept_s, kept_bytes: limits on what is kept to be sent again on resume, in seconds of video and in bytes.
-    max_picture_bytes, max_audio_bytes, max_prompt_bytes: largest picture, piece of audio and prompt.
+    kept_s: seconds of video that are kept to be sent again on resume.
+    kept_bytes: bytes of frames and audio that are kept to be sent again on resume.
+    max_picture_bytes: largest picture file.
+    max_audio_bytes: largest piece of audio in one message.
+    max_prompt_bytes: largest prompt, in UTF-8.
     worker_ca: PEM file of the authority that signed the workers' certificates; plain text to workers without it.
     worker_cert, worker_key: PEM files of the certificate that the gateway shows to workers, and of its key.
     tenants: TOML file of the tenants, their tokens and quotas; without it everybody may call, without limits.

@@ -73,7 +73,7 @@ async def main() -> None:
     portrait = flags.portrait.read_bytes()
     print(f"starting Redis, audio, four denoisers, vae and gateway; their output is in {flags.out / 'logs'}")
     async with AsyncExitStack() as stack:
-        with tqdm(bar_format="starting: {n_fmt} processes healthy [{elapsed}]") as healthy:
+        with tqdm(bar_format="healthy processes: {n_fmt} [{elapsed}]") as healthy:
             redis_url = os.environ.get("AVATAR_REDIS_URL")
             launching = launched(
                 flags.checkpoint, flags.out / "logs", redis_url=redis_url, report=lambda _: healthy.update()
