@@ -75,7 +75,7 @@ def test_audio_is_read_from_a_video(tmp_path: Path) -> None:
     [
         ("a.wav", b"RIFF but not really a wav", "not an audio file"),
         ("a.txt", b"hello " * 100, "not an audio file"),
-        ("a.wav", b"", "not an audio file"),
+        ("a.wav", b"", "is empty"),
         ("b.wav", None, "no audio file at"),
     ],
 )

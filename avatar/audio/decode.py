@@ -24,7 +24,7 @@ from av.container import InputContainer
 from numpy.typing import NDArray
 
 from avatar.audio.alignment import MAX_RATE_HZ, MIN_RATE_HZ
-from avatar.audio.file_header import Span, declared_end, is_mp4, joined_files
+from avatar.audio.file_header import FRAMES, MP4, RIFX, Span, begins, declared_end, joined_files
 
 MAX_FILE_RATE_HZ = 768_000
 """No recorder has a higher rate; rates above MAX_RATE_HZ are resampled."""
@@ -48,10 +48,13 @@ DECLARES_DURATION = ("flac", "ogg", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 MIN_MIX_SHARE = 1 / 16
 # Full scale of integer samples, and the value of silence.
 INTEGERS = {"u8": (128, 128), "s16": (1 << 15, 0), "s32": (1 << 31, 0), "s64": (1 << 63, 0)}
-# The first packet of an MP3 file with its length and gain, which players skip.
-XING = re.compile(rb"Xing|Info|VBRI")
+# Packets of MP3 that players skip: the first one, with the file's length and gain, and tags between joined files.
+NO_AUDIO = re.compile(rb"^(?:ID3|TAG|APETAGEX)|Xing|Info|VBRI")
 MAX_XING_BYTES = 64
 MAX_NOTES = 5
+# Offsets in damaged headers may be ones to which no file can seek.
+READ_ERRORS = (av.FFmpegError, OSError, OverflowError)
+CONVERT = "convert it, such as by `ffmpeg -i FILE -ar 16000 -c:a pcm_s16le OUT.wav`"
 
 
 @dataclass
@@ -68,17 +71,23 @@ class DecodedAudio:
 
 
 @contextmanager
-def open_container(file: BinaryIO | Span) -> Iterator[InputContainer]:
-    """Open a media file with FFmpeg, which opens no other file. FFmpegError if no demuxer recognises it."""
+def open_container(file: BinaryIO | Span, kind: str | None = None) -> Iterator[InputContainer]:
+    """Open a media file with FFmpeg, which opens no other file. FFmpegError if no demuxer recognises it.
+
+    kind: FFmpeg's name of a format, instead of the one that it recognises.
+    """
     # Tags need not be UTF-8. Playlists name other files; no protocol is allowed for these.
-    with av.open(file, "r", metadata_errors="replace", options={"protocol_whitelist": "none"}) as container:
+    with av.open(file, "r", kind, metadata_errors="replace", options={"protocol_whitelist": "none"}) as container:
         yield container
 
 
 def decode_audio(file: BinaryIO) -> DecodedAudio:
     """Decode the first audio stream of a file. ValueError, without a subject, if there is nothing in it to decode."""
     reading = _Reading()
-    for span in joined_files(file):
+    spans = joined_files(file)
+    if not spans[0].size:
+        raise ValueError("is empty: it has no bytes")
+    for span in spans:
         reading.read(span)
     return reading.finish()
 
@@ -88,53 +97,85 @@ class _Reading:
     """A file's audio as far as it is decoded.
 
     pieces: (rate, samples (a, s)) in order. seconds: their length. num_numbers: samples in them, of all channels.
-    num_runs: changes of their format. damage: sentences on what is missing. errors: why nothing can be read.
+    num_runs: changes of their format. byte_hz: bytes a second of an MP3 file that is read on behind damage, else 0.
+    damage: sentences on what is missing. errors: why nothing can be read.
     """
 
     pieces: list[tuple[int, NDArray[np.float32]]] = field(default_factory=list)
     seconds: float = 0.0
     num_numbers: int = 0
     num_runs: int = 0
+    byte_hz: float = 0.0
     damage: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     def read(self, span: Span) -> None:
         """Append the audio of a file that may be one of several joined ones."""
         start_s = self.seconds
-        try:
-            with open_container(span) as container:
-                if not container.streams.audio:
-                    self.errors.append("is not an audio file: it has no audio stream")
-                elif container.streams.audio[0].codec_context is None:
-                    self.errors.append("has audio that FFmpeg cannot decode")
-                else:
-                    self._read_stream(container, container.streams.audio[0], span)
-        except av.FFmpegError as error:
-            cut = "; an MP4 file that is cut short has lost its index" if is_mp4(span) else ""
-            self.errors.append(f"is not an audio file, or is damaged: {error.strerror}{cut}")
-            if start_s:
-                self.damage.append(f"is damaged at {start_s:.2f} s: what follows cannot be read")
+        if error := self._error_of(span):
+            self.errors.append(error)
+            if self.seconds > start_s:
+                self.damage.append(f"is damaged at {self.seconds:.2f} s: what follows cannot be read")
+            else:
+                self.damage.append(f"consists of joined files: the one at {start_s:.2f} s {error}")
 
-    def _read_stream(self, container: InputContainer, stream: AudioStream, span: Span) -> None:
+    def _error_of(self, span: Span) -> str | None:
+        """Append a file's audio. Return why it cannot be read, None if it can."""
+        if begins(span, RIFX):
+            return f"is a big-endian WAV file (RIFX), which cannot be read; {CONVERT}"
+        self.byte_hz = 0.0
+        try:
+            for _ in range(MAX_DEMUX_ERRORS):
+                with open_container(span, "mp3" if self.byte_hz else None) as container:
+                    if not container.streams.audio:
+                        return "is not an audio file: it has no audio stream"
+                    if container.streams.audio[0].codec_context is None:
+                        return "has audio that FFmpeg cannot decode"
+                    damage_end = self._read_stream(container, container.streams.audio[0], span)
+                if damage_end is None:
+                    return None
+                span = span.part(damage_end, span.size)
+        except READ_ERRORS as error:
+            cut = "; an MP4 file that is cut short has lost its index" if begins(span, MP4) else ""
+            reason = error.strerror if isinstance(error, OSError | av.FFmpegError) else error
+            return f"is not an audio file, or is damaged: {reason}{cut}"
+        return f"is damaged in more than {MAX_DEMUX_ERRORS} places"
+
+    def _read_stream(self, container: InputContainer, stream: AudioStream, span: Span) -> int | None:
+        """Append a stream's audio. Return the offset of damage in an MP3 file behind which it is opened again, or None.
+
+        FFmpeg's parser leaves frames that follow damage in its packet, at the end of a file all of them.
+        """
         if stream.codec_context.name == "flac":
             # Frames whose checksum is wrong would be decoded to noise.
             stream.codec_context.options = {"err_detect": "crccheck+explode"}
         start_s, failed_s, pending_s = self.seconds, 0.0, 0.0
         end_s: float | None = None  # of the last frame, by the file's times
-        failures: list[float] = []
+        failures = [self.seconds] if self.byte_hz else []
         holes: list[float] = []
+        damage_end: int | None = None
+        sound: Any = None  # the last packet that was decoded
         for packet in _packets(container, stream):
+            if self.byte_hz and packet:
+                failed_s = (packet.pos or 0) / self.byte_hz
+                pending_s, self.byte_hz = min(failed_s, MAX_PACKET_S), 0.0
             try:
                 frames = packet.decode() if packet else []
             except av.FFmpegError:
                 frames = []
-                if XING.search(bytes(packet)[:MAX_XING_BYTES]):
+                start = bytes(packet)[:MAX_XING_BYTES]
+                if NO_AUDIO.search(start):
                     continue
-                length_s = min(float((packet.duration or 0) * (packet.time_base or 0)), MAX_PACKET_S)
+                if sound and packet.pos is not None and container.format.name == "mp3" and not FRAMES.match(start):
+                    self.byte_hz = sound.size / _seconds(sound)
+                    damage_end = int(packet.pos) + 1
+                    break
+                length_s = min(_seconds(packet), MAX_PACKET_S)
                 failed_s, pending_s, end_s = failed_s + length_s, pending_s + length_s, None
                 failures.append(self.seconds)
             if packet is None:
                 failures.append(self.seconds)
+            sound = packet if frames and _seconds(packet) else sound
             for frame in frames:
                 time_s = end_s if frame.time is None else frame.time
                 if end_s is not None and time_s is not None and time_s - end_s > HOLE_S:
@@ -144,12 +185,20 @@ class _Reading:
                     pending_s = 0.0
                 else:
                     failures.append(self.seconds)
+            if len(frames) > 1 and container.format.name == "flac":
+                # FFmpeg's parser leaves a damaged frame in one packet with sound ones; the decoder stops at it.
+                holes.append(self.seconds)
         if container.format.name == "ogg" and (declared_end(span) or 0) > span.size:
             failures.append(self.seconds)  # FFmpeg drops an incomplete page
+        if damage_end is not None:
+            if failures:
+                self._report(failures, failed_s)
+            return damage_end
         missing_s = max(failed_s, _missing_s(container, stream, span, self.seconds - start_s - (failed_s - pending_s)))
         places = sorted({*failures, *holes})
         if failures or missing_s > (HOLE_S if places else CUT_S):
             self._report(places or [self.seconds], missing_s)
+        return None
 
     def _append(self, frame: AudioFrame, silence_s: float) -> bool:
         """Append a frame, after silence in the place of what failed. False if its format is not possible."""
@@ -209,8 +258,12 @@ def _packets(container: InputContainer, stream: AudioStream) -> Iterator[Any]:
             return
         except av.EOFError:
             return
-        except av.FFmpegError:
+        except READ_ERRORS:
             yield None
+
+
+def _seconds(packet: Any) -> float:
+    return float((packet.duration or 0) * (packet.time_base or 0))
 
 
 def _missing_s(container: InputContainer, stream: AudioStream, span: Span, decoded_s: float) -> float:
@@ -229,7 +282,10 @@ def _missing_s(container: InputContainer, stream: AudioStream, span: Span, decod
 def to_float(frame: AudioFrame) -> NDArray[np.float32]:
     """Return a frame's samples (a, s), integers scaled by their full range; numbers that are not finite are 0."""
     name, num_channels = frame.format.name.removesuffix("p"), frame.layout.nb_channels
-    values: NDArray[Any] = frame.to_ndarray()
+    if frame.format.name == "s64":  # PyAV converts all but these
+        values: NDArray[Any] = np.frombuffer(bytes(frame.planes[0]), np.int64)[: frame.samples * num_channels]
+    else:
+        values = frame.to_ndarray()
     if not frame.format.is_planar:
         values = values.reshape(-1, num_channels).T
     if name in INTEGERS:

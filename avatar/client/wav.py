@@ -23,7 +23,9 @@ MIN_RATE_HZ, MAX_RATE_HZ = 8000, 48000  # of a stream
 MAX_FILE_RATE_HZ = 768_000
 # Tags, such as ID3, may lie in front of the file's own header.
 MAX_TAG_BYTES = 16 << 20
-HEADER = re.compile(rb"(?:RIFF|RF64|BW64)(....)WAVE", re.DOTALL)
+HEADER = re.compile(rb"(?:RIFF|RF64|BW64)....WAVE", re.DOTALL)
+# The header of a chunk that may follow an empty `data` chunk.
+CHUNK = re.compile(rb"LIST|id3 |ID3 |fact|cue |bext|iXML|smpl|PEAK|fmt ")
 # Stereo whose channels cancel each other has lost its speech when the mix is this much weaker than a channel.
 MAX_MIX_LOSS_DB = 12.0
 ENERGY_SAMPLES = 500_000
@@ -57,10 +59,19 @@ OTHERS = {
     b"ID3": f"MP3; {CONVERT}",
     b"\xff\xfb": f"MP3; {CONVERT}",
     b"\xff\xf3": f"MP3; {CONVERT}",
+    b"\xff\xf1": f"AAC; {CONVERT}",
+    b"\xff\xf9": f"AAC; {CONVERT}",
+    b"#!AMR": f"AMR; {CONVERT}",
+    b".snd": f"AU; {CONVERT}",
     b"\x1aE\xdf\xa3": f"WebM or Matroska; {CONVERT}",
+    b"\x89PNG": "a PNG picture; pass a file of speech",
+    b"\xff\xd8": "a JPEG picture; pass a file of speech",
     b"<": "HTML or XML; download the file itself",
     b"version https://git-lfs": "a git-lfs pointer; fetch the file by `git lfs pull`",
 }
+
+
+UNKNOWN = f"an unknown format; if it has audio, {CONVERT}"
 
 
 @dataclass(frozen=True)
@@ -92,9 +103,12 @@ def read_wav(source: bytes | str | PathLike[str]) -> tuple[bytes, int]:
 
 def _read(data: bytes) -> tuple[bytes, int]:
     """Return the audio. Raises ValueError with a reason that continues the file's name."""
+    if not data:
+        raise ValueError("is empty: it has no bytes")
     header = HEADER.search(data, 0, MAX_TAG_BYTES)
     if header is None:
-        kind = next((kind for start, kind in OTHERS.items() if data.startswith(start)), "an unknown format")
+        kind = next((kind for start, kind in OTHERS.items() if data.startswith(start)), UNKNOWN)
+        kind = f"MP4 or M4A; {CONVERT}" if data[4:8] == b"ftyp" else kind
         raise ValueError(f"is no WAV file, but {kind}")
     wav_format, sound = _chunks(data, header)
     channels = _channels(wav_format, sound)
@@ -108,7 +122,6 @@ def _read(data: bytes) -> tuple[bytes, int]:
 
 def _chunks(data: bytes, header: re.Match[bytes]) -> tuple[WavFormat, bytes]:
     """Return the format, and the bytes of the `data` chunk."""
-    (riff_bytes,) = struct.unpack("<I", header[1])
     position, data_bytes = header.end(), 0
     wav_format: WavFormat | None = None
     sound: bytes | None = None
@@ -122,7 +135,7 @@ def _chunks(data: bytes, header: re.Match[bytes]) -> tuple[WavFormat, bytes]:
             wav_format = _format(data[position : position + size])
         elif kind == b"data":
             # A program that streams a file does not know its size when it writes the header.
-            is_streamed = size == 0 and riff_bytes + header.start() + 8 not in (len(data), len(data) - 1)
+            is_streamed = size == 0 and CHUNK.match(data, position) is None
             if size == 0xFFFFFFFF and 0 < data_bytes <= left:
                 size = data_bytes
             elif is_streamed or size > left:

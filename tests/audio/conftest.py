@@ -9,6 +9,7 @@ from torch import Tensor
 
 from avatar.audio.model import ENCODERS, AudioModel
 from avatar.types import Session
+from tests.audio.recordings import KINDS, encode, voice
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
@@ -30,3 +31,9 @@ def session() -> Session:
 def model(request: pytest.FixtureRequest) -> AudioModel:
     torch.manual_seed(0)
     return AudioModel(ENCODERS[request.param].tiny())
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, bytes]:
+    """A second of voice as every kind of file."""
+    return {kind: encode(voice(1.0), kind) for kind in KINDS}

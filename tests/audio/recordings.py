@@ -19,6 +19,10 @@ KINDS: dict[str, tuple[str, str, int]] = {
     "webm": ("webm", "libopus", 48000),
     "aac": ("adts", "aac", RATE_HZ),
     "m4a": ("mp4", "aac", RATE_HZ),
+    "caf": ("caf", "pcm_s16le", RATE_HZ),
+    "w64": ("w64", "pcm_s16le", RATE_HZ),
+    "au": ("au", "pcm_s16be", RATE_HZ),
+    "tta": ("tta", "tta", RATE_HZ),
 }
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
 

@@ -1,10 +1,12 @@
-"""Tests of avatar.audio.decode and avatar.audio.file_header: files as people have them."""
+"""Tests of avatar.audio.decode: files as people have them."""
 
 import io
+import re
 import resource
 import time
 import wave
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -16,6 +18,9 @@ from numpy.typing import NDArray
 from avatar.audio import decode
 from avatar.audio.decode import DecodedAudio, decode_audio
 from tests.audio.recordings import KINDS, RATE_HZ, encode, voice
+
+ID3 = b"ID3\x04\x00\x00\x00\x00\x08\x00" + bytes(1024)
+APE = b"APETAGEX" + (2000).to_bytes(4, "little") + (100).to_bytes(4, "little") + bytes(16) + bytes(100)
 
 
 def decoded(data: bytes) -> DecodedAudio:
@@ -43,12 +48,6 @@ def to_pcm(samples: NDArray[np.float32]) -> NDArray[np.int16]:
 
 def rms(samples: NDArray[np.float32]) -> float:
     return float(np.sqrt(np.square(samples).mean()))
-
-
-@pytest.fixture(scope="module")
-def files() -> dict[str, bytes]:
-    """A second of voice as every kind of file."""
-    return {kind: encode(voice(1.0), kind) for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,6 +121,37 @@ def test_a_damaged_frame_costs_no_more_than_itself(files: dict[str, bytes], kind
     assert rms(audio.samples[:, -audio.rate_hz // 4 :]) > 0.1
 
 
+def test_damage_in_a_flac_file_is_named_where_it_is(files: dict[str, bytes]) -> None:
+    """Also where it hits the header of the next frame, so that FFmpeg's parser leaves several frames together."""
+    data = bytearray(files["flac"])
+    first = data.index(b"\xff\xf8")
+    fourth = [each.start() for each in re.finditer(re.escape(bytes(data[first : first + 4])), data)][3]
+    data[fourth - 50 : fourth + 10] = bytes(range(60))
+    [note] = decoded(bytes(data)).notes
+    assert note.startswith("is damaged at 0.14 s: at least 0.14 s")  # frames have 0.072 s
+
+
+@pytest.mark.parametrize("filling", [b"\x00", b"\xff", b"hello"])
+@pytest.mark.parametrize("length", [200, 1000])
+def test_an_mp3_is_read_on_behind_damage(files: dict[str, bytes], filling: bytes, length: int) -> None:
+    """Also close to its end, where too few frames follow for FFmpeg's parser."""
+    data = bytearray(files["mp3"])
+    at = len(data) // 2
+    data[at : at + length] = (filling * length)[:length]
+    audio = decoded(bytes(data))
+    [note] = audio.notes
+    assert note.startswith("is damaged at 0.")
+    assert seconds(audio) == pytest.approx(1.0, abs=0.15)
+    assert rms(audio.samples[:, -RATE_HZ // 8 :]) > 0.1
+
+
+def test_damage_does_not_hide_what_is_joined_behind_it(files: dict[str, bytes]) -> None:
+    broken = files["mp3"][:2000] + bytes(1000)
+    audio = decoded(broken + files["flac"])
+    assert audio.notes[0].startswith("is damaged at 0.")
+    np.testing.assert_array_equal(audio.samples[:, -RATE_HZ:], decoded(files["flac"]).samples)
+
+
 def test_a_hole_is_silent_so_that_what_follows_keeps_its_time(files: dict[str, bytes]) -> None:
     data = bytearray(files["aac"])
     data[len(data) // 2 : len(data) // 2 + 40] = bytes(range(40))
@@ -130,16 +160,30 @@ def test_a_hole_is_silent_so_that_what_follows_keeps_its_time(files: dict[str, b
     np.testing.assert_allclose(whole[:, -4000:], damaged[:, -4000:], atol=1e-3)
 
 
-ID3 = b"ID3\x04\x00\x00\x00\x00\x08\x00" + bytes(1024)
-APE = b"APETAGEX" + (2000).to_bytes(4, "little") + (100).to_bytes(4, "little") + bytes(16) + bytes(100)
-
-
 @pytest.mark.parametrize("tags", [ID3, ID3 * 2, APE, ID3 + APE], ids=["ID3", "two", "APE", "both"])
 @pytest.mark.parametrize("kind", ["wav", "mp3", "flac"])
 def test_tags_in_front_of_a_file_are_skipped(files: dict[str, bytes], kind: str, tags: bytes) -> None:
     audio = decoded(tags + files[kind])
     assert audio.notes == []
     np.testing.assert_array_equal(audio.samples, decoded(files[kind]).samples)
+
+
+def test_64_bit_integers_are_read() -> None:
+    audio = decoded(encode(voice(0.2), "wav", codec="pcm_s64le"))
+    np.testing.assert_allclose(audio.samples, voice(0.2), atol=1e-6)
+
+
+def test_a_big_endian_wave_file_is_refused_and_not_read_as_noise(files: dict[str, bytes]) -> None:
+    with pytest.raises(ValueError, match=r"is a big-endian WAV file \(RIFX\), which cannot be read; convert it"):
+        decoded(b"RIFX" + files["wav"][4:])
+
+
+def test_a_header_may_lead_to_an_offset_to_which_no_file_can_seek(files: dict[str, bytes], tmp_path: Path) -> None:
+    """Chunks of CAF files have sizes of 64 bits. BytesIO seeks to any offset, a file does not."""
+    path = tmp_path / "speech.caf"
+    path.write_bytes(files["caf"] + b"junk" + (2**63 - 33_000).to_bytes(8, "big"))
+    with path.open("rb") as file:
+        assert seconds(decode_audio(file)) == 1.0
 
 
 def test_text_in_a_tag_need_not_be_utf_8(files: dict[str, bytes]) -> None:

@@ -91,6 +91,7 @@ def test_pcm16_comes_back_as_it_is() -> None:
         riff(fmt(), chunk(b"data", pcm16(tone()), 0xFFFFFFFF), size=0xFFFFFFFF),
         riff(fmt(), chunk(b"data", pcm16(tone()), 0), size=0),
         riff(fmt(), chunk(b"data", pcm16(tone()), 0), size=36),
+        riff(fmt(), chunk(b"data", pcm16(tone()), 0)),
         riff(fmt(), chunk(b"data", pcm16(tone()), 0x7FFFF000), size=0x7FFFF024),
         riff(LIST + b"\0", fmt(), LIST + b"\0", chunk(b"data", pcm16(tone())), LIST),
         riff(fmt(), LIST, chunk(b"data", pcm16(tone()))),
@@ -154,7 +155,13 @@ def test_a_path_is_read_and_named_in_a_refusal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "is no WAV file"),
+        (b"", "is empty: it has no bytes"),
+        (b"\x00" * 100, "an unknown format; if it has audio, convert it"),
+        (b"\x00\x00\x00\x20ftypM4A ", "but MP4 or M4A; convert it"),
+        (b"\xff\xf1\x50", "but AAC; convert it"),
+        (b"#!AMR\n", "but AMR; convert it"),
+        (b".snd", "but AU; convert it"),
+        (b"\x89PNG\r\n", "but a PNG picture; pass a file of speech"),
         (b"OggS", "but Ogg"),
         (b"ID3\x03" + bytes(100), "but MP3"),
         (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
