@@ -94,6 +94,11 @@ def with_checksums(data: bytes) -> bytes:
     return out + data[at:]
 
 
+def peak_kib() -> int:
+    """Return the largest memory that a process started from here ever had, in KiB."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
 @pytest.mark.slow
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(sorted(FILES)), st.lists(MUTATIONS, min_size=1, max_size=6), st.booleans())
@@ -105,14 +110,15 @@ def test_a_mutated_picture_is_decoded_or_refused_within_the_limits(
         data = mutated(data, mutation)
     if is_repaired and "png" in name:
         data = with_checksums(data)
-    before, started_s = processor_s(), time.monotonic()
+    before, before_kib, started_s = processor_s(), peak_kib(), time.monotonic()
     try:
         assert read_picture(data, RULE).rgb.shape == (48, 64, 3)
     except ValueError as error:
         assert DOCUMENTED.match(str(error)), error  # noqa: PT017  # any other error of the process fails the test
     assert time.monotonic() - started_s < LONGEST_S + INTERVAL_S
     assert processor_s() - before < CPU_S + INTERVAL_S
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10 < MEMORY_BYTES + LIBRARY_BYTES
+    # The peak is that of all children so far: one that another test started may have been larger.
+    assert peak_kib() == before_kib or peak_kib() << 10 < MEMORY_BYTES + LIBRARY_BYTES
 
 
 def processor_s() -> float:
