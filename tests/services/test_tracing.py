@@ -141,7 +141,7 @@ def counts(reader: InMemoryMetricReader, name: str, *labels: str) -> Counter[str
             for point in metric.data.data_points:
                 assert isinstance(point, HistogramDataPoint | NumberDataPoint)
                 count = point.count if isinstance(point, HistogramDataPoint) else point.value
-                found[" ".join(str((point.attributes or {})[label]) for label in labels)] += int(count)
+                found[" ".join(str((point.attributes or {}).get(label, "")) for label in labels)] += int(count)
     return found
 
 
