@@ -30,7 +30,7 @@ MP3 = re.compile(
 )
 # MP3 and AAC files of which no header tells.
 FRAMES = re.compile(rb"\xff[\xe2-\xff][\x00-\xef]")
-# What to search for, and how far after the file's beginning it is: scanning gigabytes for a pattern is slow.
+# Bytes to search for, and their offset from the file's beginning: scanning gigabytes for a pattern is slow.
 MARKS = {
     WAVE: (b"WAVE", 8),
     RIFX: (b"RIFX", 0),
@@ -51,7 +51,7 @@ XING_OFFSETS = (13, 21, 36)
 INNER = {MP4: (MP3,), WEBM: (MP3, FLAC)}
 WAVE_FIRST_BYTES, OGG_FIRST_BYTES = 4096, 300
 MAX_JOINED = 1000
-# How far behind tags a WAV file is searched for, and how much is searched at a time.
+# Bytes behind tags in which a WAV file is searched for, and bytes searched at a time.
 SEARCHED_BYTES, READ_BYTES = 1 << 16, 1 << 20
 HEADER_BYTES = 64
 # Programs that stream WAV do not know its length, and write 0 or a number near one of these.

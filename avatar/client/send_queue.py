@@ -10,7 +10,7 @@ from avatar.v1 import avatar_service_pb2 as pb
 
 # HTTP/2's flow-control windows bound what is in flight, so a connection that breaks loses no more than this.
 MAX_KEPT_BYTES = 8 << 20
-# What a request without audio takes up.
+# Size of a request without audio.
 REQUEST_BYTES = 128
 
 

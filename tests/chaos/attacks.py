@@ -25,7 +25,7 @@ FLOODS = [[EMPTY], [INTERRUPT], [END_TURN], [SAMPLE], [SAMPLE, END_TURN], [SAMPL
 # Of a picture that is invalid, and of one that comes while others are prepared.
 REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
 FLOOD_MESSAGES, NUM_SILENT = 2000, 4
-# What a connection of `send_halves` sends before it falls silent: nothing, HTTP/1, HTTP/2's preface, a frame's header.
+# Bytes that `send_halves` sends before it falls silent: nothing, HTTP/1, HTTP/2's preface, a frame's header.
 HALVES = (
     b"",
     b"POST / HTTP/1.1\r\nHost: ",

@@ -13,7 +13,7 @@ from training.synthetic.hair import HAT_TILT, Skull, skull_of, unit
 from training.synthetic.head import Floats, Head, Ints, Part
 from training.synthetic.styles import Glasses, Hat, Scarf
 
-# What the solid program draws: opaque matter, knitted or woven cloth, a lens.
+# Materials that the solid program draws: opaque matter, knitted or woven cloth, a lens.
 MATTER, CLOTH, LENS = 0.0, 1.0, 2.0
 TUBE_SIDES = 6
 # Depth of the ears' front edges, behind which the arms of glasses lie flat on the skull.

@@ -22,7 +22,7 @@ DOWN = np.array((0.0, -1.0, 0.0))
 FACE_WIDTH = 0.84
 # Hair on the forehead ends this far above the eyes.
 FRINGE_ABOVE = 0.24
-# How much lower a hat's edge is at the sides than in front, by the skull's height.
+# Drop of a hat's edge from the front to the sides, as a share of the skull's height.
 HAT_TILT = 0.22
 
 
