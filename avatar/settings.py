@@ -54,6 +54,7 @@ Count = Annotated[int, Field(ge=1)]
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 # gRPC allows `dns:///` in front.
 Address = Annotated[str, _match(r"\S+:\d{1,5}", "HOST:PORT")]
+OptionalAddress = Annotated[str, _match(r"(\S+:\d{1,5})?", "HOST:PORT")]
 Addresses = Annotated[tuple[Address, ...], BeforeValidator(_split)]
 SomeAddresses = Annotated[Addresses, _accept(len, "at least one HOST:PORT")]
 LogLevel = Annotated[
@@ -65,6 +66,9 @@ class Settings(BaseSettings):
     """Settings of all services.
 
     listen: HOST:PORT to serve at; port 0 takes a free one.
+    advertise: HOST:PORT at which the other services reach this process; by default the host of `listen`, or the address
+        of this machine on the route to Redis if that is a wildcard, and the port that it serves at.
+    cell: name of the cell that this process belongs to; a gateway uses the workers of its own cell.
     redis_url: the Redis server that keeps sessions.
     log_level: DEBUG, INFO, WARNING or ERROR.
     drain_s: seconds for open streams to end when the process is asked to stop.
@@ -77,6 +81,10 @@ class Settings(BaseSettings):
     )
 
     listen: Address
+    advertise: OptionalAddress = ""
+    cell: Annotated[
+        str, _match(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", "lower-case letters, digits and -, 63 at most")
+    ] = "main"
     redis_url: Annotated[str, _match(r"(redis|rediss|unix)://.*", "redis://HOST:PORT, rediss:// or unix://")] = (
         "redis://127.0.0.1:6379"
     )
@@ -156,7 +164,7 @@ class DenoiserSettings(WorkerSettings):
     attention: str = "auto"
     compile: bool = False
     float8: bool = False
-    chain: Annotated[str, _match(r"(\S+:\d{1,5})?", "HOST:PORT")] = ""
+    chain: OptionalAddress = ""
 
     def served_levels(self, num_levels: int) -> list[int]:
         """Return the levels as numbers. ValueError if the checkpoint has no such level."""

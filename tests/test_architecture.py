@@ -81,20 +81,22 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.render": ("avatar.audio", "avatar.checkpoints", "avatar.denoiser", "avatar.types", "avatar.vae"),
     "avatar.__main__": ("avatar.checkpoints", "avatar.media", "avatar.render", "avatar.text", "avatar.vae"),
     # Processes. Nobody imports them.
+    "services.address": ("avatar.settings",),
     "services.process": ("avatar.errors",),
     "services.worker": (
         *("avatar.checkpoints", "avatar.rpc", "avatar.runtime", "avatar.settings", "avatar.store", "avatar.telemetry"),
+        "services.address",
     ),
     "services.audio": (*_WORKER, "avatar.audio"),
     "services.denoiser": (*_WORKER, "avatar.denoiser", "avatar.handoff.chain"),
     "services.text": (*_WORKER, "avatar.text"),
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.gateway": (
-        *("avatar.aio", "avatar.errors", "avatar.failover", "avatar.handoff.client", "avatar.rpc"),
-        *("avatar.settings", "avatar.store", "avatar.telemetry", "avatar.v1", "avatar.worker", "services.process"),
+        *("avatar.aio", "avatar.errors", "avatar.failover", "avatar.handoff.client", "avatar.rpc", "avatar.settings"),
+        *("avatar.store", "avatar.telemetry", "avatar.v1", "avatar.worker", "services.address", "services.process"),
     ),
     "services.local": (
-        *("avatar", "services.audio", "services.denoiser", "services.gateway", "services.process"),
+        *("avatar", "services.address", "services.audio", "services.denoiser", "services.gateway", "services.process"),
         *("services.text", "services.vae", "services.worker"),
     ),
     "services.__main__": ("services.local", "services.process"),

@@ -75,6 +75,8 @@ def test_unrelated_variables_are_ignored() -> None:
         (Settings, "AVATAR_LOG_LEVEL", "LOUD", "DEBUG, INFO, WARNING or ERROR"),
         (Settings, "AVATAR_REDIS_URL", "127.0.0.1:6379", "redis://HOST:PORT"),
         (Settings, "AVATAR_LISTEN", "everywhere", "HOST:PORT"),
+        (Settings, "AVATAR_ADVERTISE", "here", "HOST:PORT"),
+        (Settings, "AVATAR_CELL", "one:1", "lower-case letters, digits and -"),
         (DenoiserSettings, "AVATAR_CHAIN", "one", "HOST:PORT"),
         (GatewaySettings, "AVATAR_AUDIO", "worker", "HOST:PORT"),
         (GatewaySettings, "AVATAR_DENOISERS", "one:1,,two:2", "HOST:PORT"),
