@@ -310,7 +310,7 @@ from services.vae.__main__ import build as build_vae
 store, checkpoint = SessionStore(RedisHashes("redis://127.0.0.1")), Path({checkpoint!r})
 with DeviceQueue() as queue:
     build_denoiser(DenoiserSettings(checkpoint=checkpoint), store, queue)
-    build_vae(VaeSettings(checkpoint=checkpoint), store, queue)
+    build_vae(VaeSettings(checkpoint=checkpoint), queue)
 """
 
 

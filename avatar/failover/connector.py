@@ -5,7 +5,7 @@ them from the first block of the replay, and hands the answer to the replay, whi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from avatar.errors import StageLost
@@ -25,7 +25,7 @@ class OpenStream(Protocol[Item_contra, Answer_co]):
     @property
     def closed(self) -> types_pb2.Closed: ...
 
-    async def open(self, message: Any) -> Any: ...
+    async def open(self, message: Any, session: Sequence[bytes], /) -> Any: ...
 
     def __call__(self, items: AsyncGenerator[Item_contra, None], /) -> AsyncGenerator[Answer_co, None]: ...
 
@@ -38,12 +38,21 @@ class StageConnector(ABC, Generic[Item, Answer]):
     stage: name that errors carry. replay: the items that rebuild the stream.
     """
 
-    def __init__(self, stage: str, pool: WorkerPool[Any], replay: Replay[Item, Answer], message: Any) -> None:
-        """message: the stream's `open` message, in which the replay sets the start."""
+    def __init__(
+        self,
+        stage: str,
+        pool: WorkerPool[Any],
+        replay: Replay[Item, Answer],
+        message: Any,
+        session: Sequence[bytes] = (),
+    ) -> None:
+        """message: the stream's `open` message, in which the replay sets the start. session: its field of that name,
+        from `serialize_session`, so that a stream is opened again without the session store.
+        """
         self.stage = stage
         self.replay = replay
         self._pool = pool
-        self._message = message
+        self._message, self._session = message, session
         self._digest: str | None = None
 
     async def connect(self) -> tuple[Worker[Any], OpenStream[Item, Answer], Any]:
@@ -71,7 +80,7 @@ class StageConnector(ABC, Generic[Item, Answer]):
         digest = worker.info.digest
         stream = self.stream_at(worker)
         self.replay.set_start(self._message)
-        opened = await stream.open(self._message)
+        opened = await stream.open(self._message, self._session)
         self._digest = digest
         return stream, opened
 
@@ -90,10 +99,15 @@ class LevelConnector(StageConnector[Relayable, types_pb2.Block]):
     """Connector of one denoising level, that of the message."""
 
     def __init__(
-        self, pool: WorkerPool[Any], message: denoiser_pb2.OpenDenoise, digest: str, next_block: int = 0
+        self,
+        pool: WorkerPool[Any],
+        message: denoiser_pb2.OpenDenoise,
+        session: Sequence[bytes],
+        digest: str,
+        next_block: int = 0,
     ) -> None:
         """digest: of the network that all levels of the session share."""
-        super().__init__(f"denoiser-{message.level}", pool, BlockReplay(next_block), message)
+        super().__init__(f"denoiser-{message.level}", pool, BlockReplay(next_block), message, session)
         self._level, self._network = message.level, digest
 
     def serves(self, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
@@ -113,11 +127,12 @@ class ChainConnector(StageConnector[Relayable, types_pb2.Block]):
         self,
         pool: WorkerPool[Any],
         message: denoiser_pb2.OpenDenoise,
+        session: Sequence[bytes],
         digest: str,
         num_levels: int,
         next_block: int = 0,
     ) -> None:
-        super().__init__("denoiser", pool, BlockReplay(next_block), message)
+        super().__init__("denoiser", pool, BlockReplay(next_block), message, session)
         self._network, self._num_levels = digest, num_levels
 
     def serves(self, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
@@ -136,8 +151,10 @@ class ChainConnector(StageConnector[Relayable, types_pb2.Block]):
 class VaeConnector(StageConnector[Relayable, types_pb2.Frame]):
     """Connector of the decoder, whose answers to a block are its frames."""
 
-    def __init__(self, pool: WorkerPool[Any], message: vae_pb2.OpenDecode, next_block: int = 0) -> None:
-        super().__init__("vae", pool, BlockReplay(next_block), message)
+    def __init__(
+        self, pool: WorkerPool[Any], message: vae_pb2.OpenDecode, session: Sequence[bytes], next_block: int = 0
+    ) -> None:
+        super().__init__("vae", pool, BlockReplay(next_block), message, session)
 
     def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, types_pb2.Frame]:
         return remote_vae(worker.channel)

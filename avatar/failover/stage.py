@@ -18,7 +18,7 @@ from typing import Any, Generic
 
 from avatar import telemetry
 from avatar.aio import background
-from avatar.errors import AvatarError, NoCapacity, SessionNotFound, StageFailed, StageLost, StoreUnavailable
+from avatar.errors import AvatarError, NoCapacity, StageFailed, StageLost
 from avatar.failover.connector import OpenStream, StageConnector
 from avatar.failover.pool import Worker
 from avatar.rpc.client import Answer, Item
@@ -182,8 +182,7 @@ class FailoverStage(Generic[Item, Answer]):
             try:
                 await self.open()
                 break
-            # SessionNotFound: the store was emptied. The session's owner writes it again, or ends the session.
-            except (StageLost, StageFailed, NoCapacity, StoreUnavailable, SessionNotFound) as error:
+            except (StageLost, StageFailed, NoCapacity) as error:
                 if time.monotonic() - started > self._timeouts.rebuild_s:
                     raise lost from error
             await asyncio.sleep(pause_s)

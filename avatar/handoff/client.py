@@ -32,10 +32,10 @@ class RemoteChain:
         busy_s = sum(each.closed.busy_s for each in self._levels)
         return Closed(num_blocks=self._levels[-1].closed.num_blocks, busy_s=busy_s)
 
-    async def open(self, message: pb.OpenDenoise) -> pb.DenoiseOpened:
+    async def open(self, message: pb.OpenDenoise, session: Sequence[bytes] = ()) -> pb.DenoiseOpened:
         """Open the streams at once; return the last level's `opened`. Raises a worker's error, or StageLost.
 
-        message: the same for all levels, without `level` and `handoff`.
+        message: the same for all levels, without `level` and `handoff`. session: as of `RemoteStage.open`.
         """
         handoff = secrets.randbelow(2**63 - 1) + 1
         try:
@@ -43,7 +43,7 @@ class RemoteChain:
                 for level, stage in enumerate(self._levels):
                     level_message = pb.OpenDenoise(level=level, handoff=handoff)
                     level_message.MergeFrom(message)
-                    opening = tasks.create_task(stage.open(level_message))
+                    opening = tasks.create_task(stage.open(level_message, session))
         except BaseException as error:
             self.cancel()
             raise _first(error) from None

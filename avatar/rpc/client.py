@@ -1,7 +1,7 @@
 """A stage in another process: the client of one worker's stream. Relays messages and never opens a tensor."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -21,7 +21,7 @@ Relayable: TypeAlias = types_pb2.Block | RelayedBlock
 Item = TypeVar("Item", bound=Message | RelayedBlock)
 Answer = TypeVar("Answer", bound=Message)
 
-# Opening a stream does not wait for the worker's device, but it reads the session store.
+# Opening a stream does not wait for the worker's device, but it sends the session's motion latents.
 OPEN_S = 5.0
 # A worker ends a call right after its last message.
 END_S = 0.5
@@ -52,15 +52,18 @@ class RemoteStage(Generic[Item, Answer]):
         open_call: Any = connection.stream_stream(path, None, response.FromString)
         self._call = open_call()
         self._status = CallStatus(self._call)
-        self._item = method.input_type.fields_by_name[item].number
+        self._open, self._item = (method.input_type.fields_by_name[name].number for name in ("open", item))
         self._answer = answer
 
-    async def open(self, message: Message) -> Any:
-        """Open the stream; return the worker's `opened`. Raises the worker's error, or StageLost."""
+    async def open(self, message: Message, session: Sequence[bytes] = ()) -> Any:
+        """Open the stream; return the worker's `opened`. Raises the worker's error, or StageLost.
+
+        session: that field of the message, from `serialize_session`, if the message is without it.
+        """
         is_open = False
         try:
             async with asyncio.timeout(OPEN_S):
-                await self._write(self._request(open=message).SerializeToString())
+                await self._write(b"".join(serialize_field(self._open, message, session)))
                 opened = (await self._read()).opened
             is_open = True
             return opened

@@ -11,6 +11,8 @@ from avatar.types import AudioPiece, Block, Conditions, Session
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.audio_pb2 import AudioPiece as AudioPieceMessage
 from avatar.worker.v1.audio_pb2 import OpenEncode
+from avatar.worker.v1.denoiser_pb2 import OpenDenoise
+from avatar.worker.v1.vae_pb2 import OpenDecode
 
 assert sys.byteorder == "little", "tensors are sent as their bytes in memory, and the wire is little-endian"
 
@@ -37,6 +39,13 @@ def tensor_from_pb(message: pb.Tensor) -> Tensor:
     if not expected:
         return torch.empty(tuple(message.shape), dtype=dtype)
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(tuple(message.shape))
+
+
+def session_from_open(message: OpenDenoise | OpenDecode) -> Session:
+    """Return the session that an `open` message carries. ValueError if it carries none."""
+    if not message.HasField("session"):
+        raise ValueError("the message carries no session; a gateway of an older version does not send it")
+    return session_from_pb(message.session)
 
 
 def session_from_pb(message: pb.Session) -> Session:

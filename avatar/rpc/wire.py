@@ -1,4 +1,4 @@
-"""Blocks that are relayed without being opened, and requests that are assembled from serialized parts.
+"""Blocks and motion latents that are relayed without being opened, in requests assembled from serialized parts.
 
 Python's protobuf copies one message into another by serializing and parsing it. A block of 1 MB would be copied six
 times for every stage that it is sent to. With a tag and a length written before its serialized bytes it is copied once.
@@ -14,6 +14,7 @@ from avatar.worker.v1 import types_pb2
 
 LENGTH_DELIMITED = 2
 FIELDS = types_pb2.Block.DESCRIPTOR.fields_by_name
+MOTION = types_pb2.Session.DESCRIPTOR.fields_by_name["motion"].number
 
 
 @dataclass(eq=False)
@@ -54,9 +55,29 @@ class RelayedBlock:
         return [self.head.SerializeToString(), *self.features, *self.latent]
 
 
-def serialize_field(number: int, message: Message | RelayedBlock) -> list[bytes]:
-    """Serialize a message as a field of another one, in parts."""
+def serialize_session(opened: type[Message], session: types_pb2.Session, motion: bytes) -> list[bytes]:
+    """Serialize the field `session` of an `open` message, in parts; `motion` is one of them, and is not copied.
+
+    opened: the type of the message. motion: the session's motion latents, a serialized Tensor.
+    """
+    constants = types_pb2.Session()
+    constants.CopyFrom(session)
+    for unneeded in ("prompt", "tenant"):
+        constants.ClearField(unneeded)
+    parts = [constants.SerializeToString(), *_field(MOTION, [motion])]
+    return _field(opened.DESCRIPTOR.fields_by_name["session"].number, parts)
+
+
+def serialize_field(number: int, message: Message | RelayedBlock, more: Sequence[bytes] = ()) -> list[bytes]:
+    """Serialize a message as a field of another one, in parts.
+
+    more: further fields of the message, each as its serialized parts.
+    """
     parts = message.parts() if isinstance(message, RelayedBlock) else [message.SerializeToString()]
+    return _field(number, [*parts, *more])
+
+
+def _field(number: int, parts: Sequence[bytes]) -> list[bytes]:
     return [_varint(number << 3 | LENGTH_DELIMITED) + _varint(sum(map(len, parts))), *parts]
 
 

@@ -81,9 +81,13 @@ if redis.call('DEL', KEYS[3]) == 0 then return false end
 
 @dataclass(frozen=True)
 class Latents:
-    """A picture's latents. motion: (c, t, h, w), its encoding as a still video. sink: (c, 1, h, w), the first sink."""
+    """A picture's latents.
 
-    motion: pb.Tensor
+    motion: (c, t, h, w), its encoding as a still video, as a serialized Tensor, which streams are opened with. sink:
+    (c, 1, h, w), the first sink.
+    """
+
+    motion: bytes
     sink: pb.Tensor
 
 
@@ -135,12 +139,8 @@ class References:
         motion, sink = await self._hashes.read(key("latents", reference_id), "motion", "sink")
         if motion is None or sink is None:
             return None
-        return Latents(unpack(motion, pb.Tensor, "motion of reference"), unpack(sink, pb.Tensor, "sink of reference"))
-
-    async def motion(self, reference_id: str) -> pb.Tensor | None:
-        """Return the motion latents, None if nobody leases them."""
-        [motion] = await self._hashes.read(key("latents", reference_id), "motion")
-        return None if motion is None else unpack(motion, pb.Tensor, "motion of reference")
+        whole = unpack(motion, pb.Tensor, "motion of reference")
+        return Latents(whole.SerializeToString(), unpack(sink, pb.Tensor, "sink of reference"))
 
     async def sink(self, reference_id: str) -> pb.Tensor | None:
         """Return the sink, None if nobody leases the latents."""
@@ -155,7 +155,7 @@ class References:
     async def restore(self, reference_id: str, latents: Latents, name: str, ttl_s: float) -> None:
         """Lease the latents, and write them if the store has lost them."""
         if not await self.lease(reference_id, name, ttl_s):
-            args = [name, to_ms(ttl_s + LEASE_MARGIN_S), pack(latents.motion), pack(latents.sink)]
+            args = [name, to_ms(ttl_s + LEASE_MARGIN_S), pack(pb.Tensor.FromString(latents.motion)), pack(latents.sink)]
             await self._hashes.run(_PUT, _latents_keys(reference_id), args)
 
     async def release(self, reference_id: str, name: str) -> None:

@@ -123,14 +123,6 @@ class SessionStore:
         [session] = await self._read(session_id, "session")
         return self._unpack(session, session_id, "session", pb.Session)
 
-    async def session_with_motion(self, session_id: str) -> pb.Session:
-        """Return a session's constants with its motion latents."""
-        session = await self.session(session_id)
-        if (motion := await self.references.motion(session.reference_id)) is None:
-            raise no_session(session_id)
-        session.motion.CopyFrom(motion)
-        return session
-
     async def conditions(self, session_id: str, version: int) -> pb.Conditions:
         """Return one version of a session's conditions, with the reference's sink where it has none of its own.
 

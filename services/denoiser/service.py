@@ -12,7 +12,7 @@ from avatar import telemetry
 from avatar.denoiser.denoiser import Denoiser
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, ChainMember, ChainStream
-from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_pb
+from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_open
 from avatar.rpc.interceptor import Context, as_invalid_field, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
@@ -93,7 +93,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
         accepted = self._admission.accept(opened.session_id, is_live=opened.is_live)
         with accepted, self._chain_stream(opened) as chain_stream, as_invalid_field("block"):
-            session = session_from_pb(await self._store.session_with_motion(opened.session_id))
+            with as_invalid_field("open.session"):
+                session = session_from_open(opened)
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = StreamUsage(self._admission.step_times), 0
             updates_sink = denoiser.updates_sink(session)

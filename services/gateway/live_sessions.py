@@ -139,7 +139,7 @@ class LiveSessions:
                 latents = await self._store.references.latents(session.reference_id)
                 if latents is None:
                     raise no_session(session.id)
-                stages = await self._opened(stack, claim, session, options, position)
+                stages = await self._opened(stack, claim, session, latents.motion, options, position)
                 stream = LiveStream(stages, options, session, position, conditions, self._settings)
                 stack.callback(stream.versions.close)
                 if position.coming_conditions:
@@ -185,6 +185,7 @@ class LiveSessions:
         stack: AsyncExitStack,
         claim: Claim,
         session: types_pb2.Session,
+        motion: bytes,
         options: StreamOptions,
         position: types_pb2.Position,
     ) -> SessionStages:
@@ -200,7 +201,7 @@ class LiveSessions:
             while stages is None:
                 full: BaseException | None = None
                 try:
-                    opening = open_stages(self._workers, self._settings, session, options, position)
+                    opening = open_stages(self._workers, self._settings, session, motion, options, position)
                     stages = await stack.enter_async_context(opening)
                 except* NoCapacity as error:
                     full = error

@@ -12,6 +12,7 @@ from avatar.failover.connector import AudioConnector, ChainConnector, LevelConne
 from avatar.failover.replay import AudioReplay
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.client import Relayable
+from avatar.rpc.wire import serialize_session
 from avatar.settings import GatewaySettings
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 from services.gateway.options import FRAME_NS, StreamOptions
@@ -68,13 +69,15 @@ async def open_stages(
     workers: Workers,
     settings: GatewaySettings,
     session: types_pb2.Session,
+    motion: bytes,
     options: StreamOptions,
     position: types_pb2.Position,
 ) -> AsyncGenerator[SessionStages, None]:
     """Open a session's stream at every stage, and keep them open while the body runs.
 
-    position: of the first block to make. Raises the error of workers that refuse; InvalidField if the decoder has no
-    such encoding of frames; ConfigMismatch if the workers do not fit together.
+    motion: the session's motion latents, a serialized Tensor. position: of the first block to make. Raises the error of
+    workers that refuse; InvalidField if the decoder has no such encoding of frames; ConfigMismatch if the workers do
+    not fit together.
     """
     info = await workers.describe_stages()
     if options.video not in info.encodings:
@@ -97,12 +100,12 @@ async def open_stages(
     video = vae_pb2.OpenDecode(
         session_id=session.id, encoding=options.video, quality=options.quality, is_live=options.is_live
     )
-    vae = VaeConnector(workers.vae, video, position.next_block)
+    vae = VaeConnector(workers.vae, video, serialize_session(vae_pb2.OpenDecode, session, motion), position.next_block)
     stall_s = settings.stall_s * (1 if options.is_live else OFFLINE_STALL_FACTOR)
     timeouts = FailoverTimeouts(stall_s, settings.rebuild_s)
     stages = SessionStages(
         FailoverStage(audio, timeouts),
-        [FailoverStage(each, timeouts) for each in _denoisers(workers, info, session.id, options, position.next_block)],
+        [FailoverStage(each, timeouts) for each in _denoisers(workers, info, session, motion, options, position)],
         FailoverStage(vae, timeouts),
         info.remaining_s,
         info.block_latency_s,
@@ -117,16 +120,22 @@ async def open_stages(
 
 
 def _denoisers(
-    workers: Workers, info: DeploymentInfo, session_id: str, options: StreamOptions, next_block: int
+    workers: Workers,
+    info: DeploymentInfo,
+    session: types_pb2.Session,
+    motion: bytes,
+    options: StreamOptions,
+    position: types_pb2.Position,
 ) -> list[ChainConnector] | list[LevelConnector]:
     """Return a connector for each level, or one for all of them if their workers form chains."""
     levels = [
-        denoiser_pb2.OpenDenoise(session_id=session_id, level=level, is_live=options.is_live)
+        denoiser_pb2.OpenDenoise(session_id=session.id, level=level, is_live=options.is_live)
         for level in range(len(info.denoisers))
     ]
+    carried, next_block = serialize_session(denoiser_pb2.OpenDenoise, session, motion), position.next_block
     if info.is_chained:
-        return [ChainConnector(workers.denoisers, levels[0], info.digest, len(levels), next_block)]
-    return [LevelConnector(workers.denoisers, level, info.digest, next_block) for level in levels]
+        return [ChainConnector(workers.denoisers, levels[0], carried, info.digest, len(levels), next_block)]
+    return [LevelConnector(workers.denoisers, level, carried, info.digest, next_block) for level in levels]
 
 
 def _lookahead_ns(session: types_pb2.Session, info: audio_pb2.AudioServiceGetInfoResponse) -> int:

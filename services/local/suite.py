@@ -59,7 +59,7 @@ async def workers(
             return f"127.0.0.1:{port}"
 
         audio = build_audio(audio_settings, queue)
-        vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), store, queue)
+        vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), queue)
         targets: dict[str, Any] = {"audio": (await serve(audio),), "vae": (await serve(vae),)}
         for levels in denoisers:
             merged = {"adapter": adapter, "adapter_alpha": adapter_alpha, **worker}

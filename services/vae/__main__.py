@@ -6,29 +6,25 @@ from avatar.checkpoints.layouts import open_part
 from avatar.rpc.server import until_stopped
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import VaeSettings, load
-from avatar.store.sessions import SessionStore
 from avatar.vae import vae
 from services.process import run
 from services.vae.service import VaeServicer
 from services.worker import device_and_dtype, worker_process
 
 
-def build(settings: VaeSettings, store: SessionStore, queue: DeviceQueue) -> VaeServicer:
+def build(settings: VaeSettings, queue: DeviceQueue) -> VaeServicer:
     """Build the service over the checkpoint's VAE, and warm it up."""
     part = open_part(settings.checkpoint, "vae")
     device, dtype = device_and_dtype(settings)
     model = vae.load(part, device=device, dtype=dtype)
-    servicer = VaeServicer(model, part.digest(), store, queue, settings.capacity)
+    servicer = VaeServicer(model, part.digest(), queue, settings.capacity)
     queue.submit(servicer.warm).result()
     return servicer
 
 
 async def main() -> None:
     settings = load(VaeSettings, os.environ)
-    async with (
-        worker_process("vae", settings) as worker,
-        worker.serving(build(settings, worker.store, worker.queue)),
-    ):
+    async with worker_process("vae", settings) as worker, worker.serving(build(settings, worker.queue)):
         await until_stopped()
 
 

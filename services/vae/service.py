@@ -11,13 +11,12 @@ import grpc.aio
 
 from avatar import telemetry
 from avatar.errors import NoCapacity
-from avatar.rpc.codec import block_from_pb, session_from_pb, tensor_to_pb
+from avatar.rpc.codec import block_from_pb, session_from_open, tensor_to_pb
 from avatar.rpc.interceptor import Context, as_invalid_field, parts, receive_open
 from avatar.rpc.status import INPUT_TAKEN
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, local
-from avatar.store.sessions import SessionStore
 from avatar.types import BLOCK_FRAMES, Block, FrameChunk
 from avatar.vae import encodings
 from avatar.vae.encodings import Encoded
@@ -37,11 +36,10 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
 
     service_name = "avatar.worker.v1.VaeService"
 
-    def __init__(self, vae: Vae[Any], digest: str, store: SessionStore, queue: DeviceQueue, capacity: int) -> None:
+    def __init__(self, vae: Vae[Any], digest: str, queue: DeviceQueue, capacity: int) -> None:
         """digest: of the checkpoint's VAE part. capacity: streams at a time."""
         self._vae = vae
         self._digest = digest
-        self._store = store
         self._queue = queue
         self._admission = AdmissionControl(capacity, "vae", queue.load)
         self._preparing = asyncio.Semaphore(MAX_REFERENCES)
@@ -133,15 +131,17 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             return _frames(chunk, encodings.encode(pixels, encoding, rate_hz, quality, chunk.first_frame))
 
         with self._admission.accept(opened.session_id, is_live=opened.is_live), as_invalid_field("block"):
-            session = await self._store.session_with_motion(opened.session_id)
+            with as_invalid_field("open.session"):
+                session = session_from_open(opened)
+            width, height = opened.session.width, opened.session.height
             loop = asyncio.get_running_loop()
             init = await loop.run_in_executor(
-                self._encoder, encodings.init_segment, encoding, session.height, session.width, rate_hz, quality
+                self._encoder, encodings.init_segment, encoding, height, width, rate_hz, quality
             )
             yield pb.DecodeResponse(opened=pb.DecodeOpened(history_blocks=self._vae.history_blocks, init_segment=init))
             decoding_usage, encoding_usage = StreamUsage(self._admission.step_times), StreamUsage()
             num_blocks = 0
-            stage = local(self._vae, session_from_pb(session), self._queue, decoding_usage, is_live=opened.is_live)
+            stage = local(self._vae, session, self._queue, decoding_usage, is_live=opened.is_live)
             async with aclosing(stage(_blocks(opened, requests))) as chunks:
                 async for chunk in chunks:
                     telemetry.block_span("vae", chunk.index, *decoding_usage.last_step, parent=chunk.traceparent)

@@ -28,7 +28,6 @@ from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoRequest, DenoiserServiceGetInfoResponse, OpenDenoise
 from services.denoiser.__main__ import build
 from services.local.processes import Suite, free_ports, until_healthy
-from tests.stored import store_session
 
 NUM_LEVELS = 3
 SINK_UPDATE_BLOCK = 2
@@ -48,19 +47,11 @@ class Chain:
     store: SessionStore
     suite: Suite | None = None
 
-    async def stage(self, session_id: str) -> RemoteChain:
+    async def stage(self, session: Session) -> RemoteChain:
         """Open a session's streams."""
         stage = RemoteChain(self.channels)
-        await stage.open(OpenDenoise(session_id=session_id))
+        await stage.open(OpenDenoise(session_id=session.id, session=message_of(session)))
         return stage
-
-    async def new_session(self, name: str, seed: int) -> Session:
-        """Create a session in the store."""
-        session = random_session(name, seed)
-        message = pb.Session(id=name, seed=seed, motion=tensor_to_pb(session.motion))
-        conditions = conditions_to_pb(first_conditions(session))
-        await store_session(self.store, message, conditions, pb.Position(ttl_s=60.0))
-        return session
 
     async def infos(self) -> list[DenoiserServiceGetInfoResponse]:
         """Return the description of each level's worker."""
@@ -70,6 +61,10 @@ class Chain:
 
 def random_session(name: str, seed: int) -> Session:
     return Session(name, seed, torch.randn(LATENTS, generator=torch.Generator().manual_seed(seed)))
+
+
+def message_of(session: Session) -> pb.Session:
+    return pb.Session(id=session.id, seed=session.seed, motion=tensor_to_pb(session.motion))
 
 
 def first_conditions(session: Session) -> Conditions:

@@ -64,16 +64,16 @@ async def rest(answers: AsyncGenerator[pb.Block, None]) -> list[pb.Block]:
 
 
 async def test_remote_equals_local(chain: Chain, checkpoint: Path) -> None:
-    session = await chain.new_session("alone", 1)
-    stage = await chain.stage("alone")
+    session = random_session("alone", 1)
+    stage = await chain.stage(session)
     assert await denoised_by(stage, checkpoint, session) == denoised_locally(checkpoint, session)
     assert stage.closed.num_blocks == NUM_BLOCKS
     assert stage.closed.busy_s > 0
 
 
 async def test_interleaved_equals_alone(chain: Chain, checkpoint: Path) -> None:
-    sessions = [await chain.new_session(f"one of {seed}", seed) for seed in range(2, 6)]
-    stages = [await chain.stage(session.id) for session in sessions]
+    sessions = [random_session(f"one of {seed}", seed) for seed in range(2, 6)]
+    stages = [await chain.stage(session) for session in sessions]
     made = await asyncio.gather(
         *(denoised_by(stage, checkpoint, session) for stage, session in zip(stages, sessions, strict=True))
     )
@@ -81,8 +81,8 @@ async def test_interleaved_equals_alone(chain: Chain, checkpoint: Path) -> None:
 
 
 async def test_a_reopened_session_receives_no_latents_of_its_earlier_streams(chain: Chain, checkpoint: Path) -> None:
-    session = await chain.new_session("again", 6)
-    stages = [await chain.stage("again") for _ in range(3)]
+    session = random_session("again", 6)
+    stages = [await chain.stage(session) for _ in range(3)]
     before = [stage(first_blocks(checkpoint, 3)) for stage in stages[:2]]
     for answers in before:
         await anext(answers)
@@ -92,8 +92,7 @@ async def test_a_reopened_session_receives_no_latents_of_its_earlier_streams(cha
 
 
 async def test_closing_a_stream_frees_state(chain: Chain, checkpoint: Path) -> None:
-    await chain.new_session("closed", 7)
-    stage = await chain.stage("closed")
+    stage = await chain.stage(random_session("closed", 7))
     answers = stage(first_blocks(checkpoint, 2))
     await anext(answers)
     assert all(info.active for info in await chain.infos())
@@ -104,8 +103,7 @@ async def test_closing_a_stream_frees_state(chain: Chain, checkpoint: Path) -> N
 
 
 async def test_an_error_of_the_blocks_is_raised(chain: Chain, checkpoint: Path) -> None:
-    await chain.new_session("failing", 8)
-    stage = await chain.stage("failing")
+    stage = await chain.stage(random_session("failing", 8))
     with pytest.raises(LookupError, match="the audio is gone"):
         await rest(stage(first_blocks(checkpoint, 2, LookupError("the audio is gone"))))
 
@@ -118,8 +116,8 @@ async def test_workers_of_a_chain_report_one_name(chain: Chain) -> None:
 
 @pytest.mark.parametrize("chain", ["two processes"], indirect=True)  # one process has no neighbour
 async def test_a_neighbour_that_stops_for_a_while_mixes_up_no_sessions(chain: Chain, checkpoint: Path) -> None:
-    sessions = [await chain.new_session(f"slow {seed}", seed) for seed in (10, 11)]
-    stages = [await chain.stage(session.id) for session in sessions]
+    sessions = [random_session(f"slow {seed}", seed) for seed in (10, 11)]
+    stages = [await chain.stage(session) for session in sessions]
 
     async def stop_for_a_while() -> None:
         assert chain.suite is not None
@@ -152,8 +150,7 @@ async def test_a_rank_lost_in_any_way_leaves_nothing_hanging(
 async def lose(chain: Chain, checkpoint: Path, lost: str, number: signal.Signals) -> None:
     """Lose a rank in the middle of a session: the stream ends as lost, and all other processes exit with status 1."""
     assert chain.suite is not None
-    await chain.new_session("lost", 12)
-    stage = await chain.stage("lost")
+    stage = await chain.stage(random_session("lost", 12))
     answers = stage(first_blocks(checkpoint, NUM_BLOCKS))
     await anext(answers)
     processes = dict(chain.suite.processes)

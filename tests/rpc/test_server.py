@@ -83,7 +83,7 @@ async def test_every_service_answers_health_and_reflection(text_checkpoint: Path
             build_audio(AudioSettings(checkpoint=text_checkpoint), queue),
             build_denoiser(DenoiserSettings(checkpoint=text_checkpoint), store, queue),
             build_text(TextSettings(checkpoint=text_checkpoint), store, queue),
-            build_vae(VaeSettings(checkpoint=text_checkpoint), store, queue),
+            build_vae(VaeSettings(checkpoint=text_checkpoint), queue),
             AvatarServicer(settings, store, workers, LiveSessions(settings, store, workers, quotas), quotas),
         ]
         names = [service.service_name for service in services]

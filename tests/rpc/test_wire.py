@@ -1,8 +1,10 @@
+from typing import Any
+
 import pytest
 
-from avatar.rpc.wire import RelayedBlock, serialize_field
-from avatar.worker.v1 import denoiser_pb2
-from avatar.worker.v1.types_pb2 import Block, Tensor
+from avatar.rpc.wire import RelayedBlock, serialize_field, serialize_session
+from avatar.worker.v1 import denoiser_pb2, vae_pb2
+from avatar.worker.v1.types_pb2 import Block, Session, Tensor
 
 
 def tensor(num_bytes: int, value: int) -> Tensor:
@@ -18,6 +20,18 @@ def test_an_assembled_request_equals_the_message() -> None:
         with_latent = relayed.with_latent(tensor(num_bytes, 2))
         whole.block.latent.CopyFrom(tensor(num_bytes, 2))
         assert denoiser_pb2.DenoiseRequest.FromString(b"".join(serialize_field(2, with_latent))) == whole
+
+
+@pytest.mark.parametrize("opened", [denoiser_pb2.OpenDenoise, vae_pb2.OpenDecode])
+def test_a_stream_is_opened_with_the_session_but_its_prompt_and_tenant(opened: type[Any]) -> None:
+    session = Session(id="a", seed=7, width=64, min_sink_distance=0, prompt="private", tenant="acme")
+    motion = tensor(70_000, 1)
+    carried = serialize_session(opened, session, motion.SerializeToString())
+    request = b"".join(serialize_field(1, opened(session_id="a", is_live=True), carried))
+    expected = opened(session_id="a", is_live=True)
+    expected.session.MergeFrom(Session(id="a", seed=7, width=64, min_sink_distance=0, motion=motion))
+    kind = denoiser_pb2.DenoiseRequest if opened is denoiser_pb2.OpenDenoise else vae_pb2.DecodeRequest
+    assert kind.FromString(request) == kind(open=expected)
 
 
 def test_a_block_that_was_sent_does_not_change_afterwards() -> None:

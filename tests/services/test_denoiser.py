@@ -8,7 +8,7 @@ import pytest
 from avatar.errors import StageFailed
 from avatar.rpc.channel import channel
 from avatar.rpc.client import remote_denoiser
-from avatar.rpc.codec import block_to_pb, conditions_to_pb, tensor_to_pb
+from avatar.rpc.codec import block_to_pb, conditions_to_pb
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import DenoiserSettings
@@ -16,8 +16,7 @@ from avatar.store.sessions import SessionStore
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.denoiser_pb2 import OpenDenoise
 from services.denoiser.__main__ import build
-from tests.handoff.chains import blocks_of, first_conditions, random_session
-from tests.stored import store_session
+from tests.handoff.chains import blocks_of, first_conditions, message_of, random_session
 
 
 @pytest.mark.parametrize(
@@ -32,13 +31,9 @@ from tests.stored import store_session
 async def test_the_first_block_of_a_version_must_carry_it(
     checkpoint: Path, store: SessionStore, carried: list[int], message: str
 ) -> None:
-    """Even if the store has it."""
     session = random_session("a", 1)
     versions = [conditions_to_pb(first_conditions(session)) for _ in range(2)]
     versions[1].version = 1
-    constants = pb.Session(id=session.id, seed=session.seed, motion=tensor_to_pb(session.motion))
-    await store_session(store, constants, versions[0], pb.Position(ttl_s=60.0))
-    await store.put_conditions(session.id, versions[1])
 
     async def blocks() -> AsyncGenerator[pb.Block, None]:
         for block in blocks_of(session, checkpoint)[:2]:
@@ -52,7 +47,7 @@ async def test_the_first_block_of_a_version_must_carry_it(
         servicer = build(DenoiserSettings(checkpoint=checkpoint), store, queue)
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
             stage = remote_denoiser(connection, 0)
-            await stage.open(OpenDenoise(session_id=session.id))
+            await stage.open(OpenDenoise(session=message_of(session)))
             with pytest.raises(StageFailed, match=message):
                 async for _ in stage(blocks()):
                     pass

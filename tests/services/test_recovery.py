@@ -202,6 +202,21 @@ async def test_a_stream_continues_without_its_store_and_restores_it_afterwards(
     assert not jumps(streamed)
 
 
+async def test_streams_are_rebuilt_while_the_store_is_away(
+    checkpoint: Path, unreliable: UnreliableHashes, picture: bytes
+) -> None:
+    """The gateway keeps all that they are opened with."""
+    async with (
+        breakable(checkpoint, SessionStore(unreliable), "denoisers", "vae") as broken,
+        half_spoken(broken.target, picture, speech(SECONDS), YOUNG_FRAMES) as streamed,
+    ):
+        unreliable.is_lost = True
+        for proxy in broken.proxies.values():
+            proxy.cut()
+    assert streamed.pixels == rendered(checkpoint, picture, speech(SECONDS), seed=7)
+    assert len(jumps(streamed)) == 1
+
+
 async def test_a_store_that_is_emptied_between_two_blocks_is_restored(
     checkpoint: Path, store: SessionStore, redis_client: Redis, picture: bytes
 ) -> None:

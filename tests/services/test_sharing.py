@@ -17,7 +17,6 @@ from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import VaeSettings
-from avatar.store.sessions import SessionStore
 from avatar.types import Block, FrameChunk
 from avatar.vae.vae import Vae, VaeState
 from avatar.worker.v1 import types_pb2 as types
@@ -25,7 +24,6 @@ from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
 from services.vae.__main__ import build
 from tests.busy import WAIT_S, busy, until_waiting
-from tests.stored import store_session
 
 SESSIONS = ["first", "second", "third", "fourth"]
 
@@ -37,18 +35,16 @@ def queue() -> Iterator[DeviceQueue]:
 
 
 @pytest.fixture
-async def worker(
-    checkpoint: Path, store: SessionStore, picture: bytes, queue: DeviceQueue
-) -> AsyncGenerator[grpc.aio.Channel, None]:
-    """A channel to a VAE worker with that queue, whose store has sessions."""
-    servicer = build(VaeSettings(checkpoint=checkpoint, capacity=5), store, queue)
+async def worker(checkpoint: Path, queue: DeviceQueue) -> AsyncGenerator[grpc.aio.Channel, None]:
+    """A channel to a VAE worker with that queue."""
+    servicer = build(VaeSettings(checkpoint=checkpoint, capacity=5), queue)
     async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as target:
-        stub = vae_pb2_grpc.VaeServiceStub(target)
-        reference = (await stub.EncodeReference(pb.EncodeReferenceRequest(picture=picture))).reference
-        for name in SESSIONS:
-            session = types.Session(id=name, width=reference.width, height=reference.height, motion=reference.motion)
-            await store_session(store, session, types.Conditions(sink=reference.sink), types.Position(ttl_s=60))
         yield target
+
+
+def opening(name: str, *, is_live: bool = False) -> pb.OpenDecode:
+    session = types.Session(id=name, width=64, height=64, motion=tensor_to_pb(torch.zeros(16, 19, 8, 8)))
+    return pb.OpenDecode(session_id=name, is_live=is_live, session=session)
 
 
 async def active_and_capacity(worker: grpc.aio.Channel) -> tuple[int, int]:
@@ -73,7 +69,7 @@ async def test_blocks_run_by_the_slack_that_they_arrive_with(
 
     async def decode(name: str, start: asyncio.Event, *, is_live: bool = False, slack_s: float | None = None) -> None:
         stage = remote_vae(worker)
-        await stage.open(pb.OpenDecode(session_id=name, is_live=is_live))
+        await stage.open(opening(name, is_live=is_live))
 
         async def blocks() -> AsyncGenerator[types.Block, None]:
             await start.wait()
@@ -110,24 +106,24 @@ async def test_a_live_stream_that_would_delay_the_others_is_refused(
     monkeypatch.setattr("avatar.runtime.admission.BLOCK_S", 1e-9)
     assert await active_and_capacity(worker) == (0, 1), "a session alone at the device is accepted"
     first, second, third, fourth = (remote_vae(worker) for _ in SESSIONS)
-    await first.open(pb.OpenDecode(session_id="first", is_live=True))
+    await first.open(opening("first", is_live=True))
     with pytest.raises(NoCapacity, match="no time for another live stream") as refusal:
-        await second.open(pb.OpenDecode(session_id="second", is_live=True))
+        await second.open(opening("second", is_live=True))
     assert refusal.value.retry_s
-    await third.open(pb.OpenDecode(session_id="third"))  # offline: it uses the time that is left
+    await third.open(opening("third"))  # offline: it uses the time that is left
     assert await active_and_capacity(worker) == (2, 2)
     first.cancel()
     async with asyncio.timeout(WAIT_S):
         while (await active_and_capacity(worker))[0] > 1:
             pass
-    await fourth.open(pb.OpenDecode(session_id="fourth", is_live=True))
+    await fourth.open(opening("fourth", is_live=True))
     for stage in (third, fourth):
         stage.cancel()
 
 
 async def test_a_stream_that_ends_cancels_its_waiting_block(worker: grpc.aio.Channel, queue: DeviceQueue) -> None:
     stage = remote_vae(worker)
-    await stage.open(pb.OpenDecode(session_id="first"))
+    await stage.open(opening("first"))
 
     async def blocks() -> AsyncGenerator[types.Block, None]:
         yield types.Block(index=0, latent=tensor_to_pb(torch.zeros(16, 3, 8, 8)))

@@ -19,7 +19,6 @@ from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import VaeSettings
-from avatar.store.sessions import SessionStore
 from avatar.vae.encodings import ENCODINGS, encode, init_segment
 from avatar.vae.picture import reading
 from avatar.worker.v1 import types_pb2 as types
@@ -27,25 +26,17 @@ from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
 from services.vae.__main__ import build
 from tests.refusals import refused
-from tests.stored import store_session
 
-SESSION = "s"
+SESSION = types.Session(id="s", width=64, height=64, motion=tensor_to_pb(torch.zeros(16, 19, 8, 8)))
 NUM_BLOCKS = 3
 
 
 @pytest.fixture
-async def worker(checkpoint: Path, store: SessionStore, picture: bytes) -> AsyncGenerator[grpc.aio.Channel, None]:
-    """A channel to a VAE worker whose store has a session."""
+async def worker(checkpoint: Path) -> AsyncGenerator[grpc.aio.Channel, None]:
+    """A channel to a VAE worker."""
     with DeviceQueue() as queue:
-        servicer = build(VaeSettings(checkpoint=checkpoint, capacity=2), store, queue)
+        servicer = build(VaeSettings(checkpoint=checkpoint, capacity=2), queue)
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as target:
-            encoded = await vae_pb2_grpc.VaeServiceStub(target).EncodeReference(
-                pb.EncodeReferenceRequest(picture=picture)
-            )
-            reference = encoded.reference
-            session = types.Session(id=SESSION, width=reference.width, height=reference.height, motion=reference.motion)
-            conditions = types.Conditions(sink=reference.sink)
-            await store_session(store, session, conditions, types.Position(ttl_s=60))
             yield target
 
 
@@ -57,13 +48,13 @@ async def blocks(first: int = 0) -> AsyncGenerator[types.Block, None]:
 
 async def frames_in(target: grpc.aio.Channel, encoding: str, first: int = 0) -> tuple[bytes, list[types.Frame]]:
     stage = remote_vae(target)
-    opened = await stage.open(pb.OpenDecode(session_id=SESSION, encoding=encoding, first_block=first))
+    opened = await stage.open(pb.OpenDecode(session=SESSION, encoding=encoding, first_block=first))
     return opened.init_segment, [frame async for frame in stage(blocks(first))]
 
 
 async def opened_in(target: grpc.aio.Channel, encoding: str) -> pb.DecodeOpened:
     stage = remote_vae(target)
-    opened: pb.DecodeOpened = await stage.open(pb.OpenDecode(session_id=SESSION, encoding=encoding))
+    opened: pb.DecodeOpened = await stage.open(pb.OpenDecode(session=SESSION, encoding=encoding))
     stage.cancel()
     return opened
 
@@ -119,13 +110,16 @@ async def test_info_lists_the_encodings(worker: grpc.aio.Channel) -> None:
 
 @pytest.mark.parametrize(
     ("opening", "field"),
-    [(pb.OpenDecode(encoding="gif"), "open.encoding"), (pb.OpenDecode(encoding="jpeg", quality=101), "open.quality")],
-    ids=["encoding", "quality"],
+    [
+        (pb.OpenDecode(session=SESSION, encoding="gif"), "open.encoding"),
+        (pb.OpenDecode(session=SESSION, encoding="jpeg", quality=101), "open.quality"),
+        (pb.OpenDecode(session_id="s"), "open.session"),
+    ],
+    ids=["encoding", "quality", "no session"],
 )
-async def test_an_unknown_encoding_or_quality_is_refused(
+async def test_an_opening_that_cannot_be_used_is_refused(
     worker: grpc.aio.Channel, opening: pb.OpenDecode, field: str
 ) -> None:
-    opening.session_id = SESSION
     async with refused("INVALID_FIELD") as refusal:
         call = vae_pb2_grpc.VaeServiceStub(worker).Decode()
         await call.write(pb.DecodeRequest(open=opening))
@@ -145,7 +139,7 @@ async def test_a_machine_too_busy_for_a_picture_has_no_capacity_for_it(
 
 async def test_closing_a_stream_while_it_encodes_frees_its_capacity(worker: grpc.aio.Channel) -> None:
     stage = remote_vae(worker)
-    await stage.open(pb.OpenDecode(session_id=SESSION, encoding="h264"))
+    await stage.open(pb.OpenDecode(session=SESSION, encoding="h264"))
     frames = stage(blocks())
     await anext(frames)
     await frames.aclose()

@@ -76,12 +76,12 @@ async def test_a_compiled_denoiser_is_warmed_up_at_every_level_for_the_checkpoin
     ]
 
 
-async def test_every_worker_refuses_a_device_that_the_machine_lacks(checkpoint: Path, store: SessionStore) -> None:
+async def test_every_worker_refuses_a_device_that_the_machine_lacks(checkpoint: Path) -> None:
     with DeviceQueue() as queue:
         with pytest.raises(ValueError, match="AVATAR_DEVICE is 'cuda:99'"):
             build_audio(AudioSettings(checkpoint=checkpoint, device="cuda:99"), queue)
         with pytest.raises(ValueError, match="AVATAR_DEVICE is 'cuda:99'"):
-            build_vae(VaeSettings(checkpoint=checkpoint, device="cuda:99"), store, queue)
+            build_vae(VaeSettings(checkpoint=checkpoint, device="cuda:99"), queue)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,6 +11,7 @@ from tests.store.expiry import elapse
 from tests.store.test_sessions import REFERENCE, TTL_S, conditions, position, session
 
 LATENTS = "avatar:latents:{face}"
+MOTION = REFERENCE.motion.SerializeToString()
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ async def test_a_reference_is_read_as_it_was_written_until_it_expires(store: Ses
     assert await store.references.get("face") == constants
     latents = await store.references.latents("face")
     assert latents
-    assert (latents.motion, latents.sink) == (REFERENCE.motion, REFERENCE.sink)
+    assert (latents.motion, latents.sink) == (MOTION, REFERENCE.sink)
     assert 29 < await store.references.expires_in_s("face") <= 30
     await elapse(redis_client, 30)
     assert await store.references.expires_in_s("face") == 0
@@ -53,7 +54,7 @@ async def test_latents_live_until_the_last_session_lets_go(created: SessionStore
     with pytest.raises(ReferenceNotFound):
         await created.references.delete("face")
     await created.delete("a")
-    assert (await created.session_with_motion("b")).motion == REFERENCE.motion
+    assert await created.references.latents("face")
     claim = created.claim("b")
     await claim.acquire()
     await created.close(claim, session("b"), position())
@@ -63,7 +64,7 @@ async def test_latents_live_until_the_last_session_lets_go(created: SessionStore
 async def test_latents_live_as_long_as_the_longest_lease(created: SessionStore, redis_client: Redis) -> None:
     await created.set_ttl("b", 3 * TTL_S)
     await elapse(redis_client, 2 * TTL_S)
-    assert (await created.session_with_motion("b")).motion == REFERENCE.motion
+    assert await created.references.latents("face")
     await elapse(redis_client, TTL_S + LEASE_MARGIN_S)
     assert await redis_client.keys() == []
 

@@ -121,8 +121,7 @@ async def test_writing_to_a_missing_session_creates_nothing(store: SessionStore,
     assert await redis_client.keys() == []
 
 
-async def test_a_session_has_the_motion_and_the_sink_of_its_reference(created: SessionStore) -> None:
-    assert (await created.session_with_motion("a")).motion == REFERENCE.motion
+async def test_a_session_has_the_sink_of_its_reference(created: SessionStore) -> None:
     await created.put_conditions("a", pb.Conditions(version=1, text=tensor(0, 8)))
     assert (await created.conditions("a", 1)).sink == REFERENCE.sink
 
@@ -130,8 +129,6 @@ async def test_a_session_has_the_motion_and_the_sink_of_its_reference(created: S
 async def test_a_session_without_its_latents_does_not_exist(created: SessionStore, redis_client: Redis) -> None:
     await created.put_conditions("a", pb.Conditions(version=1))
     await redis_client.delete("avatar:latents:{face}")
-    with pytest.raises(SessionNotFound):
-        await created.session_with_motion("a")
     with pytest.raises(SessionNotFound):
         await created.conditions("a", 1)
     with pytest.raises(ReferenceNotFound, match="'face'"):
@@ -228,7 +225,7 @@ async def test_a_tensor_that_does_not_fill_its_shape_is_refused(created: Session
         await created.conditions("a", 1)
     await created.references.put(pb.Reference(id="face", motion=broken), TTL_S)
     with pytest.raises(StateCorrupt, match="motion of reference does not fill its shape"):
-        await created.session_with_motion("a")
+        await created.references.latents("face")
 
 
 async def test_the_store_stays_usable_after_a_cancelled_call(created: SessionStore) -> None:
