@@ -10,23 +10,28 @@ import torch
 
 from avatar import telemetry
 from avatar.checkpoints.files import DTYPES, is_native
-from avatar.rpc.server import Servicer, serving
+from avatar.rpc.server import serving
 from avatar.rpc.tls import server_credentials
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import PREFIX, WorkerSettings
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
+from services.address import advertised_address
+from services.registration import WorkerServicer, registered
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WorkerProcess:
-    """A worker's session store and device queue, to build its service from; `serving` serves it while the body runs."""
+    """A worker's session store and device queue, to build its service from.
+
+    serving: serves the service, and keeps it registered in the cell, while the body runs.
+    """
 
     store: SessionStore
     queue: DeviceQueue
-    serving: Callable[[Servicer], AbstractAsyncContextManager[int]]
+    serving: Callable[[WorkerServicer], AbstractAsyncContextManager[None]]
 
 
 @asynccontextmanager
@@ -41,7 +46,16 @@ async def worker_process(service: str, settings: WorkerSettings) -> AsyncGenerat
     store = SessionStore(RedisHashes(settings.redis_url))
     try:
         with open_device_queue(settings) as queue:
-            serve = partial(serving, settings.listen, drain_s=settings.drain_s, credentials=credentials)
+
+            @asynccontextmanager
+            async def serve(servicer: WorkerServicer) -> AsyncGenerator[None, None]:
+                server = serving(settings.listen, servicer, drain_s=settings.drain_s, credentials=credentials)
+                async with (
+                    server as port,
+                    registered(store.workers(settings.cell), await advertised_address(settings, port), servicer),
+                ):
+                    yield
+
             yield WorkerProcess(store, queue, serve)
     finally:
         await store.aclose()

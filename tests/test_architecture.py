@@ -83,9 +83,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Processes. Nobody imports them.
     "services.address": ("avatar.settings",),
     "services.process": ("avatar.errors",),
+    "services.registration": ("avatar.aio", "avatar.errors", "avatar.rpc.server", "avatar.store", "avatar.worker"),
     "services.worker": (
         *("avatar.checkpoints", "avatar.rpc", "avatar.runtime", "avatar.settings", "avatar.store", "avatar.telemetry"),
-        "services.address",
+        *("services.address", "services.registration"),
     ),
     "services.audio": (*_WORKER, "avatar.audio"),
     "services.denoiser": (*_WORKER, "avatar.denoiser", "avatar.handoff.chain"),
@@ -97,7 +98,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "services.local": (
         *("avatar", "services.address", "services.audio", "services.denoiser", "services.gateway", "services.process"),
-        *("services.text", "services.vae", "services.worker"),
+        *("services.registration", "services.text", "services.vae", "services.worker"),
     ),
     "services.__main__": ("services.local", "services.process"),
     "services": (),

@@ -157,6 +157,11 @@ async def receive_open(requests: AsyncIterator[Request]) -> Any:
     return request.open
 
 
+def max_active(opened: Any) -> int | None:
+    """Return the field of this name of an `open` message, None if it is not set."""
+    return opened.max_active if opened.HasField("max_active") else None
+
+
 async def parts(requests: AsyncIterator[Request], field: str) -> AsyncGenerator[Any, None]:
     """Yield the items of an opened stream until `close`.
 

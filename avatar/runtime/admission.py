@@ -93,14 +93,17 @@ class AdmissionControl:
     A stream over the limit is refused, never queued: a live session cannot wait. A live stream is also refused when it
     and the other live streams would need more of the device's time than there is.
 
-    active: streams that are open. step_times: of the service's steps; its streams add them.
+    active: streams that are open. limit: streams of any kind at a time. step_times: of the service's steps; its streams
+    add them. on_change: called when a stream is accepted or ends.
     """
 
     def __init__(self, limit: int, service: str, load: DeviceLoad, num_levels: int = 1) -> None:
         """limit: streams of any kind. load: of the service's device. num_levels: streams of one session here."""
         self.active = 0
+        self.limit = limit
         self.step_times = StepTimes()
-        self._limit, self._load, self._num_levels = limit, load, num_levels
+        self.on_change: Callable[[], None] = lambda: None
+        self._load, self._num_levels = load, num_levels
         self._labels = {"service": service}
         self._reported = 0
         load.add_service(self.step_times, num_levels)
@@ -120,25 +123,36 @@ class AdmissionControl:
     @property
     def capacity(self) -> int:
         """Streams at a time: the limit, or fewer if the device could not keep up with that many live ones."""
-        return min(self._limit, self.active + self._load.num_free_sessions * self._num_levels)
+        return min(self.limit, self.active + self._load.num_free_sessions * self._num_levels)
 
     @contextmanager
-    def accept(self, session_id: str, *, is_live: bool) -> Iterator[None]:
-        """Count a stream as active while the body runs. NoCapacity if it is refused."""
-        if self.active >= self._limit:
-            raise NoCapacity(f"all {self._limit} streams of this worker are taken", retry_s=1.0)
+    def accept(self, session_id: str, *, is_live: bool, max_active: int | None = None) -> Iterator[None]:
+        """Count a stream as active while the body runs. NoCapacity, with the worker's real numbers, if it is refused.
+
+        max_active: streams that the caller believes to be open at most. It then selects a worker by real numbers.
+        """
+        if self.active >= self.limit:
+            raise self._full(f"all {self.limit} streams of this worker are taken")
         if is_live and not self._load.has_time_for(session_id, self.step_times):
-            raise NoCapacity("this worker's device has no time for another live stream", retry_s=1.0)
+            raise self._full("this worker's device has no time for another live stream")
+        if max_active is not None and self.active > max_active:
+            raise self._full(f"this worker has {self.active} streams, and not at most {max_active}")
         self.active += 1
         telemetry.SESSIONS_ACTIVE.add(1, self._labels)
         try:
             with self._load.live_stream(session_id, self.step_times) if is_live else nullcontext():
                 self._report_capacity()
+                self.on_change()
                 yield
         finally:
             self.active -= 1
             telemetry.SESSIONS_ACTIVE.add(-1, self._labels)
             self._report_capacity()
+            self.on_change()
+
+    def _full(self, message: str) -> NoCapacity:
+        numbers = {"active": str(self.active), "capacity": str(self.capacity)}
+        return NoCapacity(message, metadata=numbers, retry_s=1.0)
 
     def _report_capacity(self) -> None:
         """Record the capacity as a metric if it has changed since the last report."""

@@ -66,11 +66,14 @@ class RedisHashes:
         async with self._call():
             return bool(await self._redis.exists(key))
 
-    async def run(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """Run a script, which is atomic, and return its result. All keys have one hash tag."""
+    async def run(self, script: str, keys: Sequence[str], args: Sequence[Any], *, is_logged: bool = True) -> Any:
+        """Run a script, which is atomic, and return its result. All keys have one hash tag.
+
+        is_logged: log failures; a caller that repeats the script for ever logs them itself.
+        """
         if script not in self._scripts:
             self._scripts[script] = self._redis.register_script(script)
-        async with self._call():
+        async with redis_call(self._timeout_s, is_logged=is_logged):
             return await self._scripts[script](keys=keys, args=args)
 
     async def messages(self, channel: str) -> AsyncGenerator[str, None]:
@@ -107,8 +110,11 @@ def open_redis(url: str, timeout_s: float) -> redis.asyncio.Redis:
 
 
 @asynccontextmanager
-async def redis_call(timeout_s: float) -> AsyncGenerator[None, None]:
-    """Limit the time of the Redis calls in the body. StoreUnavailable if the server cannot be used."""
+async def redis_call(timeout_s: float, *, is_logged: bool = True) -> AsyncGenerator[None, None]:
+    """Limit the time of the Redis calls in the body. StoreUnavailable if the server cannot be used.
+
+    is_logged: log failures.
+    """
     try:
         async with asyncio.timeout(timeout_s):
             yield
@@ -116,10 +122,10 @@ async def redis_call(timeout_s: float) -> AsyncGenerator[None, None]:
         message = f"the session store did not answer in {timeout_s:g} s"
         raise StoreUnavailable(message, retry_s=1.0) from error
     except RedisError as error:
-        raise unavailable(error) from error
+        raise unavailable(error, is_logged=is_logged) from error
 
 
-def unavailable(error: RedisError) -> StoreUnavailable:
+def unavailable(error: RedisError, *, is_logged: bool = True) -> StoreUnavailable:
     """Return the error that a client gets for an error of Redis. The server's own words go to the log alone.
 
     Of a refusal only its first word is logged (NOAUTH, READONLY): the rest may repeat a key, and so a session's id.
@@ -130,7 +136,8 @@ def unavailable(error: RedisError) -> StoreUnavailable:
         return StoreUnavailable(message, retry_s=FULL_RETRY_S)
     is_refused = not isinstance(error, NotConnected)
     problem = (str(error).split() or [""])[0] if is_refused else str(error)
-    logger.warning("store call failed", extra={"kind": type(error).__name__, "problem": problem})
+    if is_logged:
+        logger.warning("store call failed", extra={"kind": type(error).__name__, "problem": problem})
     message = "the session store refuses the gateway" if is_refused else "the session store cannot be reached"
     return StoreUnavailable(message, retry_s=1.0)
 

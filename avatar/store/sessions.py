@@ -22,6 +22,7 @@ from avatar.store.claims import CHANGES, CLOSED_TTL_S, Claim, Outcome, key, no_s
 from avatar.store.packing import pack, pack_position, unpack
 from avatar.store.redis import IN_FULL_STORE, RedisHashes, flat, to_ms
 from avatar.store.references import Latents, References, no_reference
+from avatar.store.registry import WorkerRegistry
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.text_pb2 import EmbedResponse
 
@@ -196,6 +197,10 @@ class SessionStore:
     async def delete_closed(self, session_id: str) -> bool:
         """Delete a session whose stream has ended; False if it is not closed, or does not exist."""
         return bool(await self._hashes.run(_DELETE_CLOSED, [key("session", session_id)], []))
+
+    def workers(self, cell: str) -> WorkerRegistry:
+        """Return the registry of a cell's workers, which is in the same server."""
+        return WorkerRegistry(self._hashes, cell)
 
     def claim(self, session_id: str, gateway: str = "") -> Claim:
         """Return a claim on a session, not acquired yet. gateway: see Claim."""

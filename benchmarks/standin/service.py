@@ -1,14 +1,15 @@
 """Servicers of the stand-in workers: the real worker contract over the stand-in models."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
 
-from avatar.rpc.interceptor import Context, parts, receive_open
+from avatar.rpc.interceptor import Context, max_active, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, flatten, local
@@ -48,8 +49,14 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.admission = AdmissionControl(self.limit, self.name, self.queue.load)
+        self.changed = asyncio.Event()
+        self.admission.on_change = self.changed.set
         for _ in range(WARM_STEPS):
             self.admission.step_times.append(self.step.step_s)
+
+    def accept(self, opened: Any) -> AbstractContextManager[None]:
+        """Count the stream of an `open` message while the body runs. NoCapacity if it is refused."""
+        return self.admission.accept(opened.session_id, is_live=opened.is_live, max_active=max_active(opened))
 
     async def stream(
         self, model: Any, items: AsyncGenerator[Any, None], usage: StreamUsage, *, is_live: bool
@@ -74,24 +81,31 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
     """Serves audio: features that repeat the audio."""
 
     service_name = "avatar.worker.v1.AudioService"
+    stage = "audio"
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
+        self.changed = stage.changed
 
     def add_to(self, server: grpc.aio.Server) -> None:
         audio_pb2_grpc.add_AudioServiceServicer_to_server(self, server)
 
-    async def GetInfo(
-        self, request: audio_pb2.AudioServiceGetInfoRequest, context: Context
-    ) -> audio_pb2.AudioServiceGetInfoResponse:
+    def info(self) -> audio_pb2.AudioServiceGetInfoResponse:
+        """Describe the worker as it is now."""
         return audio_pb2.AudioServiceGetInfoResponse(
             encoder=DIGEST,
             digest=DIGEST,
             block_frames=BLOCK_FRAMES,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
+            max_streams=self._stage.limit,
             step_s=self._stage.admission.step_times.p90_s,
         )
+
+    async def GetInfo(
+        self, request: audio_pb2.AudioServiceGetInfoRequest, context: Context
+    ) -> audio_pb2.AudioServiceGetInfoResponse:
+        return self.info()
 
     async def Encode(
         self, requests: AsyncIterator[audio_pb2.EncodeRequest], context: Context
@@ -99,7 +113,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         opened: audio_pb2.OpenEncode = await receive_open(requests)
         if (opened.encoding, opened.num_channels) != ("pcm16", 1):
             raise ValueError(f"audio must be pcm16 with one channel, got {opened.encoding} with {opened.num_channels}")
-        with self._stage.admission.accept(opened.session_id, is_live=opened.is_live):
+        with self._stage.accept(opened):
             history_s = self._stage.history_blocks * BLOCK_S
             yield audio_pb2.EncodeResponse(opened=audio_pb2.EncodeOpened(history_s=history_s))
             usage, num_blocks = StreamUsage(self._stage.admission.step_times), 0
@@ -129,25 +143,32 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
     """Serves one level."""
 
     service_name = "avatar.worker.v1.DenoiserService"
+    stage = "denoiser"
 
     def __init__(self, stage: Stage, level: int) -> None:
         self._stage = stage
+        self.changed = stage.changed
         self._level = level
 
     def add_to(self, server: grpc.aio.Server) -> None:
         denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
 
-    async def GetInfo(
-        self, request: denoiser_pb2.DenoiserServiceGetInfoRequest, context: Context
-    ) -> denoiser_pb2.DenoiserServiceGetInfoResponse:
+    def info(self) -> denoiser_pb2.DenoiserServiceGetInfoResponse:
+        """Describe the worker as it is now."""
         return denoiser_pb2.DenoiserServiceGetInfoResponse(
             levels=[self._level],
             num_levels=content.NUM_LEVELS,
             digest=DIGEST,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
+            max_streams=self._stage.limit,
             step_s=self._stage.admission.step_times.p90_s,
         )
+
+    async def GetInfo(
+        self, request: denoiser_pb2.DenoiserServiceGetInfoRequest, context: Context
+    ) -> denoiser_pb2.DenoiserServiceGetInfoResponse:
+        return self.info()
 
     async def Denoise(
         self, requests: AsyncIterator[denoiser_pb2.DenoiseRequest], context: Context
@@ -155,7 +176,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         opened: denoiser_pb2.OpenDenoise = await receive_open(requests)
         if opened.level != self._level:
             raise ValueError(f"level {opened.level} is not served here, only {self._level}")
-        with self._stage.admission.accept(opened.session_id, is_live=opened.is_live):
+        with self._stage.accept(opened):
             yield denoiser_pb2.DenoiseResponse(
                 opened=denoiser_pb2.DenoiseOpened(
                     history_blocks=self._stage.history_blocks, num_levels=content.NUM_LEVELS, digest=DIGEST
@@ -176,16 +197,17 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
     """Serves decoding. Accepts any picture as a reference."""
 
     service_name = "avatar.worker.v1.VaeService"
+    stage = "vae"
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
+        self.changed = stage.changed
 
     def add_to(self, server: grpc.aio.Server) -> None:
         vae_pb2_grpc.add_VaeServiceServicer_to_server(self, server)
 
-    async def GetInfo(
-        self, request: vae_pb2.VaeServiceGetInfoRequest, context: Context
-    ) -> vae_pb2.VaeServiceGetInfoResponse:
+    def info(self) -> vae_pb2.VaeServiceGetInfoResponse:
+        """Describe the worker as it is now."""
         return vae_pb2.VaeServiceGetInfoResponse(
             digest=DIGEST,
             width=content.SIDE,
@@ -195,9 +217,15 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             block_frames=BLOCK_FRAMES,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
+            max_streams=self._stage.limit,
             encodings=["fmp4", "rgb24"],
             step_s=self._stage.admission.step_times.p90_s,
         )
+
+    async def GetInfo(
+        self, request: vae_pb2.VaeServiceGetInfoRequest, context: Context
+    ) -> vae_pb2.VaeServiceGetInfoResponse:
+        return self.info()
 
     async def EncodeReference(
         self, request: vae_pb2.EncodeReferenceRequest, context: Context
@@ -220,7 +248,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self, requests: AsyncIterator[vae_pb2.DecodeRequest], context: Context
     ) -> AsyncGenerator[vae_pb2.DecodeResponse, None]:
         opened: vae_pb2.OpenDecode = await receive_open(requests)
-        with self._stage.admission.accept(opened.session_id, is_live=opened.is_live):
+        with self._stage.accept(opened):
             yield vae_pb2.DecodeResponse(
                 opened=vae_pb2.DecodeOpened(history_blocks=self._stage.history_blocks, init_segment=b"init")
             )

@@ -1,5 +1,6 @@
 """The audio worker's service: pieces of speech in, blocks of features out."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -11,7 +12,7 @@ from avatar.audio.model import AudioModel, ResumedAudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
 from avatar.rpc.codec import audio_session_from_pb, block_to_pb, due_s, piece_from_bytes
-from avatar.rpc.interceptor import Context, as_invalid_field, parts, receive_open
+from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, flatten, local
@@ -25,6 +26,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
     """Serves one audio model to as many sessions as it has capacity for."""
 
     service_name = "avatar.worker.v1.AudioService"
+    stage = "audio"
 
     def __init__(self, audio: AudioModel, encoder: str, digest: str, queue: DeviceQueue, capacity: int) -> None:
         """encoder: its name. digest: of the checkpoint's audio part. capacity: streams at a time."""
@@ -33,6 +35,8 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         self._digest = digest
         self._queue = queue
         self._admission = AdmissionControl(capacity, "audio", queue.load)
+        self.changed = asyncio.Event()
+        self._admission.on_change = self.changed.set
 
     def add_to(self, server: grpc.aio.Server) -> None:
         audio_pb2_grpc.add_AudioServiceServicer_to_server(self, server)
@@ -41,7 +45,8 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         """Encode silence, to measure the duration of a step."""
         self._admission.measure(self._audio.warm)
 
-    async def GetInfo(self, request: pb.AudioServiceGetInfoRequest, context: Context) -> pb.AudioServiceGetInfoResponse:
+    def info(self) -> pb.AudioServiceGetInfoResponse:
+        """Describe the worker as it is now."""
         return pb.AudioServiceGetInfoResponse(
             encoder=self._encoder,
             digest=self._digest,
@@ -49,9 +54,13 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             lookahead_s=self._audio.lookahead_s,
             capacity=self._admission.capacity,
             active=self._admission.active,
+            max_streams=self._admission.limit,
             max_right_frames=self._audio.max_right_frames,
             step_s=self._admission.step_times.p90_s,
         )
+
+    async def GetInfo(self, request: pb.AudioServiceGetInfoRequest, context: Context) -> pb.AudioServiceGetInfoResponse:
+        return self.info()
 
     async def Encode(
         self, requests: AsyncIterator[pb.EncodeRequest], context: Context
@@ -59,7 +68,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         opened: pb.OpenEncode = await receive_open(requests)
         with as_invalid_field("open.audio", InvalidAudio):
             check_piece(piece_from_bytes(b"", opened.encoding, opened.rate_hz, opened.num_channels))
-        accepted = self._admission.accept(opened.session_id, is_live=opened.is_live)
+        accepted = self._admission.accept(opened.session_id, is_live=opened.is_live, max_active=max_active(opened))
         with accepted, as_invalid_field("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = StreamUsage(self._admission.step_times), 0

@@ -1,5 +1,6 @@
 """The denoiser's service: blocks in, blocks one level cleaner out."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -13,7 +14,7 @@ from avatar.denoiser.denoiser import Denoiser
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, ChainMember, ChainStream
 from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_open
-from avatar.rpc.interceptor import Context, as_invalid_field, parts, receive_open
+from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, local
@@ -34,6 +35,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
     """
 
     service_name = "avatar.worker.v1.DenoiserService"
+    stage = "denoiser"
 
     def __init__(
         self,
@@ -52,6 +54,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         self._queue = queue
         num_levels = len(denoisers)
         self._admission = AdmissionControl(capacity * num_levels, "denoiser", queue.load, num_levels)
+        self.changed = asyncio.Event()
+        self._admission.on_change = self.changed.set
         self.chain: Chain | None = None
 
     @property
@@ -68,9 +72,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
     def add_to(self, server: grpc.aio.Server) -> None:
         denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
 
-    async def GetInfo(
-        self, request: pb.DenoiserServiceGetInfoRequest, context: Context
-    ) -> pb.DenoiserServiceGetInfoResponse:
+    def info(self) -> pb.DenoiserServiceGetInfoResponse:
+        """Describe the worker as it is now."""
         return pb.DenoiserServiceGetInfoResponse(
             levels=self.levels,
             num_levels=self._config.num_levels,
@@ -78,11 +81,17 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             sink_update_block=self._config.sink_update_block,
             capacity=self._admission.capacity,
             active=self._admission.active,
+            max_streams=self._admission.limit,
             text_width=self._config.text_dim,
             text_rows=self._config.text_len,
             step_s=self._admission.step_times.p90_s,
             chain=self.chain.name if self.chain else "",
         )
+
+    async def GetInfo(
+        self, request: pb.DenoiserServiceGetInfoRequest, context: Context
+    ) -> pb.DenoiserServiceGetInfoResponse:
+        return self.info()
 
     async def Denoise(
         self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
@@ -91,7 +100,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         denoiser = self._denoisers.get(opened.level)
         if denoiser is None:
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
-        accepted = self._admission.accept(opened.session_id, is_live=opened.is_live)
+        accepted = self._admission.accept(opened.session_id, is_live=opened.is_live, max_active=max_active(opened))
         with accepted, self._chain_stream(opened) as chain_stream, as_invalid_field("block"):
             with as_invalid_field("open.session"):
                 session = session_from_open(opened)

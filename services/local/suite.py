@@ -16,7 +16,7 @@ import torch
 
 from avatar import telemetry
 from avatar.checkpoints.layouts import has_text_encoder
-from avatar.rpc.server import Servicer, serving, until_stopped
+from avatar.rpc.server import serving, until_stopped
 from avatar.rpc.tls import server_credentials
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
 from avatar.store.redis import RedisHashes
@@ -26,6 +26,7 @@ from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.__main__ import gateway as serving_gateway
 from services.local.processes import local_redis
+from services.registration import WorkerServicer, registered
 from services.text.__main__ import build as build_text
 from services.vae.__main__ import build as build_vae
 from services.worker import open_device_queue
@@ -52,11 +53,13 @@ async def workers(
         audio_settings = AudioSettings(checkpoint=checkpoint, **worker)
         queue = stack.enter_context(open_device_queue(audio_settings))
 
-        async def serve(servicer: Servicer) -> str:
+        async def serve(servicer: WorkerServicer) -> str:
             tls = audio_settings
             credentials = server_credentials(tls.tls_cert, tls.tls_key, tls.tls_client_ca)
             port = await stack.enter_async_context(serving(ANY_PORT, servicer, credentials=credentials))
-            return f"127.0.0.1:{port}"
+            target = f"127.0.0.1:{port}"
+            await stack.enter_async_context(registered(store.workers(settings.cell), target, servicer))
+            return target
 
         audio = build_audio(audio_settings, queue)
         vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), queue)

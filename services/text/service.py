@@ -24,6 +24,7 @@ class TextServicer(text_pb2_grpc.TextServiceServicer):
     """Serves one text encoder, and caches its embeddings in the store."""
 
     service_name = "avatar.worker.v1.TextService"
+    stage = "text"
 
     def __init__(
         self, encoder: TextEncoder, digest: str, store: SessionStore, queue: DeviceQueue, capacity: int, ttl_s: float
@@ -36,17 +37,22 @@ class TextServicer(text_pb2_grpc.TextServiceServicer):
         self._capacity = capacity
         self._ttl_s = ttl_s
         self._computing = asyncio.Semaphore(capacity)
+        self.changed = asyncio.Event()  # never set: a prompt is no stream
 
     def add_to(self, server: grpc.aio.Server) -> None:
         text_pb2_grpc.add_TextServiceServicer_to_server(self, server)
 
-    async def GetInfo(self, request: pb.TextServiceGetInfoRequest, context: Context) -> pb.TextServiceGetInfoResponse:
+    def info(self) -> pb.TextServiceGetInfoResponse:
+        """Describe the worker as it is now."""
         return pb.TextServiceGetInfoResponse(
             digest=self._digest,
             width=self._encoder.width,
             max_tokens=self._encoder.config.max_tokens,
             capacity=self._capacity,
         )
+
+    async def GetInfo(self, request: pb.TextServiceGetInfoRequest, context: Context) -> pb.TextServiceGetInfoResponse:
+        return self.info()
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         started_ns = time.time_ns()

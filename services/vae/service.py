@@ -12,7 +12,7 @@ import grpc.aio
 from avatar import telemetry
 from avatar.errors import NoCapacity
 from avatar.rpc.codec import block_from_pb, session_from_open, tensor_to_pb
-from avatar.rpc.interceptor import Context, as_invalid_field, parts, receive_open
+from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
 from avatar.rpc.status import INPUT_TAKEN
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
@@ -35,6 +35,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
     """Serves one VAE to as many sessions as it has capacity for."""
 
     service_name = "avatar.worker.v1.VaeService"
+    stage = "vae"
 
     def __init__(self, vae: Vae[Any], digest: str, queue: DeviceQueue, capacity: int) -> None:
         """digest: of the checkpoint's VAE part. capacity: streams at a time."""
@@ -42,6 +43,8 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self._digest = digest
         self._queue = queue
         self._admission = AdmissionControl(capacity, "vae", queue.load)
+        self.changed = asyncio.Event()
+        self._admission.on_change = self.changed.set
         self._preparing = asyncio.Semaphore(MAX_REFERENCES)
         # Threads that wait for the processes that decode pictures, so that neither the device nor the event loop does.
         self._picture_readers = ThreadPoolExecutor(MAX_REFERENCES, "picture")
@@ -56,7 +59,8 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         if size := self._vae.config.picture.fixed_size:
             self._admission.measure(lambda: self._vae.warm(*size))
 
-    async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:
+    def info(self) -> pb.VaeServiceGetInfoResponse:
+        """Describe the worker as it is now."""
         rule = self._vae.config.picture
         width, height = rule.fixed_size or (0, 0)
         return pb.VaeServiceGetInfoResponse(
@@ -69,9 +73,13 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             block_frames=BLOCK_FRAMES,
             capacity=self._admission.capacity,
             active=self._admission.active,
+            max_streams=self._admission.limit,
             encodings=list(encodings.ENCODINGS),
             step_s=self._admission.step_times.p90_s,
         )
+
+    async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:
+        return self.info()
 
     async def EncodeReference(self, request: pb.EncodeReferenceRequest, context: Context) -> pb.EncodeReferenceResponse:
         if self._preparing.locked():
@@ -130,7 +138,8 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             pixels = chunk.frames.numpy()
             return _frames(chunk, encodings.encode(pixels, encoding, rate_hz, quality, chunk.first_frame))
 
-        with self._admission.accept(opened.session_id, is_live=opened.is_live), as_invalid_field("block"):
+        accepted = self._admission.accept(opened.session_id, is_live=opened.is_live, max_active=max_active(opened))
+        with accepted, as_invalid_field("block"):
             with as_invalid_field("open.session"):
                 session = session_from_open(opened)
             width, height = opened.session.width, opened.session.height

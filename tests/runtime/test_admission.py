@@ -112,3 +112,18 @@ def test_the_first_step_time_is_measured_warm(monkeypatch: pytest.MonkeyPatch) -
     admission = AdmissionControl(8, "audio", DeviceLoad())
     admission.measure(warm)
     assert admission.step_times.median_s == pytest.approx(0.1)
+
+
+def test_a_refusal_tells_the_real_numbers_and_a_belief_of_fewer_streams_is_refused() -> None:
+    admission = AdmissionControl(3, "denoiser", DeviceLoad())
+    changes: list[int] = []
+    admission.on_change = lambda: changes.append(admission.active)
+    with admission.accept("a", is_live=False, max_active=0), admission.accept("b", is_live=False, max_active=1):
+        with pytest.raises(NoCapacity, match="2 streams, and not at most 1") as refusal:
+            admission.accept("c", is_live=False, max_active=1).__enter__()
+        assert refusal.value.metadata == {"active": "2", "capacity": "3"}
+        with admission.accept("c", is_live=False, max_active=2):
+            with pytest.raises(NoCapacity, match="all 3") as refusal:
+                admission.accept("d", is_live=False).__enter__()
+            assert refusal.value.metadata == {"active": "3", "capacity": "3"}
+    assert changes == [1, 2, 3, 2, 1, 0]

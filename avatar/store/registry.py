@@ -1,0 +1,67 @@
+"""The registry of a cell's workers: each worker writes its state, and gateways read all states in one call.
+
+    avatar:workers:{CELL}       hash        address of a process -> its serialized WorkerStates
+    avatar:workers-seen:{CELL}  sorted set  address -> time of its last write, in milliseconds since 1970
+
+A state that was not written again within STALE_S is gone: the next read deletes it.
+"""
+
+from avatar.store.claims import key
+from avatar.store.redis import IN_FULL_STORE, NOW, RedisHashes, to_ms
+from avatar.worker.v1.discovery_pb2 import WorkerStates
+
+# A worker writes its state at least this often, so one late write does not remove it.
+HEARTBEAT_S = 0.8
+STALE_S = 1.8
+# A cell without workers leaves nothing behind.
+CELL_TTL_S = 60.0
+
+# KEYS of every script: the states, the times of their last writes.
+
+# ARGV: address, state, CELL_TTL_S in milliseconds.
+_WRITE = (
+    IN_FULL_STORE
+    + NOW
+    + """
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('ZADD', KEYS[2], now, ARGV[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+"""
+)
+_REMOVE = IN_FULL_STORE + "redis.call('HDEL', KEYS[1], ARGV[1]) redis.call('ZREM', KEYS[2], ARGV[1])"
+# ARGV[1]: STALE_S in milliseconds.
+_READ = (
+    IN_FULL_STORE
+    + NOW
+    + """
+for _, address in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[1])) do
+    redis.call('HDEL', KEYS[1], address)
+    redis.call('ZREM', KEYS[2], address)
+end
+return table.concat(redis.call('HVALS', KEYS[1]))
+"""
+)
+
+
+class WorkerRegistry:
+    """The states of one cell's workers. Every method raises StoreUnavailable, and leaves the log to its caller."""
+
+    def __init__(self, hashes: RedisHashes, cell: str) -> None:
+        self._hashes = hashes
+        self._keys = [key("workers", cell), key("workers-seen", cell)]
+
+    async def write(self, address: str, states: WorkerStates) -> None:
+        """Write the state of the process at this address."""
+        args = [address, states.SerializeToString(), to_ms(CELL_TTL_S)]
+        await self._hashes.run(_WRITE, self._keys, args, is_logged=False)
+
+    async def remove(self, address: str) -> None:
+        """Remove the state of the process at this address."""
+        await self._hashes.run(_REMOVE, self._keys, [address], is_logged=False)
+
+    async def read(self) -> WorkerStates:
+        """Return the states of all workers that have written theirs lately."""
+        # Serialized messages of one type, joined, are the message of all their repeated fields.
+        joined = await self._hashes.run(_READ, self._keys, [to_ms(STALE_S)], is_logged=False)
+        return WorkerStates.FromString(joined)

@@ -1,0 +1,61 @@
+"""A worker's entry in the registry of its cell, from which gateways discover it."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Protocol
+
+from avatar.aio import background
+from avatar.errors import StoreUnavailable
+from avatar.rpc.server import Servicer
+from avatar.store.registry import HEARTBEAT_S, WorkerRegistry
+from avatar.worker.v1.discovery_pb2 import WorkerState, WorkerStates
+
+logger = logging.getLogger(__name__)
+
+# Changes that follow each other within this time are one write.
+SETTLE_S = 0.02
+
+
+class WorkerServicer(Servicer, Protocol):
+    """The service of a worker. stage: field of WorkerState. changed: set when a stream is accepted or ends."""
+
+    stage: str
+    changed: asyncio.Event
+
+    def info(self) -> Any:
+        """Return the answer to GetInfo."""
+
+
+@asynccontextmanager
+async def registered(registry: WorkerRegistry, address: str, servicer: WorkerServicer) -> AsyncGenerator[None, None]:
+    """Keep a worker registered while the body runs.
+
+    address: HOST:PORT at which gateways reach it. Without the store the worker serves on: gateways ask it directly.
+    """
+    async with background(_write_forever(registry, address, servicer)):
+        yield
+    with suppress(StoreUnavailable):
+        await registry.remove(address)
+
+
+async def _write_forever(registry: WorkerRegistry, address: str, servicer: WorkerServicer) -> None:
+    """Write the worker's state at every heartbeat, and soon after every change."""
+    is_away = False
+    while True:
+        servicer.changed.clear()
+        state = WorkerState(address=address, **{servicer.stage: servicer.info()})
+        try:
+            await registry.write(address, WorkerStates(workers=[state]))
+            if is_away:
+                logger.info("worker registered again", extra={"address": address})
+            is_away = False
+        except StoreUnavailable as error:
+            if not is_away:
+                logger.warning("worker not registered", extra={"address": address, "problem": error.message})
+            is_away = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HEARTBEAT_S):
+                await servicer.changed.wait()
+        await asyncio.sleep(SETTLE_S)
