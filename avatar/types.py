@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     # For type checking only: modules that need only the sizes below load no tensor library.
     from torch import Tensor
 
-# A block is 3 latent frames, which are 12 pixel frames, which last 0.48 s at 25 frames/s. Audio encoders and VAE are
-# written for this size; tests run denoisers of other sizes (`NetworkConfig.num_frames_per_block`).
+# Pixel frames of a latent frame: the stride in time of every codec.
 FRAMES_PER_LATENT = 4
+# Frame rate of every video: audio features are computed for it.
+FRAME_RATE_HZ = 25
+# Latent frames of a block where a checkpoint states no number (`num_frames_per_block`): the public weights'.
 BLOCK_LATENTS = 3
+MAX_BLOCK_LATENTS = 3
 BLOCK_FRAMES = BLOCK_LATENTS * FRAMES_PER_LATENT
 BLOCK_S = 0.48
 # Motion latents of a session, which are 73 pixel frames. Source: Wan2.2-S2V.

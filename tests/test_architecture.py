@@ -45,7 +45,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.store": ("avatar.errors", "avatar.worker"),  # a client can act on a store's errors
     # Tensor code. The four never see each other.
     "avatar.types": (),
-    "avatar.checkpoints": (),
+    "avatar.checkpoints": ("avatar.types",),
     "avatar.audio": (*_FILES, "avatar.types"),
     "avatar.denoiser": (*_FILES, "avatar.types"),
     "avatar.text": _FILES,

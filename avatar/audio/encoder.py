@@ -9,13 +9,16 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from avatar.audio.alignment import BlockGrid
 from avatar.audio.statistics import AudioStatistics
 from avatar.checkpoints.part import Part
+from avatar.types import BLOCK_LATENTS
 
 
 class AudioEncoder(Protocol):
     """A network that computes audio features, and the size of the window that it needs for a block.
 
+    grid: the blocks that it encodes.
     left_samples: samples of the window before the block's first.
     right_frames: encoder frames of the window after the block's last (right context), unless the session sets another
         number.
@@ -23,6 +26,7 @@ class AudioEncoder(Protocol):
     num_states, width: l and d of the features.
     """
 
+    grid: BlockGrid
     left_samples: int
     right_frames: int
     right_is_free: bool
@@ -35,7 +39,7 @@ class AudioEncoder(Protocol):
         ...
 
     @classmethod
-    def tiny(cls) -> Self:
+    def tiny(cls, block_latents: int = BLOCK_LATENTS) -> Self:
         """Return a small encoder with random weights, for tests."""
         ...
 
@@ -50,7 +54,7 @@ class AudioEncoder(Protocol):
             to right_frames after it.
         statistics: of the stream's audio up to the window's end.
         right_frames: right context of this window; the encoder's own number unless `right_is_free`.
-        Returns (l, t, d) float32 whose last frame is the block's last one, 24 k + 23, and whose first is frame 24 k - 1
+        Returns (l, t, d) float32 whose last frame is the block's last one, and whose first is the one before the block
         or the stream's first.
         """
         ...

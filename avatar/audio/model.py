@@ -16,9 +16,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from avatar.audio.alignment import BLOCK_ENCODER_FRAMES, BLOCK_SAMPLES, SAMPLE_RATE_HZ, frame_weights, window_end
+from avatar.audio.alignment import SAMPLE_RATE_HZ, BlockGrid
 from avatar.audio.encoder import AudioEncoder
-from avatar.audio.resample import MonoResampler, check_piece
+from avatar.audio.resample import LAG_S, MonoResampler, check_piece
 from avatar.audio.statistics import AudioStatistics
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.audio.whisper import Whisper
@@ -74,17 +74,19 @@ class AudioState:
 class AudioModel:
     """A streaming model (`avatar.runtime.pipeline.StreamingModel`) around an audio encoder.
 
+    grid: the blocks that it makes.
     history_s: seconds of audio before a block from which `resume` rebuilds a stream's state; whole blocks.
     lookahead_s: seconds of audio after a block that its features need, unless the session sets another right context.
     max_right_frames: the longest right context that sessions may set, in encoder frames; 0 if they may not.
     """
 
     def __init__(self, encoder: AudioEncoder) -> None:
-        self.encoder = encoder
+        self.encoder, self.grid = encoder, encoder.grid
+        block_samples = self.grid.samples
         # One block more than the window: a resampler that starts there needs a block to settle.
-        self.history_s = (math.ceil(encoder.left_samples / BLOCK_SAMPLES) + 1) * BLOCK_SAMPLES / SAMPLE_RATE_HZ
+        self.history_s = (math.ceil(encoder.left_samples / block_samples) + 1) * block_samples / SAMPLE_RATE_HZ
         self.max_right_frames = MAX_RIGHT_FRAMES if encoder.right_is_free else 0
-        self.lookahead_s = (window_end(0, encoder.right_frames) - BLOCK_SAMPLES) / SAMPLE_RATE_HZ
+        self.lookahead_s = (self.grid.window_end(0, encoder.right_frames) - block_samples) / SAMPLE_RATE_HZ
 
     def open(self, session: Session) -> AudioState:
         """Return the state of a new stream. ValueError if the encoder cannot use the session's right context."""
@@ -95,7 +97,7 @@ class AudioModel:
             right_frames = session.audio_right_frames
             if not 0 <= right_frames <= self.max_right_frames:
                 raise ValueError(f"right context must be 0 to {self.max_right_frames} frames, got {right_frames}")
-        return AudioState(torch.zeros(self.encoder.left_samples + window_end(0, right_frames)), right_frames)
+        return AudioState(torch.zeros(self.encoder.left_samples + self.grid.window_end(0, right_frames)), right_frames)
 
     def resume(self, session: Session, first_block: int, first_answer: int, statistics: bytes) -> AudioState:
         """Return the state of a stream that continues a lost stream of the same session.
@@ -109,7 +111,7 @@ class AudioModel:
         if not 0 <= first_block <= first_answer:
             raise ValueError(f"a stream cannot start at block {first_block} to answer from block {first_answer} on")
         state = self.open(session)
-        state.num_samples, state.next_block = first_block * BLOCK_SAMPLES, first_block
+        state.num_samples, state.next_block = first_block * self.grid.samples, first_block
         state.first_answer = first_answer
         if statistics:
             state.statistics = AudioStatistics.from_bytes(statistics)
@@ -130,11 +132,11 @@ class AudioModel:
             raise ValueError(f"audio must keep its rate of {state.rate_hz} Hz, got {piece.rate_hz}")
         if piece.completes is not None:
             return self._complete(piece, piece.completes, state)
-        blocks = self._fill(_resample(piece.samples, state, piece), state)
+        blocks = self._fill(self._resample(piece.samples, state, piece), state)
         if piece.is_last:
             state.has_ended = True
-            num_blocks = -(-state.num_samples // BLOCK_SAMPLES)
-            end = window_end(num_blocks - 1, state.right_frames) if num_blocks else 0
+            num_blocks = -(-state.num_samples // self.grid.samples)
+            end = self.grid.window_end(num_blocks - 1, state.right_frames) if num_blocks else 0
             blocks += self._fill(torch.zeros(end - state.num_samples), state)
         return blocks
 
@@ -142,7 +144,7 @@ class AudioModel:
         """Encode WARM_BLOCKS blocks of silence, and return that number."""
         state = self.open(Session("warm", 0, torch.zeros(0)))
         for index in range(WARM_BLOCKS):
-            self.step(AudioPiece(torch.zeros(1, BLOCK_SAMPLES), SAMPLE_RATE_HZ, completes=index), state)
+            self.step(AudioPiece(torch.zeros(1, self.grid.samples), SAMPLE_RATE_HZ, completes=index), state)
         return WARM_BLOCKS
 
     def _complete(self, piece: AudioPiece, index: int, state: AudioState) -> list[Block]:
@@ -152,25 +154,34 @@ class AudioModel:
         """
         behind = torch.zeros(piece.samples.shape[0], 0) if piece.behind is None else piece.behind
         check_piece(replace(piece, samples=behind))
-        missing = (index + 1) * BLOCK_SAMPLES - state.num_samples
+        missing = (index + 1) * self.grid.samples - state.num_samples
         given = piece.samples.shape[1] * SAMPLE_RATE_HZ / piece.rate_hz
         # A running resampler still holds samples back, and at rates that are no multiple of 25 Hz blocks end between
-        # samples: `given` may be up to 2 too many or a quarter of a block too few.
-        if index < state.next_block - 1 or not given - 2 <= missing <= given + BLOCK_SAMPLES / 4:
+        # samples: `given` may be up to 2 too many or a resampler's lag too few.
+        if index < state.next_block - 1 or not given - 2 <= missing <= given + LAG_S * SAMPLE_RATE_HZ:
             raise ValueError(f"block {index} cannot be completed by {given:g} samples after {state.num_samples}")
-        audio = _resample(torch.cat([piece.samples, behind], 1), state, replace(piece, is_last=True))
-        needed = window_end(index, state.right_frames) - state.num_samples
+        audio = self._resample(torch.cat([piece.samples, behind], 1), state, replace(piece, is_last=True))
+        needed = self.grid.window_end(index, state.right_frames) - state.num_samples
         blocks = self._fill(functional.pad(audio[:needed], (0, max(0, needed - len(audio)))), state)
-        state.num_samples = (index + 1) * BLOCK_SAMPLES
+        state.num_samples = (index + 1) * self.grid.samples
         state.preceding = piece.samples[:, -(piece.rate_hz // 25) :] if piece.samples.shape[1] else None
         state.resampler = None
         return blocks
+
+    def _resample(self, samples: Tensor, state: AudioState, piece: AudioPiece) -> Tensor:
+        """Resample samples (a, s) of the piece's rate; returns what is ready, (s,) mono at 16 kHz."""
+        state.rate_hz = piece.rate_hz
+        if state.resampler is None:
+            if not samples.shape[1]:
+                return torch.zeros(0)
+            state.resampler = MonoResampler(piece.rate_hz, self.grid.samples, state.preceding)
+        return state.resampler(samples, piece.is_last)
 
     def _fill(self, audio: Tensor, state: AudioState) -> list[Block]:
         """Fill windows with audio (s,) at 16 kHz, and encode those that are complete."""
         blocks = []
         while len(audio):
-            missing = window_end(state.next_block, state.right_frames) - state.num_samples
+            missing = self.grid.window_end(state.next_block, state.right_frames) - state.num_samples
             start = len(state.window) - missing
             taken, audio = audio[:missing], audio[missing:]
             state.window[start : start + len(taken)] = taken
@@ -178,7 +189,7 @@ class AudioModel:
             if len(taken) == missing:
                 if state.next_block >= state.first_answer:
                     blocks.append(self._encode(state))
-                state.window = state.window.roll(-BLOCK_SAMPLES)
+                state.window = state.window.roll(-self.grid.samples)
                 state.next_block += 1
         return blocks
 
@@ -186,10 +197,10 @@ class AudioModel:
         """Encode the next block, whose window is complete."""
         index = state.next_block
         window = state.window[max(0, len(state.window) - state.num_samples) :]
-        new = window[-BLOCK_SAMPLES:] if index else window
+        new = window[-self.grid.samples :] if index else window
         statistics = state.statistics.with_samples(new)
         states, state.statistics = self.encoder.encode(window, statistics, state.right_frames)
-        return Block(index, interpolate(states, index).cpu(), statistics=state.statistics.to_bytes())
+        return Block(index, interpolate(states, index, self.grid).cpu(), statistics=state.statistics.to_bytes())
 
 
 @dataclass(frozen=True)
@@ -208,22 +219,12 @@ class ResumedAudioModel:
         return self.model.step(piece, state)
 
 
-def _resample(samples: Tensor, state: AudioState, piece: AudioPiece) -> Tensor:
-    """Resample samples (a, s) of the piece's rate; returns what is ready, (s,) mono at 16 kHz."""
-    state.rate_hz = piece.rate_hz
-    if state.resampler is None:
-        if not samples.shape[1]:
-            return torch.zeros(0)
-        state.resampler = MonoResampler(piece.rate_hz, state.preceding)
-    return state.resampler(samples, piece.is_last)
-
-
-def interpolate(states: Tensor, index: int) -> Tensor:
+def interpolate(states: Tensor, index: int, grid: BlockGrid) -> Tensor:
     """Interpolate encoder states to the pixel frames of block `index`: features (l, d, f).
 
-    states: (l, t, d) at 50 Hz, whose last frame is the block's last, 24 k + 23.
+    states: (l, t, d) at 50 Hz, whose last frame is the block's last.
     """
-    frames, weights = frame_weights(index)
-    before = torch.tensor(frames) - (index + 1) * BLOCK_ENCODER_FRAMES  # counted from the end
+    frames, weights = grid.frame_weights(index)
+    before = torch.tensor(frames) - (index + 1) * grid.encoder_frames  # counted from the end
     features = states[:, before].lerp(states[:, before + 1], rearrange(torch.tensor(weights), "f -> f 1").to(states))
     return rearrange(features, "l f d -> l d f").contiguous()

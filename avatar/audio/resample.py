@@ -10,11 +10,14 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from avatar.audio.alignment import BLOCK_SAMPLES, MAX_RATE_HZ, MIN_RATE_HZ, SAMPLE_RATE_HZ
+from avatar.audio.alignment import MAX_RATE_HZ, MIN_RATE_HZ, SAMPLE_RATE_HZ
 from avatar.types import AudioPiece
 
 MAX_AMPLITUDE = 8.0
 """Lossy decoders overshoot full scale a little; a signal 18 dB above it is not scaled to [-1, 1]."""
+
+LAG_S = 0.12
+"""The longest time by which a resampler's output lags behind its input."""
 
 SETTLE_S = 0.02
 """After so much audio, a resampler started in mid-stream equals one that saw the whole stream, to 1e-6."""
@@ -38,18 +41,20 @@ def check_piece(piece: AudioPiece) -> None:
 class MonoResampler:
     """A streaming resampler from one rate to mono at 16 kHz.
 
-    Output lags behind input by at most 0.12 s and does not depend on how the input is cut. Audio at 16 kHz passes
+    Output lags behind input by at most LAG_S and does not depend on how the input is cut. Audio at 16 kHz passes
     through unchanged. At every other rate that is a multiple of 25 Hz, each block has a filter of its own (`_Segment`),
     primed with the audio before the block: a stream that is resumed at a block continues with the same bytes.
 
-    preceding: (a, s) audio before the stream, which primes the first filter; None if there is none.
+    block_samples: samples of a block at 16 kHz. preceding: (a, s) audio before the stream, which primes the first
+    filter; None if there is none.
     """
 
-    def __init__(self, rate_hz: int, preceding: Tensor | None = None) -> None:
+    def __init__(self, rate_hz: int, block_samples: int, preceding: Tensor | None = None) -> None:
         self.rate_hz = rate_hz
         # At other rates blocks do not end on a sample, and one filter serves the whole stream.
-        self._block_samples = rate_hz * BLOCK_SAMPLES // SAMPLE_RATE_HZ if rate_hz % 25 == 0 else None
-        self._num_missing = self._block_samples  # until the block ends
+        self._block_out = block_samples if rate_hz % 25 == 0 else None
+        self._block_in = rate_hz * block_samples // SAMPLE_RATE_HZ
+        self._num_missing = self._block_in if self._block_out else None  # until the block ends
         self._preceding = torch.zeros(0) if preceding is None else reduce(preceding, "a s -> s", "mean")
         self._segments: deque[_Segment] = deque()
         if rate_hz != SAMPLE_RATE_HZ:
@@ -69,9 +74,8 @@ class MonoResampler:
         return torch.cat(ready)
 
     def _start_segment(self) -> None:
-        num_remaining = None if self._block_samples is None else BLOCK_SAMPLES
-        self._segments.append(_Segment(self.rate_hz, self._preceding, num_remaining))
-        self._num_missing = self._block_samples
+        self._segments.append(_Segment(self.rate_hz, self._preceding, self._block_out))
+        self._num_missing = self._block_in if self._block_out else None
 
     def _feed(self, mono: Tensor, is_last: bool) -> Tensor:
         if self._num_missing is not None:

@@ -11,10 +11,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from avatar.audio.alignment import BLOCK_ENCODER_FRAMES, FRAME_SAMPLES
+from avatar.audio.alignment import FRAME_SAMPLES, BlockGrid
 from avatar.audio.statistics import AudioStatistics
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part, load_weights
+from avatar.types import BLOCK_LATENTS
 
 # The fields of transformers.Wav2Vec2Config that define the network. No other field of a config.json is passed on: the
 # others are for training, or select code to run.
@@ -64,7 +65,8 @@ def large() -> Wav2Vec2Config:
 class Wav2Vec2(nn.Module):
     """An `AudioEncoder` around transformers' wav2vec2, whose last hidden state is the normalised one."""
 
-    def __init__(self, config: Wav2Vec2Config) -> None:
+    def __init__(self, config: Wav2Vec2Config, block_latents: int = BLOCK_LATENTS) -> None:
+        """block_latents: latent frames of a block."""
         super().__init__()
         # Slow to import, and only needed where an encoder runs.
         import transformers
@@ -74,7 +76,7 @@ class Wav2Vec2(nn.Module):
         ours: dict[str, Any] = {"tie_last_hidden_states": True, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
         sizes: dict[str, Any] = {name: value for name, value in config.network.items() if name in SIZES}
         network = transformers.Wav2Vec2Config(**sizes, **ours)
-        self.config = replace(config, network=sizes)
+        self.config, self.grid = replace(config, network=sizes), BlockGrid(block_latents)
         self.network = transformers.Wav2Vec2Model(network)
         self.num_states = network.num_hidden_layers + 1
         self.width = network.hidden_size
@@ -85,13 +87,13 @@ class Wav2Vec2(nn.Module):
     @classmethod
     def load(cls, part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "Wav2Vec2":
         with torch.device("meta"):
-            encoder = cls(part.parse(Wav2Vec2Config)).to(dtype)
+            encoder = cls(part.parse(Wav2Vec2Config), part.block_latents).to(dtype)
         encoder.to_empty(device=device)
         load_weights(encoder.network, part)
         return encoder
 
     @classmethod
-    def tiny(cls) -> "Wav2Vec2":
+    def tiny(cls, block_latents: int = BLOCK_LATENTS) -> "Wav2Vec2":
         network = {
             **large().network,
             "hidden_size": 32,
@@ -100,7 +102,7 @@ class Wav2Vec2(nn.Module):
             "intermediate_size": 64,
             "conv_dim": (16,) * 7,
         }
-        return cls(Wav2Vec2Config(network=network, left_frames=40, right_frames=4))
+        return cls(Wav2Vec2Config(network=network, left_frames=40, right_frames=4), block_latents)
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         save(folder, asdict(self.config), self.network, dtype)
@@ -108,7 +110,7 @@ class Wav2Vec2(nn.Module):
     def encode(self, window: Tensor, statistics: AudioStatistics, right_frames: int) -> tuple[Tensor, AudioStatistics]:
         states = self.hidden_states(statistics.normalise(window))
         end = states.shape[1] - right_frames
-        return states[:, max(0, end - BLOCK_ENCODER_FRAMES - 1) : end], statistics
+        return states[:, max(0, end - self.grid.encoder_frames - 1) : end], statistics
 
     def hidden_states(self, samples: Tensor) -> Tensor:
         """Return the layers' input and the output of each layer, the last one normalised, (l, t, d) float32.

@@ -17,10 +17,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from avatar.audio.alignment import BLOCK_ENCODER_FRAMES, FRAME_SAMPLES, SAMPLE_RATE_HZ, window_end
+from avatar.audio.alignment import FRAME_SAMPLES, SAMPLE_RATE_HZ, BlockGrid
 from avatar.audio.statistics import AudioStatistics
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part, check_network_fields, load_weights
+from avatar.types import BLOCK_LATENTS
 
 FFT_SAMPLES = 400
 HOP_SAMPLES = 160
@@ -33,7 +34,7 @@ class WhisperConfig:
     """Configuration of a Whisper encoder, as in a checkpoint's config.json.
 
     network: the sizes, under transformers.WhisperConfig's names.
-    window_frames: encoder frames of a window.
+    window_frames: encoder frames of a window. The time to encode a block depends on it alone, however short blocks are.
     right_frames: encoder frames of the window after the block (right context): 20 ms of latency each.
     """
 
@@ -43,11 +44,16 @@ class WhisperConfig:
     right_frames: int = 10
 
     def __post_init__(self) -> None:
-        shortest, longest = BLOCK_ENCODER_FRAMES + 1 + self.right_frames, self.network["max_source_positions"]
-        if self.right_frames < 0 or not shortest <= self.window_frames <= longest:
+        if self.right_frames < 0:
+            raise ValueError(f"right_frames must not be negative, got {self.right_frames}")
+
+    def check(self, grid: BlockGrid) -> None:
+        """Raise ValueError unless the window holds a block, the frame before it and the right context."""
+        shortest, longest = grid.encoder_frames + 1 + self.right_frames, self.network["max_source_positions"]
+        if not shortest <= self.window_frames <= longest:
             raise ValueError(
-                f"window_frames must be {shortest} to {longest} with right_frames {self.right_frames}, "
-                f"which must not be negative; got {self.window_frames}"
+                f"window_frames must be {shortest} to {longest} with right_frames {self.right_frames} and blocks of "
+                f"{grid.latents} latents, got {self.window_frames}"
             )
 
 
@@ -60,21 +66,24 @@ def tiny_en() -> WhisperConfig:
 class Whisper(nn.Module):
     """An `AudioEncoder` around transformers' Whisper encoder."""
 
-    def __init__(self, config: WhisperConfig) -> None:
+    def __init__(self, config: WhisperConfig, block_latents: int = BLOCK_LATENTS) -> None:
+        """block_latents: latent frames of a block. ValueError if the window is too short for it."""
         super().__init__()
+        grid = BlockGrid(block_latents)
+        config.check(grid)
         # Slow to import, and only needed where an encoder runs.
         import transformers
         from transformers.audio_utils import mel_filter_bank
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        self.config = config
+        self.config, self.grid = config, grid
         self.network = WhisperEncoder(transformers.WhisperConfig(**config.network))
         self.num_states = len(self.network.layers) + 1
         self.width = self.network.config.d_model
         self.right_frames, self.right_is_free = config.right_frames, False
         # The first mel frame of the window is centred on its encoder frame's first sample.
         self.left_samples = (
-            config.window_frames - BLOCK_ENCODER_FRAMES - config.right_frames
+            config.window_frames - grid.encoder_frames - config.right_frames
         ) * FRAME_SAMPLES + FFT_SAMPLES // 2
         filters = mel_filter_bank(
             num_frequency_bins=FFT_SAMPLES // 2 + 1,
@@ -99,26 +108,26 @@ class Whisper(nn.Module):
         config = part.parse(WhisperConfig)
         with part.naming_config():
             check_network_fields(config.network, transformers.WhisperConfig())
-            encoder = cls(config).to(device)
+            encoder = cls(config, part.block_latents).to(device)
         nn.Module.to(encoder.network, dtype)  # log-mel stays float32: its powers span eight decades
         load_weights(encoder.network, part)
         return encoder
 
     @classmethod
-    def tiny(cls) -> "Whisper":
+    def tiny(cls, block_latents: int = BLOCK_LATENTS) -> "Whisper":
         sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64}
         network = {**sizes, "num_mel_bins": 16, "max_source_positions": 64}
-        return cls(WhisperConfig(network=network, window_frames=64, right_frames=4))
+        return cls(WhisperConfig(network=network, window_frames=64, right_frames=4), block_latents)
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         save(folder, asdict(self.config), self.network, dtype)
 
     def encode(self, window: Tensor, statistics: AudioStatistics, right_frames: int) -> tuple[Tensor, AudioStatistics]:
-        silence = self.left_samples + window_end(0, right_frames) - len(window)
+        silence = self.left_samples + self.grid.window_end(0, right_frames) - len(window)
         mel = self.log_mel(F.pad(window, (silence, 0)))
         statistics = statistics.with_peak(float(mel.max()))
         end = self.config.window_frames - right_frames
-        frames = slice(end - BLOCK_ENCODER_FRAMES - 1, end)
+        frames = slice(end - self.grid.encoder_frames - 1, end)
         return self.hidden_states(compress(mel, statistics.peak), frames), statistics
 
     def log_mel(self, samples: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from avatar.audio.alignment import ENCODER_HZ, BlockGrid
 from avatar.audio.encoder import AudioEncoder
 from avatar.audio.resample import MonoResampler, check_piece
 from avatar.audio.statistics import standardise
 from avatar.audio.wav2vec2 import Wav2Vec2
-from avatar.types import BLOCK_FRAMES, AudioPiece, Block
+from avatar.types import BLOCK_LATENTS, AudioPiece, Block
 
-ENCODER_HZ = 50
 GRID_HZ = 30
 
 
@@ -37,14 +37,14 @@ def file_blocks(encoder: AudioEncoder, samples: Tensor, rate_hz: int, clip_frame
     with torch.no_grad():
         states = encoder.hidden_states(normalise(to_16khz(samples, rate_hz)))
     features = model_input(bucket(to_grid(states), clip_frames=clip_frames))[0]
-    for index, block in enumerate(torch.split(features, BLOCK_FRAMES, dim=-1)):
+    for index, block in enumerate(torch.split(features, encoder.grid.frames, dim=-1)):
         yield Block(index, block.contiguous())
 
 
 def to_16khz(samples: Tensor, rate_hz: int) -> Tensor:
     """Resample samples (a, s) float32 in [-1, 1] to mono at 16 kHz, (s,). ValueError as `check_piece`."""
     check_piece(AudioPiece(samples, rate_hz))
-    return MonoResampler(rate_hz)(samples, is_last=True)
+    return MonoResampler(rate_hz, BlockGrid(BLOCK_LATENTS).samples)(samples, is_last=True)
 
 
 def normalise(audio: Tensor) -> Tensor:

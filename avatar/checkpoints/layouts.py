@@ -20,6 +20,7 @@ from typing import Any
 from avatar.checkpoints.files import CLASS_NAME, CONFIG, TOKENIZER, read_config, read_meta_tensors, weight_files
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.checkpoints.part import Part
+from avatar.types import BLOCK_LATENTS, MAX_BLOCK_LATENTS
 
 # The parts of every checkpoint.
 PARTS = ("audio", "denoiser", "vae")
@@ -53,7 +54,21 @@ def open_part(checkpoint: Path, name: str, adapter: LoraAdapter | None = None) -
     else:
         ours, published = f"a folder {name}", f"the {CONFIG} of {CLASS_NAME}"
         raise ValueError(f"no checkpoint at {checkpoint}: expected {ours}, or {published} as published")
+    part = replace(part, block_latents=block_latents(checkpoint))
     return replace(part, adapter=adapter) if name == "denoiser" else part
+
+
+def block_latents(checkpoint: Path) -> int:
+    """Return the latent frames of a checkpoint's blocks: all its parts follow the denoiser's `num_frames_per_block`.
+
+    ValueError unless they are 1 to MAX_BLOCK_LATENTS. A folder without a denoiser has blocks of BLOCK_LATENTS.
+    """
+    folder = checkpoint if is_published(checkpoint) else checkpoint / "denoiser"
+    config = read_config(folder) if (folder / CONFIG).is_file() else {}
+    stated = config.get("num_frames_per_block", BLOCK_LATENTS)
+    if type(stated) is not int or not 1 <= stated <= MAX_BLOCK_LATENTS:
+        raise ValueError(f"num_frames_per_block in {folder} is {stated!r}, expected 1 to {MAX_BLOCK_LATENTS}")
+    return stated
 
 
 def part_names(checkpoint: Path) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from avatar.checkpoints.files import read_config, read_meta_tensors, read_metadata, read_tensors, weight_files
 from avatar.checkpoints.lora import MAX_LISTED, LoraAdapter, first_few, merge
+from avatar.types import BLOCK_LATENTS
 
 Config = TypeVar("Config")
 
@@ -42,6 +43,7 @@ class Part:
         names are the module's.
     adapter: LoRA adapter to merge into the weights as they are read.
     tokenizer: the tokenizer's file, if the model reads text.
+    block_latents: latent frames of the checkpoint's blocks, which its denoiser states.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Part:
     rename: Callable[[str], str | None] | None = None
     adapter: LoraAdapter | None = None
     tokenizer: Path | None = None
+    block_latents: int = BLOCK_LATENTS
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -110,6 +113,8 @@ class Part:
         numbers may go unnoticed.
         """
         state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        if self.block_latents != BLOCK_LATENTS:  # a part of blocks of 3 has the digest that it always had
+            state.update(str(self.block_latents).encode())
         if self.adapter is not None and self.adapter.peft is None:
             state.update(str(self.adapter.file_alpha).encode())
         for path in (*self.files, *(self.adapter.files if self.adapter else ())):

@@ -16,7 +16,7 @@ from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts,
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, flatten, local
-from avatar.types import BLOCK_FRAMES, AudioPiece
+from avatar.types import AudioPiece
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc
 from avatar.worker.v1.types_pb2 import Closed
@@ -50,7 +50,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         return pb.AudioServiceGetInfoResponse(
             encoder=self._encoder,
             digest=self._digest,
-            block_frames=BLOCK_FRAMES,
+            block_frames=self._audio.grid.frames,
             lookahead_s=self._audio.lookahead_s,
             capacity=self._admission.capacity,
             active=self._admission.active,

@@ -27,10 +27,18 @@ def session() -> Session:
     return Session(id="audio", seed=0, motion=torch.zeros(16, 1, 2, 2))
 
 
-@pytest.fixture(scope="session", params=ENCODERS)
+# Encoders, and latent frames of a block.
+BLOCKS_OF_3, BLOCKS_OF_1 = ([(name, latents) for name in ENCODERS] for latents in (3, 1))
+with_short_blocks = pytest.mark.parametrize(
+    "model", BLOCKS_OF_3 + BLOCKS_OF_1, indirect=True, ids="{0[0]}-{0[1]}".format
+)
+
+
+@pytest.fixture(scope="session", params=BLOCKS_OF_3, ids="{0[0]}".format)
 def model(request: pytest.FixtureRequest) -> AudioModel:
     torch.manual_seed(0)
-    return AudioModel(ENCODERS[request.param].tiny())
+    name, block_latents = request.param
+    return AudioModel(ENCODERS[name].tiny(block_latents))
 
 
 @pytest.fixture(scope="module")

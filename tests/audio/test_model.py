@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from avatar.audio.alignment import BLOCK_SAMPLES, window_end
 from avatar.audio.model import ENCODERS, AudioModel, AudioState, interpolate, load
 from avatar.audio.statistics import AudioStatistics
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part
 from avatar.types import AudioPiece, Block, Session
+from tests.audio.conftest import with_short_blocks
 
 
 def pieces(samples: Tensor, piece_samples: int, rate_hz: int = 16000) -> list[AudioPiece]:
@@ -37,40 +37,45 @@ def features(blocks: list[Block]) -> Tensor:
 def whole(model: AudioModel, audio: Tensor) -> Tensor:
     """Encode every block from its own window, cut from all the audio (s,), with statistics computed anew."""
     encoder, blocks = model.encoder, []
-    num_blocks = -(-len(audio) // BLOCK_SAMPLES)
-    audio = F.pad(audio, (0, window_end(num_blocks - 1, encoder.right_frames) - len(audio)))
+    num_blocks = -(-len(audio) // model.grid.samples)
+    audio = F.pad(audio, (0, model.grid.window_end(num_blocks - 1, encoder.right_frames) - len(audio)))
     for index in range(num_blocks):
-        end = window_end(index, encoder.right_frames)
+        end = model.grid.window_end(index, encoder.right_frames)
         statistics = AudioStatistics().with_samples(audio[:end])
         for earlier in range(index):
             _, measured = encoder.encode(window(model, audio, earlier), AudioStatistics(), encoder.right_frames)
             statistics = statistics.with_peak(measured.peak)
         states, _ = encoder.encode(window(model, audio, index), statistics, encoder.right_frames)
-        blocks.append(interpolate(states, index))
+        blocks.append(interpolate(states, index, model.grid))
     return torch.cat(blocks, dim=2)
 
 
 def window_samples(model: AudioModel) -> int:
-    return model.encoder.left_samples + window_end(0, model.encoder.right_frames)
+    return model.encoder.left_samples + model.grid.window_end(0, model.encoder.right_frames)
 
 
 def window(model: AudioModel, audio: Tensor, index: int) -> Tensor:
-    start = index * BLOCK_SAMPLES - model.encoder.left_samples
-    return audio[max(0, start) : window_end(index, model.encoder.right_frames)]
+    start = index * model.grid.samples - model.encoder.left_samples
+    return audio[max(0, start) : model.grid.window_end(index, model.encoder.right_frames)]
 
 
+@with_short_blocks
 def test_blocks_are_numbered_and_have_the_encoders_shape(model: AudioModel, session: Session, speech: Tensor) -> None:
     blocks = stream(model, session, pieces(speech, 1600))
-    assert [block.index for block in blocks] == list(range(19))
+    assert [block.index for block in blocks] == list(range(-(-speech.shape[1] // model.grid.samples)))
     for block in blocks:
-        assert block.features.shape == (model.encoder.num_states, model.encoder.width, 12)
+        assert block.features.shape == (model.encoder.num_states, model.encoder.width, model.grid.frames)
         assert block.features.dtype == torch.float32
         assert block.features.isfinite().all()
         assert block.latent is None
 
 
+@with_short_blocks
 def test_streamed_equals_whole(model: AudioModel, session: Session, speech: Tensor) -> None:
-    audio = F.pad(speech[:, : 16000 * 2], (0, 16000 * 2))  # the silence shows what is kept beyond the window
+    seconds = 2 if model.grid.latents == 3 else 1
+    audio = F.pad(
+        speech[:, : 16000 * seconds], (0, 16000 * seconds)
+    )  # the silence shows what is kept beyond the window
     torch.testing.assert_close(features(stream(model, session, pieces(audio, 640))), whole(model, audio[0]))
 
 
@@ -82,18 +87,20 @@ def test_pieces_do_not_change_features(rate_hz: int, model: AudioModel, session:
         assert torch.equal(features(stream(model, session, pieces(audio, piece_samples, rate_hz))), expected)
 
 
+@with_short_blocks
 def test_a_block_comes_with_its_last_sample(model: AudioModel, session: Session, speech: Tensor) -> None:
     state, received = model.open(session), 0
     for index in range(8):
-        end = window_end(index, model.encoder.right_frames)
-        assert end == round((index + 1) * 7680 + model.lookahead_s * 16000)
+        end = model.grid.window_end(index, model.encoder.right_frames)
+        assert end == round((index + 1) * model.grid.samples + model.lookahead_s * 16000)
         assert model.step(AudioPiece(speech[:, received : end - 1], 16000), state) == []
         assert [block.index for block in model.step(AudioPiece(speech[:, end - 1 : end], 16000), state)] == [index]
         received = end
 
 
+@with_short_blocks
 def test_interleaved_equals_alone(model: AudioModel, session: Session, speech: Tensor) -> None:
-    voices = [pieces(speech, 640), pieces(0.3 * speech.flip(1), 640)]
+    voices = [pieces(audio, 640) for audio in (speech[:, :48000], 0.3 * speech.flip(1)[:, :48000])]
     alone = [stream(model, session, voice) for voice in voices]
     states: list[AudioState] = [model.open(session) for _ in voices]
     together: list[list[Block]] = [[] for _ in voices]
@@ -104,9 +111,10 @@ def test_interleaved_equals_alone(model: AudioModel, session: Session, speech: T
         assert torch.equal(features(blocks), features(expected))
 
 
+@with_short_blocks
 def test_closing_a_stream_frees_state(model: AudioModel, session: Session, speech: Tensor) -> None:
     state = model.open(session)
-    model.step(AudioPiece(speech, 44100), state)
+    model.step(AudioPiece(speech[:, :44100], 44100), state)
     left: list[weakref.ref[Any]] = [weakref.ref(x) for x in (state, state.window, state.resampler)]
     del state
     gc.collect()
@@ -116,24 +124,25 @@ def test_closing_a_stream_frees_state(model: AudioModel, session: Session, speec
 def test_a_minute_of_audio_keeps_no_more_than_one_window(model: AudioModel, session: Session, speech: Tensor) -> None:
     state = model.open(session)
     num_blocks = len(model.step(AudioPiece(speech.repeat(1, 7)[:, : 60 * 16000], 16000), state))
-    assert num_blocks == 60 * 16000 // 7680 - (1 if model.lookahead_s > 0.01 else 0)
+    assert num_blocks == (60 * 16000 - round(model.lookahead_s * 16000)) // model.grid.samples
     assert state.window.untyped_storage().nbytes() == 4 * window_samples(model)
 
 
 def test_the_end_equals_continued_silence(model: AudioModel, session: Session, speech: Tensor) -> None:
-    audio = speech[:, :20_000]
+    audio, block = speech[:, :20_000], model.grid.samples
     ended = stream(model, session, pieces(audio, 1600))
     state = model.open(session)
     going_on = model.step(AudioPiece(F.pad(audio, (0, 20_000)), 16000), state)
-    assert len(ended) == 3
-    assert torch.equal(features(ended), features(going_on[:3]))
+    assert len(ended) == -(-20_000 // block)
+    assert torch.equal(features(ended), features(going_on[: len(ended)]))
 
 
-@pytest.mark.parametrize(("num_samples", "num_blocks"), [(0, 0), (1, 1), (7680, 1), (7681, 2), (7680 * 3, 3)])
+@with_short_blocks
+@pytest.mark.parametrize(("past", "num_blocks"), [((0, 0), 0), ((0, 1), 1), ((1, 0), 1), ((1, 1), 2), ((3, 0), 3)])
 def test_the_end_completes_a_started_block(
-    num_samples: int, num_blocks: int, model: AudioModel, session: Session, speech: Tensor
+    past: tuple[int, int], num_blocks: int, model: AudioModel, session: Session, speech: Tensor
 ) -> None:
-    state = model.open(session)
+    state, num_samples = model.open(session), past[0] * model.grid.samples + past[1]
     blocks = model.step(AudioPiece(speech[:, :num_samples], 16000), state)
     blocks += model.step(AudioPiece(torch.zeros(1, 0), 16000, is_last=True), state)
     assert len(blocks) == num_blocks
@@ -162,13 +171,15 @@ def test_refused_audio_leaves_the_state_unchanged(model: AudioModel, session: Se
     assert torch.equal(features(blocks), features(stream(model, session, pieces(speech[:, :16000], 1600))))
 
 
+@with_short_blocks
 @pytest.mark.parametrize("rate_hz", [16000, 24000, 44100])
 @pytest.mark.parametrize("is_live", [False, True])
 def test_history_and_statistics_resume_a_stream(
     model: AudioModel, session: Session, rate_hz: int, is_live: bool
 ) -> None:
     """Each piece is a block, so that the pieces sent again start with a block."""
-    block, num_blocks = rate_hz * 12 // 25, 12
+    block = rate_hz * model.grid.frames // 25
+    num_blocks = 12 if model.grid.latents == 3 else 20
     samples = torch.randn(1, num_blocks * block, generator=torch.Generator().manual_seed(0)) * 0.1
     audio = [
         AudioPiece(samples[:, start : start + block], rate_hz, completes=index if is_live else None)
@@ -176,7 +187,7 @@ def test_history_and_statistics_resume_a_stream(
     ]
     blocks = stream(model, session, audio)
     for first_answer in (1, 5, len(blocks) - 1):
-        first_block = max(0, first_answer - round(model.history_s / 0.48))
+        first_block = max(0, first_answer - round(model.history_s * 25 / model.grid.frames))
         state = model.resume(session, first_block, first_answer, blocks[first_answer - 1].statistics)
         rebuilt = list(chain.from_iterable(model.step(piece, state) for piece in audio[first_block:]))
         assert [each.index for each in rebuilt] == list(range(first_answer, len(blocks)))
@@ -224,12 +235,13 @@ def test_an_invalid_config_is_refused(config: dict[str, object], message: str, t
         load(Part.read(tmp_path))
 
 
+@with_short_blocks
 @pytest.mark.parametrize("rate_hz", [16000, 44100, 11025])
 def test_blocks_completed_with_their_right_context_equal_the_streams(
     model: AudioModel, session: Session, rate_hz: int
 ) -> None:
     """Live and offline streams get the same features; a resampler that starts anew differs until it settles."""
-    block = rate_hz * 12 // 25
+    block = rate_hz * model.grid.frames // 25
     samples = torch.randn(1, 5 * block, generator=torch.Generator().manual_seed(0)) * 0.1
     streamed = model.step(AudioPiece(samples, rate_hz), model.open(session))
     state = model.open(session)
@@ -247,19 +259,22 @@ def test_blocks_completed_with_their_right_context_equal_the_streams(
             torch.testing.assert_close(one.features, other.features, atol=2e-3, rtol=2e-3)
 
 
+@with_short_blocks
 def test_without_right_context_a_block_sees_silence_and_the_next_starts_at_its_end(
     model: AudioModel, session: Session
 ) -> None:
-    samples = torch.randn(1, 2 * BLOCK_SAMPLES, generator=torch.Generator().manual_seed(0)) * 0.1
+    block = model.grid.samples
+    samples = torch.randn(1, 2 * block, generator=torch.Generator().manual_seed(0)) * 0.1
     state = model.open(session)
-    first = model.step(AudioPiece(samples[:, :BLOCK_SAMPLES], 16000, completes=0), state)
-    second = model.step(AudioPiece(samples[:, BLOCK_SAMPLES:], 16000, is_last=True), state)
-    alone = model.step(AudioPiece(samples[:, :BLOCK_SAMPLES], 16000, is_last=True), model.open(session))
+    first = model.step(AudioPiece(samples[:, :block], 16000, completes=0), state)
+    second = model.step(AudioPiece(samples[:, block:], 16000, is_last=True), state)
+    alone = model.step(AudioPiece(samples[:, :block], 16000, is_last=True), model.open(session))
     assert torch.equal(first[0].features, alone[0].features)
     assert [block.index for block in second] == [1]
 
 
+@with_short_blocks
 def test_a_block_cannot_be_completed_by_too_little_audio_or_too_much(model: AudioModel, session: Session) -> None:
-    for num_samples in (100, 3 * BLOCK_SAMPLES):
+    for num_samples in (100, 3 * model.grid.samples):
         with pytest.raises(ValueError, match="block 0 cannot be completed"):
             model.step(AudioPiece(torch.zeros(1, num_samples), 16000, completes=0), model.open(session))

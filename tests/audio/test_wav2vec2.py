@@ -4,7 +4,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from avatar.audio import whole_file
-from avatar.audio.alignment import window_end
 from avatar.audio.model import AudioModel, interpolate
 from avatar.audio.statistics import AudioStatistics
 from avatar.audio.wav2vec2 import Wav2Vec2, Wav2Vec2Config, large
@@ -29,9 +28,9 @@ def test_with_full_context_a_stream_equals_the_whole_file(session: Session, spee
     blocks = model.step(AudioPiece(audio[None], 16000, is_last=True), state)
     assert len(blocks) == 7
     for block in blocks:
-        silence = window_end(block.index, right_frames=200) - len(audio)
+        silence = model.grid.window_end(block.index, right_frames=200) - len(audio)
         states = encoder.hidden_states(F.pad(whole_file.normalise(audio), (0, silence), value=-mean / variance**0.5))
-        expected = interpolate(states[:, : 24 * (block.index + 1)], block.index)
+        expected = interpolate(states[:, : 24 * (block.index + 1)], block.index, model.grid)
         torch.testing.assert_close(block.features, expected, atol=2e-5, rtol=1e-4)
 
 

@@ -79,8 +79,15 @@ def test_a_stream_starts_as_if_after_silence(encoder: Whisper, session: Session,
 
 @pytest.mark.parametrize(("window_frames", "right_frames"), [(28, 4), (1501, 10), (150, -1)])
 def test_a_window_that_cannot_hold_a_block_is_refused(window_frames: int, right_frames: int) -> None:
-    with pytest.raises(ValueError, match="window_frames must be"):
-        replace(tiny_en(), window_frames=window_frames, right_frames=right_frames)
+    with pytest.raises(ValueError, match=r"window_frames must be|right_frames must not be negative"):
+        Whisper(replace(tiny_en(), window_frames=window_frames, right_frames=right_frames))
+
+
+def test_a_short_window_holds_short_blocks_only() -> None:
+    config = replace(Whisper.tiny().config, window_frames=16, right_frames=4)
+    assert Whisper(config, block_latents=1).left_samples == 4 * 320 + 200
+    with pytest.raises(ValueError, match="must be 21 to 64 with right_frames 4 and blocks of 2 latents, got 16"):
+        Whisper(config, block_latents=2)
 
 
 def test_the_embedded_encoder_tells_speech_from_noise(session: Session, speech: Tensor) -> None:

@@ -126,3 +126,24 @@ def test_levels_in_a_published_config_are_refused(copy: Path) -> None:
     edit_config(copy, schedule=[1.0, 0.5, 0.0])
     with pytest.raises(ValueError, match="sets schedule; published weights run only with the levels"):
         open_part(copy, "denoiser")
+
+
+def test_every_part_has_the_block_length_that_the_denoiser_states(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "short")
+    config = tmp_path / "short/denoiser/config.json"
+    fields = json.loads(config.read_text())
+    for latents in (1, 2):
+        config.write_text(json.dumps({**fields, "num_frames_per_block": latents}))
+        for name in ("audio", "denoiser", "vae"):
+            part = open_part(tmp_path / "short", name)
+            assert part.block_latents == latents
+            assert part.digest() != open_part(checkpoint, name).digest()
+    for stated in (0, 4, -1, 1.0, True, "3", None):
+        config.write_text(json.dumps({**fields, "num_frames_per_block": stated}))
+        with pytest.raises(ValueError, match=f"num_frames_per_block in .*denoiser is {stated!r}, expected 1 to 3"):
+            open_part(tmp_path / "short", "vae")
+
+
+def test_a_folder_without_a_denoiser_has_blocks_of_3(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint / "vae", tmp_path / "vae")
+    assert open_part(tmp_path, "vae").digest() == open_part(checkpoint, "vae").digest()

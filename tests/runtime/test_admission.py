@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from avatar.audio.alignment import BLOCK_SAMPLES, SAMPLE_RATE_HZ
+from avatar.audio.alignment import SAMPLE_RATE_HZ, BlockGrid
 from avatar.errors import NoCapacity
 from avatar.runtime.admission import AdmissionControl, DeviceLoad, StepTimes
 from avatar.types import BLOCK_FRAMES, BLOCK_S
@@ -30,7 +30,7 @@ def num_accepted(load: DeviceLoad, times: StepTimes, most: int = 100) -> int:
 
 
 def test_a_block_lasts_as_long_in_audio_as_in_video() -> None:
-    assert BLOCK_S == BLOCK_SAMPLES / SAMPLE_RATE_HZ == BLOCK_FRAMES / 25
+    assert BLOCK_S == BlockGrid(3).samples / SAMPLE_RATE_HZ == BLOCK_FRAMES / 25
 
 
 def test_live_streams_get_nearly_all_of_a_devices_time() -> None:
