@@ -3,7 +3,8 @@
     AudioPiece --audio--> Block (features) --denoiser 0..N-1--> Block (latent) --vae--> FrameChunk
 
 Axes: c latent channels, t latent frames, f pixel frames, h w height and width (of latents, or of pixels in frames),
-l encoder layers, d feature width, n text tokens, a audio channels or, of features and masks, actors, s samples.
+l encoder layers, d feature width, n text tokens, m values of face motion, a audio channels or, of features and masks,
+actors, s samples.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ BLOCK_LATENTS = 3
 MAX_BLOCK_LATENTS = 3
 BLOCK_FRAMES = BLOCK_LATENTS * FRAMES_PER_LATENT
 BLOCK_S = 0.48
+# Values of face motion: how closed the lids are, 0 to 1; pitch (positive looks down), yaw (positive to the right of the
+# picture) and roll of the head in radians from its pose in the picture; direction of the eyes, right and up of the
+# viewer, in radians.
+FACE_MOTION = ("blink", "pitch", "yaw", "roll", "gaze_right", "gaze_up")
 # Motion latents of a session, which are 73 pixel frames. Source: Wan2.2-S2V.
 MOTION_LATENTS = 19
 
@@ -103,6 +108,8 @@ class Block:
     pose: (c, t, h, w) latents of a pose video; None without one.
     due_s: deadline at this stage, in seconds of this process's `time.monotonic`; None: no deadline.
     statistics: `AudioStatistics` after this block, for an audio stream resumed after it.
+    heard: (l, d, f) float32 features of what is heard from the other person; None where nobody is heard.
+    face_motion: (m, f) float32 values in the order of `FACE_MOTION`; None: the network moves the face by itself.
     """
 
     index: int
@@ -113,6 +120,8 @@ class Block:
     pose: Tensor | None = None
     due_s: float | None = None
     statistics: bytes = b""
+    heard: Tensor | None = None
+    face_motion: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from avatar.denoiser.model import Network
 
 # Weights that `initialise` sets to zero.
 ZERO_INIT = re.compile(
-    r"(time_projection\.1|cross_attn\.o|injector\.\d+\.o|adain_layers\.\d+\.linear|head\.head)\.weight"
+    r"(time_projection\.1|cross_attn\.o|injector\.\d+\.o|adain_layers\.\d+\.linear|head\.head|face_motion_embedding\.last)\.weight"
 )
 
 
@@ -17,8 +17,9 @@ ZERO_INIT = re.compile(
 def initialise(network: Network, seed: int) -> None:
     """Initialise a network's weights.
 
-    Everything that adds to the hidden state starts at zero (the layers' gates, the output of text and audio), and so
-    does the head: an `x0_residual` network starts as the still reference. Other maps preserve variance (Xavier).
+    Everything that adds to the hidden state starts at zero (the layers' gates, the output of text, audio and face
+    motion), and so does the head: an `x0_residual` network starts as the still reference. Other maps preserve variance
+    (Xavier).
     Source: adaLN-Zero of DiT (arXiv 2212.09748).
     """
     generator = torch.Generator().manual_seed(seed)

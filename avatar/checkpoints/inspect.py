@@ -123,6 +123,7 @@ def inspect(
     yield f"adapter   {adapter_line(parts['denoiser'], is_published(checkpoint))}"
     yield f"network   {config.num_layers} layers of width {config.dim}, blocks of {config.num_frames_per_block} latents"
     yield f"audio     {type(audio.encoder).__name__}, looks {audio.lookahead_s:.2f} s ahead"
+    yield f"inputs    {', '.join(('audio', *config.inputs))}"
     prompts = f"{text.config.encoder}, {text.config.max_tokens} tokens of width {text.width}" if text else "none"
     yield f"prompts   {prompts}"
     yield f"levels    {config.num_levels}: sigma {', '.join(f'{sigma:g}' for sigma in config.schedule)}"

@@ -28,7 +28,7 @@ class AudioTokens:
     """The audio tokens of a clip's latent frames.
 
     local: (b, a, t, n, d) keys and values of the cross-attention. overall: (b, a, t, d) for AdaLN.
-    mask: (b, a, t, s, 1) weight of each actor's audio at each picture token; None for one actor.
+    mask: weight of each actor's audio at each picture token, a shape that broadcasts to (b, a, t, s, 1); None: all 1.
     """
 
     local: Tensor
@@ -140,14 +140,14 @@ class AudioAdaLN(nn.Module):
 class AudioInjector(nn.Module):
     """Cross-attention from picture tokens to the audio tokens of their latent frame, after some of the layers."""
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, layers: tuple[int, ...]) -> None:
         super().__init__()
-        count = len(config.audio_inject_layers)
+        count, self.layers = len(layers), layers
         self.injector = nn.ModuleList(Attention(config.dim, config.num_heads, config.eps) for _ in range(count))
         self.injector_adain_layers = nn.ModuleList(AudioAdaLN(config.dim) for _ in range(count))
 
     def forward(self, injection: int, x: Tensor, audio: AudioTokens) -> Tensor:
-        """Return the residual that audio adds to x (b, t, s, d); injection: index into config.audio_inject_layers."""
+        """Return the residual that audio adds to x (b, t, s, d); injection: index into the injector's layers."""
         attention = self.injector[injection]
         assert isinstance(attention, Attention)
         normed = self.injector_adain_layers[injection](x.unsqueeze(1), audio.overall.unsqueeze(-2)).to(x.dtype)

@@ -59,6 +59,8 @@ class NetworkConfig:
     text_len: text tokens that are always attended to; shorter text is padded with zeros.
     audio_dim, num_encoder_layers: width and number of the audio encoder's states, embedding output included.
     audio_inject_layers: ascending indexes of the layers after which audio is injected.
+    heard_inject_layers: those after which audio of the other person is injected; none: the network does not listen.
+    face_motion: the network takes values of face motion.
     """
 
     in_dim: int = 16
@@ -76,6 +78,8 @@ class NetworkConfig:
     audio_inject_layers: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
     eps: float = 1e-6
 
+    heard_inject_layers: tuple[int, ...] = ()
+    face_motion: bool = False
     num_encoder_layers: int = 25
     num_frames_per_block: int = 3
     # Blocks that a block attends to, itself included.
@@ -96,13 +100,16 @@ class NetworkConfig:
     residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        layers, sigmas, update = self.audio_inject_layers, self.schedule, self.sink_update_block
+        sigmas, update = self.schedule, self.sink_update_block
         for name in SIZES:
             if not 1 <= getattr(self, name) <= MAX_SIZE:
                 raise ValueError(f"{name} must be 1 to {MAX_SIZE}, got {getattr(self, name)}")
         rules = (
             (self.dim % 4 == 0 and self.dim % (2 * self.num_heads) == 0, "dim must be a multiple of 4 and 2 num_heads"),
-            (is_ascending((-1, *layers, self.num_layers)), "audio_inject_layers must ascend within the layers"),
+            *(
+                (is_ascending((-1, *getattr(self, name), self.num_layers)), f"{name} must ascend within the layers")
+                for name in ("audio_inject_layers", "heard_inject_layers")
+            ),
             (min(self.num_frames_per_block, self.window_blocks) > 0, "blocks and their window must not be empty"),
             (len(sigmas) > 1 and is_ascending(sigmas[::-1]), "schedule must descend"),
             (sigmas[-1:] == (0,) and sigmas[0] <= 1, "schedule must start with at most 1 and end with 0"),
@@ -123,6 +130,11 @@ class NetworkConfig:
     def head_dim(self) -> int:
         """Channels of an attention head."""
         return self.dim // self.num_heads
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs of blocks, beside features and latent, that the network takes."""
+        return ("heard",) * bool(self.heard_inject_layers) + ("face_motion",) * self.face_motion
 
     @property
     def num_levels(self) -> int:

@@ -5,7 +5,8 @@
 Every level has its own KV cache: a block attends to earlier blocks at its own noise level, never to finished ones. So
 levels can run in separate processes, and data flows one way (timestep-forcing pipeline parallelism, arXiv 2512.04677).
 
-Axes: c channels, t latent frames, h w of latents, l encoder layers, d width, f pixel frames.
+Axes: c channels, t latent frames, h w of latents, l encoder layers, d width, f pixel frames, m values of
+face motion.
 """
 
 from collections.abc import Collection
@@ -23,7 +24,7 @@ from avatar.denoiser.config import PATCH, NetworkConfig, is_sink_distance
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import SAMPLERS, NoiseSource, noise, sink_distance
 from avatar.denoiser.schedule import timesteps
-from avatar.types import Block, Conditions, Session
+from avatar.types import FACE_MOTION, Block, Conditions, Session
 
 # In latents: the side of the coarsest motion token.
 SMALLEST_SIDE = 8
@@ -149,7 +150,13 @@ class Denoiser:
         features = block.features if state.masks is not None else block.features.unsqueeze(0)
         audio = network.encode_audio(features.to(network.device).unsqueeze(0), state.masks)
         pose = prefilled.pose if block.pose is None else block.pose.to(x).unsqueeze(0)
-        output = network(x, self._modulation, prefilled.text, audio, pose, self._first_frame(block), state.cache)
+        heard = motion = None
+        if block.heard is not None:
+            heard = network.encode_heard(block.heard.to(network.device)[None, None])
+        if block.face_motion is not None:
+            motion = network.embed_face_motion(block.face_motion.to(network.device).unsqueeze(0))
+        first_frame = self._first_frame(block)
+        output = network(x, self._modulation, prefilled.text, audio, pose, first_frame, state.cache, heard, motion)
         velocity = to_velocity(output, x, prefilled.reference, self.sigma, self.config)
         return SAMPLERS[self.config.sampler](x, velocity, self.sigma, self.sigma_next)[0]
 
@@ -210,6 +217,16 @@ class Denoiser:
         check_shape(
             "features", block.features, *actors, config.num_encoder_layers, config.audio_dim, config.frames_per_block
         )
+        taken = {
+            "heard": (config.num_encoder_layers, config.audio_dim, config.frames_per_block),
+            "face_motion": (len(FACE_MOTION), config.frames_per_block),
+        }
+        for name, shape in taken.items():
+            given = getattr(block, name)
+            if given is not None:
+                if name not in config.inputs:
+                    raise ValueError(f"block {block.index} has {name}, which this checkpoint's network does not take")
+                check_shape(name, given, *shape)
         if block.pose is not None:
             if config.pose != "zeros":
                 raise ValueError("this checkpoint's pose input carries the reference; it takes no pose video")

@@ -13,7 +13,10 @@ from torch.nn import functional
 from avatar.denoiser.attention import MOTION_GROUPS, Attention, Visible
 from avatar.denoiser.audio_injection import UpcastLinear
 from avatar.denoiser.config import PATCH, NetworkConfig
-from avatar.types import MOTION_LATENTS
+from avatar.types import FACE_MOTION, FRAMES_PER_LATENT, MOTION_LATENTS
+
+# Divisors that bring values of face motion to about one: the range of lids, and usual deviations of angles.
+FACE_MOTION_SCALES = (1.0, 0.1, 0.15, 0.05, 0.15, 0.1)
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -50,6 +53,22 @@ class FramePacker(nn.Module):
         groups = zip((self.proj_4x, self.proj_2x, self.proj), torch.split(recent, [16, 2, 1], dim=2), strict=True)
         tokens = [rearrange(project(frames), "b t s d -> b (t s) d") for project, frames in groups]
         return torch.cat(tokens[::-1], dim=1)
+
+
+class FaceMotionEmbedding(nn.Module):
+    """Values of face motion to a residual of the hidden state, the same at all tokens of a latent frame."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.first = UpcastLinear(FRAMES_PER_LATENT * len(FACE_MOTION), config.dim)
+        self.last = UpcastLinear(config.dim, config.dim)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(b, m, f) -> (b, t, 1, d)."""
+        scaled = values / torch.tensor(FACE_MOTION_SCALES, device=values.device)[:, None]
+        columns = rearrange(scaled, "b m (t p) -> b t 1 (m p)", p=FRAMES_PER_LATENT)
+        embedded: Tensor = self.last(functional.silu(self.first(columns)))
+        return embedded
 
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:

@@ -8,10 +8,13 @@ Classifier-free guidance is not needed: the weights are distilled.
     reference, motion, text --prefill--> condition keys and values --history--+
     noisy latent, pose, audio -----------------------------------> network ---+--> velocity
 
+A network may also take the audio of the other person, whom it listens to, and values of face motion. Both add to the
+hidden state, and a network to which nothing of them is given computes what it would without the weights for them.
+
 Module names are the checkpoint's.
 
 Axes: b batch, a actors, c channels, t latent frames, h w of latents, l encoder layers, f pixel frames, n tokens,
-s tokens of a latent frame, d width.
+s tokens of a latent frame, m values of face motion, d width.
 """
 
 from dataclasses import dataclass
@@ -26,7 +29,15 @@ from avatar.denoiser.attention import apply_rope, block_positions, condition_pos
 from avatar.denoiser.audio_injection import AudioInjector, AudioTokens, CausalAudioEncoder, UpcastLinear
 from avatar.denoiser.cache import History, KeysValues
 from avatar.denoiser.config import PATCH, NetworkConfig
-from avatar.denoiser.layers import FramePacker, Head, Layer, PatchEmbedding, timestep_embedding, unpatchify
+from avatar.denoiser.layers import (
+    FaceMotionEmbedding,
+    FramePacker,
+    Head,
+    Layer,
+    PatchEmbedding,
+    timestep_embedding,
+    unpatchify,
+)
 
 # Rows of the token type embedding `trainable_cond_mask`.
 NOISY, REFERENCE, MOTION = range(3)
@@ -62,7 +73,12 @@ class Network(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), UpcastLinear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.casual_audio_encoder = CausalAudioEncoder(config)
-        self.audio_injector = AudioInjector(config)
+        self.audio_injector = AudioInjector(config, config.audio_inject_layers)
+        if config.heard_inject_layers:
+            self.heard_audio_encoder = CausalAudioEncoder(config)
+            self.heard_injector = AudioInjector(config, config.heard_inject_layers)
+        if config.face_motion:
+            self.face_motion_embedding = FaceMotionEmbedding(config)
         self.head = Head(config)
 
     @property
@@ -123,6 +139,23 @@ class Network(nn.Module):
         audio = self.casual_audio_encoder.blocks(features, self.config.frames_per_block)
         return AudioTokens(audio.local, audio.overall, mask)
 
+    def encode_heard(self, features: Tensor, is_given: Tensor | None = None) -> AudioTokens:
+        """Return the audio tokens of what is heard from the other person, of whole blocks.
+
+        features: (b, 1, l, d, f). is_given: (b,) 0 for clips without a listener, whose features are ignored; None: all.
+        """
+        audio = self.heard_audio_encoder.blocks(features, self.config.frames_per_block)
+        mask = None if is_given is None else rearrange(is_given, "b -> b 1 1 1 1")
+        return AudioTokens(audio.local, audio.overall, mask)
+
+    def embed_face_motion(self, values: Tensor, is_given: Tensor | None = None) -> Tensor:
+        """Return what values of face motion (b, m, f) add to the hidden state: (b, t, 1, d).
+
+        is_given: (b,) 0 for clips whose values are ignored; None: all.
+        """
+        embedded: Tensor = self.face_motion_embedding(values)
+        return embedded if is_given is None else embedded * rearrange(is_given, "b -> b 1 1 1")
+
     def forward(
         self,
         x: Tensor,
@@ -132,23 +165,32 @@ class Network(nn.Module):
         pose: Tensor,
         first_frame: int | Tensor,
         history: History,
+        heard: AudioTokens | None = None,
+        face_motion: Tensor | None = None,
     ) -> Tensor:
         """Return the output for noisy latents x (b, c, t, h, w), of x's shape and dtype.
 
         modulation: from `embed_time`. text: from `embed_text`. audio: from `encode_audio`. pose: latents of x's shape.
         first_frame: number of x's first latent frame in the stream, or (b,) of them.
         history: the keys and values that x attends to besides text and audio; it is extended by x's own.
+        heard: from `encode_heard`; None: nobody is heard. face_motion: from `embed_face_motion`; None: it moves freely.
         """
         config = self.config
+        injections = [(self.audio_injector, audio)]
+        if heard is not None:
+            injections.append((self.heard_injector, heard))
         table = rope_table(block_positions(first_frame, *x.shape[-3:]).to(x.device), config.head_dim)
         hidden = self.patch_embedding(x) + self.cond_encoder(pose) + self.trainable_cond_mask.weight[NOISY]
+        if face_motion is not None:
+            hidden = hidden + face_motion.to(hidden.dtype)
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(hidden, modulation.layers[i])
             keys, values = history.extend(i, apply_rope(k, table), v)
             attended = apply_rope(q, table), keys, values
             hidden = layer(hidden, attended, text[i], modulation.layers[i], history.visible)
-            if i in config.audio_inject_layers:
-                hidden = hidden + self.audio_injector(config.audio_inject_layers.index(i), hidden, audio)
+            for injector, tokens in injections:
+                if i in injector.layers:
+                    hidden = hidden + injector(injector.layers.index(i), hidden, tokens)
         return unpatchify(self.head(hidden, modulation.head), grid_size(*x.shape[-2:])[0]).to(x.dtype)
 
 

@@ -87,11 +87,13 @@ def block_to_pb(block: Block) -> pb.Block:
         conditions=block.conditions.version if block.conditions else 0,
         traceparent=block.traceparent,
         statistics=block.statistics,
+        heard=None if block.heard is None else tensor_to_pb(block.heard),
+        face_motion=None if block.face_motion is None else tensor_to_pb(block.face_motion),
     )
 
 
 def latent_to_pb(block: Block) -> pb.Block:
-    """Return a denoiser's answer: the latent alone, since the caller keeps the features; none if it was handed over."""
+    """Return a denoiser's answer: the latent alone, since the caller keeps the inputs; none if it was handed over."""
     latent = None if block.latent is None else tensor_to_pb(block.latent)
     return pb.Block(index=block.index, latent=latent, traceparent=block.traceparent)
 
@@ -105,6 +107,8 @@ def block_from_pb(message: pb.Block, conditions: Conditions | None) -> Block:
         conditions=conditions,
         traceparent=message.traceparent,
         due_s=due_s(message),
+        heard=tensor_from_pb(message.heard) if message.HasField("heard") else None,
+        face_motion=tensor_from_pb(message.face_motion) if message.HasField("face_motion") else None,
     )
 
 

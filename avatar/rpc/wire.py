@@ -7,12 +7,15 @@ times for every stage that it is sent to. With a tag and a length written before
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from google.protobuf.message import Message
 
 from avatar.worker.v1 import types_pb2
 
 LENGTH_DELIMITED = 2
+# What a denoiser reads of a block beside its latent.
+INPUTS: tuple[Literal["features", "heard", "face_motion"], ...] = ("features", "heard", "face_motion")
 FIELDS = types_pb2.Block.DESCRIPTOR.fields_by_name
 MOTION = types_pb2.Session.DESCRIPTOR.fields_by_name["motion"].number
 
@@ -21,13 +24,13 @@ MOTION = types_pb2.Session.DESCRIPTOR.fields_by_name["motion"].number
 class RelayedBlock:
     """A block that is passed on with its tensors serialized.
 
-    head: the message without features and latent. features, latent: those fields, each as its serialized parts.
+    head: the message without inputs and latent. inputs, latent: those fields as their serialized parts.
     due_s: deadline of the stage that it is sent to, on the clock of `time.monotonic`; None without one.
     index: of the block.
     """
 
     head: types_pb2.Block
-    features: Sequence[bytes] = ()
+    inputs: Sequence[bytes] = ()
     latent: Sequence[bytes] = ()
     due_s: float | None = None
     index: int = field(init=False)
@@ -37,22 +40,25 @@ class RelayedBlock:
 
     @classmethod
     def from_pb(cls, block: types_pb2.Block) -> "RelayedBlock":
-        """Make a relayed block of a message without a latent; takes the features out of the message."""
-        features = serialize_field(FIELDS["features"].number, block.features)
-        block.ClearField("features")
-        return cls(block, features)
+        """Make a relayed block of a message without a latent; takes the inputs out of the message."""
+        inputs: list[bytes] = []
+        for name in INPUTS:
+            if block.HasField(name):
+                inputs += serialize_field(FIELDS[name].number, getattr(block, name))
+                block.ClearField(name)
+        return cls(block, inputs)
 
     def with_latent(self, latent: types_pb2.Tensor) -> "RelayedBlock":
         """Return the block with another latent. The head is copied: a replay may keep the block as it was sent."""
         head = types_pb2.Block()
         head.CopyFrom(self.head)
-        return RelayedBlock(head, self.features, serialize_field(FIELDS["latent"].number, latent))
+        return RelayedBlock(head, self.inputs, serialize_field(FIELDS["latent"].number, latent))
 
     def parts(self) -> list[bytes]:
         """Serialize the message for sending it now, in parts: on the wire, a deadline is relative to the sending."""
         if self.due_s is not None:
             self.head.slack_s = self.due_s - time.monotonic()
-        return [self.head.SerializeToString(), *self.features, *self.latent]
+        return [self.head.SerializeToString(), *self.inputs, *self.latent]
 
 
 def serialize_session(opened: type[Message], session: types_pb2.Session, motion: bytes) -> list[bytes]:

@@ -86,6 +86,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             text_rows=self._config.text_len,
             step_s=self._admission.step_times.p90_s,
             chain=self.chain.name if self.chain else "",
+            inputs=self._config.inputs,
         )
 
     async def GetInfo(

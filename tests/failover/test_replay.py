@@ -74,6 +74,7 @@ def test_tiny_pieces_of_audio_are_kept_together_and_apart_by_block() -> None:
 
 def relayed(index: int, version: int, *, carries: bool = False) -> RelayedBlock:
     block = Block(index=index, conditions=version, features=Tensor(dtype="uint8", shape=[1], data=bytes([index])))
+    block.heard.data, block.face_motion.data = bytes([index, 1]), bytes([index, 2])
     if carries:
         block.carried.version = version
     return RelayedBlock.from_pb(block)
@@ -82,7 +83,8 @@ def relayed(index: int, version: int, *, carries: bool = False) -> RelayedBlock:
 def carried(replay: BlockReplay) -> list[tuple[int, int | None]]:
     """Return index and carried version of each block that a rebuilt stream receives."""
     blocks = [Block.FromString(b"".join(each.parts())) for each in replay.items() if isinstance(each, RelayedBlock)]
-    assert [each.features.data for each in blocks] == [bytes([each.index]) for each in blocks]
+    inputs = [(each.features.data, each.heard.data, each.face_motion.data) for each in blocks]
+    assert inputs == [tuple(bytes((each.index, *more)) for more in ((), (1,), (2,))) for each in blocks]
     return [(each.index, each.carried.version if each.HasField("carried") else None) for each in blocks]
 
 

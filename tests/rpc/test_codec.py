@@ -1,6 +1,7 @@
 """Tests of avatar.rpc.codec."""
 
 import struct
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TypeVar
 
@@ -165,6 +166,15 @@ def test_a_block_arrives(has_latent: bool) -> None:
         assert_same(arrived.latent, latent)
     else:
         assert arrived.latent is None
+
+
+def test_inputs_of_a_listening_network_arrive() -> None:
+    block = Block(1, randn(5, 8, 12), heard=randn(5, 8, 12), face_motion=randn(6, 12))
+    arrived = block_from_pb(sent(block_to_pb(block)), None)
+    assert_same(arrived.heard, block.heard)
+    assert_same(arrived.face_motion, block.face_motion)
+    plain = block_from_pb(sent(block_to_pb(replace(block, heard=None, face_motion=None))), None)
+    assert (plain.heard, plain.face_motion) == (None, None)
 
 
 def test_a_block_that_is_not_admitted_names_no_conditions() -> None:

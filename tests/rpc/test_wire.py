@@ -14,6 +14,8 @@ def tensor(num_bytes: int, value: int) -> Tensor:
 def test_an_assembled_request_equals_the_message() -> None:
     for num_bytes in (0, 1, 127, 128, 70_000):
         given = Block(index=300, features=tensor(num_bytes, 1), conditions=2, traceparent="00-1", slack_s=-0.5)
+        given.heard.CopyFrom(tensor(num_bytes, 3))
+        given.face_motion.CopyFrom(tensor(num_bytes, 4))
         whole = denoiser_pb2.DenoiseRequest(block=given)
         relayed = RelayedBlock.from_pb(Block.FromString(given.SerializeToString()))
         assert denoiser_pb2.DenoiseRequest.FromString(b"".join(serialize_field(2, relayed))) == whole
@@ -32,6 +34,14 @@ def test_a_stream_is_opened_with_the_session_but_its_prompt_and_tenant(opened: t
     expected.session.MergeFrom(Session(id="a", seed=7, width=64, min_sink_distance=0, motion=motion))
     kind = denoiser_pb2.DenoiseRequest if opened is denoiser_pb2.OpenDenoise else vae_pb2.DecodeRequest
     assert kind.FromString(request) == kind(open=expected)
+
+
+def test_inputs_leave_the_head_and_those_that_are_not_given_are_not_sent() -> None:
+    relayed = RelayedBlock.from_pb(Block(index=1, features=tensor(9, 1), heard=tensor(9, 2)))
+    assert relayed.head == Block(index=1)
+    arrived = Block.FromString(b"".join(relayed.parts()))
+    assert arrived.heard == tensor(9, 2)
+    assert not arrived.HasField("face_motion")
 
 
 def test_a_block_that_was_sent_does_not_change_afterwards() -> None:
