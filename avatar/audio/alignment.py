@@ -34,6 +34,11 @@ class BlockGrid:
         return FRAMES_PER_LATENT * self.latents
 
     @property
+    def duration_s(self) -> float:
+        """Duration of a block, in seconds."""
+        return self.frames / FRAME_RATE_HZ
+
+    @property
     def encoder_frames(self) -> int:
         """Encoder frames of a block."""
         return self.frames * ENCODER_HZ // FRAME_RATE_HZ

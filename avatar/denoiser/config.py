@@ -13,7 +13,7 @@ from avatar.checkpoints.files import CLASS_NAME
 from avatar.checkpoints.part import parse_fields
 from avatar.denoiser.sampler import SAMPLERS
 from avatar.denoiser.schedule import flow_match_schedule
-from avatar.types import FRAMES_PER_LATENT
+from avatar.types import BLOCK_LATENTS, FRAME_RATE_HZ, FRAMES_PER_LATENT
 
 PATCH = 2  # latent rows and columns of one token
 
@@ -81,7 +81,7 @@ class NetworkConfig:
     heard_inject_layers: tuple[int, ...] = ()
     face_motion: bool = False
     num_encoder_layers: int = 25
-    num_frames_per_block: int = 3
+    num_frames_per_block: int = BLOCK_LATENTS
     # Blocks that a block attends to, itself included.
     window_blocks: int = 4
     # Descending sigmas, the last one 0: level i moves a block from schedule[i] to schedule[i + 1].
@@ -145,6 +145,11 @@ class NetworkConfig:
     def frames_per_block(self) -> int:
         """Pixel frames, and columns of audio features, of one block."""
         return FRAMES_PER_LATENT * self.num_frames_per_block
+
+    @property
+    def block_s(self) -> float:
+        """Duration of a block, in seconds."""
+        return self.frames_per_block / FRAME_RATE_HZ
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "NetworkConfig":

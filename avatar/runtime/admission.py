@@ -2,8 +2,9 @@
 
     a service's step times (`StepTimes`) -> time its device needs for live streams (`DeviceLoad`) -> accept or refuse
 
-A live stream needs one step of its service in every block, for as long as it is open. A device keeps up with its live
-streams if one step of each, by the median of those measured, fits into LIVE_SHARE of a block's duration.
+A live stream needs one step of its service in every block, for as long as it is open: the share of the device's time
+that the median of the measured steps is of a block's duration. A device keeps up with its live streams if their shares
+add up to LIVE_SHARE at most.
 `AdmissionControl` refuses a stream over the worker's limit, and a live stream that its device has no time for. Offline
 streams count towards the limit only: they use the time that is left.
 """
@@ -17,7 +18,6 @@ from statistics import median_low
 
 from avatar import telemetry
 from avatar.errors import NoCapacity
-from avatar.types import BLOCK_S
 
 # Share of a device's time that live streams may need. The rest is for openings, prefills and offline streams. 22
 # streams of 20 ms fit (0.917), also if sleeps make a step last 20.5 ms (0.94); 23 do not (0.958).
@@ -25,10 +25,14 @@ LIVE_SHARE = 0.94
 
 
 class StepTimes(deque[float]):
-    """Durations of a service's last fifty steps, in seconds."""
+    """Durations of a service's last fifty steps, in seconds.
 
-    def __init__(self) -> None:
+    block_s: duration of a block, in seconds.
+    """
+
+    def __init__(self, block_s: float) -> None:
         super().__init__(maxlen=50)
+        self.block_s = block_s
 
     @property
     def p90_s(self) -> float:
@@ -39,6 +43,11 @@ class StepTimes(deque[float]):
     def median_s(self) -> float:
         """Lower median, so that cold starts and prefills refuse no stream; 0 before the first step."""
         return median_low(self) if self else 0.0
+
+    @property
+    def share(self) -> float:
+        """Share of a device's time that a live stream needs, by the median step; over 1 if it cannot keep up."""
+        return self.median_s / self.block_s
 
 
 class DeviceLoad:
@@ -59,7 +68,7 @@ class DeviceLoad:
         """
         if all(session_id == each for each, _ in self._live_streams):
             return True
-        return self._needed_s + step_times.median_s <= LIVE_SHARE * BLOCK_S
+        return self._needed_share + step_times.share <= LIVE_SHARE
 
     @contextmanager
     def live_stream(self, session_id: str, step_times: StepTimes) -> Iterator[None]:
@@ -75,16 +84,15 @@ class DeviceLoad:
     @property
     def num_free_sessions(self) -> int:
         """Number of further live sessions that the device keeps up with, each with all its streams here."""
-        session_s = sum(step_times.median_s * num_streams for step_times, num_streams in self._services)
-        if not session_s:
+        session_share = sum(step_times.share * num_streams for step_times, num_streams in self._services)
+        if not session_share:
             return sys.maxsize
-        free_s = LIVE_SHARE * BLOCK_S - self._needed_s
-        return max(int(free_s // session_s), 0 if self._live_streams else 1)
+        free_share = LIVE_SHARE - self._needed_share
+        return max(int(free_share // session_share), 0 if self._live_streams else 1)
 
     @property
-    def _needed_s(self) -> float:
-        """Seconds in every block."""
-        return sum(step_times.median_s for _, step_times in self._live_streams)
+    def _needed_share(self) -> float:
+        return sum(step_times.share for _, step_times in self._live_streams)
 
 
 class AdmissionControl:
@@ -97,11 +105,14 @@ class AdmissionControl:
     add them. on_change: called when a stream is accepted or ends.
     """
 
-    def __init__(self, limit: int, service: str, load: DeviceLoad, num_levels: int = 1) -> None:
-        """limit: streams of any kind. load: of the service's device. num_levels: streams of one session here."""
+    def __init__(self, limit: int, service: str, load: DeviceLoad, block_s: float, num_levels: int = 1) -> None:
+        """limit: streams of any kind. load: of the service's device. block_s: duration of a block.
+
+        num_levels: streams of one session here.
+        """
         self.active = 0
         self.limit = limit
-        self.step_times = StepTimes()
+        self.step_times = StepTimes(block_s)
         self.on_change: Callable[[], None] = lambda: None
         self._load, self._num_levels = load, num_levels
         self._labels = {"service": service}

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from avatar.aio import background
 from avatar.runtime.admission import StepTimes
 from avatar.runtime.device_queue import DeviceQueue, Job
-from avatar.types import BLOCK_S, Session
+from avatar.types import Session
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -76,7 +76,7 @@ def local(
     usage: StreamUsage | None = None,
     *,
     then: Callable[[Out], Out] | None = None,
-    is_live: bool = False,
+    live_block_s: float | None = None,
 ) -> Stage[In, Out]:
     """Return a stage that runs one session's stream through a model. Its state lives exactly as long as the stream.
 
@@ -84,13 +84,14 @@ def local(
 
     queue: of the device that computes, shared by all its sessions. usage: counts the steps; when an answer is yielded,
     its last step is that answer's. then: applied to each answer on the device's thread, before its next job starts.
-    is_live: every item has a deadline: its `due_s`, or one block from now if it has none.
+    live_block_s: of a live stream, the duration of its blocks. Each item has a deadline: its `due_s`, or a block from
+        now if it has none.
     """
     used = usage or StreamUsage()
 
     def deadline(item: In | None = None) -> float | None:
         due_s: float | None = getattr(item, "due_s", None)
-        return time.monotonic() + BLOCK_S if due_s is None and is_live else due_s
+        return time.monotonic() + live_block_s if due_s is None and live_block_s else due_s
 
     async def stage(items: AsyncGenerator[In, None]) -> AsyncGenerator[Out, None]:
         jobs: asyncio.Queue[Job | None] = asyncio.Queue()

@@ -18,7 +18,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from avatar.checkpoints.part import Part, load_weights, parse_fields
-from avatar.types import BLOCK_FRAMES, BLOCK_LATENTS, FRAMES_PER_LATENT, MOTION_LATENTS, Block, FrameChunk, Session
+from avatar.types import BLOCK_LATENTS, FRAMES_PER_LATENT, MOTION_LATENTS, Block, FrameChunk, Session
 from avatar.vae import light
 from avatar.vae.codec import Codec, State
 from avatar.vae.out_of_distribution import OutOfDistributionCheck, picture_descriptor
@@ -30,7 +30,7 @@ MOTION_FRAMES = 1 + (MOTION_LATENTS - 1) * FRAMES_PER_LATENT
 # Motion latents that warm the decoder up, and frames of the first block that are dropped.
 # Source: the reference implementation of arXiv 2512.04677.
 WARMUP_LATENTS = 7
-HIDDEN_FRAMES = 3
+HIDDEN_FRAMES = FRAMES_PER_LATENT - 1
 WARM_BLOCKS = 2
 
 
@@ -78,13 +78,15 @@ class VaeState(Generic[State]):
 class Vae(Generic[State]):
     """A streaming model (`avatar.runtime.pipeline.StreamingModel`) of blocks to frames; also encodes pictures.
 
+    block_latents, block_frames: latent and pixel frames of a block.
     history_blocks: past blocks that rebuild a stream's state exactly: open the session again and step through them.
     """
 
-    def __init__(self, codec: Codec[State], config: VaeConfig) -> None:
+    def __init__(self, codec: Codec[State], config: VaeConfig, block_latents: int = BLOCK_LATENTS) -> None:
         self.codec = codec
         self.config = config
-        self.history_blocks = -(-codec.history // BLOCK_LATENTS)
+        self.block_latents, self.block_frames = block_latents, FRAMES_PER_LATENT * block_latents
+        self.history_blocks = -(-codec.history // block_latents)
 
     def read_picture(self, data: bytes, size: Size | int | None = None, fit: Fit | None = None) -> Picture:
         """`picture.reading.read_picture` under this checkpoint's rule."""
@@ -126,7 +128,7 @@ class Vae(Generic[State]):
             raise ValueError(
                 f"motion latents must have the shape ({self.codec.channels}, {MOTION_LATENTS}, h, w), got {shape}"
             )
-        state = VaeState(self.codec.new_state(), (shape[0], BLOCK_LATENTS, *shape[2:]))
+        state = VaeState(self.codec.new_state(), (shape[0], self.block_latents, *shape[2:]))
         with torch.inference_mode():
             self.codec.decode(session.motion[None, :, :WARMUP_LATENTS], state.decoder)
         return state
@@ -137,17 +139,17 @@ class Vae(Generic[State]):
         motion = torch.zeros(self.codec.channels, MOTION_LATENTS, height // stride, width // stride)
         state = self.open(Session("warm", 0, motion))
         for index in range(WARM_BLOCKS):
-            self.step(Block(index, torch.zeros(0), motion[:, :BLOCK_LATENTS]), state)
+            self.step(Block(index, torch.zeros(0), motion[:, : self.block_latents]), state)
         return WARM_BLOCKS
 
     def step(self, block: Block, state: VaeState[State]) -> FrameChunk:
         """Decode the block to a chunk of frames (f, H, W, 3) uint8. ValueError as in `frames`."""
         rgb = to_bytes(self.frames(block, state))
-        first_frame = block.index * BLOCK_FRAMES + (HIDDEN_FRAMES if block.index == 0 else 0)
+        first_frame = block.index * self.block_frames + (HIDDEN_FRAMES if block.index == 0 else 0)
         return FrameChunk(block.index, first_frame, rgb, block.traceparent)
 
     def frames(self, block: Block, state: VaeState[State]) -> Tensor:
-        """Decode the block to frames (3, f, H, W) float32 in [-1, 1]; f = 9 in block 0, 12 in every other.
+        """Decode the block to frames (3, f, H, W) float32 in [-1, 1]; f = block_frames, HIDDEN_FRAMES fewer in block 0.
 
         ValueError if the block is not the next one, or its latent is missing or of another shape than the session's.
         """
@@ -173,7 +175,7 @@ def load(part: Part, device: torch.device | str = "cpu", dtype: torch.dtype = to
         config = parse_config(part.config)
         codec, network = CODECS[config.codec](config.network, torch.device(device), dtype)
     load_weights(network, part)
-    return Vae(codec, config)
+    return Vae(codec, config, part.block_latents)
 
 
 def parse_config(fields: Mapping[str, Any]) -> VaeConfig:

@@ -48,7 +48,7 @@ class Stage:
     history_blocks: int
 
     def __post_init__(self) -> None:
-        self.admission = AdmissionControl(self.limit, self.name, self.queue.load)
+        self.admission = AdmissionControl(self.limit, self.name, self.queue.load, BLOCK_S)
         self.changed = asyncio.Event()
         self.admission.on_change = self.changed.set
         for _ in range(WARM_STEPS):
@@ -63,7 +63,7 @@ class Stage:
     ) -> AsyncGenerator[Any, None]:
         """Yield one session's answers."""
         session: Any = None  # the stand-in models need no session
-        stage = local(model, session, self.queue, usage, is_live=is_live)
+        stage = local(model, session, self.queue, usage, live_block_s=BLOCK_S if is_live else None)
         async with aclosing(stage(_timed(items))) as answers:
             async for answer in answers:
                 yield answer

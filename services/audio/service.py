@@ -34,7 +34,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         self._encoder = encoder
         self._digest = digest
         self._queue = queue
-        self._admission = AdmissionControl(capacity, "audio", queue.load)
+        self._admission = AdmissionControl(capacity, "audio", queue.load, audio.grid.duration_s)
         self.changed = asyncio.Event()
         self._admission.on_change = self.changed.set
 
@@ -73,7 +73,8 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = StreamUsage(self._admission.step_times), 0
             model = ResumedAudioModel(self._audio, opened.first_block, opened.first_answer, opened.statistics)
-            stage = local(model, audio_session_from_pb(opened), self._queue, usage, is_live=opened.is_live)
+            live_block_s = self._audio.grid.duration_s if opened.is_live else None
+            stage = local(model, audio_session_from_pb(opened), self._queue, usage, live_block_s=live_block_s)
             async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
                 async for block in blocks:
                     span = telemetry.block_span("audio", block.index, *usage.last_step, link=opened.traceparent)

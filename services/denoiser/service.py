@@ -53,7 +53,9 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         self._store = store
         self._queue = queue
         num_levels = len(denoisers)
-        self._admission = AdmissionControl(capacity * num_levels, "denoiser", queue.load, num_levels)
+        self._admission = AdmissionControl(
+            capacity * num_levels, "denoiser", queue.load, self._config.block_s, num_levels
+        )
         self.changed = asyncio.Event()
         self._admission.on_change = self.changed.set
         self.chain: Chain | None = None
@@ -110,7 +112,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             updates_sink = denoiser.updates_sink(session)
             # The copy to the host belongs to the step: later, a GPU would be computing the next block.
             then = None if chain_stream and not denoiser.is_last else on_host
-            stage = local(denoiser, session, self._queue, usage, then=then, is_live=opened.is_live)
+            live_block_s = self._config.block_s if opened.is_live else None
+            stage = local(denoiser, session, self._queue, usage, then=then, live_block_s=live_block_s)
             async with aclosing(stage(self._blocks(opened, requests, chain_stream))) as blocks:
                 async for block in blocks:
                     telemetry.block_span(

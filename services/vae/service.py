@@ -17,7 +17,7 @@ from avatar.rpc.status import INPUT_TAKEN
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, local
-from avatar.types import BLOCK_FRAMES, Block, FrameChunk
+from avatar.types import Block, FrameChunk
 from avatar.vae import encodings
 from avatar.vae.encodings import Encoded
 from avatar.vae.picture.reading import Picture
@@ -42,7 +42,8 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self._vae = vae
         self._digest = digest
         self._queue = queue
-        self._admission = AdmissionControl(capacity, "vae", queue.load)
+        self._block_s = vae.block_frames / vae.config.frame_rate_hz
+        self._admission = AdmissionControl(capacity, "vae", queue.load, self._block_s)
         self.changed = asyncio.Event()
         self._admission.on_change = self.changed.set
         self._preparing = asyncio.Semaphore(MAX_REFERENCES)
@@ -70,7 +71,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             sizes_free=rule.fixed_size is None,
             fit=rule.fit,
             frame_rate_hz=self._vae.config.frame_rate_hz,
-            block_frames=BLOCK_FRAMES,
+            block_frames=self._vae.block_frames,
             capacity=self._admission.capacity,
             active=self._admission.active,
             max_streams=self._admission.limit,
@@ -119,7 +120,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 motion=tensor_to_pb(motion),
                 sink=tensor_to_pb(motion[:, :1]),
                 frame_rate_hz=self._vae.config.frame_rate_hz,
-                block_frames=BLOCK_FRAMES,
+                block_frames=self._vae.block_frames,
                 notice=self._vae.notice(picture, motion),
                 num_faces=picture.num_faces,
                 face_share=picture.face_share,
@@ -150,7 +151,8 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             yield pb.DecodeResponse(opened=pb.DecodeOpened(history_blocks=self._vae.history_blocks, init_segment=init))
             decoding_usage, encoding_usage = StreamUsage(self._admission.step_times), StreamUsage()
             num_blocks = 0
-            stage = local(self._vae, session, self._queue, decoding_usage, is_live=opened.is_live)
+            live_block_s = self._block_s if opened.is_live else None
+            stage = local(self._vae, session, self._queue, decoding_usage, live_block_s=live_block_s)
             async with aclosing(stage(_blocks(opened, requests))) as chunks:
                 async for chunk in chunks:
                     telemetry.block_span("vae", chunk.index, *decoding_usage.last_step, parent=chunk.traceparent)
@@ -163,7 +165,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
 
 
 def _frames(chunk: FrameChunk, encoded: list[Encoded]) -> list[Frame]:
-    """Return one message per frame: twelve of 0.9 MB pass faster than one of 10 MB."""
+    """Return one message per frame: several of 0.9 MB pass faster than one of their sum."""
     frames, index = [], chunk.first_frame
     for each in encoded:
         frame = Frame(block=chunk.index, index=index, data=each.data, is_key=each.is_key, num_frames=each.num_frames)

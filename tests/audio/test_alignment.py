@@ -41,6 +41,12 @@ def test_blocks_of_every_length_place_their_frames_alike() -> None:
     assert placed[0] == placed[1] == placed[2]
 
 
+@every_length
+def test_a_block_lasts_as_long_in_audio_as_in_video(latents: int) -> None:
+    grid = BlockGrid(latents)
+    assert grid.duration_s == grid.samples / 16000 == grid.encoder_frames / 50 == grid.frames / 25
+
+
 def test_windows_end_one_block_apart_for_hours() -> None:
     ends = [GRID.window_end(index, right_frames=10) for index in range(20_000)]
     assert ends[0] == 7680 + 80 + 3200

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from avatar.audio.alignment import SAMPLE_RATE_HZ, BlockGrid
 from avatar.errors import NoCapacity
 from avatar.runtime.admission import AdmissionControl, DeviceLoad, StepTimes
-from avatar.types import BLOCK_FRAMES, BLOCK_S
+
+BLOCK_S = 0.48
 
 
-def step_times(*steps_s: float) -> StepTimes:
-    times = StepTimes()
+def step_times(*steps_s: float, block_s: float = BLOCK_S) -> StepTimes:
+    times = StepTimes(block_s)
     for step_s in steps_s:
         times.append(step_s)
     return times
@@ -29,13 +29,18 @@ def num_accepted(load: DeviceLoad, times: StepTimes, most: int = 100) -> int:
     return most
 
 
-def test_a_block_lasts_as_long_in_audio_as_in_video() -> None:
-    assert BLOCK_S == BlockGrid(3).samples / SAMPLE_RATE_HZ == BLOCK_FRAMES / 25
-
-
 def test_live_streams_get_nearly_all_of_a_devices_time() -> None:
     steps_s = (0.02, 0.0205, 0.12, 0.265, 0.4)
     assert [num_accepted(DeviceLoad(), step_times(step_s)) for step_s in steps_s] == [22, 22, 3, 1, 1]
+
+
+def test_shorter_blocks_need_a_step_more_often() -> None:
+    steps_s = (0.02, 0.0205, 0.12, 0.265)
+    assert [num_accepted(DeviceLoad(), step_times(step_s, block_s=0.16)) for step_s in steps_s] == [7, 7, 1, 1]
+    load = DeviceLoad()
+    with load.live_stream("a", step_times(0.24)), load.live_stream("a", step_times(0.04, block_s=0.16)):
+        assert load.has_time_for("b", step_times(0.08)), "half, a quarter and a sixth of the time"
+        assert not load.has_time_for("b", step_times(0.1))
 
 
 def test_a_session_alone_at_a_device_is_never_refused() -> None:
@@ -61,9 +66,9 @@ def test_all_services_of_a_device_count() -> None:
 
 def test_a_device_without_measured_steps_refuses_no_stream() -> None:
     load = DeviceLoad()
-    load.add_service(StepTimes(), 1)
+    load.add_service(step_times(), 1)
     assert load.num_free_sessions == sys.maxsize
-    assert num_accepted(load, StepTimes()) == 100
+    assert num_accepted(load, step_times()) == 100
 
 
 def test_cold_starts_and_prefills_refuse_no_stream() -> None:
@@ -73,7 +78,7 @@ def test_cold_starts_and_prefills_refuse_no_stream() -> None:
 
 
 def test_a_stream_over_the_limit_is_refused_until_another_ends() -> None:
-    admission = AdmissionControl(2, "audio", DeviceLoad())
+    admission = AdmissionControl(2, "audio", DeviceLoad(), BLOCK_S)
     with admission.accept("a", is_live=False):
         with admission.accept("b", is_live=False):
             with pytest.raises(NoCapacity, match="all 2 streams of this worker are taken") as refusal:
@@ -85,7 +90,7 @@ def test_a_stream_over_the_limit_is_refused_until_another_ends() -> None:
 
 
 def test_a_live_stream_the_device_has_no_time_for_is_refused_until_another_ends() -> None:
-    admission = AdmissionControl(8, "audio", DeviceLoad())
+    admission = AdmissionControl(8, "audio", DeviceLoad(), BLOCK_S)
     admission.step_times.append(0.2)
     assert admission.capacity == 2, "two of 0.2 s fit into 0.45 s of every block"
     with admission.accept("a", is_live=True):
@@ -109,13 +114,13 @@ def test_the_first_step_time_is_measured_warm(monkeypatch: pytest.MonkeyPatch) -
         now.s += next(durations_s)
         return 4
 
-    admission = AdmissionControl(8, "audio", DeviceLoad())
+    admission = AdmissionControl(8, "audio", DeviceLoad(), BLOCK_S)
     admission.measure(warm)
     assert admission.step_times.median_s == pytest.approx(0.1)
 
 
 def test_a_refusal_tells_the_real_numbers_and_a_belief_of_fewer_streams_is_refused() -> None:
-    admission = AdmissionControl(3, "denoiser", DeviceLoad())
+    admission = AdmissionControl(3, "denoiser", DeviceLoad(), BLOCK_S)
     changes: list[int] = []
     admission.on_change = lambda: changes.append(admission.active)
     with admission.accept("a", is_live=False, max_active=0), admission.accept("b", is_live=False, max_active=1):

@@ -105,7 +105,7 @@ async def test_an_item_has_its_own_deadline_or_in_a_live_stream_one_block_from_n
     for item, is_live in opened:
         last = asyncio.Event()
         items = stream(Item("first"), item, last=last)
-        streams.append((local(model, session("a"), queue, is_live=is_live)(items), last))
+        streams.append((local(model, session("a"), queue, live_block_s=BLOCK_S if is_live else None)(items), last))
         await anext(streams[-1][0])
     model.steps.clear()
     async with asyncio.TaskGroup() as tasks:

@@ -223,7 +223,7 @@ async def test_usage_counts_every_step_and_describes_the_last(
             now.s += item
             return super().step(item, state)
 
-    usage = StreamUsage(StepTimes())
+    usage = StreamUsage(StepTimes(0.48))
     stream = local(Slow(), SESSION, queue, usage)(Source([1, 2]).stream())
     await anext(stream)
     assert (usage.busy_s, usage.last_step) == (1, (10 * 10**9, 11 * 10**9, 0))

@@ -101,9 +101,9 @@ async def test_blocks_run_by_the_slack_that_they_arrive_with(
 async def test_a_live_stream_that_would_delay_the_others_is_refused(
     worker: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("avatar.runtime.admission.BLOCK_S", 1e9)
+    monkeypatch.setattr("avatar.runtime.admission.LIVE_SHARE", 1e9)
     assert await active_and_capacity(worker) == (0, 5)
-    monkeypatch.setattr("avatar.runtime.admission.BLOCK_S", 1e-9)
+    monkeypatch.setattr("avatar.runtime.admission.LIVE_SHARE", 1e-9)
     assert await active_and_capacity(worker) == (0, 1), "a session alone at the device is accepted"
     first, second, third, fourth = (remote_vae(worker) for _ in SESSIONS)
     await first.open(opening("first", is_live=True))

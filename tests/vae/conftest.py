@@ -36,11 +36,17 @@ def wan_codec() -> WanCodec:
 CODECS: dict[str, Callable[[], Codec[Any]]] = {"light": light_codec, "wan": wan_codec}
 
 
-@pytest.fixture(params=CODECS)
+# Codecs, and latent frames of a block.
+BLOCKS_OF_3, BLOCKS_OF_1 = ([(name, latents) for name in CODECS] for latents in (3, 1))
+with_short_blocks = pytest.mark.parametrize("vae", BLOCKS_OF_3 + BLOCKS_OF_1, indirect=True, ids="{0[0]}-{0[1]}".format)
+
+
+@pytest.fixture(params=BLOCKS_OF_3, ids="{0[0]}".format)
 def vae(request: pytest.FixtureRequest) -> Vae[Any]:
     """A VAE for pictures of SIZE, with each of the codecs."""
+    name, block_latents = request.param
     rule = PictureRule("cover", width=SIZE[0], height=SIZE[1])
-    return Vae(CODECS[request.param](), VaeConfig(request.param, rule, 25, {}))
+    return Vae(CODECS[name](), VaeConfig(name, rule, 25, {}), block_latents)
 
 
 def session(seed: int = 0) -> Session:
@@ -49,8 +55,8 @@ def session(seed: int = 0) -> Session:
     return Session(f"session {seed}", seed, torch.randn(16, MOTION_LATENTS, 2, 3, generator=generator))
 
 
-def blocks(count: int, seed: int = 0) -> list[Block]:
+def blocks(count: int, seed: int = 0, block_latents: int = BLOCK_LATENTS) -> list[Block]:
     """Return the session's blocks from index 0."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    latents = torch.randn(count, 16, BLOCK_LATENTS, 2, 3, generator=generator)
+    latents = torch.randn(count, 16, block_latents, 2, 3, generator=generator)
     return [Block(index, torch.empty(0), latent) for index, latent in enumerate(latents)]

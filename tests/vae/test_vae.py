@@ -15,7 +15,7 @@ from avatar.runtime.pipeline import StreamingModel
 from avatar.types import MOTION_LATENTS, Block, FrameChunk, Session
 from avatar.vae.picture.rule import PictureRule
 from avatar.vae.vae import MOTION_FRAMES, WARMUP_LATENTS, Vae, VaeConfig, load, tiny
-from tests.vae.conftest import LIGHT, SIZE, WAN, blocks, light_codec, session, wan_codec
+from tests.vae.conftest import BLOCKS_OF_1, LIGHT, SIZE, WAN, blocks, light_codec, session, wan_codec, with_short_blocks
 
 
 def play(vae: StreamingModel[Block, FrameChunk, Any], opened: Session, items: list[Block]) -> Tensor:
@@ -24,31 +24,38 @@ def play(vae: StreamingModel[Block, FrameChunk, Any], opened: Session, items: li
     return torch.cat([vae.step(block, state).frames for block in items])
 
 
+@with_short_blocks
 def test_streamed_equals_whole(vae: Vae[Any]) -> None:
-    state = vae.open(session())
-    streamed = torch.cat([vae.frames(block, state) for block in blocks(4)], dim=1)
-    parts = [session().motion[:, :WARMUP_LATENTS], *(block.latent for block in blocks(4) if block.latent is not None)]
+    state, items = vae.open(session()), blocks(4, 0, vae.block_latents)
+    streamed = torch.cat([vae.frames(block, state) for block in items], dim=1)
+    parts = [session().motion[:, :WARMUP_LATENTS], *(block.latent for block in items if block.latent is not None)]
     with torch.inference_mode():
         whole = vae.codec.decode(torch.cat(parts, dim=1)[None], vae.codec.new_state())[0].clamp(-1, 1)
     assert 0.1 < whole.std() < 0.9
     torch.testing.assert_close(streamed, whole[:, -streamed.shape[1] :], rtol=0, atol=1e-5)
 
 
+@with_short_blocks
 def test_interleaved_equals_alone(vae: Vae[Any]) -> None:
     states = [vae.open(session(seed)) for seed in (0, 1)]
     chunks: list[list[Tensor]] = [[], []]
-    for items in zip(blocks(3, seed=0), blocks(3, seed=1), strict=True):
+    for items in zip(
+        blocks(3, 0, vae.block_latents),
+        blocks(3, 1, vae.block_latents),
+        strict=True,
+    ):
         for block, state, shown in zip(items, states, chunks, strict=True):
             shown.append(vae.step(block, state).frames)
         if items[0].index == 0:
             vae.encode_picture(torch.zeros(SIZE[1], SIZE[0], 3, dtype=torch.uint8))
     for seed, shown in enumerate(chunks):
-        assert torch.equal(torch.cat(shown), play(vae, session(seed), blocks(3, seed=seed)))
+        assert torch.equal(torch.cat(shown), play(vae, session(seed), blocks(3, seed, vae.block_latents)))
 
 
+@with_short_blocks
 def test_closing_a_stream_frees_state(vae: Vae[Any]) -> None:
     state = vae.open(session())
-    vae.step(blocks(1)[0], state)
+    vae.step(blocks(1, 0, vae.block_latents)[0], state)
     slots = state.decoder if isinstance(state.decoder, list) else [*vars(state.decoder)["_last"].values()]
     kept: list[weakref.ref[Any]] = [weakref.ref(slot) for slot in slots if isinstance(slot, Tensor)]
     assert kept
@@ -56,9 +63,10 @@ def test_closing_a_stream_frees_state(vae: Vae[Any]) -> None:
     assert {reference() for reference in kept} == {None}
 
 
+@with_short_blocks
 def test_past_blocks_rebuild_the_state_exactly(vae: Vae[Any]) -> None:
-    items = blocks(vae.history_blocks + 2)
-    known = play(vae, session(), items)[-12:]
+    items = blocks(vae.history_blocks + 2, 0, vae.block_latents)
+    known = play(vae, session(), items)[-vae.block_frames :]
     # Another session's picture: what came before the replayed blocks must not matter.
     state = vae.open(session(seed=5))
     for block in items[-1 - vae.history_blocks : -1]:
@@ -93,6 +101,17 @@ def test_the_first_block_gives_nine_frames_from_frame_three(vae: Vae[Any]) -> No
     assert chunks[0].frames.shape[1:] == (SIZE[1], SIZE[0], 3)
     assert chunks[0].frames.dtype == torch.uint8
     assert chunks[0].traceparent == "trace"
+
+
+@pytest.mark.parametrize("vae", BLOCKS_OF_1, indirect=True, ids="{0[0]}".format)
+def test_blocks_of_one_latent_give_the_same_frames_in_groups_of_four(vae: Vae[Any]) -> None:
+    [long] = blocks(1)
+    assert long.latent is not None
+    state, latents = vae.open(session()), torch.split(long.latent, 1, dim=1)
+    chunks = [vae.step(Block(index, torch.empty(0), latent), state) for index, latent in enumerate(latents)]
+    assert [(chunk.first_frame, len(chunk.frames)) for chunk in chunks] == [(3, 1), (4, 4), (8, 4)]
+    whole = play(Vae(vae.codec, vae.config, block_latents=3), session(), [long])
+    torch.testing.assert_close(torch.cat([chunk.frames for chunk in chunks]), whole, atol=1, rtol=0)
 
 
 def test_a_rebuilt_stream_counts_frames_from_its_first_block(vae: Vae[Any]) -> None:
