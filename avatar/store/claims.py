@@ -69,7 +69,7 @@ end
 redis.call('HSET', KEYS[1], 'holder', ARGV[1])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 if outcome == 6 then redis.call('PUBLISH', ARGV[4], ARGV[5]) end
-return {outcome, ttl}
+return {outcome, ttl, redis.call('HGETALL', KEYS[2])}
 """
 )
 # ARGV[3], ARGV[4]: channel, session id. ARGV[5]: the position, or nothing.
@@ -204,11 +204,16 @@ class Claim:
             event.set()
         self.changed = event
 
-    async def acquire(self, *, take_over: bool = False) -> None:
-        """Acquire the claim. take_over: also from another stream, which keeps its slots until `commit`."""
+    async def acquire(self, *, take_over: bool = False) -> dict[str, bytes]:
+        """Acquire the claim; return the fields of the session's record.
+
+        take_over: also from another stream, which keeps its slots until `commit`.
+        """
         args = [*self._first, int(take_over), CHANGES, self.session_id]
-        outcome = self._record(*await self._hashes.run(_ACQUIRE, self._keys, args))
-        self.is_taken_over = outcome is Outcome.TAKEN_OVER
+        outcome, *others = await self._hashes.run(_ACQUIRE, self._keys, args)
+        self.is_taken_over = self._record(outcome, *others[:1]) is Outcome.TAKEN_OVER
+        fields = others[1]
+        return {name.decode(): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
 
     async def commit(self, position: pb.Position | None = None) -> None:
         """End the stream that had the claim before; write the position if it is given."""

@@ -24,12 +24,16 @@ logger = logging.getLogger(__name__)
 # First line of a script that may run in a full store: it frees memory, or writes a few bytes for a session that exists.
 # Without it, a full store (maxmemory) refuses a script that writes.
 IN_FULL_STORE = "#!lua flags=allow-oom\n"
+# First line of a script that writes nothing, which a full store runs, too.
+READS_ONLY = "#!lua flags=no-writes\n"
 # Lua: the server's time in milliseconds. Gateways' clocks may differ.
 NOW = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 FULL_RETRY_S = 10.0
+# Limit on a call.
+CALL_S = 2.0
 
 
 class RedisHashes:
@@ -38,7 +42,7 @@ class RedisHashes:
     An instance belongs to the event loop that first uses it. timeout_s: limit on each call.
     """
 
-    def __init__(self, url: str, timeout_s: float = 2.0) -> None:
+    def __init__(self, url: str, timeout_s: float = CALL_S) -> None:
         self._redis = open_redis(url, timeout_s)
         self._timeout_s = timeout_s
         self._scripts: dict[str, Any] = {}
@@ -60,11 +64,6 @@ class RedisHashes:
         """Return the seconds until a key expires; 0 if it does not exist."""
         async with self._call():
             return max(0, await self._redis.pttl(key)) / 1000
-
-    async def exists(self, key: str) -> bool:
-        """Return whether a key exists."""
-        async with self._call():
-            return bool(await self._redis.exists(key))
 
     async def run(self, script: str, keys: Sequence[str], args: Sequence[Any], *, is_logged: bool = True) -> Any:
         """Run a script, which is atomic, and return its result. All keys have one hash tag.

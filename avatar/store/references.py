@@ -8,12 +8,14 @@
 A session that was created keeps the latents when its reference is deleted or expires.
 """
 
+import asyncio
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from avatar.errors import ReferenceNotFound
 from avatar.store.claims import key
 from avatar.store.packing import pack, unpack
-from avatar.store.redis import IN_FULL_STORE, NOW, RedisHashes, to_ms
+from avatar.store.redis import CALL_S, IN_FULL_STORE, NOW, RedisHashes, redis_call, to_ms
 from avatar.worker.v1 import types_pb2 as pb
 
 # A lease is longer than what it is for by this time, in which whoever holds it renews it.
@@ -161,6 +163,28 @@ class References:
     async def release(self, reference_id: str, name: str) -> None:
         """End a lease; the latents are deleted with the last one."""
         await self._hashes.run(_RELEASE, _latents_keys(reference_id), [name])
+
+
+class SharedLatents:
+    """Latents that are read from the store once, and shared by all who use them at a time.
+
+    They are kept as long as somebody refers to them: at a gateway, one copy of each portrait that it streams.
+    """
+
+    def __init__(self, references: References) -> None:
+        self._references = references
+        self._latents = WeakValueDictionary[str, Latents]()
+        self._reading = WeakValueDictionary[str, asyncio.Lock]()
+
+    async def get(self, reference_id: str) -> Latents | None:
+        """Return a reference's latents, None if they are not stored. StoreUnavailable as `References.latents`."""
+        lock = self._reading.setdefault(reference_id, asyncio.Lock())
+        # Whoever waits for another's read fails with it, and not after reads of its own, one after another.
+        async with redis_call(CALL_S), lock:
+            latents = self._latents.get(reference_id)
+            if latents is None and (latents := await self._references.latents(reference_id)):
+                self._latents[reference_id] = latents
+            return latents
 
 
 def _latents_keys(reference_id: str) -> list[str]:

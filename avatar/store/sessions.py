@@ -11,8 +11,10 @@ Values are the messages of avatar/worker/v1/types.proto, packed by `packing`.
 Latents belong to references (`references`): a session leases those of its own.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -20,7 +22,7 @@ from google.protobuf.message import Message
 from avatar.errors import StateCorrupt, StoreUnavailable
 from avatar.store.claims import CHANGES, CLOSED_TTL_S, Claim, Outcome, key, no_session, refusal
 from avatar.store.packing import pack, pack_position, unpack
-from avatar.store.redis import IN_FULL_STORE, RedisHashes, flat, to_ms
+from avatar.store.redis import IN_FULL_STORE, READS_ONLY, RedisHashes, flat, to_ms
 from avatar.store.references import Latents, References, no_reference
 from avatar.store.registry import WorkerRegistry
 from avatar.worker.v1 import types_pb2 as pb
@@ -75,6 +77,63 @@ return 0
 """
 )
 _DELETE_CLOSED = IN_FULL_STORE + "return redis.call('HEXISTS', KEYS[1], 'closed') == 1 and redis.call('DEL', KEYS[1])"
+# KEYS[2]: the claim. Return the record's milliseconds to live, the claim's holder, and the values of STATUS_FIELDS.
+_STATUS = (
+    READS_ONLY
+    + """
+local fields = redis.call('HMGET', KEYS[1], unpack(ARGV))
+return {redis.call('PTTL', KEYS[1]), redis.call('HGET', KEYS[2], 'holder'), fields}
+"""
+)
+STATUS_FIELDS = ("session", "position", "ttl", "closed")
+
+
+class SessionRecord:
+    """Fields of a session's record, read at once.
+
+    Each is parsed when it is used: SessionNotFound if it is missing, StateCorrupt if it is damaged.
+    """
+
+    def __init__(self, session_id: str, fields: Mapping[str, bytes | None]) -> None:
+        self._session_id, self._fields = session_id, fields
+
+    @cached_property
+    def session(self) -> pb.Session:
+        """The session's constants, without the motion latents."""
+        return self._unpack("session", pb.Session)
+
+    @cached_property
+    def position(self) -> pb.Position:
+        """The next block and frame, whether the session is closed, and its time to live."""
+        position = self._unpack("position", pb.Position)
+        position.ttl_s = int(self._fields.get("ttl") or 0) / 1000
+        position.is_closed = self._fields.get("closed") is not None
+        return position
+
+    def conditions(self, version: int, sink: pb.Tensor | None = None) -> pb.Conditions:
+        """Return one version of the conditions. sink: of the reference, for conditions that have none of their own."""
+        conditions = self._unpack(f"conditions/{version}", pb.Conditions)
+        if sink is not None and not conditions.HasField("sink"):
+            conditions.sink.CopyFrom(sink)
+        return conditions
+
+    def _unpack(self, field: str, kind: type[Stored]) -> Stored:
+        if (value := self._fields.get(field)) is None:
+            raise no_session(self._session_id)
+        return unpack(value, kind, f"{field} of session {self._session_id!r}")
+
+
+@dataclass(frozen=True)
+class SessionStatus:
+    """A session's constants, position and holder of its claim, and the seconds until it expires.
+
+    holder: STREAM@GATEWAY of its open stream; empty if none is open.
+    """
+
+    session: pb.Session
+    position: pb.Position
+    holder: str
+    expires_in_s: float
 
 
 class SessionStore:
@@ -121,8 +180,18 @@ class SessionStore:
 
     async def session(self, session_id: str) -> pb.Session:
         """Return a session's constants, without the motion latents."""
-        [session] = await self._read(session_id, "session")
-        return self._unpack(session, session_id, "session", pb.Session)
+        return (await self._read(session_id, "session")).session
+
+    async def status(self, session_id: str) -> SessionStatus:
+        """Return a session's status."""
+        keys = [key("session", session_id), key("claim", session_id)]
+        ttl_ms, holder, values = await self._hashes.run(_STATUS, keys, STATUS_FIELDS)
+        record = SessionRecord(session_id, dict(zip(STATUS_FIELDS, values, strict=True)))
+        return SessionStatus(record.session, record.position, (holder or b"").decode(), ttl_ms / 1000)
+
+    async def acquire(self, claim: Claim, *, take_over: bool = False) -> SessionRecord:
+        """Acquire a claim; return the session's record, with all conditions. Raises as Claim.acquire does."""
+        return SessionRecord(claim.session_id, await claim.acquire(take_over=take_over))
 
     async def conditions(self, session_id: str, version: int) -> pb.Conditions:
         """Return one version of a session's conditions, with the reference's sink where it has none of its own.
@@ -130,11 +199,10 @@ class SessionStore:
         SessionNotFound if it was not written.
         """
         name = f"conditions/{version}"
-        value, session = await self._read(session_id, name, "session")
-        conditions = self._unpack(value, session_id, name, pb.Conditions)
+        record = await self._read(session_id, name, "session")
+        conditions = record.conditions(version)
         if not conditions.HasField("sink"):
-            reference_id = self._unpack(session, session_id, "session", pb.Session).reference_id
-            if (sink := await self.references.sink(reference_id)) is None:
+            if (sink := await self.references.sink(record.session.reference_id)) is None:
                 raise no_session(session_id)
             conditions.sink.CopyFrom(sink)
         return conditions
@@ -168,10 +236,7 @@ class SessionStore:
 
     async def position(self, session_id: str) -> pb.Position:
         """Return a session's position: the next block and frame, whether it is closed, and its time to live."""
-        value, ttl_ms, closed = await self._read(session_id, "position", "ttl", "closed")
-        position = self._unpack(value, session_id, "position", pb.Position)
-        position.ttl_s, position.is_closed = int(ttl_ms or 0) / 1000, closed is not None
-        return position
+        return (await self._read(session_id, "position", "ttl", "closed")).position
 
     async def set_ttl(self, session_id: str, ttl_s: float) -> None:
         """Change a session's time to live, and restart it; its stream goes on with the new one, at any gateway."""
@@ -205,10 +270,6 @@ class SessionStore:
     def claim(self, session_id: str, gateway: str = "") -> Claim:
         """Return a claim on a session, not acquired yet. gateway: see Claim."""
         return Claim(self._hashes, session_id, gateway)
-
-    async def is_claimed(self, session_id: str) -> bool:
-        """Return whether a stream of the session is open at any gateway."""
-        return await self._hashes.exists(key("claim", session_id))
 
     def changes(self) -> AsyncGenerator[str, None]:
         """Yield the id of each session whose claim moves or that is deleted, from now on, for ever."""
@@ -248,14 +309,10 @@ class SessionStore:
     async def _update(self, session_id: str, fields: dict[str, bytes]) -> None:
         self._check(await self._hashes.run(_UPDATE, [key("session", session_id)], flat(fields)), session_id)
 
-    async def _read(self, session_id: str, *fields: str) -> list[bytes | None]:
-        return await self._hashes.read(key("session", session_id), *fields)
+    async def _read(self, session_id: str, *fields: str) -> SessionRecord:
+        values = await self._hashes.read(key("session", session_id), *fields)
+        return SessionRecord(session_id, dict(zip(fields, values, strict=True)))
 
     def _check(self, outcome: int, session_id: str) -> None:
         if error := refusal(Outcome(outcome), session_id):
             raise error
-
-    def _unpack(self, value: bytes | None, session_id: str, field: str, kind: type[Stored]) -> Stored:
-        if value is None:
-            raise no_session(session_id)
-        return unpack(value, kind, f"{field} of session {session_id!r}")

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from enum import IntEnum
 from typing import Any
 
-from avatar.store.redis import IN_FULL_STORE, NOW, open_redis, redis_call, to_ms
+from avatar.store.redis import CALL_S, IN_FULL_STORE, NOW, open_redis, redis_call, to_ms
 
 # Lease the name ARGV[1] for ARGV[2] milliseconds: return a Lease. Refused if ARGV[3], unless empty, others are leased
 # already. A lease that exists is renewed, unless ARGV[4] is 1. The lease of ARGV[5] ends first. The set expires with
@@ -66,7 +66,7 @@ class TenantUsage:
     An instance belongs to the event loop that first uses it. timeout_s: limit on each call.
     """
 
-    def __init__(self, url: str, timeout_s: float = 2.0) -> None:
+    def __init__(self, url: str, timeout_s: float = CALL_S) -> None:
         self._redis = open_redis(url, timeout_s)
         self._timeout_s = timeout_s
         self._lease = self._redis.register_script(_LEASE)

@@ -15,7 +15,8 @@ from avatar.errors import REASONS, ConnectionLost, InvalidField, NoCapacity, Ses
 from avatar.rpc.status import reason_of
 from avatar.settings import GatewaySettings
 from avatar.store.claims import CLAIM_TTL_S, Claim, no_session
-from avatar.store.sessions import SessionStore
+from avatar.store.references import SharedLatents
+from avatar.store.sessions import SessionRecord, SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.worker.v1 import types_pb2
 from services.gateway.access.quotas import Quotas
@@ -46,6 +47,7 @@ class LiveSessions:
         self._store = store
         self._workers = workers
         self._quotas = quotas
+        self._latents = SharedLatents(store.references)
         self._tasks = asyncio.TaskGroup()
         self._running: set[asyncio.Task[None]] = set()
         self._sessions: dict[str, LiveSession] = {}
@@ -79,9 +81,8 @@ class LiveSessions:
     async def start(self, opened: pb.OpenAvatar) -> LiveSession:
         """Open a session, or go on with one that was open at another gateway. Raises the error that prevents it."""
         options = stream_options(opened)
-        session = await self._store.session(opened.session_id)
         started: asyncio.Future[LiveSession] = asyncio.get_running_loop().create_future()
-        task = self._tasks.create_task(self._run(opened, options, session, started))
+        task = self._tasks.create_task(self._run(opened, options, started))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         try:
@@ -118,32 +119,27 @@ class LiveSessions:
         first.resume.CopyFrom(opened.resume)
         return await self.start(first)
 
-    async def _run(
-        self,
-        opened: pb.OpenAvatar,
-        options: StreamOptions,
-        session: types_pb2.Session,
-        started: "asyncio.Future[LiveSession]",
-    ) -> None:
+    async def _run(self, opened: pb.OpenAvatar, options: StreamOptions, started: "asyncio.Future[LiveSession]") -> None:
         """Run a session from its start to its end. `started` gets it, or the error that prevents it."""
         live: LiveSession | None = None
         error: Exception | None = None
         try:
             async with (
-                self._claimed(session.id, take_over=opened.HasField("resume")) as claim,
+                self._claimed(opened.session_id, take_over=opened.HasField("resume")) as (claim, record),
                 self._quotas.streaming(claim),
                 AsyncExitStack() as stack,
             ):
-                position = await self._position(opened, options, session)
-                conditions = await self._store.conditions(session.id, position.conditions)
-                latents = await self._store.references.latents(session.reference_id)
+                session, position = record.session, _start(opened, options, record)
+                latents = await self._latents.get(session.reference_id)
                 if latents is None:
                     raise no_session(session.id)
+                conditions = record.conditions(position.conditions, latents.sink)
                 stages = await self._opened(stack, claim, session, latents.motion, options, position)
                 stream = LiveStream(stages, options, session, position, conditions, self._settings)
                 stack.callback(stream.versions.close)
                 if position.coming_conditions:
-                    stream.versions.add(await self._store.conditions(session.id, position.coming_conditions))
+                    stream.versions.add(record.conditions(position.coming_conditions, latents.sink))
+                del record
                 position.opened = opened.SerializeToString()
                 await claim.commit(position)
                 claim.wake_with(stream.advanced)
@@ -166,19 +162,6 @@ class LiveSessions:
                 started.set_exception(error)
             if live and not live.ended.done():
                 live.ended.set_exception(error) if error else live.ended.set_result(None)
-
-    async def _position(
-        self, opened: pb.OpenAvatar, options: StreamOptions, session: types_pb2.Session
-    ) -> types_pb2.Position:
-        """Return where a session starts or resumes. SessionClosed if it cannot be opened in this way."""
-        position = await self._store.position(session.id)
-        if position.is_closed:
-            raise SessionClosed(f"the stream of session {session.id!r} has ended; create another session")
-        if opened.HasField("resume"):
-            _advance(position, opened.resume.next_frame, session, options)
-        elif position.opened and (position.next_block or position.next_frame > FIRST_FRAME):
-            raise SessionClosed(f"a stream of session {session.id!r} was open; resume it")
-        return position
 
     async def _opened(
         self,
@@ -216,18 +199,18 @@ class LiveSessions:
         return stages
 
     @asynccontextmanager
-    async def _claimed(self, session_id: str, *, take_over: bool) -> AsyncGenerator[Claim, None]:
-        """Hold a claim on the session for its only stream. SessionBusy if another stream has it.
+    async def _claimed(self, session_id: str, *, take_over: bool) -> AsyncGenerator[tuple[Claim, SessionRecord], None]:
+        """Hold a claim on the session for its only stream; yield its record, too. SessionBusy if another stream has it.
 
         take_over: take it from the other stream. If the body fails before it commits, that stream gets it back.
         """
         claim = self._store.claim(session_id)
-        await claim.acquire(take_over=take_over)
+        records = [await self._store.acquire(claim, take_over=take_over)]
         self._claims.setdefault(session_id, set()).add(claim)
         telemetry.SESSIONS_ACTIVE.add(1, {"service": "gateway"})
         started, reason = time.monotonic(), CLOSED
         try:
-            yield claim
+            yield claim, records.pop()  # the body alone keeps it, as long as it needs its conditions
         except BaseException as error:
             reason = reason_of(error)
             raise
@@ -267,6 +250,18 @@ async def _keep(claim: Claim) -> None:
         claim.changed.clear()
         with suppress(StoreUnavailable):
             await claim.renew()
+
+
+def _start(opened: pb.OpenAvatar, options: StreamOptions, record: SessionRecord) -> types_pb2.Position:
+    """Return where a session starts or resumes. SessionClosed if it cannot be opened in this way."""
+    session, position = record.session, record.position
+    if position.is_closed:
+        raise SessionClosed(f"the stream of session {session.id!r} has ended; create another session")
+    if opened.HasField("resume"):
+        _advance(position, opened.resume.next_frame, session, options)
+    elif position.opened and (position.next_block or position.next_frame > FIRST_FRAME):
+        raise SessionClosed(f"a stream of session {session.id!r} was open; resume it")
+    return position
 
 
 def _advance(position: types_pb2.Position, next_frame: int, session: types_pb2.Session, options: StreamOptions) -> None:

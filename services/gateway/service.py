@@ -28,7 +28,7 @@ from avatar.errors import (
 from avatar.rpc.interceptor import Context, receive_open
 from avatar.settings import GatewaySettings
 from avatar.store.claims import Outcome
-from avatar.store.sessions import SessionStore
+from avatar.store.sessions import SessionStatus, SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc
 from avatar.v1 import types_pb2 as types
@@ -183,18 +183,19 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         position = types_pb2.Position(next_frame=FIRST_FRAME, ttl_s=ttl_s or self._settings.session_ttl_s)
         conditions = types_pb2.Conditions(version=0, text=text)
         try:
-            return pb.CreateSessionResponse(session=await uncancelled(self._create(session, conditions, position)))
+            await uncancelled(self._create(session, conditions, position))
         except BaseException:  # nobody learns its id
             await uncancelled(self._forget(session.id))
             raise
+        status = SessionStatus(session, position, holder="", expires_in_s=position.ttl_s)
+        return pb.CreateSessionResponse(session=self._show(status))
 
     async def _create(
         self, session: types_pb2.Session, conditions: types_pb2.Conditions, position: types_pb2.Position
-    ) -> types.Session:
+    ) -> None:
         """Count a session, then write it."""
         await self._lease_session(session.id, position.ttl_s)
         await self._store.create(session, conditions, position)
-        return await self._session(session.id)
 
     async def _forget(self, session_id: str) -> None:
         """Delete a session and stop counting it; if the store is away and may have it, it counts until it expires."""
@@ -329,13 +330,15 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         return pb.AvatarOpened(session=await self._session(session_id))
 
     async def _session(self, session_id: str) -> types.Session:
-        stored = await self._store.session(session_id)
-        position = await self._store.position(session_id)
+        return self._show(await self._store.status(session_id))
+
+    def _show(self, status: SessionStatus) -> types.Session:
+        stored, position = status.session, status.position
         state = types.Session.STATE_IDLE
         if position.is_closed:
             state = types.Session.STATE_CLOSED
-        elif await self._store.is_claimed(session_id):
-            live = self._live_sessions.get(session_id)
+        elif status.holder:
+            live = self._live_sessions.get(stored.id)
             is_detached = live is not None and not live.stream.is_connected
             state = types.Session.STATE_DETACHED if is_detached else types.Session.STATE_STREAMING
         session = types.Session(
@@ -348,8 +351,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         )
         show_session_options(stored, session)
         session.ttl.FromMilliseconds(round(position.ttl_s * 1000))
-        expires_in_s = await self._store.expires_in_s(session_id)
-        session.expire_time.FromMilliseconds(round((time.time() + expires_in_s) * 1000))
+        session.expire_time.FromMilliseconds(round((time.time() + status.expires_in_s) * 1000))
         return session
 
 

@@ -1,10 +1,14 @@
 """Tests of avatar.store.references: latents that sessions of one picture share."""
 
+import asyncio
+import gc
+
 import pytest
 from redis.asyncio import Redis
 
-from avatar.errors import ReferenceNotFound
-from avatar.store.references import LEASE_MARGIN_S
+from avatar.errors import ReferenceNotFound, StoreUnavailable
+from avatar.store.redis import RedisHashes
+from avatar.store.references import LEASE_MARGIN_S, Latents, References, SharedLatents
 from avatar.store.sessions import SessionStore
 from avatar.worker.v1 import types_pb2 as pb
 from tests.store.expiry import elapse
@@ -89,3 +93,45 @@ async def test_a_closed_session_takes_no_latents_back(created: SessionStore, red
         await claim.acquire()
         await created.close(claim, session(name), position())
     assert not await redis_client.exists(LATENTS)
+
+
+class CountingReferences(References):
+    """References that count how often their latents are read, and fail to read them while `is_away`."""
+
+    num_reads, is_away = 0, False
+
+    async def latents(self, reference_id: str) -> Latents | None:
+        self.num_reads += 1
+        await asyncio.sleep(0)
+        if self.is_away:
+            raise StoreUnavailable("the session store cannot be reached")
+        return await super().latents(reference_id)
+
+
+@pytest.mark.usefixtures("created")
+async def test_latents_are_read_once_and_shared_as_long_as_they_are_used(hashes: RedisHashes) -> None:
+    references = CountingReferences(hashes)
+    shared = SharedLatents(references)
+    copies = await asyncio.gather(*(shared.get("face") for _ in range(9)))
+    assert len({id(each) for each in copies}) == references.num_reads == 1
+    del copies
+    await asyncio.sleep(0)  # the event loop's own reference to them ends
+    gc.collect()
+    assert await shared.get("face")
+    assert references.num_reads == 2
+    assert await shared.get("nobody") is None
+
+
+@pytest.mark.usefixtures("created")
+async def test_a_read_that_fails_or_is_cancelled_is_repeated_for_those_who_wait(hashes: RedisHashes) -> None:
+    references = CountingReferences(hashes)
+    shared = SharedLatents(references)
+    first, second = (asyncio.ensure_future(shared.get("face")) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    assert await second
+    references.is_away = True
+    with pytest.raises(StoreUnavailable):
+        await SharedLatents(references).get("face")
+    references.is_away = False
+    assert await shared.get("face")
