@@ -1,0 +1,110 @@
+"""The floor of a gateway's cost: bare grpc.aio that relays the same messages, `python -m benchmarks.fleet.relay`.
+
+    python -m benchmarks.fleet.relay LISTEN SIZES TARGET ...
+
+For every block of a client's audio it sends each stage a message of the real size and reads the stage's answers, then
+sends the client one message per frame. It parses and keeps nothing, and has neither deadlines, nor a store, nor
+failover.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from avatar.rpc.channel import OPTIONS, channel
+from avatar.rpc.server import until_stopped
+from avatar.v1 import avatar_service_pb2 as pb
+from avatar.v1 import types_pb2 as types
+from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
+from benchmarks.fleet.clients import PIECES
+from benchmarks.fleet.content import STAGES, Sizes
+
+SERVICE = "avatar.v1.AvatarService"
+PACKAGE = "avatar.worker.v1"
+METHODS = {"audio": "AudioService/Encode", "denoiser": "DenoiserService/Denoise", "vae": "VaeService/Decode"}
+
+
+class Relay:
+    """Streams of clients over bare streams at the workers. All bytes are made once, so blocks have wrong numbers."""
+
+    def __init__(self, sizes: Sizes, channels: dict[str, grpc.aio.Channel]) -> None:
+        self._channels, self._sizes = channels, sizes
+        features = types_pb2.Tensor(dtype="bfloat16", shape=[1], data=bytes(sizes.features_bytes))
+        latent = types_pb2.Tensor(dtype="bfloat16", shape=[1], data=bytes(sizes.latent_bytes))
+        piece = audio_pb2.AudioPiece(data=bytes(sizes.block_bytes), completes=1)
+        block = types_pb2.Block(index=1, features=features, latent=latent)
+        clean = types_pb2.Block(index=1, latent=latent)
+        denoise = denoiser_pb2.DenoiseRequest(block=block).SerializeToString()
+        self._requests = dict.fromkeys(STAGES, denoise)
+        self._requests["audio"] = audio_pb2.EncodeRequest(piece=piece).SerializeToString()
+        self._requests["vae"] = vae_pb2.DecodeRequest(block=clean).SerializeToString()
+        frame = types.VideoFrame(index=1, data=bytes(sizes.frame_bytes))
+        self._frame = pb.StreamAvatarResponse(frame=frame).SerializeToString()
+
+    async def create_reference(self, request: bytes, context: Any) -> bytes:
+        return pb.CreateReferenceResponse(reference=types.Reference(id="0")).SerializeToString()
+
+    async def create_session(self, request: bytes, context: Any) -> bytes:
+        return pb.CreateSessionResponse(session=types.Session(id="0")).SerializeToString()
+
+    async def stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        await anext(aiter(requests))
+        calls = {stage: await self._open(stage) for stage in STAGES}
+        await context.write(pb.StreamAvatarResponse(opened=pb.AvatarOpened()).SerializeToString())
+        num_pieces = 0
+        async for request in requests:
+            if len(request) < self._sizes.block_bytes // PIECES:  # `close`
+                break
+            num_pieces += 1
+            if num_pieces % PIECES == 0:
+                await self._make_block(calls, context)
+        for call in calls.values():
+            call.cancel()
+
+    async def _open(self, stage: str) -> Any:
+        method = f"/{PACKAGE}.{METHODS[stage.partition('-')[0]]}"
+        open_call: Any = self._channels[stage].stream_stream(method)
+        call: Any = open_call()
+        requests: Any = {"audio": audio_pb2.EncodeRequest, "vae": vae_pb2.DecodeRequest}
+        await call.write(requests.get(stage, denoiser_pb2.DenoiseRequest)(open={}).SerializeToString())
+        await call.read()
+        return call
+
+    async def _make_block(self, calls: dict[str, Any], context: Any) -> None:
+        for stage in STAGES:
+            await calls[stage].write(self._requests[stage])
+            for _ in range(self._sizes.block_frames if stage == "vae" else 1):
+                await calls[stage].read()
+        for _ in range(self._sizes.block_frames):
+            await context.write(self._frame)
+
+
+async def main() -> None:
+    sizes = Sizes(**json.loads(sys.argv[2]))
+    async with AsyncExitStack() as stack:
+        channels = {
+            stage: await stack.enter_async_context(channel(target))
+            for stage, target in zip(STAGES, sys.argv[3:], strict=True)
+        }
+        relay = Relay(sizes, channels)
+        server = grpc.aio.server(options=OPTIONS)
+        handlers: dict[str, Any] = {
+            "CreateReference": grpc.unary_unary_rpc_method_handler(relay.create_reference),
+            "CreateSession": grpc.unary_unary_rpc_method_handler(relay.create_session),
+            "StreamAvatar": grpc.stream_stream_rpc_method_handler(relay.stream),
+        }
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
+        server.add_insecure_port(sys.argv[1])
+        await server.start()
+        await until_stopped()
+        await server.stop(0)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
