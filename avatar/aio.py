@@ -1,8 +1,10 @@
-"""Tasks that run while the body of an `async with` runs, or to their end."""
+"""Tasks that run while the body of an `async with` runs, or to their end, and limits on waits."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -35,3 +37,65 @@ async def uncancelled(coroutine: Coroutine[Any, Any, Result]) -> Result:
         if not task.cancelled():
             task.exception()  # nobody else reads it
         raise
+
+
+class WaitLimit:
+    """A limit on waits that follow each other, with one timer for all of them.
+
+        with limit:
+            limit.set(2.0)
+            await ...  # TimeoutError after 2 s
+
+    asyncio.timeout sets and cancels a timer for each wait, which costs as much as a message. Here a timer that is early
+    sets itself anew, so it runs out once per limit and not once per wait.
+    """
+
+    def __init__(self) -> None:
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiting: asyncio.Task[Any] | None = None
+        self._num_cancelled = 0  # requests to cancel the waiting task, before the wait
+        self._until_s = math.inf
+        self._is_over = False
+
+    @property
+    def is_unlimited(self) -> bool:
+        """True during a wait that has no limit."""
+        return self._waiting is not None and self._until_s == math.inf
+
+    def set(self, seconds: float) -> None:
+        """Limit the current wait, if there is one, from now on; replaces an earlier limit."""
+        if self._waiting is None:
+            return
+        self._until_s = asyncio.get_running_loop().time() + seconds
+        if self._timer is None or self._timer.when() > self._until_s:
+            self._start_timer()
+
+    def __enter__(self) -> None:
+        self._waiting = asyncio.current_task()
+        assert self._waiting is not None
+        self._num_cancelled = self._waiting.cancelling()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        waiting, self._waiting, self._until_s = self._waiting, None, math.inf
+        if self._is_over and waiting is not None:
+            self._is_over = False
+            if waiting.uncancel() <= self._num_cancelled and kind is asyncio.CancelledError:
+                raise TimeoutError from error
+
+    def _start_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(self._until_s, self._look)
+
+    def _look(self) -> None:
+        """End the wait if its time is over; set the timer anew if the limit has moved."""
+        self._timer = None
+        if self._waiting is None or self._until_s == math.inf or self._is_over:
+            return
+        if asyncio.get_running_loop().time() < self._until_s:
+            self._start_timer()
+        else:
+            self._is_over = True
+            self._waiting.cancel()

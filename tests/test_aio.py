@@ -2,10 +2,11 @@
 
 import asyncio
 import gc
+from typing import Any
 
 import pytest
 
-from avatar.aio import background
+from avatar.aio import WaitLimit, background
 
 WAIT_S = 10.0
 
@@ -70,3 +71,72 @@ async def test_an_error_of_the_body_is_raised_after_the_background_task_has_ende
     with pytest.raises(KeyError, match="the body's own"):
         await body()
     assert ended.is_set()
+
+
+async def wait(limit: WaitLimit, seconds: float | None) -> None:
+    """Wait for WAIT_S, or for as long as the limit allows."""
+    with limit:
+        assert limit.is_unlimited
+        if seconds is not None:
+            limit.set(seconds)
+        await asyncio.sleep(WAIT_S)
+
+
+async def test_a_wait_that_is_over_its_limit_ends_with_a_timeout_error() -> None:
+    limit = WaitLimit()
+    for _ in range(2):  # the second wait is limited as the first one was
+        with pytest.raises(TimeoutError):
+            await wait(limit, 0.01)
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()
+
+
+async def test_a_limit_ends_only_the_wait_that_it_was_set_for() -> None:
+    limit = WaitLimit()
+    with limit:
+        limit.set(0.01)
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.03)
+    with limit:
+        await asyncio.sleep(0.03)
+    with limit:
+        limit.set(0.01)
+        limit.set(WAIT_S)
+        await asyncio.sleep(0.03)
+    limit.set(0.0)  # no wait: no effect
+    await asyncio.sleep(0.01)
+
+
+async def test_a_wait_can_be_limited_by_another_task() -> None:
+    limit = WaitLimit()
+    loop = asyncio.get_running_loop()
+    loop.call_later(0.01, limit.set, 0.0)
+    assert not limit.is_unlimited
+    with pytest.raises(TimeoutError):
+        await wait(limit, None)
+
+
+async def test_a_limited_wait_that_is_cancelled_raises_the_cancellation() -> None:
+    waiting = asyncio.get_running_loop().create_task(wait(WaitLimit(), 0.0))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def test_many_short_waits_set_one_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, timers = asyncio.get_running_loop(), []
+    call_at = loop.call_at
+
+    def counted(when: float, *arguments: Any, **options: Any) -> asyncio.TimerHandle:
+        timers.append(when)
+        return call_at(when, *arguments, **options)
+
+    monkeypatch.setattr(loop, "call_at", counted)
+    limit = WaitLimit()
+    for _ in range(100):
+        with limit:
+            limit.set(WAIT_S)
+            await asyncio.sleep(0)
+    assert len(timers) == 1

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 from avatar import telemetry
-from avatar.aio import background
+from avatar.aio import WaitLimit, background
 from avatar.errors import AvatarError, NoCapacity, StageFailed, StageLost
 from avatar.failover.connector import OpenStream, StageConnector
 from avatar.failover.pool import Worker
@@ -63,9 +63,9 @@ class FailoverStage(Generic[Item, Answer]):
         # Lists of one item; an empty list is the end.
         self._queue: asyncio.Queue[list[Item]] = asyncio.Queue()
         self._free_slots = asyncio.Semaphore(1)
-        # Of the wait for the next answer: its limit once an answer is due, and its timer.
+        # Of the wait for the next answer; how many seconds it may take once the answer is due.
+        self._wait = WaitLimit()
         self._stall_s = 0.0
-        self._timer: asyncio.Timeout | None = None
         self._is_silent = False
         self._is_closing = False
         self.lost_at_s = -math.inf
@@ -99,7 +99,9 @@ class FailoverStage(Generic[Item, Answer]):
                             is_due = self._is_silent or self._replay.is_answer_due or self._is_closing
                             # The time that the consumer takes between two answers does not count against the worker.
                             try:
-                                async with asyncio.timeout(self._stall_s if is_due else None) as self._timer:
+                                with self._wait:
+                                    if is_due:
+                                        self._wait.set(self._stall_s)
                                     answer = await anext(answers)
                             except StopAsyncIteration:
                                 self.closed = types_pb2.Closed(num_blocks=num_blocks, busy_s=stream.closed.busy_s)
@@ -107,8 +109,6 @@ class FailoverStage(Generic[Item, Answer]):
                             except TimeoutError as error:
                                 message = f"{self.stage} has not answered in time"
                                 raise StageLost(message, metadata={"stage": self.stage}, retry_s=1.0) from error
-                            finally:
-                                self._timer = None
                             if (block := self._replay.accept(answer)) is None:
                                 continue
                             self._num_losses = 0
@@ -158,14 +158,13 @@ class FailoverStage(Generic[Item, Answer]):
     def _limit_wait(self) -> None:
         """Limit the wait for the next answer, if it has no limit and the answer has become due."""
         is_due = self._replay.is_answer_due or self._is_closing
-        if is_due and self._timer and self._timer.when() is None:
-            self._timer.reschedule(asyncio.get_running_loop().time() + self._stall_s)
+        if is_due and self._wait.is_unlimited:
+            self._wait.set(self._stall_s)
 
     def _give_up(self) -> None:
         """Stop waiting: the worker does not answer polls."""
         self._is_silent = True
-        if self._timer and not self._timer.expired():
-            self._timer.reschedule(asyncio.get_running_loop().time())
+        self._wait.set(0.0)
 
     async def _reopen(self, lost: AvatarError) -> None:
         """Open the stream again. Raises the loss if the stream was lost too often, or cannot be opened in time."""

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import grpc.aio
 
+from avatar.aio import WaitLimit
 from avatar.errors import ConnectionLost, InvalidField, ResumeImpossible, SlowReader
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.worker.v1 import types_pb2
@@ -188,6 +189,7 @@ class Outbox:
 
         SlowReader if the client reads nothing for max_unread_s; ConnectionLost if it is gone.
         """
+        limit = WaitLimit()
         while True:
             while not (self._repeated or self._waiting or self._is_finished):
                 self._has_items.clear()
@@ -203,7 +205,8 @@ class Outbox:
                 return
             for message in item.messages:
                 try:
-                    async with asyncio.timeout(self._max_unread_s):
+                    with limit:
+                        limit.set(self._max_unread_s)
                         await write(message)
                 except TimeoutError as error:
                     raise SlowReader(f"nothing was read for {self._max_unread_s:g} s") from error

@@ -11,8 +11,10 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
+from avatar.aio import WaitLimit
 from avatar.worker.v1 import audio_pb2
 from services.gateway.stream.in_flight import BlocksInFlight, StartedBlock, Turn
 from services.gateway.stream.outbox import Outbox
@@ -220,15 +222,14 @@ class SpeechQueue:
 
     async def live(self, timeline: Timeline, outbox: Outbox) -> AsyncGenerator[audio_pb2.AudioPiece, None]:
         """Start a block of speech as soon as there is one, at most a block early, and an idle block when one is due."""
+        limit = WaitLimit()
         while True:
             await self._in_flight.take_slot()
             while (wait_s := self._wait_s(timeline.start_by_s(self._hold(timeline, outbox)))) > 0:
                 self._changed.clear()
-                try:
-                    async with asyncio.timeout(wait_s):
-                        await self._changed.wait()
-                except TimeoutError:
-                    pass
+                with suppress(TimeoutError), limit:
+                    limit.set(wait_s)
+                    await self._changed.wait()
             turn = self._next_turn()
             if self._is_closed and not turn.pending:
                 return
