@@ -73,7 +73,7 @@ def make_film(flags: argparse.Namespace) -> Film:
     models = load(flags.checkpoint, adapter, dtype=DTYPES[flags.dtype], device=flags.device)
     options = render_options(flags, models)
     chunks = render(models, list(map(torch.from_numpy, speech)), rate_hz, picture, options)
-    frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="block"))
+    frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="chunk"))
     with logging_redirect_tqdm():
         return write_mp4(flags.out, frames, models.vae.config.frame_rate_hz, HIDDEN_FRAMES, mix(speech), rate_hz)
 

@@ -1,6 +1,6 @@
 """Rendering of a clip in one process, without transport: the services' models, called one after the other.
 
-    speech --audio--> Block (features) --denoiser 0..N-1--> Block (latent) --vae--> FrameChunk
+    speech --audio--> Block (features) --denoiser 0..N-1--> Block (latent) --vae--> FrameChunk of each latent frame
 
 By default the frames equal the services', byte for byte. `RenderOptions` has further options, which mean the same as in
 the reference implementation of arXiv 2512.04677 (docs/reference_options.md).
@@ -110,7 +110,7 @@ class RenderOptions:
 def render(
     models: Models, speech: Sequence[Tensor], rate_hz: int, picture: bytes, options: RenderOptions | None = None
 ) -> Iterator[FrameChunk]:
-    """Yield the frames of a clip: a chunk per block, or per clip of the reference with schedule "offline".
+    """Yield the frames of a clip: a chunk per latent frame, or per clip of the reference with schedule "offline".
 
     speech: each actor's samples, (1 or 2, s) float32 in [-1, 1]. picture: a file as in `read_picture`.
     ValueError if an input or an option is invalid, or they do not fit together.
@@ -133,7 +133,7 @@ def render(
     else:
         state = vae.open(session)
         for block in denoised:
-            yield vae.step(block, state)
+            yield from vae.decode(block, state)
 
 
 def check_actors(num_speech: int, num_masks: int) -> None:
@@ -283,10 +283,10 @@ class DenoisingLoop:
 
 
 def decode_in_clips(vae: Vae[Any], rgb: Tensor, blocks: Iterator[Block], clip_blocks: int) -> Iterator[FrameChunk]:
-    """Yield a chunk per clip, with the index of the clip's first block; the last clip may be shorter."""
+    """Yield a chunk per clip, with the index of the clip's first block. The last clip may be shorter."""
     first_frame = HIDDEN_FRAMES
     for clip, frames in enumerate(whole_clip.decode_clips(vae, rgb, clip_latents(blocks, clip_blocks))):
-        yield FrameChunk(clip * clip_blocks, first_frame, to_bytes(frames))
+        yield FrameChunk(clip * clip_blocks, True, first_frame, to_bytes(frames))
         first_frame += frames.shape[1]
 
 

@@ -1,6 +1,6 @@
 """The items that stages pass on, and the constants and conditions of a session.
 
-    AudioPiece --audio--> Block (features) --denoiser 0..N-1--> Block (latent) --vae--> FrameChunk
+    AudioPiece --audio--> Block (features) --denoiser 0..N-1--> Block (latent) --> LatentFrame --vae--> FrameChunk
 
 Axes: c latent channels, t latent frames, f pixel frames, h w height and width (of latents, or of pixels in frames),
 l encoder layers, d feature width, n text tokens, m values of face motion, a audio channels or, of features and masks,
@@ -125,15 +125,35 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class FrameChunk:
-    """The pixel frames of one block.
+class LatentFrame:
+    """One latent frame of a clean block: the decoder takes them one by one.
 
-    index: of the block.
-    first_frame: number of frames[0] in the session; a frame's time is its number / frame rate.
-    frames: (f, h, w, 3) uint8 RGB.
+    index: position in the session, from 0.
+    latent: (c, 1, h, w).
+    block: index of its block. is_last: it is the block's last one.
+    traceparent: the block's.
+    due_s: deadline at the decoder, in seconds of this process's `time.monotonic`; None: no deadline.
     """
 
     index: int
+    latent: Tensor
+    block: int
+    is_last: bool
+    traceparent: str = ""
+    due_s: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class FrameChunk:
+    """The pixel frames of one latent frame.
+
+    block: index of its block. is_last: no other chunk of the block follows.
+    first_frame: number of frames[0] in the session; a frame's time is its number / frame rate.
+    frames: (f, h, w, 3) uint8 RGB; f = 1 for the session's first latent frame, 4 for every other.
+    """
+
+    block: int
+    is_last: bool
     first_frame: int
     frames: Tensor
     traceparent: str = ""

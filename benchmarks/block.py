@@ -71,7 +71,11 @@ class Stream:
         piece = AudioPiece(torch.randn(1, self.audio.grid.samples) * 0.1, SAMPLE_RATE_HZ)
         for features in self._timed("audio", self.audio.step, piece, self.audio_state):
             block = self._timed("denoiser", self._denoise, features)
-            self._timed("decoding", self.vae.step, block, self.vae_state)
+            self._timed("decoding", self._decode, block)
+
+    def _decode(self, block: Block) -> None:
+        for _ in self.vae.decode(block, self.vae_state):
+            pass
 
     def _denoise(self, block: Block) -> Block:
         block = replace(block, conditions=self.conditions)

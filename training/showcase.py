@@ -47,7 +47,7 @@ def main() -> None:
     models = load(flags.checkpoint)
     samples, rate_hz = read_audio(flags.speech)
     chunks = render(models, [torch.from_numpy(samples)], rate_hz, flags.portrait.read_bytes())
-    frames = np.concatenate([chunk.frames.numpy() for chunk in tqdm(chunks, unit="block")])
+    frames = np.concatenate([chunk.frames.numpy() for chunk in tqdm(chunks, unit="chunk")])
     Image.fromarray(make_strip(frames)).save(flags.out / "demo.png", optimize=True)
     film, rate = flags.out / "demo.mp4", models.vae.config.frame_rate_hz
     write_mp4(film, [enlarge(frames)], rate, HIDDEN_FRAMES, samples, rate_hz)

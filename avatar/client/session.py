@@ -169,6 +169,7 @@ class Session:
         video: Video = "rgb24",
         quality: int = 0,
         per_block: bool = False,
+        per_latent: bool = False,
         return_audio: bool = False,
     ) -> AsyncGenerator[Stream, None]:
         """Open the session's stream while the body runs. A session can be streamed once.
@@ -179,6 +180,8 @@ class Session:
         live: run in real time and idle without audio; otherwise as fast as possible.
         video, quality: encoding of the frames; `Avatar.capabilities` lists the supported ones.
         per_block: receive all frames of a block in one message; iteration still yields single frames.
+        per_latent: H.264 and fragmented MP4 come in groups of four frames, as soon as these are decoded, and not in
+            blocks.
         return_audio: receive the audio along with the frames.
         ValueError if there is no such encoding.
 
@@ -191,7 +194,9 @@ class Session:
                 encoding=value_of(ENCODINGS, "encoding", encoding), rate_hz=rate_hz, num_channels=channels
             ),
             mode=pb.OpenAvatar.MODE_LIVE if live else pb.OpenAvatar.MODE_OFFLINE,
-            output=types.VideoOutput(encoding=value_of(VIDEOS, "video", video), quality=quality, per_block=per_block),
+            output=types.VideoOutput(
+                encoding=value_of(VIDEOS, "video", video), quality=quality, per_block=per_block, per_latent=per_latent
+            ),
             return_audio=return_audio,
         )
         stream = Stream(self._connection, opening, await self._avatar.limits())

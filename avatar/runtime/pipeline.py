@@ -41,18 +41,21 @@ class StreamingModel(Protocol[In_contra, Out_co, State]):
     def step(self, item: In_contra, state: State) -> Out_co: ...
 
 
+# The start and the end of a step, wall clock in nanoseconds, and its seconds in the device's queue (None without one):
+# arguments of `telemetry.block_span`.
+Step: TypeAlias = tuple[int, int, float | None]
+
+
 @dataclass
 class StreamUsage:
     """Computing time of one stream.
 
     step_times: of the stream's service, if it counts them. busy_s: seconds of all steps.
-    last_step: its start and its end, wall clock in nanoseconds, and its seconds in the device's queue, None without a
-    queue; what `telemetry.block_span` takes.
     """
 
     step_times: StepTimes | None = None
     busy_s: float = 0.0
-    last_step: tuple[int, int, float | None] = (0, 0, None)
+    last_step: Step = (0, 0, None)
 
     def add_step(self, start_ns: int, end_ns: int, waited_s: float | None = None) -> None:
         step_s = (end_ns - start_ns) / 1e9

@@ -1,7 +1,8 @@
-"""Encodings of a block's frames: raw RGB, JPEG, H.264 (Annex B), or H.264 in fragmented MP4.
+"""Encodings of frames: raw RGB, JPEG, H.264 (Annex B), or H.264 in fragmented MP4.
 
-Every block is encoded independently: it starts with a key frame and refers to no other block, so that a rebuilt stream
-gives the same bytes and a relay may drop any block. The new encoder per block costs less than a tenth of its encoding.
+H.264 encodes frames in groups, of a block or of a latent frame. Every group is encoded independently: it starts with a
+key frame and refers to no other group, so that a rebuilt stream gives the same bytes and a relay may drop any block.
+The new encoder per block costs less than a tenth of its encoding.
 
 Axes: f frames, h w height and width of frames.
 """
@@ -24,7 +25,7 @@ Frames: TypeAlias = NDArray[np.uint8]
 DEFAULT_QUALITY = 80
 # x264's constant rate factors for qualities 1 and 100.
 LOWEST_CRF, HIGHEST_CRF = 45.0, 10.0
-# No look-ahead and no B-frames; the only key frame is a block's first.
+# No look-ahead and no B-frames; the only key frame is a group's first.
 X264 = {"preset": "superfast", "tune": "zerolatency", "x264-params": "keyint=1000:min-keyint=1000:scenecut=0"}
 # One fragment, cut by us; timestamps unchanged, also the first frame's; no trailer.
 FRAGMENT = {
@@ -48,7 +49,7 @@ class Encoded:
 
 
 def encode(frames: Frames, encoding: str, frame_rate_hz: int, quality: int = 0, first_frame: int = 0) -> list[Encoded]:
-    """Encode a block's frames (f, h, w, 3) uint8 RGB.
+    """Encode frames (f, h, w, 3) uint8 RGB, a group of them if the encoding is one of GROUPED.
 
     encoding: a key of ENCODINGS. quality: as in `check_quality`. first_frame: number of frames[0] in the session, the
     time of an MP4 fragment.
@@ -152,6 +153,8 @@ def _fragment_start(mp4: bytes) -> int:
     return at
 
 
+# Encodings whose frames refer to earlier ones of their group.
+GROUPED = ("h264", "fmp4")
 # (frames, frame rate in Hz, quality 1 to 100, number of the first frame) -> encoded frames.
 ENCODINGS: dict[str, Callable[[Frames, int, int, int], list[Encoded]]] = {
     "rgb24": _rgb24,

@@ -1,15 +1,16 @@
 """The VAE stage: a session's picture to motion latents, and clean latents to frames.
 
     picture --read_picture--> rgb --encode_picture--> motion latents
-    Block (latent) --step--> FrameChunk
+    Block (latent) --latent_frames--> LatentFrame --step--> FrameChunk
 
-`open` warms the decoder up on motion latents, so that the first block continues a still picture instead of starting
-from an empty state. One decoder state runs from the first block to the last.
+A step decodes one latent frame, so its frames leave before the next one is decoded. `open` warms the decoder up on
+motion latents, so that the first block continues a still picture instead of starting from an empty state. One decoder
+state runs from the first block to the last.
 
 Axes: c channels, t latent frames, f pixel frames, h w height and width of latents, H W of frames.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Generic
 
@@ -18,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from avatar.checkpoints.part import Part, load_weights, parse_fields
-from avatar.types import BLOCK_LATENTS, FRAMES_PER_LATENT, MOTION_LATENTS, Block, FrameChunk, Session
+from avatar.types import BLOCK_LATENTS, FRAMES_PER_LATENT, MOTION_LATENTS, Block, FrameChunk, LatentFrame, Session
 from avatar.vae import light
 from avatar.vae.codec import Codec, State
 from avatar.vae.out_of_distribution import OutOfDistributionCheck, picture_descriptor
@@ -66,8 +67,8 @@ class VaeState(Generic[State]):
     """The state of one session's decoder.
 
     decoder: the codec's state.
-    latent_shape: (c, t, h, w) of every block.
-    next_index: index of the next block; None before the first, which may have any index.
+    latent_shape: (c, 1, h, w) of every latent frame.
+    next_index: index of the next latent frame; None before the first, which may have any index.
     """
 
     decoder: State
@@ -76,7 +77,7 @@ class VaeState(Generic[State]):
 
 
 class Vae(Generic[State]):
-    """A streaming model (`avatar.runtime.pipeline.StreamingModel`) of blocks to frames; also encodes pictures.
+    """A streaming model (`avatar.runtime.pipeline.StreamingModel`) of latent frames to frames; also encodes pictures.
 
     block_latents, block_frames: latent and pixel frames of a block.
     history_blocks: past blocks that rebuild a stream's state exactly: open the session again and step through them.
@@ -128,9 +129,10 @@ class Vae(Generic[State]):
             raise ValueError(
                 f"motion latents must have the shape ({self.codec.channels}, {MOTION_LATENTS}, h, w), got {shape}"
             )
-        state = VaeState(self.codec.new_state(), (shape[0], self.block_latents, *shape[2:]))
+        state = VaeState(self.codec.new_state(), (shape[0], 1, *shape[2:]))
         with torch.inference_mode():
-            self.codec.decode(session.motion[None, :, :WARMUP_LATENTS], state.decoder)
+            for latent in torch.split(session.motion[None, :, :WARMUP_LATENTS], 1, dim=2):
+                self.codec.decode(latent, state.decoder)
         return state
 
     def warm(self, width: int, height: int) -> int:
@@ -139,29 +141,51 @@ class Vae(Generic[State]):
         motion = torch.zeros(self.codec.channels, MOTION_LATENTS, height // stride, width // stride)
         state = self.open(Session("warm", 0, motion))
         for index in range(WARM_BLOCKS):
-            self.step(Block(index, torch.zeros(0), motion[:, : self.block_latents]), state)
+            for _ in self.decode(Block(index, torch.zeros(0), motion[:, : self.block_latents]), state):
+                pass
         return WARM_BLOCKS
 
-    def step(self, block: Block, state: VaeState[State]) -> FrameChunk:
-        """Decode the block to a chunk of frames (f, H, W, 3) uint8. ValueError as in `frames`."""
-        rgb = to_bytes(self.frames(block, state))
-        first_frame = block.index * self.block_frames + (HIDDEN_FRAMES if block.index == 0 else 0)
-        return FrameChunk(block.index, first_frame, rgb, block.traceparent)
+    def latent_frames(self, block: Block) -> Iterator[LatentFrame]:
+        """Yield the latent frames of a clean block in order. ValueError if its latent is missing or has another shape.
 
-    def frames(self, block: Block, state: VaeState[State]) -> Tensor:
-        """Decode the block to frames (3, f, H, W) float32 in [-1, 1]; f = block_frames, HIDDEN_FRAMES fewer in block 0.
-
-        ValueError if the block is not the next one, or its latent is missing or of another shape than the session's.
+        Each has the deadline of its first pixel frame: the block's due time belongs to its first latent frame.
         """
-        if state.next_index not in (None, block.index):
-            raise ValueError(f"block {block.index} is out of order, expected block {state.next_index}")
-        if block.latent is None or tuple(block.latent.shape) != state.latent_shape:
-            got = "none" if block.latent is None else tuple(block.latent.shape)
-            raise ValueError(f"block {block.index} must have a latent of shape {state.latent_shape}, got {got}")
+        shape = None if block.latent is None else tuple(block.latent.shape)
+        if block.latent is None or block.latent.ndim != 4 or block.latent.shape[1] != self.block_latents:
+            expected = f"({self.codec.channels}, {self.block_latents}, h, w)"
+            raise ValueError(f"block {block.index} must have a latent of shape {expected}, got {shape or 'none'}")
+        first, latent_s = block.index * self.block_latents, FRAMES_PER_LATENT / self.config.frame_rate_hz
+        for number, latent in enumerate(torch.split(block.latent, 1, dim=1)):
+            due_s = None if block.due_s is None else block.due_s + number * latent_s
+            is_last = number == self.block_latents - 1
+            yield LatentFrame(first + number, latent, block.index, is_last, block.traceparent, due_s)
+
+    def decode(self, block: Block, state: VaeState[State]) -> Iterator[FrameChunk]:
+        """Yield the chunks of a block, each decoded when it is asked for. ValueError as in its two parts."""
+        for latent in self.latent_frames(block):
+            yield self.step(latent, state)
+
+    def step(self, latent: LatentFrame, state: VaeState[State]) -> FrameChunk:
+        """Decode a latent frame to a chunk of frames (f, H, W, 3) uint8. ValueError as in `frames`."""
+        rgb = to_bytes(self.frames(latent, state))
+        first_frame = max(latent.index * FRAMES_PER_LATENT, HIDDEN_FRAMES)
+        return FrameChunk(latent.block, latent.is_last, first_frame, rgb, latent.traceparent)
+
+    def frames(self, latent: LatentFrame, state: VaeState[State]) -> Tensor:
+        """Decode a latent frame to frames (3, f, H, W) float32 in [-1, 1]; f = 1 for index 0, 4 for every other.
+
+        ValueError if it is not the next one, or of another shape than the session's.
+        """
+        of_block = f"latent frame {latent.index}, of block {latent.block},"
+        if state.next_index not in (None, latent.index):
+            raise ValueError(f"{of_block} is out of order, expected latent frame {state.next_index}")
+        if tuple(latent.latent.shape) != state.latent_shape:
+            got = tuple(latent.latent.shape)
+            raise ValueError(f"{of_block} must have the shape {state.latent_shape}, got {got}")
         with torch.inference_mode():
-            frames = self.codec.decode(block.latent[None], state.decoder)[0].float().clamp(-1, 1)
-        state.next_index = block.index + 1
-        return frames[:, HIDDEN_FRAMES if block.index == 0 else 0 :]
+            frames = self.codec.decode(latent.latent[None], state.decoder)[0].float().clamp(-1, 1)
+        state.next_index = latent.index + 1
+        return frames[:, HIDDEN_FRAMES if latent.index == 0 else 0 :]
 
 
 def to_bytes(frames: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class StreamOptions:
     """Options of a stream, from the `open` message of its client.
 
     encoding, rate_hz, num_channels: of the client's audio. video, quality: of the frames, in the workers' words.
-    is_per_block: a block's frames travel in one message. returns_audio: frames are accompanied by their audio.
+    is_per_block: a block's frames travel in one message. is_per_latent: H.264 groups frames by latent frame.
+    returns_audio: frames are accompanied by their audio.
     """
 
     encoding: str
@@ -42,12 +43,23 @@ class StreamOptions:
     quality: int = 0
     is_live: bool = False
     is_per_block: bool = False
+    is_per_latent: bool = False
     returns_audio: bool = False
 
     @cached_property
     def sample_bytes(self) -> int:
         """Bytes of one sample of all channels."""
         return SAMPLE_BYTES[self.encoding] * self.num_channels
+
+    @cached_property
+    def is_always_key(self) -> bool:
+        """True if every frame can be decoded alone."""
+        return self.video in ("rgb24", "jpeg")
+
+    @cached_property
+    def waits_for_block(self) -> bool:
+        """True if no frame of a block is sent before the whole block is decoded."""
+        return self.is_per_block or not (self.is_always_key or self.is_per_latent)
 
 
 def stream_options(opened: pb.OpenAvatar) -> StreamOptions:
@@ -74,6 +86,7 @@ def stream_options(opened: pb.OpenAvatar) -> StreamOptions:
         quality=output.quality,
         is_live=opened.mode == pb.OpenAvatar.MODE_LIVE,
         is_per_block=output.per_block,
+        is_per_latent=output.per_latent,
         returns_audio=opened.return_audio,
     )
 

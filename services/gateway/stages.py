@@ -98,7 +98,11 @@ async def open_stages(
         AudioReplay(options.sample_bytes, options.rate_hz, info.block_s, lookahead_ns / 1e9, position.statistics),
     )
     video = vae_pb2.OpenDecode(
-        session_id=session.id, encoding=options.video, quality=options.quality, is_live=options.is_live
+        session_id=session.id,
+        encoding=options.video,
+        quality=options.quality,
+        is_live=options.is_live,
+        per_latent=options.is_per_latent,
     )
     vae = VaeConnector(workers.vae, video, serialize_session(vae_pb2.OpenDecode, session, motion), position.next_block)
     stall_s = settings.stall_s * (1 if options.is_live else OFFLINE_STALL_FACTOR)
@@ -107,8 +111,8 @@ async def open_stages(
         FailoverStage(audio, timeouts),
         [FailoverStage(each, timeouts) for each in _denoisers(workers, info, session, motion, options, position)],
         FailoverStage(vae, timeouts),
-        info.remaining_s,
-        info.block_latency_s,
+        info.remaining_s(waits_for_block=options.waits_for_block),
+        info.block_latency_s(waits_for_block=options.waits_for_block),
         lookahead_ns,
     )
     try:

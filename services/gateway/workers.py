@@ -68,21 +68,30 @@ class DeploymentInfo:
         """Seconds that an encoded block needs for all levels and the decoder."""
         return len(self.denoisers) * self._step_s + self.vae.step_s
 
-    @property
-    def block_latency_s(self) -> float:
-        """Promised seconds from a block's last audio to its first frame, with a wait for another block's step."""
-        return self.audio.step_s + self._step_s + self.hold_s
+    def block_latency_s(self, *, waits_for_block: bool = False) -> float:
+        """Return the promised seconds from a block's last audio to its first frame, with a wait for another's step.
+
+        waits_for_block: the first frame leaves when the whole block is decoded.
+        """
+        levels_s = (len(self.denoisers) + 1) * self._step_s
+        return self.audio.step_s + levels_s + self._first_frames_s(waits_for_block)
 
     @property
     def reaction_s(self) -> float:
         """Promised seconds from the piece that carries a sound to the frame that shows it."""
-        return self.block_s + self.audio.lookahead_s + self.block_latency_s + TRANSPORT_S
+        return self.block_s + self.audio.lookahead_s + self.block_latency_s() + TRANSPORT_S
 
-    @property
-    def remaining_s(self) -> list[float]:
-        """Seconds from the end of each stage to a block's first frame, from the audio stage to the decoder."""
-        steps = [*(each.step_s for each in self.denoisers), self.vae.step_s]
+    def remaining_s(self, *, waits_for_block: bool) -> list[float]:
+        """Return the seconds from the end of each stage to a block's first frame, from the audio stage to the decoder.
+
+        waits_for_block: as in `block_latency_s`.
+        """
+        steps = [*(each.step_s for each in self.denoisers), self._first_frames_s(waits_for_block)]
         return [sum(steps[at:]) for at in range(len(steps) + 1)]
+
+    def _first_frames_s(self, waits_for_block: bool) -> float:
+        """Return the seconds that the decoder needs for a block's first frames."""
+        return self.vae.step_s if waits_for_block else self.vae.latent_step_s or self.vae.step_s
 
     @property
     def _step_s(self) -> float:

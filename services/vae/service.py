@@ -1,4 +1,10 @@
-"""The VAE worker's service: pictures to references, and blocks of latents to encoded frames."""
+"""The VAE worker's service: pictures to references, and blocks of latents to encoded frames.
+
+    DecodeRequest (block) --> LatentFrame --device--> FrameChunk --encode--> DecodeResponse (frame)
+
+The device decodes one latent frame at a time, and its frames leave before the next one is decoded; only H.264 waits for
+the rest of the block, unless the stream is opened with `per_latent`.
+"""
 
 import asyncio
 import hashlib
@@ -8,16 +14,17 @@ from contextlib import aclosing
 from typing import Any, cast
 
 import grpc.aio
+import numpy as np
 
 from avatar import telemetry
 from avatar.errors import NoCapacity
 from avatar.rpc.codec import block_from_pb, session_from_open, tensor_to_pb
 from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
 from avatar.rpc.status import INPUT_TAKEN
-from avatar.runtime.admission import AdmissionControl
+from avatar.runtime.admission import AdmissionControl, StepTimes
 from avatar.runtime.device_queue import DeviceQueue
-from avatar.runtime.pipeline import StreamUsage, local
-from avatar.types import Block, FrameChunk
+from avatar.runtime.pipeline import Step, StreamUsage, local
+from avatar.types import FrameChunk, LatentFrame
 from avatar.vae import encodings
 from avatar.vae.encodings import Encoded
 from avatar.vae.picture.reading import Picture
@@ -43,7 +50,9 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self._digest = digest
         self._queue = queue
         self._block_s = vae.block_frames / vae.config.frame_rate_hz
+        # A block is one step for admission, although it is decoded in several.
         self._admission = AdmissionControl(capacity, "vae", queue.load, self._block_s)
+        self._latent_times = StepTimes(self._block_s / vae.block_latents)
         self.changed = asyncio.Event()
         self._admission.on_change = self.changed.set
         self._preparing = asyncio.Semaphore(MAX_REFERENCES)
@@ -59,6 +68,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         """Decode blank blocks, to measure the duration of a step, if the checkpoint fixes the pictures' size."""
         if size := self._vae.config.picture.fixed_size:
             self._admission.measure(lambda: self._vae.warm(*size))
+            self._latent_times.append(self._admission.step_times.median_s / self._vae.block_latents)
 
     def info(self) -> pb.VaeServiceGetInfoResponse:
         """Describe the worker as it is now."""
@@ -77,6 +87,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             max_streams=self._admission.limit,
             encodings=list(encodings.ENCODINGS),
             step_s=self._admission.step_times.p90_s,
+            latent_step_s=self._latent_times.p90_s,
         )
 
     async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:
@@ -135,9 +146,11 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         with as_invalid_field("open.quality"):
             encodings.check_quality(quality)
 
-        def encode(chunk: FrameChunk) -> list[Frame]:
-            pixels = chunk.frames.numpy()
-            return _frames(chunk, encodings.encode(pixels, encoding, rate_hz, quality, chunk.first_frame))
+        waits_for_block = encoding in encodings.GROUPED and not opened.per_latent
+
+        def encode(chunks: list[FrameChunk]) -> list[Frame]:
+            pixels = np.concatenate([chunk.frames.numpy() for chunk in chunks])
+            return _frames(chunks, encodings.encode(pixels, encoding, rate_hz, quality, chunks[0].first_frame))
 
         accepted = self._admission.accept(opened.session_id, is_live=opened.is_live, max_active=max_active(opened))
         with accepted, as_invalid_field("block"):
@@ -149,38 +162,61 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 self._encoder, encodings.init_segment, encoding, height, width, rate_hz, quality
             )
             yield pb.DecodeResponse(opened=pb.DecodeOpened(history_blocks=self._vae.history_blocks, init_segment=init))
-            decoding_usage, encoding_usage = StreamUsage(self._admission.step_times), StreamUsage()
+            decoding_usage, encoding_usage = StreamUsage(self._latent_times), StreamUsage()
+            decoding_steps: list[Step] = []  # of the present block
+            encoding_steps: list[Step] = []
             num_blocks = 0
             live_block_s = self._block_s if opened.is_live else None
             stage = local(self._vae, session, self._queue, decoding_usage, live_block_s=live_block_s)
-            async with aclosing(stage(_blocks(opened, requests))) as chunks:
+            group: list[FrameChunk] = []
+            async with aclosing(stage(self._latent_frames(opened, requests))) as chunks:
                 async for chunk in chunks:
-                    telemetry.block_span("vae", chunk.index, *decoding_usage.last_step, parent=chunk.traceparent)
-                    frames = await loop.run_in_executor(self._encoder, encoding_usage.measure, encode, chunk)
-                    telemetry.block_span("encode", chunk.index, *encoding_usage.last_step, parent=chunk.traceparent)
-                    num_blocks += 1
+                    decoding_steps.append(decoding_usage.last_step)
+                    group.append(chunk)
+                    if waits_for_block and not chunk.is_last:
+                        continue
+                    frames = await loop.run_in_executor(self._encoder, encoding_usage.measure, encode, group)
+                    encoding_steps.append(encoding_usage.last_step)
+                    group = []
+                    if chunk.is_last:
+                        step = _joined(decoding_steps)
+                        self._admission.step_times.append((step[1] - step[0]) / 1e9)
+                        telemetry.block_span("vae", chunk.block, *step, parent=chunk.traceparent)
+                        telemetry.block_span("encode", chunk.block, *_joined(encoding_steps), parent=chunk.traceparent)
+                        decoding_steps, encoding_steps = [], []
+                        num_blocks += 1
                     yield [pb.DecodeResponse(frame=frame) for frame in frames]  # written one by one
             busy_s = decoding_usage.busy_s + encoding_usage.busy_s
             yield pb.DecodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=busy_s))
 
+    async def _latent_frames(
+        self, opened: pb.OpenDecode, requests: AsyncIterator[pb.DecodeRequest]
+    ) -> AsyncGenerator[LatentFrame, None]:
+        """Yield the latent frames of the stream's blocks. ValueError if a block is missing."""
+        expected = opened.first_block
+        async with aclosing(parts(requests, "block")) as messages:
+            async for message in messages:
+                if message.index != expected:
+                    raise ValueError(f"block {message.index} came, expected {expected}")
+                expected += 1
+                for latent in self._vae.latent_frames(block_from_pb(message, None)):
+                    yield latent
 
-def _frames(chunk: FrameChunk, encoded: list[Encoded]) -> list[Frame]:
-    """Return one message per frame: several of 0.9 MB pass faster than one of their sum."""
-    frames, index = [], chunk.first_frame
+
+def _joined(steps: list[Step]) -> Step:
+    """Return the steps of a block as one: from the first one's start, as long as all of them."""
+    start_ns = steps[0][0]
+    duration_ns = sum(end_ns - start_ns for start_ns, end_ns, _ in steps)
+    waits_s = [waited_s for _, _, waited_s in steps if waited_s is not None]
+    return start_ns, start_ns + duration_ns, sum(waits_s) if waits_s else None
+
+
+def _frames(chunks: list[FrameChunk], encoded: list[Encoded]) -> list[Frame]:
+    """Return one message per frame or fragment: several of 0.9 MB pass faster than one of their sum."""
+    frames, block, index = [], chunks[0].block, chunks[0].first_frame
     for each in encoded:
-        frame = Frame(block=chunk.index, index=index, data=each.data, is_key=each.is_key, num_frames=each.num_frames)
+        frame = Frame(block=block, index=index, data=each.data, is_key=each.is_key, num_frames=each.num_frames)
         frames.append(frame)
         index += each.num_frames
-    frames[-1].is_last = True
+    frames[-1].is_last = chunks[-1].is_last
     return frames
-
-
-async def _blocks(opened: pb.OpenDecode, requests: AsyncIterator[pb.DecodeRequest]) -> AsyncGenerator[Block, None]:
-    """Yield the stream's blocks. ValueError if one is missing."""
-    expected = opened.first_block
-    async with aclosing(parts(requests, "block")) as messages:
-        async for message in messages:
-            if message.index != expected:
-                raise ValueError(f"block {message.index} came, expected {expected}")
-            expected += 1
-            yield block_from_pb(message, None)

@@ -53,18 +53,21 @@ def decoded(frames: list[types.VideoFrame], encoding: int, init: bytes) -> tuple
         return np.stack([each.to_ndarray(format="rgb24") for each in found]), times
 
 
+@pytest.mark.parametrize("per_latent", [False, True])
 @pytest.mark.parametrize("encoding", [JPEG, H264, FMP4])
 async def test_every_encoding_shows_the_frames(
     stub: Stub,
     portrait: bytes,
     capabilities: pb.GetCapabilitiesResponse,
     encoding: types.VideoEncoding.ValueType,
+    per_latent: bool,
 ) -> None:
     assert encoding in capabilities.encodings
     data = speech(0.96)
     session, again = [await new_session(stub, portrait, seed=3) for _ in range(2)]
     raw = await speak(stub, session.id, data)
-    call, opened = await open_stream(stub, again.id, output=types.VideoOutput(encoding=encoding, quality=95))
+    output = types.VideoOutput(encoding=encoding, quality=95, per_latent=per_latent)
+    call, opened = await open_stream(stub, again.id, output=output)
     streamed = await finish(call, [*pieces(data), CLOSE])
     height, width = session.video.height, session.video.width
     truth = np.stack([np.frombuffer(each, np.uint8).reshape(height, width, 3) for each in raw.pixels])
@@ -72,11 +75,13 @@ async def test_every_encoding_shows_the_frames(
     assert pictures.shape == truth.shape
     assert np.abs(pictures.astype(float) - truth).mean() < 12
     if encoding == H264:
-        assert [frame.is_key for frame in streamed.frames] == [index in (3, 12) for index in range(3, 24)]
+        keys = (3, *range(4, 24, 4)) if per_latent else (3, 12)
+        assert [frame.is_key for frame in streamed.frames] == [index in keys for index in range(3, 24)]
     assert streamed.frames[0].is_key
     assert sum(frame.num_frames for frame in streamed.frames) == len(truth) == streamed.closed.num_frames
     if encoding == FMP4:
         assert times == list(range(3, 3 + len(truth)))
+        assert [frame.num_frames for frame in streamed.frames] == ([1, 4, 4, 4, 4, 4] if per_latent else [9, 12])
 
 
 async def test_frames_can_be_sent_in_one_message_a_block(stub: Stub, portrait: bytes) -> None:

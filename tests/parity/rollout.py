@@ -23,7 +23,7 @@ from avatar.vae import whole_clip
 from avatar.vae.vae import Vae
 from avatar.vae.wan import Slots
 from tests.parity.goldens import Golden, Report
-from tests.parity.vae import wan_vae
+from tests.parity.vae import frames_of, wan_vae
 
 # Fields of each kind of event that are recorded exactly, and as means.
 PREFILL = (["ref_shape", "motion_shape"], ["ref_mean", "motion_mean"])
@@ -43,7 +43,7 @@ def run_tpp(golden: Golden, report: Report) -> None:
     levels = [Level(golden, config, level, session) for level in range(config.num_levels)]
     blocks = generate(report, golden, levels, Conditions(0, motion[:, :1], tensors["context"]))
     state = vae.open(session)
-    check_video(report, golden, [vae.frames(block, state) for block in blocks])
+    check_video(report, golden, [frames_of(vae, block, state) for block in blocks])
     for level, each in enumerate(levels):
         check_events(report, each, [event for event in info["events"] if event["rank"] == level], limit)
 

@@ -3,8 +3,10 @@
 import asyncio
 import io
 import sys
+import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import av
 import grpc
@@ -19,13 +21,21 @@ from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import VaeSettings
+from avatar.types import FrameChunk, LatentFrame
 from avatar.vae.encodings import ENCODINGS, encode, init_segment
 from avatar.vae.picture import reading
+from avatar.vae.picture.rule import PictureRule
+from avatar.vae.vae import Vae, VaeConfig, VaeState
 from avatar.worker.v1 import types_pb2 as types
 from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
 from services.vae.__main__ import build
+from services.vae.service import VaeServicer
+from tests.busy import WAIT_S
 from tests.refusals import refused
+from tests.vae.conftest import CODECS, SIZE
+from tests.vae.conftest import blocks as random_blocks
+from tests.vae.conftest import session as random_session
 
 SESSION = types.Session(id="s", width=64, height=64, motion=tensor_to_pb(torch.zeros(16, 19, 8, 8)))
 NUM_BLOCKS = 3
@@ -46,9 +56,13 @@ async def blocks(first: int = 0) -> AsyncGenerator[types.Block, None]:
         yield types.Block(index=index, latent=tensor_to_pb(latent))
 
 
-async def frames_in(target: grpc.aio.Channel, encoding: str, first: int = 0) -> tuple[bytes, list[types.Frame]]:
+async def frames_in(
+    target: grpc.aio.Channel, encoding: str, first: int = 0, *, per_latent: bool = False
+) -> tuple[bytes, list[types.Frame]]:
     stage = remote_vae(target)
-    opened = await stage.open(pb.OpenDecode(session=SESSION, encoding=encoding, first_block=first))
+    opened = await stage.open(
+        pb.OpenDecode(session=SESSION, encoding=encoding, first_block=first, per_latent=per_latent)
+    )
     return opened.init_segment, [frame async for frame in stage(blocks(first))]
 
 
@@ -77,6 +91,57 @@ async def test_frames_are_encoded_block_by_block(worker: grpc.aio.Channel, encod
         assert [frame.is_last for frame in encoded] == [False] * (len(encoded) - 1) + [True]
         assert encoded[0].index == expected[0].index
         assert sum(frame.num_frames for frame in encoded) == len(expected) == (9 if index == 0 else 12)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+async def test_frames_are_encoded_latent_by_latent_on_request(worker: grpc.aio.Channel, encoding: str) -> None:
+    _, raw = await frames_in(worker, "")
+    _, frames = await frames_in(worker, encoding, per_latent=True)
+    pixels = {frame.index: np.frombuffer(frame.data, np.uint8).reshape(64, 64, 3) for frame in raw}
+    expected = []
+    for first in (3, *range(4, 12 * NUM_BLOCKS, 4)):
+        group = np.stack([pixels[index] for index in range(first, 4 if first == 3 else first + 4)])
+        expected += [(each.data, each.is_key, each.num_frames) for each in encode(group, encoding, 25, 0, first)]
+    assert [(frame.data, frame.is_key, frame.num_frames) for frame in frames] == expected
+    assert [frame.index + frame.num_frames for frame in frames if frame.is_last] == [12, 24, 36]
+
+
+class StepwiseVae(Vae[Any]):
+    """A VAE that decodes a latent frame only when it may."""
+
+    may_decode: threading.Semaphore
+
+    def step(self, latent: LatentFrame, state: VaeState[Any]) -> FrameChunk:
+        assert self.may_decode.acquire(timeout=WAIT_S), "the frames before this latent frame have not left"
+        return super().step(latent, state)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+async def test_frames_leave_before_the_next_latent_frame_is_decoded(codec: str, encoding: str) -> None:
+    vae = StepwiseVae(CODECS[codec](), VaeConfig(codec, PictureRule("cover", width=SIZE[0], height=SIZE[1]), 25, {}))
+    vae.may_decode = threading.Semaphore(1)
+    motion = tensor_to_pb(random_session().motion)
+    session = types.Session(id="s", width=SIZE[0], height=SIZE[1], motion=motion)
+
+    async def items() -> AsyncGenerator[types.Block, None]:
+        for block in random_blocks(2):
+            assert block.latent is not None
+            yield types.Block(index=block.index, latent=tensor_to_pb(block.latent))
+
+    num_frames = 0
+    with DeviceQueue() as queue:
+        async with (
+            serving("127.0.0.1:0", VaeServicer(vae, "digest", queue, 1)) as port,
+            channel(f"127.0.0.1:{port}") as target,
+        ):
+            stage = remote_vae(target)
+            await stage.open(pb.OpenDecode(session=session, encoding=encoding, per_latent=True))
+            async for frame in stage(items()):
+                num_frames += frame.num_frames
+                if frame.index + frame.num_frames in range(4, 25, 4):  # the last of its latent frame
+                    vae.may_decode.release()
+    assert num_frames == 21
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -11,23 +11,32 @@ from torch import Tensor
 
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part
-from avatar.runtime.pipeline import StreamingModel
-from avatar.types import MOTION_LATENTS, Block, FrameChunk, Session
+from avatar.types import MOTION_LATENTS, Block, LatentFrame, Session
 from avatar.vae.picture.rule import PictureRule
-from avatar.vae.vae import MOTION_FRAMES, WARMUP_LATENTS, Vae, VaeConfig, load, tiny
+from avatar.vae.vae import MOTION_FRAMES, WARMUP_LATENTS, Vae, VaeConfig, VaeState, load, tiny
 from tests.vae.conftest import BLOCKS_OF_1, LIGHT, SIZE, WAN, blocks, light_codec, session, wan_codec, with_short_blocks
 
 
-def play(vae: StreamingModel[Block, FrameChunk, Any], opened: Session, items: list[Block]) -> Tensor:
+def play(vae: Vae[Any], opened: Session, items: list[Block]) -> Tensor:
     """Return the bytes of a whole stream."""
     state = vae.open(opened)
-    return torch.cat([vae.step(block, state).frames for block in items])
+    return torch.cat([decoded(vae, block, state) for block in items])
+
+
+def decoded(vae: Vae[Any], block: Block, state: VaeState[Any]) -> Tensor:
+    """Return the bytes of a block."""
+    return torch.cat([chunk.frames for chunk in vae.decode(block, state)])
+
+
+def values_of(vae: Vae[Any], block: Block, state: VaeState[Any]) -> Tensor:
+    """Return the frames of a block in [-1, 1]."""
+    return torch.cat([vae.frames(latent, state) for latent in vae.latent_frames(block)], dim=1)
 
 
 @with_short_blocks
 def test_streamed_equals_whole(vae: Vae[Any]) -> None:
     state, items = vae.open(session()), blocks(4, 0, vae.block_latents)
-    streamed = torch.cat([vae.frames(block, state) for block in items], dim=1)
+    streamed = torch.cat([values_of(vae, block, state) for block in items], dim=1)
     parts = [session().motion[:, :WARMUP_LATENTS], *(block.latent for block in items if block.latent is not None)]
     with torch.inference_mode():
         whole = vae.codec.decode(torch.cat(parts, dim=1)[None], vae.codec.new_state())[0].clamp(-1, 1)
@@ -45,7 +54,7 @@ def test_interleaved_equals_alone(vae: Vae[Any]) -> None:
         strict=True,
     ):
         for block, state, shown in zip(items, states, chunks, strict=True):
-            shown.append(vae.step(block, state).frames)
+            shown.append(decoded(vae, block, state))
         if items[0].index == 0:
             vae.encode_picture(torch.zeros(SIZE[1], SIZE[0], 3, dtype=torch.uint8))
     for seed, shown in enumerate(chunks):
@@ -55,7 +64,7 @@ def test_interleaved_equals_alone(vae: Vae[Any]) -> None:
 @with_short_blocks
 def test_closing_a_stream_frees_state(vae: Vae[Any]) -> None:
     state = vae.open(session())
-    vae.step(blocks(1, 0, vae.block_latents)[0], state)
+    decoded(vae, blocks(1, 0, vae.block_latents)[0], state)
     slots = state.decoder if isinstance(state.decoder, list) else [*vars(state.decoder)["_last"].values()]
     kept: list[weakref.ref[Any]] = [weakref.ref(slot) for slot in slots if isinstance(slot, Tensor)]
     assert kept
@@ -70,8 +79,8 @@ def test_past_blocks_rebuild_the_state_exactly(vae: Vae[Any]) -> None:
     # Another session's picture: what came before the replayed blocks must not matter.
     state = vae.open(session(seed=5))
     for block in items[-1 - vae.history_blocks : -1]:
-        vae.step(block, state)
-    assert torch.equal(vae.step(items[-1], state).frames, known)
+        decoded(vae, block, state)
+    assert torch.equal(decoded(vae, items[-1], state), known)
 
 
 def test_history_is_not_longer_than_needed(vae: Vae[Any]) -> None:
@@ -90,13 +99,17 @@ def test_history_is_not_longer_than_needed(vae: Vae[Any]) -> None:
         assert not torch.equal(last_frames(7, codec.history - 1), known)
 
 
-def test_the_first_block_gives_nine_frames_from_frame_three(vae: Vae[Any]) -> None:
+def test_the_first_latent_frame_gives_frame_three_and_every_other_four_frames(vae: Vae[Any]) -> None:
     state = vae.open(session())
-    chunks = [vae.step(dataclasses.replace(block, traceparent="trace"), state) for block in blocks(3)]
-    assert [(chunk.index, chunk.first_frame, len(chunk.frames)) for chunk in chunks] == [
-        (0, 3, 9),
-        (1, 12, 12),
-        (2, 24, 12),
+    items = [dataclasses.replace(block, traceparent="trace") for block in blocks(2)]
+    chunks = [chunk for block in items for chunk in vae.decode(block, state)]
+    assert [(chunk.block, chunk.first_frame, len(chunk.frames), chunk.is_last) for chunk in chunks] == [
+        (0, 3, 1, False),
+        (0, 4, 4, False),
+        (0, 8, 4, True),
+        (1, 12, 4, False),
+        (1, 16, 4, False),
+        (1, 20, 4, True),
     ]
     assert chunks[0].frames.shape[1:] == (SIZE[1], SIZE[0], 3)
     assert chunks[0].frames.dtype == torch.uint8
@@ -104,20 +117,30 @@ def test_the_first_block_gives_nine_frames_from_frame_three(vae: Vae[Any]) -> No
 
 
 @pytest.mark.parametrize("vae", BLOCKS_OF_1, indirect=True, ids="{0[0]}".format)
-def test_blocks_of_one_latent_give_the_same_frames_in_groups_of_four(vae: Vae[Any]) -> None:
+def test_blocks_of_one_latent_give_the_same_bytes(vae: Vae[Any]) -> None:
     [long] = blocks(1)
     assert long.latent is not None
-    state, latents = vae.open(session()), torch.split(long.latent, 1, dim=1)
-    chunks = [vae.step(Block(index, torch.empty(0), latent), state) for index, latent in enumerate(latents)]
-    assert [(chunk.first_frame, len(chunk.frames)) for chunk in chunks] == [(3, 1), (4, 4), (8, 4)]
+    short = [Block(index, torch.empty(0), latent) for index, latent in enumerate(torch.split(long.latent, 1, dim=1))]
+    state = vae.open(session())
+    chunks = [chunk for block in short for chunk in vae.decode(block, state)]
+    assert [(chunk.block, chunk.first_frame, chunk.is_last) for chunk in chunks] == [
+        (0, 3, True),
+        (1, 4, True),
+        (2, 8, True),
+    ]
     whole = play(Vae(vae.codec, vae.config, block_latents=3), session(), [long])
-    torch.testing.assert_close(torch.cat([chunk.frames for chunk in chunks]), whole, atol=1, rtol=0)
+    assert torch.equal(torch.cat([chunk.frames for chunk in chunks]), whole)
 
 
 def test_a_rebuilt_stream_counts_frames_from_its_first_block(vae: Vae[Any]) -> None:
     block = dataclasses.replace(blocks(1)[0], index=7)
-    chunk = vae.step(block, vae.open(session()))
-    assert (chunk.first_frame, len(chunk.frames)) == (84, 12)
+    chunks = vae.decode(block, vae.open(session()))
+    assert [(chunk.first_frame, len(chunk.frames)) for chunk in chunks] == [(84, 4), (88, 4), (92, 4)]
+
+
+def test_a_latent_frame_is_due_when_its_first_frame_is(vae: Vae[Any]) -> None:
+    block = dataclasses.replace(blocks(1)[0], due_s=10.0)
+    assert [latent.due_s for latent in vae.latent_frames(block)] == pytest.approx([10.0, 10.16, 10.32])
 
 
 def test_the_first_block_continues_the_still_picture(vae: Vae[Any]) -> None:
@@ -133,27 +156,33 @@ def test_the_first_block_continues_the_still_picture(vae: Vae[Any]) -> None:
 
 def test_bytes_are_truncated_not_rounded(vae: Vae[Any]) -> None:
     block = blocks(1)[0]
-    values = vae.frames(block, vae.open(session()))
-    shown = vae.step(block, vae.open(session())).frames
+    values = values_of(vae, block, vae.open(session()))
+    shown = decoded(vae, block, vae.open(session()))
     assert torch.equal(shown.permute(3, 0, 1, 2), ((values + 1) * 127.5).floor().to(torch.uint8))
 
 
 def test_blocks_out_of_order_are_refused(vae: Vae[Any]) -> None:
     state = vae.open(session())
     items = blocks(3)
-    vae.step(items[0], state)
+    decoded(vae, items[0], state)
     for block in (items[0], items[2]):
-        with pytest.raises(ValueError, match=f"block {block.index} is out of order, expected block 1"):
-            vae.step(block, state)
+        with pytest.raises(ValueError, match=f"of block {block.index}, is out of order, expected latent frame 3"):
+            decoded(vae, block, state)
     # A refused block leaves the stream as it was.
-    assert torch.equal(vae.step(items[1], state).frames, play(vae, session(), items[:2])[-12:])
+    assert torch.equal(decoded(vae, items[1], state), play(vae, session(), items[:2])[-12:])
 
 
-@pytest.mark.parametrize("shape", [None, (16, 3, 3, 2), (16, 2, 2, 3), (8, 3, 2, 3), (1, 16, 3, 2, 3)])
-def test_latents_of_another_shape_are_refused(vae: Vae[Any], shape: tuple[int, ...] | None) -> None:
+@pytest.mark.parametrize("shape", [None, (16, 2, 2, 3), (1, 16, 3, 2, 3)])
+def test_latents_that_are_not_those_of_a_block_are_refused(vae: Vae[Any], shape: tuple[int, ...] | None) -> None:
     block = Block(0, torch.empty(0), None if shape is None else torch.zeros(shape))
-    with pytest.raises(ValueError, match=r"must have a latent of shape \(16, 3, 2, 3\), got"):
-        vae.step(block, vae.open(session()))
+    with pytest.raises(ValueError, match=r"must have a latent of shape \(16, 3, h, w\), got"):
+        list(vae.latent_frames(block))
+
+
+@pytest.mark.parametrize("shape", [(16, 1, 3, 2), (8, 1, 2, 3), (16, 2, 2, 3), (1, 16, 1, 2, 3)])
+def test_latents_of_another_shape_are_refused(vae: Vae[Any], shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must have the shape \(16, 1, 2, 3\), got"):
+        vae.step(LatentFrame(0, torch.zeros(shape), 0, is_last=False), vae.open(session()))
 
 
 @pytest.mark.parametrize("shape", [(16, 18, 2, 3), (8, 19, 2, 3), (1, 16, 19, 2, 3)])

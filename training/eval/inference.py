@@ -18,7 +18,7 @@ from PIL import Image
 
 from avatar import render
 from avatar.render import DenoisingLoop
-from avatar.types import BLOCK_FRAMES, AudioPiece, Conditions, FrameChunk, Session
+from avatar.types import BLOCK_FRAMES, AudioPiece, Block, Conditions, Session
 from training.data import AUDIO_RATE_HZ, FRAME_SAMPLES
 
 BLOCK_SAMPLES = BLOCK_FRAMES * FRAME_SAMPLES
@@ -62,12 +62,14 @@ class SessionRenderer:
         self._audio_state, self._vae_state = models.audio.open(session), models.vae.open(session)
         self._levels = models.denoising_loop(models.network, models.config, session, conditions)
 
-    def render(self, pieces: Iterable[AudioPiece]) -> Iterator[FrameChunk]:
-        """Yield the frames of each block that the audio pieces complete."""
+    def render(self, pieces: Iterable[AudioPiece]) -> Iterator[Pixels]:
+        """Yield the frames (f, H, W, 3) of each block that the audio pieces complete."""
         for piece in pieces:
             for block in self._timed("audio", self.models.audio.step, piece, self._audio_state):
-                latents = self._timed("levels", self._levels.step, block)
-                yield self._timed("decode", self.models.vae.step, latents, self._vae_state)
+                yield self._timed("decode", self._decode, self._timed("levels", self._levels.step, block))
+
+    def _decode(self, block: Block) -> Pixels:
+        return np.concatenate([chunk.frames.numpy() for chunk in self.models.vae.decode(block, self._vae_state)])
 
     def _timed(self, stage: str, step: Callable[..., Answer], *arguments: object) -> Answer:
         started = time.thread_time()
@@ -89,8 +91,7 @@ def render_frames(models: Models, reference: Pixels, audio: Audio, num_blocks: i
 
     num_blocks: stop after so many blocks.
     """
-    chunks = islice(SessionRenderer(models, reference).render(pieces(audio)), num_blocks)
-    return np.concatenate([chunk.frames.numpy() for chunk in chunks])
+    return np.concatenate([*islice(SessionRenderer(models, reference).render(pieces(audio)), num_blocks)])
 
 
 def until(items: Iterable[Item], deadline: float, least: int = 3) -> Iterator[Item]:

@@ -60,9 +60,9 @@ def long_session_distances(
     """
     *whole, _ = pieces(audio[: len(audio) // BLOCK_SAMPLES * BLOCK_SAMPLES])
     assert whole, "audio must fill a block"
-    chunks = islice(SessionRenderer(models, reference).render(cycle(whole)), num_blocks)
-    progress = tqdm(chunks, "long session", num_blocks, unit="block", mininterval=5)
-    return [distance(chunk.frames.numpy(), reference) for chunk in until(progress, deadline, least=2 * END_BLOCKS)]
+    blocks = islice(SessionRenderer(models, reference).render(cycle(whole)), num_blocks)
+    progress = tqdm(blocks, "long session", num_blocks, unit="block", mininterval=5)
+    return [distance(frames, reference) for frames in until(progress, deadline, least=2 * END_BLOCKS)]
 
 
 def drift_metric(sessions: Sequence[Sequence[float]]) -> Metric:

@@ -10,16 +10,12 @@ from services.gateway.options import StreamOptions
 from services.gateway.stream.in_flight import StartedBlock, Turn
 from services.gateway.stream.outbox import Item
 
-# Encodings whose frames can each be decoded alone.
-ALWAYS_KEY = ("rgb24", "jpeg")
-
 
 class Framer:
     """Frames of one session on their way into messages: one per message, or those of a block together."""
 
     def __init__(self, options: StreamOptions) -> None:
         self._options = options
-        self._is_always_key = options.video in ALWAYS_KEY
         self._frames: list[api_types.VideoFrame] = []
         self._num_frames = 0
 
@@ -32,7 +28,7 @@ class Framer:
         shown = api_types.VideoFrame(
             data=frame.data,
             is_idle=block.turn is None,
-            is_key=frame.is_key or self._is_always_key,
+            is_key=frame.is_key or self._options.is_always_key,
             num_frames=frame.num_frames or 1,
         )
         self._frames.append(shown)

@@ -324,7 +324,8 @@ class LiveStream:
         block = self._in_flight.admitted[0]
         if self._rebuilt:
             self._note_discontinuity(frame.block)
-        if not (block.has_frames or block.is_dropped):
+        is_message = frame.is_last or not self._options.is_per_block
+        if is_message and not (block.has_frames or block.is_dropped):
             block.has_frames = True
             self._record_latency(block)
             await self.outbox.wait_for_space(warns=self._options.is_live and self.is_connected)

@@ -13,15 +13,31 @@ from avatar.rpc.server import serving
 from avatar.rpc.status import INPUT_TAKEN
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import GatewaySettings
+from avatar.worker.v1 import audio_pb2, denoiser_pb2
 from avatar.worker.v1 import vae_pb2 as pb
 from benchmarks.standin.service import Stage
 from benchmarks.standin.step import Step
 from services.gateway import workers as workers_module
-from services.gateway.workers import Workers
+from services.gateway.workers import DeploymentInfo, Workers
 from tests.proxy import Proxy, proxied
 from tests.standin import RecordingVae
 
 REQUEST = pb.EncodeReferenceRequest(picture=b"picture")
+
+
+@pytest.mark.parametrize(("latent_step_s", "first_frames_s"), [(0.25, 0.25), (0.0, 0.75)])
+def test_a_blocks_first_frames_need_one_latent_frame_unless_they_wait_for_the_block(
+    latent_step_s: float, first_frames_s: float
+) -> None:
+    info = DeploymentInfo(
+        audio_pb2.AudioServiceGetInfoResponse(step_s=1.0),
+        [denoiser_pb2.DenoiserServiceGetInfoResponse(step_s=2.0)] * 2,
+        pb.VaeServiceGetInfoResponse(step_s=0.75, latent_step_s=latent_step_s),
+    )
+    assert info.block_latency_s() == 1 + 3 * 2 + first_frames_s
+    assert info.remaining_s(waits_for_block=False) == [4 + first_frames_s, 2 + first_frames_s, first_frames_s, 0]
+    assert info.block_latency_s(waits_for_block=True) == 7.75
+    assert info.remaining_s(waits_for_block=True) == [4.75, 2.75, 0.75, 0]
 
 
 class Deployment:
