@@ -6,6 +6,7 @@ import pickle
 import shutil
 import wave
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +28,7 @@ from avatar.audio.whisper import Whisper
 from avatar.checkpoints import files as checkpoints
 from avatar.denoiser import config as denoiser_config
 from avatar.denoiser.model import Network
+from avatar.errors import StoreUnavailable
 from avatar.settings import GatewaySettings
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
@@ -196,6 +198,28 @@ async def redis_client(redis: str) -> AsyncGenerator[AsyncRedis, None]:
 @pytest.fixture
 async def hashes(redis: str) -> AsyncGenerator[RedisHashes, None]:
     hashes = RedisHashes(redis)
+    yield hashes
+    await hashes.aclose()
+
+
+class UnreliableHashes(RedisHashes):
+    """Hashes in a Redis server that is unreachable while `is_lost`. num_failures: calls that have failed."""
+
+    is_lost = False
+    num_failures = 0
+
+    @asynccontextmanager
+    async def _call(self, *, is_logged: bool = True) -> AsyncGenerator[None, None]:
+        if self.is_lost:
+            self.num_failures += 1
+            raise StoreUnavailable("the session store cannot be reached", retry_s=1.0)
+        async with super()._call(is_logged=is_logged):
+            yield
+
+
+@pytest.fixture
+async def unreliable(redis: str) -> AsyncGenerator[UnreliableHashes, None]:
+    hashes = UnreliableHashes(redis)
     yield hashes
     await hashes.aclose()
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import redis.asyncio
@@ -32,19 +32,28 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 FULL_RETRY_S = 10.0
-# Limit on a call.
+# Limit on a call, with the wait for a connection.
 CALL_S = 2.0
+# Connections of a client to calls that wait at a time, so that many openings at once do not need one each.
+MAX_CONNECTIONS = 32
 
 
 class RedisHashes:
     """Hashes, scripts and messages in a Redis server. Every method raises StoreUnavailable if it cannot be used.
 
-    An instance belongs to the event loop that first uses it. timeout_s: limit on each call.
+    An instance belongs to the event loop that first uses it. It has at most MAX_CONNECTIONS connections, and one for
+    the messages. timeout_s: limit on each call.
     """
 
     def __init__(self, url: str, timeout_s: float = CALL_S) -> None:
-        self._redis = open_redis(url, timeout_s)
+        # No socket_timeout: redis-py implements it with asyncio.wait_for, which before Python 3.12 swallows a
+        # cancellation that arrives while the command is sent; a closed stream would then wait for ever. `_call` limits
+        # the wait. A restarted server has closed the pooled connections: the second attempt opens a new one.
+        retry = Retry(NoBackoff(), 1)
+        self._redis = redis.asyncio.from_url(url, socket_timeout=None, socket_connect_timeout=timeout_s, retry=retry)
         self._timeout_s = timeout_s
+        # Not redis-py's BlockingConnectionPool: if it wakes a caller that is cancelled, it wakes no other in its place.
+        self._connections = asyncio.Semaphore(MAX_CONNECTIONS)
         self._scripts: dict[str, Any] = {}
 
     async def create(self, key: str, fields: Mapping[str, bytes], ttl_s: float) -> None:
@@ -72,7 +81,7 @@ class RedisHashes:
         """
         if script not in self._scripts:
             self._scripts[script] = self._redis.register_script(script)
-        async with redis_call(self._timeout_s, is_logged=is_logged):
+        async with self._call(is_logged=is_logged):
             return await self._scripts[script](keys=keys, args=args)
 
     async def messages(self, channel: str) -> AsyncGenerator[str, None]:
@@ -92,36 +101,25 @@ class RedisHashes:
         """Close the connections."""
         await self._redis.aclose()
 
-    def _call(self) -> AbstractAsyncContextManager[None]:
-        return redis_call(self._timeout_s)
-
-
-def open_redis(url: str, timeout_s: float) -> redis.asyncio.Redis:
-    """Return a client of a Redis or Valkey server. It belongs to the event loop that first uses it.
-
-    timeout_s: limit on connecting; `redis_call` limits everything else.
-    """
-    # No socket_timeout: redis-py implements it with asyncio.wait_for, which before Python 3.12 swallows a cancellation
-    # that arrives while the command is sent; a closed stream would then wait for ever. `redis_call` limits the wait.
-    # A restarted server has closed the pooled connections: the second attempt opens a new one.
-    retry = Retry(NoBackoff(), 1)
-    return redis.asyncio.from_url(url, socket_timeout=None, socket_connect_timeout=timeout_s, retry=retry)
+    @asynccontextmanager
+    async def _call(self, *, is_logged: bool = True) -> AsyncGenerator[None, None]:
+        """Call Redis in the body, once there is a connection. is_logged: log failures."""
+        try:
+            async with limited(self._timeout_s), self._connections:
+                yield
+        except RedisError as error:
+            raise unavailable(error, is_logged=is_logged) from error
 
 
 @asynccontextmanager
-async def redis_call(timeout_s: float, *, is_logged: bool = True) -> AsyncGenerator[None, None]:
-    """Limit the time of the Redis calls in the body. StoreUnavailable if the server cannot be used.
-
-    is_logged: log failures.
-    """
+async def limited(timeout_s: float) -> AsyncGenerator[None, None]:
+    """Limit the time of the body, which waits for Redis. StoreUnavailable when it is over."""
     try:
         async with asyncio.timeout(timeout_s):
             yield
     except TimeoutError as error:
         message = f"the session store did not answer in {timeout_s:g} s"
         raise StoreUnavailable(message, retry_s=1.0) from error
-    except RedisError as error:
-        raise unavailable(error, is_logged=is_logged) from error
 
 
 def unavailable(error: RedisError, *, is_logged: bool = True) -> StoreUnavailable:

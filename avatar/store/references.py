@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from avatar.errors import ReferenceNotFound
 from avatar.store.claims import key
 from avatar.store.packing import pack, unpack
-from avatar.store.redis import CALL_S, IN_FULL_STORE, NOW, RedisHashes, redis_call, to_ms
+from avatar.store.redis import CALL_S, IN_FULL_STORE, NOW, RedisHashes, limited, to_ms
 from avatar.worker.v1 import types_pb2 as pb
 
 # A lease is longer than what it is for by this time, in which whoever holds it renews it.
@@ -180,7 +180,7 @@ class SharedLatents:
         """Return a reference's latents, None if they are not stored. StoreUnavailable as `References.latents`."""
         lock = self._reading.setdefault(reference_id, asyncio.Lock())
         # Whoever waits for another's read fails with it, and not after reads of its own, one after another.
-        async with redis_call(CALL_S), lock:
+        async with limited(CALL_S), lock:
             latents = self._latents.get(reference_id)
             if latents is None and (latents := await self._references.latents(reference_id)):
                 self._latents[reference_id] = latents

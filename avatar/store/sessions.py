@@ -25,6 +25,7 @@ from avatar.store.packing import pack, pack_position, unpack
 from avatar.store.redis import IN_FULL_STORE, READS_ONLY, RedisHashes, flat, to_ms
 from avatar.store.references import Latents, References, no_reference
 from avatar.store.registry import WorkerRegistry
+from avatar.store.usage import TenantUsage
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.text_pb2 import EmbedResponse
 
@@ -142,12 +143,12 @@ class SessionStore:
     A method that needs a session which does not exist raises SessionNotFound; one that changes a session whose stream
     has ended, SessionClosed; one that reads a damaged value, StateCorrupt.
 
-    references: of the same server.
+    references, usage: of the same server.
     """
 
     def __init__(self, hashes: RedisHashes) -> None:
         self._hashes = hashes
-        self.references = References(hashes)
+        self.references, self.usage = References(hashes), TenantUsage(hashes)
 
     async def put_embedding(self, name: str, embedding: EmbedResponse, ttl_s: float) -> None:
         """Store a prompt's embedding under a name that is derived from the prompt and the encoder alone."""

@@ -6,11 +6,10 @@
 Gateways of two versions count together during an upgrade, so the keys keep their names. A full store still counts.
 """
 
-from contextlib import AbstractAsyncContextManager
 from enum import IntEnum
-from typing import Any
 
-from avatar.store.redis import CALL_S, IN_FULL_STORE, NOW, open_redis, redis_call, to_ms
+from avatar.store.claims import key
+from avatar.store.redis import IN_FULL_STORE, NOW, READS_ONLY, RedisHashes, to_ms
 
 # Lease the name ARGV[1] for ARGV[2] milliseconds: return a Lease. Refused if ARGV[3], unless empty, others are leased
 # already. A lease that exists is renewed, unless ARGV[4] is 1. The lease of ARGV[5] ends first. The set expires with
@@ -28,6 +27,8 @@ redis.call('PEXPIREAT', KEYS[1], redis.call('ZREVRANGE', KEYS[1], 0, 0, 'WITHSCO
 return is_leased and 1 or 2
 """
 )
+_NAMES = READS_ONLY + "return redis.call('ZRANGE', KEYS[1], 0, -1)"
+_RELEASE = IN_FULL_STORE + "return redis.call('ZREM', KEYS[1], ARGV[1])"
 # Add ARGV[1] to a counter that expires after ARGV[2] milliseconds; return its value.
 _ADD = (
     IN_FULL_STORE
@@ -61,17 +62,10 @@ class Lease(IntEnum):
 
 
 class TenantUsage:
-    """Sets of leased names, and counters. Every method raises StoreUnavailable if the server cannot be used.
+    """Sets of leased names, and counters, over `hashes`. StoreUnavailable if the server cannot be used."""
 
-    An instance belongs to the event loop that first uses it. timeout_s: limit on each call.
-    """
-
-    def __init__(self, url: str, timeout_s: float = CALL_S) -> None:
-        self._redis = open_redis(url, timeout_s)
-        self._timeout_s = timeout_s
-        self._lease = self._redis.register_script(_LEASE)
-        self._add = self._redis.register_script(_ADD)
-        self._take = self._redis.register_script(_TAKE)
+    def __init__(self, hashes: RedisHashes) -> None:
+        self._hashes = hashes
 
     async def lease(
         self,
@@ -88,24 +82,20 @@ class TenantUsage:
         renews: a lease that exists ends ttl_s from now, too; else it stays as it is. replaces: a name whose lease ends.
         """
         args: list[str | int] = [name, to_ms(ttl_s), "" if limit is None else limit, int(not renews), replaces]
-        async with self._call():
-            return Lease(await self._lease(keys=[f"avatar:held:{{{leases}}}"], args=args))
+        return Lease(await self._hashes.run(_LEASE, [key("held", leases)], args))
 
     async def names(self, leases: str) -> list[str]:
         """Return the names in a set, the one whose lease ends first in front."""
-        async with self._call():
-            names: list[Any] = await self._redis.zrange(f"avatar:held:{{{leases}}}", 0, -1)
-            return [name.decode() for name in names]
+        names: list[bytes] = await self._hashes.run(_NAMES, [key("held", leases)], [])
+        return [name.decode() for name in names]
 
     async def release(self, leases: str, name: str) -> None:
         """End a name's lease, if it has one."""
-        async with self._call():
-            await self._redis.zrem(f"avatar:held:{{{leases}}}", name)
+        await self._hashes.run(_RELEASE, [key("held", leases)], [name])
 
     async def add(self, counter: str, amount: float, ttl_s: float) -> float:
         """Add to a counter, which expires ttl_s after the last addition; return its value."""
-        async with self._call():
-            return float(await self._add(keys=[f"avatar:spent:{{{counter}}}"], args=[amount, to_ms(ttl_s)]))
+        return float(await self._hashes.run(_ADD, [key("spent", counter)], [amount, to_ms(ttl_s)]))
 
     async def take(self, counter: str, amount: float, least: float, limit: float, ttl_s: float) -> float:
         """Add as much of an amount as the limit leaves, or `least` if that is more; return how much was added.
@@ -113,12 +103,4 @@ class TenantUsage:
         0 if the counter has reached the limit: it passes the limit by less than one `least`.
         """
         args = [amount, to_ms(ttl_s), least, limit]
-        async with self._call():
-            return float(await self._take(keys=[f"avatar:spent:{{{counter}}}"], args=args))
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._redis.aclose()
-
-    def _call(self) -> AbstractAsyncContextManager[None]:
-        return redis_call(self._timeout_s)
+        return float(await self._hashes.run(_TAKE, [key("spent", counter)], args))

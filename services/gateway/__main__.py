@@ -10,7 +10,6 @@ from avatar.rpc.tls import server_credentials
 from avatar.settings import GatewaySettings, load
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
-from avatar.store.usage import TenantUsage
 from services.gateway.access.quotas import open_quotas
 from services.gateway.access.tenants import Authentication, Tokens
 from services.gateway.live_sessions import LiveSessions
@@ -20,12 +19,12 @@ from services.process import run
 
 
 @asynccontextmanager
-async def gateway(settings: GatewaySettings, store: SessionStore, usage: TenantUsage) -> AsyncGenerator[int, None]:
+async def gateway(settings: GatewaySettings, store: SessionStore) -> AsyncGenerator[int, None]:
     """Run a gateway while the body runs; yields its port. ValueError names a setting whose file cannot be used."""
     credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     authentication = [Authentication(Tokens(settings.tenants))] if settings.tenants else []
     async with (
-        open_quotas(usage) as quotas,
+        open_quotas(store.usage) as quotas,
         Workers(settings).running() as workers,
         LiveSessions(settings, store, workers, quotas) as live_sessions,
         serving(
@@ -44,10 +43,9 @@ async def gateway(settings: GatewaySettings, store: SessionStore, usage: TenantU
 async def main() -> None:
     settings = load(GatewaySettings, os.environ)
     telemetry.set_up("avatar-gateway", settings.log_level)
-    store, usage = SessionStore(RedisHashes(settings.redis_url)), TenantUsage(settings.redis_url)
-    async with gateway(settings, store, usage):
+    store = SessionStore(RedisHashes(settings.redis_url))
+    async with gateway(settings, store):
         await until_stopped()
-    await usage.aclose()
     await store.aclose()
 
 

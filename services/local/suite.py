@@ -21,7 +21,6 @@ from avatar.rpc.tls import server_credentials
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
-from avatar.store.usage import TenantUsage
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.__main__ import gateway as serving_gateway
@@ -77,10 +76,8 @@ async def workers(
 @asynccontextmanager
 async def gateway(store: SessionStore, settings: GatewaySettings) -> AsyncGenerator[str, None]:
     """Run a gateway while the body runs; yield its HOST:PORT."""
-    usage = TenantUsage(settings.redis_url)
-    async with serving_gateway(settings, store, usage) as port:
+    async with serving_gateway(settings, store) as port:
         yield f"127.0.0.1:{port}"
-    await usage.aclose()
 
 
 @asynccontextmanager

@@ -21,7 +21,6 @@ from avatar.rpc.server import Servicer, serving, until_stopped
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings
 from avatar.store.sessions import SessionStore
-from avatar.store.usage import TenantUsage
 from avatar.worker.v1 import audio_pb2_grpc
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
@@ -77,7 +76,7 @@ async def test_open_streams_get_time_to_end() -> None:
 
 async def test_every_service_answers_health_and_reflection(text_checkpoint: Path, store: SessionStore) -> None:
     settings = GatewaySettings()
-    workers, quotas = Workers(settings), Quotas(TenantUsage(settings.redis_url))
+    workers, quotas = Workers(settings), Quotas(store.usage)
     with DeviceQueue() as queue:
         services: list[Servicer] = [
             build_audio(AudioSettings(checkpoint=text_checkpoint), queue),

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 
-from avatar.errors import StoreUnavailable
 from avatar.settings import GatewaySettings
-from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
 from services.local.suite import gateway, suite, workers
-from tests.conftest import RATE_HZ, speech
+from tests.conftest import RATE_HZ, UnreliableHashes, speech
 from tests.product import CLOSE, Streamed, connected, finish, new_session, open_stream, pieces, read_frames, rest, send
 from tests.proxy import Proxy, proxied
 from tests.refusals import refused
@@ -151,26 +149,6 @@ async def test_a_session_continues_at_another_gateway(
     whole = rendered(checkpoint, picture, speech(2 * SECONDS), seed=7, sink_update_block=sink_update_block)
     assert streamed.pixels[:80] == whole[:80]
     assert state == types.Session.STATE_CLOSED
-
-
-class UnreliableHashes(RedisHashes):
-    """Hashes in a Redis server that is unreachable while `is_lost`. num_failures: calls that have failed."""
-
-    is_lost = False
-    num_failures = 0
-
-    def _call(self) -> AbstractAsyncContextManager[None]:
-        if self.is_lost:
-            self.num_failures += 1
-            raise StoreUnavailable("the session store cannot be reached", retry_s=1.0)
-        return super()._call()
-
-
-@pytest.fixture
-async def unreliable(redis: str) -> AsyncGenerator[UnreliableHashes, None]:
-    hashes = UnreliableHashes(redis)
-    yield hashes
-    await hashes.aclose()
 
 
 async def test_a_stream_continues_without_its_store_and_restores_it_afterwards(

@@ -7,6 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from avatar.errors import StoreUnavailable
+from avatar.store.redis import RedisHashes
 from avatar.store.usage import Lease, TenantUsage
 from tests.store.expiry import elapse
 
@@ -16,9 +17,9 @@ SHORT_S, LONG_S = 10.0, 60.0
 @pytest.fixture
 async def usages(redis: str) -> AsyncGenerator[tuple[TenantUsage, TenantUsage], None]:
     """Two gateways' usage over one empty server."""
-    usages = TenantUsage(redis), TenantUsage(redis)
-    yield usages
-    for each in usages:
+    hashes = RedisHashes(redis), RedisHashes(redis)
+    yield TenantUsage(hashes[0]), TenantUsage(hashes[1])
+    for each in hashes:
         await each.aclose()
 
 
@@ -131,8 +132,9 @@ async def test_a_set_expires_with_its_last_lease(usage: TenantUsage, redis_clien
 
 
 async def test_an_unreachable_server_is_reported() -> None:
-    usage = TenantUsage("redis://127.0.0.1:1", timeout_s=0.2)
+    hashes = RedisHashes("redis://127.0.0.1:1", timeout_s=0.2)
+    usage = TenantUsage(hashes)
     for call in (usage.lease("a", "b", 1.0, 1), usage.release("a", "b"), usage.add("a", 1.0, 1.0)):
         with pytest.raises(StoreUnavailable):
             await call
-    await usage.aclose()
+    await hashes.aclose()

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
 
 import pytest
@@ -18,6 +18,7 @@ from services.gateway.access import quotas as module
 from services.gateway.access import tenants
 from services.gateway.access.quotas import MARGIN_S, Quotas, open_quotas
 from services.gateway.access.tenants import Tenant
+from tests.conftest import UnreliableHashes
 from tests.store.expiry import elapse
 
 ACME = Tenant("acme", max_sessions=1, max_audio_s=10.0, max_references=1)
@@ -25,22 +26,9 @@ GLOBEX = Tenant("globex", max_sessions=1, max_audio_s=10.0)
 BYTES_PER_S = 100
 
 
-class Usage(TenantUsage):
-    """Usage in a Redis server that is unreachable while `is_lost`."""
-
-    is_lost = False
-
-    def _call(self) -> AbstractAsyncContextManager[None]:
-        if self.is_lost:
-            raise StoreUnavailable("lost", retry_s=1.0)
-        return super()._call()
-
-
 @pytest.fixture
-async def usage(redis: str) -> AsyncGenerator[Usage, None]:
-    usage = Usage(redis)
-    yield usage
-    await usage.aclose()
+def usage(unreliable: UnreliableHashes) -> TenantUsage:
+    return TenantUsage(unreliable)
 
 
 @contextmanager
@@ -79,7 +67,7 @@ async def has_room(quotas: Quotas) -> bool:
     return True
 
 
-async def test_a_stream_and_its_session_count_once(usage: Usage, hashes: RedisHashes) -> None:
+async def test_a_stream_and_its_session_count_once(usage: TenantUsage, hashes: RedisHashes) -> None:
     quotas, elsewhere = Quotas(usage), Quotas(usage)
     with calling(ACME):
         await quotas.lease_session("a", 60.0)
@@ -93,7 +81,7 @@ async def test_a_stream_and_its_session_count_once(usage: Usage, hashes: RedisHa
     ("ending", "counts_s"), [("gone", 0.0), ("closed", CLOSED_TTL_S), ("elsewhere", 60.0), ("refused", 60.0)]
 )
 async def test_a_session_counts_as_long_as_its_record(
-    usage: Usage, hashes: RedisHashes, redis_client: Redis, ending: str, counts_s: float
+    usage: TenantUsage, hashes: RedisHashes, redis_client: Redis, ending: str, counts_s: float
 ) -> None:
     quotas, held = Quotas(usage), claim(hashes)
     with calling(ACME):
@@ -110,7 +98,7 @@ async def test_a_session_counts_as_long_as_its_record(
 
 
 async def test_opening_a_session_again_and_again_does_not_prolong_its_lease(
-    usage: Usage, hashes: RedisHashes, redis_client: Redis
+    usage: TenantUsage, hashes: RedisHashes, redis_client: Redis
 ) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
@@ -123,7 +111,7 @@ async def test_opening_a_session_again_and_again_does_not_prolong_its_lease(
         assert await has_room(quotas)
 
 
-async def test_two_streams_of_a_session_at_once_end_one_by_one(usage: Usage, hashes: RedisHashes) -> None:
+async def test_two_streams_of_a_session_at_once_end_one_by_one(usage: TenantUsage, hashes: RedisHashes) -> None:
     quotas, first, second = Quotas(usage), claim(hashes), claim(hashes)
     with calling(ACME):
         async with AsyncExitStack() as outer:
@@ -136,7 +124,7 @@ async def test_two_streams_of_a_session_at_once_end_one_by_one(usage: Usage, has
         assert await has_room(quotas)
 
 
-async def test_a_lease_released_during_its_renewal_stays_released(usage: Usage, hashes: RedisHashes) -> None:
+async def test_a_lease_released_during_its_renewal_stays_released(usage: TenantUsage, hashes: RedisHashes) -> None:
     quotas, held = Quotas(usage), claim(hashes)
     with calling(ACME):
         async with quotas.streaming(held):
@@ -148,7 +136,7 @@ async def test_a_lease_released_during_its_renewal_stays_released(usage: Usage, 
 
 
 async def test_leases_of_a_dead_gateway_expire_with_its_records(
-    usage: Usage, hashes: RedisHashes, redis_client: Redis
+    usage: TenantUsage, hashes: RedisHashes, redis_client: Redis
 ) -> None:
     dying, living = Quotas(usage), Quotas(usage)
     with calling(ACME):
@@ -163,7 +151,7 @@ async def test_leases_of_a_dead_gateway_expire_with_its_records(
             await dying.save()  # it was only slow: its stream is not ended
 
 
-async def test_a_session_without_a_stream_counts_until_it_expires(usage: Usage, redis_client: Redis) -> None:
+async def test_a_session_without_a_stream_counts_until_it_expires(usage: TenantUsage, redis_client: Redis) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
         await quotas.lease_session("a", 60.0)
@@ -175,11 +163,11 @@ async def test_a_session_without_a_stream_counts_until_it_expires(usage: Usage, 
         await quotas.lease_session("b", 60.0)
 
 
-async def audio_used(usage: Usage) -> float:
+async def audio_used(usage: TenantUsage) -> float:
     return await usage.add(f"acme/audio/{module._today()}", 0.0, 60.0)
 
 
-async def test_audio_is_counted_over_all_gateways(usage: Usage, hashes: RedisHashes) -> None:
+async def test_audio_is_counted_over_all_gateways(usage: TenantUsage, hashes: RedisHashes) -> None:
     here, there = Quotas(usage), Quotas(usage)
     with calling(ACME):
         await send_audio(here, 6)
@@ -195,7 +183,7 @@ async def test_audio_is_counted_over_all_gateways(usage: Usage, hashes: RedisHas
         await send_audio(here, 9)
 
 
-async def test_gateways_at_once_pass_the_quota_by_less_than_one_piece(usage: Usage) -> None:
+async def test_gateways_at_once_pass_the_quota_by_less_than_one_piece(usage: TenantUsage) -> None:
     gateways = [Quotas(usage) for _ in range(3)]
     num_accepted = 0
 
@@ -217,7 +205,7 @@ async def test_gateways_at_once_pass_the_quota_by_less_than_one_piece(usage: Usa
     assert 10.0 - 0.7 * len(gateways) <= 0.7 * num_accepted < 10.0 + 0.7
 
 
-async def test_audio_that_is_reserved_and_not_used_is_returned(usage: Usage, hashes: RedisHashes) -> None:
+async def test_audio_that_is_reserved_and_not_used_is_returned(usage: TenantUsage, hashes: RedisHashes) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
         async with quotas.streaming(claim(hashes)):
@@ -225,7 +213,7 @@ async def test_audio_that_is_reserved_and_not_used_is_returned(usage: Usage, has
         assert await audio_used(usage) == 0.0
 
 
-async def test_a_stream_ends_when_the_days_audio_is_used_up(usage: Usage) -> None:
+async def test_a_stream_ends_when_the_days_audio_is_used_up(usage: TenantUsage) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
         await send_audio(quotas, 10)
@@ -233,7 +221,7 @@ async def test_a_stream_ends_when_the_days_audio_is_used_up(usage: Usage) -> Non
             await send_audio(quotas, 1)
 
 
-async def test_the_audio_quota_is_restored_the_next_day(usage: Usage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_audio_quota_is_restored_the_next_day(usage: TenantUsage, monkeypatch: pytest.MonkeyPatch) -> None:
     quotas, today = Quotas(usage), 20_000 * 86400.0
     with calling(ACME):
         monkeypatch.setattr(time, "time", lambda: today + 86399)
@@ -246,11 +234,13 @@ async def test_the_audio_quota_is_restored_the_next_day(usage: Usage, monkeypatc
         await send_audio(quotas, 10)
 
 
-async def test_streams_continue_while_the_store_is_lost(usage: Usage, hashes: RedisHashes) -> None:
+async def test_streams_continue_while_the_store_is_lost(
+    unreliable: UnreliableHashes, usage: TenantUsage, hashes: RedisHashes
+) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
         async with quotas.streaming(claim(hashes)):
-            usage.is_lost = True
+            unreliable.is_lost = True
             with pytest.raises(StoreUnavailable):
                 await quotas.save()
             await send_audio(quotas, 4)
@@ -261,7 +251,7 @@ async def test_streams_continue_while_the_store_is_lost(usage: Usage, hashes: Re
         with pytest.raises(StoreUnavailable):
             async with Quotas(usage).streaming(claim(hashes, "b")):
                 pass
-        usage.is_lost = False
+        unreliable.is_lost = False
         await quotas.save()
         assert await audio_used(usage) == 4.0
         await send_audio(quotas, 6)
@@ -269,7 +259,7 @@ async def test_streams_continue_while_the_store_is_lost(usage: Usage, hashes: Re
             await send_audio(quotas, 1)
 
 
-async def test_concurrent_saves_add_audio_once(usage: Usage) -> None:
+async def test_concurrent_saves_add_audio_once(usage: TenantUsage) -> None:
     quotas = Quotas(usage)
     with calling(ACME):
         await send_audio(quotas, 3)
@@ -277,30 +267,30 @@ async def test_concurrent_saves_add_audio_once(usage: Usage) -> None:
         assert await audio_used(usage) == 3.0
 
 
-async def test_audio_is_settled_on_exit(usage: Usage) -> None:
+async def test_audio_is_settled_on_exit(unreliable: UnreliableHashes, usage: TenantUsage) -> None:
     with calling(ACME):
         async with open_quotas(usage) as quotas:
-            usage.is_lost = True
+            unreliable.is_lost = True
             await send_audio(quotas, 3)
-            usage.is_lost = False
+            unreliable.is_lost = False
     assert await audio_used(usage) == 3.0
 
 
 async def test_audio_is_settled_in_the_background_once_the_store_is_back(
-    usage: Usage, monkeypatch: pytest.MonkeyPatch
+    unreliable: UnreliableHashes, usage: TenantUsage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SAVE_S", 0.01)
     with calling(ACME):
         async with open_quotas(usage) as quotas:
-            usage.is_lost = True
+            unreliable.is_lost = True
             await send_audio(quotas, 3)
-            usage.is_lost = False
+            unreliable.is_lost = False
             async with asyncio.timeout(5):
                 while not await audio_used(usage):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
 
 
-async def test_a_reservation_that_fails_takes_no_place_of_a_reference(usage: Usage) -> None:
+async def test_a_reservation_that_fails_takes_no_place_of_a_reference(usage: TenantUsage) -> None:
     """Not even if the same picture is stored by another call meanwhile."""
     quotas = Quotas(usage)
     with calling(replace(ACME, max_references=3)):
@@ -318,8 +308,10 @@ async def test_a_reservation_that_fails_takes_no_place_of_a_reference(usage: Usa
         assert await usage.names("acme/references") == ["a", "b"]
 
 
-async def test_without_tenants_the_store_is_not_used(usage: Usage, hashes: RedisHashes) -> None:
-    usage.is_lost = True
+async def test_without_tenants_the_store_is_not_used(
+    unreliable: UnreliableHashes, usage: TenantUsage, hashes: RedisHashes
+) -> None:
+    unreliable.is_lost = True
     quotas = Quotas(usage)
     async with quotas.reference("r") as reservation:
         await quotas.lease_reference("r", 60.0, reservation)
