@@ -79,11 +79,16 @@ class RemoteStage(Generic[Item, Answer]):
         async with background(self._feed(items)) as feeding:
             try:
                 while (response := await self._call.read()) is not grpc.aio.EOF:
-                    if response.WhichOneof("part") == "closed":
-                        self.closed = response.closed
-                        await self._until_ended()
-                        return
-                    yield getattr(response, self._answer)
+                    match response.WhichOneof("part"):
+                        case "closed":
+                            self.closed = response.closed
+                            await self._until_ended()
+                            return
+                        case "chunk":
+                            for answer in response.chunk.frames:
+                                yield answer
+                        case _:
+                            yield getattr(response, self._answer)
                 raise self._ended_early()
             except grpc.aio.AioRpcError as error:
                 raise self._error(error) from error

@@ -20,7 +20,7 @@ import grpc.aio
 import psutil
 
 from benchmarks.fleet.clients import Job, Report
-from benchmarks.fleet.content import SIZES, STAGES, Sizes
+from benchmarks.fleet.content import FRAME_RATE_HZ, SIZES, STAGES, Sizes
 from benchmarks.pipeline.processes import start_program
 from benchmarks.row import Row, row
 from services.local.processes import Suite, free_ports, start_redis, until_healthy
@@ -34,10 +34,14 @@ TARGETS = {"tiny": 11.0, "14B": 22.0}
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one live session, per second: CPU-ms, and how often threads of the process wake up."""
+    """Of one live session, per second: CPU-ms, and how often threads of the process wake up.
+
+    idle_ms: CPU-ms per second of the process without sessions, which the session's do not include.
+    """
 
     cpu_ms: float
     wakes: float
+    idle_ms: float
 
 
 def rows() -> list[Row]:
@@ -58,8 +62,9 @@ def rows() -> list[Row]:
 
 
 async def measure(sizes: Sizes, server: str, *, num_sessions: int = SESSIONS, seconds: float = SECONDS) -> Cost:
-    """Return the cost of one of `num_sessions` live sessions. server: GATEWAY or RELAY."""
+    """Return the cost of one of `num_sessions` live sessions, without the idle server's. server: GATEWAY or RELAY."""
     async with _running(sizes, server) as (suite, process):
+        idle_ms, _ = await _cost_of(process, SETTLE_S)
         job = Job(suite.targets["gateway"], sizes.to_dict(), num_sessions, SETTLE_S + seconds + 0.5)
         clients = await start_program("-m", "benchmarks.fleet.clients")
         assert clients.stdin
@@ -71,20 +76,24 @@ async def measure(sizes: Sizes, server: str, *, num_sessions: int = SESSIONS, se
                 if await clients.stdout.readline() != b"ready\n":
                     raise RuntimeError("the clients received no frames")
                 await asyncio.sleep(SETTLE_S)
-                start_s, wakes = _cpu_s(process), _wakes(process)
-                await asyncio.sleep(seconds)
-                end_s, end_wakes = _cpu_s(process), _wakes(process)
+                busy_ms, wakes = await _cost_of(process, seconds)
                 report = Report(**json.loads(await clients.stdout.readline()))
                 await clients.wait()
         finally:
             if clients.returncode is None:
                 clients.kill()
                 await clients.wait()
-    expected = num_sessions * job.seconds * 25
+    expected = num_sessions * job.seconds * FRAME_RATE_HZ
     if report.num_frames < 0.9 * expected or (server == GATEWAY and report.num_wrong):
         raise RuntimeError(f"{report.num_frames} of {expected:.0f} frames came, {report.num_wrong} of them wrong")
-    per = 1 / seconds / num_sessions
-    return Cost((end_s - start_s) * 1e3 * per, (end_wakes - wakes) * per)
+    return Cost((busy_ms - idle_ms) / num_sessions, wakes / num_sessions, idle_ms)
+
+
+async def _cost_of(process: psutil.Process, seconds: float) -> tuple[float, float]:
+    """Return a process's CPU-ms and wake-ups per second, measured from now on."""
+    start_s, start_wakes = _cpu_s(process), _wakes(process)
+    await asyncio.sleep(seconds)
+    return (_cpu_s(process) - start_s) * 1e3 / seconds, (_wakes(process) - start_wakes) / seconds
 
 
 @asynccontextmanager

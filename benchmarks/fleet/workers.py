@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack
+from itertools import groupby
 from typing import Any
 
 import grpc.aio
@@ -25,6 +26,9 @@ from avatar.worker.v1 import (
     vae_pb2_grpc,
 )
 from benchmarks.fleet.content import DIGEST, FIRST_FRAME, NUM_LEVELS, STAGES, Sizes, info_of
+
+# Pixel frames of a latent frame, which leave the decoder together.
+LATENT_FRAMES = 4
 
 
 class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
@@ -120,12 +124,18 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         return vae_pb2.EncodeReferenceResponse(reference=reference)
 
     async def Decode(self, requests: AsyncIterator[Any], context: Any) -> AsyncGenerator[Any, None]:
-        await receive_open(requests)
+        opened = await receive_open(requests)
         self._active += 1
         try:
             yield vae_pb2.DecodeResponse(opened=vae_pb2.DecodeOpened(history_blocks=1))
             async for block in parts(requests, "block"):
-                yield [vae_pb2.DecodeResponse(frame=frame) for frame in self._frames(block.index)]
+                frames = self._frames(block.index)
+                if opened.takes_chunks:
+                    latents = [[*each] for _, each in groupby(frames, lambda frame: frame.index // LATENT_FRAMES)]
+                    chunks = [types_pb2.FrameChunk(frames=each) for each in latents]
+                    yield [vae_pb2.DecodeResponse(chunk=chunk) for chunk in chunks]
+                else:
+                    yield [vae_pb2.DecodeResponse(frame=frame) for frame in frames]
             yield vae_pb2.DecodeResponse(closed=types_pb2.Closed())
         finally:
             self._active -= 1

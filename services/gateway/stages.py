@@ -103,6 +103,7 @@ async def open_stages(
         quality=options.quality,
         is_live=options.is_live,
         per_latent=options.is_per_latent,
+        takes_chunks=True,
     )
     vae = VaeConnector(workers.vae, video, serialize_session(vae_pb2.OpenDecode, session, motion), position.next_block)
     stall_s = settings.stall_s * (1 if options.is_live else OFFLINE_STALL_FACTOR)

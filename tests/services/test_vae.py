@@ -29,6 +29,7 @@ from avatar.vae.vae import Vae, VaeConfig, VaeState
 from avatar.worker.v1 import types_pb2 as types
 from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
+from services.vae import service
 from services.vae.__main__ import build
 from services.vae.service import VaeServicer
 from tests.busy import WAIT_S
@@ -165,6 +166,32 @@ async def test_interleaved_equals_alone(worker: grpc.aio.Channel) -> None:
     alone = [await frames_in(worker, encoding) for encoding in ("jpeg", "rgb24")]
     interleaved = await asyncio.gather(frames_in(worker, "jpeg"), frames_in(worker, "rgb24"))
     assert list(interleaved) == alone
+
+
+@pytest.mark.parametrize(("encoding", "max_bytes"), [("jpeg", 1_000_000), ("rgb24", 1_000_000), ("rgb24", 100)])
+async def test_frames_that_are_ready_together_share_messages_of_bounded_size(
+    worker: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch, encoding: str, max_bytes: int
+) -> None:
+    monkeypatch.setattr(service, "MAX_CHUNK_BYTES", max_bytes)
+    _, alone = await frames_in(worker, encoding)
+    call = vae_pb2_grpc.VaeServiceStub(worker).Decode()
+    await call.write(pb.DecodeRequest(open=pb.OpenDecode(session=SESSION, encoding=encoding, takes_chunks=True)))
+    async for block in blocks():
+        await call.write(pb.DecodeRequest(block=block))
+    await call.write(pb.DecodeRequest(close=pb.CloseDecode()))
+    chunks = [list(response.chunk.frames) async for response in call if response.WhichOneof("part") == "chunk"]
+    assert [frame for chunk in chunks for frame in chunk] == alone
+    assert all(len({frame.block for frame in chunk}) == 1 for chunk in chunks)
+    sizes = [sum(len(frame.data) for frame in chunk) for chunk in chunks]
+    assert len(chunks) == len(alone) if max_bytes == 100 else len(chunks) < len(alone)
+    assert all(size <= max_bytes or len(chunk) == 1 for size, chunk in zip(sizes, chunks, strict=True))
+
+
+async def test_frames_arrive_one_by_one_or_together_alike(worker: grpc.aio.Channel) -> None:
+    _, alone = await frames_in(worker, "jpeg")
+    stage = remote_vae(worker)
+    await stage.open(pb.OpenDecode(session=SESSION, encoding="jpeg", takes_chunks=True))
+    assert [frame async for frame in stage(blocks())] == alone
 
 
 async def test_info_lists_the_encodings(worker: grpc.aio.Channel) -> None:
