@@ -175,6 +175,7 @@ class Stream:
         try:
             async with asyncio.timeout(OPEN_S):
                 await self._call.write(pb.StreamAvatarRequest(open=opening))
+                await self._call.initial_metadata()  # reading swallows a cancellation until they are there
                 response = await self._call.read()
         except TimeoutError as error:
             self._call.cancel()

@@ -64,6 +64,8 @@ class RemoteStage(Generic[Item, Answer]):
         try:
             async with asyncio.timeout(OPEN_S):
                 await self._write(b"".join(serialize_field(self._open, message, session)))
+                # Reading would wait for these too, and swallow a cancellation meanwhile (grpc.aio awaits a task there).
+                await self._call.initial_metadata()
                 opened = (await self._read()).opened
             is_open = True
             return opened

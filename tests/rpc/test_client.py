@@ -233,6 +233,26 @@ async def test_a_worker_that_never_opens_a_stream_is_lost_in_time(
     await asyncio.wait_for(cancelled.wait(), WAIT_S)
 
 
+async def test_opening_can_be_cancelled_at_any_time(worker: Worker, connection: grpc.aio.Channel) -> None:
+    """Reads of grpc.aio swallow one cancellation in a hundred while a call starts."""
+
+    async def refusing(requests: Requests, _: Context) -> Responses:
+        await receive_open(requests)
+        raise NoCapacity("full")
+        yield
+
+    worker.encode = refusing
+    for number in range(400):
+        opening = asyncio.create_task(opened(connection))
+        for _ in range(number % 60):
+            await asyncio.sleep(0)
+        is_cancelled = opening.cancel()
+        await asyncio.wait({opening})
+        assert opening.cancelled() == is_cancelled
+        if not is_cancelled:
+            assert isinstance(opening.exception(), NoCapacity)
+
+
 @pytest.mark.parametrize("num_blocks", [0, 1])
 @pytest.mark.parametrize("is_writing", [False, True], ids=["idle", "written to"])
 async def test_a_stream_that_ends_without_closed_is_lost(
