@@ -51,16 +51,25 @@ class StageConnector(ABC, Generic[Item, Answer]):
         """
         self.stage = stage
         self.replay = replay
+        self._former = ""
         self._pool = pool
         self._message, self._session = message, session
         self._digest: str | None = None
+
+    def claim(self, claimed_us: int, former: str) -> None:
+        """Set when the session's claim was acquired, and the worker to try first: the one that has a slot of it.
+
+        claimed_us: in microseconds since 1970 of the store's clock. former: HOST:PORT, empty if there is none.
+        """
+        self._message.claimed_us, self._former = claimed_us, former
 
     async def connect(self) -> tuple[Worker[Any], OpenStream[Item, Answer], Any]:
         """Open the stream at the least loaded worker that takes it. Return the worker, the stream and its `opened`.
 
         Raises what `WorkerPool.open` raises.
         """
-        worker, (stream, opened) = await self._pool.open(self._open_at, self._is_candidate)
+        worker, (stream, opened) = await self._pool.open(self._open_at, self._is_candidate, self._former)
+        self._former = ""
         self.replay.set_window(opened)
         return worker, stream, opened
 

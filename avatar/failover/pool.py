@@ -118,13 +118,15 @@ class WorkerPool(Generic[Info]):
         self,
         open_at: Callable[[Worker[Info]], Awaitable[Opened]],
         serves: Callable[[Info], bool] = lambda _: True,
+        first: str = "",
     ) -> tuple[Worker[Info], Opened]:
         """Open a stream at the least loaded worker that takes it. The caller decrements `num_streams` when it ends.
 
-        If no worker takes it, raises the error of one: NoCapacity if any of them is full.
+        first: HOST:PORT of a worker to try before all others. If no worker takes it, raises the error of one:
+        NoCapacity if any of them is full.
         """
         refusal: AvatarError | None = None
-        for worker, _ in await self.workers(serves):
+        for worker, _ in sorted(await self.workers(serves), key=lambda each: each[0].target != first):
             if worker.info is None:  # lost since the list was made
                 refusal = refusal or self._lost(f"{worker.target} is gone")
                 continue

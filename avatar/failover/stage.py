@@ -18,7 +18,7 @@ from typing import Any, Generic
 
 from avatar import telemetry
 from avatar.aio import WaitLimit, background
-from avatar.errors import AvatarError, NoCapacity, StageFailed, StageLost
+from avatar.errors import AvatarError, NoCapacity, SessionBusy, StageFailed, StageLost
 from avatar.failover.connector import OpenStream, StageConnector
 from avatar.failover.pool import Worker
 from avatar.rpc.client import Answer, Item
@@ -73,6 +73,11 @@ class FailoverStage(Generic[Item, Answer]):
         self._is_rebuilt = False
 
     @property
+    def worker(self) -> str:
+        """HOST:PORT of the worker that the stream is at; empty if it is at none."""
+        return self._current[0].target if self._current else ""
+
+    @property
     def is_answer_due(self) -> bool:
         """True if the stream has been sent all that its next answer needs."""
         return self._replay.is_answer_due
@@ -117,7 +122,7 @@ class FailoverStage(Generic[Item, Answer]):
                                 self._is_rebuilt = False
                                 self.on_rebuilt(block)
                             yield answer
-                except (StageLost, StageFailed) as error:
+                except (StageLost, StageFailed, SessionBusy) as error:
                     if pulling.done() and not pulling.cancelled() and pulling.exception():
                         raise  # the stage before this one is lost
                     await self._reopen(error)
@@ -172,8 +177,10 @@ class FailoverStage(Generic[Item, Answer]):
         # A session that idles may well outlive many workers.
         self._num_losses = self._num_losses + 1 if started - self.lost_at_s < FORGET_S else 1
         self.lost_at_s = started
-        if self._current:
-            self._current[0].mark_lost()  # until it answers again: a spare is tried first
+        # The worker is lost until it answers again: a spare is tried first. If it gave the slot to another gateway's
+        # stream, it is not lost, and this session has moved, unless the take-over fails.
+        if self._current and not isinstance(lost, SessionBusy):
+            self._current[0].mark_lost()
         self.cancel()
         if self._num_losses > MAX_LOSSES:
             raise lost

@@ -6,18 +6,20 @@ A live stream needs one step of its service in every block, for as long as it is
 that the median of the measured steps is of a block's duration. A device keeps up with its live streams if their shares
 add up to LIVE_SHARE at most.
 `AdmissionControl` refuses a stream over the worker's limit, and a live stream that its device has no time for. Offline
-streams count towards the limit only: they use the time that is left.
+streams count towards the limit only: they use the time that is left. A session that moves to another gateway keeps its
+slots: at a full worker its new stream replaces the old one.
 """
 
+import asyncio
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from statistics import median_low
 
 from avatar import telemetry
-from avatar.errors import NoCapacity
+from avatar.errors import NoCapacity, SessionBusy
 
 # Share of a device's time that live streams may need. The rest is for openings, prefills and offline streams. 22
 # streams of 20 ms fit (0.917), also if sleeps make a step last 20.5 ms (0.94); 23 do not (0.958).
@@ -95,6 +97,46 @@ class DeviceLoad:
         return sum(step_times.share for _, step_times in self._live_streams)
 
 
+class _Stream:
+    """An accepted stream.
+
+    slot: counts it until it closes. claimed_us: see `AdmissionControl.admit`. is_replaced: it ends for another stream
+    of its session.
+    """
+
+    def __init__(self, slot: ExitStack, claimed_us: int) -> None:
+        self.slot, self.claimed_us = slot, claimed_us
+        self.is_replaced = False
+        self._task = asyncio.current_task()
+        self._ended = asyncio.Event()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the stream's body, in the task that accepted it. SessionBusy if the stream is replaced."""
+        assert self._task
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):  # the latter while the generator's answer is being sent
+            if not self.is_replaced or self._task.uncancel():
+                raise
+            raise SessionBusy("another stream of the session has taken this one's slot") from None
+        finally:
+            self._ended.set()
+
+    async def replace(self) -> ExitStack:
+        """End the stream, and return its slot, which nobody else gets meanwhile, once its state is freed."""
+        slot = self.slot.pop_all()
+        self.is_replaced = True
+        assert self._task
+        self._task.cancel()
+        try:
+            await self._ended.wait()
+        except BaseException:
+            slot.close()
+            raise
+        return slot
+
+
 class AdmissionControl:
     """Admission of streams at one service of a worker.
 
@@ -117,6 +159,8 @@ class AdmissionControl:
         self._load, self._num_levels = load, num_levels
         self._labels = {"service": service}
         self._reported = 0
+        # By session and level: the latest stream.
+        self._streams: dict[tuple[str, int], _Stream] = {}
         load.add_service(self.step_times, num_levels)
         self._report_capacity()
 
@@ -164,6 +208,37 @@ class AdmissionControl:
     def _full(self, message: str) -> NoCapacity:
         numbers = {"active": str(self.active), "capacity": str(self.capacity)}
         return NoCapacity(message, metadata=numbers, retry_s=1.0)
+
+    async def admit(
+        self, session_id: str, *, is_live: bool, max_active: int | None = None, claimed_us: int = 0, level: int = 0
+    ) -> AbstractContextManager[None]:
+        """Accept a session's stream at a level: the returned context's body runs it. Raises as `accept` does.
+
+        claimed_us: when the caller acquired the session's claim, 0 for never. In place of a refusal, the session's
+        other stream at this level, if it has no later claim, is ended and gives its slot: its task is cancelled, and
+        its context raises SessionBusy.
+        """
+        slot, key = ExitStack(), (session_id, level)
+        try:
+            slot.enter_context(self.accept(session_id, is_live=is_live, max_active=max_active))
+        except NoCapacity:
+            former = self._streams.get(key)
+            if former is None or not 0 < claimed_us >= former.claimed_us:
+                raise
+            del self._streams[key]  # before any wait: it has one slot to give
+            slot = await former.replace()
+        return self._run(key, slot, claimed_us)
+
+    @contextmanager
+    def _run(self, key: tuple[str, int], slot: ExitStack, claimed_us: int) -> Iterator[None]:
+        with slot:
+            stream = self._streams[key] = _Stream(slot, claimed_us)
+            try:
+                with stream.running():
+                    yield
+            finally:
+                if self._streams.get(key) is stream:
+                    del self._streams[key]
 
     def _report_capacity(self) -> None:
         """Record the capacity as a metric if it has changed since the last report."""

@@ -6,9 +6,10 @@ A claim is a hash under a time to live, which its holder renews:
     previous        while `holder` is taking over: the holder before, whose stream is still open
     previous_until  when the claim of `previous` would have expired, in milliseconds since 1970
 
-A take-over moves the claim at once. Until the new stream is open, `previous` keeps its slots at the workers and writes
-nothing; `commit` ends it, and `release` gives the claim back to it, if it still renews. Whoever takes over meanwhile
-becomes the holder, and `previous` stays: a holder that has not committed has nothing to give back.
+A take-over moves the claim at once. Until the new stream is open, `previous` keeps its slots at the workers, but for
+those that full workers give to the new stream, and writes nothing; `commit` ends it, and `release` gives the claim back
+to it, if it still renews. Whoever takes over meanwhile becomes the holder, and `previous` stays: a holder that has not
+committed has nothing to give back.
 
 Each change is published, so that the streams concerned look at the claim at once, and not at their next renewal.
 """
@@ -69,7 +70,7 @@ end
 redis.call('HSET', KEYS[1], 'holder', ARGV[1])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 if outcome == 6 then redis.call('PUBLISH', ARGV[4], ARGV[5]) end
-return {outcome, ttl, redis.call('HGETALL', KEYS[2])}
+return {outcome, ttl, time[1] * 1000000 + time[2], redis.call('HGETALL', KEYS[2])}
 """
 )
 # ARGV[3], ARGV[4]: channel, session id. ARGV[5]: the position, or nothing.
@@ -186,6 +187,7 @@ class Claim:
     changed: set when the claim or the session changes elsewhere.
     is_taken_over: another stream had the claim. is_closed: this stream has closed the session.
     ttl_s: the session's time to live, in seconds; 0 once it is gone.
+    acquired_us: when it was acquired, in microseconds since 1970 of the store's clock: a later claim's is higher.
     """
 
     def __init__(self, hashes: RedisHashes, session_id: str, gateway: str = "") -> None:
@@ -193,6 +195,7 @@ class Claim:
         self.changed = asyncio.Event()
         self.is_taken_over = self.is_closed = False
         self.ttl_s = 0.0
+        self.acquired_us = 0
         self._hashes = hashes
         self._holder = f"{secrets.token_hex(8)}@{gateway}"
         self._keys = [key("claim", session_id), key("session", session_id)]
@@ -212,7 +215,7 @@ class Claim:
         args = [*self._first, int(take_over), CHANGES, self.session_id]
         outcome, *others = await self._hashes.run(_ACQUIRE, self._keys, args)
         self.is_taken_over = self._record(outcome, *others[:1]) is Outcome.TAKEN_OVER
-        fields = others[1]
+        self.acquired_us, fields = others[1:]
         return {name.decode(): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
 
     async def commit(self, position: pb.Position | None = None) -> None:

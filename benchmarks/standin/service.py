@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -54,9 +54,10 @@ class Stage:
         for _ in range(WARM_STEPS):
             self.admission.step_times.append(self.step.step_s)
 
-    def accept(self, opened: Any) -> AbstractContextManager[None]:
-        """Count the stream of an `open` message while the body runs. NoCapacity if it is refused."""
-        return self.admission.accept(opened.session_id, is_live=opened.is_live, max_active=max_active(opened))
+    def admit(self, opened: Any) -> Awaitable[AbstractContextManager[None]]:
+        """Accept the stream of an `open` message. NoCapacity if it is refused."""
+        limits = {"max_active": max_active(opened), "claimed_us": opened.claimed_us}
+        return self.admission.admit(opened.session_id, is_live=opened.is_live, **limits)
 
     async def stream(
         self, model: Any, items: AsyncGenerator[Any, None], usage: StreamUsage, *, is_live: bool
@@ -113,7 +114,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         opened: audio_pb2.OpenEncode = await receive_open(requests)
         if (opened.encoding, opened.num_channels) != ("pcm16", 1):
             raise ValueError(f"audio must be pcm16 with one channel, got {opened.encoding} with {opened.num_channels}")
-        with self._stage.accept(opened):
+        with await self._stage.admit(opened):
             history_s = self._stage.history_blocks * BLOCK_S
             yield audio_pb2.EncodeResponse(opened=audio_pb2.EncodeOpened(history_s=history_s))
             usage, num_blocks = StreamUsage(self._stage.admission.step_times), 0
@@ -176,7 +177,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         opened: denoiser_pb2.OpenDenoise = await receive_open(requests)
         if opened.level != self._level:
             raise ValueError(f"level {opened.level} is not served here, only {self._level}")
-        with self._stage.accept(opened):
+        with await self._stage.admit(opened):
             yield denoiser_pb2.DenoiseResponse(
                 opened=denoiser_pb2.DenoiseOpened(
                     history_blocks=self._stage.history_blocks, num_levels=content.NUM_LEVELS, digest=DIGEST
@@ -248,7 +249,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self, requests: AsyncIterator[vae_pb2.DecodeRequest], context: Context
     ) -> AsyncGenerator[vae_pb2.DecodeResponse, None]:
         opened: vae_pb2.OpenDecode = await receive_open(requests)
-        with self._stage.accept(opened):
+        with await self._stage.admit(opened):
             yield vae_pb2.DecodeResponse(
                 opened=vae_pb2.DecodeOpened(history_blocks=self._stage.history_blocks, init_segment=b"init")
             )

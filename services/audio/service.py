@@ -68,8 +68,13 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         opened: pb.OpenEncode = await receive_open(requests)
         with as_invalid_field("open.audio", InvalidAudio):
             check_piece(piece_from_bytes(b"", opened.encoding, opened.rate_hz, opened.num_channels))
-        accepted = self._admission.accept(opened.session_id, is_live=opened.is_live, max_active=max_active(opened))
-        with accepted, as_invalid_field("audio.data", InvalidAudio):
+        accepted = self._admission.admit(
+            opened.session_id,
+            is_live=opened.is_live,
+            max_active=max_active(opened),
+            claimed_us=opened.claimed_us,
+        )
+        with await accepted, as_invalid_field("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = StreamUsage(self._admission.step_times), 0
             model = ResumedAudioModel(self._audio, opened.first_block, opened.first_answer, opened.statistics)

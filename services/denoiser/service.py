@@ -103,8 +103,14 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         denoiser = self._denoisers.get(opened.level)
         if denoiser is None:
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
-        accepted = self._admission.accept(opened.session_id, is_live=opened.is_live, max_active=max_active(opened))
-        with accepted, self._chain_stream(opened) as chain_stream, as_invalid_field("block"):
+        accepted = self._admission.admit(
+            opened.session_id,
+            is_live=opened.is_live,
+            max_active=max_active(opened),
+            claimed_us=opened.claimed_us,
+            level=opened.level,
+        )
+        with await accepted, self._chain_stream(opened) as chain_stream, as_invalid_field("block"):
             with as_invalid_field("open.session"):
                 session = session_from_open(opened)
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))

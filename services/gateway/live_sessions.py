@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 MAX_FRAMES_APART = 500
 # The reason of a stream that ended as its client asked, in logs and metrics.
 CLOSED = "CLOSED"
-# Time for the stream that a session was taken from to release its slots at full workers.
+# Time for room at full workers, where the slots of the stream that a session was taken from are not to be had.
 SLOTS_S, SLOTS_RETRY_S = 1.0, 0.05
 RECONNECT_S = 1.0
 
@@ -141,6 +141,7 @@ class LiveSessions:
                     stream.versions.add(record.conditions(position.coming_conditions, latents.sink))
                 del record
                 position.opened = opened.SerializeToString()
+                position.workers[:] = stages.workers
                 await claim.commit(position)
                 claim.wake_with(stream.advanced)
                 live = LiveSession(opened, session, stream, stages.init_segment, self._store, self._settings)
@@ -174,8 +175,8 @@ class LiveSessions:
     ) -> SessionStages:
         """Open a session's stages, until the stack's end. SessionBusy if another stream takes the claim meanwhile.
 
-        The stream that the claim was taken from keeps its slots until these stages are open. If the workers have no
-        room beside it, it ends first, and its slots are waited for.
+        Workers that are full give these stages the slots of the stream that the claim was taken from. If they cannot,
+        because they are others or are gone, that stream ends first, and room is waited for.
         """
         stages: SessionStages | None = None
         give_up_s = 0.0
@@ -184,7 +185,9 @@ class LiveSessions:
             while stages is None:
                 full: BaseException | None = None
                 try:
-                    opening = open_stages(self._workers, self._settings, session, motion, options, position)
+                    opening = open_stages(
+                        self._workers, self._settings, session, motion, options, position, claim.acquired_us
+                    )
                     stages = await stack.enter_async_context(opening)
                 except* NoCapacity as error:
                     full = error

@@ -4,11 +4,12 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 from avatar import telemetry
 from avatar.errors import ConfigMismatch, InvalidField
-from avatar.failover.connector import AudioConnector, ChainConnector, LevelConnector, VaeConnector
+from avatar.failover.connector import AudioConnector, ChainConnector, LevelConnector, StageConnector, VaeConnector
 from avatar.failover.replay import AudioReplay
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.client import Relayable
@@ -51,6 +52,11 @@ class SessionStages:
         """All stages in the order of the pipeline."""
         return [self.audio, *self.denoisers, self.vae]
 
+    @property
+    def workers(self) -> list[str]:
+        """HOST:PORT of the worker that each stage's stream is at."""
+        return [stage.worker for stage in self.all]
+
     async def open(self) -> None:
         """Open all streams at once. ConfigMismatch if the levels serve different checkpoints."""
         async with asyncio.TaskGroup() as tasks:
@@ -72,12 +78,15 @@ async def open_stages(
     motion: bytes,
     options: StreamOptions,
     position: types_pb2.Position,
+    claimed_us: int,
 ) -> AsyncGenerator[SessionStages, None]:
     """Open a session's stream at every stage, and keep them open while the body runs.
 
-    motion: the session's motion latents, a serialized Tensor. position: of the first block to make. Raises the error of
-    workers that refuse; InvalidField if the decoder has no such encoding of frames; ConfigMismatch if the workers do
-    not fit together.
+    motion: the session's motion latents, a serialized Tensor. position: of the first block to make; the workers that it
+    names are tried first. claimed_us: when the session's claim was acquired: full workers end the session's streams of
+    earlier claims.
+    Raises the error of workers that refuse; InvalidField if the decoder has no such encoding of frames; ConfigMismatch
+    if the workers do not fit together.
     """
     info = await workers.describe_stages()
     if options.video not in info.encodings:
@@ -105,12 +114,17 @@ async def open_stages(
         per_latent=options.is_per_latent,
         takes_chunks=True,
     )
+    denoisers = _denoisers(workers, info, session, motion, options, position)
     vae = VaeConnector(workers.vae, video, serialize_session(vae_pb2.OpenDecode, session, motion), position.next_block)
+    connectors: list[StageConnector[Any, Any]] = [audio, *denoisers, vae]
+    formers = chain(position.workers, repeat(""))
+    for connector, former in zip(connectors, formers, strict=False):
+        connector.claim(claimed_us, former)
     stall_s = settings.stall_s * (1 if options.is_live else OFFLINE_STALL_FACTOR)
     timeouts = FailoverTimeouts(stall_s, settings.rebuild_s)
     stages = SessionStages(
         FailoverStage(audio, timeouts),
-        [FailoverStage(each, timeouts) for each in _denoisers(workers, info, session, motion, options, position)],
+        [FailoverStage(each, timeouts) for each in denoisers],
         FailoverStage(vae, timeouts),
         info.remaining_s(waits_for_block=options.waits_for_block),
         info.block_latency_s(waits_for_block=options.waits_for_block),

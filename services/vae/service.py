@@ -154,8 +154,13 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             pixels = np.concatenate([chunk.frames.numpy() for chunk in chunks])
             return _frames(chunks, encodings.encode(pixels, encoding, rate_hz, quality, chunks[0].first_frame))
 
-        accepted = self._admission.accept(opened.session_id, is_live=opened.is_live, max_active=max_active(opened))
-        with accepted, as_invalid_field("block"):
+        accepted = self._admission.admit(
+            opened.session_id,
+            is_live=opened.is_live,
+            max_active=max_active(opened),
+            claimed_us=opened.claimed_us,
+        )
+        with await accepted, as_invalid_field("block"):
             with as_invalid_field("open.session"):
                 session = session_from_open(opened)
             width, height = opened.session.width, opened.session.height

@@ -1,12 +1,14 @@
 """Tests of avatar.runtime.admission: step times, and the streams that are accepted by them."""
 
+import asyncio
 import sys
 from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 
-from avatar.errors import NoCapacity
+from avatar.aio import background
+from avatar.errors import NoCapacity, SessionBusy
 from avatar.runtime.admission import AdmissionControl, DeviceLoad, StepTimes
 
 BLOCK_S = 0.48
@@ -132,3 +134,83 @@ def test_a_refusal_tells_the_real_numbers_and_a_belief_of_fewer_streams_is_refus
                 admission.accept("d", is_live=False).__enter__()
             assert refusal.value.metadata == {"active": "3", "capacity": "3"}
     assert changes == [1, 2, 3, 2, 1, 0]
+
+
+async def stream(admission: AdmissionControl, session_id: str, claimed_us: int = 0) -> None:
+    """Run a live stream for ever."""
+    with await admission.admit(session_id, is_live=True, claimed_us=claimed_us):
+        await asyncio.Event().wait()
+
+
+async def test_a_session_that_moves_keeps_its_slot_at_a_full_worker() -> None:
+    admission = AdmissionControl(1, "audio", DeviceLoad(), BLOCK_S)
+    async with background(stream(admission, "a", 10)) as former:
+        await asyncio.sleep(0)
+        others = [stream(admission, "b"), stream(admission, "b", 11), stream(admission, "a"), stream(admission, "a", 9)]
+        for other in others:
+            with pytest.raises(NoCapacity):
+                await other
+        async with background(stream(admission, "a", 11)) as second:
+            with pytest.raises(SessionBusy):
+                await former
+            with pytest.raises(NoCapacity):
+                await stream(admission, "b")
+            assert (admission.active, second.done()) == (1, False)
+    assert admission.active == 0
+
+
+async def test_a_session_that_moves_keeps_its_time_at_a_full_device() -> None:
+    load = DeviceLoad()
+    slow = AdmissionControl(8, "audio", load, BLOCK_S)
+    slow.step_times.append(0.9 * BLOCK_S)
+    with load.live_stream("other", StepTimes(BLOCK_S)):
+        async with background(stream(slow, "a")) as former:
+            await asyncio.sleep(0)
+            with pytest.raises(NoCapacity):
+                await stream(slow, "a")
+            async with background(stream(slow, "a", 11)) as second:
+                with pytest.raises(SessionBusy):
+                    await former
+                assert not second.done()
+
+
+async def test_a_session_that_moves_leaves_its_old_stream_where_there_is_room() -> None:
+    admission = AdmissionControl(2, "audio", DeviceLoad(), BLOCK_S)
+    async with background(stream(admission, "a")) as former, background(stream(admission, "a", 11)):
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert (admission.active, former.done()) == (2, False)
+
+
+async def test_a_stream_gets_its_slot_when_the_state_of_the_one_before_is_freed() -> None:
+    admission, can_end = AdmissionControl(1, "audio", DeviceLoad(), BLOCK_S), asyncio.Event()
+
+    async def slow_to_end() -> None:
+        with await admission.admit("a", is_live=True):
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await can_end.wait()
+
+    async with background(slow_to_end()), asyncio.timeout(5):
+        await asyncio.sleep(0)
+        opening = asyncio.ensure_future(admission.admit("a", is_live=True, claimed_us=11))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not opening.done()
+        with pytest.raises(NoCapacity):
+            await admission.admit("b", is_live=True)
+        can_end.set()
+        with await opening:
+            assert admission.active == 1
+
+
+async def test_a_take_over_that_is_given_up_frees_the_slot() -> None:
+    admission = AdmissionControl(1, "audio", DeviceLoad(), BLOCK_S)
+    async with background(stream(admission, "a")) as former:
+        await asyncio.sleep(0)
+        taking_over = asyncio.ensure_future(stream(admission, "a", 11))
+        await asyncio.sleep(0)
+        taking_over.cancel()
+        await asyncio.wait({former, taking_over})
+        assert admission.active == 0

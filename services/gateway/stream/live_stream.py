@@ -215,6 +215,7 @@ class LiveStream:
         self.outbox.record(self.position)
         self.acks.record(self.position, self.outbox.num_delivered)
         self.versions.record(self.position)
+        self.position.workers[:] = self._stages.workers
         return self.position
 
     def stage_usage(self) -> list[api_types.StageUsage]:

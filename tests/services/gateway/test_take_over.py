@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import grpc.aio
@@ -12,11 +12,20 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from redis.asyncio import Redis
 
+from avatar.aio import background
+from avatar.errors import StageFailed, StoreUnavailable
+from avatar.rpc.interceptor import Context
+from avatar.rpc.server import serving
 from avatar.rpc.status import error_of
+from avatar.runtime.device_queue import DeviceQueue
+from avatar.store.claims import Claim
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
+from avatar.worker.v1 import vae_pb2
+from benchmarks.standin.service import Stage, VaeServicer
+from benchmarks.standin.step import Step
 from tests.product import CLOSE, Call, Stub, connected, finish, frame, new_session, open_stream, pieces, rest, send
 from tests.refusals import refused
 from tests.standin import StandInGateway, standin_gateways
@@ -60,6 +69,30 @@ async def test_a_stream_moves_between_gateways_although_the_workers_have_room_fo
         calls[-1].cancel()
 
 
+async def open_whenever_possible(stub: Stub, session_id: str) -> None:
+    """Open a stream as soon as the workers have room, and keep it open."""
+    while True:
+        with suppress(grpc.aio.AioRpcError):
+            await rest((await open_stream(stub, session_id, mode=LIVE))[0])
+
+
+async def test_a_stream_that_moves_keeps_its_slots_although_others_wait_for_them(store: SessionStore) -> None:
+    async with cell(store, limit=1) as (workers, *stubs), AsyncExitStack() as stack:
+        session = await new_session(stubs[0], b"picture")
+        call, _ = await open_stream(stubs[0], session.id, mode=LIVE)
+        last = await frame(call)
+        for stub in stubs:
+            other = await new_session(stub, b"picture")
+            await stack.enter_async_context(background(open_whenever_possible(stub, other.id)))
+        async with asyncio.timeout(WAIT_S):
+            for turn in range(1, 4):
+                call = await resumed(stubs[turn % 2], session.id, last.index + 1)
+                last, before = await frame(call), last
+                assert last.index == before.index + 1
+        assert workers.num_streams == 1
+        call.cancel()
+
+
 async def first_frame_or_reason(stub: Stub, session_id: str, next_frame: int) -> int | str:
     """Resume a stream; return the number of its first frame, or the reason of its error."""
     try:
@@ -101,6 +134,59 @@ async def test_a_take_over_that_fails_leaves_the_stream_where_it_was(store: Sess
         following = await frame(again)
         assert (following.index, following.is_discontinuity) == (last.index + 1, False)
         again.cancel()
+
+
+class FailingVae(VaeServicer):
+    """A decoder that opens no stream."""
+
+    async def Decode(
+        self, requests: AsyncIterator[vae_pb2.DecodeRequest], context: Context
+    ) -> AsyncGenerator[vae_pb2.DecodeResponse, None]:
+        raise StageFailed("the decoder is broken")
+        yield
+
+
+async def test_a_take_over_that_fails_after_it_has_the_slots_gives_them_back(store: SessionStore) -> None:
+    with DeviceQueue() as queue:
+        broken = FailingVae(Stage("vae", Step(0.002), queue, limit=1, history_blocks=3))
+        async with (
+            serving("127.0.0.1:0", broken) as port,
+            cell(store, limit=1, second={"vae": (f"127.0.0.1:{port}",)}) as (_, here, there),
+        ):
+            session = await new_session(here, b"picture")
+            call, _ = await open_stream(here, session.id, mode=LIVE)
+            last = await frame(call)
+            async with refused("STAGE_FAILED"):
+                await resumed(there, session.id, last.index + 1)
+            async with asyncio.timeout(WAIT_S):
+                block = (await store.position(session.id)).next_block
+                while (await store.position(session.id)).next_block < block + 2:
+                    last = await frame(call)
+            call.cancel()
+
+
+async def test_a_take_over_that_fails_with_the_store_leaves_the_stream_to_any_gateway(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise StoreUnavailable("the session store cannot be reached")
+
+    async with cell(store, limit=1) as (workers, here, there):
+        session = await new_session(here, b"picture")
+        call, _ = await open_stream(here, session.id, mode=LIVE)
+        last = await frame(call)
+        for stub in (here, there):
+            with monkeypatch.context() as patch:
+                patch.setattr(Claim, "commit", fail)
+                patch.setattr(Claim, "release", fail)
+                async with refused("STORE_UNAVAILABLE"):
+                    await resumed(there, session.id, last.index + 1)
+            async with asyncio.timeout(WAIT_S):
+                call = await resumed(stub, session.id, last.index + 1)
+                last, before = await frame(call), last
+                assert last.index == before.index + 1
+        assert workers.num_streams == 1
+        call.cancel()
 
 
 async def test_a_stream_can_be_resumed_elsewhere_before_its_first_block(store: SessionStore) -> None:
