@@ -70,7 +70,9 @@ def make_film(flags: argparse.Namespace) -> Film:
     check_pictures(flags, picture)
     adapter = LoraAdapter(flags.adapter) if flags.adapter else None
     make_folder(flags.out.parent)
-    models = load(flags.checkpoint, adapter, dtype=DTYPES[flags.dtype], device=flags.device)
+    models = load(flags.checkpoint, adapter, levels=flags.levels, dtype=DTYPES[flags.dtype], device=flags.device)
+    if models.config.num_levels < models.config.num_trained_levels:
+        print(f"levels: {models.config.levels_text}")
     options = render_options(flags, models)
     chunks = render(models, list(map(torch.from_numpy, speech)), rate_hz, picture, options)
     frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="chunk"))
@@ -154,9 +156,9 @@ def parser() -> argparse.ArgumentParser:
     generation = out.add_argument_group("generation; defaults are the checkpoint's")
     length = generation.add_mutually_exclusive_group()
     length.add_argument("--num-clips", type=positive, help="the most clips, of --clip-frames each (default: all)")
-    length.add_argument("--num-blocks", type=positive, help="the most blocks, of 0.48 s each (default: all)")
-    generation.add_argument("--clip-frames", type=positive, help="frames of the reference's clip: 24, 36, 48, ...")
-    generation.add_argument("--levels", type=positive, help="denoising steps; must equal the checkpoint's number")
+    length.add_argument("--num-blocks", type=positive, help="the most blocks (default: all)")
+    generation.add_argument("--clip-frames", type=positive, help="frames of the reference's clip: whole blocks")
+    generation.add_argument("--levels", type=positive, help="denoising steps; fewer are faster, and not as good")
     generation.add_argument(
         "--sink-update-block", type=block_or_never, help="block at which the sink is updated, or never"
     )
@@ -179,11 +181,6 @@ def parser() -> argparse.ArgumentParser:
 def render_options(flags: argparse.Namespace, models: Models) -> RenderOptions:
     """Return the options of the flags. ValueError if the checkpoint does not support them."""
     config = models.config
-    if flags.levels not in (None, config.num_levels):
-        raise ValueError(
-            f"this checkpoint has {config.num_levels} levels, for which its weights were trained; "
-            f"it cannot run with {flags.levels}"
-        )
     num_blocks = flags.num_blocks
     if flags.num_clips is not None:
         num_blocks = flags.num_clips * with_clip_frames(config, flags.clip_frames).window_blocks

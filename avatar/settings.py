@@ -48,6 +48,21 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if value.strip() else []
 
 
+def _parse_schedule(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    expected = "a number of levels, or the sigmas to keep, such as `1,0.75`"
+    try:
+        numbers = tuple(map(float, _split(value)))
+    except ValueError as error:
+        raise ValueError(expected) from error
+    if len(numbers) == 1 and numbers[0] >= 1 and numbers[0].is_integer():
+        return int(numbers[0])
+    if not all(0 < number <= 1 for number in numbers):
+        raise ValueError(expected)
+    return numbers or None
+
+
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -57,6 +72,8 @@ Address = Annotated[str, _match(r"\S+:\d{1,5}", "HOST:PORT")]
 OptionalAddress = Annotated[str, _match(r"(\S+:\d{1,5})?", "HOST:PORT")]
 Addresses = Annotated[tuple[Address, ...], BeforeValidator(_split)]
 SomeAddresses = Annotated[Addresses, _accept(len, "at least one HOST:PORT")]
+# Fewer levels than a checkpoint was trained for: their number, or the sigmas to keep; None for all.
+Schedule = Annotated[int | tuple[float, ...] | None, BeforeValidator(_parse_schedule)]
 LogLevel = Annotated[
     str, _accept(lambda name: name.upper() in logging.getLevelNamesMapping(), "DEBUG, INFO, WARNING or ERROR")
 ]
@@ -144,6 +161,8 @@ class DenoiserSettings(WorkerSettings):
     """Settings of a denoiser.
 
     levels: the levels that this process serves, noisiest is 0: a list such as `0` or `0,1`, or `all`.
+    schedule: fewer levels than the checkpoint was trained for: their number, or the sigmas to keep, such as `1,0.75`;
+        all levels without it. Levels are numbered within the schedule.
     adapter: LoRA adapter to merge into the network's weights, a file or a folder that PEFT saved; none where they are
         merged already.
     adapter_alpha: alpha of a file's training (64 if it is not set); the product is scaled by alpha / rank. A folder
@@ -158,6 +177,7 @@ class DenoiserSettings(WorkerSettings):
 
     listen: Address = "127.0.0.1:7010"
     levels: str = "all"
+    schedule: Schedule = None
     adapter: OptionalPath = None
     adapter_alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     sizes: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
@@ -175,7 +195,7 @@ class DenoiserSettings(WorkerSettings):
         except ValueError as error:
             raise unusable("levels", self.levels, "`all` or a list such as `0,1`") from error
         if unknown := [level for level in levels if not 0 <= level < num_levels]:
-            raise ValueError(f"{PREFIX}LEVELS names level {unknown[0]}, the checkpoint has 0 to {num_levels - 1}")
+            raise ValueError(f"{PREFIX}LEVELS names level {unknown[0]}, the schedule has 0 to {num_levels - 1}")
         return levels
 
     def video_sizes(self) -> list[tuple[int, int]]:
@@ -208,6 +228,8 @@ class GatewaySettings(Settings):
     audio, vae: HOST:PORT of each of the stage's workers; a name that has several addresses is several workers.
     denoisers: HOST:PORT of all denoisers, in any order: each reports the levels that it serves.
     text: HOST:PORT of each text worker; empty if there is none, and prompts are refused.
+    schedule: the denoisers' schedule, as they have it in theirs: others are not used. Without it, the gateway takes the
+        schedule of the denoisers that serve all levels of one.
     stall_s: seconds, added to four times a step, after which a worker that owes a live block counts as lost.
     rebuild_s: seconds to open the stream of a lost worker at another one.
     session_ttl_s: seconds that a session is kept without a stream.
@@ -234,6 +256,7 @@ class GatewaySettings(Settings):
     denoisers: SomeAddresses = ("127.0.0.1:7010", "127.0.0.1:7011", "127.0.0.1:7012", "127.0.0.1:7013")
     vae: SomeAddresses = ("127.0.0.1:7002",)
     text: Addresses = ()
+    schedule: Schedule = None
     stall_s: Seconds = 2.0
     rebuild_s: Seconds = 30.0
     session_ttl_s: Seconds = 300.0

@@ -218,10 +218,17 @@ def test_the_command_renders_two_actors(
     assert audio.shape[1] / rate_hz == pytest.approx(0.96, abs=0.03)
 
 
+def test_the_command_says_that_it_runs_fewer_levels(
+    files: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, *files[:1], *files[2:], "--levels", "2")
+    assert capsys.readouterr().out.startswith("levels: 2 of the 3 trained: sigma 1, 0.5, 0\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--levels", "4"], "has 3 levels, for which its weights were trained; it cannot run with 4"),
+        (["--levels", "4"], "the number of levels must be 1 to 3, got 4"),
         (["--prompt", "a person"], "has no text encoder"),
         (["--exact-size", "128x64"], "size must be 64x64"),
         (["--size", "720*400"], "area must be omitted"),

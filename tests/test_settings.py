@@ -141,8 +141,8 @@ def test_levels_are_served_as_listed(levels: str, served: list[int]) -> None:
 @pytest.mark.parametrize(
     ("levels", "words"),
     [
-        ("4", "names level 4, the checkpoint has 0 to 3"),
-        ("0,-1", "names level -1, the checkpoint has 0 to 3"),
+        ("4", "names level 4, the schedule has 0 to 3"),
+        ("0,-1", "names level -1, the schedule has 0 to 3"),
         ("none", "'none', expected `all` or a list"),
         ("0,", "'0,', expected `all` or a list"),
         ("", "'', expected `all` or a list"),
@@ -151,6 +151,20 @@ def test_levels_are_served_as_listed(levels: str, served: list[int]) -> None:
 def test_levels_that_the_checkpoint_lacks_are_refused(levels: str, words: str) -> None:
     with pytest.raises(ValueError, match=f"AVATAR_LEVELS.*{words}"):
         DenoiserSettings(levels=levels).served_levels(4)
+
+
+@pytest.mark.parametrize("cls", [DenoiserSettings, GatewaySettings])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", None), ("2", 2), ("1", 1), ("1,0.602", (1.0, 0.602)), ("1, 0.75, .5", (1.0, 0.75, 0.5)), ("0.9", (0.9,))],
+)
+def test_a_schedule_is_a_number_of_levels_or_their_sigmas(
+    cls: type[DenoiserSettings | GatewaySettings], text: str, expected: int | tuple[float, ...] | None
+) -> None:
+    assert load(cls, {"AVATAR_SCHEDULE": text}).schedule == expected
+    for bad in ("two", "0", "-1", "1,2", "1,0", "1.5", "1,,0.5", "nan"):
+        with pytest.raises(ValueError, match=f"AVATAR_SCHEDULE is '{bad}', expected a number of levels, or the sigmas"):
+            load(cls, {"AVATAR_SCHEDULE": bad})
 
 
 def test_an_optional_path_is_none_unless_set() -> None:

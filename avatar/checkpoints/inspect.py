@@ -42,6 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     inspecting = commands.add_parser("inspect", help="describe a checkpoint and check that it is complete")
     inspecting.add_argument("--size", type=read_size, metavar="WxH", help="picture size for the memory table")
     inspecting.add_argument("--dtype", choices=STORED, help="dtype that the network is served in (default: as stored)")
+    inspecting.add_argument("--levels", type=int, help="fewer levels than the checkpoint was trained for")
     packing = commands.add_parser("pack", help="write a checkpoint in our layout, merged with its adapter")
     packing.add_argument("--dtype", choices=STORED, help="dtype of all weights (default: as stored)")
     for each in (inspecting, packing):
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     dtype = STORED.get(flags.dtype)
     try:
         if flags.command == "inspect":
-            print(*inspect(flags.checkpoint, adapter, flags.size, dtype), sep="\n")
+            print(*inspect(flags.checkpoint, adapter, flags.size, dtype, flags.levels), sep="\n")
         else:
             pack(flags.checkpoint, flags.out, adapter, dtype)
     except (ValueError, OSError) as error:
@@ -99,14 +100,20 @@ def build_models(
 
 
 def inspect(
-    checkpoint: Path, adapter: LoraAdapter | None = None, size: Size | None = None, dtype: torch.dtype | None = None
+    checkpoint: Path,
+    adapter: LoraAdapter | None = None,
+    size: Size | None = None,
+    dtype: torch.dtype | None = None,
+    levels: int | None = None,
 ) -> Iterator[str]:
     """Yield the lines that describe a checkpoint. ValueError if a name or a shape in it is wrong.
 
     size: (width, height) of the picture for the memory table; None for the checkpoint's own size, or a 16:9 picture.
-    dtype: that the network is served in; None for the one that most of its weights are stored in.
+    dtype: that the network is served in; None for the one that most of its weights are stored in. levels: of fewer than
+    the checkpoint was trained for.
     """
     parts = {name: open_part(checkpoint, name, adapter) for name in part_names(checkpoint)}
+    parts["denoiser"] = denoiser_model.with_levels(parts["denoiser"], levels)
     stored = {name: part.meta_tensors() for name, part in parts.items()}
     audio, network, vae, text = build_models(parts, dtype or dominant_dtype(stored["denoiser"]))
     config, picture = network.config, vae.config.picture
@@ -126,7 +133,7 @@ def inspect(
     yield f"inputs    {', '.join(('audio', *config.inputs))}"
     prompts = f"{text.config.encoder}, {text.config.max_tokens} tokens of width {text.width}" if text else "none"
     yield f"prompts   {prompts}"
-    yield f"levels    {config.num_levels}: sigma {', '.join(f'{sigma:g}' for sigma in config.schedule)}"
+    yield f"levels    {config.levels_text}"
     yield f"pictures  {sizes_line(picture)}, {vae.config.frame_rate_hz} a second"
     yield ""
     width, height = picture.video_size(size or picture.fixed_size or DEFAULT_PICTURE, size)

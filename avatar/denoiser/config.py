@@ -4,15 +4,15 @@ Names are those of the public class `WanModel_S2V`; a field missing from the fil
 network. Our own fields follow after them.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from avatar.checkpoints.files import CLASS_NAME
 from avatar.checkpoints.part import parse_fields
 from avatar.denoiser.sampler import SAMPLERS
-from avatar.denoiser.schedule import flow_match_schedule
+from avatar.denoiser.schedule import flow_match_schedule, select_levels
 from avatar.types import BLOCK_LATENTS, FRAME_RATE_HZ, FRAMES_PER_LATENT
 
 PATCH = 2  # latent rows and columns of one token
@@ -86,6 +86,8 @@ class NetworkConfig:
     window_blocks: int = 4
     # Descending sigmas, the last one 0: level i moves a block from schedule[i] to schedule[i + 1].
     schedule: tuple[float, ...] = flow_match_schedule(4, shift=3.0)
+    # The schedule that the weights were trained for, if `schedule` leaves some of its levels out; None: `schedule`.
+    trained_schedule: tuple[float, ...] | None = None
     sampler: str = "euler"
     # Standard deviation of a block's initial noise; below 1, blocks vary less around the most likely one.
     noise_scale: float = 1.0
@@ -113,6 +115,7 @@ class NetworkConfig:
             (min(self.num_frames_per_block, self.window_blocks) > 0, "blocks and their window must not be empty"),
             (len(sigmas) > 1 and is_ascending(sigmas[::-1]), "schedule must descend"),
             (sigmas[-1:] == (0,) and sigmas[0] <= 1, "schedule must start with at most 1 and end with 0"),
+            (set(sigmas) <= set(self.trained_schedule or sigmas), "schedule must be some of trained_schedule's sigmas"),
             (self.sampler in SAMPLERS, f"sampler must be one of {sorted(SAMPLERS)}"),
             (0 <= self.noise_scale <= 1, "noise_scale must be 0 to 1"),
             (is_sink_distance(self.sink_distance), "sink_distance must be a number or (low, high)"),
@@ -142,6 +145,26 @@ class NetworkConfig:
         return len(self.schedule) - 1
 
     @property
+    def num_trained_levels(self) -> int:
+        """Denoising steps that the weights were trained for."""
+        return len(self.trained_schedule or self.schedule) - 1
+
+    @property
+    def levels_text(self) -> str:
+        """The levels in words, such as `2 of the 4 trained: sigma 1, 0.5`."""
+        chosen, trained = self.num_levels, self.num_trained_levels
+        count = str(chosen) if chosen == trained else f"{chosen} of the {trained} trained"
+        return f"{count}: sigma {', '.join(f'{sigma:g}' for sigma in self.schedule)}"
+
+    def with_levels(self, choice: int | Sequence[float] | None) -> "NetworkConfig":
+        """Return the configuration with fewer levels; choice: as in `select_levels`, or None for all."""
+        if choice is None:
+            return self
+        trained = self.trained_schedule or self.schedule
+        schedule = select_levels(trained, choice)
+        return replace(self, schedule=schedule, trained_schedule=trained if schedule != trained else None)
+
+    @property
     def frames_per_block(self) -> int:
         """Pixel frames, and columns of audio features, of one block."""
         return FRAMES_PER_LATENT * self.num_frames_per_block
@@ -165,7 +188,10 @@ class NetworkConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for config.json, as `from_dict` reads them."""
-        return {"_class_name": CLASS_NAME, **asdict(self)}
+        fields = asdict(self)
+        if self.trained_schedule is None:
+            del fields["trained_schedule"]
+        return {"_class_name": CLASS_NAME, **fields}
 
 
 def is_sink_distance(value: int | tuple[int, ...]) -> bool:

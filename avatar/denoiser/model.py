@@ -17,7 +17,8 @@ Axes: b batch, a actors, c channels, t latent frames, h w of latents, l encoder 
 s tokens of a latent frame, m values of face motion, d width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -192,6 +193,20 @@ class Network(nn.Module):
                 if i in injector.layers:
                     hidden = hidden + injector(injector.layers.index(i), hidden, tokens)
         return unpatchify(self.head(hidden, modulation.head), grid_size(*x.shape[-2:])[0]).to(x.dtype)
+
+
+def with_levels(part: Part, choice: int | Sequence[float] | None) -> Part:
+    """Return a denoiser part that runs fewer levels than its weights were trained for; its digest is another one.
+
+    choice: as in `select_levels`; None for all. ValueError if the checkpoint has no such levels.
+    """
+    with part.naming_config():
+        config = NetworkConfig.from_dict(part.config)
+    chosen = config.with_levels(choice)
+    if chosen.schedule == config.schedule:
+        return part
+    schedules = {"schedule": chosen.schedule, "trained_schedule": chosen.trained_schedule}
+    return replace(part, config={**part.config, **schedules})
 
 
 def load(part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Network:

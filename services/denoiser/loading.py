@@ -1,12 +1,16 @@
 """The denoisers of a worker, from its settings and checkpoint."""
 
+import logging
+
 from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.denoiser import speed
 from avatar.denoiser.denoiser import Denoiser
-from avatar.denoiser.model import load
+from avatar.denoiser.model import load, with_levels
 from avatar.settings import PREFIX, DenoiserSettings
 from services.worker import device_and_dtype, naming_setting
+
+logger = logging.getLogger(__name__)
 
 # Pixels on a side of one latent, for a VAE of scale 1.
 SPACE_STRIDE = 8
@@ -19,6 +23,8 @@ def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> 
     """
     adapter = LoraAdapter(settings.adapter, settings.adapter_alpha) if settings.adapter else None
     part = open_part(settings.checkpoint, "denoiser", adapter)
+    with naming_setting("schedule"):
+        part = with_levels(part, settings.schedule)
     device, dtype = device_and_dtype(settings)
     network = load(part, device=device, dtype=dtype)
     with naming_setting("attention"):
@@ -29,8 +35,11 @@ def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> 
     if settings.compile:
         speed.compile_layers(network)
     served = sizes if settings.compile else None
-    levels = settings.served_levels(network.config.num_levels)
-    denoisers = {level: Denoiser(network, network.config, level, sizes=served, attention=attention) for level in levels}
+    config = network.config
+    if config.num_levels < config.num_trained_levels:
+        logger.warning("fewer levels than the checkpoint was trained for", extra={"levels": config.levels_text})
+    levels = settings.served_levels(config.num_levels)
+    denoisers = {level: Denoiser(network, config, level, sizes=served, attention=attention) for level in levels}
     return denoisers, part.digest()
 
 

@@ -58,6 +58,8 @@ def test_a_checkpoint_is_described_without_reading_its_tensors(
         "at 704x384 in bfloat16",
     ):
         assert line in text
+    text = "\n".join(inspect(published, LoraAdapter(published / ADAPTER), (704, 384), levels=2))
+    assert "levels    2 of the 4 trained: sigma 1, 0.602151, 0\n" in text
 
 
 def test_our_layout_is_described_too(checkpoint: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from avatar.denoiser.config import NetworkConfig, base, tiny
+from avatar.denoiser.schedule import select_levels
 
 # Fields of the public checkpoint's config.json.
 PUBLIC = {
@@ -101,3 +102,48 @@ def test_a_value_of_the_wrong_type_is_refused() -> None:
 def test_a_size_that_no_network_has_is_named(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be 1 to 1048576, got {value}$"):
         NetworkConfig.from_dict({name: value})
+
+
+@pytest.mark.parametrize(
+    ("choice", "kept"),
+    [
+        (4, [0, 1, 2, 3]),
+        (3, [0, 1, 2]),
+        (2, [0, 2]),
+        (1, [0]),
+        ((1.0, 0.602), [0, 2]),
+        ((1.0, 0.857692, 0.00892857), [0, 1, 3]),
+    ],
+)
+def test_fewer_levels_are_some_of_the_public_ones(choice: int | tuple[float, ...], kept: list[int]) -> None:
+    trained = base().schedule
+    chosen = base().with_levels(choice)
+    assert chosen.schedule == (*(trained[level] for level in kept), 0.0)
+    assert chosen.num_trained_levels == 4
+    assert chosen.with_levels(None) == chosen
+    assert chosen.with_levels(4) == base(), "a choice is always among the trained levels"
+    assert NetworkConfig.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (0, "must be 1 to 4, got 0"),
+        (5, "must be 1 to 4, got 5"),
+        ((0.5,), "the levels must descend from the first of sigma 1, 0.9, 0.75, 0.5"),
+        ((1.0, 0.5, 0.75), "must descend"),
+        ((1.0, 1.0), "must descend"),
+        ((1.0, 0.6), "trained for levels of sigma 1, 0.9, 0.75, 0.5; expected some of them"),
+        ((), "expected some of them"),
+    ],
+)
+def test_levels_that_were_not_trained_are_refused(choice: int | tuple[float, ...], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        select_levels(tiny().schedule, choice)
+    with pytest.raises(ValueError, match="schedule must be some of trained_schedule's"):
+        replace(tiny(), schedule=(1.0, 0.6, 0.0), trained_schedule=tiny().schedule)
+
+
+def test_levels_are_described_with_the_trained_ones() -> None:
+    assert tiny().levels_text == "4: sigma 1, 0.9, 0.75, 0.5, 0"
+    assert base().with_levels(2).levels_text == "2 of the 4 trained: sigma 1, 0.602151, 0"

@@ -60,7 +60,7 @@ def test_a_published_checkpoint_is_rendered_with_the_references_options(publishe
 
 
 def test_a_level_that_the_checkpoint_lacks_is_refused(published: Path, store: SessionStore) -> None:
-    with pytest.raises(ValueError, match="names level 4, the checkpoint has 0 to 3"):
+    with pytest.raises(ValueError, match="names level 4, the schedule has 0 to 3"):
         build(DenoiserSettings(checkpoint=published, levels="0,4"), store, None)  # type: ignore[arg-type]
 
 

@@ -18,7 +18,7 @@ from services.process import run
     [
         ("AVATAR_CAPACITY", "0", "AVATAR_CAPACITY is '0', expected at least 1"),
         ("AVATAR_CHECKPOINT", "nowhere", "no checkpoint at nowhere"),
-        ("AVATAR_LEVELS", "9", "names level 9, the checkpoint has 0 to 2"),
+        ("AVATAR_LEVELS", "9", "names level 9, the schedule has 0 to 2"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named(
