@@ -95,10 +95,16 @@ class StageConnector(ABC, Generic[Item, Answer]):
 
 
 class AudioConnector(StageConnector[audio_pb2.AudioPiece, types_pb2.Block]):
-    """Connector of the audio stage."""
+    """Connector of the audio stage, at workers with blocks of the session's length."""
 
-    def __init__(self, pool: WorkerPool[Any], message: audio_pb2.OpenEncode, replay: AudioReplay) -> None:
+    def __init__(
+        self, pool: WorkerPool[Any], message: audio_pb2.OpenEncode, replay: AudioReplay, block_frames: int
+    ) -> None:
         super().__init__("audio", pool, replay, message)
+        self._block_frames = block_frames
+
+    def serves(self, info: audio_pb2.AudioServiceGetInfoResponse) -> bool:
+        return info.block_frames == self._block_frames
 
     def stream_at(self, worker: Worker[Any]) -> OpenStream[audio_pb2.AudioPiece, types_pb2.Block]:
         return remote_audio(worker.channel)
@@ -158,12 +164,21 @@ class ChainConnector(StageConnector[Relayable, types_pb2.Block]):
 
 
 class VaeConnector(StageConnector[Relayable, types_pb2.Frame]):
-    """Connector of the decoder, whose answers to a block are its frames."""
+    """Connector of the decoder, at workers with blocks of the session's length; it answers a block with its frames."""
 
     def __init__(
-        self, pool: WorkerPool[Any], message: vae_pb2.OpenDecode, session: Sequence[bytes], next_block: int = 0
+        self,
+        pool: WorkerPool[Any],
+        message: vae_pb2.OpenDecode,
+        session: Sequence[bytes],
+        block_frames: int,
+        next_block: int = 0,
     ) -> None:
         super().__init__("vae", pool, BlockReplay(next_block), message, session)
+        self._block_frames = block_frames
+
+    def serves(self, info: vae_pb2.VaeServiceGetInfoResponse) -> bool:
+        return info.block_frames == self._block_frames
 
     def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, types_pb2.Frame]:
         return remote_vae(worker.channel)

@@ -89,6 +89,9 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             step_s=self._admission.step_times.p90_s,
             chain=self.chain.name if self.chain else "",
             inputs=self._config.inputs,
+            block_frames=self._config.frames_per_block,
+            schedule=self._config.schedule[:-1],
+            num_trained_levels=self._config.num_trained_levels,
         )
 
     async def GetInfo(

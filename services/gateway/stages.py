@@ -89,6 +89,11 @@ async def open_stages(
     if the workers do not fit together.
     """
     info = await workers.describe_stages()
+    if session.block_frames != info.block_frames:
+        raise ConfigMismatch(
+            f"the session was created for blocks of {session.block_frames} frames, workers here make blocks of"
+            f" {info.block_frames}; create another session from a new reference"
+        )
     if options.video not in info.encodings:
         allowed = ", ".join(info.encodings)
         raise InvalidField.at("open.output.encoding", f"{options.video} cannot be had here, only {allowed}")
@@ -105,6 +110,7 @@ async def open_stages(
             right_frames=session.audio_right_frames if session.HasField("audio_right_frames") else None,
         ),
         AudioReplay(options.sample_bytes, options.rate_hz, info.block_s, lookahead_ns / 1e9, position.statistics),
+        info.block_frames,
     )
     video = vae_pb2.OpenDecode(
         session_id=session.id,
@@ -115,7 +121,13 @@ async def open_stages(
         takes_chunks=True,
     )
     denoisers = _denoisers(workers, info, session, motion, options, position)
-    vae = VaeConnector(workers.vae, video, serialize_session(vae_pb2.OpenDecode, session, motion), position.next_block)
+    vae = VaeConnector(
+        workers.vae,
+        video,
+        serialize_session(vae_pb2.OpenDecode, session, motion),
+        info.block_frames,
+        position.next_block,
+    )
     connectors: list[StageConnector[Any, Any]] = [audio, *denoisers, vae]
     formers = chain(position.workers, repeat(""))
     for connector, former in zip(connectors, formers, strict=False):

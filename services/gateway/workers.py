@@ -32,6 +32,8 @@ ENCODE_S = 60.0
 EMBED_S = 60.0
 # Allowance for the transport between the stages, in the promised reaction.
 TRANSPORT_S = 0.03
+# Sigmas of a setting are rounded to three decimals or more.
+SIGMA_TOLERANCE = 5e-4
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,19 @@ class DeploymentInfo:
         return list(self.vae.encodings) or ["rgb24"]
 
     @property
+    def schedule(self) -> list[float]:
+        """Sigma of each level, descending."""
+        return list(self.denoisers[0].schedule)
+
+    @property
+    def block_frames(self) -> int:
+        """Pixel frames of a block."""
+        return self.vae.block_frames
+
+    @property
     def block_s(self) -> float:
         """Duration of a block, in seconds."""
-        return self.vae.block_frames / self.vae.frame_rate_hz
+        return self.block_frames / self.vae.frame_rate_hz
 
     @property
     def hold_s(self) -> float:
@@ -102,6 +114,7 @@ class Workers:
     """All workers of a deployment."""
 
     def __init__(self, settings: GatewaySettings) -> None:
+        self._schedule = settings.schedule
         credentials = worker_credentials(settings.worker_ca, settings.worker_cert, settings.worker_key)
 
         def pool(stage: str, targets: Sequence[str], stub: Any, request: Any) -> WorkerPool[Any]:
@@ -142,12 +155,22 @@ class Workers:
 
     async def describe_stages(self) -> DeploymentInfo:
         """Describe the workers that every stream needs: all but the text worker. Raises as `describe` does."""
-        audio, vae = _slowest(await self.audio.workers()), _slowest(await self.vae.workers())
-        return DeploymentInfo(audio, await self._describe_denoisers(), vae)
+        audio, vae = await self.audio.workers(), await self.vae.workers()
+        denoisers = await self._describe_denoisers()
+        block_frames = denoisers[0].block_frames
+        return DeploymentInfo(
+            _slowest(_with_blocks_of(block_frames, audio, "audio")),
+            denoisers,
+            _slowest(_with_blocks_of(block_frames, vae, "vae")),
+        )
 
     async def _describe_denoisers(self) -> list[denoiser_pb2.DenoiserServiceGetInfoResponse]:
-        """Describe one denoiser per level, of the first checkpoint, in order of load, that has all levels."""
-        infos = [info for _, info in await self.denoisers.workers()]
+        """Describe one denoiser per level, of the first checkpoint, in order of load, that has all levels.
+
+        Denoisers with another schedule than the gateway's, if it has one, are left out.
+        """
+        all_infos = [info for _, info in await self.denoisers.workers()]
+        infos = [info for info in all_infos if _has_schedule(info.schedule, self._schedule)]
         digests = list(dict.fromkeys(info.digest for info in infos))
         missing: dict[str, int] = {}
         for digest in digests:
@@ -156,8 +179,16 @@ class Workers:
             if all(levels):
                 return [max(found, key=lambda info: info.step_s) for found in levels]
             missing[digest] = next(level for level, found in enumerate(levels) if not found)
+        if len(infos) < len(all_infos):
+            others = sorted({_sigmas(info.schedule) for info in all_infos if info not in infos})
+            raise ConfigMismatch(
+                f"the gateway's AVATAR_SCHEDULE is {_sigmas(self._schedule)}, denoisers run {' and '.join(others)}; set"
+                " it alike for the gateway and all denoisers"
+            )
         if len(digests) > 1:
-            raise ConfigMismatch(f"denoisers serve parts of different checkpoints: {', '.join(digests)}")
+            schedules = {info.digest: _sigmas(info.schedule) for info in infos}
+            parts = ", ".join(f"{digest} with {schedules[digest]}" for digest in digests)
+            raise ConfigMismatch(f"denoisers serve parts of different checkpoints or schedules: {parts}")
         level = missing[digests[0]]
         raise StageLost(f"no denoiser serves level {level}", metadata={"stage": f"denoiser-{level}"}, retry_s=1.0)
 
@@ -213,6 +244,35 @@ async def _call(pool: WorkerPool[Any], stub: Any, method: str, request: Any, lim
     if isinstance(answer, AvatarError):
         raise answer
     return answer
+
+
+def _has_schedule(schedule: Sequence[float], chosen: int | tuple[float, ...] | None) -> bool:
+    """Return whether a denoiser's sigmas are the chosen ones, of which there may be only the number."""
+    if not isinstance(chosen, tuple):
+        return chosen in (None, len(schedule))
+    return len(chosen) == len(schedule) and all(
+        abs(given - sigma) < SIGMA_TOLERANCE for given, sigma in zip(chosen, schedule, strict=True)
+    )
+
+
+def _sigmas(schedule: int | Sequence[float] | None) -> str:
+    """Describe a schedule for a message."""
+    if isinstance(schedule, int):
+        return f"{schedule} levels"
+    return "levels of sigma " + ", ".join(f"{sigma:g}" for sigma in schedule or ())
+
+
+def _with_blocks_of(block_frames: int, workers: Any, stage: str) -> Any:
+    """Return the workers with blocks of the denoisers' length. ConfigMismatch if there are others only."""
+    # Denoisers of the version before say nothing of their blocks.
+    fitting = [(worker, info) for worker, info in workers if block_frames in (0, info.block_frames)]
+    if not fitting:
+        others = ", ".join(sorted({f"{info.block_frames}" for _, info in workers}))
+        raise ConfigMismatch(
+            f"denoisers make blocks of {block_frames} frames, {stage} workers of {others}; all workers of a deployment"
+            " need one checkpoint"
+        )
+    return fitting
 
 
 def _slowest(workers: Any) -> Any:

@@ -46,7 +46,8 @@ async def workers(
 ) -> AsyncGenerator[GatewaySettings, None]:
     """Run the workers of one checkpoint while the body runs; yield a gateway's settings with their addresses.
 
-    denoisers: the levels of each denoiser. adapter: of every denoiser. worker: further settings of all workers.
+    denoisers: the levels of each denoiser, within the gateway's schedule if it has one. adapter: of every denoiser.
+    worker: further settings of all workers.
     """
     async with AsyncExitStack() as stack:
         audio_settings = AudioSettings(checkpoint=checkpoint, **worker)
@@ -64,7 +65,7 @@ async def workers(
         vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), queue)
         targets: dict[str, Any] = {"audio": (await serve(audio),), "vae": (await serve(vae),)}
         for levels in denoisers:
-            merged = {"adapter": adapter, "adapter_alpha": adapter_alpha, **worker}
+            merged = {"adapter": adapter, "adapter_alpha": adapter_alpha, "schedule": settings.schedule, **worker}
             denoiser = build_denoiser(DenoiserSettings(checkpoint=checkpoint, levels=levels, **merged), store, queue)
             targets["denoisers"] = (*targets.get("denoisers", ()), await serve(denoiser))
         if has_text_encoder(checkpoint):

@@ -23,9 +23,9 @@ async def no_info(_: object) -> DenoiserServiceGetInfoResponse:
 async def test_a_stream_is_opened_again_at_a_worker_of_the_same_checkpoint_only() -> None:
     async with workers(2) as found:
         for worker, digest in zip(found, "ab", strict=True):
-            worker.info = partial(pb.AudioServiceGetInfoResponse, digest=digest, capacity=4)
+            worker.info = partial(pb.AudioServiceGetInfoResponse, digest=digest, capacity=4, block_frames=12)
         async with pooled(*found) as pool:
-            connector = AudioConnector(pool, pb.OpenEncode(), AudioReplay(2, 16000, 0.48, 0.2, b""))
+            connector = AudioConnector(pool, pb.OpenEncode(), AudioReplay(2, 16000, 0.48, 0.2, b""), 12)
             first, stream, _ = await connector.connect()
             stream.cancel()
             (again,) = (each for each in found if each.target == first.target)
