@@ -63,7 +63,7 @@ def rows() -> list[Row]:
 
 async def measure(sizes: Sizes, server: str, *, num_sessions: int = SESSIONS, seconds: float = SECONDS) -> Cost:
     """Return the cost of one of `num_sessions` live sessions, without the idle server's. server: GATEWAY or RELAY."""
-    async with _running(sizes, server) as (suite, process):
+    async with running(sizes, server) as (suite, process):
         idle_ms, _ = await _cost_of(process, SETTLE_S)
         job = Job(suite.targets["gateway"], sizes.to_dict(), num_sessions, SETTLE_S + seconds + 0.5)
         clients = await start_program("-m", "benchmarks.fleet.clients")
@@ -91,13 +91,13 @@ async def measure(sizes: Sizes, server: str, *, num_sessions: int = SESSIONS, se
 
 async def _cost_of(process: psutil.Process, seconds: float) -> tuple[float, float]:
     """Return a process's CPU-ms and wake-ups per second, measured from now on."""
-    start_s, start_wakes = _cpu_s(process), _wakes(process)
+    start_s, start_wakes = cpu_s(process), _wakes(process)
     await asyncio.sleep(seconds)
-    return (_cpu_s(process) - start_s) * 1e3 / seconds, (_wakes(process) - start_wakes) / seconds
+    return (cpu_s(process) - start_s) * 1e3 / seconds, (_wakes(process) - start_wakes) / seconds
 
 
 @asynccontextmanager
-async def _running(sizes: Sizes, server: str) -> AsyncGenerator[tuple[Suite, psutil.Process], None]:
+async def running(sizes: Sizes, server: str) -> AsyncGenerator[tuple[Suite, psutil.Process], None]:
     """Run Redis, the workers of all stages in one process, and the server; yield the suite and the server's process."""
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
         redis_port, gateway_port, *ports = free_ports(2 + len(STAGES))
@@ -133,7 +133,7 @@ async def _until_reachable(target: str) -> None:
         await connection.channel_ready()
 
 
-def _cpu_s(process: psutil.Process) -> float:
+def cpu_s(process: psutil.Process) -> float:
     """Return a process's CPU time in seconds, more precisely than in ticks of 10 ms."""
     return time.clock_gettime((~process.pid << 3) | 2)  # Linux: clock_getcpuclockid(3)
 
