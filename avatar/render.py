@@ -9,7 +9,7 @@ Axes: a actors, c latent channels, t latent frames, h w height and width, s samp
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -223,7 +223,7 @@ def encode_speech(
     # An actor whose speech has ended is silent.
     padded = [functional.pad(samples, (0, num_samples - samples.shape[1])) for samples in speech]
     if options.audio == "live":
-        streams = [stream_blocks(audio, samples, rate_hz, session) for samples in padded]
+        streams = [stream_blocks(audio, samples, rate_hz, session, config.inputs) for samples in padded]
     else:
         streams = [file_blocks(audio.encoder, samples, rate_hz, clip_frames(config)) for samples in padded]
     # Features of a file fill whole clips; the video ends with the block in which the speech ends.
@@ -233,9 +233,11 @@ def encode_speech(
         yield blocks[0] if session.masks is None else replace(blocks[0], features=torch.stack(features))
 
 
-def stream_blocks(audio: AudioModel, samples: Tensor, rate_hz: int, session: Session) -> Iterator[Block]:
-    """Yield the blocks of samples (1 or 2, s), encoded as a stream."""
-    state = audio.open(session)
+def stream_blocks(
+    audio: AudioModel, samples: Tensor, rate_hz: int, session: Session, inputs: Collection[str]
+) -> Iterator[Block]:
+    """Yield the blocks of samples (1 or 2, s), encoded as a stream; inputs: those of `NetworkConfig.inputs`."""
+    state = audio.open(session, inputs)
     for start in range(0, samples.shape[1], rate_hz * PIECE_S):
         yield from audio.step(AudioPiece(samples[:, start : start + rate_hz * PIECE_S], rate_hz), state)
     yield from audio.step(AudioPiece(samples[:, :0], rate_hz, is_last=True), state)

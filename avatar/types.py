@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     # For type checking only: modules that need only the sizes below load no tensor library.
     from torch import Tensor
 
@@ -76,6 +78,19 @@ class Conditions:
 
 
 @dataclass(frozen=True, eq=False)
+class HeardAudio:
+    """Audio of the other person, whom the session's person listens to.
+
+    samples: (a, s) float32 in [-1, 1], a = 1 or 2. rate_hz: samples per second, the same in all of a stream.
+    first_sample: number of samples[:, 0] since the start of the stream's own audio, at rate_hz.
+    """
+
+    samples: Tensor
+    rate_hz: int
+    first_sample: int
+
+
+@dataclass(frozen=True, eq=False)
 class AudioPiece:
     """Audio of any length.
 
@@ -86,6 +101,7 @@ class AudioPiece:
         after them.
     behind: (a, s) float32 right context for that block; it comes again in later pieces. None: silence.
     due_s: deadline of that block at this stage, in seconds of this process's `time.monotonic`; None: no deadline.
+    heard: audio of the other person that has arrived since the piece before; it ends with these samples at the latest.
     """
 
     samples: Tensor
@@ -94,6 +110,7 @@ class AudioPiece:
     completes: int | None = None
     behind: Tensor | None = None
     due_s: float | None = None
+    heard: Sequence[HeardAudio] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +124,7 @@ class Block:
     traceparent: W3C trace context of this block; empty if it is not traced.
     pose: (c, t, h, w) latents of a pose video; None without one.
     due_s: deadline at this stage, in seconds of this process's `time.monotonic`; None: no deadline.
-    statistics: `AudioStatistics` after this block, for an audio stream resumed after it.
+    statistics: of the audio stage after this block, for a stream that is resumed after it.
     heard: (l, d, f) float32 features of what is heard from the other person; None where nobody is heard.
     face_motion: (m, f) float32 values in the order of `FACE_MOTION`; None: the network moves the face by itself.
     """

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +100,16 @@ def two_levels(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def write_checkpoint(folder: Path, text_width: int = 8, text_rows: int = 1) -> None:
+@pytest.fixture(scope="session")
+def listening_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first checkpoint's kind, with a network that listens and takes face motion."""
+    folder = tmp_path_factory.mktemp("listening-checkpoint")
+    write_checkpoint(folder, heard_inject_layers=(1,), face_motion=True)
+    return folder
+
+
+def write_checkpoint(folder: Path, text_width: int = 8, text_rows: int = 1, **fields: Any) -> None:
+    """Write a checkpoint. fields: of the network's configuration."""
     torch.manual_seed(0)
     audio = Whisper.tiny()
     audio.save(folder / "audio")
@@ -117,6 +127,7 @@ def write_checkpoint(folder: Path, text_width: int = 8, text_rows: int = 1) -> N
         sink_distance=(4, 30),
         text_dim=text_width,
         text_len=text_rows,
+        **fields,
     )
     network = Network(config)
     for parameter in network.parameters():

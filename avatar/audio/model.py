@@ -1,14 +1,18 @@
 """The streaming audio model: pieces of any size in, a block of features whenever its window is complete.
 
     AudioPiece --check, resample--> samples at 16 kHz --fill the window--> window --encoder--> Block (features)
+               --heard------------> window of what has arrived --encoder--> Block (heard)
+               both windows --loudness, phrases--> Block (face_motion)
 
-A stream keeps the next block's window, the resampler and four running numbers, however long it gets. Features do not
-depend on how the audio was cut into pieces.
+A stream keeps the next block's windows, the resampler and some running numbers, however long it gets. Features do not
+depend on how the audio was cut into pieces; those of the other person depend on which had arrived with a block's piece.
+Both other inputs are made for networks that take them alone.
 
 Axes: a audio channels, s samples, t encoder frames, l encoder layers, d width, f pixel frames.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,10 +20,13 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from avatar.audio.alignment import SAMPLE_RATE_HZ, BlockGrid
+from avatar.audio.alignment import FRAME_SAMPLES, RECEPTIVE_FIELD_SAMPLES, SAMPLE_RATE_HZ, BlockGrid
 from avatar.audio.encoder import AudioEncoder
+from avatar.audio.inputs.face_motion import FaceMotion
+from avatar.audio.inputs.heard import HeardWindow
+from avatar.audio.inputs.voice import levels
 from avatar.audio.resample import LAG_S, MonoResampler, check_piece
-from avatar.audio.statistics import AudioStatistics
+from avatar.audio.statistics import NUM_BYTES, AudioStatistics
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.audio.whisper import Whisper
 from avatar.checkpoints.part import Part
@@ -28,6 +35,8 @@ from avatar.types import AudioPiece, Block, Session
 # 2.56 s: twice the right context that fills wav2vec2's positional convolution.
 MAX_RIGHT_FRAMES = 128
 WARM_BLOCKS = 2
+# Samples that a block's last encoder frame covers behind the block.
+OVERLAP_SAMPLES = RECEPTIVE_FIELD_SAMPLES - FRAME_SAMPLES
 
 ENCODERS: dict[str, type[AudioEncoder]] = {"whisper": Whisper, "wav2vec2": Wav2Vec2}
 
@@ -57,6 +66,8 @@ class AudioState:
     preceding: (a, s) the end of the block that such a piece completed; it primes the next resampler.
     first_answer: the first block to encode; blocks before it only fill the window.
     has_ended: the last piece has arrived.
+    heard: audio of the other person. heard_statistics: of it, as of the last block. encodes_heard: features of it are
+        made. face_motion: None if the network takes none.
     """
 
     window: Tensor
@@ -69,6 +80,17 @@ class AudioState:
     preceding: Tensor | None = None
     first_answer: int = 0
     has_ended: bool = False
+    heard: HeardWindow = field(default_factory=HeardWindow)
+    heard_statistics: AudioStatistics = field(default_factory=AudioStatistics)
+    encodes_heard: bool = False
+    face_motion: FaceMotion | None = None
+
+    def snapshot(self) -> bytes:
+        """Return what a stream that is resumed after the last block goes on from, beside its audio."""
+        own = self.statistics.to_bytes()
+        if self.face_motion is None and not self.encodes_heard:
+            return own
+        return own + self.heard_statistics.to_bytes() + (self.face_motion.to_bytes() if self.face_motion else b"")
 
 
 class AudioModel:
@@ -83,13 +105,22 @@ class AudioModel:
     def __init__(self, encoder: AudioEncoder) -> None:
         self.encoder, self.grid = encoder, encoder.grid
         block_samples = self.grid.samples
+        # The other's window has no right context, and reaches back so much further.
+        self._window_samples = encoder.left_samples + self.grid.window_end(0, encoder.right_frames)
+        heard_samples = self._window_samples - OVERLAP_SAMPLES + round(LAG_S * SAMPLE_RATE_HZ)
+        heard_blocks = math.ceil(heard_samples / block_samples) - 1
         # One block more than the window: a resampler that starts there needs a block to settle.
-        self.history_s = (math.ceil(encoder.left_samples / block_samples) + 1) * block_samples / SAMPLE_RATE_HZ
+        own_blocks = math.ceil(encoder.left_samples / block_samples) + 1
+        self.history_s = max(own_blocks, heard_blocks) * block_samples / SAMPLE_RATE_HZ
         self.max_right_frames = MAX_RIGHT_FRAMES if encoder.right_is_free else 0
         self.lookahead_s = (self.grid.window_end(0, encoder.right_frames) - block_samples) / SAMPLE_RATE_HZ
 
-    def open(self, session: Session) -> AudioState:
-        """Return the state of a new stream. ValueError if the encoder cannot use the session's right context."""
+    def open(self, session: Session, inputs: Collection[str] = (), statistics: bytes = b"") -> AudioState:
+        """Return the state of a new stream.
+
+        inputs: those of `NetworkConfig.inputs` to make. statistics: `Block.statistics` of the block before the first;
+        empty if there is none. ValueError if they do not fit, or the encoder cannot use the session's right context.
+        """
         right_frames = self.encoder.right_frames
         if session.audio_right_frames is not None:
             if not self.max_right_frames:
@@ -97,24 +128,37 @@ class AudioModel:
             right_frames = session.audio_right_frames
             if not 0 <= right_frames <= self.max_right_frames:
                 raise ValueError(f"right context must be 0 to {self.max_right_frames} frames, got {right_frames}")
-        return AudioState(torch.zeros(self.encoder.left_samples + self.grid.window_end(0, right_frames)), right_frames)
+        window = torch.zeros(self.encoder.left_samples + self.grid.window_end(0, right_frames))
+        state = AudioState(window, right_frames, encodes_heard="heard" in inputs)
+        own, heard, motion = statistics[:NUM_BYTES], statistics[NUM_BYTES : 2 * NUM_BYTES], statistics[2 * NUM_BYTES :]
+        if own:
+            state.statistics = AudioStatistics.from_bytes(own)
+        if heard:
+            state.heard_statistics = AudioStatistics.from_bytes(heard)
+        if "face_motion" in inputs:
+            state.face_motion = FaceMotion(session.seed, motion)
+        return state
 
-    def resume(self, session: Session, first_block: int, first_answer: int, statistics: bytes) -> AudioState:
+    def resume(
+        self,
+        session: Session,
+        first_block: int,
+        first_answer: int,
+        statistics: bytes,
+        inputs: Collection[str] = (),
+    ) -> AudioState:
         """Return the state of a stream that continues a lost stream of the same session.
 
         first_block: the block that the first piece starts with, `history_s` before first_answer or the session's start.
-        first_answer: the first block to answer with.
-        statistics: `Block.statistics` of the block before first_answer; empty if there is none.
+        first_answer: the first block to answer with. statistics, inputs: as in `open`.
         The blocks are those of the lost stream, byte for byte, if the audio's rate is a multiple of 25 Hz.
         ValueError if the arguments do not fit together, or as in `open`.
         """
         if not 0 <= first_block <= first_answer:
             raise ValueError(f"a stream cannot start at block {first_block} to answer from block {first_answer} on")
-        state = self.open(session)
+        state = self.open(session, inputs, statistics)
         state.num_samples, state.next_block = first_block * self.grid.samples, first_block
         state.first_answer = first_answer
-        if statistics:
-            state.statistics = AudioStatistics.from_bytes(statistics)
         return state
 
     @torch.no_grad()
@@ -132,6 +176,7 @@ class AudioModel:
             raise ValueError(f"audio must keep its rate of {state.rate_hz} Hz, got {piece.rate_hz}")
         if piece.completes is not None:
             return self._complete(piece, piece.completes, state)
+        self._listen(piece, state)
         blocks = self._fill(self._resample(piece.samples, state, piece), state)
         if piece.is_last:
             state.has_ended = True
@@ -139,6 +184,16 @@ class AudioModel:
             end = self.grid.window_end(num_blocks - 1, state.right_frames) if num_blocks else 0
             blocks += self._fill(torch.zeros(end - state.num_samples), state)
         return blocks
+
+    def _listen(self, piece: AudioPiece, state: AudioState) -> None:
+        """Keep the audio of the other person that comes with a piece, if an input is made of it."""
+        if not (state.encodes_heard or state.face_motion):
+            return
+        # A resampler holds own samples back.
+        new_s = piece.samples.shape[1] / piece.rate_hz + LAG_S
+        end = state.num_samples + math.ceil(new_s * SAMPLE_RATE_HZ)
+        for heard in piece.heard:
+            state.heard.add(heard, end)
 
     def warm(self) -> int:
         """Encode WARM_BLOCKS blocks of silence, and return that number."""
@@ -160,6 +215,7 @@ class AudioModel:
         # samples: `given` may be up to 2 too many or a resampler's lag too few.
         if index < state.next_block - 1 or not given - 2 <= missing <= given + LAG_S * SAMPLE_RATE_HZ:
             raise ValueError(f"block {index} cannot be completed by {given:g} samples after {state.num_samples}")
+        self._listen(piece, state)
         audio = self._resample(torch.cat([piece.samples, behind], 1), state, replace(piece, is_last=True))
         needed = self.grid.window_end(index, state.right_frames) - state.num_samples
         blocks = self._fill(functional.pad(audio[:needed], (0, max(0, needed - len(audio)))), state)
@@ -200,7 +256,27 @@ class AudioModel:
         new = window[-self.grid.samples :] if index else window
         statistics = state.statistics.with_samples(new)
         states, state.statistics = self.encoder.encode(window, statistics, state.right_frames)
-        return Block(index, interpolate(states, index, self.grid).cpu(), statistics=state.statistics.to_bytes())
+        block = Block(index, interpolate(states, index, self.grid).cpu())
+        if state.encodes_heard or state.face_motion:
+            behind = OVERLAP_SAMPLES + state.right_frames * FRAME_SAMPLES
+            block = self._with_inputs(block, state.window[-behind - self.grid.samples : -behind], state)
+        return replace(block, statistics=state.snapshot())
+
+    def _with_inputs(self, block: Block, own: Tensor, state: AudioState) -> Block:
+        """Return the block with the inputs that the network takes beside features. own: (s,) the block's own audio.
+
+        The other's window ends with the block, so there is no right context to wait for.
+        """
+        window = state.heard.window((block.index + 1) * self.grid.samples, self._window_samples - OVERLAP_SAMPLES)
+        heard = torch.zeros(self.grid.samples) if window is None else window[-self.grid.samples :]
+        if state.encodes_heard and window is not None:
+            statistics = state.heard_statistics.with_samples(heard)
+            padded = functional.pad(window, (0, OVERLAP_SAMPLES))
+            states, state.heard_statistics = self.encoder.encode(padded, statistics, right_frames=0)
+            block = replace(block, heard=interpolate(states, block.index, self.grid).cpu())
+        if state.face_motion is not None:
+            block = replace(block, face_motion=state.face_motion.advance(levels(own), levels(heard)))
+        return block
 
 
 @dataclass(frozen=True)
@@ -211,9 +287,10 @@ class ResumedAudioModel:
     first_block: int
     first_answer: int
     statistics: bytes
+    inputs: Collection[str] = ()
 
     def open(self, session: Session) -> AudioState:
-        return self.model.resume(session, self.first_block, self.first_answer, self.statistics)
+        return self.model.resume(session, self.first_block, self.first_answer, self.statistics, self.inputs)
 
     def step(self, piece: AudioPiece, state: AudioState) -> list[Block]:
         return self.model.step(piece, state)

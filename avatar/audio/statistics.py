@@ -14,6 +14,7 @@ VARIANCE_FLOOR = 1e-6
 """Audio below -60 dB is silence and is not amplified to full scale."""
 
 _LAYOUT = struct.Struct("<4d")
+NUM_BYTES = _LAYOUT.size
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Whisper(nn.Module):
         save(folder, asdict(self.config), self.network, dtype)
 
     def encode(self, window: Tensor, statistics: AudioStatistics, right_frames: int) -> tuple[Tensor, AudioStatistics]:
-        silence = self.left_samples + self.grid.window_end(0, right_frames) - len(window)
+        silence = self.left_samples + self.grid.window_end(0, self.right_frames) - len(window)
         mel = self.log_mel(F.pad(window, (silence, 0)))
         statistics = statistics.with_peak(float(mel.max()))
         end = self.config.window_frames - right_frames

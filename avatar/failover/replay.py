@@ -143,11 +143,11 @@ class AudioReplay:
             self._completed = piece.completes
 
     def _keep(self, block: int, piece: audio_pb2.AudioPiece) -> None:
-        if self._kept and not piece.HasField("completes"):
+        if self._kept and not piece.HasField("completes") and not piece.heard:
             last_block, last = self._kept[-1]
             is_small = len(last.data) + len(piece.data) <= MERGED_BYTES
             if is_small and last_block == block and not last.HasField("completes"):
-                self._kept[-1] = (block, audio_pb2.AudioPiece(data=last.data + piece.data))
+                self._kept[-1] = (block, audio_pb2.AudioPiece(data=last.data + piece.data, heard=last.heard))
                 return
         self._kept.append((block, piece))
 

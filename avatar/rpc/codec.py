@@ -7,9 +7,10 @@ import time
 import torch
 from torch import Tensor
 
-from avatar.types import AudioPiece, Block, Conditions, Session
+from avatar.types import AudioPiece, Block, Conditions, HeardAudio, Session
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.audio_pb2 import AudioPiece as AudioPieceMessage
+from avatar.worker.v1.audio_pb2 import HeardAudio as HeardAudioMessage
 from avatar.worker.v1.audio_pb2 import OpenEncode
 from avatar.worker.v1.denoiser_pb2 import OpenDenoise
 from avatar.worker.v1.vae_pb2 import OpenDecode
@@ -62,9 +63,9 @@ def session_from_pb(message: pb.Session) -> Session:
 
 
 def audio_session_from_pb(message: OpenEncode) -> Session:
-    """Return a session for the audio stage: features depend on neither the seed nor the picture."""
+    """Return a session for the audio stage, which depends on the seed and not on the picture."""
     right_frames = message.right_frames if message.HasField("right_frames") else None
-    return Session(id=message.session_id, seed=0, motion=torch.zeros(0), audio_right_frames=right_frames)
+    return Session(id=message.session_id, seed=message.seed, motion=torch.zeros(0), audio_right_frames=right_frames)
 
 
 def conditions_to_pb(conditions: Conditions) -> pb.Conditions:
@@ -115,6 +116,12 @@ def block_from_pb(message: pb.Block, conditions: Conditions | None) -> Block:
 def due_s(message: pb.Block | AudioPieceMessage) -> float | None:
     """Return the deadline of a message that has just arrived, on the clock of `time.monotonic`; None without slack."""
     return time.monotonic() + message.slack_s if message.HasField("slack_s") else None
+
+
+def heard_from_pb(message: HeardAudioMessage) -> HeardAudio:
+    """Return a piece of the other person's audio. ValueError as in `piece_from_bytes`."""
+    piece = piece_from_bytes(message.data, message.encoding, message.rate_hz, message.num_channels)
+    return HeardAudio(piece.samples, piece.rate_hz, message.first_sample)
 
 
 def piece_from_bytes(data: bytes, encoding: str, rate_hz: int, num_channels: int) -> AudioPiece:

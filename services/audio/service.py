@@ -11,7 +11,7 @@ from avatar import telemetry
 from avatar.audio.model import AudioModel, ResumedAudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
-from avatar.rpc.codec import audio_session_from_pb, block_to_pb, due_s, piece_from_bytes
+from avatar.rpc.codec import audio_session_from_pb, block_to_pb, due_s, heard_from_pb, piece_from_bytes
 from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
@@ -77,7 +77,8 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         with await accepted, as_invalid_field("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = StreamUsage(self._admission.step_times), 0
-            model = ResumedAudioModel(self._audio, opened.first_block, opened.first_answer, opened.statistics)
+            resumed_at = opened.first_block, opened.first_answer, opened.statistics
+            model = ResumedAudioModel(self._audio, *resumed_at, opened.inputs)
             live_block_s = self._audio.grid.duration_s if opened.is_live else None
             stage = local(model, audio_session_from_pb(opened), self._queue, usage, live_block_s=live_block_s)
             async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
@@ -94,6 +95,8 @@ async def _pieces(opened: pb.OpenEncode, requests: AsyncIterator[pb.EncodeReques
     async with aclosing(parts(requests, "piece")) as messages:
         async for message in messages:
             piece = piece_from_bytes(message.data, *audio_format)
+            if message.heard:
+                piece = replace(piece, heard=[heard_from_pb(heard) for heard in message.heard])
             if message.HasField("completes"):
                 behind = piece_from_bytes(message.behind, *audio_format).samples
                 piece = replace(piece, completes=message.completes, behind=behind, due_s=due_s(message))

@@ -108,6 +108,8 @@ async def open_stages(
             num_channels=options.num_channels,
             is_live=options.is_live,
             right_frames=session.audio_right_frames if session.HasField("audio_right_frames") else None,
+            seed=session.seed,
+            inputs=info.denoisers[0].inputs,
         ),
         AudioReplay(options.sample_bytes, options.rate_hz, info.block_s, lookahead_ns / 1e9, position.statistics),
         info.block_frames,

@@ -69,6 +69,11 @@ def test_our_layout_is_described_too(checkpoint: Path) -> None:
     assert "at 64x64 in float16" in text
 
 
+def test_inputs_of_the_network_are_listed(checkpoint: Path, listening_checkpoint: Path) -> None:
+    assert "inputs    audio" in inspect(checkpoint)
+    assert "inputs    audio, heard, face_motion" in inspect(listening_checkpoint)
+
+
 def test_an_invalid_checkpoint_ends_the_program_with_the_reason(published: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(published, tmp_path / "copy")
     stored = torch.load(folder / VAE_FILE, weights_only=True)
