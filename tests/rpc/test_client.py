@@ -2,10 +2,10 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from types import EllipsisType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -22,11 +22,13 @@ from avatar.errors import (
     StageLost,
 )
 from avatar.rpc.channel import channel
-from avatar.rpc.client import RemoteStage, remote_audio, remote_vae, stage_error
+from avatar.rpc.client import RemoteStage, remote_audio, remote_denoiser, remote_vae, stage_error
 from avatar.rpc.interceptor import Context, receive_open
+from avatar.rpc.server import serving
+from avatar.rpc.wire import serialize_session
 from avatar.worker.v1 import audio_pb2 as pb
-from avatar.worker.v1 import audio_pb2_grpc, vae_pb2
-from avatar.worker.v1.types_pb2 import Block, Closed
+from avatar.worker.v1 import audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2
+from avatar.worker.v1.types_pb2 import Block, Closed, Session, Tensor
 from tests.proxy import proxied
 from tests.rpc.conftest import OPENED, WAIT_S, Requests, Responses, Source, Worker, block, numbered, piece
 
@@ -203,6 +205,35 @@ async def test_a_worker_of_another_kind_is_a_config_mismatch(connection: grpc.ai
     stage = remote_vae(connection)
     with pytest.raises(ConfigMismatch, match="vae: "):
         await stage.open(vae_pb2.OpenDecode(session_id="a"))
+
+
+class Level(denoiser_pb2_grpc.DenoiserServiceServicer):
+    """A worker of a level that takes the session of a stream, and no block."""
+
+    service_name = "avatar.worker.v1.DenoiserService"
+
+    def __init__(self) -> None:
+        self.session = Session()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
+
+    async def GetInfo(self, _: Any, __: Context) -> denoiser_pb2.DenoiserServiceGetInfoResponse:  # noqa: N802
+        return denoiser_pb2.DenoiserServiceGetInfoResponse()
+
+    async def Denoise(self, requests: AsyncIterator[Any], _: Context) -> AsyncGenerator[Any, None]:  # noqa: N802
+        self.session = (await receive_open(requests)).session
+        yield denoiser_pb2.DenoiseResponse(opened=denoiser_pb2.DenoiseOpened())
+
+
+async def test_a_stream_is_opened_with_the_latents_of_the_largest_pictures() -> None:
+    """At 1280x704, in float32."""
+    motion = Tensor(dtype="float32", shape=[16, 19, 88, 160], data=bytes(16 * 19 * 88 * 160 * 4))
+    carried = serialize_session(denoiser_pb2.OpenDenoise, Session(id="a"), motion.SerializeToString())
+    level = Level()
+    async with serving("127.0.0.1:0", level) as port, channel(f"127.0.0.1:{port}") as connection:
+        await remote_denoiser(connection, 0).open(denoiser_pb2.OpenDenoise(), carried)
+    assert level.session == Session(id="a", motion=motion)
 
 
 async def test_a_missing_worker_is_lost() -> None:
