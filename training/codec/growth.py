@@ -60,12 +60,12 @@ def fit_outputs(codec: LightCodec, clips: Sequence[StoredClip], crops: CropConfi
         for step in range(NUM_BATCHES):
             frames, latents = batch(codec, clips, crops, seed, step)
             left = frames - decoder.correction(decoder.features(latents, Tails()))
-            target = rearrange(left, f"b c (t p) (h y) (w x) -> b t {PATCH_AXES} h w", **sizes)
+            target = rearrange(left, f"b c (t p) (h y) (w x) -> b t h w {PATCH_AXES}", **sizes)
             patches.add(rows(latents[:, 1:]), rows(target[:, 1:]))
         set_output(decoder.linear, patches.solve())
         for step in range(NUM_BATCHES):
             frames, latents = batch(codec, clips, crops, seed, step)
-            left = rearrange(frames - decoder.picture(latents), "b c f (h y) (w x) -> b f (c y x) h w", y=last, x=last)
+            left = rearrange(frames - decoder.picture(latents), "b c f (h y) (w x) -> b f h w (c y x)", y=last, x=last)
             around = neighbourhoods(decoder.features(latents, Tails()))
             pixels.add(rows(around[:, FRAMES_PER_LATENT:]), rows(left[:, FRAMES_PER_LATENT:]))
         set_output(decoder.leave, pixels.solve())
@@ -74,22 +74,22 @@ def fit_outputs(codec: LightCodec, clips: Sequence[StoredClip], crops: CropConfi
 def batch(
     codec: LightCodec, clips: Sequence[StoredClip], crops: CropConfig, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Return crops (b, 3, 4 t, h, w), the first frame repeated to a whole patch, and raw latents (b, t, c, h, w)."""
+    """Return crops (b, 3, 4 t, h, w), the first frame repeated to a whole patch, and raw latents (b, t, h, w, c)."""
     frames, _ = load_crops(clips, crops, seed, step)
     raw = codec.encode(frames) * codec.config.latent_scale + codec.mean
     first = repeat(frames[:, :, :1], "b c 1 h w -> b c p h w", p=FRAMES_PER_LATENT)
-    return torch.cat([first, frames[:, :, 1:]], dim=2), rearrange(raw, "b c t h w -> b t c h w")
+    return torch.cat([first, frames[:, :, 1:]], dim=2), rearrange(raw, "b c t h w -> b t h w c")
 
 
 def neighbourhoods(features: Tensor) -> Tensor:
-    """Return the 3x3 neighbourhoods that a convolution sees, zeros around: (b, f, c, h, w) -> (b, f, 9 c, h, w)."""
-    b, _, _, h, _ = features.shape
-    unfolded = functional.unfold(rearrange(features, "b f c h w -> (b f) c h w"), 3, padding=1)
-    return rearrange(unfolded, "(b f) q (h w) -> b f q h w", b=b, h=h)
+    """Return the 3x3 neighbourhoods that a convolution sees, zeros around: (b, f, h, w, c) -> (b, f, h, w, 9 c)."""
+    b, _, h, _, _ = features.shape
+    unfolded = functional.unfold(rearrange(features, "b f h w c -> (b f) c h w"), 3, padding=1)
+    return rearrange(unfolded, "(b f) q (h w) -> b f h w q", b=b, h=h)
 
 
 def rows(values: Tensor) -> Tensor:
-    return rearrange(values, "b t c h w -> (b t h w) c")
+    return rearrange(values, "b t h w c -> (b t h w) c")
 
 
 class NormalEquations:
