@@ -71,6 +71,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def short_blocks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint with blocks of one latent, and the sink update at the same frame."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "short-blocks"
+    shutil.copytree(checkpoint, folder)
+    config = folder / "denoiser/config.json"
+    fields = {**json.loads(config.read_text()), "num_frames_per_block": 1, "window_blocks": 12, "sink_update_block": 6}
+    config.write_text(json.dumps(fields))
+    return folder
+
+
 @pytest.fixture
 def one_level(checkpoint: Path, tmp_path: Path) -> Path:
     """The same checkpoint with one level, for the smallest number of processes."""
