@@ -146,7 +146,7 @@ def rollout_config(golden: Golden) -> NetworkConfig:
         audio_dim=width,
         num_encoder_layers=layers,
         num_frames_per_block=info["frames_per_block"],
-        window_blocks=info["kv_tokens"] // (info["frames_per_block"] * info["tokens_per_frame"]),
+        window_latents=info["kv_tokens"] // info["tokens_per_frame"],
         schedule=flow_match_schedule(len(info["timesteps"]), shift=3.0),
         sink_update_block=info["blocks_per_clip"],
     )
@@ -188,7 +188,15 @@ class StandIn:
         return [(torch.zeros_like(values), values)]
 
     def __call__(
-        self, x: Tensor, t: float, text: float, audio: float, pose: Tensor, first_frame: int, history: History
+        self,
+        x: Tensor,
+        t: float,
+        text: float,
+        audio: float,
+        pose: Tensor,
+        first_frame: int,
+        history: History,
+        *_: None,
     ) -> Tensor:
         rows, columns = grid_size(*x.shape[-2:])
         reference = rows * columns
