@@ -165,7 +165,7 @@ def with_clip_frames(config: NetworkConfig, frames: int | None) -> NetworkConfig
         least = 2 * config.frames_per_block
         raise ValueError(f"clip_frames must be a multiple of {config.frames_per_block}, at least {least}: {frames}")
     update = None if config.sink_update_block is None else clip_blocks
-    return replace(config, window_blocks=clip_blocks, sink_update_block=update)
+    return replace(config, window_latents=clip_blocks * config.num_frames_per_block, sink_update_block=update)
 
 
 def clip_frames(config: NetworkConfig) -> int:

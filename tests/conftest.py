@@ -77,7 +77,7 @@ def short_blocks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("checkpoint") / "short-blocks"
     shutil.copytree(checkpoint, folder)
     config = folder / "denoiser/config.json"
-    fields = {**json.loads(config.read_text()), "num_frames_per_block": 1, "window_blocks": 12, "sink_update_block": 6}
+    fields = {**json.loads(config.read_text()), "num_frames_per_block": 1, "sink_update_block": 6}
     config.write_text(json.dumps(fields))
     return folder
 

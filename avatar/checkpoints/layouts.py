@@ -30,7 +30,10 @@ AUDIO_FOLDER = "wav2vec2-large-xlsr-53-english"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDER = Path("google/umt5-xxl")
 # Fields that a published config.json must not set: they are fixed by the training of the published weights.
-ROLLOUT = ("schedule", "sampler", "num_frames_per_block", "window_blocks", "sink_distance", "sink_update_block")
+ROLLOUT = (
+    *("schedule", "trained_schedule", "sampler", "num_frames_per_block", "window_latents", "window_blocks"),
+    *("sink_distance", "sink_update_block"),
+)
 # Frame rate and largest area of the published weights' videos. Source: the scripts of the reference implementation.
 FRAME_RATE_HZ = 25
 AREA = 720 * 400

@@ -26,6 +26,8 @@ IGNORED = {
     "trainable_token_pos_emb",
     "zero_init",
 }
+# The window in blocks, in files of versions that had no `window_latents`.
+WINDOW_BLOCKS = "window_blocks"
 # Fields of public checkpoints with their only supported value; another value means another network.
 FIXED = {
     "model_type": "s2v",
@@ -82,8 +84,8 @@ class NetworkConfig:
     face_motion: bool = False
     num_encoder_layers: int = 25
     num_frames_per_block: int = BLOCK_LATENTS
-    # Blocks that a block attends to, itself included.
-    window_blocks: int = 4
+    # Latent frames that a block attends to, its own included: whole blocks.
+    window_latents: int = 12
     # Descending sigmas, the last one 0: level i moves a block from schedule[i] to schedule[i + 1].
     schedule: tuple[float, ...] = flow_match_schedule(4, shift=3.0)
     # The schedule that the weights were trained for, if `schedule` leaves some of its levels out; None: `schedule`.
@@ -112,7 +114,9 @@ class NetworkConfig:
                 (is_ascending((-1, *getattr(self, name), self.num_layers)), f"{name} must ascend within the layers")
                 for name in ("audio_inject_layers", "heard_inject_layers")
             ),
-            (min(self.num_frames_per_block, self.window_blocks) > 0, "blocks and their window must not be empty"),
+            (self.num_frames_per_block > 0, "blocks must not be empty"),
+            (self.window_latents > 0, "the window must not be empty"),
+            (self.window_latents % max(1, self.num_frames_per_block) == 0, "window_latents must be whole blocks"),
             (len(sigmas) > 1 and is_ascending(sigmas[::-1]), "schedule must descend"),
             (sigmas[-1:] == (0,) and sigmas[0] <= 1, "schedule must start with at most 1 and end with 0"),
             (set(sigmas) <= set(self.trained_schedule or sigmas), "schedule must be some of trained_schedule's sigmas"),
@@ -170,6 +174,11 @@ class NetworkConfig:
         return FRAMES_PER_LATENT * self.num_frames_per_block
 
     @property
+    def window_blocks(self) -> int:
+        """Blocks that a block attends to, itself included."""
+        return self.window_latents // self.num_frames_per_block
+
+    @property
     def block_s(self) -> float:
         """Duration of a block, in seconds."""
         return self.frames_per_block / FRAME_RATE_HZ
@@ -182,6 +191,8 @@ class NetworkConfig:
                 raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported")
         ours = {name: to_tuple(value) for name, value in values.items() if name not in IGNORED | FIXED.keys()}
         try:
+            if WINDOW_BLOCKS in ours:
+                ours["window_latents"] = ours.pop(WINDOW_BLOCKS) * ours.get("num_frames_per_block", BLOCK_LATENTS)
             return parse_fields(cls, ours)
         except TypeError as error:
             raise ValueError(f"a field of the network's config has the wrong type: {error}") from error

@@ -14,9 +14,15 @@ from avatar.types import Block, Conditions, Session
 HEIGHT, WIDTH = 8, 12
 
 
+every_length = pytest.mark.parametrize("config", [1, 2, 3], indirect=True)
+
+
 @pytest.fixture(scope="session")
-def config() -> NetworkConfig:
-    """Four levels, five text tokens, a random sink distance, and velocity output as in the public network."""
+def config(request: pytest.FixtureRequest) -> NetworkConfig:
+    """Four levels, five text tokens, a random sink distance, and velocity output as in the public network.
+
+    Blocks of two latents, or of the fixture's parameter.
+    """
     return replace(
         tiny(),
         in_dim=4,
@@ -32,8 +38,8 @@ def config() -> NetworkConfig:
         audio_dim=6,
         num_encoder_layers=3,
         audio_inject_layers=(0, 2),
-        num_frames_per_block=2,
-        window_blocks=3,
+        num_frames_per_block=getattr(request, "param", 2),
+        window_latents=6,
         sink_distance=(4, 30),
         sink_update_block=3,
         pose="zeros",

@@ -84,7 +84,8 @@ def test_another_network_is_refused(name: str, value: Any) -> None:
         ({"pose": "video"}, "pose"),
         ({"cond_dim": 8}, "pose"),
         ({"output": "noise"}, "output"),
-        ({"window_blocks": 0}, "window"),
+        ({"window_latents": 0}, "window"),
+        ({"window_latents": 11}, "window_latents must be whole blocks"),
         ({"out_dim": 8}, "out_dim"),
     ],
 )
@@ -147,3 +148,11 @@ def test_levels_that_were_not_trained_are_refused(choice: int | tuple[float, ...
 def test_levels_are_described_with_the_trained_ones() -> None:
     assert tiny().levels_text == "4: sigma 1, 0.9, 0.75, 0.5, 0"
     assert base().with_levels(2).levels_text == "2 of the 4 trained: sigma 1, 0.602151, 0"
+
+
+def test_the_window_is_counted_in_latents() -> None:
+    """Of a file of an older version, whose window is in blocks, it is converted."""
+    for latents in (1, 2, 3):
+        fields = {"num_frames_per_block": latents}
+        assert NetworkConfig.from_dict(fields).window_blocks == 12 // latents
+        assert NetworkConfig.from_dict({**fields, "window_blocks": 5}).window_latents == 5 * latents

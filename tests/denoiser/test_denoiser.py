@@ -15,7 +15,15 @@ from avatar.denoiser.denoiser import Denoiser, to_velocity
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import noise
 from avatar.types import Block, Conditions, Session
-from tests.denoiser.conftest import HEIGHT, WIDTH, randn, random_block, random_conditions, random_session
+from tests.denoiser.conftest import (
+    HEIGHT,
+    WIDTH,
+    every_length,
+    randn,
+    random_block,
+    random_conditions,
+    random_session,
+)
 from training.initialise import initialise
 
 
@@ -75,6 +83,7 @@ def test_later_levels_continue_the_level_before(
         latents(denoiser, session, [replace(blocks[0], latent=None)])
 
 
+@every_length
 def test_levels_share_a_network_but_no_cache(
     network: Network, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
@@ -93,6 +102,7 @@ def test_levels_share_a_network_but_no_cache(
     assert not torch.allclose(windows[1], windows[2])
 
 
+@every_length
 def test_interleaved_equals_alone(denoiser: Denoiser, config: NetworkConfig) -> None:
     sessions = [random_session(config, name, seed) for name, seed in (("first", 1), ("second", 2))]
     blocks = [blocks_of(config, random_conditions(config, version), *range(5)) for version in (0, 1)]
@@ -104,6 +114,7 @@ def test_interleaved_equals_alone(denoiser: Denoiser, config: NetworkConfig) -> 
             assert torch.equal(answer, alone[which][index])
 
 
+@every_length
 def test_closing_a_stream_frees_state(
     denoiser: Denoiser, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:
@@ -160,6 +171,7 @@ def test_blocks_come_in_order(
     denoiser.step(random_block(config, 5, conditions), state)
 
 
+@every_length
 def test_history_blocks_rebuild_a_stream(
     network: Network, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:

@@ -16,7 +16,7 @@ from avatar.denoiser.attention import reference_frame
 from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig, base
 from avatar.denoiser.model import Network, load
-from tests.denoiser.conftest import HEIGHT, WIDTH, randn, random_network
+from tests.denoiser.conftest import HEIGHT, WIDTH, every_length, randn, random_network
 from training.clips import ClipHistory
 from training.initialise import initialise
 
@@ -109,11 +109,13 @@ def test_base_has_the_public_names_and_shapes() -> None:
     )
 
 
+@every_length
 def test_streamed_equals_whole(network: Network, config: NetworkConfig) -> None:
     clip = Clip(config)
     torch.testing.assert_close(clip.streamed(network), clip.whole(network), atol=1e-5, rtol=0)
 
 
+@every_length
 def test_streamed_equals_whole_when_levels_differ_by_block(network: Network, config: NetworkConfig) -> None:
     clip = Clip(config)
     clip.timesteps = (1000 * torch.rand(1, BLOCKS)).repeat_interleave(config.num_frames_per_block, dim=1)

@@ -45,7 +45,7 @@ def dit_ckpt_tiny(golden: Golden, report: Report) -> None:
 def load_denoiser(checkpoint: Path, golden: Golden, adapter: LoraAdapter) -> Network:
     part = open_part(checkpoint, "denoiser", adapter)
     frames = config_of(golden).num_frames_per_block  # which recordings may vary, and published checkpoints may not
-    return load(replace(part, config={**part.config, "num_frames_per_block": frames}))
+    return load(replace(part, config={**part.config, "num_frames_per_block": frames, "window_latents": 4 * frames}))
 
 
 def bfloat16_merge(tensors: dict[str, Tensor], alpha: float, report: Report) -> None:

@@ -43,7 +43,8 @@ def run_calls(golden: Golden, report: Report, dtype: torch.dtype = torch.float32
 
 def config_of(golden: Golden) -> NetworkConfig:
     frames = golden.info["layout"]["frames_per_block"]
-    return replace(NetworkConfig.from_dict(golden.info["config"]), num_frames_per_block=frames)
+    config = NetworkConfig.from_dict(golden.info["config"])
+    return replace(config, num_frames_per_block=frames, window_latents=frames * config.window_blocks)
 
 
 def replay_calls(golden: Golden, report: Report, network: Network) -> None:
@@ -79,7 +80,8 @@ class Replay:
         self.moved: dict[str, Tensor] = {}
 
     def new_cache(self, call: dict[str, Any]) -> None:
-        config = replace(self.config, window_blocks=call["cache_blocks"])
+        window_latents = call["cache_blocks"] * self.config.num_frames_per_block
+        config = replace(self.config, window_latents=window_latents)
         self.levels[call["cache"]] = level = Level(KVCache(config, *self.size, dtype=self.network.dtype))
         self.report.exact("ring", level.cache.window(0)[0].shape[1], call["cache_tokens"])
         self.report.exact("conditions", len(condition_positions(*self.size)), call["cond_tokens"])
@@ -293,6 +295,7 @@ def run_audio(golden: Golden, report: Report) -> None:
         num_encoder_layers=sizes["num_layers"],
         num_audio_token=sizes["num_token"],
         num_frames_per_block=columns // FRAMES_PER_LATENT,
+        window_latents=columns // FRAMES_PER_LATENT,
     )
     encoder: CausalAudioEncoder = with_weights(CausalAudioEncoder(config), tensors, "weights.casual_audio_encoder.")
     with torch.no_grad():

@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {
     "audio_dim": 6,
     "num_encoder_layers": 2,
     "audio_inject_layers": (0,),
-    "window_blocks": 2,
+    "window_latents": 6,
 }
 
 
