@@ -80,7 +80,7 @@ class SessionClosed(AvatarError, reason="SESSION_CLOSED", code=StatusCode.FAILED
 
 
 class NotStreaming(AvatarError, reason="NOT_STREAMING", code=StatusCode.FAILED_PRECONDITION):
-    """No stream of the session is open at this gateway."""
+    """No stream of the session is open, or it is open elsewhere: metadata `gateway` and `cell` say where."""
 
 
 class ProtocolOrder(AvatarError, reason="PROTOCOL_ORDER", code=StatusCode.FAILED_PRECONDITION):

@@ -49,6 +49,18 @@ def worker_credentials(ca: Path | None, cert: Path | None, key: Path | None) -> 
     return grpc.ssl_channel_credentials(authorities, secret, chain)
 
 
+def peer_credentials(cert: Path | None, key: Path | None) -> grpc.ChannelCredentials | None:
+    """Return a gateway's credentials as the client of another one; None (plain text) without a certificate and its key.
+
+    It shows its own certificate, and trusts that and all others in the same file. ValueError names the AVATAR_TLS_*
+    variable whose file cannot be used.
+    """
+    if cert is None or key is None:
+        return None
+    secret, chain = _pair("AVATAR_TLS_CERT", cert, "AVATAR_TLS_KEY", key)
+    return grpc.ssl_channel_credentials(chain, secret, chain)
+
+
 def channel_credentials(
     ca: Path | str | None = None, cert: Path | str | None = None, key: Path | str | None = None
 ) -> grpc.ChannelCredentials:

@@ -2,7 +2,7 @@
 
 A claim is a hash under a time to live, which its holder renews:
 
-    holder          STREAM@GATEWAY: a random name, and the gateway's advertised address if it has one
+    holder          STREAM@GATEWAY/CELL: a random name, the gateway's advertised address, and the name of its cell
     previous        while `holder` is taking over: the holder before, whose stream is still open
     previous_until  when the claim of `previous` would have expired, in milliseconds since 1970
 
@@ -18,6 +18,7 @@ import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from typing import NamedTuple, Self
 
 from avatar.errors import AvatarError, SessionBusy, SessionClosed, SessionNotFound
 from avatar.store.packing import pack_position
@@ -49,6 +50,21 @@ class Outcome(IntEnum):
     TAKEN_OVER = 6
     CHANGED = 7
 
+
+class Place(NamedTuple):
+    """A session's gateway: its advertised HOST:PORT, empty if it has none, and the name of its cell."""
+
+    gateway: str = ""
+    cell: str = ""
+
+    @classmethod
+    def of(cls, holder: str) -> Self | None:
+        """Return the place of a claim's holder; None if nobody holds it."""
+        gateway, _, cell = holder.partition("@")[2].rpartition("/")
+        return cls(gateway, cell) if holder else None
+
+
+NOWHERE = Place()
 
 # KEYS of every script: the claim, the session's record. ARGV begins with the holder and CLAIM_TTL_S in milliseconds.
 
@@ -183,21 +199,21 @@ class Claim:
     Methods raise SessionNotFound if the session is deleted or has expired, SessionClosed if its stream has ended, and
     SessionBusy if another stream has the claim.
 
-    session_id: of the session. gateway: advertised HOST:PORT of this gateway; empty if it has none.
+    session_id: of the session. place: of the stream.
     changed: set when the claim or the session changes elsewhere.
     is_taken_over: another stream had the claim. is_closed: this stream has closed the session.
     ttl_s: the session's time to live, in seconds; 0 once it is gone.
     acquired_us: when it was acquired, in microseconds since 1970 of the store's clock: a later claim's is higher.
     """
 
-    def __init__(self, hashes: RedisHashes, session_id: str, gateway: str = "") -> None:
-        self.session_id, self.gateway = session_id, gateway
+    def __init__(self, hashes: RedisHashes, session_id: str, place: Place = NOWHERE) -> None:
+        self.session_id = session_id
         self.changed = asyncio.Event()
         self.is_taken_over = self.is_closed = False
         self.ttl_s = 0.0
         self.acquired_us = 0
         self._hashes = hashes
-        self._holder = f"{secrets.token_hex(8)}@{gateway}"
+        self._holder = f"{secrets.token_hex(8)}@{place.gateway}/{place.cell}"
         self._keys = [key("claim", session_id), key("session", session_id)]
         self._first = [self._holder, to_ms(CLAIM_TTL_S)]
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from avatar.errors import StateCorrupt, StoreUnavailable
-from avatar.store.claims import CHANGES, CLOSED_TTL_S, Claim, Outcome, key, no_session, refusal
+from avatar.store.claims import CHANGES, CLOSED_TTL_S, NOWHERE, Claim, Outcome, Place, key, no_session, refusal
 from avatar.store.packing import pack, pack_position, unpack
 from avatar.store.redis import IN_FULL_STORE, READS_ONLY, RedisHashes, flat, to_ms
 from avatar.store.references import Latents, References, no_reference
@@ -126,14 +126,14 @@ class SessionRecord:
 
 @dataclass(frozen=True)
 class SessionStatus:
-    """A session's constants, position and holder of its claim, and the seconds until it expires.
+    """A session's constants and position, and the seconds until it expires.
 
-    holder: STREAM@GATEWAY of its open stream; empty if none is open.
+    place: where its stream is open; None if none is.
     """
 
     session: pb.Session
     position: pb.Position
-    holder: str
+    place: Place | None
     expires_in_s: float
 
 
@@ -188,7 +188,7 @@ class SessionStore:
         keys = [key("session", session_id), key("claim", session_id)]
         ttl_ms, holder, values = await self._hashes.run(_STATUS, keys, STATUS_FIELDS)
         record = SessionRecord(session_id, dict(zip(STATUS_FIELDS, values, strict=True)))
-        return SessionStatus(record.session, record.position, (holder or b"").decode(), ttl_ms / 1000)
+        return SessionStatus(record.session, record.position, Place.of((holder or b"").decode()), ttl_ms / 1000)
 
     async def acquire(self, claim: Claim, *, take_over: bool = False) -> SessionRecord:
         """Acquire a claim; return the session's record, with all conditions. Raises as Claim.acquire does."""
@@ -244,13 +244,6 @@ class SessionStore:
         self._check(await self._hashes.run(_SET_TTL, [key("session", session_id)], [to_ms(ttl_s)]), session_id)
         await self.references.lease((await self.session(session_id)).reference_id, session_id, ttl_s)
 
-    async def expires_in_s(self, session_id: str) -> float:
-        """Return the seconds until the session expires."""
-        remaining_s = await self._hashes.expires_in_s(key("session", session_id))
-        if not remaining_s:
-            raise no_session(session_id)
-        return remaining_s
-
     async def delete(self, session_id: str) -> None:
         """Delete a session, and end its lease of the latents. Its stream ends; nothing creates it again."""
         reference_id = ""
@@ -268,9 +261,9 @@ class SessionStore:
         """Return the registry of a cell's workers, which is in the same server."""
         return WorkerRegistry(self._hashes, cell)
 
-    def claim(self, session_id: str, gateway: str = "") -> Claim:
-        """Return a claim on a session, not acquired yet. gateway: see Claim."""
-        return Claim(self._hashes, session_id, gateway)
+    def claim(self, session_id: str, place: Place = NOWHERE) -> Claim:
+        """Return a claim on a session, not acquired yet. place: of the stream."""
+        return Claim(self._hashes, session_id, place)
 
     def changes(self) -> AsyncGenerator[str, None]:
         """Yield the id of each session whose claim moves or that is deleted, from now on, for ever."""

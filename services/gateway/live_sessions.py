@@ -22,6 +22,7 @@ from avatar.worker.v1 import types_pb2
 from services.gateway.access.quotas import Quotas
 from services.gateway.live_session import LiveSession
 from services.gateway.options import StreamOptions, stream_options
+from services.gateway.peers import Peers
 from services.gateway.stages import SessionStages, open_stages
 from services.gateway.stream.in_flight import FIRST_FRAME
 from services.gateway.stream.live_stream import LiveStream
@@ -42,11 +43,14 @@ RECONNECT_S = 1.0
 class LiveSessions:
     """All sessions that are open at this gateway. A context; its end ends them."""
 
-    def __init__(self, settings: GatewaySettings, store: SessionStore, workers: Workers, quotas: Quotas) -> None:
+    def __init__(
+        self, settings: GatewaySettings, store: SessionStore, workers: Workers, quotas: Quotas, peers: Peers
+    ) -> None:
         self._settings = settings
         self._store = store
         self._workers = workers
         self._quotas = quotas
+        self._peers = peers
         self._latents = SharedLatents(store.references)
         self._tasks = asyncio.TaskGroup()
         self._running: set[asyncio.Task[None]] = set()
@@ -207,7 +211,7 @@ class LiveSessions:
 
         take_over: take it from the other stream. If the body fails before it commits, that stream gets it back.
         """
-        claim = self._store.claim(session_id)
+        claim = self._store.claim(session_id, self._peers.here)
         records = [await self._store.acquire(claim, take_over=take_over)]
         self._claims.setdefault(session_id, set()).add(claim)
         telemetry.SESSIONS_ACTIVE.add(1, {"service": "gateway"})

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
+from typing import Any
 
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
@@ -46,6 +47,7 @@ from services.gateway.options import (
     show_session_options,
     stream_options,
 )
+from services.gateway.peers import Peers
 from services.gateway.stream.in_flight import FIRST_FRAME
 from services.gateway.workers import Workers
 
@@ -74,12 +76,14 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         workers: Workers,
         live_sessions: LiveSessions,
         quotas: Quotas,
+        peers: Peers,
     ) -> None:
         self._settings = settings
         self._store = store
         self._workers = workers
         self._live_sessions = live_sessions
         self._quotas = quotas
+        self._peers = peers
         self._picture_slots = PictureSlots(lambda: len(workers.vae.answering(lambda _: True)))
         self._unopened: deque[asyncio.Timeout] = deque()
 
@@ -189,7 +193,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         except BaseException:  # nobody learns its id
             await uncancelled(self._forget(session.id))
             raise
-        status = SessionStatus(session, position, holder="", expires_in_s=position.ttl_s)
+        status = SessionStatus(session, position, place=None, expires_in_s=position.ttl_s)
         return pb.CreateSessionResponse(session=self._show(status))
 
     async def _create(
@@ -219,7 +223,14 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             raise
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
-        return pb.GetSessionResponse(session=await self._session(caller().session(request.session_id)))
+        status = await self._store.status(caller().session(request.session_id))
+        if status.place and not self._live_sessions.get(request.session_id):
+            # Only the gateway where the session streams can tell whether its client is connected.
+            with suppress(NotStreaming):
+                forwarded: pb.GetSessionResponse
+                forwarded = await self._peers.forward("GetSession", request, status.place, context)
+                return forwarded
+        return pb.GetSessionResponse(session=self._show(status))
 
     async def UpdateSession(self, request: pb.UpdateSessionRequest, context: Context) -> pb.UpdateSessionResponse:
         paths, session_id = set(request.update_mask.paths), caller().session(request.session.id)
@@ -227,7 +238,14 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             expected = f"expected {' and '.join(sorted(CHANGEABLE))}, or one of them"
             raise InvalidField.at("update_mask", f"{len(request.update_mask.paths)} paths, {expected}")
         ttl_s = _ttl_s("session.ttl", request.session.ttl) if "ttl" in paths else None
-        first_block = await self._change_prompt(session_id, request.session.prompt) if "prompt" in paths else None
+        first_block = None
+        if "prompt" in paths:
+            try:
+                first_block = await self._change_prompt(session_id, request.session.prompt)
+            except NotStreaming:
+                forwarded: pb.UpdateSessionResponse
+                forwarded = await self._forward("UpdateSession", request, session_id, context)
+                return forwarded
         if ttl_s is not None:
             await self._store.set_ttl(session_id, ttl_s)
             await self._quotas.lease_session(session_id, ttl_s)
@@ -272,7 +290,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             conditions = await under_prompt(newest, newest + 1)
             outcome = await self._store.put_idle_prompt(session, conditions, position, changed, newest)
             if outcome is Outcome.TAKEN:
-                raise NotStreaming(f"session {session_id!r} streams at another gateway; change its prompt there")
+                raise NotStreaming("the session streams at another gateway")
             if outcome is Outcome.DONE:
                 return first_block
 
@@ -291,11 +309,14 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
 
     async def Interrupt(self, request: pb.InterruptRequest, context: Context) -> pb.InterruptResponse:
         session_id = caller().session(request.session_id)
-        live = self._live_sessions.get(session_id)
-        if live is None:
-            await self._store.expires_in_s(session_id)
-            raise NotStreaming(f"no stream of session {session_id!r} is open at this gateway")
-        return live.stream.interrupt()
+        if live := self._live_sessions.get(session_id):
+            return live.stream.interrupt()
+        response: pb.InterruptResponse = await self._forward("Interrupt", request, session_id, context)
+        return response
+
+    async def _forward(self, method: str, request: Any, session_id: str, context: Context) -> Any:
+        """Pass a call on to the gateway where its session streams. Raises as `Peers.forward` does."""
+        return await self._peers.forward(method, request, (await self._store.status(session_id)).place, context)
 
     async def StreamAvatar(  # type: ignore[override]  # writes through its context, from more than one task
         self, requests: AsyncIterator[pb.StreamAvatarRequest], context: Context
@@ -339,7 +360,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         state = types.Session.STATE_IDLE
         if position.is_closed:
             state = types.Session.STATE_CLOSED
-        elif status.holder:
+        elif status.place:
             live = self._live_sessions.get(stored.id)
             is_detached = live is not None and not live.stream.is_connected
             state = types.Session.STATE_DETACHED if is_detached else types.Session.STATE_STREAMING

@@ -7,7 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from avatar.errors import AvatarError, SessionBusy, SessionClosed, SessionNotFound
-from avatar.store.claims import CLAIM_TTL_S, CLOSED_TTL_S, Claim, Outcome
+from avatar.store.claims import CLAIM_TTL_S, CLOSED_TTL_S, Claim, Outcome, Place
 from avatar.store.sessions import SessionStore
 from avatar.worker.v1 import types_pb2 as pb
 from tests.store.expiry import elapse
@@ -24,9 +24,12 @@ async def created(store: SessionStore) -> SessionStore:
     return store
 
 
+PLACE = Place("10.0.0.1:7000", "east")
+
+
 async def held(store: SessionStore, *, take_over: bool = False) -> Claim:
     """A claim that is acquired."""
-    claim = store.claim("a", "10.0.0.1:7000")
+    claim = store.claim("a", PLACE)
     await claim.acquire(take_over=take_over)
     return claim
 
@@ -38,12 +41,12 @@ async def restored(store: SessionStore, claim: Claim, *, may_create: bool = True
 
 
 async def test_a_session_has_one_stream_at_a_time(created: SessionStore, redis_client: Redis) -> None:
-    assert not (await created.status("a")).holder
+    assert not (await created.status("a")).place
     claim = await held(created)
     await claim.acquire()
     with pytest.raises(SessionBusy, match="'a'"):
         await held(created)
-    assert (await created.status("a")).holder.endswith("@10.0.0.1:7000")
+    assert (await created.status("a")).place == PLACE
     await claim.release()
     assert await redis_client.keys("avatar:claim:*") == []
     await held(created)
@@ -73,9 +76,9 @@ async def test_only_a_new_position_restarts_the_time_to_live(created: SessionSto
     claim = await held(created)
     await elapse(redis_client, 5)
     await claim.renew()
-    assert await created.expires_in_s("a") <= TTL_S - 5
+    assert (await created.status("a")).expires_in_s <= TTL_S - 5
     await claim.renew(position())
-    assert await created.expires_in_s("a") > TTL_S - 5
+    assert (await created.status("a")).expires_in_s > TTL_S - 5
 
 
 async def test_a_time_to_live_that_was_set_elsewhere_outlives_the_holders_writes(created: SessionStore) -> None:
@@ -83,7 +86,7 @@ async def test_a_time_to_live_that_was_set_elsewhere_outlives_the_holders_writes
     await created.set_ttl("a", 3 * TTL_S)
     await claim.renew(position(next_block=2, ttl_s=TTL_S))
     assert (await created.position("a")).ttl_s == claim.ttl_s == 3 * TTL_S
-    assert await created.expires_in_s("a") > 2 * TTL_S
+    assert (await created.status("a")).expires_in_s > 2 * TTL_S
 
 
 async def test_a_take_over_moves_the_claim_and_ends_the_former_stream_when_it_commits(created: SessionStore) -> None:
@@ -119,7 +122,7 @@ async def test_a_claim_is_given_back_to_nobody_if_the_former_stream_is_gone(
         while int(await redis_client.hget(CLAIM, "previous_until") or 0) > await now_ms(redis_client):  # noqa: ASYNC110
             await asyncio.sleep(0.01)  # the server's clock
     await claim.release()
-    assert not (await created.status("a")).holder
+    assert not (await created.status("a")).place
     assert await former.renew() is Outcome.EXPIRED
 
 
@@ -159,7 +162,7 @@ async def test_a_stream_that_ends_during_a_take_over_does_not_get_the_claim_back
         await former.close(position())
     await former.release()
     await claim.release()
-    assert not (await created.status("a")).holder
+    assert not (await created.status("a")).place
 
 
 @pytest.mark.parametrize("change", ["take over", "commit", "give back", "delete"])
@@ -197,7 +200,7 @@ async def test_a_closed_session_stays_closed_for_its_minute_and_is_gone_then(
     await created.close(claim, session(), closing)
     await claim.release()
     assert (await created.position("a")).is_closed
-    assert await created.expires_in_s("a") <= CLOSED_TTL_S
+    assert (await created.status("a")).expires_in_s <= CLOSED_TTL_S
     writes = [
         created.put_conditions("a", conditions(1)),
         created.put_prompt(session(), conditions(1)),

@@ -26,7 +26,6 @@ async def test_an_unreachable_server_is_reported_in_bounded_time(is_listening: b
             lambda: store.session("a"),
             lambda: store.create(session("a"), conditions(0), position()),
             lambda: store.delete("a"),
-            lambda: store.expires_in_s("a"),
             lambda: store.claim("a").acquire(),
             lambda: store.claim("a").renew(position()),
             lambda: store.claim("a").release(),

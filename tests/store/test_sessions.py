@@ -86,7 +86,7 @@ async def test_a_session_expires_as_a_whole(created: SessionStore, redis_client:
         with pytest.raises(SessionNotFound, match=r"'a'.*never created, was deleted or has expired"):
             await read
     with pytest.raises(SessionNotFound):
-        await created.expires_in_s("a")
+        await created.status("a")
 
 
 async def test_renewing_restarts_the_time_to_live_of_the_whole_session(
@@ -97,7 +97,7 @@ async def test_renewing_restarts_the_time_to_live_of_the_whole_session(
     await created.set_ttl("a", 90.0)
     await elapse(redis_client, 10)
     await write_position(created, "a", position(next_block=5, ttl_s=1.0))
-    assert 89 < await created.expires_in_s("a") <= 90
+    assert 89 < (await created.status("a")).expires_in_s <= 90
     assert await created.session("a") == session()
     assert [await created.conditions("a", version) for version in range(2)] == [conditions(i) for i in range(2)]
     assert await created.position("a") == position(next_block=5, ttl_s=90.0)
@@ -106,7 +106,7 @@ async def test_renewing_restarts_the_time_to_live_of_the_whole_session(
 async def test_new_conditions_do_not_extend_the_time_to_live(created: SessionStore, redis_client: Redis) -> None:
     await elapse(redis_client, 30)
     await created.put_conditions("a", conditions(1))
-    assert await created.expires_in_s("a") <= TTL_S - 30
+    assert (await created.status("a")).expires_in_s <= TTL_S - 30
 
 
 async def test_writing_to_a_missing_session_creates_nothing(store: SessionStore, redis_client: Redis) -> None:
