@@ -1,10 +1,13 @@
 """The process of a worker: its device, dtype, session store and server."""
 
 import logging
+import os
+import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -12,6 +15,7 @@ from avatar import telemetry
 from avatar.checkpoints.files import DTYPES, is_native
 from avatar.rpc.server import serving
 from avatar.rpc.tls import server_credentials
+from avatar.runtime.admission import Device
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import PREFIX, WorkerSettings
 from avatar.store.redis import RedisHashes
@@ -20,6 +24,9 @@ from services.address import advertised_address
 from services.registration import WorkerServicer, registered
 
 logger = logging.getLogger(__name__)
+
+# The kernel's, and therefore the same in all containers (Linux only).
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,23 @@ def device_and_dtype(settings: WorkerSettings) -> tuple[torch.device, torch.dtyp
 def open_device_queue(settings: WorkerSettings) -> DeviceQueue:
     """Return the queue of the settings' device, a context. Calls to a GPU return early, so its queue synchronizes."""
     device = _device(settings)
-    return DeviceQueue(partial(torch.cuda.synchronize, device) if device.type == "cuda" else None)
+    if device.type == "cuda":
+        # Its own name: the same GPU has another number in a process that sees others.
+        name = str(torch.cuda.get_device_properties(device).uuid)
+        return DeviceQueue(partial(torch.cuda.synchronize, device), Device(name))
+    return DeviceQueue(device=Device(_machine(), num_cores(), settings.threads))
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _machine() -> str:
+    """Return a name of this machine, which its containers share."""
+    with suppress(OSError):
+        return BOOT_ID.read_text(encoding="ascii").strip()
+    return f"{uuid.getnode():x}"
 
 
 def _device(settings: WorkerSettings) -> torch.device:

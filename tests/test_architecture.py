@@ -53,7 +53,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Streams.
     "avatar.runtime.admission": ("avatar.errors", "avatar.telemetry", "avatar.types"),
     "avatar.runtime": ("avatar.aio", "avatar.runtime.admission", "avatar.types"),
-    "avatar.rpc.codec": ("avatar.types", "avatar.worker"),
+    "avatar.rpc.codec": ("avatar.runtime.admission", "avatar.types", "avatar.worker"),
     "avatar.rpc.health": (),
     "avatar.rpc.status": ("avatar.errors",),
     "avatar.rpc.channel": (),

@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from avatar.runtime.admission import DeviceLoad
 from avatar.types import AudioPiece, Block, Conditions, HeardAudio, Session
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.audio_pb2 import AudioPiece as AudioPieceMessage
@@ -139,3 +140,15 @@ def piece_from_bytes(data: bytes, encoding: str, rate_hz: int, num_channels: int
     samples = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
     scaled = samples / 32768 if dtype is torch.int16 else samples
     return AudioPiece(scaled.reshape(-1, num_channels).T.contiguous(), rate_hz)
+
+
+def load_to_pb(load: DeviceLoad) -> pb.DeviceLoad:
+    """Return the message of a queue's device and its load as it is now."""
+    return pb.DeviceLoad(
+        device=load.device.name,
+        num_cores=load.device.num_cores,
+        queue=load.queue,
+        num_threads=load.device.num_threads,
+        session_share=load.session_share,
+        live_share=load.live_share,
+    )

@@ -11,11 +11,13 @@ slots: at a full worker its new stream replaces the old one.
 """
 
 import asyncio
+import secrets
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from statistics import median_low
 
 from avatar import telemetry
@@ -52,10 +54,32 @@ class StepTimes(deque[float]):
         return self.median_s / self.block_s
 
 
-class DeviceLoad:
-    """Time of a device that its live streams need, over all services that share it."""
+def _unique_name() -> str:
+    return secrets.token_hex(8)
 
-    def __init__(self) -> None:
+
+@dataclass(frozen=True)
+class Device:
+    """A device, which the queues of several processes may share.
+
+    name: the same in all processes that compute on it; by default no other process does. num_cores: of a CPU; 1 for a
+    GPU, which runs one step at a time. num_threads: cores that a step keeps busy.
+    """
+
+    name: str = field(default_factory=_unique_name)
+    num_cores: int = 1
+    num_threads: int = 1
+
+
+class DeviceLoad:
+    """Time of a device's queue that its live streams need, over all services that share it.
+
+    queue: name of the queue, which no other has.
+    """
+
+    def __init__(self, device: Device | None = None) -> None:
+        self.device = device or Device()
+        self.queue = _unique_name()
         self._services: list[tuple[StepTimes, int]] = []
         self._live_streams: list[tuple[str, StepTimes]] = []
 
@@ -70,7 +94,7 @@ class DeviceLoad:
         """
         if all(session_id == each for each, _ in self._live_streams):
             return True
-        return self._needed_share + step_times.share <= LIVE_SHARE
+        return self.live_share + step_times.share <= LIVE_SHARE
 
     @contextmanager
     def live_stream(self, session_id: str, step_times: StepTimes) -> Iterator[None]:
@@ -86,14 +110,19 @@ class DeviceLoad:
     @property
     def num_free_sessions(self) -> int:
         """Number of further live sessions that the device keeps up with, each with all its streams here."""
-        session_share = sum(step_times.share * num_streams for step_times, num_streams in self._services)
-        if not session_share:
+        if not (session_share := self.session_share):
             return sys.maxsize
-        free_share = LIVE_SHARE - self._needed_share
+        free_share = LIVE_SHARE - self.live_share
         return max(int(free_share // session_share), 0 if self._live_streams else 1)
 
     @property
-    def _needed_share(self) -> float:
+    def session_share(self) -> float:
+        """Share of the queue's time that a live session needs with all its streams here; over 1 if it is too slow."""
+        return sum(step_times.share * num_streams for step_times, num_streams in self._services)
+
+    @property
+    def live_share(self) -> float:
+        """Share of the queue's time that the open live streams need."""
         return sum(step_times.share for _, step_times in self._live_streams)
 
 

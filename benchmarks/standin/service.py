@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc.aio
 
+from avatar.rpc.codec import load_to_pb
 from avatar.rpc.interceptor import Context, max_active, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
@@ -101,6 +102,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             active=self._stage.admission.active,
             max_streams=self._stage.limit,
             step_s=self._stage.admission.step_times.p90_s,
+            load=load_to_pb(self._stage.queue.load),
         )
 
     async def GetInfo(
@@ -164,6 +166,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             active=self._stage.admission.active,
             max_streams=self._stage.limit,
             step_s=self._stage.admission.step_times.p90_s,
+            load=load_to_pb(self._stage.queue.load),
         )
 
     async def GetInfo(
@@ -221,6 +224,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             max_streams=self._stage.limit,
             encodings=["fmp4", "rgb24"],
             step_s=self._stage.admission.step_times.p90_s,
+            load=load_to_pb(self._stage.queue.load),
         )
 
     async def GetInfo(

@@ -11,7 +11,7 @@ from avatar import telemetry
 from avatar.audio.model import AudioModel, ResumedAudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
-from avatar.rpc.codec import audio_session_from_pb, block_to_pb, due_s, heard_from_pb, piece_from_bytes
+from avatar.rpc.codec import audio_session_from_pb, block_to_pb, due_s, heard_from_pb, load_to_pb, piece_from_bytes
 from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
@@ -57,6 +57,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             max_streams=self._admission.limit,
             max_right_frames=self._audio.max_right_frames,
             step_s=self._admission.step_times.p90_s,
+            load=load_to_pb(self._queue.load),
         )
 
     async def GetInfo(self, request: pb.AudioServiceGetInfoRequest, context: Context) -> pb.AudioServiceGetInfoResponse:

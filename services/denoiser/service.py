@@ -13,7 +13,14 @@ from avatar import telemetry
 from avatar.denoiser.denoiser import Denoiser
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, ChainMember, ChainStream
-from avatar.rpc.codec import block_from_pb, conditions_from_pb, conditions_to_pb, latent_to_pb, session_from_open
+from avatar.rpc.codec import (
+    block_from_pb,
+    conditions_from_pb,
+    conditions_to_pb,
+    latent_to_pb,
+    load_to_pb,
+    session_from_open,
+)
 from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
@@ -92,6 +99,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             block_frames=self._config.frames_per_block,
             schedule=self._config.schedule[:-1],
             num_trained_levels=self._config.num_trained_levels,
+            load=load_to_pb(self._queue.load),
         )
 
     async def GetInfo(

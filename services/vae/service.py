@@ -18,7 +18,7 @@ import numpy as np
 
 from avatar import telemetry
 from avatar.errors import NoCapacity
-from avatar.rpc.codec import block_from_pb, session_from_open, tensor_to_pb
+from avatar.rpc.codec import block_from_pb, load_to_pb, session_from_open, tensor_to_pb
 from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
 from avatar.rpc.status import INPUT_TAKEN
 from avatar.runtime.admission import AdmissionControl, StepTimes
@@ -90,6 +90,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             encodings=list(encodings.ENCODINGS),
             step_s=self._admission.step_times.p90_s,
             latent_step_s=self._latent_times.p90_s,
+            load=load_to_pb(self._queue.load),
         )
 
     async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:

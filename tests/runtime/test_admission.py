@@ -9,7 +9,7 @@ import pytest
 
 from avatar.aio import background
 from avatar.errors import NoCapacity, SessionBusy
-from avatar.runtime.admission import AdmissionControl, DeviceLoad, StepTimes
+from avatar.runtime.admission import AdmissionControl, Device, DeviceLoad, StepTimes
 
 BLOCK_S = 0.48
 
@@ -64,6 +64,24 @@ def test_all_services_of_a_device_count() -> None:
         with load.live_stream("b", denoiser):
             assert load.has_time_for("b", decoder)
             assert not load.has_time_for("b", denoiser)
+
+
+def test_a_queue_reports_the_share_of_one_session_and_of_the_open_live_streams() -> None:
+    load, denoiser, decoder = DeviceLoad(), step_times(0.12), step_times(0.06)
+    load.add_service(denoiser, 2)
+    load.add_service(decoder, 1)
+    assert load.session_share == pytest.approx(0.3 / BLOCK_S)
+    assert load.live_share == 0
+    with load.live_stream("a", denoiser), load.live_stream("b", decoder):
+        assert load.live_share == pytest.approx(0.18 / BLOCK_S)
+    assert load.live_share == 0
+
+
+def test_queues_share_a_device_only_if_it_is_named() -> None:
+    first, second = DeviceLoad(Device("gpu")), DeviceLoad(Device("gpu"))
+    assert first.device == second.device
+    assert first.queue != second.queue
+    assert DeviceLoad().device != DeviceLoad().device
 
 
 def test_a_device_without_measured_steps_refuses_no_stream() -> None:

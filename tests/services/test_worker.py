@@ -17,6 +17,7 @@ from services.denoiser.__main__ import build as build_denoiser
 from services.denoiser.loading import latent_sizes
 from services.denoiser.service import DenoiserServicer
 from services.vae.__main__ import build as build_vae
+from services.worker import num_cores, open_device_queue
 
 
 def built(checkpoint: Path, store: SessionStore, **settings: Any) -> DenoiserServicer:
@@ -113,3 +114,15 @@ async def test_a_dtype_without_instructions_of_the_processor_is_logged(
         build_audio(AudioSettings(checkpoint=checkpoint, dtype=dtype), queue)
     hints = [getattr(record, "hint", "") for record in caplog.records]
     assert any("AVATAR_DTYPE=float32" in hint for hint in hints) == is_logged
+
+
+def test_workers_of_a_process_report_one_queue_and_those_of_a_machine_one_device(checkpoint: Path) -> None:
+    settings = AudioSettings(checkpoint=checkpoint, threads=3)
+    with open_device_queue(settings) as queue, open_device_queue(settings) as other:
+        audio, vae = build_audio(settings, queue).info(), build_vae(VaeSettings(checkpoint=checkpoint), queue).info()
+        elsewhere = build_audio(settings, other).info()
+    assert audio.load.queue == vae.load.queue != elsewhere.load.queue
+    assert audio.load.device == vae.load.device == elsewhere.load.device
+    assert (audio.load.num_cores, audio.load.num_threads) == (num_cores(), 3)
+    assert elsewhere.load.session_share == pytest.approx(elsewhere.step_s / 0.48)
+    assert elsewhere.load.live_share == 0
