@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -90,10 +91,17 @@ async def measure(sizes: Sizes, server: str, *, num_sessions: int = SESSIONS, se
 
 
 async def _cost_of(process: psutil.Process, seconds: float) -> tuple[float, float]:
-    """Return a process's CPU-ms and wake-ups per second, measured from now on."""
-    start_s, start_wakes = cpu_s(process), _wakes(process)
-    await asyncio.sleep(seconds)
-    return (cpu_s(process) - start_s) * 1e3 / seconds, (_wakes(process) - start_wakes) / seconds
+    """Return a process's CPU-ms and wake-ups per second, measured from now on.
+
+    The median of seconds: other programs of the machine, which share its caches, may disturb some of them.
+    """
+    spent_s, wakes, times_s = [cpu_s(process)], _wakes(process), [time.monotonic()]
+    for _ in range(round(seconds)):
+        await asyncio.sleep(1.0)
+        spent_s.append(cpu_s(process))
+        times_s.append(time.monotonic())
+    shares = [(b - a) / (d - c) for (a, b), (c, d) in zip(pairwise(spent_s), pairwise(times_s), strict=True)]
+    return median(shares) * 1e3, (_wakes(process) - wakes) / (times_s[-1] - times_s[0])
 
 
 @asynccontextmanager
