@@ -52,6 +52,7 @@ class WaitLimit:
 
     def __init__(self) -> None:
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = math.inf
         self._waiting: asyncio.Task[Any] | None = None
         self._num_cancelled = 0  # requests to cancel the waiting task, before the wait
         self._until_s = math.inf
@@ -67,7 +68,7 @@ class WaitLimit:
         if self._waiting is None:
             return
         self._until_s = asyncio.get_running_loop().time() + seconds
-        if self._timer is None or self._timer.when() > self._until_s:
+        if self._timer_s > self._until_s:
             self._start_timer()
 
     def __enter__(self) -> None:
@@ -87,11 +88,12 @@ class WaitLimit:
     def _start_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_at(self._until_s, self._look)
+        self._timer_s = self._until_s
+        self._timer = asyncio.get_running_loop().call_at(self._timer_s, self._look)
 
     def _look(self) -> None:
         """End the wait if its time is over; set the timer anew if the limit has moved."""
-        self._timer = None
+        self._timer, self._timer_s = None, math.inf
         if self._waiting is None or self._until_s == math.inf or self._is_over:
             return
         if asyncio.get_running_loop().time() < self._until_s:

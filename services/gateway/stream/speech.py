@@ -104,12 +104,14 @@ class SpeechQueue:
 
     def add(self, data: bytes) -> None:
         """Add audio to the current turn."""
-        num_samples = len(data) // self._sample_bytes
+        num_samples, was_empty = len(data) // self._sample_bytes, not self.turn.pending
         self.turn.pending += data
         self.turn.num_samples += num_samples
         self.num_samples += num_samples
         self._last_added_s = self._now()
-        self._changed.set()
+        # Audio that neither starts nor completes a block only makes it wait longer, as its timer will find.
+        if was_empty or self._has_whole_block(self._next_turn()):
+            self._changed.set()
 
     def end_turn(self) -> Turn:
         """End the current turn and return it; what is added next belongs to a new one."""

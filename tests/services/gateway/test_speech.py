@@ -1,5 +1,6 @@
 """Tests of services.gateway.stream.speech: which block a live stream starts next, and when."""
 
+import asyncio
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from services.gateway.stream.in_flight import BlocksInFlight
 from services.gateway.stream.outbox import Outbox
 from services.gateway.stream.speech import LivePacing, SpeechQueue
 from services.gateway.stream.timeline import MediaGrid, Timeline
-from tests.services.gateway.clock import Clock
+from tests.services.gateway.clock import Clock, settled
 
 BLOCK = 7680
 LOOKAHEAD = 80
@@ -118,3 +119,28 @@ async def test_a_turn_that_has_ended_does_not_wait_for_more() -> None:
     speech.add(1600)
     await speech.block()
     assert speech.in_flight.started[-1].num_samples == 1600
+
+
+async def test_only_audio_that_starts_or_completes_a_block_wakes_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    speech, looks = SpeechAtTheClock(), []
+    wait_s = speech.queue._wait_s
+
+    def looked(start_by_s: float) -> float:
+        looks.append(start_by_s)
+        return wait_s(start_by_s)
+
+    monkeypatch.setattr(speech.queue, "_wait_s", looked)
+    position = types_pb2.Position(next_frame=360)  # due in 14 s
+    outbox = Outbox(GRID, position, kept_frames=50, kept_bytes=1, max_unread_s=1.0, is_fragmented=False)
+    pieces = speech.queue.live(speech.timeline, outbox)
+    starting = asyncio.get_running_loop().create_task(anext(pieces))
+    for _ in range(BLOCK // 320):  # pieces of 20 ms
+        speech.add(320)
+        await settled()
+    assert not starting.done()
+    assert len(looks) <= 2
+    speech.clock.now_s += 14.0
+    speech.add(LOOKAHEAD)
+    piece = await starting
+    assert len(piece.data) == 2 * BLOCK
+    await pieces.aclose()
