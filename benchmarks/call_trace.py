@@ -3,7 +3,7 @@
 All services run in this process on one event loop, one offline stream speaks the shipped clip twice, and the calls of
 eight blocks in mid-stream are traced on the event loop's thread. An *entry* is a call of a function of the file, or the
 resumption of one of its coroutines; a *change* is a call or return from one file of avatar/ or services/ to another.
-Figures are means per block. Health checks of workers, which belong to no block, are switched off meanwhile; a renewal
+Figures are means per block. Discovery of workers, which belongs to no block, is switched off meanwhile; a renewal
 of quotas, every few seconds, may enter one file more.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc.aio
 
-from avatar.failover import pool
+from avatar.failover import discovery, pool
 from avatar.media import read_audio
 from avatar.settings import GatewaySettings
 from avatar.store.redis import RedisHashes
@@ -27,11 +27,12 @@ from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
+from services import registration
 from services.local.processes import local_redis
 from services.local.suite import suite
 
-# Seconds between health checks: none happens while blocks are traced.
-pool.POLL_EVERY_S = 3600.0
+# Seconds between writes and reads of the registry: none happens while blocks are traced.
+registration.HEARTBEAT_S = discovery.READ_EVERY_S = pool.REPORT_EVERY_S = pool.ASK_EVERY_S = 3600.0
 
 ROOT = Path(__file__).parents[1]
 FIRST_BLOCK, NUM_BLOCKS = 6, 8

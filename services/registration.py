@@ -9,11 +9,13 @@ from typing import Any, Protocol
 from avatar.aio import background
 from avatar.errors import StoreUnavailable
 from avatar.rpc.server import Servicer
-from avatar.store.registry import HEARTBEAT_S, WorkerRegistry
+from avatar.store.registry import WorkerRegistry
 from avatar.worker.v1.discovery_pb2 import WorkerState, WorkerStates
 
 logger = logging.getLogger(__name__)
 
+# Longest time between two writes of a worker's state.
+HEARTBEAT_S = 0.8
 # Changes that follow each other within this time are one write.
 SETTLE_S = 0.02
 

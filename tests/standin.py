@@ -10,7 +10,7 @@ from typing import Any
 from avatar.client import connect
 from avatar.errors import InvalidField, StageLost
 from avatar.rpc.interceptor import Context
-from avatar.rpc.server import Servicer, serving
+from avatar.rpc.server import serving
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
@@ -19,6 +19,7 @@ from benchmarks.standin.content import NUM_LEVELS
 from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
 from benchmarks.standin.step import Step
 from services.local.suite import gateway
+from services.registration import WorkerServicer, registered
 
 STEP_S = 0.002
 READY_S = 10.0
@@ -104,8 +105,10 @@ async def standin_gateways(
     async with AsyncExitStack() as stack:
         queue = stack.enter_context(DeviceQueue())
 
-        async def serve(servicer: Servicer) -> str:
-            return f"127.0.0.1:{await stack.enter_async_context(serving('127.0.0.1:0', servicer))}"
+        async def serve(servicer: WorkerServicer) -> str:
+            target = f"127.0.0.1:{await stack.enter_async_context(serving('127.0.0.1:0', servicer))}"
+            await stack.enter_async_context(registered(store.workers("main"), target, servicer))
+            return target
 
         def stage(name: str) -> Stage:
             return Stage(name, Step(STEP_S), queue, limit, history_blocks=3)

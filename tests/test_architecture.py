@@ -115,7 +115,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("web.browser_session", "web.page_requests", "web.pending_speech", "web.playout", "web.text_to_speech"),
     ),
     # Benchmarks measure the suite from outside, and only start its processes.
-    "benchmarks": ("avatar", "services.local"),
+    "benchmarks": ("avatar", "services.local", "services.registration"),
 }
 
 # The modules of avatar.rpc that open no tensor: all but the codec.

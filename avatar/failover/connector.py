@@ -68,10 +68,20 @@ class StageConnector(ABC, Generic[Item, Answer]):
 
         Raises what `WorkerPool.open` raises.
         """
-        worker, (stream, opened) = await self._pool.open(self._open_at, self._is_candidate, self._former)
+        worker, (stream, opened) = await self._pool.open(
+            self._open_at, self._is_candidate, first=self._former, is_live=self._message.is_live
+        )
         self._former = ""
         self.replay.set_window(opened)
         return worker, stream, opened
+
+    def room(self) -> float:
+        """Return the free slots of the workers that serve the stream, in sessions; see `WorkerPool.room`."""
+        return self._pool.room(self._is_candidate, is_live=self._message.is_live)
+
+    def is_full(self) -> bool:
+        """Return whether workers serve the stream, all are known to be full, and none has a slot of the session."""
+        return not self._former and self._pool.is_full(self._is_candidate, is_live=self._message.is_live)
 
     def serves(self, info: Any) -> bool:  # noqa: ARG002
         """Return whether a worker of this description serves the stream. By default every worker of the pool does."""
@@ -84,11 +94,14 @@ class StageConnector(ABC, Generic[Item, Answer]):
     def _is_candidate(self, info: Any) -> bool:
         return self.serves(info) and self._digest in (None, info.digest)
 
-    async def _open_at(self, worker: Worker[Any]) -> tuple[OpenStream[Item, Answer], Any]:
+    async def _open_at(self, worker: Worker[Any], max_active: int | None) -> tuple[OpenStream[Item, Answer], Any]:
         assert worker.info is not None
         digest = worker.info.digest
         stream = self.stream_at(worker)
         self.replay.set_start(self._message)
+        self._message.ClearField("max_active")
+        if max_active is not None:
+            self._message.max_active = max_active
         opened = await stream.open(self._message, self._session)
         self._digest = digest
         return stream, opened

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-# Tries of one opening, and of these by numbers that have not been read again. The last try has no bound.
+# Refusals that end an opening, and those after which the registry is read again. The last try has no bound.
 MAX_TRIES = 5
 MAX_OLD_TRIES = 2
 # Attempts to open a session's stages, of which a stage may have lost its free slot to another process in between.
@@ -29,7 +29,8 @@ class WorkerLoad:
     """The streams of one worker, as one process believes.
 
     num_own: streams of this process, also those that are being opened. num_others: all other streams, as of the last
-    report. capacity: live streams that it accepts at a time. max_streams: streams of any kind.
+    report. capacity: live streams that it accepts at a time. max_streams: streams of any kind. num_levels: streams of
+    one session there.
     is_registered: the numbers come from the registry, and are therefore news. is_doubtful: the worker gives no sign of
     life, and has not been found to be lost yet.
     """
@@ -38,6 +39,7 @@ class WorkerLoad:
     num_others: int = 0
     capacity: int = 0
     max_streams: int = 0
+    num_levels: int = 1
     is_registered: bool = False
     is_doubtful: bool = False
 
@@ -55,9 +57,13 @@ class WorkerLoad:
         """Return the number of further streams of a kind; 0 or below if the worker is full."""
         return (self.capacity if is_live else self.max_streams) - self.num_streams
 
+    def room(self, *, is_live: bool) -> float:
+        """Return the free slots in sessions. Numbers that are no news leave at least one stream."""
+        return max(self.num_free(is_live=is_live), not self.is_registered, 0) / self.num_levels
+
     def may_accept(self, *, is_live: bool) -> bool:
         """Return False if the worker is known to be full. Numbers that are no news exclude no worker."""
-        return not self.is_registered or self.num_free(is_live=is_live) > 0
+        return self.room(is_live=is_live) > 0
 
     def rank(self, *, is_live: bool) -> tuple[int, float, int]:
         """Return the order in which workers are chosen: free before doubtful before full, least loaded first."""
@@ -74,8 +80,8 @@ class Loaded(Protocol):
 LoadedWorker = TypeVar("LoadedWorker", bound=Loaded)
 
 
-def choose(workers: Iterable[LoadedWorker], rng: random.Random, *, is_live: bool) -> LoadedWorker | None:
-    """Return a worker of the lowest rank, one of several at random; None if there is none."""
+def choose(workers: Iterable[LoadedWorker], rng: random.Random, *, is_live: bool) -> LoadedWorker:
+    """Return a worker of the lowest rank, one of several at random."""
     best: list[LoadedWorker] = []
     lowest: tuple[int, float, int] | None = None
     for worker in workers:
@@ -84,7 +90,7 @@ def choose(workers: Iterable[LoadedWorker], rng: random.Random, *, is_live: bool
             lowest, best = rank, []
         if rank == lowest:
             best.append(worker)
-    return rng.choice(best) if best else None
+    return rng.choice(best)
 
 
 class Tries(Generic[LoadedWorker]):
@@ -93,26 +99,44 @@ class Tries(Generic[LoadedWorker]):
     needs_news: read the registry before the next try.
     """
 
-    def __init__(self, candidates: Callable[[], Iterable[LoadedWorker]], rng: random.Random, *, is_live: bool) -> None:
-        """candidates: returns the workers that serve the stream, at the time of each try."""
+    def __init__(
+        self,
+        candidates: Callable[[], Iterable[LoadedWorker]],
+        rng: random.Random,
+        *,
+        is_live: bool,
+        first: LoadedWorker | None = None,
+    ) -> None:
+        """candidates: returns the workers that serve the stream, at the time of each try. first: one of them to try
+        before all others, without a bound: it has a slot of the session.
+        """
         self._candidates, self._rng, self._is_live = candidates, rng, is_live
+        self._first = first
         self._excluded: list[LoadedWorker] = []
-        self._num_tries = 0
+        self._num_refusals = 0
 
     @property
     def needs_news(self) -> bool:
-        return self._num_tries >= MAX_OLD_TRIES
+        return MAX_OLD_TRIES <= self._num_refusals < MAX_TRIES
 
     def next(self) -> tuple[LoadedWorker, int | None] | None:
-        """Return a worker, and the bound on its streams; None if there is none, or after MAX_TRIES.
+        """Return a worker, and the bound on its streams; None if there is none, or after MAX_TRIES refusals.
 
         The stream counts as the process's own: the caller takes it off `num_own` if it does not open, or has ended.
         """
-        remaining = (each for each in self._candidates() if not any(each is other for other in self._excluded))
-        if self._num_tries == MAX_TRIES or (worker := choose(remaining, self._rng, is_live=self._is_live)) is None:
+        if self._num_refusals == MAX_TRIES:
             return None
-        self._num_tries += 1
-        bound = None if self._num_tries == MAX_TRIES else worker.load.num_streams
+        first, self._first = self._first, None
+        remaining = [each for each in self._candidates() if not any(each is other for other in self._excluded)]
+        if not remaining:
+            return None
+        if first in remaining:
+            worker, bound = first, None
+        else:
+            worker = choose(remaining, self._rng, is_live=self._is_live)
+            # The session's other streams at the worker may arrive before this one.
+            believed = worker.load.num_streams + worker.load.num_levels - 1
+            bound = None if self._num_refusals == MAX_TRIES - 1 else believed
         worker.load.num_own += 1
         return worker, bound
 
@@ -121,6 +145,7 @@ class Tries(Generic[LoadedWorker]):
 
         Only a worker that has room is tried again.
         """
+        self._num_refusals += 1
         if numbers:
             active, capacity = numbers
             worker.load.report(active, capacity)
@@ -128,7 +153,7 @@ class Tries(Generic[LoadedWorker]):
             self.failed(worker)
 
     def failed(self, worker: LoadedWorker) -> None:
-        """Try this worker no more."""
+        """Try this worker no more. A lost worker alone is no refusal: the next one may have room."""
         self._excluded.append(worker)
 
 

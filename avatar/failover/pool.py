@@ -1,68 +1,82 @@
-"""The workers of one kind: discovery, health checks, and the choice of a worker for a new stream.
+"""The workers of one stage: their addresses, what they serve, and the choice of one for a new stream.
 
-A name that resolves to several addresses is several workers. Each is asked once a second what it serves and how many
-streams it has; one that does not answer gets no new stream, and its open streams are notified. Workers come and go
-while streams run.
+    names of the settings -> addresses -> workers -> placement -> stream
+
+A name that resolves to several addresses is several workers. What a worker serves and how many streams it has comes
+from the registry (`discovery`). One that is not registered, or was lost, is asked directly, in a task of its own; if it
+is silent, it gets no new stream and its open streams are notified. Workers come and go while streams run.
 """
 
 import asyncio
-import ipaddress
 import logging
-import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Generic, TypeVar
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import cached_property, partial
+from typing import Any, Generic, TypeVar
 
 import grpc.aio
 from google.protobuf.message import Message
 
 from avatar import telemetry
-from avatar.aio import background
 from avatar.errors import AvatarError, NoCapacity, StageFailed, StageLost, StoreUnavailable
+from avatar.failover.addresses import Addresses
+from avatar.failover.discovery import Discovery
+from avatar.failover.placement import Tries, WorkerLoad, retry_s
 from avatar.rpc.channel import channel
 
 logger = logging.getLogger(__name__)
 Info = TypeVar("Info", bound=Message)
 Opened = TypeVar("Opened")
 
-POLL_EVERY_S = 1.0
+REPORT_EVERY_S = 1.0
+ASK_EVERY_S = 1.0
 # A worker's event loop answers within milliseconds however busy its device is; a stopped process does not.
 ANSWER_S = 2.0
-RETRY_S = 1.0
+# Many workers that must be asked at once, as after a restart of Redis, are asked this far apart.
+ASK_APART_S = 0.002
 
 
 class Worker(Generic[Info]):
     """One worker, as this process sees it.
 
-    target: HOST:PORT. info: its last answer; None while it does not answer. num_streams: this process's streams there.
-    on_silence: callbacks of those streams, called when the worker stops answering. is_listed: the pool's names resolve
-    to its address. chain: name of its chain; a chain's streams are counted at one of its workers.
+    target: HOST:PORT. info: its last answer or state; None while it is lost. load: its streams. on_silence: callbacks
+    of this process's streams there, called when the worker stops answering. is_listed: the pool's names resolve to its
+    address. chain: name of its chain; a chain's streams are counted at one of its workers.
+    is_lost: a stream, a call or a question has found it lost, and it has not answered since. on_lost: called then.
+    is_asked: it is being asked directly. ask_now: set to ask it at once. was_asked: set after its answer or failure.
     """
 
-    def __init__(self, target: str, connection: grpc.aio.Channel) -> None:
+    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None = None, *, name: str = "") -> None:
         self.target = target
-        self.channel = connection
         self.info: Info | None = None
-        self.num_streams = 0
+        self.load = WorkerLoad()
         self.on_silence: set[Callable[[], None]] = set()
+        self.on_lost: Callable[[], None] = lambda: None
         self.is_listed = True
+        self.is_lost = self.is_asked = False
+        self.ask_now, self.was_asked = asyncio.Event(), asyncio.Event()
         self.chain = ""
-        self._num_others = 0
+        self._credentials, self._name = credentials, name
 
-    @property
-    def load(self) -> tuple[float, int]:
-        """Share of its capacity that is in use, as of its last answer, and the number of its streams."""
-        num_streams = self._num_others + self.num_streams
-        return num_streams / max(1, getattr(self.info, "capacity", 0)), num_streams
+    @cached_property
+    def channel(self) -> grpc.aio.Channel:
+        """The channel to the worker, which connects when it is first used."""
+        return channel(self.target, self._credentials, name=self._name)
 
-    def update(self, info: Info) -> None:
-        """Store an answer."""
-        self.info, self.chain = info, getattr(info, "chain", "")
-        self._num_others = max(0, getattr(info, "active", 0) - self.num_streams)
+    def update(self, info: Info, *, is_registered: bool = False) -> None:
+        """Take over an answer, or a state of the registry."""
+        self.info, self.chain, self.is_lost = info, getattr(info, "chain", ""), False
+        self.load.is_registered, self.load.is_doubtful = is_registered, False
+        self.load.num_levels = len(getattr(info, "levels", ())) or 1
+        self.load.report(getattr(info, "active", 0), getattr(info, "capacity", 0), getattr(info, "max_streams", 0))
 
     def mark_lost(self) -> None:
-        """Open no stream at the worker until it answers again."""
-        self.info = None
+        """Open no stream at the worker until it answers a question."""
+        is_new, self.is_lost = not self.is_lost, True
+        self.info, self.load.is_registered = None, False
+        if is_new:
+            self.on_lost()
 
     def mark_silent(self) -> None:
         """Mark a worker that is reachable but does not answer as lost, and notify its streams."""
@@ -70,12 +84,18 @@ class Worker(Generic[Info]):
         for notify in [*self.on_silence]:
             notify()
 
+    async def aclose(self) -> None:
+        """Close the channel, if it was used."""
+        if "channel" in vars(self):
+            await self.channel.close()
+
 
 class WorkerPool(Generic[Info]):
-    """All workers of a kind.
+    """All workers of a stage.
 
-    stage: name that errors carry. targets: HOST:PORT or NAME:PORT of each. get_info: asks the worker at the end of a
-    channel what it serves. credentials: for TLS; a certificate is for the target's name, at each of its addresses.
+    stage: name that errors carry, and field of WorkerState. targets: HOST:PORT or NAME:PORT of each. get_info: asks the
+    worker at the end of a channel what it serves. discovery: the registry's reader; without it all are asked directly.
+    credentials: for TLS; a certificate is for the target's name, at each of its addresses.
     """
 
     def __init__(
@@ -84,85 +104,125 @@ class WorkerPool(Generic[Info]):
         targets: Sequence[str],
         get_info: Callable[[grpc.aio.Channel], Awaitable[Info]],
         credentials: grpc.ChannelCredentials | None = None,
+        discovery: Discovery | None = None,
     ) -> None:
         self.stage = stage
         self._targets = targets
         self._get_info = get_info
         self._credentials = credentials
+        self._discovery = discovery
+        self._addresses = Addresses(targets, self._update_workers)
         self._workers: dict[str, Worker[Info]] = {}
-        self._addresses_of: dict[str, set[str]] = {}
-        self._polling = asyncio.Lock()
+        self._states: Mapping[str, Info] = {}
+        self._rng = random.Random()
+        self._tasks = asyncio.TaskGroup()
+        self._running: set[asyncio.Task[None]] = set()
         telemetry.STREAMS_REBUILT.add(0, {"stage": stage})
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
-        """Poll the workers while the body runs."""
+        """Follow the workers while the body runs. Enter it before `Discovery.running`."""
+        if self._discovery:
+            self._discovery.follow(self.stage, self._take)
+        await self._addresses.resolve()
+        await self._tasks.__aenter__()
         try:
-            async with background(self._poll_forever()):
-                yield
+            for each in self._addresses.followers():
+                self._start(each)
+            self._start(self._report_forever())
+            if not self._discovery:
+                self._take({})
+            yield
         finally:
+            for task in self._running:
+                task.cancel()
+            await self._tasks.__aexit__(None, None, None)
             for worker in self._workers.values():
-                await worker.channel.close()
+                await worker.aclose()
 
     async def workers(self, serves: Callable[[Info], bool] = lambda _: True) -> list[tuple[Worker[Info], Info]]:
-        """Return the workers that answer and serve what is asked, least loaded first. StageLost if there is none."""
+        """Return the workers that answer and serve what is asked, in the order of placement. StageLost if none does."""
         found = self.answering(serves)
         if not found:
-            await self.poll()
+            await self.refresh()
             found = self.answering(serves)
         if not found:
             raise self._lost(f"no worker answers at {', '.join(self._targets)}")
-        return sorted(found, key=lambda each: each[0].load)
+        return sorted(found, key=lambda each: each[0].load.rank(is_live=True))
 
     async def open(
         self,
-        open_at: Callable[[Worker[Info]], Awaitable[Opened]],
+        open_at: Callable[[Worker[Info], int | None], Awaitable[Opened]],
         serves: Callable[[Info], bool] = lambda _: True,
+        *,
         first: str = "",
+        is_live: bool = True,
     ) -> tuple[Worker[Info], Opened]:
-        """Open a stream at the least loaded worker that takes it. The caller decrements `num_streams` when it ends.
+        """Open a stream at a worker that takes it. The caller takes it off `load.num_own` when it ends.
 
-        first: HOST:PORT of a worker to try before all others. If no worker takes it, raises the error of one:
-        NoCapacity if any of them is full.
+        open_at: opens it under a bound on the worker's other streams. first: HOST:PORT of a worker to try before all
+        others, without a bound. is_live: kind of the stream. If no worker takes it, raises the error of one: NoCapacity
+        if any of them is full.
         """
+        await self.workers(serves)
         refusal: AvatarError | None = None
-        for worker, _ in sorted(await self.workers(serves), key=lambda each: each[0].target != first):
-            if worker.info is None:  # lost since the list was made
-                refusal = refusal or self._lost(f"{worker.target} is gone")
-                continue
-            worker.num_streams += 1
+        tries = Tries(
+            lambda: [worker for worker, _ in self.answering(serves)],
+            self._rng,
+            is_live=is_live,
+            first=self._workers.get(first),
+        )
+        while True:
+            if tries.needs_news:
+                await self.refresh()
+            if (chosen := tries.next()) is None:
+                break
+            worker, bound = chosen
             is_open = False
             try:
-                opened = await open_at(worker)
+                opened = await open_at(worker, bound)
                 is_open = True
                 return worker, opened
             except NoCapacity as error:
-                refusal = error
+                refusal, numbers = error, _numbers(error)
             except (StageLost, StageFailed, StoreUnavailable) as error:
                 worker.mark_lost()  # until it answers again: others are tried first
-                refusal = refusal or error
+                refusal, numbers = refusal or error, None
             finally:
-                worker.num_streams -= not is_open
-        assert refusal is not None
-        raise refusal
+                worker.load.num_own -= not is_open
+            if worker.is_lost:
+                tries.failed(worker)
+            else:
+                tries.refused(worker, numbers)
+        if isinstance(refusal, NoCapacity):
+            refusal.retry_s = retry_s(self._rng)
+        raise refusal or self._lost("its workers are gone")
 
     async def call(self, call_at: Callable[[Worker[Info]], Awaitable[Opened]]) -> Opened:
-        """Return the answer of the least loaded worker that gives one. Raises as `open` does."""
-        worker, answer = await self.open(call_at)
-        worker.num_streams -= 1
+        """Return the answer of a worker that gives one. Raises as `open` does."""
+        worker, answer = await self.open(lambda worker, _: call_at(worker), is_live=False)
+        worker.load.num_own -= 1
         return answer
 
-    async def poll(self) -> None:
-        """Resolve the targets and ask every worker. Returns when each has answered or failed to."""
-        async with self._polling:
-            await self._resolve()
-            await asyncio.gather(*(self._poll(worker) for worker in [*self._workers.values()]))
-            for target, addresses in self._addresses_of.items():
-                num_workers = sum(self._workers[address].info is not None for address in addresses)
-                telemetry.WORKERS.set(num_workers, {"target": target})
+    def room(self, serves: Callable[[Info], bool] = lambda _: True, *, is_live: bool) -> float:
+        """Return the free slots of the workers that serve a stream, in sessions."""
+        return sum(worker.load.room(is_live=is_live) for worker, _ in self.answering(serves))
+
+    def is_full(self, serves: Callable[[Info], bool] = lambda _: True, *, is_live: bool) -> bool:
+        """Return whether workers serve a stream, and all of them are known to be full."""
+        loads = [worker.load for worker, _ in self.answering(serves)]
+        return bool(loads) and not any(load.may_accept(is_live=is_live) for load in loads)
+
+    async def refresh(self) -> None:
+        """Wait for a fresh read of the registry, and for the first answer of workers that are being asked."""
+        if self._discovery:
+            await self._discovery.refresh()
+        for worker in [*self._workers.values()]:
+            if worker.is_asked:
+                await worker.was_asked.wait()
 
     def answering(self, serves: Callable[[Info], bool]) -> list[tuple[Worker[Info], Info]]:
-        """Return the workers that answered the last poll and serve what is asked."""
+        """Return the workers that are not lost and serve what is asked."""
         return [
             (worker, worker.info)
             for worker in self._workers.values()
@@ -170,14 +230,50 @@ class WorkerPool(Generic[Info]):
         ]
 
     def _lost(self, why: str) -> StageLost:
-        return StageLost(f"{self.stage}: {why}", metadata={"stage": self.stage}, retry_s=RETRY_S)
+        return StageLost(f"{self.stage}: {why}", metadata={"stage": self.stage}, retry_s=retry_s(self._rng))
 
-    async def _poll_forever(self) -> None:
-        while True:
-            await self.poll()
-            await asyncio.sleep(POLL_EVERY_S)
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._tasks.create_task(coroutine)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
-    async def _poll(self, worker: Worker[Info]) -> None:
+    def _take(self, states: Mapping[str, Info]) -> None:
+        """Take over what the registry has of the workers, and ask those that it has nothing of."""
+        self._states = states
+        num_asked = 0
+        for worker in self._workers.values():
+            if worker.is_lost:
+                continue  # its state may be older than its loss
+            if (info := states.get(worker.target)) is not None:
+                worker.update(info, is_registered=True)
+                continue
+            if worker.load.is_registered:
+                worker.load.is_registered, worker.load.is_doubtful = False, True
+            if not worker.is_asked:
+                self._ask(worker, ASK_APART_S * num_asked)
+                num_asked += 1
+
+    def _ask(self, worker: Worker[Info], delay_s: float = 0.0) -> None:
+        """Ask a worker directly until it is registered."""
+        worker.was_asked.clear()
+        worker.ask_now.set()
+        if not worker.is_asked:
+            worker.is_asked = True
+            self._start(self._ask_until_registered(worker, delay_s))
+
+    async def _ask_until_registered(self, worker: Worker[Info], delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        while worker is self._workers.get(worker.target) and (worker.is_lost or not worker.load.is_registered):
+            await self._ask_once(worker)
+            worker.ask_now.clear()
+            worker.was_asked.set()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ASK_EVERY_S):
+                    await worker.ask_now.wait()
+        worker.is_asked = False
+        worker.was_asked.set()
+
+    async def _ask_once(self, worker: Worker[Info]) -> None:
         try:
             worker.update(await self._get_info(worker.channel))
         except grpc.aio.AioRpcError as error:
@@ -186,36 +282,33 @@ class WorkerPool(Generic[Info]):
             else:  # gone, which its streams notice by themselves, or draining, which lets its streams end
                 worker.mark_lost()
 
-    async def _resolve(self) -> None:
-        """Update the list of workers from the targets' addresses. A name that cannot be resolved keeps its workers."""
-        found: dict[str, str] = {}
-        for target in self._targets:
-            try:
-                addresses = await _addresses(target)
-            except OSError:
-                logger.warning("name not resolved", extra={"target": target})
-                addresses = dict.fromkeys(self._addresses_of.get(target, ()), "")
-            self._addresses_of[target] = set(addresses)
-            found |= addresses
+    def _update_workers(self) -> None:
+        """Add workers at new addresses, and drop those whose addresses are gone and that have no streams."""
+        found = {address: name for each in self._addresses.by_target.values() for address, name in each.items()}
         for address, name in found.items():
             if address not in self._workers:
-                self._workers[address] = Worker(address, channel(address, self._credentials, name=name))
-        busy_chains = {worker.chain for worker in self._workers.values() if worker.num_streams and worker.chain}
-        for address, worker in [*self._workers.items()]:
+                worker: Worker[Info] = Worker(address, self._credentials, name=name)
+                worker.on_lost = partial(self._ask, worker)
+                self._workers[address] = worker
+        for address, worker in self._workers.items():
             worker.is_listed = address in found
-            if not (worker.is_listed or worker.num_streams or worker.chain in busy_chains):
-                await self._workers.pop(address).channel.close()
+        if self._running:
+            self._take(self._states)
+
+    async def _report_forever(self) -> None:
+        """Record the number of answering workers, and close those that are not listed and have no streams left."""
+        while True:
+            await asyncio.sleep(REPORT_EVERY_S)
+            for target, addresses in self._addresses.by_target.items():
+                num_workers = sum(self._workers[address].info is not None for address in addresses)
+                telemetry.WORKERS.set(num_workers, {"target": target})
+            busy_chains = {each.chain for each in self._workers.values() if each.load.num_own and each.chain}
+            for address, worker in [*self._workers.items()]:
+                if not (worker.is_listed or worker.load.num_own or worker.chain in busy_chains):
+                    await self._workers.pop(address).aclose()
 
 
-async def _addresses(target: str) -> dict[str, str]:
-    """Return HOST:PORT of every address of a target, each with the target's name; no name if it is an address."""
-    host, _, port = target.removeprefix("dns:///").rpartition(":")
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(ANSWER_S):  # TimeoutError is an OSError
-            found = await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-        hosts = [f"[{where[0]}]" if family == socket.AF_INET6 else where[0] for family, *_, where in found]
-        return {f"{each}:{port}": host for each in hosts}
-    return {f"{host}:{port}": ""}
+def _numbers(refusal: NoCapacity) -> tuple[int, int] | None:
+    """Return a worker's active streams and capacity, and take them out of its refusal; None if it gives none."""
+    active, capacity = refusal.metadata.pop("active", ""), refusal.metadata.pop("capacity", "")
+    return (int(active), int(capacity)) if active.isdecimal() and capacity.isdecimal() else None

@@ -82,6 +82,14 @@ class FailoverStage(Generic[Item, Answer]):
         """True if the stream has been sent all that its next answer needs."""
         return self._replay.is_answer_due
 
+    def room(self) -> float:
+        """Return the free slots of the workers that serve the stream, in sessions; see `WorkerPool.room`."""
+        return self._connector.room()
+
+    def is_full(self) -> bool:
+        """Return whether workers serve the stream, all are known to be full, and none has a slot of the session."""
+        return self._connector.is_full()
+
     async def open(self) -> Any:
         """Open the stream; return the worker's `opened`. Raises the workers' error."""
         worker, stream, opened = await self._connector.connect()
@@ -132,7 +140,7 @@ class FailoverStage(Generic[Item, Answer]):
         if self._current:
             worker, stream = self._current
             self._current = None
-            worker.num_streams -= 1
+            worker.load.num_own -= 1
             worker.on_silence.discard(self._give_up)
             stream.cancel()
 

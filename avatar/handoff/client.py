@@ -35,7 +35,8 @@ class RemoteChain:
     async def open(self, message: pb.OpenDenoise, session: Sequence[bytes] = ()) -> pb.DenoiseOpened:
         """Open the streams at once; return the last level's `opened`. Raises a worker's error, or StageLost.
 
-        message: the same for all levels, without `level` and `handoff`. session: as of `RemoteStage.open`.
+        message: the same for all levels, without `level` and `handoff`; its `max_active` is a bound on the streams of
+        level 0's worker, which stands for the chain. session: as of `RemoteStage.open`.
         """
         handoff = secrets.randbelow(2**63 - 1) + 1
         try:
@@ -43,6 +44,8 @@ class RemoteChain:
                 for level, stage in enumerate(self._levels):
                     level_message = pb.OpenDenoise(level=level, handoff=handoff)
                     level_message.MergeFrom(message)
+                    if level:
+                        level_message.ClearField("max_active")
                     opening = tasks.create_task(stage.open(level_message, session))
         except BaseException as error:
             self.cancel()

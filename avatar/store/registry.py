@@ -10,8 +10,7 @@ from avatar.store.claims import key
 from avatar.store.redis import IN_FULL_STORE, NOW, RedisHashes, to_ms
 from avatar.worker.v1.discovery_pb2 import WorkerStates
 
-# A worker writes its state at least this often, so one late write does not remove it.
-HEARTBEAT_S = 0.8
+# More than two heartbeats of a worker, so that one late write does not remove its state.
 STALE_S = 1.8
 # A cell without workers leaves nothing behind.
 CELL_TTL_S = 60.0

@@ -29,7 +29,7 @@ async def gateway(settings: GatewaySettings, store: SessionStore) -> AsyncGenera
     peers = Peers(settings)
     async with (
         open_quotas(store.usage) as quotas,
-        Workers(settings).running() as workers,
+        Workers(settings, store.workers(settings.cell)).running() as workers,
         LiveSessions(settings, store, workers, quotas, peers) as live_sessions,
         serving(
             settings.listen,

@@ -8,8 +8,9 @@ from itertools import chain, repeat
 from typing import Any
 
 from avatar import telemetry
-from avatar.errors import ConfigMismatch, InvalidField
+from avatar.errors import ConfigMismatch, InvalidField, NoCapacity
 from avatar.failover.connector import AudioConnector, ChainConnector, LevelConnector, StageConnector, VaeConnector
+from avatar.failover.placement import MAX_ATTEMPTS, pause_s, retry_s, scarcest
 from avatar.failover.replay import AudioReplay
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.client import Relayable
@@ -57,17 +58,51 @@ class SessionStages:
         """HOST:PORT of the worker that each stage's stream is at."""
         return [stage.worker for stage in self.all]
 
-    async def open(self) -> None:
-        """Open all streams at once. ConfigMismatch if the levels serve different checkpoints."""
+    async def open(self, workers: Workers) -> None:
+        """Open all streams or none. NoCapacity if a stage has no slot; ConfigMismatch if levels differ in checkpoint.
+
+        The scarcest stage is opened first and alone, so that a session that gets no slot there keeps none from others.
+        """
+        for attempts_left in reversed(range(MAX_ATTEMPTS)):
+            await self._check_room(workers)
+            refusal: BaseException | None = None
+            try:
+                await self._open_once()
+            except* NoCapacity as error:
+                refusal = error
+            if refusal is None:
+                return
+            self.cancel()
+            if not attempts_left:
+                raise refusal
+            await asyncio.sleep(pause_s(workers.rng))
+
+    def cancel(self) -> None:
+        """End all streams at once."""
+        for stage in self.all:
+            stage.cancel()
+
+    async def _check_room(self, workers: Workers) -> None:
+        """Raise NoCapacity if all workers of a stage are known to be full, also by a fresh read of the registry."""
+        if any(stage.is_full() for stage in self.all):
+            await workers.refresh()
+        for stage in self.all:
+            if stage.is_full():
+                message, metadata = f"all workers of {stage.stage} are full", {"stage": stage.stage}
+                raise NoCapacity(message, metadata=metadata, retry_s=retry_s(workers.rng))
+
+    async def _open_once(self) -> None:
+        first = self.all[scarcest([stage.room() for stage in self.all])]
+        opened = {first.stage: await first.open()}
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.audio.open())
-            decoder = tasks.create_task(self.vae.open())
-            levels = [tasks.create_task(stage.open()) for stage in self.denoisers]
-        first = levels[0].result()
-        if digests := {each.result().digest for each in levels} - {first.digest}:
-            raise ConfigMismatch(f"denoisers serve different checkpoints: {first.digest}, {', '.join(sorted(digests))}")
-        self.sink_update_block = first.sink_update_block if first.HasField("sink_update_block") else None
-        self.init_segment = decoder.result().init_segment
+            opening = {each.stage: tasks.create_task(each.open()) for each in self.all if each is not first}
+        opened |= {stage: task.result() for stage, task in opening.items()}
+        levels = [opened[each.stage] for each in self.denoisers]
+        if digests := {each.digest for each in levels} - {levels[0].digest}:
+            digest = levels[0].digest
+            raise ConfigMismatch(f"denoisers serve different checkpoints: {digest}, {', '.join(sorted(digests))}")
+        self.sink_update_block = levels[0].sink_update_block if levels[0].HasField("sink_update_block") else None
+        self.init_segment = opened[self.vae.stage].init_segment
 
 
 @asynccontextmanager
@@ -145,11 +180,10 @@ async def open_stages(
         lookahead_ns,
     )
     try:
-        await stages.open()
+        await stages.open(workers)
         yield stages
     finally:
-        for stage in stages.all:
-            stage.cancel()
+        stages.cancel()
 
 
 def _denoisers(

@@ -3,6 +3,7 @@
 See `avatar.failover.pool`. Denoisers are one pool: each reports the levels and the checkpoint that it serves.
 """
 
+import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -11,11 +12,13 @@ from typing import Any
 import grpc.aio
 
 from avatar.errors import AvatarError, ConfigMismatch, PromptUnsupported, StageLost
+from avatar.failover.discovery import Discovery
 from avatar.failover.pool import ANSWER_S, WorkerPool
 from avatar.rpc.client import stage_error
 from avatar.rpc.status import INPUT_TAKEN
 from avatar.rpc.tls import worker_credentials
 from avatar.settings import GatewaySettings
+from avatar.store.registry import WorkerRegistry
 from avatar.worker.v1 import (
     audio_pb2,
     audio_pb2_grpc,
@@ -111,17 +114,22 @@ class DeploymentInfo:
 
 
 class Workers:
-    """All workers of a deployment."""
+    """All workers of a deployment.
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    rng: of the pauses between attempts and the times after which refused clients come again.
+    """
+
+    def __init__(self, settings: GatewaySettings, registry: WorkerRegistry) -> None:
+        self.rng = random.Random()
         self._schedule = settings.schedule
+        self._discovery = Discovery(registry.read)
         credentials = worker_credentials(settings.worker_ca, settings.worker_cert, settings.worker_key)
 
         def pool(stage: str, targets: Sequence[str], stub: Any, request: Any) -> WorkerPool[Any]:
             async def get_info(connection: grpc.aio.Channel) -> Any:
                 return await stub(connection).GetInfo(request, timeout=ANSWER_S)
 
-            return WorkerPool(stage, targets, get_info, credentials)
+            return WorkerPool(stage, targets, get_info, credentials, self._discovery)
 
         self.audio = pool(
             "audio", settings.audio, audio_pb2_grpc.AudioServiceStub, audio_pb2.AudioServiceGetInfoRequest()
@@ -141,12 +149,17 @@ class Workers:
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator["Workers", None]:
-        """Poll all workers while the body runs."""
+        """Follow all workers while the body runs."""
         async with AsyncExitStack() as stack:
             pools: list[WorkerPool[Any]] = [self.audio, self.denoisers, self.vae, *filter(None, [self.text])]
             for pool in pools:
                 await stack.enter_async_context(pool.running())
+            await stack.enter_async_context(self._discovery.running())
             yield self
+
+    async def refresh(self) -> None:
+        """Wait for a fresh read of the registry, which all who wait share."""
+        await self._discovery.refresh()
 
     async def describe(self) -> DeploymentInfo:
         """Describe all workers. StageLost if none of a stage answers; ConfigMismatch if they do not fit together."""
@@ -165,11 +178,20 @@ class Workers:
         )
 
     async def _describe_denoisers(self) -> list[denoiser_pb2.DenoiserServiceGetInfoResponse]:
-        """Describe one denoiser per level, of the first checkpoint, in order of load, that has all levels.
+        """Describe one denoiser per level; see `_one_per_level`. A level that nobody serves is looked for once more."""
+        try:
+            return self._one_per_level([info for _, info in await self.denoisers.workers()])
+        except StageLost:
+            await self.denoisers.refresh()
+            return self._one_per_level([info for _, info in await self.denoisers.workers()])
+
+    def _one_per_level(
+        self, all_infos: list[denoiser_pb2.DenoiserServiceGetInfoResponse]
+    ) -> list[denoiser_pb2.DenoiserServiceGetInfoResponse]:
+        """Describe one denoiser per level, of the first checkpoint, in order of placement, that has all levels.
 
         Denoisers with another schedule than the gateway's, if it has one, are left out.
         """
-        all_infos = [info for _, info in await self.denoisers.workers()]
         infos = [info for info in all_infos if _has_schedule(info.schedule, self._schedule)]
         digests = list(dict.fromkeys(info.digest for info in infos))
         missing: dict[str, int] = {}

@@ -1,6 +1,7 @@
 """Tests of avatar.failover.pool: the worker of the next stream, while workers come, go and hang."""
 
 import asyncio
+import random
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,6 +11,7 @@ import grpc.aio
 import pytest
 
 from avatar.errors import NoCapacity, StageLost
+from avatar.failover import addresses as addresses_module
 from avatar.failover import pool as pool_module
 from avatar.failover.pool import Worker as PoolWorker
 from avatar.failover.pool import WorkerPool
@@ -41,18 +43,41 @@ async def workers(count: int) -> AsyncGenerator[list[Worker], None]:
         yield found
 
 
+class FirstChoice(random.Random):
+    """Chooses the first of equally loaded workers."""
+
+    def choice(self, seq: Any) -> Any:
+        return seq[0]
+
+
 @asynccontextmanager
 async def pooled(*found: Worker) -> AsyncGenerator[Audio, None]:
-    """Run a pool over these workers."""
+    """Run a pool over these workers, without a registry. Of equally loaded ones it chooses the first."""
     audio: Audio = WorkerPool("audio", [each.target for each in found], get_info)
+    audio._rng = FirstChoice()
     async with audio.running():
+        await audio.refresh()
         yield audio
 
 
-def taken(at: list[str], refuse: Callable[[str], Exception | None] = lambda _: None) -> Callable[[Any], Awaitable[str]]:
+def targets_of(audio: Audio) -> list[str]:
+    return [worker.target for worker, _ in audio.answering(lambda _: True)]
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            if is_so():
+                return
+            await asyncio.sleep(0.005)
+
+
+def taken(
+    at: list[str], refuse: Callable[[str], Exception | None] = lambda _: None
+) -> Callable[[Any, int | None], Awaitable[str]]:
     """Return a function that opens a stream, which stays open, and appends its worker's target."""
 
-    async def open_at(worker: PoolWorker[Any]) -> str:
+    async def open_at(worker: PoolWorker[Any], _: int | None) -> str:
         if error := refuse(worker.target):
             raise error
         at.append(worker.target)
@@ -88,14 +113,14 @@ async def test_a_refused_stream_is_opened_at_the_next_worker_and_no_capacity_is_
         with pytest.raises(NoCapacity):
             await audio.open(taken(at, lambda target: no if target == full.target else StageLost("gone")))
         # The worker that was lost is polled again, and answers.
-        await audio.poll()
+        await audio.refresh()
         assert await audio.open(taken(at)) is not None
 
 
 async def test_a_missing_worker_is_skipped_and_a_new_one_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pool_module, "POLL_EVERY_S", 0.05)
+    monkeypatch.setattr(pool_module, "ASK_EVERY_S", 0.05)
     port = free_ports(1)[0]
     audio: Audio = WorkerPool("audio", [f"127.0.0.1:{port}"], get_info)
     async with audio.running():
@@ -113,6 +138,7 @@ async def test_a_missing_worker_is_skipped_and_a_new_one_is_found(
 
 
 async def test_a_name_with_two_addresses_is_two_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses_module, "RESOLVE_EVERY_S", 0.02)
     port = free_ports(1)[0]
     hosts = ["127.0.0.1", "127.0.0.2"]
 
@@ -129,11 +155,12 @@ async def test_a_name_with_two_addresses_is_two_workers(monkeypatch: pytest.Monk
     ):
         assert {worker.target for worker, _ in await audio.workers()} == {f"{host}:{port}" for host in hosts}
         hosts.remove("127.0.0.1")
-        await audio.poll()
-        assert [worker.target for worker, _ in await audio.workers()] == [f"127.0.0.2:{port}"]
+        await until(lambda: targets_of(audio) == [f"127.0.0.2:{port}"])
 
 
 async def test_streams_of_a_worker_that_hangs_are_notified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "ASK_EVERY_S", 0.05)
+
     async def unanswered(connection: grpc.aio.Channel) -> Any:
         await connection.stream_stream("/avatar.worker.v1.AudioService/Encode")(timeout=0.2).read()
 
@@ -141,19 +168,19 @@ async def test_streams_of_a_worker_that_hangs_are_notified(monkeypatch: pytest.M
         worker, _ = await audio.open(taken([]))
         notified = asyncio.Event()
         worker.on_silence.add(notified.set)
-        await audio.poll()
+        await audio.refresh()
         assert not notified.is_set()
         monkeypatch.setattr(audio, "_get_info", unanswered)
-        await audio.poll()
-        assert notified.is_set()
+        async with asyncio.timeout(20):
+            await notified.wait()
 
 
 async def test_a_worker_lost_while_another_is_tried_is_skipped() -> None:
     async with workers(2) as found, pooled(*found) as audio:
 
-        async def open_at(worker: PoolWorker[Any]) -> str:
+        async def open_at(worker: PoolWorker[Any], _: int | None) -> str:
             assert worker.info is not None
-            for other, _ in await audio.workers():
+            for other, __ in await audio.workers():
                 other.mark_lost()
             raise StageLost("gone")
 

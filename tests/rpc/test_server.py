@@ -77,7 +77,8 @@ async def test_open_streams_get_time_to_end() -> None:
 
 async def test_every_service_answers_health_and_reflection(text_checkpoint: Path, store: SessionStore) -> None:
     settings = GatewaySettings()
-    workers, quotas, peers = Workers(settings), Quotas(store.usage), Peers(settings)
+    workers, quotas = Workers(settings, store.workers(settings.cell)), Quotas(store.usage)
+    peers = Peers(settings)
     live_sessions = LiveSessions(settings, store, workers, quotas, peers)
     with DeviceQueue() as queue:
         services: list[Servicer] = [

@@ -30,10 +30,7 @@ FRAME_BYTES = 2 * RATE_HZ // 25
 
 @dataclass
 class Breakable:
-    """A gateway's HOST:PORT, and a proxy for each stage of `STAGES`, through which the gateway reaches its worker.
-
-    Each such worker is also listed under its own address, so that it serves again after its proxy is cut.
-    """
+    """A gateway's HOST:PORT, and a proxy for each stage of `STAGES`, through which the gateway reaches its worker."""
 
     target: str
     proxies: dict[str, Proxy]
@@ -46,7 +43,7 @@ async def breakable(checkpoint: Path, store: SessionStore, *stages: str) -> Asyn
         for stage in stages:
             first, *others = getattr(given, stage)
             proxies[stage] = await stack.enter_async_context(proxied(first))
-            given = given.model_copy(update={stage: (proxies[stage].target, first, *others)})
+            given = given.model_copy(update={stage: (proxies[stage].target, *others)})
         yield Breakable(await stack.enter_async_context(gateway(store, given)), proxies)
 
 

@@ -13,7 +13,8 @@ from avatar.rpc.server import serving
 from avatar.rpc.status import INPUT_TAKEN
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import GatewaySettings
-from avatar.worker.v1 import audio_pb2, denoiser_pb2
+from avatar.store.sessions import SessionStore
+from avatar.worker.v1 import audio_pb2, denoiser_pb2, vae_pb2_grpc
 from avatar.worker.v1 import vae_pb2 as pb
 from benchmarks.standin.service import Stage
 from benchmarks.standin.step import Step
@@ -63,7 +64,8 @@ class Deployment:
     async def break_connection(self, proxy: Proxy) -> None:
         # A question and its answer, on the same connection: what the worker has said before has arrived.
         assert self._workers
-        await self._workers.vae.poll()
+        for worker, _ in self._workers.vae.answering(lambda _: True):
+            await vae_pb2_grpc.VaeServiceStub(worker.channel).GetInfo(pb.VaeServiceGetInfoRequest())
         proxy.cut()
         await self.hang(proxy)
 
@@ -71,7 +73,9 @@ class Deployment:
         await asyncio.Event().wait()
 
     @asynccontextmanager
-    async def running(self, fail: Callable[[Proxy], Awaitable[None]]) -> AsyncGenerator[Workers, None]:
+    async def running(
+        self, store: SessionStore, fail: Callable[[Proxy], Awaitable[None]]
+    ) -> AsyncGenerator[Workers, None]:
         """Serve two workers that fail in this way while the body runs."""
 
         async def before(context: Context, proxy: Proxy) -> None:
@@ -89,15 +93,17 @@ class Deployment:
                 vae.before = partial(before, proxy=proxy)
                 targets.append(proxy.target)
             unused = ("127.0.0.1:1",)
-            workers = Workers(GatewaySettings(audio=unused, denoisers=unused, vae=tuple(targets)))
+            workers = Workers(
+                GatewaySettings(audio=unused, denoisers=unused, vae=tuple(targets)), store.workers("main")
+            )
             self._workers = workers
-            await stack.enter_async_context(workers.vae.running())
+            await stack.enter_async_context(workers.running())
             yield workers
 
 
-async def test_a_picture_that_a_worker_lost_in_the_middle_is_not_given_to_another() -> None:
+async def test_a_picture_that_a_worker_lost_in_the_middle_is_not_given_to_another(store: SessionStore) -> None:
     deployment = Deployment(takes_input=True)
-    async with deployment.running(deployment.break_connection) as workers:
+    async with deployment.running(store, deployment.break_connection) as workers:
         with pytest.raises(StageLost):
             await workers.encode_reference(REQUEST)
     assert deployment.num_requests == 1
@@ -113,10 +119,10 @@ async def test_a_picture_that_a_worker_lost_in_the_middle_is_not_given_to_anothe
     ids=["defect", "full", "invalid"],
 )
 async def test_a_picture_that_a_worker_began_with_and_did_not_finish_is_not_given_to_another(
-    error: Exception, expected: type[AvatarError]
+    store: SessionStore, error: Exception, expected: type[AvatarError]
 ) -> None:
     deployment = Deployment(takes_input=True, error=error)
-    async with deployment.running(deployment.raise_error) as workers:
+    async with deployment.running(store, deployment.raise_error) as workers:
         with pytest.raises(expected):
             await workers.encode_reference(REQUEST)
     assert deployment.num_requests == 1
@@ -124,20 +130,22 @@ async def test_a_picture_that_a_worker_began_with_and_did_not_finish_is_not_give
 
 @pytest.mark.parametrize("takes_input", [True, False])
 async def test_a_picture_whose_time_has_passed_is_not_given_to_another(
-    takes_input: bool, monkeypatch: pytest.MonkeyPatch
+    store: SessionStore, takes_input: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers_module, "ENCODE_S", 0.2)
     deployment = Deployment(takes_input=takes_input)
-    async with deployment.running(deployment.hang) as workers:
+    async with deployment.running(store, deployment.hang) as workers:
         with pytest.raises(StageLost):
             await workers.encode_reference(REQUEST)
     assert deployment.num_requests <= 1
 
 
-async def test_a_picture_that_no_worker_began_with_is_given_to_the_next() -> None:
+async def test_a_picture_that_no_worker_began_with_is_given_to_the_next(store: SessionStore) -> None:
     for error in (None, NoCapacity("full")):
         deployment = Deployment(takes_input=False, error=error)
-        async with deployment.running(deployment.raise_error if error else deployment.break_connection) as workers:
+        async with deployment.running(
+            store, deployment.raise_error if error else deployment.break_connection
+        ) as workers:
             with pytest.raises(NoCapacity if error else StageLost):
                 await workers.encode_reference(REQUEST)
         assert deployment.num_requests == 2
