@@ -15,7 +15,7 @@ from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
 from avatar.worker.v1 import audio_pb2, vae_pb2
-from benchmarks.standin.content import NUM_LEVELS
+from benchmarks.standin.content import PUBLIC, Content
 from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
 from benchmarks.standin.step import Step
 from services.local.suite import gateway
@@ -96,11 +96,17 @@ async def standin_gateway(store: SessionStore, **settings: Any) -> AsyncGenerato
 
 @asynccontextmanager
 async def standin_gateways(
-    store: SessionStore, *each: dict[str, Any], limit: int = 16, token: str = "", **settings: Any
+    store: SessionStore,
+    *each: dict[str, Any],
+    limit: int = 16,
+    token: str = "",
+    content: Content = PUBLIC,
+    **settings: Any,
 ) -> AsyncGenerator[list[StandInGateway], None]:
     """Run gateways over the same workers while the body runs.
 
     each: further settings of each gateway. limit: streams at a time at a worker. token: of a tenant, if there are any.
+    content: sizes of blocks.
     """
     async with AsyncExitStack() as stack:
         queue = stack.enter_context(DeviceQueue())
@@ -111,10 +117,10 @@ async def standin_gateways(
             return target
 
         def stage(name: str) -> Stage:
-            return Stage(name, Step(STEP_S), queue, limit, history_blocks=3)
+            return Stage(name, Step(STEP_S), queue, limit, history_blocks=3, content=content)
 
         audio, vae = RecordingAudio(stage("audio")), RecordingVae(stage("vae"))
-        levels = [DenoiserServicer(stage("denoiser"), level) for level in range(NUM_LEVELS)]
+        levels = [DenoiserServicer(stage("denoiser"), level) for level in range(content.num_levels)]
         given = GatewaySettings(
             listen="127.0.0.1:0",
             audio=(await serve(audio),),

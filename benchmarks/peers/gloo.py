@@ -24,7 +24,7 @@ from benchmarks.standin.step import Step
 
 CLIP_BLOCKS = 4
 SILENT_BLOCKS = 2 * CLIP_BLOCKS
-SINK_BYTES = content.LATENT_BYTES // 3
+SINK_BYTES = content.PUBLIC.latent_bytes // 3
 # Relative to a level's step.
 PREFILL_STEPS = 0.6
 LOST_S = 1800.0
@@ -46,12 +46,12 @@ class Decoder:
         def send_features(block: int) -> None:
             if SILENT_BLOCKS <= block < total:
                 pending[block] = audio = microphone.read(block - SILENT_BLOCKS)
-                dist.send(_tensor(self._audio.run(partial(content.features_of, audio))), 0)
+                dist.send(_tensor(self._audio.run(partial(content.PUBLIC.features_of, audio))), 0)
 
         for block in range(total):
             if job.pace == "alone":
                 send_features(block)
-            latent = _received(content.LATENT_BYTES, DECODER - 1)
+            latent = _received(content.PUBLIC.latent_bytes, DECODER - 1)
             if job.pace != "alone":
                 send_features(block + CLIP_BLOCKS)  # any earlier, all ranks would block in send
             if block == CLIP_BLOCKS - 1:
@@ -72,13 +72,13 @@ def serve(level: int, port: int, step_s: float) -> None:
             if block == CLIP_BLOCKS:
                 dist.broadcast(torch.empty(SINK_BYTES, dtype=torch.uint8), DECODER)
                 Step(step_s * PREFILL_STEPS).run(lambda: None)
-            features = torch.zeros(content.FEATURES_BYTES, dtype=torch.uint8)
+            features = torch.zeros(content.PUBLIC.features_bytes, dtype=torch.uint8)
             if level or block >= SILENT_BLOCKS:
                 dist.recv(features, (level or DECODER + 1) - 1)
             if level:
-                start = _received(content.LATENT_BYTES, level - 1).numpy()
+                start = _received(content.PUBLIC.latent_bytes, level - 1).numpy()
             else:
-                start = content.initial_latent(features.numpy().data)
+                start = content.PUBLIC.initial_latent(features.numpy().data)
             latent = device.run(partial(content.denoise, start, level))
             if level < DECODER - 1:
                 dist.send(features, level + 1)

@@ -20,8 +20,8 @@ class Loop:
         microphone = Microphone(job, report)
         for block in range(job.num_blocks):
             audio = microphone.read(block)
-            features = self._audio.run(partial(content.features_of, audio))
-            latent = content.initial_latent(features)
+            features = self._audio.run(partial(content.PUBLIC.features_of, audio))
+            latent = content.PUBLIC.initial_latent(features)
             for level in range(content.NUM_LEVELS):
                 latent = self._device.run(partial(content.denoise, latent, level))
             report.add(audio, self._device.run(partial(content.decode, latent)))

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from avatar.types import BLOCK_S
 from benchmarks.standin import content
 from benchmarks.standin.step import set_timer_slack
 
@@ -41,7 +40,7 @@ class Report:
     def add(self, audio: bytes, picture: bytes) -> None:
         """Record and check a block's picture."""
         self.arrived_s.append(time.monotonic())
-        self.wrong += picture != content.expected_picture(audio)
+        self.wrong += picture != content.PUBLIC.expected_picture(audio)
 
 
 class Peer(Protocol):
@@ -61,14 +60,14 @@ class Microphone:
     def read(self, block: int) -> bytes:
         """Wait for the audio of a block, counted from 0."""
         if self._job.pace == "live":
-            time.sleep(max(0.0, self._started + (block + 1) * BLOCK_S - time.monotonic()))
+            time.sleep(max(0.0, self._started + (block + 1) * content.PUBLIC.block_s - time.monotonic()))
         self._report.sent_s.append(time.monotonic())
         return audio_of(block)
 
 
 def audio_of(block: int) -> bytes:
     """Return a block's audio: different for every block of a job."""
-    return block.to_bytes(8, "little") * (content.BLOCK_BYTES // 8)
+    return block.to_bytes(8, "little") * (content.PUBLIC.block_bytes() // 8)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Ring:
             for block in range(job.num_blocks):
                 in_flight.acquire()
                 audio = microphone.read(block)
-                features = self._audio.run(partial(content.features_of, audio))
+                features = self._audio.run(partial(content.PUBLIC.features_of, audio))
                 self._source.send_multipart([features, b""], copy=False)
 
         speaking = threading.Thread(target=speak)
@@ -62,7 +62,7 @@ def serve(stage: int, here: str, there: str, step_s: float) -> None:
             latent = np.frombuffer(data.buffer, np.uint8)
             message: list[Any] = [b"", device.run(partial(content.decode, latent))]
         else:
-            start = np.frombuffer(data.buffer, np.uint8) if stage else content.initial_latent(features.buffer)
+            start = np.frombuffer(data.buffer, np.uint8) if stage else content.PUBLIC.initial_latent(features.buffer)
             denoised = device.run(partial(content.denoise, start, stage))
             message = [features.buffer if stage < DECODER - 1 else b"", denoised.data]
         source.send_multipart(message, copy=False)

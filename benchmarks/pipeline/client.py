@@ -18,16 +18,14 @@ from typing import Any, NamedTuple
 import grpc.aio
 import numpy as np
 
-from avatar.types import BLOCK_S
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
 from benchmarks.pipeline.processes import cpu_seconds, start_program
 from benchmarks.standin import content
 
-# Live sessions send four pieces per block.
-PIECE_BYTES = content.BLOCK_BYTES // 4
-PIECE_S = BLOCK_S / 4
+# Live sessions send so many pieces per block.
+NUM_PIECES = 4
 # A prime number of samples, so that no two blocks of a session have equal audio.
 VOICE_BYTES = 2 * 500_009
 START_S = 1.0
@@ -42,7 +40,7 @@ class Job:
         time, with the sessions' starts spread evenly over a block. num_blocks: blocks that each session speaks.
     pids: processes whose CPU time is counted in addition to the clients' own.
     limit_s: at `full` pace, seconds after which the audio ends. is_checked: whether the stages are stand-ins, whose
-        pictures are known.
+        pictures are known. block_latents, num_levels: of the suite's `Content`.
     """
 
     target: str
@@ -52,6 +50,12 @@ class Job:
     pids: list[int] = field(default_factory=list)
     limit_s: float = math.inf
     is_checked: bool = True
+    block_latents: int = content.PUBLIC.block_latents
+    num_levels: int = content.PUBLIC.num_levels
+
+    @property
+    def content(self) -> content.Content:
+        return content.Content(self.block_latents, self.num_levels)
 
 
 class Arrival(NamedTuple):
@@ -163,13 +167,13 @@ class Client:
     def _is_correct(self, frame: types.VideoFrame) -> bool:
         """Return whether the audio is the next that was sent, padded if late, and the picture belongs to it."""
         audio = self._audio
-        if len(audio) < content.BLOCK_BYTES:  # without the audio of frames that are not shown
-            missing = content.BLOCK_BYTES - len(audio)
+        made = self.job.content
+        if (missing := made.block_bytes() - len(audio)) > 0:  # without the audio of frames that are not shown
             audio = (bytes(missing) if frame.is_idle else self._voice.at(self._num_returned, missing)) + audio
         spoken = audio.rstrip(b"\0")
         is_next = self._voice.at(self._num_returned, len(spoken)) == spoken and frame.is_idle != bool(spoken)
         self._num_returned += len(spoken)
-        return is_next and content.picture_in(frame.data) == content.expected_picture(audio)
+        return is_next and content.picture_in(frame.data) == made.expected_picture(audio)
 
 
 async def alone(client: Client) -> None:
@@ -177,7 +181,7 @@ async def alone(client: Client) -> None:
     frames = client.frames()
     for _ in range(client.job.num_blocks):
         client.report.sent_s.append(time.monotonic())
-        await client.send(content.BLOCK_BYTES)
+        await client.send(client.job.content.block_bytes())
         await anext(frames)
     await client.close()
     async for _ in frames:
@@ -191,7 +195,7 @@ async def full(client: Client) -> None:
         until = time.monotonic() + client.job.limit_s
         while len(client.report.sent_s) < client.job.num_blocks and time.monotonic() < until:
             client.report.sent_s.append(time.monotonic())
-            await client.send(content.BLOCK_BYTES)
+            await client.send(client.job.content.block_bytes())
         await client.close()
 
     await _while_speaking(client, speak)
@@ -201,10 +205,10 @@ async def live(client: Client) -> None:
     """Send in real time, like a microphone."""
 
     async def speak() -> None:
-        started = time.monotonic()
-        for number in range(1, 4 * client.job.num_blocks + 1):
-            await asyncio.sleep(max(0.0, started + number * PIECE_S - time.monotonic()))
-            await client.send(PIECE_BYTES)
+        started, made = time.monotonic(), client.job.content
+        for number in range(1, NUM_PIECES * client.job.num_blocks + 1):
+            await asyncio.sleep(max(0.0, started + number * made.block_s / NUM_PIECES - time.monotonic()))
+            await client.send(made.block_bytes() // NUM_PIECES)
         await client.close()
 
     await _while_speaking(client, speak)
@@ -229,11 +233,12 @@ async def run_job(job: Job) -> Report:
     async with grpc.aio.insecure_channel(job.target, options=options) as channel:
         clients = [Client(pb_grpc.AvatarServiceStub(channel), n, job) for n in range(job.num_sessions)]
         start = time.monotonic() + (START_S if job.pace == "live" else 0.0)
+        apart_s = job.content.block_s / job.num_sessions
         cpu_s: list[float] = []
 
         async def run_session(number: int, client: Client) -> None:
             try:
-                await asyncio.sleep(max(0.0, start + number * BLOCK_S / job.num_sessions - time.monotonic()))
+                await asyncio.sleep(max(0.0, start + number * apart_s - time.monotonic()))
                 await client.open()
                 cpu_s.append(cpu_seconds(job.pids))
                 await PACES[job.pace](client)

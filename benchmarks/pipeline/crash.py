@@ -11,13 +11,13 @@ import psutil
 from tqdm import tqdm
 
 from avatar.rpc.channel import channel
-from avatar.types import BLOCK_FRAMES, BLOCK_S
 from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
 from benchmarks.pipeline.client import START_S, Job, Report, SessionReport, run_clients
 from benchmarks.pipeline.contenders import Peer
 from benchmarks.pipeline.metrics import TooSlowError, longest_pause, lost_and_duplicated, percentile
 from benchmarks.pipeline.suite import STAGES, standin_suite, start_worker, workers_of
 from benchmarks.row import Row, row
+from benchmarks.standin.content import PUBLIC
 from services.local.processes import Suite, until_healthy
 
 ROUNDS = 5
@@ -26,7 +26,7 @@ SESSIONS = 4
 # Seconds after all sessions are open, of watching each loss, and after each restart.
 SETTLE_S, WATCH_S, RESTART_S = 1.5, 2.5, 0.5
 OPEN_S = 30.0
-NUM_BLOCKS = round((START_S + SETTLE_S + len(STAGES) * (WATCH_S + RESTART_S)) / BLOCK_S)
+NUM_BLOCKS = round((START_S + SETTLE_S + len(STAGES) * (WATCH_S + RESTART_S)) / PUBLIC.block_s)
 LIMIT_S = 120.0
 
 
@@ -66,7 +66,7 @@ async def _rows() -> list[Row]:
             percentile(everything, 95),
             "s",
             at_most=1.5,
-            bound=BLOCK_S,
+            bound=PUBLIC.block_s,
             beside=ring,
             note=note,
         ),
@@ -147,5 +147,5 @@ def lost_or_duplicated(session: SessionReport) -> tuple[int, int]:
     numbered = [(each.first_frame, each.num_frames) for each in session.arrivals]
     lost, duplicated = lost_and_duplicated(numbered) if numbered else (0, 0)
     spoken = sum(each.num_frames for each in session.arrivals if not each.is_idle)
-    unspoken = max(0, NUM_BLOCKS * BLOCK_FRAMES - spoken) if session.refused else 0
-    return lost + unspoken + session.wrong * BLOCK_FRAMES, duplicated
+    unspoken = max(0, NUM_BLOCKS * PUBLIC.block_frames - spoken) if session.refused else 0
+    return lost + unspoken + session.wrong * PUBLIC.block_frames, duplicated

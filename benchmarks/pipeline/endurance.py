@@ -8,19 +8,19 @@ import asyncio
 import time
 from bisect import bisect_right
 
-from avatar.types import BLOCK_LATENTS, BLOCK_S
 from benchmarks.pipeline.client import Job, SessionReport, run_clients
 from benchmarks.pipeline.metrics import TooSlowError, slope_per_hour
 from benchmarks.pipeline.processes import unshared_megabytes
 from benchmarks.pipeline.suite import standin_suite
 from benchmarks.row import Row, row
+from benchmarks.standin.content import PUBLIC
 from services.local.processes import Suite
 
 MEDIA_S, POSITIONS = 10_000.0, 45_000
 STEP_S = 0.001
-LONG_BLOCKS = POSITIONS // BLOCK_LATENTS + 100
+LONG_BLOCKS = POSITIONS // PUBLIC.block_latents + 100
 OTHERS = 3
-OTHER_BLOCKS = -int(-(MEDIA_S / BLOCK_S - LONG_BLOCKS) // OTHERS)
+OTHER_BLOCKS = -int(-(MEDIA_S / PUBLIC.block_s - LONG_BLOCKS) // OTHERS)
 # On a slow machine the run stops here; the rows say how far it got.
 LIMIT_S, CLOSE_S = 400.0, 60.0
 SAMPLE_S = 1.0
@@ -53,11 +53,11 @@ async def _rows() -> list[Row]:
         raise RuntimeError(
             f"a session received {failed[0].wrong} wrong pictures and ended: {failed[0].refused or 'normally'}"
         )
-    media_s = sum(len(session.arrivals) for session in sessions) * BLOCK_S
+    media_s = sum(len(session.arrivals) for session in sessions) * PUBLIC.block_s
     slopes = growth(sessions, samples)
     worst = max(slopes, key=lambda name: slopes[name])
     note = ", ".join(f"{name} {slope:.2f}" for name, slope in slopes.items())
-    position = max(len(session.arrivals) for session in sessions) * BLOCK_LATENTS
+    position = max(len(session.arrivals) for session in sessions) * PUBLIC.block_latents
     return [
         row("endurance: growth of memory", slopes[worst], "MB/h", at_most=1.0, bound=0.0, note=note),
         row("endurance: media", media_s, "s", at_least=MEDIA_S, note=f"in at most {LIMIT_S:g} s, 4 sessions"),
@@ -82,7 +82,7 @@ def growth(sessions: list[SessionReport], samples: list[tuple[float, dict[str, f
     if not arrived:
         raise TooSlowError("no session received a block")
     counted = [(bisect_right(arrived, at), used) for at, used in samples if at <= arrived[-1]]
-    kept = [(count * BLOCK_S, used) for count, used in counted if count >= WARM * len(arrived)]
+    kept = [(count * PUBLIC.block_s, used) for count, used in counted if count >= WARM * len(arrived)]
     if not kept:
         raise TooSlowError("memory was not sampled before the last block")
     media_s = [media for media, _ in kept]

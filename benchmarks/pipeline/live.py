@@ -10,14 +10,13 @@ from statistics import median
 
 from tqdm import tqdm
 
-from avatar.types import BLOCK_S
 from benchmarks.pipeline.client import START_S, Job, SessionReport, run_clients
 from benchmarks.pipeline.contenders import Peer
 from benchmarks.pipeline.metrics import interval_std, next_to_try, on_time
 from benchmarks.pipeline.processes import start_program
 from benchmarks.pipeline.suite import standin_suite
 from benchmarks.row import Row, row
-from benchmarks.standin.content import NUM_LEVELS
+from benchmarks.standin.content import PUBLIC
 from services.local.processes import Suite
 
 ROUNDS = 5
@@ -25,7 +24,7 @@ STEP_S = 0.02
 # Blocks that each session speaks: 6 s, of which about 2 s are not counted.
 NUM_BLOCKS = 12
 SETTLE_S = 1.5
-BOUND = round(BLOCK_S / STEP_S)
+BOUND = round(PUBLIC.block_s / STEP_S)
 FEWEST = 17
 ENOUGH = 0.995
 LIMIT_S = 60.0
@@ -52,7 +51,7 @@ async def _sessions() -> list[Row]:
             most.append(max((number for number, passes in tried.items() if passes), default=FEWEST - 1))
     found = median(most)
     note = f"tried from {FEWEST}, so fewer" if found < FEWEST else f"found {', '.join(str(each) for each in most)}"
-    alone = int(BLOCK_S / STEP_S / (NUM_LEVELS + 1))
+    alone = int(PUBLIC.block_s / STEP_S / (PUBLIC.num_levels + 1))
     beside = {"gloo": 1.0, "loop": float(alone)}  # by design: one session per ring, one stage after another
     name = f"sessions per pipeline, stages of {STEP_S * 1e3:g} ms"
     return [row(name, found, "sessions", at_least=int(0.92 * BOUND), bound=BOUND, beside=beside, note=note)]
@@ -64,7 +63,8 @@ async def _continuity() -> list[Row]:
     async with standin_suite(STEP_S) as suite, (ring := Peer("gloo", STEP_S)).running():
         await live_sessions(suite, 2, 4)
         for _ in tqdm(range(ROUNDS), desc="continuity", disable=None):
-            sleeper = await start_program("-m", "benchmarks.pipeline.sleeper", str(START_S + NUM_BLOCKS * BLOCK_S))
+            times_s = START_S + NUM_BLOCKS * PUBLIC.block_s, PUBLIC.block_s
+            sleeper = await start_program("-m", "benchmarks.pipeline.sleeper", *map(str, times_s))
             sessions = await live_sessions(suite, num_sessions, NUM_BLOCKS)
             wakes, _ = await sleeper.communicate()
             sleepers.append(interval_std(json.loads(wakes)) * 1e3)
@@ -112,5 +112,5 @@ def _since(sessions: list[SessionReport]) -> float:
 
 
 def _counted(session: SessionReport) -> list[float]:
-    start = session.arrived_s[0] + SETTLE_S + BLOCK_S
+    start = session.arrived_s[0] + SETTLE_S + PUBLIC.block_s
     return [at for at in session.arrived_s if at >= start]

@@ -1,4 +1,4 @@
-"""A bare process that wakes every 480 ms: `python -m benchmarks.pipeline.sleeper SECONDS` prints the times, as JSON.
+"""A bare process that wakes regularly: `python -m benchmarks.pipeline.sleeper SECONDS INTERVAL` prints when.
 
 The variation of its intervals is the machine's, not the suite's.
 """
@@ -7,14 +7,12 @@ import json
 import sys
 import time
 
-from avatar.types import BLOCK_S
-
 
 def main() -> None:
-    started = time.monotonic()
+    started, (duration_s, interval_s) = time.monotonic(), map(float, sys.argv[1:])
     woke: list[float] = []
-    while time.monotonic() - started < float(sys.argv[1]):
-        time.sleep(max(0.0, started + (len(woke) + 1) * BLOCK_S - time.monotonic()))
+    while time.monotonic() - started < duration_s:
+        time.sleep(max(0.0, started + (len(woke) + 1) * interval_s - time.monotonic()))
         woke.append(time.monotonic())
     json.dump(woke, sys.stdout)
 

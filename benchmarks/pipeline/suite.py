@@ -2,39 +2,51 @@
 
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
 
-from benchmarks.standin.content import NUM_LEVELS
+from benchmarks.standin.content import PUBLIC, Content
 from services.local.processes import Suite, free_ports, start_redis, until_healthy
 
 # Step of the audio stage, where a level takes tens of milliseconds.
 AUDIO_STEP_S = 0.001
-STAGES = ("audio", *(f"denoiser-{level}" for level in range(NUM_LEVELS)), "vae")
+
+
+def stages_of(content: Content) -> Sequence[str]:
+    """Return the names of the stages: an audio stage, a denoiser for each level, and a decoder."""
+    return ("audio", *(f"denoiser-{level}" for level in range(content.num_levels)), "vae")
+
+
+STAGES = stages_of(PUBLIC)
 
 
 @asynccontextmanager
 async def standin_suite(
-    step_s: float, *, workers: int = 1, environment: Mapping[str, str] = MappingProxyType({})
+    step_s: float,
+    *,
+    workers: int = 1,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    content: Content = PUBLIC,
 ) -> AsyncGenerator[Suite, None]:
     """Run a suite whose levels and decoder take `step_s` seconds per block, while the body runs.
 
     workers: number per stage; they are named `audio`, or `audio.0`, `audio.1` ... if there are several. environment:
-    additional variables of all processes but Redis.
+    additional variables of all processes but Redis. content: sizes of blocks, and the number of levels.
     """
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
-        names = [name for stage in STAGES for name in workers_of(stage, workers)]
+        stages = stages_of(content)
+        names = [name for stage in stages for name in workers_of(stage, workers)]
         redis_port, *ports = free_ports(2 + len(names))
         targets = {name: f"127.0.0.1:{port}" for name, port in zip([*names, "gateway"], ports, strict=True)}
         suite = Suite(Path(folder), f"redis://127.0.0.1:{redis_port}", targets)
         try:
             await start_redis(suite, redis_port)
             for name in names:
-                await start_worker(suite, name, step_s, environment)
+                await start_worker(suite, name, step_s, environment, content)
             program = [sys.executable, "-m", "services.gateway"]
-            await suite.start("gateway", *program, **_gateway(suite, workers), **environment)
+            await suite.start("gateway", *program, **_gateway(suite, workers, stages), **environment)
             await until_healthy(suite)
             yield suite
         finally:
@@ -42,13 +54,18 @@ async def standin_suite(
 
 
 async def start_worker(
-    suite: Suite, name: str, step_s: float, environment: Mapping[str, str] = MappingProxyType({})
+    suite: Suite,
+    name: str,
+    step_s: float,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    content: Content = PUBLIC,
 ) -> None:
     """Start the worker of this name at its address."""
     stage, _, level = name.partition(".")[0].partition("-")
     step = AUDIO_STEP_S if stage == "audio" else step_s
     program = ["-m", "benchmarks.standin", stage, "--listen", suite.targets[name], "--step-s", str(min(step, step_s))]
-    program += ["--level", level or "0"]
+    program += ["--level", level or "0", "--levels", str(content.num_levels)]
+    program += ["--block-latents", str(content.block_latents)]
     await suite.start(name, sys.executable, *program, AVATAR_LOG_LEVEL="WARNING", **environment)
 
 
@@ -57,7 +74,7 @@ def workers_of(stage: str, workers: int) -> list[str]:
     return [stage] if workers == 1 else [f"{stage}.{number}" for number in range(workers)]
 
 
-def _gateway(suite: Suite, workers: int) -> dict[str, str]:
+def _gateway(suite: Suite, workers: int, stages: Sequence[str]) -> dict[str, str]:
     def addresses(*stages: str) -> str:
         return ",".join(suite.targets[name] for stage in stages for name in workers_of(stage, workers))
 
@@ -65,7 +82,7 @@ def _gateway(suite: Suite, workers: int) -> dict[str, str]:
         "AVATAR_LISTEN": suite.gateway,
         "AVATAR_REDIS_URL": suite.redis_url,
         "AVATAR_AUDIO": addresses("audio"),
-        "AVATAR_DENOISERS": addresses(*STAGES[1:-1]),
+        "AVATAR_DENOISERS": addresses(*stages[1:-1]),
         "AVATAR_VAE": addresses("vae"),
         "AVATAR_LOG_LEVEL": "WARNING",
     }

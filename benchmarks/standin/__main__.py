@@ -5,7 +5,8 @@ import asyncio
 
 from avatar.rpc.server import Servicer, serving, until_stopped
 from avatar.runtime.device_queue import DeviceQueue
-from benchmarks.standin.content import NUM_LEVELS
+from avatar.types import BLOCK_LATENTS
+from benchmarks.standin.content import NUM_LEVELS, Content
 from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
 from benchmarks.standin.step import Step, set_timer_slack
 
@@ -19,11 +20,14 @@ async def main() -> None:
     parser.add_argument("--listen", required=True, help="HOST:PORT to serve at")
     parser.add_argument("--step-s", type=float, required=True, help="seconds that a block takes")
     parser.add_argument("--level", type=int, default=0, choices=range(NUM_LEVELS), help="of a denoiser")
+    parser.add_argument("--levels", type=int, default=NUM_LEVELS, help="number of levels")
+    parser.add_argument("--block-latents", type=int, default=BLOCK_LATENTS, help="latent frames of a block")
     parser.add_argument("--capacity", type=int, default=64, help="streams at a time")
     flags = parser.parse_args()
     set_timer_slack()
+    made = Content(flags.block_latents, flags.levels)
     with DeviceQueue() as queue:
-        stage = Stage(flags.stage, Step(flags.step_s), queue, flags.capacity, HISTORY_BLOCKS[flags.stage])
+        stage = Stage(flags.stage, Step(flags.step_s), queue, flags.capacity, HISTORY_BLOCKS[flags.stage], made)
         async with serving(flags.listen, _servicer(flags.stage, stage, flags.level)):
             await until_stopped()
 

@@ -7,25 +7,24 @@ do not commute, so a picture is correct only if its block passed each level once
 """
 
 import struct
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from avatar.types import BLOCK_FRAMES
+from avatar.types import BLOCK_LATENTS, FRAMES_PER_LATENT
 
 Bytes = NDArray[np.uint8]
 
 RATE_HZ, FRAME_RATE_HZ = 16000, 25
-# bfloat16, as in the public 14B network at 720x400.
-FEATURES_SHAPE, FEATURES_BYTES = (25, 1024, 12), 614_400
-LATENT_SHAPE, LATENT_BYTES = (16, 3, 50, 90), 432_000
 NUM_LEVELS = 4
 PICTURE_STRIDE = 9
 # Of raw frames, in pixels.
 SIDE = 64
 RGB_BYTES = SIDE * SIDE * 3
 # The decoder consumes a session's first three frames to start.
-FIRST_FRAME = 3
+FIRST_FRAME = FRAMES_PER_LATENT - 1
 # moof(mfhd(number), traf(tfdt(time))), mdat: ISO/IEC 14496-12. The gateway fills in number and time.
 MFHD = struct.pack(">I4sII", 16, b"mfhd", 0, 0)
 TFDT = struct.pack(">I4sIQ", 20, b"tfdt", 1 << 24, 0)
@@ -33,22 +32,74 @@ TRAF = struct.pack(">I4s", 8 + len(TFDT), b"traf") + TFDT
 MOOF = struct.pack(">I4s", 8 + len(MFHD) + len(TRAF), b"moof") + MFHD + TRAF
 
 
-def block_bytes(rate_hz: int) -> int:
-    """Return the size of a block's audio: PCM16, one channel."""
-    return rate_hz * BLOCK_FRAMES // FRAME_RATE_HZ * 2
+@dataclass(frozen=True)
+class Content:
+    """Sizes of a block's messages, as in the public 14B network at 720x400 in bfloat16.
+
+    block_latents: latent frames of a block. num_levels: of the schedule.
+    """
+
+    block_latents: int = BLOCK_LATENTS
+    num_levels: int = NUM_LEVELS
+
+    @property
+    def block_frames(self) -> int:
+        """Pixel frames of a block."""
+        return FRAMES_PER_LATENT * self.block_latents
+
+    @property
+    def block_s(self) -> float:
+        """Duration of a block, in seconds."""
+        return self.block_frames / FRAME_RATE_HZ
+
+    @property
+    def features_shape(self) -> tuple[int, int, int]:
+        return 25, 1024, self.block_frames
+
+    @cached_property
+    def features_bytes(self) -> int:
+        return int(np.prod(self.features_shape)) * 2
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        return 16, self.block_latents, 50, 90
+
+    @cached_property
+    def latent_bytes(self) -> int:
+        return int(np.prod(self.latent_shape)) * 2
+
+    def block_bytes(self, rate_hz: int = RATE_HZ) -> int:
+        """Return the size of a block's audio: PCM16, one channel."""
+        return rate_hz * self.block_frames // FRAME_RATE_HZ * 2
+
+    def features_of(self, audio: bytes) -> bytes:
+        """Return the features of a block's audio: the audio, repeated."""
+        return (audio * -(-self.features_bytes // len(audio)))[: self.features_bytes]
+
+    def initial_latent(self, features: bytes | memoryview) -> Bytes:
+        """Return the latent that level 0 starts from."""
+        return np.frombuffer(features, np.uint8, self.latent_bytes)
+
+    def expected_picture(self, audio: bytes) -> bytes:
+        """Return the picture of a block with this audio that passed each level once and in order."""
+        scale, shift = 1, 0
+        for level in range(self.num_levels):
+            a, b = _map_of(level)
+            scale, shift = scale * a % 256, (shift * a + b) % 256
+        start = self.initial_latent(self.features_of(audio))[::PICTURE_STRIDE]
+        return (start * np.uint8(scale) + np.uint8(shift)).tobytes()
+
+    def num_frames(self, block: int) -> int:
+        """Return how many frames of a block are shown."""
+        return self.block_frames - (FIRST_FRAME if block == 0 else 0)
+
+    def first_frame(self, block: int) -> int:
+        """Return the number of a block's first shown frame."""
+        return max(FIRST_FRAME, block * self.block_frames)
 
 
-BLOCK_BYTES = block_bytes(RATE_HZ)
-
-
-def features_of(audio: bytes) -> bytes:
-    """Return the features of a block's audio: the audio, repeated."""
-    return (audio * -(-FEATURES_BYTES // len(audio)))[:FEATURES_BYTES]
-
-
-def initial_latent(features: bytes | memoryview) -> Bytes:
-    """Return the latent that level 0 starts from."""
-    return np.frombuffer(features, np.uint8, LATENT_BYTES)
+# The public network's blocks and levels.
+PUBLIC = Content()
 
 
 def denoise(latent: Bytes, level: int) -> Bytes:
@@ -58,7 +109,7 @@ def denoise(latent: Bytes, level: int) -> Bytes:
 
 
 def decode(latent: Bytes) -> bytes:
-    """Return the picture of a latent: every ninth byte, 48 KB."""
+    """Return the picture of a latent: every ninth byte, 16 KB a latent frame."""
     return latent[::PICTURE_STRIDE].tobytes()
 
 
@@ -68,33 +119,13 @@ def decode_rgb(latent: Bytes, num_frames: int) -> list[bytes]:
 
 
 def fragment_of(picture: bytes) -> bytes:
-    """Return a picture as a fragment of MP4, 50 KB with its headers."""
+    """Return a picture as a fragment of MP4."""
     return b"".join((MOOF, struct.pack(">I4s", 8 + len(picture), b"mdat"), picture))
 
 
 def picture_in(fragment: bytes) -> bytes:
     """Return the picture in a fragment."""
     return fragment[len(MOOF) + 8 :]
-
-
-def expected_picture(audio: bytes, num_levels: int = NUM_LEVELS) -> bytes:
-    """Return the picture of a block with this audio that passed each level once and in order."""
-    scale, shift = 1, 0
-    for level in range(num_levels):
-        a, b = _map_of(level)
-        scale, shift = scale * a % 256, (shift * a + b) % 256
-    start = np.frombuffer(features_of(audio), np.uint8, LATENT_BYTES)[::PICTURE_STRIDE]
-    return (start * np.uint8(scale) + np.uint8(shift)).tobytes()
-
-
-def num_frames(block: int) -> int:
-    """Return how many frames of a block are shown."""
-    return BLOCK_FRAMES - (FIRST_FRAME if block == 0 else 0)
-
-
-def first_frame(block: int) -> int:
-    """Return the number of a block's first shown frame."""
-    return max(FIRST_FRAME, block * BLOCK_FRAMES)
 
 
 def _map_of(level: int) -> tuple[int, int]:

@@ -9,12 +9,8 @@ import numpy as np
 from avatar.worker.v1 import audio_pb2, vae_pb2
 from avatar.worker.v1.types_pb2 import Block, Frame, Tensor
 from benchmarks.standin import content
+from benchmarks.standin.content import PUBLIC, Content
 from benchmarks.standin.step import Step
-
-# Size of a features message with its dtype and shape.
-FEATURES_MESSAGE_BYTES = Tensor(
-    dtype="bfloat16", shape=content.FEATURES_SHAPE, data=bytes(content.FEATURES_BYTES)
-).ByteSize()
 
 
 @dataclass(frozen=True)
@@ -37,10 +33,11 @@ class AudioState:
 class AudioModel:
     """Audio in, features out. A piece of None ends the audio. Ignores the context after a block."""
 
-    def __init__(self, step: Step, opened: audio_pb2.OpenEncode) -> None:
+    def __init__(self, step: Step, opened: audio_pb2.OpenEncode, made: Content = PUBLIC) -> None:
         self._step = step
         self._opened = opened
-        self._block_bytes = content.block_bytes(opened.rate_hz)
+        self._content = made
+        self._block_bytes = made.block_bytes(opened.rate_hz)
 
     def open(self, session: object) -> AudioState:
         return AudioState(self._opened.first_block, self._opened.first_answer)
@@ -66,8 +63,8 @@ class AudioModel:
         state.next_block += 1
         if index < state.first_answer:
             return []
-        features = self._step.run(lambda: content.features_of(audio))
-        tensor = Tensor(dtype="bfloat16", shape=content.FEATURES_SHAPE, data=features)
+        features = self._step.run(lambda: self._content.features_of(audio))
+        tensor = Tensor(dtype="bfloat16", shape=self._content.features_shape, data=features)
         return [Block(index=index, features=tensor, statistics=index.to_bytes(8, "little"))]
 
 
@@ -81,9 +78,10 @@ class BlockState:
 class BlockModel:
     """Takes blocks in order, from the one that the stream was opened with."""
 
-    def __init__(self, step: Step, first_block: int) -> None:
+    def __init__(self, step: Step, first_block: int, made: Content) -> None:
         self._step = step
         self._first_block = first_block
+        self._content = made
 
     def open(self, session: object) -> BlockState:
         return BlockState(self._first_block)
@@ -99,24 +97,29 @@ class BlockModel:
 class LevelModel(BlockModel):
     """Blocks with features in, latents out."""
 
-    def __init__(self, step: Step, first_block: int, level: int) -> None:
-        super().__init__(step, first_block)
+    def __init__(self, step: Step, first_block: int, level: int, made: Content = PUBLIC) -> None:
+        super().__init__(step, first_block, made)
         self._level = level
+        # A features message with its dtype and shape.
+        message = Tensor(dtype="bfloat16", shape=made.features_shape, data=bytes(made.features_bytes))
+        self._features_bytes = message.ByteSize()
 
     def step(self, item: Timed, state: BlockState) -> Block:
         block = item.message
         # `features.data` would copy them again.
-        if (size := block.features.ByteSize()) != FEATURES_MESSAGE_BYTES:
-            raise ValueError(f"features have {size} bytes, expected {FEATURES_MESSAGE_BYTES}")
+        if (size := block.features.ByteSize()) != self._features_bytes:
+            raise ValueError(f"features have {size} bytes, expected {self._features_bytes}")
         data = self._run(block, state, lambda: self._denoise(block))
-        latent = Tensor(dtype="bfloat16", shape=content.LATENT_SHAPE, data=data)
+        latent = Tensor(dtype="bfloat16", shape=self._content.latent_shape, data=data)
         return Block(index=block.index, latent=latent, traceparent=block.traceparent)
 
     def _denoise(self, block: Block) -> bytes:
         latent = (
-            np.frombuffer(block.latent.data, np.uint8) if self._level else content.initial_latent(block.features.data)
+            np.frombuffer(block.latent.data, np.uint8)
+            if self._level
+            else self._content.initial_latent(block.features.data)
         )
-        if len(latent) != content.LATENT_BYTES:
+        if len(latent) != self._content.latent_bytes:
             raise ValueError(f"{len(latent)} bytes of latent at level {self._level}")
         return content.denoise(latent, self._level).tobytes()
 
@@ -124,13 +127,13 @@ class LevelModel(BlockModel):
 class DecoderModel(BlockModel):
     """Latents in; one fragment per block out, or raw frames if the stream is opened with `rgb24`."""
 
-    def __init__(self, step: Step, opened: vae_pb2.OpenDecode) -> None:
-        super().__init__(step, opened.first_block)
+    def __init__(self, step: Step, opened: vae_pb2.OpenDecode, made: Content = PUBLIC) -> None:
+        super().__init__(step, opened.first_block, made)
         self._is_fragmented = opened.encoding == "fmp4"
 
     def step(self, item: Timed, state: BlockState) -> list[Frame]:
         block = item.message
-        first, count = content.first_frame(block.index), content.num_frames(block.index)
+        first, count = self._content.first_frame(block.index), self._content.num_frames(block.index)
         latent = np.frombuffer(block.latent.data, np.uint8)
         data = self._run(block, state, lambda: content.fragment_of(content.decode(latent)))
         if self._is_fragmented:

@@ -14,7 +14,6 @@ from avatar.rpc.interceptor import Context, max_active, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, flatten, local
-from avatar.types import BLOCK_FRAMES, BLOCK_S
 from avatar.worker.v1 import (
     audio_pb2,
     audio_pb2_grpc,
@@ -25,6 +24,7 @@ from avatar.worker.v1 import (
     vae_pb2_grpc,
 )
 from benchmarks.standin import content
+from benchmarks.standin.content import PUBLIC, Content
 from benchmarks.standin.models import AudioModel, DecoderModel, LevelModel, Timed
 from benchmarks.standin.step import Step
 
@@ -39,7 +39,7 @@ class Stage:
     """A stage's device queue and admission control, as in the product; only the step is simulated.
 
     step: the simulated computation of a block. queue: runs blocks, earliest deadline first. limit: streams at a time.
-    history_blocks: past blocks that rebuild a stream.
+    history_blocks: past blocks that rebuild a stream. content: sizes of its blocks.
     """
 
     name: str
@@ -47,9 +47,10 @@ class Stage:
     queue: DeviceQueue
     limit: int
     history_blocks: int
+    content: Content = PUBLIC
 
     def __post_init__(self) -> None:
-        self.admission = AdmissionControl(self.limit, self.name, self.queue.load, BLOCK_S)
+        self.admission = AdmissionControl(self.limit, self.name, self.queue.load, self.content.block_s)
         self.changed = asyncio.Event()
         self.admission.on_change = self.changed.set
         for _ in range(WARM_STEPS):
@@ -65,7 +66,8 @@ class Stage:
     ) -> AsyncGenerator[Any, None]:
         """Yield one session's answers."""
         session: Any = None  # the stand-in models need no session
-        stage = local(model, session, self.queue, usage, live_block_s=BLOCK_S if is_live else None)
+        live_block_s = self.content.block_s if is_live else None
+        stage = local(model, session, self.queue, usage, live_block_s=live_block_s)
         async with aclosing(stage(_timed(items))) as answers:
             async for answer in answers:
                 yield answer
@@ -97,7 +99,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         return audio_pb2.AudioServiceGetInfoResponse(
             encoder=DIGEST,
             digest=DIGEST,
-            block_frames=BLOCK_FRAMES,
+            block_frames=self._stage.content.block_frames,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
             max_streams=self._stage.limit,
@@ -117,12 +119,15 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         if (opened.encoding, opened.num_channels) != ("pcm16", 1):
             raise ValueError(f"audio must be pcm16 with one channel, got {opened.encoding} with {opened.num_channels}")
         with await self._stage.admit(opened):
-            history_s = self._stage.history_blocks * BLOCK_S
+            history_s = self._stage.history_blocks * self._stage.content.block_s
             yield audio_pb2.EncodeResponse(opened=audio_pb2.EncodeOpened(history_s=history_s))
             usage, num_blocks = StreamUsage(self._stage.admission.step_times), 0
             answers = flatten(
                 self._stage.stream(
-                    AudioModel(self._stage.step, opened), _pieces(requests), usage, is_live=opened.is_live
+                    AudioModel(self._stage.step, opened, self._stage.content),
+                    _pieces(requests),
+                    usage,
+                    is_live=opened.is_live,
                 )
             )
             async with aclosing(answers) as blocks:
@@ -160,7 +165,10 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         """Describe the worker as it is now."""
         return denoiser_pb2.DenoiserServiceGetInfoResponse(
             levels=[self._level],
-            num_levels=content.NUM_LEVELS,
+            num_levels=self._stage.content.num_levels,
+            num_trained_levels=content.NUM_LEVELS,
+            schedule=[1 - level / content.NUM_LEVELS for level in range(self._stage.content.num_levels)],
+            block_frames=self._stage.content.block_frames,
             digest=DIGEST,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
@@ -183,11 +191,11 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         with await self._stage.admit(opened):
             yield denoiser_pb2.DenoiseResponse(
                 opened=denoiser_pb2.DenoiseOpened(
-                    history_blocks=self._stage.history_blocks, num_levels=content.NUM_LEVELS, digest=DIGEST
+                    history_blocks=self._stage.history_blocks, num_levels=self._stage.content.num_levels, digest=DIGEST
                 )
             )
             usage, num_blocks = StreamUsage(self._stage.admission.step_times), 0
-            level = LevelModel(self._stage.step, opened.first_block, self._level)
+            level = LevelModel(self._stage.step, opened.first_block, self._level, self._stage.content)
             async with aclosing(
                 self._stage.stream(level, parts(requests, "block"), usage, is_live=opened.is_live)
             ) as blocks:
@@ -218,7 +226,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             height=content.SIDE,
             fit="cover",
             frame_rate_hz=content.FRAME_RATE_HZ,
-            block_frames=BLOCK_FRAMES,
+            block_frames=self._stage.content.block_frames,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
             max_streams=self._stage.limit,
@@ -245,7 +253,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 motion=latent,
                 sink=latent,
                 frame_rate_hz=content.FRAME_RATE_HZ,
-                block_frames=BLOCK_FRAMES,
+                block_frames=self._stage.content.block_frames,
             )
         )
 
@@ -258,7 +266,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 opened=vae_pb2.DecodeOpened(history_blocks=self._stage.history_blocks, init_segment=b"init")
             )
             usage, num_blocks = StreamUsage(self._stage.admission.step_times), 0
-            decoder = DecoderModel(self._stage.step, opened)
+            decoder = DecoderModel(self._stage.step, opened, self._stage.content)
             answers = flatten(self._stage.stream(decoder, parts(requests, "block"), usage, is_live=opened.is_live))
             async with aclosing(answers) as frames:
                 async for frame in frames:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 
-from avatar.types import BLOCK_S
 from benchmarks.pipeline.client import Arrival, SessionReport
 from benchmarks.pipeline.crash import is_watched
 from benchmarks.pipeline.endurance import growth
@@ -24,6 +23,8 @@ from benchmarks.pipeline.metrics import (
     steady,
 )
 from benchmarks.row import row, table
+
+BLOCK_S = 0.48
 
 
 def paced(count: int, *, late: dict[int, float] | None = None) -> list[tuple[int, int, float]]:

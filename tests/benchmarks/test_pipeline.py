@@ -5,7 +5,6 @@ import asyncio
 import psutil
 import pytest
 
-from avatar.types import BLOCK_FRAMES, BLOCK_S
 from avatar.v1 import types_pb2 as types
 from benchmarks import peers
 from benchmarks.pipeline.client import Arrival, Client, Job, SessionReport, Voice, run_clients
@@ -15,11 +14,12 @@ from benchmarks.pipeline.endurance import growth
 from benchmarks.pipeline.live import share_on_time
 from benchmarks.pipeline.suite import standin_suite
 from benchmarks.standin import content
+from benchmarks.standin.content import PUBLIC
 
 
 def session(times: list[float], *, refused: str = "") -> SessionReport:
     """A report of consecutive blocks at these times."""
-    arrivals = [Arrival(content.first_frame(n), content.num_frames(n), at, False) for n, at in enumerate(times)]
+    arrivals = [Arrival(PUBLIC.first_frame(n), PUBLIC.num_frames(n), at, False) for n, at in enumerate(times)]
     return SessionReport(arrivals, refused=refused)
 
 
@@ -40,37 +40,37 @@ def test_a_session_that_finished_before_the_watch_is_not_counted() -> None:
 
 def test_a_session_that_ended_lost_the_frames_it_did_not_show() -> None:
     assert lost_or_duplicated(session([0.0, 1.0])) == (0, 0)
-    assert lost_or_duplicated(session([0.0, 1.0], refused="UNAVAILABLE")) == (NUM_BLOCKS * BLOCK_FRAMES - 21, 0)
-    assert lost_or_duplicated(SessionReport(wrong=2)) == (2 * BLOCK_FRAMES, 0)
+    assert lost_or_duplicated(session([0.0, 1.0], refused="UNAVAILABLE")) == (NUM_BLOCKS * PUBLIC.block_frames - 21, 0)
+    assert lost_or_duplicated(SessionReport(wrong=2)) == (2 * PUBLIC.block_frames, 0)
 
 
 def test_sessions_are_counted_together_once_all_have_started() -> None:
-    steady = session([n * BLOCK_S for n in range(10)])
-    stalling = session([n * BLOCK_S + 0.19 * (n >= 8) for n in range(10)])
+    steady = session([n * PUBLIC.block_s for n in range(10)])
+    stalling = session([n * PUBLIC.block_s + 0.19 * (n >= 8) for n in range(10)])
     assert share_on_time([steady]) == 1.0
     assert share_on_time([]) == 0.0
     late = 4  # frames that are overdue by more than a frame
-    counted = sum(n * BLOCK_S >= 1.5 for n in range(10)) * BLOCK_FRAMES
+    counted = sum(n * PUBLIC.block_s >= 1.5 for n in range(10)) * PUBLIC.block_frames
     assert share_on_time([steady, stalling]) == pytest.approx(1 - late / (2 * counted))
 
 
 def test_growth_is_per_process_and_per_media_time() -> None:
     hour = session([float(n) for n in range(7501)])
-    samples = [(float(n), {"gateway": 50 + n * BLOCK_S / 3600, "redis": 5.0}) for n in range(0, 7501, 100)]
+    samples = [(float(n), {"gateway": 50 + n * PUBLIC.block_s / 3600, "redis": 5.0}) for n in range(0, 7501, 100)]
     grown = growth([hour], samples)
     assert grown["gateway"] == pytest.approx(1.0)
     assert grown["redis"] == pytest.approx(0.0)
 
 
 def frame(audio: bytes, *, is_idle: bool = False) -> tuple[bytes, types.VideoFrame]:
-    data = content.fragment_of(content.expected_picture(audio))
+    data = content.fragment_of(PUBLIC.expected_picture(audio))
     return audio, types.VideoFrame(data=data, num_frames=12, is_idle=is_idle)
 
 
 def accepted(*frames: tuple[bytes, types.VideoFrame]) -> list[bool]:
     """Return for each frame whether a client that has sent three blocks accepts it as correct."""
     client = Client(None, 0, Job("", "live", 3))
-    client._num_sent = 3 * content.BLOCK_BYTES
+    client._num_sent = 3 * PUBLIC.block_bytes()
     results = []
     for client._audio, shown in frames:
         results.append(client._is_correct(shown))
@@ -78,11 +78,11 @@ def accepted(*frames: tuple[bytes, types.VideoFrame]) -> list[bool]:
 
 
 def spoken(number: int) -> bytes:
-    return Voice(0).at(number * content.BLOCK_BYTES, content.BLOCK_BYTES)
+    return Voice(0).at(number * PUBLIC.block_bytes(), PUBLIC.block_bytes())
 
 
 def test_a_client_accepts_its_speech_in_order_with_idle_frames_between() -> None:
-    silence = bytes(content.BLOCK_BYTES)
+    silence = bytes(PUBLIC.block_bytes())
     results = accepted(frame(silence, is_idle=True), frame(spoken(0)), frame(silence, is_idle=True), frame(spoken(1)))
     assert results == [True] * 4
 
@@ -94,7 +94,7 @@ def test_a_client_detects_a_lost_a_duplicated_and_a_wrong_block() -> None:
 
 
 def test_late_speech_continues_after_the_padding() -> None:
-    half = content.BLOCK_BYTES // 2
+    half = PUBLIC.block_bytes() // 2
     padded = spoken(0)[:half] + bytes(half)
     rest = spoken(0)[half:] + spoken(1)[:half]
     assert accepted(frame(padded), frame(rest)) == [True, True]
