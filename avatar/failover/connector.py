@@ -35,25 +35,19 @@ class OpenStream(Protocol[Item_contra, Answer_co]):
 class StageConnector(ABC, Generic[Item, Answer]):
     """Opens one session's stream at a worker of its stage, always of the checkpoint of the first worker.
 
-    stage: name that errors carry. replay: the items that rebuild the stream.
+    stage: name that errors carry. replay: the items that rebuild the stream. session: the field of that name of the
+    `open` message, from `serialize_session`; empty for a stage that needs none. It is kept, so that a stream is opened
+    again without the session store.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        pool: WorkerPool[Any],
-        replay: Replay[Item, Answer],
-        message: Any,
-        session: Sequence[bytes] = (),
-    ) -> None:
-        """message: the stream's `open` message, in which the replay sets the start. session: its field of that name,
-        from `serialize_session`, so that a stream is opened again without the session store.
-        """
+    def __init__(self, stage: str, pool: WorkerPool[Any], replay: Replay[Item, Answer], message: Any) -> None:
+        """message: the stream's `open` message, in which the replay sets the start."""
         self.stage = stage
         self.replay = replay
+        self.session: Sequence[bytes] = ()
         self._former = ""
         self._pool = pool
-        self._message, self._session = message, session
+        self._message = message
         self._digest: str | None = None
 
     def claim(self, claimed_us: int, former: str) -> None:
@@ -102,7 +96,7 @@ class StageConnector(ABC, Generic[Item, Answer]):
         self._message.ClearField("max_active")
         if max_active is not None:
             self._message.max_active = max_active
-        opened = await stream.open(self._message, self._session)
+        opened = await stream.open(self._message, self.session)
         self._digest = digest
         return stream, opened
 
@@ -130,12 +124,11 @@ class LevelConnector(StageConnector[Relayable, types_pb2.Block]):
         self,
         pool: WorkerPool[Any],
         message: denoiser_pb2.OpenDenoise,
-        session: Sequence[bytes],
         digest: str,
         next_block: int = 0,
     ) -> None:
         """digest: of the network that all levels of the session share."""
-        super().__init__(f"denoiser-{message.level}", pool, BlockReplay(next_block), message, session)
+        super().__init__(f"denoiser-{message.level}", pool, BlockReplay(next_block), message)
         self._level, self._network = message.level, digest
 
     def serves(self, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
@@ -155,12 +148,11 @@ class ChainConnector(StageConnector[Relayable, types_pb2.Block]):
         self,
         pool: WorkerPool[Any],
         message: denoiser_pb2.OpenDenoise,
-        session: Sequence[bytes],
         digest: str,
         num_levels: int,
         next_block: int = 0,
     ) -> None:
-        super().__init__("denoiser", pool, BlockReplay(next_block), message, session)
+        super().__init__("denoiser", pool, BlockReplay(next_block), message)
         self._network, self._num_levels = digest, num_levels
 
     def serves(self, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
@@ -183,11 +175,10 @@ class VaeConnector(StageConnector[Relayable, types_pb2.Frame]):
         self,
         pool: WorkerPool[Any],
         message: vae_pb2.OpenDecode,
-        session: Sequence[bytes],
         block_frames: int,
         next_block: int = 0,
     ) -> None:
-        super().__init__("vae", pool, BlockReplay(next_block), message, session)
+        super().__init__("vae", pool, BlockReplay(next_block), message)
         self._block_frames = block_frames
 
     def serves(self, info: vae_pb2.VaeServiceGetInfoResponse) -> bool:

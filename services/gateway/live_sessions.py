@@ -15,7 +15,7 @@ from avatar.errors import REASONS, ConnectionLost, InvalidField, NoCapacity, Ses
 from avatar.rpc.status import reason_of
 from avatar.settings import GatewaySettings
 from avatar.store.claims import CLAIM_TTL_S, Claim, no_session
-from avatar.store.references import SharedLatents
+from avatar.store.references import Latents, SharedLatents
 from avatar.store.sessions import SessionRecord, SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.worker.v1 import types_pb2
@@ -134,11 +134,8 @@ class LiveSessions:
                 AsyncExitStack() as stack,
             ):
                 session, position = record.session, _start(opened, options, record)
-                latents = await self._latents.get(session.reference_id)
-                if latents is None:
-                    raise no_session(session.id)
+                stages, latents = await self._opened(stack, claim, session, options, position)
                 conditions = record.conditions(position.conditions, latents.sink)
-                stages = await self._opened(stack, claim, session, latents.motion, options, position)
                 stream = LiveStream(stages, options, session, position, conditions, self._settings)
                 stack.callback(stream.versions.close)
                 if position.coming_conditions:
@@ -173,24 +170,33 @@ class LiveSessions:
         stack: AsyncExitStack,
         claim: Claim,
         session: types_pb2.Session,
-        motion: bytes,
         options: StreamOptions,
         position: types_pb2.Position,
-    ) -> SessionStages:
-        """Open a session's stages, until the stack's end. SessionBusy if another stream takes the claim meanwhile.
+    ) -> tuple[SessionStages, Latents]:
+        """Open a session's stages, until the stack's end; return its latents, too.
+
+        SessionBusy if another stream takes the claim meanwhile, SessionNotFound if the store has no latents.
 
         Workers that are full give these stages the slots of the stream that the claim was taken from. If they cannot,
         because they are others or are gone, that stream ends first, and room is waited for.
         """
         stages: SessionStages | None = None
+        latents: Latents | None = None
         give_up_s = 0.0
+
+        async def read_motion() -> bytes:
+            nonlocal latents
+            if latents is None and (latents := await self._latents.get(session.reference_id)) is None:
+                raise no_session(session.id)
+            return latents.motion
+
         async with asyncio.TaskGroup() as tasks:
             keeping = tasks.create_task(_keep(claim))
             while stages is None:
                 full: BaseException | None = None
                 try:
                     opening = open_stages(
-                        self._workers, self._settings, session, motion, options, position, claim.acquired_us
+                        self._workers, self._settings, session, read_motion, options, position, claim.acquired_us
                     )
                     stages = await stack.enter_async_context(opening)
                 except* NoCapacity as error:
@@ -203,7 +209,8 @@ class LiveSessions:
                         give_up_s = time.monotonic() + SLOTS_S
                     await asyncio.sleep(SLOTS_RETRY_S)
             keeping.cancel()
-        return stages
+        assert latents is not None
+        return stages, latents
 
     @asynccontextmanager
     async def _claimed(self, session_id: str, *, take_over: bool) -> AsyncGenerator[tuple[Claim, SessionRecord], None]:

@@ -1,7 +1,7 @@
 """One session's streams at every stage, each of which outlives the worker that it is at."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -64,7 +64,7 @@ class SessionStages:
         The scarcest stage is opened first and alone, so that a session that gets no slot there keeps none from others.
         """
         for attempts_left in reversed(range(MAX_ATTEMPTS)):
-            await self._check_room(workers)
+            await self.check_room(workers)
             refusal: BaseException | None = None
             try:
                 await self._open_once()
@@ -82,7 +82,7 @@ class SessionStages:
         for stage in self.all:
             stage.cancel()
 
-    async def _check_room(self, workers: Workers) -> None:
+    async def check_room(self, workers: Workers) -> None:
         """Raise NoCapacity if all workers of a stage are known to be full, also by a fresh read of the registry."""
         if any(stage.is_full() for stage in self.all):
             await workers.refresh()
@@ -110,16 +110,16 @@ async def open_stages(
     workers: Workers,
     settings: GatewaySettings,
     session: types_pb2.Session,
-    motion: bytes,
+    read_motion: Callable[[], Awaitable[bytes]],
     options: StreamOptions,
     position: types_pb2.Position,
     claimed_us: int,
 ) -> AsyncGenerator[SessionStages, None]:
     """Open a session's stream at every stage, and keep them open while the body runs.
 
-    motion: the session's motion latents, a serialized Tensor. position: of the first block to make; the workers that it
-    names are tried first. claimed_us: when the session's claim was acquired: full workers end the session's streams of
-    earlier claims.
+    read_motion: returns the session's motion latents, a serialized Tensor, megabytes; called if there may be room.
+    position: of the first block to make; the workers that it names are tried first. claimed_us: when the session's
+    claim was acquired: full workers end the session's streams of earlier claims.
     Raises the error of workers that refuse; InvalidField if the decoder has no such encoding of frames; ConfigMismatch
     if the workers do not fit together.
     """
@@ -157,14 +157,8 @@ async def open_stages(
         per_latent=options.is_per_latent,
         takes_chunks=True,
     )
-    denoisers = _denoisers(workers, info, session, motion, options, position)
-    vae = VaeConnector(
-        workers.vae,
-        video,
-        serialize_session(vae_pb2.OpenDecode, session, motion),
-        info.block_frames,
-        position.next_block,
-    )
+    denoisers = _denoisers(workers, info, session.id, options, position.next_block)
+    vae = VaeConnector(workers.vae, video, info.block_frames, position.next_block)
     connectors: list[StageConnector[Any, Any]] = [audio, *denoisers, vae]
     formers = chain(position.workers, repeat(""))
     for connector, former in zip(connectors, formers, strict=False):
@@ -180,6 +174,12 @@ async def open_stages(
         lookahead_ns,
     )
     try:
+        await stages.check_room(workers)
+        motion = await read_motion()
+        vae.session = serialize_session(vae_pb2.OpenDecode, session, motion)
+        carried = serialize_session(denoiser_pb2.OpenDenoise, session, motion)
+        for each in denoisers:
+            each.session = carried
         await stages.open(workers)
         yield stages
     finally:
@@ -187,22 +187,16 @@ async def open_stages(
 
 
 def _denoisers(
-    workers: Workers,
-    info: DeploymentInfo,
-    session: types_pb2.Session,
-    motion: bytes,
-    options: StreamOptions,
-    position: types_pb2.Position,
+    workers: Workers, info: DeploymentInfo, session_id: str, options: StreamOptions, next_block: int
 ) -> list[ChainConnector] | list[LevelConnector]:
     """Return a connector for each level, or one for all of them if their workers form chains."""
     levels = [
-        denoiser_pb2.OpenDenoise(session_id=session.id, level=level, is_live=options.is_live)
+        denoiser_pb2.OpenDenoise(session_id=session_id, level=level, is_live=options.is_live)
         for level in range(len(info.denoisers))
     ]
-    carried, next_block = serialize_session(denoiser_pb2.OpenDenoise, session, motion), position.next_block
     if info.is_chained:
-        return [ChainConnector(workers.denoisers, levels[0], carried, info.digest, len(levels), next_block)]
-    return [LevelConnector(workers.denoisers, level, carried, info.digest, next_block) for level in levels]
+        return [ChainConnector(workers.denoisers, levels[0], info.digest, len(levels), next_block)]
+    return [LevelConnector(workers.denoisers, level, info.digest, next_block) for level in levels]
 
 
 def _lookahead_ns(session: types_pb2.Session, info: audio_pb2.AudioServiceGetInfoResponse) -> int:

@@ -39,7 +39,7 @@ async def test_a_stream_is_opened_again_at_a_worker_of_the_same_checkpoint_only(
 
 
 def test_a_level_is_opened_at_workers_that_serve_it() -> None:
-    connector = LevelConnector(WorkerPool("denoiser", [], no_info), OpenDenoise(level=1), [], "x")
+    connector = LevelConnector(WorkerPool("denoiser", [], no_info), OpenDenoise(level=1), "x")
     assert connector.stage == "denoiser-1"
     infos = [
         DenoiserServiceGetInfoResponse(levels=levels, digest=digest) for levels in ([0], [0, 1]) for digest in "xy"
@@ -49,7 +49,7 @@ def test_a_level_is_opened_at_workers_that_serve_it() -> None:
 
 async def test_a_chain_whose_levels_do_not_all_answer_is_lost() -> None:
     pool = WorkerPool("denoiser", [], no_info)
-    connector = ChainConnector(pool, OpenDenoise(), [], "x", num_levels=2)
+    connector = ChainConnector(pool, OpenDenoise(), "x", num_levels=2)
     head: PoolWorker[DenoiserServiceGetInfoResponse] = PoolWorker("127.0.0.1:1")
     info = DenoiserServiceGetInfoResponse(levels=[0], chain="c", digest="x")
     head.update(info)

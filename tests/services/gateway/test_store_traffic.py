@@ -12,6 +12,7 @@ from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.worker.v1 import types_pb2
 from tests.product import Stub, connected, open_stream
+from tests.refusals import refused
 from tests.standin import standin_gateway
 
 # The public 14B network's motion latents and sink at 704x384, in bfloat16.
@@ -20,14 +21,18 @@ MOTION_BYTES, SINK_BYTES = 16 * 19 * 48 * 88 * 2, 16 * 48 * 88 * 2
 CREATE_SESSION = ["HMGET", "EVALSHA", "HSET"]  # the reference, the lease of its latents, the record
 OPEN = ["EVALSHA", "EVALSHA", "EVALSHA"]  # claim and record, commit, status
 FIRST_OPEN = ["EVALSHA", "HMGET", "EVALSHA", "EVALSHA"]  # also the latents
+REFUSAL = ["EVALSHA", "EVALSHA"]  # claim and record, release
 GET_SESSION = ["EVALSHA"]
 # In one transaction with HSET.
 WITH_HSET = {"DEL", "PEXPIRE"}
 
 
 @asynccontextmanager
-async def portrait_gateway(store: SessionStore) -> AsyncGenerator[Stub, None]:
-    """A gateway whose store has references of the 14B network's size: `face`, and one that is used already."""
+async def portrait_gateway(store: SessionStore, limit: int = 16) -> AsyncGenerator[Stub, None]:
+    """A gateway whose store has references of the 14B network's size: `face`, and one that has a stream.
+
+    limit: streams at a time at a worker.
+    """
     for name in ("warm", "face"):
         reference = types_pb2.Reference(
             id=name,
@@ -39,7 +44,7 @@ async def portrait_gateway(store: SessionStore) -> AsyncGenerator[Stub, None]:
             sink=types_pb2.Tensor(dtype="uint8", shape=[SINK_BYTES], data=bytes(SINK_BYTES)),
         )
         await store.references.put(reference, 60.0)
-    async with standin_gateway(store) as gateway, connected(gateway.target) as stub:
+    async with standin_gateway(store, limit=limit) as gateway, connected(gateway.target) as stub:
         # The first time, connections are opened and scripts are loaded.
         call, _ = await open_stream(stub, await new_session_of("warm", stub))
         yield stub
@@ -74,6 +79,25 @@ async def test_no_call_of_a_client_makes_more_calls_to_redis(store: SessionStore
         assert await commands_about({"face", second}, redis_client, monitor) == OPEN
         await stub.GetSession(pb.GetSessionRequest(session_id=first), timeout=10)
         assert await commands_about({"face", first}, redis_client, monitor) == GET_SESSION
+
+
+async def test_a_refusal_reads_no_latents(store: SessionStore, redis_client: Redis) -> None:
+    async with portrait_gateway(store, limit=1) as stub, redis_client.monitor() as monitor:
+        session_id = await new_session_of("face", stub)
+        await commands_about(set(), redis_client, monitor)
+        async with refused("NO_CAPACITY"):
+            await open_stream(stub, session_id)
+        assert await commands_about({"face", session_id}, redis_client, monitor) == REFUSAL
+
+
+async def test_a_session_whose_latents_the_store_has_lost_is_not_found(
+    store: SessionStore, redis_client: Redis
+) -> None:
+    async with portrait_gateway(store) as stub:
+        session_id = await new_session_of("face", stub)
+        await redis_client.delete("avatar:latents:{face}")
+        async with refused("SESSION_NOT_FOUND"):
+            await open_stream(stub, session_id)
 
 
 async def test_no_call_of_a_client_moves_more_bytes_out_of_redis(store: SessionStore, redis_client: Redis) -> None:
