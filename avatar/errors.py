@@ -115,6 +115,10 @@ class NoCapacity(AvatarError, reason="NO_CAPACITY", code=StatusCode.RESOURCE_EXH
     """No worker of a stage can take the request now."""
 
 
+class Draining(AvatarError, reason="DRAINING", code=StatusCode.UNAVAILABLE):
+    """The cell is drained: it opens no new streams."""
+
+
 class QuotaExceeded(AvatarError, reason="QUOTA_EXCEEDED", code=StatusCode.RESOURCE_EXHAUSTED):
     """The tenant has used up a quota; metadata `quota` names it."""
 

@@ -41,16 +41,18 @@ async def serving(
     credentials: grpc.ServerCredentials | None = None,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    checks: health.aio.HealthServicer | None = None,
 ) -> AsyncGenerator[int, None]:
     """Serve while the body runs, with health checks and reflection; yield the port.
 
     listen: HOST:PORT, port 0 for a free one. drain_s: seconds that open streams get to end in at shutdown.
     credentials: for TLS; plain text without them. interceptors: their exceptions become statuses too.
-    max_message_bytes: largest message that is received. ValueError if the address is in use.
+    max_message_bytes: largest message that is received. checks: health checks, for a caller that changes them while it
+    serves. ValueError if the address is in use.
     """
     options = list({**dict(SERVER_OPTIONS), "grpc.max_receive_message_length": max_message_bytes}.items())
     server = grpc.aio.server(interceptors=[StatusInterceptor(), *interceptors], options=options)
-    checks = health.aio.HealthServicer()
+    checks = checks or health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     names = [servicer.service_name for servicer in servicers]
     for servicer in servicers:

@@ -1,13 +1,14 @@
-"""The registry of a cell's workers: each worker writes its state, and gateways read all states in one call.
+"""The registry of a cell: each worker writes its state, and gateways read all states in one call.
 
     avatar:workers:{CELL}       hash        address of a process -> its serialized WorkerStates
     avatar:workers-seen:{CELL}  sorted set  address -> time of its last write, in milliseconds since 1970
+    avatar:drained:{CELL}       string      there while the cell is drained: its gateways open no new streams
 
 A state that was not written again within STALE_S is gone: the next read deletes it.
 """
 
 from avatar.store.claims import key
-from avatar.store.redis import IN_FULL_STORE, NOW, RedisHashes, to_ms
+from avatar.store.redis import IN_FULL_STORE, NOW, READS_ONLY, RedisHashes, to_ms
 from avatar.worker.v1.discovery_pb2 import WorkerStates
 
 # More than two heartbeats of a worker, so that one late write does not remove its state.
@@ -41,14 +42,21 @@ end
 return table.concat(redis.call('HVALS', KEYS[1]))
 """
 )
+_DRAIN = IN_FULL_STORE + "redis.call('SET', KEYS[1], 1)"
+_UNDRAIN = IN_FULL_STORE + "redis.call('DEL', KEYS[1])"
+_IS_DRAINED = READS_ONLY + "return redis.call('EXISTS', KEYS[1])"
 
 
 class WorkerRegistry:
-    """The states of one cell's workers. Every method raises StoreUnavailable, and leaves the log to its caller."""
+    """The states of one cell's workers, and whether the cell is drained.
+
+    Every method raises StoreUnavailable, and leaves the log to its caller.
+    """
 
     def __init__(self, hashes: RedisHashes, cell: str) -> None:
         self._hashes = hashes
         self._keys = [key("workers", cell), key("workers-seen", cell)]
+        self._drained = [key("drained", cell)]
 
     async def write(self, address: str, states: WorkerStates) -> None:
         """Write the state of the process at this address."""
@@ -58,6 +66,14 @@ class WorkerRegistry:
     async def remove(self, address: str) -> None:
         """Remove the state of the process at this address."""
         await self._hashes.run(_REMOVE, self._keys, [address], is_logged=False)
+
+    async def set_drained(self, *, is_drained: bool) -> None:
+        """Drain the cell, or end its drain."""
+        await self._hashes.run(_DRAIN if is_drained else _UNDRAIN, self._drained, [])
+
+    async def is_drained(self) -> bool:
+        """Return whether the cell is drained."""
+        return bool(await self._hashes.run(_IS_DRAINED, self._drained, [], is_logged=False))
 
     async def read(self) -> WorkerStates:
         """Return the states of all workers that have written theirs lately."""

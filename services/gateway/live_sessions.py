@@ -20,9 +20,9 @@ from avatar.store.sessions import SessionRecord, SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.worker.v1 import types_pb2
 from services.gateway.access.quotas import Quotas
+from services.gateway.cell import Cell
 from services.gateway.live_session import LiveSession
 from services.gateway.options import StreamOptions, stream_options
-from services.gateway.peers import Peers
 from services.gateway.stages import SessionStages, open_stages
 from services.gateway.stream.in_flight import FIRST_FRAME
 from services.gateway.stream.live_stream import LiveStream
@@ -44,13 +44,13 @@ class LiveSessions:
     """All sessions that are open at this gateway. A context; its end ends them."""
 
     def __init__(
-        self, settings: GatewaySettings, store: SessionStore, workers: Workers, quotas: Quotas, peers: Peers
+        self, settings: GatewaySettings, store: SessionStore, workers: Workers, quotas: Quotas, cell: Cell
     ) -> None:
         self._settings = settings
         self._store = store
         self._workers = workers
         self._quotas = quotas
-        self._peers = peers
+        self._cell = cell
         self._latents = SharedLatents(store.references)
         self._tasks = asyncio.TaskGroup()
         self._running: set[asyncio.Task[None]] = set()
@@ -84,6 +84,8 @@ class LiveSessions:
 
     async def start(self, opened: pb.OpenAvatar) -> LiveSession:
         """Open a session, or go on with one that was open at another gateway. Raises the error that prevents it."""
+        if not opened.HasField("resume"):
+            self._cell.check_not_drained()
         options = stream_options(opened)
         started: asyncio.Future[LiveSession] = asyncio.get_running_loop().create_future()
         task = self._tasks.create_task(self._run(opened, options, started))
@@ -218,7 +220,7 @@ class LiveSessions:
 
         take_over: take it from the other stream. If the body fails before it commits, that stream gets it back.
         """
-        claim = self._store.claim(session_id, self._peers.here)
+        claim = self._store.claim(session_id, self._cell.here)
         records = [await self._store.acquire(claim, take_over=take_over)]
         self._claims.setdefault(session_id, set()).add(claim)
         telemetry.SESSIONS_ACTIVE.add(1, {"service": "gateway"})

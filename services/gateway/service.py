@@ -37,6 +37,7 @@ from avatar.worker.v1 import types_pb2, vae_pb2
 from services.gateway.access.picture_slots import PictureSlots
 from services.gateway.access.quotas import Quotas
 from services.gateway.access.tenants import caller
+from services.gateway.cell import Cell
 from services.gateway.live_sessions import LiveSessions
 from services.gateway.options import (
     ENCODING_OF,
@@ -47,7 +48,6 @@ from services.gateway.options import (
     show_session_options,
     stream_options,
 )
-from services.gateway.peers import Peers
 from services.gateway.stream.in_flight import FIRST_FRAME
 from services.gateway.workers import Workers
 
@@ -76,14 +76,14 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         workers: Workers,
         live_sessions: LiveSessions,
         quotas: Quotas,
-        peers: Peers,
+        cell: Cell,
     ) -> None:
         self._settings = settings
         self._store = store
         self._workers = workers
         self._live_sessions = live_sessions
         self._quotas = quotas
-        self._peers = peers
+        self._cell = cell
         self._picture_slots = PictureSlots(lambda: len(workers.vae.answering(lambda _: True)))
         self._unopened: deque[asyncio.Timeout] = deque()
 
@@ -118,6 +118,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             max_unread_s=self._settings.max_unread_s,
             max_silent_s=self._settings.silent_s,
             resume_s=self._settings.resume_s,
+            cell=self._settings.cell,
+            draining=self._cell.is_drained,
         )
 
     async def CreateReference(self, request: pb.CreateReferenceRequest, context: Context) -> pb.CreateReferenceResponse:
@@ -228,7 +230,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             # Only the gateway where the session streams can tell whether its client is connected.
             with suppress(NotStreaming):
                 forwarded: pb.GetSessionResponse
-                forwarded = await self._peers.forward("GetSession", request, status.place, context)
+                forwarded = await self._cell.forward("GetSession", request, status.place, context)
                 return forwarded
         return pb.GetSessionResponse(session=self._show(status))
 
@@ -315,8 +317,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         return response
 
     async def _forward(self, method: str, request: Any, session_id: str, context: Context) -> Any:
-        """Pass a call on to the gateway where its session streams. Raises as `Peers.forward` does."""
-        return await self._peers.forward(method, request, (await self._store.status(session_id)).place, context)
+        """Pass a call on to the gateway where its session streams. Raises as `Cell.forward` does."""
+        return await self._cell.forward(method, request, (await self._store.status(session_id)).place, context)
 
     async def StreamAvatar(  # type: ignore[override]  # writes through its context, from more than one task
         self, requests: AsyncIterator[pb.StreamAvatarRequest], context: Context

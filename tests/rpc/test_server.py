@@ -25,8 +25,8 @@ from avatar.worker.v1 import audio_pb2_grpc
 from services.audio.__main__ import build as build_audio
 from services.denoiser.__main__ import build as build_denoiser
 from services.gateway.access.quotas import Quotas
+from services.gateway.cell import Cell
 from services.gateway.live_sessions import LiveSessions
-from services.gateway.peers import Peers
 from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
 from services.text.__main__ import build as build_text
@@ -77,16 +77,16 @@ async def test_open_streams_get_time_to_end() -> None:
 
 async def test_every_service_answers_health_and_reflection(text_checkpoint: Path, store: SessionStore) -> None:
     settings = GatewaySettings()
-    workers, quotas = Workers(settings, store.workers(settings.cell)), Quotas(store.usage)
-    peers = Peers(settings)
-    live_sessions = LiveSessions(settings, store, workers, quotas, peers)
+    registry, quotas = store.workers(settings.cell), Quotas(store.usage)
+    workers, cell = Workers(settings, registry), Cell(settings, registry)
+    live_sessions = LiveSessions(settings, store, workers, quotas, cell)
     with DeviceQueue() as queue:
         services: list[Servicer] = [
             build_audio(AudioSettings(checkpoint=text_checkpoint), queue),
             build_denoiser(DenoiserSettings(checkpoint=text_checkpoint), store, queue),
             build_text(TextSettings(checkpoint=text_checkpoint), store, queue),
             build_vae(VaeSettings(checkpoint=text_checkpoint), queue),
-            AvatarServicer(settings, store, workers, live_sessions, quotas, peers),
+            AvatarServicer(settings, store, workers, live_sessions, quotas, cell),
         ]
         names = [service.service_name for service in services]
         async with serving("127.0.0.1:0", *services) as port, channel(f"127.0.0.1:{port}") as connection:

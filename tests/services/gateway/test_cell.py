@@ -1,25 +1,29 @@
-"""Calls about a session at another gateway than the one where it streams, over stand-in workers."""
+"""Tests of services.gateway.cell, over stand-in workers: calls at another gateway than a session's, and drains."""
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from avatar.client import channel_credentials
+from avatar.rpc.channel import channel
 from avatar.rpc.status import error_of
 from avatar.store.claims import Place
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
+from services.gateway.cell import main
 from services.local.processes import free_ports
 from tests.certificates import Authority
-from tests.product import Stub, connected, frame, new_session, opening
+from tests.product import Stub, connected, frame, new_session, open_stream, opening
 from tests.refusals import refused
 from tests.standin import standin_gateways
 
@@ -158,3 +162,64 @@ async def test_gateways_with_tls_trust_each_others_certificate_for_its_names(
             assert (host, refusal.reason) == ("edge.example.com", "NOT_STREAMING")
             assert refusal.metadata == {"gateway": gateways[1].target, "cell": "tls"}
         call.cancel()
+
+
+async def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Run `python -m services.gateway.cell` with these arguments."""
+    monkeypatch.setattr("sys.argv", ["cell", *arguments])
+    await asyncio.to_thread(main)
+
+
+async def is_draining(stub: Stub) -> bool:
+    return (await stub.GetCapabilities(pb.GetCapabilitiesRequest())).draining
+
+
+async def is_open(stub: Stub) -> bool:
+    return not await is_draining(stub)
+
+
+async def until(is_so: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until a condition holds."""
+    async with asyncio.timeout(10):
+        while not await is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_a_drained_cell_keeps_its_streams_and_opens_no_new_ones(
+    store: SessionStore, redis: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("services.gateway.cell.READ_EVERY_S", 0.05)
+    monkeypatch.setenv("AVATAR_REDIS_URL", redis)
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    async with standin_gateways(store, *({"cell": each} for each in ("east", "west", "east"))) as gateways:
+        async with AsyncExitStack() as stack:
+            east, west, east_too = [await stack.enter_async_context(connected(each.target)) for each in gateways]
+            connections = [await stack.enter_async_context(channel(each.target)) for each in gateways]
+
+            async def health(service: str = "avatar.v1.AvatarService") -> list[int]:
+                checks: list[Any] = [health_pb2_grpc.HealthStub(each) for each in connections]
+                request = health_pb2.HealthCheckRequest(service=service)
+                return [(await each.Check(request)).status for each in checks]
+
+            session, idle = await new_session(east, b"picture"), await new_session(east, b"picture")
+            call, _ = await open_stream(east, session.id, mode=LIVE)
+            await run_command(monkeypatch, "drain", "east")
+            for stub in (east, east_too):
+                await until(partial(is_draining, stub))
+                async with refused("DRAINING") as refusal:
+                    await open_stream(stub, idle.id, mode=LIVE)
+                assert refusal.metadata == {"cell": "east"}
+                assert 1 <= refusal.retry_s <= 3
+            assert not await is_draining(west)
+            assert await health() == [not_serving, serving, not_serving]
+            assert await health("") == [serving] * 3
+            last = await frame(call)
+            moved, _ = await open_stream(east_too, session.id, resume=pb.ResumeAvatar(next_frame=last.index + 1))
+            assert (await frame(moved)).index == last.index + 1
+            elsewhere, _ = await open_stream(west, idle.id, mode=LIVE)
+            await frame(elsewhere)
+        async with standin_gateways(store, {"cell": "east"}) as [restarted], connected(restarted.target) as stub:
+            assert await is_draining(stub)
+            await run_command(monkeypatch, "undrain", "east")
+            await until(partial(is_open, stub))
+    assert capsys.readouterr().out == "cell east: drained, 0 workers\ncell east: open, 0 workers\n"
