@@ -37,13 +37,10 @@ from avatar.worker.v1 import types_pb2, vae_pb2
 from services.gateway.access.picture_slots import PictureSlots
 from services.gateway.access.quotas import Quotas
 from services.gateway.access.tenants import caller
+from services.gateway.capabilities import FIT_OF, FITS, describe_capabilities
 from services.gateway.cell import Cell
 from services.gateway.live_sessions import LiveSessions
 from services.gateway.options import (
-    ENCODING_OF,
-    MAX_RATE_HZ,
-    MIN_RATE_HZ,
-    context_s,
     set_session_options,
     show_session_options,
     stream_options,
@@ -55,13 +52,6 @@ from services.gateway.workers import Workers
 MAX_UNOPENED = 1000
 MIN_TTL_S, MAX_TTL_S = 1.0, 86400.0
 CHANGEABLE = {"prompt", "ttl"}
-FITS = {
-    types.FIT_UNSPECIFIED: "",
-    types.FIT_COVER: "cover",
-    types.FIT_REFERENCE: "reference",
-    types.FIT_FACE: "face",
-}
-FIT_OF = {name: fit for fit, name in FITS.items()}
 
 
 class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
@@ -91,36 +81,11 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
         avatar_service_pb2_grpc.add_AvatarServiceServicer_to_server(self, server)
 
     async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Context) -> pb.GetCapabilitiesResponse:
-        workers = await self._workers.describe()
-        video = types.VideoFormat(
-            width=workers.vae.width, height=workers.vae.height, frame_rate_hz=workers.vae.frame_rate_hz
-        )
-        return pb.GetCapabilitiesResponse(
-            video=video,
-            fit=FIT_OF[workers.vae.fit],
-            sizes_free=workers.vae.sizes_free,
-            max_audio_context_s=context_s(workers.audio.max_right_frames),
-            prompts=workers.text is not None,
-            max_prompt_bytes=self._settings.max_prompt_bytes if workers.text is not None else 0,
-            min_rate_hz=MIN_RATE_HZ,
-            max_rate_hz=MAX_RATE_HZ,
-            max_picture_bytes=self._settings.max_picture_bytes,
-            max_audio_bytes=self._settings.max_audio_bytes,
-            max_audio_ahead_s=self._settings.audio_ahead_s,
-            block_frames=workers.block_frames,
-            num_levels=len(workers.denoisers),
-            schedule=workers.schedule,
-            num_trained_levels=workers.denoisers[0].num_trained_levels,
-            encodings=[ENCODING_OF[name] for name in workers.encodings],
-            reaction_s=workers.reaction_s,
-            hold_s=workers.hold_s,
-            max_live_ahead_s=self._settings.live_ahead_s,
-            max_unread_s=self._settings.max_unread_s,
-            max_silent_s=self._settings.silent_s,
-            resume_s=self._settings.resume_s,
-            cell=self._settings.cell,
-            draining=self._cell.is_drained,
-        )
+        info = await self._workers.describe()
+        capabilities = describe_capabilities(info, self._settings)
+        capabilities.free_sessions = 0 if self._cell.is_drained else self._workers.free_sessions(info)
+        capabilities.draining = self._cell.is_drained
+        return capabilities
 
     async def CreateReference(self, request: pb.CreateReferenceRequest, context: Context) -> pb.CreateReferenceResponse:
         size = len(request.picture)

@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -166,6 +167,14 @@ class Workers:
         text = _slowest(await self.text.workers()) if self.text else None
         return replace(await self.describe_stages(), text=text)
 
+    def free_sessions(self, info: DeploymentInfo) -> int:
+        """Return the number of further live sessions that every stage has room for, by its workers' last reports."""
+        rooms = [self.audio.room(is_live=True), self.vae.room(is_live=True)]
+        for level in range(len(info.denoisers)):
+            serves = partial(_serves_level, level, info.digest)
+            rooms.append(self.denoisers.room(serves, is_live=True))
+        return int(min(rooms))
+
     async def describe_stages(self) -> DeploymentInfo:
         """Describe the workers that every stream needs: all but the text worker. Raises as `describe` does."""
         audio, vae = await self.audio.workers(), await self.vae.workers()
@@ -299,3 +308,7 @@ def _with_blocks_of(block_frames: int, workers: Any, stage: str) -> Any:
 
 def _slowest(workers: Any) -> Any:
     return max((info for _, info in workers), key=lambda info: getattr(info, "step_s", 0.0))
+
+
+def _serves_level(level: int, digest: str, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
+    return level in info.levels and info.digest == digest

@@ -170,6 +170,10 @@ async def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     await asyncio.to_thread(main)
 
 
+async def num_free(stub: Stub) -> int:
+    return (await stub.GetCapabilities(pb.GetCapabilitiesRequest())).free_sessions
+
+
 async def is_draining(stub: Stub) -> bool:
     return (await stub.GetCapabilities(pb.GetCapabilitiesRequest())).draining
 
@@ -202,7 +206,9 @@ async def test_a_drained_cell_keeps_its_streams_and_opens_no_new_ones(
                 return [(await each.Check(request)).status for each in checks]
 
             session, idle = await new_session(east, b"picture"), await new_session(east, b"picture")
+            assert await num_free(east) == 16
             call, _ = await open_stream(east, session.id, mode=LIVE)
+            assert await num_free(east) == 15
             await run_command(monkeypatch, "drain", "east")
             for stub in (east, east_too):
                 await until(partial(is_draining, stub))

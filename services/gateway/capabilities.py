@@ -1,0 +1,45 @@
+"""The description of a deployment that GetCapabilities returns."""
+
+from avatar.settings import GatewaySettings
+from avatar.v1 import avatar_service_pb2 as pb
+from avatar.v1 import types_pb2 as types
+from services.gateway.options import ENCODING_OF, MAX_RATE_HZ, MIN_RATE_HZ, context_s
+from services.gateway.workers import DeploymentInfo
+
+FITS = {
+    types.FIT_UNSPECIFIED: "",
+    types.FIT_COVER: "cover",
+    types.FIT_REFERENCE: "reference",
+    types.FIT_FACE: "face",
+}
+FIT_OF = {name: fit for fit, name in FITS.items()}
+
+
+def describe_capabilities(info: DeploymentInfo, settings: GatewaySettings) -> pb.GetCapabilitiesResponse:
+    """Return formats, sizes and limits, without what changes from moment to moment."""
+    video = types.VideoFormat(width=info.vae.width, height=info.vae.height, frame_rate_hz=info.vae.frame_rate_hz)
+    return pb.GetCapabilitiesResponse(
+        video=video,
+        fit=FIT_OF[info.vae.fit],
+        sizes_free=info.vae.sizes_free,
+        max_audio_context_s=context_s(info.audio.max_right_frames),
+        prompts=info.text is not None,
+        max_prompt_bytes=settings.max_prompt_bytes if info.text is not None else 0,
+        min_rate_hz=MIN_RATE_HZ,
+        max_rate_hz=MAX_RATE_HZ,
+        max_picture_bytes=settings.max_picture_bytes,
+        max_audio_bytes=settings.max_audio_bytes,
+        max_audio_ahead_s=settings.audio_ahead_s,
+        block_frames=info.block_frames,
+        num_levels=len(info.denoisers),
+        schedule=info.schedule,
+        num_trained_levels=info.denoisers[0].num_trained_levels,
+        encodings=[ENCODING_OF[name] for name in info.encodings],
+        reaction_s=info.reaction_s,
+        hold_s=info.hold_s,
+        max_live_ahead_s=settings.live_ahead_s,
+        max_unread_s=settings.max_unread_s,
+        max_silent_s=settings.silent_s,
+        resume_s=settings.resume_s,
+        cell=settings.cell,
+    )
