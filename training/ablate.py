@@ -148,7 +148,7 @@ def row(models: Models, clips: Sequence[StoredClip], extent: Extent) -> dict[str
     audio = to_mono_16k(*read_audio(SPEECH))
     people = [models.picture(np.array(clip.array("reference"))) for clip in clips[: extent.people]]
     metrics["drift_ratio"] = drift_metric(
-        [long_session_distances(models, person, audio, extent.blocks) for person in people]
+        [long_session_distances(models, person, audio, extent.blocks) for person in people], models.block_frames
     )
     passes = models.config.num_levels + (models.denoising_loop is CleanCache)
     return {name: metrics[name].value for name in METRICS if name in metrics} | {"block_passes": passes}

@@ -54,7 +54,7 @@ def parse_share(text: str) -> tuple[int, int]:
 class ClipShape:
     """Lengths of a clip, in frames of 40 ms.
 
-    num_frames: of video, whole blocks of 12. max_lead_frames: of audio before the first video frame, also whole blocks,
+    num_frames: of video, whole blocks. max_lead_frames: of audio before the first video frame, also whole blocks,
     so that a clip lines up with the blocks of a stream. tail_frames: of audio after the last video frame, for audio
     encoders that look ahead.
     """

@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from avatar.checkpoints.files import is_native
 from avatar.media import read_audio
-from avatar.types import BLOCK_FRAMES
 from training.data import StoredClip, read_clips
 from training.eval import inference
 from training.eval.codec_bound import codec_metrics
@@ -91,8 +90,9 @@ TABLE = (
     Row("drift_ratio", "drift, last 10 blocks / first 10", 2, "1.0", high=1.1),
     Row("speech_lag_frames", "recorded speech: lag to loudness, frames", 0, "0", -1, 1),
     Row("speech_ratio", "recorded speech: r / shifted audio's", 1, "3", low=2),
-    Row("block_ms", "a block, bfloat16, ms", 0, "375", high=480),
-    Row("block_ms_float32", "a block, float32, ms", 0),
+    Row("block_ms", "480 ms of media, bfloat16, ms", 0, "375", high=480),
+    Row("block_ms_float32", "480 ms of media, float32, ms", 0),
+    Row("levels", "denoising levels", 0),
 )
 
 
@@ -102,7 +102,8 @@ class Extent:
 
     clips: held-out clips. others: of those, clips that are also rendered with another clip's audio. people, blocks:
     number and length of long sessions. session_s: time limit of a long session. at_a_time: long sessions in parallel.
-    limit_s: time limit of the clips; on a busy machine fewer of them are evaluated.
+    limit_s: time limit of the clips; on a busy machine fewer of them are evaluated. levels: how many to run of
+    those that the checkpoint was trained for; None: all.
     """
 
     clips: int
@@ -112,6 +113,7 @@ class Extent:
     limit_s: float | None = None
     session_s: float | None = None
     at_a_time: int = 1
+    levels: int | None = None
 
     def deadline(self, share: float) -> float:
         """Return the time at which a share of limit_s is over, seconds of time.monotonic."""
@@ -148,7 +150,9 @@ def evaluate_held_out(
 
     sheet: PNG for true and rendered frames of the first clips.
     """
-    models, landmarks, identity = inference.load(checkpoint), available(Landmarks), available(Identity)
+    models = inference.load(checkpoint, levels=extent.levels)
+    landmarks, identity = available(Landmarks), available(Identity)
+    yield levels_metric(models)
     chosen: list[StoredClip] = evenly_spaced(clips, extent.clips)
     scores: list[ClipScores] = []
     rows: list[Pixels] = []
@@ -170,11 +174,11 @@ def evaluate_held_out(
     audio = to_mono_16k(*read_audio(SPEECH))
     speeches = [score(render_speech(models, person, audio), landmarks) for person in people[:NUM_SPEAKERS]]
     yield speech_metrics([each.openings[0] for each in speeches if each.openings is not None], audio)
-    yield cost_metrics(checkpoint, people[0])
+    yield cost_metrics(checkpoint, people[0], extent.levels)
     sessions: list[list[float]] = []
     for session in long_sessions(checkpoint, people, extent):
         sessions.append(session)
-        yield {"drift_ratio": drift_metric(sessions)}
+        yield {"drift_ratio": drift_metric(sessions, models.block_frames)}
 
 
 def long_sessions(checkpoint: Path, people: Sequence[Pixels], extent: Extent) -> Iterator[list[float]]:
@@ -193,12 +197,18 @@ def long_sessions(checkpoint: Path, people: Sequence[Pixels], extent: Extent) ->
 def _long_session(checkpoint: Path, person: Pixels, extent: Extent) -> list[float]:
     torch.set_num_threads(1)
     audio = to_mono_16k(*read_audio(SPEECH))
-    return long_session_distances(inference.load(checkpoint), person, audio, extent.blocks, extent.session_deadline())
+    models = inference.load(checkpoint, levels=extent.levels)
+    return long_session_distances(models, person, audio, extent.blocks, extent.session_deadline())
 
 
-def evaluate_any(checkpoint: Path, speech: Path, portrait: Path) -> dict[str, Metric]:
-    """Return the metrics that need no truth, of a person who speaks any audio."""
-    models = inference.load(checkpoint)
+def levels_metric(models: inference.Models) -> dict[str, Metric]:
+    """Return the number of levels that run, and which of the trained ones they are."""
+    return {"levels": Metric(models.config.num_levels, models.config.levels_text)}
+
+
+def evaluate_any(checkpoint: Path, speech: Path, portrait: Path, levels: int | None = None) -> dict[str, Metric]:
+    """Return the metrics that need no truth, of a person who speaks any audio. levels: as in `Extent`."""
+    models = inference.load(checkpoint, levels=levels)
     reference = models.vae.read_picture(portrait.read_bytes()).rgb.numpy()
     audio = to_mono_16k(*read_audio(speech))
     rendered = render_speech(models, reference, audio)
@@ -206,7 +216,8 @@ def evaluate_any(checkpoint: Path, speech: Path, portrait: Path) -> dict[str, Me
     metrics = held_out_metrics([scores])
     against_portrait = {name: metrics[name] for name in ("edge_energy", "sharpness", "identity_distance")}
     frames = rendered.rendered
-    blocks = [frames[start : start + BLOCK_FRAMES] for start in range(0, len(frames), BLOCK_FRAMES)]
+    num_frames = models.block_frames
+    blocks = [frames[start : start + num_frames] for start in range(0, len(frames), num_frames)]
     return {
         **metrics,
         **{
@@ -216,19 +227,20 @@ def evaluate_any(checkpoint: Path, speech: Path, portrait: Path) -> dict[str, Me
         },
         **{name: Metric(None, "needs a held-out clip") for name in NEEDS_TRUTH},
         **speech_metrics([scores.openings[0]] if scores.openings is not None else [], audio),
-        "drift_ratio": drift_metric([[distance(block, reference) for block in blocks]]),
-        **cost_metrics(checkpoint, reference),
+        "drift_ratio": drift_metric([[distance(block, reference) for block in blocks]], num_frames),
+        **cost_metrics(checkpoint, reference, levels),
+        **levels_metric(models),
     }
 
 
-def cost_metrics(checkpoint: Path, person: Pixels) -> dict[str, Metric]:
-    """Return the cost of a block in each precision. float32 replaces one that the processor has no instructions for."""
+def cost_metrics(checkpoint: Path, person: Pixels, levels: int | None = None) -> dict[str, Metric]:
+    """Return the cost of media in each precision. float32 replaces one that the processor has no instructions for."""
     costs: dict[torch.dtype, Metric] = {}
     metrics = {}
     for name, asked in DTYPES.items():
         dtype = asked if is_native(asked, torch.device("cpu")) else torch.float32
         if dtype not in costs:
-            costs[dtype] = block_cost(inference.load(checkpoint, dtype), person)
+            costs[dtype] = block_cost(inference.load(checkpoint, dtype, levels), person)
         cost = costs[dtype]
         metrics[name] = cost if dtype == asked else replace(cost, note=f"in float32, no {asked} here; {cost.note}")
     return metrics
@@ -263,6 +275,7 @@ def extent_of(flags: argparse.Namespace, num_people: int) -> Extent:
         extent = replace(extent, people=2, blocks=HOUR_BLOCKS)
     if flags.people is not None:
         extent = replace(extent, people=num_people if flags.people == "all" else int(flags.people))
+    extent = replace(extent, levels=flags.levels)
     if flags.at_a_time is not None:
         extent = replace(extent, at_a_time=flags.at_a_time)
     if flags.minutes is not None:
@@ -281,6 +294,7 @@ def main() -> None:
     parser.add_argument("--hour", action="store_true", help=f"long sessions of {HOUR_BLOCKS} blocks, of two people")
     parser.add_argument("--at-a-time", type=int, help="long sessions in parallel, a core each (default 1)")
     parser.add_argument("--minutes", type=float, help="time limit of all long sessions together")
+    parser.add_argument("--levels", type=int, help="fewer levels than the checkpoint was trained for")
     parser.add_argument("--speech", type=Path, help="audio for --portrait to speak, in place of held-out clips")
     parser.add_argument("--portrait", type=Path, help="a PNG, JPEG or WebP picture of a person")
     parser.add_argument("--json", type=Path, help="also write the metrics to this file")
@@ -307,7 +321,7 @@ def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], Iterable[dict[s
     """Evaluate as the flags request: return the parameters, and the metrics. ValueError or OSError if files are bad."""
     if flags.speech is not None:
         about = {"speech": str(flags.speech), "portrait": str(flags.portrait)}
-        return about, [evaluate_any(flags.checkpoint, flags.speech, flags.portrait)]
+        return about, [evaluate_any(flags.checkpoint, flags.speech, flags.portrait, flags.levels)]
     clips = read_clips(flags.data, "held_out")
     extent = extent_of(flags, len(clips))
     return asdict(extent), evaluate_held_out(flags.checkpoint, clips, extent, flags.sheet)

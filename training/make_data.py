@@ -39,8 +39,8 @@ from training.synthetic.speech.voices import Engines, Speech, patch_piper
 if TYPE_CHECKING:
     from training.synthetic.renderer import Renderer
 
-# As in avatar.types, which needs torch.
-BLOCK_FRAMES = 12
+# Pixel frames of blocks of 1, 2 and 3 latents.
+BLOCK_FRAMES = (4, 8, 12)
 SHARD_CLIPS = 10
 # Clips of the split `held_out` are numbered from here on, those of `test` from there on.
 FIRST_HELD_OUT, FIRST_TEST = 1 << 20, (1 << 20) + (1 << 19)
@@ -53,7 +53,7 @@ class Plan:
     """The clips to make.
 
     num_clips: of each split. deadline: seconds of time.monotonic. size: height and width of frames in pixels.
-    num_frames: of a clip, whole blocks. share: (i, n): make every nth shard from the ith on.
+    num_frames: of a clip, whole blocks of block_frames. share: (i, n): make every nth shard from the ith on.
     """
 
     folder: Path
@@ -61,17 +61,20 @@ class Plan:
     deadline: float
     size: int = 256
     num_frames: int = 120
+    block_frames: int = BLOCK_FRAMES[-1]
     share: tuple[int, int] = (0, 1)
 
 
-def make_clip(number: int, head: Head, renderer: "Renderer", engines: Engines, num_frames: int) -> Clip:
+def make_clip(
+    number: int, head: Head, renderer: "Renderer", engines: Engines, num_frames: int, block_frames: int
+) -> Clip:
     """Make the clip of a number; for evaluation from FIRST_HELD_OUT on."""
     is_held_out = number >= FIRST_HELD_OUT
     rng = np.random.default_rng((number, 1))
     voices, kind = choose_voices(rng, is_held_out), KINDS[number % len(KINDS)]
     shape = ClipShape(num_frames)
     # A clip lies some blocks into a stream, or at its start.
-    lead_frames = BLOCK_FRAMES * max(0, int(rng.integers(-1, shape.max_lead_frames // BLOCK_FRAMES + 1)))
+    lead_frames = block_frames * max(0, int(rng.integers(-1, shape.max_lead_frames // block_frames + 1)))
     total_frames = lead_frames + num_frames + shape.tail_frames
     span = slice(lead_frames, lead_frames + num_frames)
     dialogue = make_dialogue(engines, voices, kind, total_frames / FRAME_RATE_HZ, is_held_out, rng)
@@ -140,7 +143,7 @@ def make(plan: Plan, piper: Path) -> None:
             engines = Engines(piper, seed=numbers.start)
             clips = []
             for number in numbers:
-                clips.append(make_clip(number, head, renderer, engines, plan.num_frames))
+                clips.append(make_clip(number, head, renderer, engines, plan.num_frames, plan.block_frames))
                 progress.update()
             write_shard(path, clips)
 
@@ -152,16 +155,18 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=50, help="held-out clips (default 50)")
     parser.add_argument("--test", type=int, default=50, help="clips for the last evaluation (default 50)")
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels (default 256)")
-    parser.add_argument("--frames", type=int, default=120, help="length of a clip, whole blocks of 12 (default 120)")
+    parser.add_argument("--frames", type=int, default=120, help="length of a clip, whole blocks (default 120)")
+    parser.add_argument("--block-frames", type=int, choices=BLOCK_FRAMES, default=12, help="of a block (default 12)")
     parser.add_argument("--voices", type=Path, default=Path("runs/voices"), help="folder for the patched Piper voice")
     parser.add_argument("--minutes", type=float, default=600, help="start no shard after this time (default 600)")
     parser.add_argument("--share", type=parse_share, default="0/1", help=SHARE_HELP)
     flags = parser.parse_args()
-    if flags.frames <= 0 or flags.frames % BLOCK_FRAMES:
-        parser.error(f"--frames must be whole blocks of {BLOCK_FRAMES}, got {flags.frames}")
+    if flags.frames <= 0 or flags.frames % flags.block_frames:
+        parser.error(f"--frames must be whole blocks of {flags.block_frames}, got {flags.frames}")
     num_clips = {"train": flags.clips, "held_out": flags.held_out, "test": flags.test}
     deadline = time.monotonic() + 60 * flags.minutes
-    make(Plan(flags.out, num_clips, deadline, flags.size, flags.frames, flags.share), patch_piper(flags.voices))
+    plan = Plan(flags.out, num_clips, deadline, flags.size, flags.frames, flags.block_frames, flags.share)
+    make(plan, patch_piper(flags.voices))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from avatar.audio import model as audio_model
 from avatar.audio.model import AudioModel
 from avatar.checkpoints.layouts import open_part
-from avatar.types import BLOCK_FRAMES, AudioPiece, Session
+from avatar.types import AudioPiece, Session
 from avatar.vae import vae as vae_model
 from avatar.vae.vae import Vae
 from training.codec.crops import recolour, to_pixels
@@ -82,7 +82,7 @@ def latents_of(frames: NDArray[np.uint8], vae: Vae[Any]) -> Tensor:
 
     A stream's first latent stands for one frame, so the first frame is prepended once and its latent dropped.
     """
-    pixels = to_pixels(frames[: len(frames) // BLOCK_FRAMES * BLOCK_FRAMES])
+    pixels = to_pixels(frames[: len(frames) // vae.block_frames * vae.block_frames])
     with torch.inference_mode():
         latents: Tensor = vae.codec.encode(torch.cat([pixels[:, :1], pixels], dim=1)[None])[0, :, 1:]
     return latents.float().cpu()
@@ -96,9 +96,15 @@ def audio_of(clip: StoredClip) -> NDArray[np.float32]:
 def features_of(clip: StoredClip, samples: NDArray[np.float32], num_blocks: int, audio: AudioModel) -> Tensor:
     """Encode audio (s,), which starts before the clip's frames, to features (l, d, f) of its blocks.
 
-    ValueError if the audio after the clip's last frame is too short for the encoder's look-ahead.
+    ValueError if the audio after the clip's last frame is too short for the encoder's look-ahead, or the audio before
+    its first is no whole blocks.
     """
-    first = clip.info["lead_frames"] // BLOCK_FRAMES
+    first, rest = divmod(clip.info["lead_frames"], audio.grid.frames)
+    if rest:
+        raise ValueError(
+            f"clip {clip.name} of {clip.shard} starts after {clip.info['lead_frames']} frames of audio, expected whole "
+            f"blocks of {audio.grid.frames}; make the data with --block-frames {audio.grid.frames}"
+        )
     state = audio.open(Session(clip.name, 0, torch.empty(0)))
     blocks = audio.step(AudioPiece(torch.from_numpy(samples)[None], AUDIO_RATE_HZ), state)[first : first + num_blocks]
     if len(blocks) < num_blocks:
@@ -118,7 +124,7 @@ def prepare_clip(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
     frames = shrink(clip.frames(), scale)
     arrays: dict[str, NDArray[Any]] = {
         **encode_frames(frames, shrink(clip.array("reference")[None], scale)[0], vae),
-        "features": features_of(clip, audio_of(clip), len(frames) // BLOCK_FRAMES, audio).half().numpy(),
+        "features": features_of(clip, audio_of(clip), len(frames) // vae.block_frames, audio).half().numpy(),
         **truth_of(clip, scale),
     }
     return Clip(clip.name, arrays, {**clip.info, "space_stride": vae.codec.space_stride})
@@ -131,7 +137,7 @@ def augment_clip(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
     frames = shrink(np.concatenate([clip.frames(), clip.array("reference")[None]]), scale)
     pixels = recolour(to_pixels(frames).flip(3), rng)
     frames = rearrange(((pixels + 1) * 127.5).round().to(torch.uint8), "c f h w -> f h w c").numpy()
-    features = features_of(clip, augment_audio(audio_of(clip), rng), (len(frames) - 1) // BLOCK_FRAMES, audio)
+    features = features_of(clip, augment_audio(audio_of(clip), rng), (len(frames) - 1) // vae.block_frames, audio)
     arrays = {
         **encode_frames(frames[:-1], frames[-1], vae),
         "features": features.half().numpy(),

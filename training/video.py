@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("films", type=Path, help="folder of films in any format that FFmpeg reads")
     parser.add_argument("--out", type=Path, required=True, help="folder for the splits train and held_out")
     parser.add_argument("--size", default="128x128", metavar="WxH", help="size of frames in pixels (default 128x128)")
-    parser.add_argument("--frames", type=int, default=ClipShape.num_frames, help="length of a clip, whole blocks of 12")
+    parser.add_argument("--frames", type=int, default=ClipShape.num_frames, help="length of a clip, whole blocks")
     flags = parser.parse_args()
     width, height = map(int, flags.size.split("x"))
     counts = convert(flags.films, flags.out, ClipShape(flags.frames), (width, height))

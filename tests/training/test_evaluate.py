@@ -72,13 +72,14 @@ def test_the_program_prints_a_table_and_writes_its_metrics(
     run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("training.evaluate.QUICK", evaluate.Extent(clips=2, others=2, people=1, blocks=6))
-    metrics = run("--data", str(data), "--quick", "--sheet", str(tmp_path / "sheet.png"))
+    metrics = run("--data", str(data), "--quick", "--levels", "2", "--sheet", str(tmp_path / "sheet.png"))
     keys = "lip_sync_r lip_sync_r_other mouth_amplitude edge_energy codec_psnr face_found drift_ratio block_ms"
     assert [key for key in keys.split() if not isinstance(metrics[key], float)] == []
     assert metrics["codec_psnr_mouth"] is None
     assert "lip" in metrics["notes"]["codec_psnr_mouth"]
     assert all(stage in metrics["notes"]["block_ms"] for stage in ("audio", "levels", "decode"))
     assert {"best_lag_frames", "identity_distance"} <= metrics.keys()
+    assert (metrics["levels"], metrics["notes"]["levels"]) == (2, "2 of the 3 trained: sigma 1, 0.5, 0")
     assert "lip sync r, mouth against the true jaw" in capsys.readouterr().out
     assert (tmp_path / "sheet.png").exists()
 
@@ -116,7 +117,7 @@ def test_any_audio_and_portrait_have_the_metrics_that_need_no_truth(
 
 def test_flags_set_number_and_length_of_long_sessions() -> None:
     def extent(**flags: object) -> evaluate.Extent:
-        names = ("clips", "people", "minutes", "at_a_time")
+        names = ("clips", "people", "minutes", "at_a_time", "levels")
         return evaluate.extent_of(Namespace(**{**dict.fromkeys(names), "quick": False, "hour": False, **flags}), 50)
 
     assert extent() == evaluate.FULL

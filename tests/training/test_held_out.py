@@ -115,9 +115,9 @@ def test_metrics_without_their_packages_say_so() -> None:
 
 
 def test_a_session_that_leaves_its_reference_drifts() -> None:
-    assert drift_metric([[2.0] * 40]).value == 1
+    assert drift_metric([[2.0] * 40], 12).value == 1
     leaving = [*[2.0] * 20, *[3.0] * 20]
-    assert drift_metric([leaving, [2.0] * 40]).value == pytest.approx(1.25)
+    assert drift_metric([leaving, [2.0] * 40], 12).value == pytest.approx(1.25)
 
 
 def test_a_long_session_repeats_its_audio(checkpoint: Path, clips: list[StoredClip]) -> None:

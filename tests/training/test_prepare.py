@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from avatar.audio.model import load as load_audio
+from avatar.checkpoints.layouts import open_part
+from avatar.types import AudioPiece, Session
 from tests.training.small import noisy_clip
 from training.codec.crops import recolour
 from training.data import Clip, read_clips, read_shard, write_shard
-from training.prepare import mirror, prepare, shrink, truth_of
+from training.prepare import audio_of, mirror, prepare, shrink, truth_of
 
 
 def test_a_clip_gets_latents_features_and_a_mirrored_twin_once(checkpoint: Path, tmp_path: Path) -> None:
@@ -25,6 +28,22 @@ def test_a_clip_gets_latents_features_and_a_mirrored_twin_once(checkpoint: Path,
     assert twin.name == "0-mirrored"
     assert twin.array("lips")[0].tolist() == [20, 63 - 10]
     assert [each.name for each in read_clips(tmp_path / "out", "held_out")] == ["0"]
+
+
+def test_features_of_shorter_blocks_are_those_of_a_stream_of_them(
+    checkpoint: Path, short_blocks: Path, tmp_path: Path
+) -> None:
+    write_shard(tmp_path / "data/held_out/0.tar", [noisy_clip(0, 4)])
+    with pytest.raises(ValueError, match="starts after 4 frames of audio, expected whole blocks of 12"):
+        prepare(tmp_path / "data", tmp_path / "long", checkpoint)
+    prepare(tmp_path / "data", tmp_path / "short", short_blocks)
+    [clip], [prepared] = (read_clips(tmp_path / name, "held_out") for name in ("data", "short"))
+    assert prepared.array("latents").shape[1:] == (6, 8, 8)
+    audio = load_audio(open_part(short_blocks, "audio"))
+    piece = AudioPiece(torch.from_numpy(audio_of(clip))[None], 16000)
+    blocks = audio.step(piece, audio.open(Session("", 0, torch.empty(0))))[1:7]
+    expected = torch.cat([block.features for block in blocks], dim=-1).half().numpy()
+    np.testing.assert_array_equal(prepared.array("features"), expected)
 
 
 def test_a_folder_without_shards_is_refused(checkpoint: Path, tmp_path: Path) -> None:

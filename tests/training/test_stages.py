@@ -22,10 +22,13 @@ from training.losses import add_noise, add_noise_per_frame, dmd_gradient, dmd_lo
 from training.self_forcing import BlockwiseGeneration
 from training.strategy import SINGLE
 
+# Latent frames of a block.
+every_length = pytest.mark.parametrize("config", [1, 3], indirect=True)
+
 
 @pytest.fixture(scope="module")
-def config() -> NetworkConfig:
-    return small()
+def config(request: pytest.FixtureRequest) -> NetworkConfig:
+    return replace(small(), num_frames_per_block=getattr(request, "param", 3))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,7 @@ def test_a_batch_depends_on_its_step_alone(config: NetworkConfig, prepared: list
     assert first.weight.mean((1, 2, 3, 4)).allclose(torch.ones(2), atol=0.05)
 
 
+@every_length
 def test_generation_starts_from_as_much_noise_as_a_stream(config: NetworkConfig, batch: ClipBatch) -> None:
     quarter, full = (
         BlockwiseGeneration(network_of(each), each, batch, distance=4).inputs(0, Generator().manual_seed(0))
@@ -71,6 +75,7 @@ def test_generation_starts_from_as_much_noise_as_a_stream(config: NetworkConfig,
     assert torch.cat(full).std() > 0.9
 
 
+@every_length
 def test_blockwise_generation_at_one_level_equals_the_whole_clip(config: NetworkConfig, batch: ClipBatch) -> None:
     network = network_of(config)
     x = torch.randn(batch.latents.shape, generator=Generator().manual_seed(1))
@@ -82,14 +87,17 @@ def test_blockwise_generation_at_one_level_equals_the_whole_clip(config: Network
     torch.testing.assert_close(torch.cat(blocks, dim=2), whole, atol=1e-4, rtol=1e-4)
 
 
+@every_length
 def test_causal_and_bidirectional_scores_agree_on_one_block(config: NetworkConfig, batch: ClipBatch) -> None:
     network, sigmas = network_of(config), torch.full((2, 1), 0.6)
-    batch = batch.replace(features=batch.features[..., :12], first_block=torch.zeros(2, dtype=torch.int64))
-    x = batch.latents[:, :, :3]
+    features = batch.features[..., : config.frames_per_block]
+    batch = batch.replace(features=features, first_block=torch.zeros(2, dtype=torch.int64))
+    x = batch.latents[:, :, : config.num_frames_per_block]
     causal, bidirectional = (predict_velocity(network, config, x, sigmas, batch, 4, kind) for kind in (True, False))
     torch.testing.assert_close(causal, bidirectional, atol=1e-5, rtol=1e-5)
 
 
+@every_length
 def test_a_bidirectional_score_sees_the_whole_clip_at_any_position(config: NetworkConfig, batch: ClipBatch) -> None:
     network, sigmas = network_of(config), torch.full((2, 3), 0.6)
     x = batch.latents.clone()
@@ -98,21 +106,24 @@ def test_a_bidirectional_score_sees_the_whole_clip_at_any_position(config: Netwo
     assert torch.equal(predict_velocity(network, config, x, sigmas, elsewhere, 4, is_causal=False), expected)
     x[:, :, -1] += 1
     change = predict_velocity(network, config, x, sigmas, batch, 4, is_causal=False) - expected
-    assert change[:, :, :3].abs().max() > 1e-3
+    assert change[:, :, : config.num_frames_per_block].abs().max() > 1e-3
 
 
+@every_length
 def test_motion_can_be_the_frames_before_the_blocks(config: NetworkConfig, prepared: list[StoredClip]) -> None:
     span = ClipSpan(prepared[0], start=1, first_block=5, has_audio=True)
     clip = read_span(span, 3, replace(BATCHES, motion_from_clip=True), config)
-    before = torch.from_numpy(np.array(prepared[0].array("latents")[:, :3])).float()
+    per_block = config.num_frames_per_block
+    before = torch.from_numpy(np.array(prepared[0].array("latents")[:, :per_block])).float()
     assert clip.motion.shape[1] == 19
-    assert torch.equal(clip.motion[:, -3:], before)
+    assert torch.equal(clip.motion[:, -per_block:], before)
     assert torch.equal(clip.motion[:, :1], clip.reference)
     noisy = add_noise_per_frame(clip.motion[None], Share(), Generator().manual_seed(0))[0]
     levels = (noisy - clip.motion).std((0, 2, 3))
     assert levels.min() < 0.5 < levels.max()
 
 
+@every_length
 def test_blockwise_accumulation_has_the_gradients_of_the_whole_graph(config: NetworkConfig, batch: ClipBatch) -> None:
     network = network_of(config)
     generation = BlockwiseGeneration(network, config, batch, distance=4)
@@ -143,6 +154,7 @@ def recorded_calls(network: Network) -> Iterator[list[bool]]:
     hook.remove()
 
 
+@every_length
 @pytest.mark.parametrize("exit_level", [0, 2])
 def test_one_pass_per_block_has_gradients_and_the_cache_has_none(
     config: NetworkConfig, batch: ClipBatch, exit_level: int, monkeypatch: pytest.MonkeyPatch

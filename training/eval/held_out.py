@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from avatar.types import BLOCK_FRAMES
 from avatar.vae.vae import HIDDEN_FRAMES
 from training.data import StoredClip
 from training.eval.identity import Identity
@@ -68,7 +67,7 @@ def render_clip_frames(models: Models, reference: Pixels, clip: StoredClip) -> P
     A stream's first HIDDEN_FRAMES frames are never shown, so a clip without audio before its frames returns fewer.
     """
     lead, end = clip.info["lead_frames"], clip.info["lead_frames"] + clip.num_frames
-    frames = render_frames(models, reference, audio_of(clip), -(-end // BLOCK_FRAMES))
+    frames = render_frames(models, reference, audio_of(clip), -(-end // models.block_frames))
     return frames[max(0, lead - HIDDEN_FRAMES) : end - HIDDEN_FRAMES]
 
 

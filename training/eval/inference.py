@@ -18,10 +18,9 @@ from PIL import Image
 
 from avatar import render
 from avatar.render import DenoisingLoop
-from avatar.types import BLOCK_FRAMES, AudioPiece, Block, Conditions, Session
-from training.data import AUDIO_RATE_HZ, FRAME_SAMPLES
+from avatar.types import AudioPiece, Block, Conditions, Session
+from training.data import AUDIO_RATE_HZ
 
-BLOCK_SAMPLES = BLOCK_FRAMES * FRAME_SAMPLES
 Pixels = NDArray[np.uint8]
 Audio = NDArray[np.float32]
 Answer = TypeVar("Answer")
@@ -34,6 +33,16 @@ class Models(render.Models):
 
     denoising_loop: type[DenoisingLoop] = DenoisingLoop
 
+    @property
+    def block_frames(self) -> int:
+        """Pixel frames of a block."""
+        return self.audio.grid.frames
+
+    @property
+    def block_samples(self) -> int:
+        """Samples of a block, at 16 kHz."""
+        return self.audio.grid.samples
+
     def picture(self, image: Pixels) -> Pixels:
         """Fit an image (h, w, 3) to the video's size as a user's picture is fitted: (H, W, 3)."""
         file = io.BytesIO()
@@ -41,9 +50,9 @@ class Models(render.Models):
         return self.vae.read_picture(file.getvalue()).rgb.numpy()
 
 
-def load(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Models:
-    """Load the models of a checkpoint folder. ValueError if they cannot be used."""
-    return Models(**vars(render.load(checkpoint, dtype=dtype)))
+def load(checkpoint: Path, dtype: torch.dtype = torch.float32, levels: int | None = None) -> Models:
+    """Load the models of a checkpoint folder, of its levels so many. ValueError if they cannot be used."""
+    return Models(**vars(render.load(checkpoint, dtype=dtype, levels=levels)))
 
 
 class SessionRenderer:
@@ -78,11 +87,11 @@ class SessionRenderer:
         return answer
 
 
-def pieces(audio: Audio) -> Iterator[AudioPiece]:
+def pieces(audio: Audio, block_samples: int) -> Iterator[AudioPiece]:
     """Cut audio (s,) at 16 kHz into pieces of a block's length, and add the marked end."""
     samples = torch.from_numpy(np.array(audio, np.float32))[None]
-    for start in range(0, samples.shape[1], BLOCK_SAMPLES):
-        yield AudioPiece(samples[:, start : start + BLOCK_SAMPLES], AUDIO_RATE_HZ)
+    for start in range(0, samples.shape[1], block_samples):
+        yield AudioPiece(samples[:, start : start + block_samples], AUDIO_RATE_HZ)
     yield AudioPiece(samples[:, :0], AUDIO_RATE_HZ, is_last=True)
 
 
@@ -91,7 +100,8 @@ def render_frames(models: Models, reference: Pixels, audio: Audio, num_blocks: i
 
     num_blocks: stop after so many blocks.
     """
-    return np.concatenate([*islice(SessionRenderer(models, reference).render(pieces(audio)), num_blocks)])
+    blocks = SessionRenderer(models, reference).render(pieces(audio, models.block_samples))
+    return np.concatenate([*islice(blocks, num_blocks)])
 
 
 def until(items: Iterable[Item], deadline: float, least: int = 3) -> Iterator[Item]:

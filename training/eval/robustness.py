@@ -12,10 +12,9 @@ import torch
 from tqdm import tqdm
 
 from avatar.audio.whole_file import to_16khz
-from avatar.types import BLOCK_FRAMES
 from avatar.vae.vae import HIDDEN_FRAMES
 from training.data import AUDIO_RATE_HZ, FRAME_RATE_HZ
-from training.eval.inference import BLOCK_SAMPLES, Audio, Models, Pixels, SessionRenderer, pieces, until
+from training.eval.inference import Audio, Models, Pixels, SessionRenderer, pieces, until
 from training.eval.landmarks import Floats
 from training.eval.metrics import Curve, Metric, correlation, distance, lag_metric, ratio_to_chance
 from training.synthetic.motion.lips import loudness
@@ -26,6 +25,8 @@ END_BLOCKS = 10
 MAX_LISTED = 4
 # A block costs less before the caches are full.
 WARMUP_BLOCKS, TIMED_BLOCKS = 4, 8
+# Media whose cost is reported, for blocks of every length.
+MEDIA_S = 0.48
 DTYPES = {"block_ms": torch.bfloat16, "block_ms_float32": torch.float32}
 
 
@@ -58,31 +59,35 @@ def long_session_distances(
 
     deadline: seconds of time.monotonic; after it no block is started, except the first 2 * END_BLOCKS.
     """
-    *whole, _ = pieces(audio[: len(audio) // BLOCK_SAMPLES * BLOCK_SAMPLES])
+    block = models.block_samples
+    *whole, _ = pieces(audio[: len(audio) // block * block], block)
     assert whole, "audio must fill a block"
     blocks = islice(SessionRenderer(models, reference).render(cycle(whole)), num_blocks)
     progress = tqdm(blocks, "long session", num_blocks, unit="block", mininterval=5)
     return [distance(frames, reference) for frames in until(progress, deadline, least=2 * END_BLOCKS)]
 
 
-def drift_metric(sessions: Sequence[Sequence[float]]) -> Metric:
+def drift_metric(sessions: Sequence[Sequence[float]], block_frames: int) -> Metric:
     """Return the distance of the last blocks over that of the first, mean over sessions of distances per block."""
     num_blocks = min(map(len, sessions))
     ends = min(END_BLOCKS, num_blocks // 2)
     if not ends:
         return Metric(None, "too short to drift")
     ratios = [float(np.mean(each[-ends:]) / np.mean(each[:ends])) for each in sessions]
-    seconds = num_blocks * BLOCK_FRAMES / FRAME_RATE_HZ
+    seconds = num_blocks * block_frames / FRAME_RATE_HZ
     listed = ", ".join(f"{ratio:.2f}" for ratio in ratios) if len(ratios) <= MAX_LISTED else f"worst {max(ratios):.2f}"
     return Metric(float(np.mean(ratios)), f"{num_blocks} blocks, {seconds:.0f} s of video, of {len(ratios)}: {listed}")
 
 
 def block_cost(models: Models, reference: Pixels) -> Metric:
-    """Return the CPU milliseconds of one thread per block: audio, all levels, decoding."""
+    """Return the CPU milliseconds of one thread for 480 ms of media: audio, all levels, decoding."""
     session = SessionRenderer(models, reference)
-    noise = np.random.default_rng(0).normal(0, 0.1, (WARMUP_BLOCKS + TIMED_BLOCKS) * BLOCK_SAMPLES + AUDIO_RATE_HZ)
-    for _ in islice(session.render(pieces(noise.astype(np.float32))), WARMUP_BLOCKS + TIMED_BLOCKS):
+    num_samples = (WARMUP_BLOCKS + TIMED_BLOCKS) * models.block_samples + AUDIO_RATE_HZ
+    noise = np.random.default_rng(0).normal(0, 0.1, num_samples)
+    given = pieces(noise.astype(np.float32), models.block_samples)
+    for _ in islice(session.render(given), WARMUP_BLOCKS + TIMED_BLOCKS):
         pass
-    stages = {stage: 1000 * float(np.median(costs[-TIMED_BLOCKS:])) for stage, costs in session.costs_s.items()}
+    per_media = 1000 * MEDIA_S * FRAME_RATE_HZ / models.block_frames
+    stages = {stage: per_media * float(np.median(costs[-TIMED_BLOCKS:])) for stage, costs in session.costs_s.items()}
     note = ", ".join(f"{stage} {cost:.0f}" for stage, cost in stages.items())
     return Metric(sum(stages.values()), f"{note}; processor time of one thread")
