@@ -236,6 +236,8 @@ class GatewaySettings(Settings):
     reference_ttl_s: seconds that a reference is kept after its creation.
     audio_ahead_s: seconds of offline audio accepted ahead of the blocks in the pipeline.
     live_ahead_s: seconds of live audio that may wait; audio beyond it is refused.
+    slow_live: what becomes of a live stream that the devices cannot keep up with: `notice` opens it with a notice that
+        it will lag, `refuse` refuses it. Offline streams are not affected.
     patience_s: seconds that a live block waits for the rest of its speech before it is idle, or filled with silence.
     max_unread_s: seconds after which a stream whose client reads nothing is closed.
     silent_s: seconds after which an offline stream ends whose client sends no audio and is owed no frames, and 60 times
@@ -263,6 +265,7 @@ class GatewaySettings(Settings):
     reference_ttl_s: Seconds = 86400.0
     audio_ahead_s: Seconds = 4.0
     live_ahead_s: Seconds = 30.0
+    slow_live: Annotated[str, _match("notice|refuse", "notice or refuse")] = "notice"
     patience_s: Seconds = 0.25
     max_unread_s: Seconds = 10.0
     silent_s: Seconds = 60.0

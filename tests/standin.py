@@ -11,9 +11,11 @@ from avatar.client import connect
 from avatar.errors import InvalidField, StageLost
 from avatar.rpc.interceptor import Context
 from avatar.rpc.server import serving
+from avatar.runtime.admission import StepTimes
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
+from avatar.types import BLOCK_S
 from avatar.worker.v1 import audio_pb2, vae_pb2
 from benchmarks.standin.content import PUBLIC, Content
 from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
@@ -101,15 +103,20 @@ async def standin_gateways(
     limit: int = 16,
     token: str = "",
     content: Content = PUBLIC,
+    session_s: float = 0.0,
     **settings: Any,
 ) -> AsyncGenerator[list[StandInGateway], None]:
     """Run gateways over the same workers while the body runs.
 
     each: further settings of each gateway. limit: streams at a time at a worker. token: of a tenant, if there are any.
     content: sizes of blocks.
+    session_s: seconds of each block that the workers pretend to need for a session beyond their steps.
     """
     async with AsyncExitStack() as stack:
         queue = stack.enter_context(DeviceQueue())
+        pretended = StepTimes(BLOCK_S)
+        pretended.append(session_s)
+        queue.load.add_service(pretended, 1)
 
         async def serve(servicer: WorkerServicer) -> str:
             target = f"127.0.0.1:{await stack.enter_async_context(serving('127.0.0.1:0', servicer))}"

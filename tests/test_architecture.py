@@ -93,7 +93,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "services.text": (*_WORKER, "avatar.text"),
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.gateway": (
-        *("avatar.aio", "avatar.errors", "avatar.failover", "avatar.handoff.client", "avatar.rpc", "avatar.settings"),
+        *("avatar.aio", "avatar.errors", "avatar.failover", "avatar.handoff.client", "avatar.rpc"),
+        *("avatar.runtime.admission", "avatar.settings"),
         *("avatar.store", "avatar.telemetry", "avatar.v1", "avatar.worker", "services.address", "services.process"),
     ),
     "services.local": (

@@ -67,6 +67,7 @@ class NoticeKind(Enum):
     GOING_AWAY = pb.Notice.KIND_GOING_AWAY
     AUDIO_REFUSED = pb.Notice.KIND_AUDIO_REFUSED
     SLOW_READER = pb.Notice.KIND_SLOW_READER
+    TOO_SLOW = pb.Notice.KIND_TOO_SLOW
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from avatar.v1 import avatar_service_pb2 as pb
 MAX_KEPT_BYTES = 8 << 20
 # Size of a request without audio.
 REQUEST_BYTES = 128
+# Longest reaction to expect of a deployment that promises none, because it is slower than real time, in seconds.
+UNPROMISED_S = 10.0
 
 
 @dataclass(eq=False)
@@ -101,7 +103,7 @@ class AudioLead:
         self._limit = limit_s * rate_hz if opening.mode == pb.OpenAvatar.MODE_LIVE else float("inf")
         self._frame_samples = rate_hz / frame_rate_hz
         # An idle frame this long after the last audio means that all of it has been shown.
-        self._quiet_s = 1 + 2 * limits.reaction_s
+        self._quiet_s = 1 + 2 * (limits.reaction_s or UNPROMISED_S)
         self._sent, self._shown = 0, 0.0
         self._turn_ends: deque[int] = deque()
         self._sent_at = 0.0

@@ -1,9 +1,12 @@
 """The description of a deployment that GetCapabilities returns."""
 
+from dataclasses import asdict
+
 from avatar.settings import GatewaySettings
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
 from services.gateway.options import ENCODING_OF, MAX_RATE_HZ, MIN_RATE_HZ, context_s
+from services.gateway.promise import promise
 from services.gateway.workers import DeploymentInfo
 
 FITS = {
@@ -16,7 +19,7 @@ FIT_OF = {name: fit for fit, name in FITS.items()}
 
 
 def describe_capabilities(info: DeploymentInfo, settings: GatewaySettings) -> pb.GetCapabilitiesResponse:
-    """Return formats, sizes and limits, without what changes from moment to moment."""
+    """Return formats, sizes, limits and promises, without what is free at the moment."""
     video = types.VideoFormat(width=info.vae.width, height=info.vae.height, frame_rate_hz=info.vae.frame_rate_hz)
     return pb.GetCapabilitiesResponse(
         video=video,
@@ -35,11 +38,10 @@ def describe_capabilities(info: DeploymentInfo, settings: GatewaySettings) -> pb
         schedule=info.schedule,
         num_trained_levels=info.denoisers[0].num_trained_levels,
         encodings=[ENCODING_OF[name] for name in info.encodings],
-        reaction_s=info.reaction_s,
-        hold_s=info.hold_s,
         max_live_ahead_s=settings.live_ahead_s,
         max_unread_s=settings.max_unread_s,
         max_silent_s=settings.silent_s,
         resume_s=settings.resume_s,
         cell=settings.cell,
+        **asdict(promise(info, settings.patience_s)),
     )

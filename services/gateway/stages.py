@@ -1,6 +1,7 @@
 """One session's streams at every stage, each of which outlives the worker that it is at."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from avatar.rpc.wire import serialize_session
 from avatar.settings import GatewaySettings
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 from services.gateway.options import FRAME_NS, StreamOptions
+from services.gateway.promise import promise
 from services.gateway.workers import DeploymentInfo, Workers
+
+logger = logging.getLogger(__name__)
 
 # Audio that an encoder frame of 20 ms covers beyond its end.
 OVERLAP_NS = 5_000_000
@@ -35,6 +39,7 @@ class SessionStages:
     remaining_s: seconds that a block still needs after the audio stage, after each level and after the decoder.
     block_latency_s: seconds from a block's audio to its first frame, as the workers have measured it.
     lookahead_ns: audio after a block's end that its features depend on, in nanoseconds.
+    notice: why the stream will lag, in words for the client; empty if the deployment keeps up with it.
     sink_update_block: the first block under the session's own sink; None if the picture stays the sink.
     init_segment: bytes that precede all frames.
     """
@@ -45,6 +50,7 @@ class SessionStages:
     remaining_s: list[float]
     block_latency_s: float = 0.0
     lookahead_ns: int = 0
+    notice: str = ""
     sink_update_block: int | None = None
     init_segment: bytes = b""
 
@@ -120,8 +126,8 @@ async def open_stages(
     read_motion: returns the session's motion latents, a serialized Tensor, megabytes; called if there may be room.
     position: of the first block to make; the workers that it names are tried first. claimed_us: when the session's
     claim was acquired: full workers end the session's streams of earlier claims.
-    Raises the error of workers that refuse; InvalidField if the decoder has no such encoding of frames; ConfigMismatch
-    if the workers do not fit together.
+    Raises the error of workers that refuse; NoCapacity if the settings refuse live streams that would lag; InvalidField
+    if the decoder has no such encoding of frames; ConfigMismatch if the workers do not fit together.
     """
     info = await workers.describe_stages()
     if session.block_frames != info.block_frames:
@@ -132,6 +138,9 @@ async def open_stages(
     if options.video not in info.encodings:
         allowed = ", ".join(info.encodings)
         raise InvalidField.at("open.output.encoding", f"{options.video} cannot be had here, only {allowed}")
+    notice = ""
+    if options.is_live:
+        notice = await _rate_notice(workers, settings, session.id, info, is_resumed=bool(position.opened))
     lookahead_ns = _lookahead_ns(session, info.audio)
     audio = AudioConnector(
         workers.audio,
@@ -172,6 +181,7 @@ async def open_stages(
         info.remaining_s(waits_for_block=options.waits_for_block),
         info.block_latency_s(waits_for_block=options.waits_for_block),
         lookahead_ns,
+        notice,
     )
     try:
         await stages.check_room(workers)
@@ -197,6 +207,29 @@ def _denoisers(
     if info.is_chained:
         return [ChainConnector(workers.denoisers, levels[0], info.digest, len(levels), next_block)]
     return [LevelConnector(workers.denoisers, level, info.digest, next_block) for level in levels]
+
+
+async def _rate_notice(
+    workers: Workers, settings: GatewaySettings, session_id: str, info: DeploymentInfo, *, is_resumed: bool
+) -> str:
+    """Return the notice to a live stream that the deployment cannot keep up with; empty if it can.
+
+    NoCapacity if the settings refuse such a stream, unless it was open before.
+    """
+    promised = promise(info, settings.patience_s)
+    if promised.is_too_slow:  # perhaps because of a stream that has just ended
+        await workers.refresh()
+        info = await workers.describe_stages()
+        promised = promise(info, settings.patience_s)
+    if not promised.is_too_slow:
+        return ""
+    if settings.slow_live == "refuse" and not is_resumed:
+        # Other live streams may end; a device that is too slow for one stays so.
+        later_s = retry_s(workers.rng) if any(load.live_share for load in info.loads) else None
+        raise NoCapacity(f"{promised.rate_text}, and a live stream needs 1; render offline", retry_s=later_s)
+    rate = round(promised.sustained_rate, 3)
+    logger.warning("live stream will lag", extra={"session": telemetry.tag(session_id), "rate": rate})
+    return f"{promised.rate_text}: its video will lag"
 
 
 def _lookahead_ns(session: types_pb2.Session, info: audio_pb2.AudioServiceGetInfoResponse) -> int:

@@ -34,20 +34,27 @@ from avatar.worker.v1 import (
 
 ENCODE_S = 60.0
 EMBED_S = 60.0
-# Allowance for the transport between the stages, in the promised reaction.
-TRANSPORT_S = 0.03
 # Sigmas of a setting are rounded to three decimals or more.
 SIGMA_TOLERANCE = 5e-4
 
 
 @dataclass(frozen=True)
 class DeploymentInfo:
-    """Descriptions of the workers: of each stage the slowest, of the denoisers one per level."""
+    """Descriptions of the workers that the next session would use, of the denoisers one per level.
+
+    loads: of the devices of all workers, also of those that it would not use.
+    """
 
     audio: audio_pb2.AudioServiceGetInfoResponse
     denoisers: list[denoiser_pb2.DenoiserServiceGetInfoResponse]
     vae: vae_pb2.VaeServiceGetInfoResponse
     text: text_pb2.TextServiceGetInfoResponse | None = None
+    loads: tuple[types_pb2.DeviceLoad, ...] = ()
+
+    @property
+    def session_loads(self) -> list[types_pb2.DeviceLoad]:
+        """Loads of the devices that the session would use."""
+        return [self.audio.load, *(each.load for each in self.denoisers), self.vae.load]
 
     @property
     def digest(self) -> str:
@@ -79,39 +86,25 @@ class DeploymentInfo:
         """Duration of a block, in seconds."""
         return self.block_frames / self.vae.frame_rate_hz
 
-    @property
-    def hold_s(self) -> float:
-        """Seconds that an encoded block needs for all levels and the decoder."""
-        return len(self.denoisers) * self._step_s + self.vae.step_s
-
     def block_latency_s(self, *, waits_for_block: bool = False) -> float:
-        """Return the promised seconds from a block's last audio to its first frame, with a wait for another's step.
+        """Return the seconds from a block's last audio to its first frame, with a wait for another block's step.
 
         waits_for_block: the first frame leaves when the whole block is decoded.
         """
-        levels_s = (len(self.denoisers) + 1) * self._step_s
-        return self.audio.step_s + levels_s + self._first_frames_s(waits_for_block)
-
-    @property
-    def reaction_s(self) -> float:
-        """Promised seconds from the piece that carries a sound to the frame that shows it."""
-        return self.block_s + self.audio.lookahead_s + self.block_latency_s() + TRANSPORT_S
+        levels_s = (len(self.denoisers) + 1) * max(each.step_s for each in self.denoisers)
+        return self.audio.step_s + levels_s + self.first_frames_s(waits_for_block=waits_for_block)
 
     def remaining_s(self, *, waits_for_block: bool) -> list[float]:
         """Return the seconds from the end of each stage to a block's first frame, from the audio stage to the decoder.
 
         waits_for_block: as in `block_latency_s`.
         """
-        steps = [*(each.step_s for each in self.denoisers), self._first_frames_s(waits_for_block)]
+        steps = [*(each.step_s for each in self.denoisers), self.first_frames_s(waits_for_block=waits_for_block)]
         return [sum(steps[at:]) for at in range(len(steps) + 1)]
 
-    def _first_frames_s(self, waits_for_block: bool) -> float:
+    def first_frames_s(self, *, waits_for_block: bool = False) -> float:
         """Return the seconds that the decoder needs for a block's first frames."""
         return self.vae.step_s if waits_for_block else self.vae.latent_step_s or self.vae.step_s
-
-    @property
-    def _step_s(self) -> float:
-        return max(each.step_s for each in self.denoisers)
 
 
 class Workers:
@@ -164,7 +157,7 @@ class Workers:
 
     async def describe(self) -> DeploymentInfo:
         """Describe all workers. StageLost if none of a stage answers; ConfigMismatch if they do not fit together."""
-        text = _slowest(await self.text.workers()) if self.text else None
+        text = (await self.text.workers())[0][1] if self.text else None
         return replace(await self.describe_stages(), text=text)
 
     def free_sessions(self, info: DeploymentInfo) -> int:
@@ -180,10 +173,12 @@ class Workers:
         audio, vae = await self.audio.workers(), await self.vae.workers()
         denoisers = await self._describe_denoisers()
         block_frames = denoisers[0].block_frames
+        everyone = [*audio, *await self.denoisers.workers(), *vae]
         return DeploymentInfo(
-            _slowest(_with_blocks_of(block_frames, audio, "audio")),
+            _next(_with_blocks_of(block_frames, audio, "audio")),
             denoisers,
-            _slowest(_with_blocks_of(block_frames, vae, "vae")),
+            _next(_with_blocks_of(block_frames, vae, "vae")),
+            loads=tuple(info.load for _, info in everyone),
         )
 
     async def _describe_denoisers(self) -> list[denoiser_pb2.DenoiserServiceGetInfoResponse]:
@@ -208,7 +203,7 @@ class Workers:
             same = [info for info in infos if info.digest == digest]
             levels = [[info for info in same if level in info.levels] for level in range(same[0].num_levels)]
             if all(levels):
-                return [max(found, key=lambda info: info.step_s) for found in levels]
+                return [_next_of(found) for found in levels]
             missing[digest] = next(level for level, found in enumerate(levels) if not found)
         if len(infos) < len(all_infos):
             others = sorted({_sigmas(info.schedule) for info in all_infos if info not in infos})
@@ -225,7 +220,7 @@ class Workers:
 
     async def max_right_frames(self) -> int:
         """Return the longest audio context after a block that a session may choose, in encoder frames."""
-        info: audio_pb2.AudioServiceGetInfoResponse = _slowest(await self.audio.workers())
+        info: audio_pb2.AudioServiceGetInfoResponse = _next(await self.audio.workers())
         return info.max_right_frames
 
     async def embed(self, prompt: str) -> types_pb2.Tensor:
@@ -306,8 +301,13 @@ def _with_blocks_of(block_frames: int, workers: Any, stage: str) -> Any:
     return fitting
 
 
-def _slowest(workers: Any) -> Any:
-    return max((info for _, info in workers), key=lambda info: getattr(info, "step_s", 0.0))
+def _next(workers: Any) -> Any:
+    return _next_of([info for _, info in workers])
+
+
+def _next_of(infos: Sequence[Any]) -> Any:
+    """Return the worker that the next session would use: the least loaded, and of several the slowest."""
+    return min(infos, key=lambda info: (info.active / max(1, info.capacity), -getattr(info, "step_s", 0.0)))
 
 
 def _serves_level(level: int, digest: str, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:

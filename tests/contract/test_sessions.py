@@ -27,7 +27,9 @@ async def test_capabilities_describe_the_deployment(capabilities: pb.GetCapabili
     assert min(capabilities.max_picture_bytes, capabilities.max_audio_bytes, capabilities.max_audio_ahead_s) > 0
     assert min(capabilities.max_live_ahead_s, capabilities.max_unread_s) > 0
     block_s = capabilities.block_frames / video.frame_rate_hz
-    assert capabilities.reaction_s > block_s + capabilities.hold_s > capabilities.hold_s > 0
+    assert capabilities.sustained_rate > 1
+    assert capabilities.reaction_s > block_s
+    assert capabilities.reaction_s > capabilities.reaction_ahead_s == capabilities.hold_s > 0
 
 
 async def test_a_session_has_the_requested_options_and_no_others(stub: Stub, portrait: bytes) -> None:

@@ -198,6 +198,8 @@ class LiveStream:
         for stage in self._stages.all[1:]:  # the audio stage's blocks have no index of the session: see `_admit`
             stage.on_rebuilt = partial(self._stage_rebuilt, stage)
         if self._options.is_live:
+            if self._stages.notice:
+                self.outbox.put(notice(api.Notice.KIND_TOO_SLOW, self._stages.notice))
             self._timeline.restart(self.position.next_frame)
             pieces = self._speech.live(self._timeline, self.outbox)
         else:
