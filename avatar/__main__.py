@@ -70,7 +70,8 @@ def make_film(flags: argparse.Namespace) -> Film:
     check_pictures(flags, picture)
     adapter = LoraAdapter(flags.adapter) if flags.adapter else None
     make_folder(flags.out.parent)
-    models = load(flags.checkpoint, adapter, levels=flags.levels, dtype=DTYPES[flags.dtype], device=flags.device)
+    dtype, device = DTYPES[flags.dtype], flags.device
+    models = load(flags.checkpoint, adapter, levels=flags.levels, decoder=flags.decoder, dtype=dtype, device=device)
     if models.config.num_levels < models.config.num_trained_levels:
         print(f"levels: {models.config.levels_text}")
     options = render_options(flags, models)
@@ -139,6 +140,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("out", type=Path, help="the film to write: .mp4, .m4v or .mov; its folder is made")
     out.add_argument("--checkpoint", type=Path, default=Path("models/tiny"), help="folder of the models")
     out.add_argument("--adapter", type=Path, help="LoRA adapter, a file or PEFT's folder, to merge into the network")
+    out.add_argument(
+        "--decoder", type=Path, help="decoder of frames, a file called taew2_1 or lighttaew2_1, or a folder"
+    )
     out.add_argument("--device", type=usable_device, default="cpu", help="torch device (default cpu)")
     out.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and states (default float32)")
     out.add_argument("--threads", type=positive, default=1, help="CPU threads (default 1)")

@@ -62,17 +62,18 @@ def load(
     adapter: LoraAdapter | None = None,
     *,
     levels: int | None = None,
+    decoder: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Models:
     """Load the models of a checkpoint folder. ValueError if a config or weights do not fit, or there are fewer levels.
 
-    levels: how many to run of those that the checkpoint was trained for; None: all.
+    levels: how many to run of those that the checkpoint was trained for; None: all. decoder: as in `open_part`.
     """
     part = denoiser_model.with_levels(open_part(checkpoint, "denoiser", adapter), levels)
     network = denoiser_model.load(part, dtype=dtype, device=device)
     audio = audio_model.load(open_part(checkpoint, "audio"), dtype=dtype, device=device)
-    vae = vae_model.load(open_part(checkpoint, "vae"), dtype=dtype, device=device)
+    vae = vae_model.load(open_part(checkpoint, "vae", decoder=decoder), dtype=dtype, device=device)
     return Models(audio, network, network.config, vae)
 
 

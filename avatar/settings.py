@@ -207,9 +207,14 @@ class DenoiserSettings(WorkerSettings):
 
 
 class VaeSettings(WorkerSettings):
-    """Settings of the VAE worker."""
+    """Settings of the VAE worker.
+
+    decoder: the decoder of frames, a file called taew2_1 or lighttaew2_1 or a folder with its config.json; by default
+        the one in the checkpoint's folder, or else the VAE's own.
+    """
 
     listen: Address = "127.0.0.1:7002"
+    decoder: OptionalPath = None
 
 
 class TextSettings(WorkerSettings):

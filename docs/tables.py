@@ -28,6 +28,7 @@ TITLES = {
     "all": "All services",
     "workers": "All workers",
     "denoiser": "Denoiser",
+    "vae": "VAE worker",
     "text": "Text worker",
     "gateway": "Gateway",
 }

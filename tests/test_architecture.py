@@ -75,8 +75,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Files and the command line.
     "avatar.media": ("avatar.audio", "avatar.vae"),
     "avatar.checkpoints.inspect": (
-        *("avatar.audio", *_FILES, "avatar.checkpoints.layouts", "avatar.checkpoints.lora", "avatar.denoiser"),
-        *("avatar.text", "avatar.vae"),
+        *("avatar.audio", *_FILES, "avatar.checkpoints.decoders", "avatar.checkpoints.layouts"),
+        *("avatar.checkpoints.lora", "avatar.denoiser", "avatar.text", "avatar.vae"),
     ),
     "avatar.render": ("avatar.audio", "avatar.checkpoints", "avatar.denoiser", "avatar.types", "avatar.vae"),
     "avatar.__main__": ("avatar.checkpoints", "avatar.media", "avatar.render", "avatar.text", "avatar.vae"),

@@ -1,7 +1,7 @@
 """The commands `inspect` and `pack`: describe a checkpoint without loading it, and copy it into our layout.
 
-python -m avatar inspect CHECKPOINT [--adapter PATH] [--size WxH] [--dtype TYPE]
-python -m avatar pack CHECKPOINT OUT [--adapter PATH] [--dtype TYPE]
+python -m avatar inspect CHECKPOINT [--adapter PATH] [--decoder PATH] [--size WxH] [--dtype TYPE]
+python -m avatar pack CHECKPOINT OUT [--adapter PATH] [--decoder PATH] [--dtype TYPE]
 
 `inspect` builds the models on the meta device and compares names and shapes with the files; no weight is read.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from avatar.audio import model as audio_model
+from avatar.checkpoints.decoders import DECODER
 from avatar.checkpoints.files import DTYPES, TOKENIZER, save_shards
 from avatar.checkpoints.layouts import is_published, open_part, part_names
 from avatar.checkpoints.lora import ALPHA, LoraAdapter
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str]) -> None:
         each.add_argument(
             "--adapter", type=Path, help="LoRA adapter, a file or PEFT's folder, to merge into the network"
         )
+        each.add_argument(
+            "--decoder", type=Path, help="decoder of frames, a file called taew2_1 or lighttaew2_1, or a folder"
+        )
         each.add_argument("--adapter-alpha", type=float, help=f"alpha of a file's training ({ALPHA:g})")
     packing.add_argument("out", type=Path, help="folder to write; it must not exist")
     flags = parser.parse_args(arguments)
@@ -57,9 +61,9 @@ def main(arguments: Sequence[str]) -> None:
     dtype = STORED.get(flags.dtype)
     try:
         if flags.command == "inspect":
-            print(*inspect(flags.checkpoint, adapter, flags.size, dtype, flags.levels), sep="\n")
+            print(*inspect(flags.checkpoint, adapter, flags.size, dtype, flags.levels, flags.decoder), sep="\n")
         else:
-            pack(flags.checkpoint, flags.out, adapter, dtype)
+            pack(flags.checkpoint, flags.out, adapter, dtype, flags.decoder)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -105,14 +109,15 @@ def inspect(
     size: Size | None = None,
     dtype: torch.dtype | None = None,
     levels: int | None = None,
+    decoder: Path | None = None,
 ) -> Iterator[str]:
     """Yield the lines that describe a checkpoint. ValueError if a name or a shape in it is wrong.
 
     size: (width, height) of the picture for the memory table; None for the checkpoint's own size, or a 16:9 picture.
     dtype: that the network is served in; None for the one that most of its weights are stored in. levels: of fewer than
-    the checkpoint was trained for.
+    the checkpoint was trained for. decoder: as in `open_part`.
     """
-    parts = {name: open_part(checkpoint, name, adapter) for name in part_names(checkpoint)}
+    parts = open_parts(checkpoint, adapter, decoder)
     parts["denoiser"] = denoiser_model.with_levels(parts["denoiser"], levels)
     stored = {name: part.meta_tensors() for name, part in parts.items()}
     audio, network, vae, text = build_models(parts, dtype or dominant_dtype(stored["denoiser"]))
@@ -133,6 +138,7 @@ def inspect(
     yield f"inputs    {', '.join(('audio', *config.inputs))}"
     prompts = f"{text.config.encoder}, {text.config.max_tokens} tokens of width {text.width}" if text else "none"
     yield f"prompts   {prompts}"
+    yield f"decoder   {decoder_line(parts['vae'])}"
     yield f"levels    {config.levels_text}"
     yield f"pictures  {sizes_line(picture)}, {vae.config.frame_rate_hz} a second"
     yield ""
@@ -141,6 +147,14 @@ def inspect(
     stride = vae.codec.space_stride
     for what, num_bytes in denoiser_memory(network, height // stride, width // stride).items():
         yield f"{what:40}{format_bytes(num_bytes):>10}"
+
+
+def open_parts(checkpoint: Path, adapter: LoraAdapter | None, decoder: Path | None) -> dict[str, Part]:
+    """Return all parts of a checkpoint by their names, with `decoder` where the VAE has another one."""
+    parts = {name: open_part(checkpoint, name, adapter, decoder=decoder) for name in part_names(checkpoint)}
+    if other := parts["vae"].decoder:
+        parts[DECODER] = other
+    return parts
 
 
 def denoiser_memory(network: denoiser_model.Network, height: int, width: int) -> dict[str, int]:
@@ -184,6 +198,13 @@ def adapter_line(part: Part, is_published_layout: bool) -> str:
     return f"{part.adapter.path}: {what}, rank {span(set(ranks.values()))}, scale {span(scales)}"
 
 
+def decoder_line(part: Part) -> str:
+    """Describe the decoder of a VAE's part."""
+    if part.decoder is None:
+        return "the VAE's own"
+    return f"{part.decoder.folder}, tiny, takes {part.decoder.config['latents']} latents"
+
+
 def span(numbers: Collection[float]) -> str:
     """Format numbers as one, or as the least and the greatest."""
     least, greatest = min(numbers), max(numbers)
@@ -205,15 +226,21 @@ def format_bytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e3:.2f} kB"
 
 
-def pack(checkpoint: Path, out: Path, adapter: LoraAdapter | None = None, dtype: torch.dtype | None = None) -> None:
+def pack(
+    checkpoint: Path,
+    out: Path,
+    adapter: LoraAdapter | None = None,
+    dtype: torch.dtype | None = None,
+    decoder: Path | None = None,
+) -> None:
     """Write a checkpoint in our layout, merged with the adapter.
 
-    dtype: of floating point weights; None: each tensor keeps its stored dtype.
+    dtype: of floating point weights; None: each tensor keeps its stored dtype. decoder: as in `open_part`.
     ValueError if a name or a shape in the checkpoint is wrong, or `out` exists.
     """
     if out.exists():
         raise ValueError(f"{out} exists already; expected the name of a new folder")
-    parts = {name: open_part(checkpoint, name, adapter) for name in part_names(checkpoint)}
+    parts = open_parts(checkpoint, adapter, decoder)
     build_models(parts, torch.float32)  # checks names and shapes before anything is written
     for name, part in parts.items():
         merged = part.adapter.name if part.adapter else part.merged_adapter()

@@ -4,11 +4,12 @@ Ours has a folder for each part, with config.json and safetensors: `audio`, `den
 takes prompts, `text` with its tokenizer.json. The published layout of Wan2.2-S2V-14B is read as it is:
 
     config.json, diffusion_pytorch_model-*.safetensors and their index    denoiser
-    Wan2.1_VAE.pth                                                        vae
+    Wan2.1_VAE.pth, or lightvaew2_1                                       vae
     wav2vec2-large-xlsr-53-english/                                       audio
     models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/tokenizer.json    text
 
-Live Avatar's LoRA adapter is a separate file, anywhere.
+Live Avatar's LoRA adapter is a separate file, anywhere. In either layout, a decoder of its own
+(`avatar.checkpoints.decoders`) may take the place of the VAE's.
 """
 
 import re
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from avatar.checkpoints.decoders import find_decoder, open_decoder
 from avatar.checkpoints.files import CLASS_NAME, CONFIG, TOKENIZER, read_config, read_meta_tensors, weight_files
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.checkpoints.part import Part
@@ -26,6 +28,8 @@ from avatar.types import BLOCK_LATENTS, MAX_BLOCK_LATENTS
 PARTS = ("audio", "denoiser", "vae")
 TEXT = "text"
 VAE_FILE = "Wan2.1_VAE.pth"
+# Files that hold the VAE under Wan's names; lightvaew2_1 has a quarter of its widths.
+VAE_FILES = (VAE_FILE, "Wan2.1_VAE.safetensors", "lightvaew2_1.pth", "lightvaew2_1.safetensors")
 AUDIO_FOLDER = "wav2vec2-large-xlsr-53-english"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FOLDER = Path("google/umt5-xxl")
@@ -41,10 +45,12 @@ AREA = 720 * 400
 VAE_RES_BLOCKS = 2
 
 
-def open_part(checkpoint: Path, name: str, adapter: LoraAdapter | None = None) -> Part:
+def open_part(checkpoint: Path, name: str, adapter: LoraAdapter | None = None, *, decoder: Path | None = None) -> Part:
     """Return the part `audio`, `denoiser`, `vae` or `text` of a checkpoint in either layout; nothing is loaded.
 
-    adapter: to merge into the denoiser. ValueError if the folder is no checkpoint, or files of the part are missing.
+    adapter: to merge into the denoiser. decoder: file or folder of the decoder that takes the place of the VAE's; None:
+    the one in the checkpoint's folder, if there is one. ValueError if the folder is no checkpoint, or files of the part
+    are missing.
     """
     if name == TEXT and not has_text_encoder(checkpoint):
         raise ValueError(f"{checkpoint} has no text encoder: expected a folder {TEXT}, or {TEXT_FILE} as published")
@@ -58,6 +64,8 @@ def open_part(checkpoint: Path, name: str, adapter: LoraAdapter | None = None) -
         ours, published = f"a folder {name}", f"the {CONFIG} of {CLASS_NAME}"
         raise ValueError(f"no checkpoint at {checkpoint}: expected {ours}, or {published} as published")
     part = replace(part, block_latents=block_latents(checkpoint))
+    if name == "vae" and (path := decoder or find_decoder(checkpoint)):
+        part = replace(part, decoder=open_decoder(path))
     return replace(part, adapter=adapter) if name == "denoiser" else part
 
 
@@ -106,9 +114,9 @@ def _denoiser(checkpoint: Path) -> Part:
 
 def _vae(checkpoint: Path) -> Part:
     # The file has no configuration: sizes come from the shapes of its tensors.
-    path = checkpoint / VAE_FILE
-    if not path.is_file():
-        raise ValueError(f"no VAE in {checkpoint}: expected a file {path}")
+    path = next((checkpoint / name for name in VAE_FILES if (checkpoint / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"no VAE in {checkpoint}: expected a file {checkpoint / VAE_FILE}")
     first = dict(read_meta_tensors(path)).get("encoder.conv1.weight")
     config = {
         "codec": "wan",

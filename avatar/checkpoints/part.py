@@ -43,6 +43,7 @@ class Part:
         names are the module's.
     adapter: LoRA adapter to merge into the weights as they are read.
     tokenizer: the tokenizer's file, if the model reads text.
+    decoder: of a VAE, the decoder that takes the place of its own.
     block_latents: latent frames of the checkpoint's blocks, which its denoiser states.
     """
 
@@ -53,6 +54,7 @@ class Part:
     adapter: LoraAdapter | None = None
     tokenizer: Path | None = None
     block_latents: int = BLOCK_LATENTS
+    decoder: "Part | None" = None
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -106,7 +108,7 @@ class Part:
         return read_metadata(self.files[0]).get(MERGED)
 
     def digest(self) -> str:
-        """Return 16 hexadecimal digits that identify the part: sha256 of configuration, adapter, tokenizer and files.
+        """Return 16 hexadecimal digits that identify the part: sha256 of configuration, files and what belongs to it.
 
         Of a file over WHOLE_BYTES only size, beginning and samples are hashed, so that a start does not read gigabytes.
         Every large matrix is sampled, so other weights of the same shapes get another digest; a change of single
@@ -121,6 +123,8 @@ class Part:
             state.update(_file_digest(path))
         if self.tokenizer is not None:
             state.update(self.tokenizer.read_bytes())
+        if self.decoder is not None:
+            state.update(self.decoder.digest().encode())
         return state.hexdigest()[:16]
 
     def file_of(self, name: str) -> str:

@@ -19,8 +19,10 @@ class Tails:
     Fresh tails start a clip: its first step counts as its own past, so a still picture has no start-up transient.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, starts_at_zero: bool = False) -> None:
+        """starts_at_zero: a clip's past is zeros instead."""
         self._last: dict[int, Tensor] = {}
+        self._starts_at_zero = starts_at_zero
 
     @property
     def is_fresh(self) -> bool:
@@ -32,7 +34,9 @@ class Tails:
 
         steps, result: (b, t, h, w, c).
         """
-        past = self._last.get(layer, steps[:, :1])
+        past = self._last.get(layer)
+        if past is None:
+            past = torch.zeros_like(steps[:, :1]) if self._starts_at_zero else steps[:, :1]
         if steps.shape[1] == 1:
             self._last[layer] = steps
             return past
@@ -44,8 +48,8 @@ class Tails:
 class StepConv(nn.Conv2d):
     """A 2D convolution of every step: (b, t, h, w, c) -> (b, t, h, w, c'), zero padding."""
 
-    def __init__(self, width: int, width_out: int, kernel: int) -> None:
-        super().__init__(width, width_out, kernel, padding=kernel // 2)
+    def __init__(self, width: int, width_out: int, kernel: int, *, bias: bool = True) -> None:
+        super().__init__(width, width_out, kernel, padding=kernel // 2, bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:
         pictures = super().forward(rearrange(input, "b t h w c -> (b t) c h w"))

@@ -11,7 +11,7 @@ Axes: c channels, t latent frames, f pixel frames, h w height and width of laten
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic
 
 import torch
@@ -197,6 +197,11 @@ def load(part: Part, device: torch.device | str = "cpu", dtype: torch.dtype = to
     """Return the VAE of a checkpoint's part. ValueError if its config or weights are invalid."""
     with part.naming_config():
         config = parse_config(part.config)
+    if part.decoder is not None:
+        codec = _with_decoder(part, part.decoder, config, torch.device(device), dtype)
+        # The errors of its reconstructions are not those that the check was measured with.
+        return Vae(codec, replace(config, familiar=None), part.block_latents)
+    with part.naming_config():
         codec, network = CODECS[config.codec](config.network, torch.device(device), dtype)
     load_weights(network, part)
     return Vae(codec, config, part.block_latents)
@@ -224,6 +229,34 @@ def _wan(fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype) ->
 
     codec = WanCodec(parse_fields(WanConfig, fields, "network."), device, dtype)
     return codec, codec.network
+
+
+def _with_decoder(
+    part: Part, decoder_part: Part, config: VaeConfig, device: torch.device, dtype: torch.dtype
+) -> Codec[Any]:
+    """Return the Wan codec of a part, decoding with the tiny decoder of another one."""
+    from avatar.vae.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig
+    from avatar.vae.wan import WanCodec, WanConfig
+
+    if config.codec != "wan":
+        raise ValueError(
+            f"{decoder_part.folder} decodes latents of Wan's VAE, {part.folder} has those of {config.codec}"
+        )
+    with part.naming_config():
+        wan = WanCodec(parse_fields(WanConfig, config.network, "network."), device, dtype, encodes_only=True)
+    with torch.device("meta"):
+        decoder = TinyDecoder()
+    decoder = decoder.to(dtype).to_empty(device=device).requires_grad_(False)
+    codec = TinyDecoderCodec(wan, decoder, decoder_part.parse(TinyDecoderConfig))
+    load_weights(wan.network, replace(part, rename=lambda name: _encoders_only(part.rename, name)))
+    load_weights(decoder, decoder_part)
+    return codec
+
+
+def _encoders_only(rename: Callable[[str], str | None] | None, name: str) -> str | None:
+    """Return the module's name of a stored tensor of Wan's VAE; None for a tensor of its decoder."""
+    renamed = rename(name) if rename else name
+    return None if renamed is None or renamed.startswith(("decoder.", "post_quant_conv.")) else renamed
 
 
 # (network fields of the config, device, dtype) -> codec, and the module that the checkpoint's weights fill.

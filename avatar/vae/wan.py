@@ -71,9 +71,14 @@ class WanCodec:
     """A `Codec` around one AutoencoderKLWan."""
 
     def __init__(
-        self, config: WanConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        config: WanConfig,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        encodes_only: bool = False,
     ) -> None:
-        """Weights are undefined until they are loaded into `network`."""
+        """Weights are undefined until they are loaded into `network`. encodes_only: without the decoder's modules."""
         self.channels = config.z_dim
         self.space_stride = 1 << len(config.dim_mult) - 1
         self.history = past_latents(config)
@@ -81,6 +86,8 @@ class WanCodec:
             # diffusers adds these fields to lists.
             fields = {name: [*value] if isinstance(value, tuple) else value for name, value in asdict(config).items()}
             network: Any = AutoencoderKLWan(**fields)  # type: ignore[no-untyped-call]
+        if encodes_only:
+            del network.decoder, network.post_quant_conv
         # nn.Module's `to`: diffusers' own warns about modules to keep in float32, of which there are none.
         nn.Module.to(network, dtype)
         self.network = network.to_empty(device=device).eval().requires_grad_(False)
@@ -102,11 +109,15 @@ class WanCodec:
         latents: Tensor = (raw - self._mean) * self._scale
         return latents
 
+    def raw(self, latents: Tensor) -> Tensor:
+        """Return the encoder's own latents, with their mean and deviation, of normalised ones (b, c, t, h, w)."""
+        return latents.to(self._scale) / self._scale + self._mean
+
     def new_state(self) -> Slots:
         return [None] * self.network._cached_conv_counts["decoder"]
 
     def decode(self, latents: Tensor, state: Slots) -> Tensor:
-        raw = (latents.to(self._scale) / self._scale + self._mean).to(self.network.dtype)
+        raw = self.raw(latents).to(self.network.dtype)
         return torch.cat(
             [
                 self.network.decoder(self.network.post_quant_conv(latent), feat_cache=state, feat_idx=[0])

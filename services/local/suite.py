@@ -42,12 +42,13 @@ async def workers(
     denoisers: Sequence[str] = ("all",),
     adapter: Path | None = None,
     adapter_alpha: float | None = None,
+    decoder: Path | None = None,
     **worker: Any,
 ) -> AsyncGenerator[GatewaySettings, None]:
     """Run the workers of one checkpoint while the body runs; yield a gateway's settings with their addresses.
 
     denoisers: the levels of each denoiser, within the gateway's schedule if it has one. adapter: of every denoiser.
-    worker: further settings of all workers.
+    decoder: of the VAE. worker: further settings of all workers.
     """
     async with AsyncExitStack() as stack:
         audio_settings = AudioSettings(checkpoint=checkpoint, **worker)
@@ -62,7 +63,7 @@ async def workers(
             return target
 
         audio = build_audio(audio_settings, queue)
-        vae = build_vae(VaeSettings(checkpoint=checkpoint, **worker), queue)
+        vae = build_vae(VaeSettings(checkpoint=checkpoint, decoder=decoder, **worker), queue)
         targets: dict[str, Any] = {"audio": (await serve(audio),), "vae": (await serve(vae),)}
         for levels in denoisers:
             merged = {"adapter": adapter, "adapter_alpha": adapter_alpha, "schedule": settings.schedule, **worker}
@@ -103,5 +104,6 @@ async def main() -> None:
             settings = settings.model_copy(update={"redis_url": url})
         store = SessionStore(RedisHashes(settings.redis_url))
         stack.push_async_callback(store.aclose)
+        switches["decoder"] = load(VaeSettings, os.environ).decoder
         await stack.enter_async_context(suite(models.checkpoint, store, settings, **switches))
         await until_stopped()

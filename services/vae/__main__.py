@@ -14,7 +14,7 @@ from services.worker import device_and_dtype, worker_process
 
 def build(settings: VaeSettings, queue: DeviceQueue) -> VaeServicer:
     """Build the service over the checkpoint's VAE, and warm it up."""
-    part = open_part(settings.checkpoint, "vae")
+    part = open_part(settings.checkpoint, "vae", decoder=settings.decoder)
     device, dtype = device_and_dtype(settings)
     model = vae.load(part, device=device, dtype=dtype)
     servicer = VaeServicer(model, part.digest(), queue, settings.capacity)

@@ -53,6 +53,7 @@ def test_a_checkpoint_is_described_without_reading_its_tensors(
         "728,689    1.46 MB  bfloat16",
         "for 448 weights, rank 4, scale 16",
         "40 layers of width 32",
+        "decoder   the VAE's own",
         "levels    4: sigma 1, 0.857692, 0.602151, 0.00892857, 0",
         "any of at most 288,000 pixels whose sides are multiples of 64",
         "at 704x384 in bfloat16",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import audio, checkpoint, dit, rollout, text, vae
+from tests.parity import audio, checkpoint, dit, rollout, text, tiny_decoder, vae
 from tests.parity.goldens import ABOUT, Golden, Report
 
 RUNNERS = {
@@ -15,6 +15,7 @@ RUNNERS = {
     **dit.RUNNERS,
     **rollout.RUNNERS,
     **text.RUNNERS,
+    **tiny_decoder.RUNNERS,
     **vae.RUNNERS,
 }
 # Goldens that are part of another one.

@@ -24,8 +24,7 @@ from avatar.settings import VaeSettings
 from avatar.types import FrameChunk, LatentFrame
 from avatar.vae.encodings import ENCODINGS, encode, init_segment
 from avatar.vae.picture import reading
-from avatar.vae.picture.rule import PictureRule
-from avatar.vae.vae import Vae, VaeConfig, VaeState
+from avatar.vae.vae import Vae, VaeState
 from avatar.worker.v1 import types_pb2 as types
 from avatar.worker.v1 import vae_pb2 as pb
 from avatar.worker.v1 import vae_pb2_grpc
@@ -34,7 +33,7 @@ from services.vae.__main__ import build
 from services.vae.service import VaeServicer
 from tests.busy import WAIT_S
 from tests.refusals import refused
-from tests.vae.conftest import CODECS, SIZE
+from tests.vae.conftest import CODECS, SIZE, config_of
 from tests.vae.conftest import blocks as random_blocks
 from tests.vae.conftest import session as random_session
 
@@ -120,7 +119,7 @@ class StepwiseVae(Vae[Any]):
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 async def test_frames_leave_before_the_next_latent_frame_is_decoded(codec: str, encoding: str) -> None:
-    vae = StepwiseVae(CODECS[codec](), VaeConfig(codec, PictureRule("cover", width=SIZE[0], height=SIZE[1]), 25, {}))
+    vae = StepwiseVae(CODECS[codec](), config_of(codec))
     vae.may_decode = threading.Semaphore(1)
     motion = tensor_to_pb(random_session().motion)
     session = types.Session(id="s", width=SIZE[0], height=SIZE[1], motion=motion)

@@ -10,6 +10,7 @@ from avatar.types import BLOCK_LATENTS, MOTION_LATENTS, Block, Session
 from avatar.vae.codec import Codec
 from avatar.vae.light import LightCodec, LightConfig
 from avatar.vae.picture.rule import PictureRule
+from avatar.vae.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig
 from avatar.vae.vae import Vae, VaeConfig
 from avatar.vae.wan import WanCodec, WanConfig
 from tests.published import filled
@@ -33,7 +34,16 @@ def wan_codec() -> WanCodec:
     return codec
 
 
-CODECS: dict[str, Callable[[], Codec[Any]]] = {"light": light_codec, "wan": wan_codec}
+def tiny_codec() -> TinyDecoderCodec:
+    """Return the tiny decoder with narrow layers, and Wan's encoder."""
+    wan = wan_codec()
+    torch.manual_seed(0)
+    decoder = TinyDecoder((16, 8, 8, 8)).requires_grad_(False)
+    decoder.load_state_dict(filled(decoder))
+    return TinyDecoderCodec(wan, decoder, TinyDecoderConfig("raw"))
+
+
+CODECS: dict[str, Callable[[], Codec[Any]]] = {"light": light_codec, "wan": wan_codec, "tiny": tiny_codec}
 
 
 # Codecs, and latent frames of a block.
@@ -45,8 +55,13 @@ with_short_blocks = pytest.mark.parametrize("vae", BLOCKS_OF_3 + BLOCKS_OF_1, in
 def vae(request: pytest.FixtureRequest) -> Vae[Any]:
     """A VAE for pictures of SIZE, with each of the codecs."""
     name, block_latents = request.param
+    return Vae(CODECS[name](), config_of(name), block_latents)
+
+
+def config_of(name: str) -> VaeConfig:
+    """Return the configuration of a VAE with one of CODECS. The tiny decoder's is Wan's."""
     rule = PictureRule("cover", width=SIZE[0], height=SIZE[1])
-    return Vae(CODECS[name](), VaeConfig(name, rule, 25, {}), block_latents)
+    return VaeConfig("wan" if name == "tiny" else name, rule, 25, {})
 
 
 def session(seed: int = 0) -> Session:
