@@ -36,6 +36,9 @@ class Replay(Protocol[Item, Answer_contra]):
     def items(self) -> Sequence[Item]:
         """Return the items that a rebuilt stream receives first, in order."""
 
+    def clear(self) -> None:
+        """Drop all items: the stream is not rebuilt any more."""
+
     def accept(self, answer: Answer_contra) -> int | None:
         """Return the block that an answer belongs to, None if the answer is a repeat. Drop items that it settles."""
 
@@ -77,6 +80,10 @@ class BlockReplay:
         if items and self._conditions is not None and not _head(items[0]).HasField("carried"):
             items[0] = _with_conditions(items[0], self._conditions)
         return items
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._conditions = None
 
     def accept(self, answer: types_pb2.Block | types_pb2.Frame) -> int | None:
         if isinstance(answer, types_pb2.Block):
@@ -157,6 +164,9 @@ class AudioReplay:
             if piece.HasField("slack_s"):
                 piece.slack_s = 0.0  # a piece that is sent again is late
         return pieces
+
+    def clear(self) -> None:
+        self._kept.clear()
 
     def accept(self, block: types_pb2.Block) -> int | None:
         if block.index < self.next_block:

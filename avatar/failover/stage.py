@@ -144,6 +144,12 @@ class FailoverStage(Generic[Item, Answer]):
             worker.on_silence.discard(self._give_up)
             stream.cancel()
 
+    def close(self) -> None:
+        """End the stream for good, and drop its replay: megabytes, which garbage collection might free much later."""
+        self.cancel()
+        self._connector.session = ()
+        self._replay.clear()
+
     async def _pull(self, items: AsyncGenerator[Item, None]) -> None:
         """Move items to the queue, one ahead of the stream, whether or not a stream is open."""
         try:

@@ -193,7 +193,8 @@ async def open_stages(
         await stages.open(workers)
         yield stages
     finally:
-        stages.cancel()
+        for stage in stages.all:
+            stage.close()
 
 
 def _denoisers(

@@ -46,6 +46,9 @@ class NumberedReplay:
     def items(self) -> list[pb.AudioPiece]:
         return self.kept
 
+    def clear(self) -> None:
+        self.kept.clear()
+
     def accept(self, answer: Block) -> int | None:
         if answer.index < self.next_block:
             return None

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from avatar.aio import background
+from avatar.rpc.wire import RelayedBlock
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as api
 from services.gateway import service
 from services.gateway.options import StreamOptions
 from services.gateway.stream.live_stream import LiveStream
 from tests.conftest import speech
-from tests.product import END_TURN, INTERRUPT, connected, frame, new_session, open_stream, opening, pieces, rest
+from tests.product import CLOSE, END_TURN, INTERRUPT, connected, frame, new_session, open_stream, opening, pieces, rest
 from tests.product import send as send_all
 from tests.refusals import refused
 from tests.services.gateway.clock import VirtualTimeLoop
@@ -117,3 +118,26 @@ async def test_of_too_many_streams_that_are_not_opened_the_oldest_ends(
         assert opened.session.id == session.id
         for each in (call, waiting[1]):
             each.cancel()
+
+
+async def test_a_closed_session_leaves_no_blocks_to_garbage_collection(store: SessionStore) -> None:
+    """It may come much later, and a block is megabytes."""
+
+    def num_blocks() -> int:
+        return sum(type(each) is RelayedBlock for each in gc.get_objects())
+
+    async with standin_gateway(store) as gateway, connected(gateway.target) as stub:
+        call, _ = await open_stream(stub, (await new_session(stub, b"picture")).id)
+        await send_all(call, pieces(speech(3)))
+        await frame(call)
+        gc.collect()
+        gc.disable()
+        try:
+            assert num_blocks()
+            await send_all(call, [CLOSE])
+            await rest(call)
+            async with asyncio.timeout(10):
+                while num_blocks():  # noqa: ASYNC110  # the gateway closes the stages after its last message
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
