@@ -3,13 +3,18 @@
 import asyncio
 import signal
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import grpc.aio
+
 from avatar.aio import background
+from avatar.v1 import avatar_service_pb2 as pb
 from tests.chaos.attacks import ATTACKS
-from tests.chaos.suite import WORKERS, ChaosSuite
+from tests.chaos.suite import GATEWAYS, WORKERS, ChaosSuite
+from tests.conftest import ASSETS
+from tests.product import Stub, connected, new_reference, open_stream
 
 Change: TypeAlias = Callable[[ChaosSuite, str], Awaitable[None]]
 ENDED_S = 20.0
@@ -50,12 +55,32 @@ async def _cut(suite: ChaosSuite, name: str) -> None:
     suite.proxies[name].cut()
 
 
+async def _cut_off(suite: ChaosSuite, name: str) -> None:
+    """Break a process's connections and refuse new ones. A gateway's sessions find no free slot at another gateway."""
+    if name in GATEWAYS:
+        [other] = {*GATEWAYS} - {name}
+        await _fill(suite, await suite.fillers.enter_async_context(connected(suite.suite.targets[other])))
+    suite.proxies[name].leave()
+
+
+async def _fill(suite: ChaosSuite, stub: Stub) -> None:
+    """Open streams until no worker has room; they end with `suite.fillers`."""
+    reference = await new_reference(stub, (ASSETS / "portrait.png").read_bytes())
+    with suppress(grpc.aio.AioRpcError):
+        while True:
+            session = (await stub.CreateSession(pb.CreateSessionRequest(reference_id=reference.id))).session
+            deletion = pb.DeleteSessionRequest(session_id=session.id)
+            suite.fillers.push_async_callback(stub.DeleteSession, deletion)
+            await open_stream(stub, session.id)
+
+
 async def _swallow(suite: ChaosSuite, name: str) -> None:
     suite.proxies[name].swallow()
 
 
 async def _mend(suite: ChaosSuite, name: str) -> None:
     suite.proxies[name].mend()
+    await suite.fillers.aclose()
 
 
 async def _nothing(suite: ChaosSuite, name: str) -> None:
@@ -69,6 +94,7 @@ KINDS: dict[str, tuple[Change, Change]] = {
     "drain": (_drain, _restart),
     # The gateways reconnect at once; mending the proxy would cut their new connections.
     "cut": (_cut, _nothing),
+    "cut off": (_cut_off, _mend),
     "swallow": (_swallow, _mend),
 }
 
@@ -116,5 +142,5 @@ class Fault:
 FAULTS = [
     *(Fault(kind, stage) for kind in KINDS for stage in WORKERS),
     *(Fault(kind, "redis") for kind in ("kill", "freeze")),
-    *(Fault(kind, "gateway") for kind in ("kill", "drain", *ATTACKS)),
+    *(Fault(kind, "gateway") for kind in ("kill", "drain", "cut off", *ATTACKS)),
 ]

@@ -1,4 +1,4 @@
-"""A suite of processes for fault injection: two workers for each stage behind proxies, two gateways, and Redis."""
+"""A suite of processes for fault injection: two workers for each stage, two gateways, all behind proxies, and Redis."""
 
 import asyncio
 import sys
@@ -19,9 +19,10 @@ WORKERS = {stage: (f"{stage}-0", f"{stage}-1") for stage in ("audio", "denoiser"
 GATEWAYS = ("gateway-0", "gateway-1")
 REDIS = "redis"
 # A draining process ends its streams after a second. The stall timeout is long, so that a worker of a busy machine does
-# not count as lost; health checks detect a frozen one after three seconds. One worker has room for all streams.
+# not count as lost; health checks detect a frozen one after three seconds. One worker has room for all streams of the
+# tests, and for so few that a fault can fill it.
 GATEWAY = {"AVATAR_DRAIN_S": "1", "AVATAR_STALL_S": "20"}
-WORKER = {"AVATAR_DRAIN_S": "1", "AVATAR_CAPACITY": "32"}
+WORKER = {"AVATAR_DRAIN_S": "1", "AVATAR_CAPACITY": "12"}
 LEFT_S = 30.0
 
 
@@ -29,18 +30,20 @@ LEFT_S = 30.0
 class ChaosSuite:
     """A running suite that survives the loss of any one process.
 
-    proxies: by worker; both gateways connect through them. pids: of every process that was ever started.
+    proxies: by worker and gateway; gateways and clients connect through them. fillers: streams that fill the workers.
+    pids: of every process that was ever started.
     """
 
     checkpoint: Path
     suite: Suite
     proxies: dict[str, Proxy] = field(default_factory=dict)
+    fillers: AsyncExitStack = field(default_factory=AsyncExitStack)
     pids: set[int] = field(default_factory=set)
 
     @property
     def target(self) -> str:
         """Both gateways as one address: a client falls back to the second."""
-        return "ipv4:" + ",".join(self.suite.targets[name] for name in GATEWAYS)
+        return "ipv4:" + ",".join(self.proxies[name].target for name in GATEWAYS)
 
     async def start(self, name: str) -> None:
         """Start a process. The log of an earlier one of this name is kept under its process id."""
@@ -63,13 +66,13 @@ class ChaosSuite:
     async def active(self) -> dict[str, int]:
         """Return the number of open streams at each worker that answers."""
         found: dict[str, int] = {}
-        for name in self.proxies:
+        for name in (worker for workers in WORKERS.values() for worker in workers):
             with suppress(grpc.aio.AioRpcError):
                 found |= await active_streams(replace(self.suite, targets={name: self.suite.targets[name]}))
         return found
 
     def gateways_in_use(self) -> set[str]:
-        """Return the gateways that this process is connected to."""
+        """Return the gateways that this process, with its proxies, is connected to."""
         ports = {self.suite.targets[name].rpartition(":")[2]: name for name in GATEWAYS}
         remote = [each.raddr.port for each in psutil.Process().net_connections("tcp") if each.status == "ESTABLISHED"]
         return {ports[str(port)] for port in remote if str(port) in ports}
@@ -120,7 +123,7 @@ async def chaos_suite(checkpoint: Path, folder: Path) -> AsyncGenerator[ChaosSui
     targets = {name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)}
     chaos = ChaosSuite(checkpoint, Suite(folder, f"redis://127.0.0.1:{redis_port}", targets))
     async with AsyncExitStack() as stack:
-        for name in workers:
+        for name in names:
             chaos.proxies[name] = await stack.enter_async_context(proxied(targets[name]))
         stack.push_async_callback(chaos.suite.stop)
         for name in (REDIS, *names):
