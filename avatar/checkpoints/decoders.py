@@ -1,14 +1,17 @@
 """Decoders in files of their own: the tiny decoders of Wan 2.1 latents, `taew2_1` and `lighttaew2_1`.
 
-A decoder is a file in the published layout, or a folder with config.json and such a file. Shapes show that it is one of
-the two, but not which: one takes normalised latents, the other raw ones. The folder's config.json says it under
-`latents`, or else the file's name.
+A decoder is a file in the published layout, or a folder with such a file. Shapes show that it is one of the two, but
+not which: one takes normalised latents, the other raw ones. The folder's config.json says it under `latents`, or else
+the file's name.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from avatar.checkpoints.files import CONFIG, read_config, read_meta_tensors, weight_files
 from avatar.checkpoints.part import Part
 
 # A folder of a checkpoint in our layout.
@@ -33,12 +36,22 @@ def find_decoder(checkpoint: Path) -> Path | None:
     ValueError if there are several.
     """
     found = [checkpoint / DECODER] if (checkpoint / DECODER).is_dir() else []
+    return _only([*found, *_published_files(checkpoint), *_published_files(checkpoint / "vae")], checkpoint)
+
+
+def _published_files(folder: Path) -> list[Path]:
+    """Return a folder's decoders with published names, one file of each."""
+    found = []
     for name in LATENTS:
-        files = [folder / f"{name}{suffix}" for folder in (checkpoint, checkpoint / "vae") for suffix in SUFFIXES]
+        files = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
         found += [path for path in files if path.is_file()][:1]
+    return found
+
+
+def _only(found: list[Path], folder: Path) -> Path | None:
     if len(found) > 1:
         names = ", ".join(map(str, found))
-        raise ValueError(f"{checkpoint} has several decoders: {names}; remove all but one, or name the one to use")
+        raise ValueError(f"{folder} has several decoders: {names}; remove all but one, or name the one to use")
     return found[0] if found else None
 
 
@@ -47,12 +60,16 @@ def open_decoder(path: Path) -> Part:
 
     ValueError if it is no tiny decoder of Wan 2.1 latents, with what it is, or if nothing says which latents it takes.
     """
-    part = Part.read(path) if path.is_dir() else Part(path, {}, (path,))
-    shapes = {name: tuple(tensor.shape) for name, tensor in part.meta_tensors().items()}
+    config: dict[str, Any] = read_config(path) if (path / CONFIG).is_file() else {}
+    files = [path]
+    if path.is_dir():
+        file = _only(_published_files(path), path)
+        files = [file] if file else weight_files(path)
+    part = Part(path, config, tuple(files), decoder_name)
+    shapes = {name: tuple(tensor.shape) for file in files for name, tensor in read_meta_tensors(file)}
     if reason := unfit(shapes):
-        raise ValueError(f"{part.files[0]} {reason}; expected taew2_1 or lighttaew2_1, the tiny decoders of Wan 2.1")
-    config = part.config if path.is_dir() else {"latents": latents_by_name(path)}
-    return Part(path, config, part.files, decoder_name)
+        raise ValueError(f"{files[0]} {reason}; expected taew2_1 or lighttaew2_1, the tiny decoders of Wan 2.1")
+    return part if "latents" in config else replace(part, config={**config, "latents": latents_by_name(files[0])})
 
 
 def decoder_name(name: str) -> str | None:

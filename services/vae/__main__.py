@@ -1,5 +1,6 @@
 """The VAE worker's process: `python -m services.vae`."""
 
+import logging
 import os
 
 from avatar.checkpoints.layouts import open_part
@@ -11,10 +12,15 @@ from services.process import run
 from services.vae.service import VaeServicer
 from services.worker import device_and_dtype, worker_process
 
+logger = logging.getLogger(__name__)
+
 
 def build(settings: VaeSettings, queue: DeviceQueue) -> VaeServicer:
     """Build the service over the checkpoint's VAE, and warm it up."""
     part = open_part(settings.checkpoint, "vae", decoder=settings.decoder)
+    if part.decoder is not None:
+        latents = part.decoder.config.get("latents")
+        logger.info("a tiny decoder decodes", extra={"decoder": str(part.decoder.folder), "latents": latents})
     device, dtype = device_and_dtype(settings)
     model = vae.load(part, device=device, dtype=dtype)
     servicer = VaeServicer(model, part.digest(), queue, settings.capacity)

@@ -1,6 +1,7 @@
 """Tests of avatar.checkpoints.decoders: a tiny decoder is opened by its shapes and name, or refused with what it is."""
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,14 @@ from avatar import __main__
 from avatar.checkpoints.decoders import find_decoder, open_decoder
 from avatar.checkpoints.inspect import main
 from avatar.checkpoints.layouts import VAE_FILE, open_part
+from avatar.runtime.device_queue import DeviceQueue
+from avatar.settings import VaeSettings
+from avatar.settings import load as load_settings
 from avatar.types import Block, Session
 from avatar.vae.tiny_decoder import TinyDecoder, TinyDecoderCodec
 from avatar.vae.vae import Vae, load
 from avatar.vae.wan import WanCodec, WanConfig
+from services.vae.__main__ import build
 from tests.published import filled, vae_as_published
 
 
@@ -106,13 +111,19 @@ def test_a_folders_configuration_says_which_latents_its_file_takes(weights: dict
     for latents in ("raw", "normalised"):
         (tmp_path / "config.json").write_text(json.dumps({"latents": latents}))
         assert open_decoder(tmp_path).config == {"latents": latents}
+    (tmp_path / "model.safetensors").rename(tmp_path / "taew2_1.safetensors")
+    assert open_decoder(tmp_path).config == {"latents": "normalised"}
+    (tmp_path / "config.json").write_text(json.dumps({"latents": "raw"}))
+    assert open_decoder(tmp_path).config == {"latents": "raw"}
+    (tmp_path / "config.json").unlink()
+    assert open_decoder(tmp_path).config == {"latents": "normalised"}
 
 
 @pytest.mark.parametrize(
     ("stated", "words"),
     [
         ({"latents": "scaled"}, "latents must be normalised or raw, got 'scaled'"),
-        ({}, "missing field latents"),
+        ({}, "neither they nor its name say which latents it takes"),
         ({"latents": "raw", "patch": 2}, "unknown field patch"),
     ],
 )
@@ -190,7 +201,7 @@ def test_one_decoder_is_found_and_several_are_refused(tmp_path: Path) -> None:
         assert find_decoder(tmp_path) == tmp_path / f"taew2_1{suffix}"
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/lighttaew2_1.pth").touch()
-    with pytest.raises(ValueError, match=r"several decoders: .*lighttaew2_1\.pth, .*taew2_1\.safetensors; remove all"):
+    with pytest.raises(ValueError, match=r"several decoders: .*taew2_1\.safetensors, .*lighttaew2_1\.pth; remove all"):
         find_decoder(tmp_path)
 
 
@@ -231,6 +242,17 @@ def test_a_vae_of_a_quarter_of_the_widths_opens_as_wans(published: Path, tmp_pat
     assert vae.codec.channels == 16
 
 
-def test_the_command_takes_a_decoder() -> None:
-    flags = __main__.parser().parse_args(["a.wav", "b.png", "c.mp4", "--decoder", "taew2_1.pth"])
-    assert flags.decoder == Path("taew2_1.pth")
+def test_the_command_and_the_worker_take_a_decoder(
+    published: Path, published_with: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = published_with / "taew2_1.safetensors"
+    assert __main__.parser().parse_args(["a.wav", "b.png", "c.mp4", "--decoder", str(path)]).decoder == path
+    caplog.set_level(logging.INFO)
+    with DeviceQueue() as queue:
+        worker = build(
+            load_settings(VaeSettings, {"AVATAR_CHECKPOINT": str(published), "AVATAR_DECODER": str(path)}), queue
+        )
+    assert worker.info().digest == open_part(published, "vae", decoder=path).digest()
+    assert [(record.getMessage(), record.__dict__["latents"]) for record in caplog.records] == [
+        ("a tiny decoder decodes", "normalised")
+    ]
