@@ -23,7 +23,7 @@ from aiortc.mediastreams import MediaStreamError
 from av import AudioFrame
 
 from avatar.aio import background
-from avatar.client import AvatarError, Frame, Interrupted, Item, Notice, PlaybackStarted, Session, Stream
+from avatar.client import AvatarError, Frame, Interrupted, Item, Notice, NoticeKind, PlaybackStarted, Session, Stream
 from web.pending_speech import PendingSpeech
 from web.playout import RATE_HZ, SAMPLE_BYTES, AudioTrack, Playout, VideoTrack
 from web.text_to_speech import MAX_TEXT, Resampler, SpeechError, Synthesiser
@@ -204,6 +204,8 @@ class BrowserSession:
                 self._set_state("idle" if is_idle else "speaking")
             case PlaybackStarted() if self._turn_starts:
                 self._send("reaction", seconds=time.monotonic() - self._turn_starts.popleft())
+            case Notice(kind=NoticeKind.TOO_SLOW):
+                pass  # the answer to the offer says it, and its text stays
             case Notice(message=message):
                 self._send("notice", text=f"{message[:1].upper()}{message[1:].rstrip('.')}.")
 

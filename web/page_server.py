@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from asyncio import Task, TaskGroup
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -133,7 +134,8 @@ class PageServer:
     async def offer(self, request: web.Request) -> web.Response:
         """Start a session from a form with `sdp`, and `portrait` (a name) or `picture` (a file).
 
-        The JSON response has `sdp`, the picture's `notice` and the promised `reaction_s`, or `error` with a reason.
+        The JSON response has `sdp`, a `notice` about the picture or the machine, and the promised `reaction_s`, or
+        `error` with a reason.
         """
         origin = request.headers.get("Origin")
         if origin and urlsplit(origin).netloc != request.host:
@@ -187,7 +189,8 @@ class PageServer:
         task = self._group.create_task(self._run(browser_session))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return {"sdp": sdp, "notice": session.notice, "reaction_s": capabilities.reaction_s}
+        notice = " ".join(filter(None, [lag_notice(capabilities.sustained_rate), session.notice]))
+        return {"sdp": sdp, "notice": notice, "reaction_s": capabilities.reaction_s}
 
     async def _run(self, browser_session: BrowserSession) -> None:
         try:
@@ -201,6 +204,17 @@ class PageServer:
             logger.exception("a browser session failed")
         finally:
             self.num_peers -= 1
+
+
+def lag_notice(sustained_rate: float) -> str:
+    """Return what a visitor has to know of a deployment that is slower than real time; empty if it keeps up.
+
+    sustained_rate: of the capabilities; 0 if it is not known.
+    """
+    if not 0 < sustained_rate < 1:
+        return ""
+    seconds = math.ceil(100 / sustained_rate) / 10  # never the same ten
+    return f"This machine computes 10 seconds of video in {seconds:g} seconds; the picture will lag."
 
 
 def check_sdp(offered: str) -> None:

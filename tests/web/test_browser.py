@@ -15,7 +15,8 @@ import pytest
 from playwright.async_api import Page as Tab
 from playwright.async_api import async_playwright, expect
 
-from tests.web.page import ASSETS, Page
+from avatar.store.sessions import SessionStore
+from tests.web.page import ASSETS, Page, serving
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 
@@ -215,6 +216,20 @@ async def test_the_notice_about_a_picture_stays_until_the_next_session(page: Pag
         page.gateway.vae.notice = ""
         await start(tab)
         await expect(tab.get_by_role("alert")).to_be_empty()
+
+
+async def test_the_page_says_that_a_slow_machine_will_lag(store: SessionStore) -> None:
+    async with serving(store, session_s=0.6) as page, browsing(page) as tab:
+        await start(tab)
+        alert = tab.get_by_role("alert")
+        await expect(alert).to_contain_text("This machine computes 10 seconds of video in 13.")
+        await expect(alert).to_contain_text("the picture will lag")
+        await expect(tab.locator("#promise")).to_have_text("nothing")
+        await tab.get_by_label("Or type a text").fill("good morning")
+        await tab.keyboard.press("Enter")
+        await expect_state(tab, "Speaking")
+        await expect_state(tab, "Listening")
+        await expect(alert).to_contain_text("the picture will lag")
 
 
 async def test_a_session_that_ends_is_reported_and_another_can_start(page: Page) -> None:

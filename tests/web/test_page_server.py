@@ -16,6 +16,7 @@ from av import AudioFrame, VideoFrame
 
 from avatar.store.sessions import SessionStore
 from tests.web.page import ASSETS, MAX_PEERS, Page, serving
+from web.page_server import lag_notice
 from web.playout import RATE_HZ
 
 PICTURE = (ASSETS / "portraits/2.png").read_bytes()
@@ -104,6 +105,12 @@ async def test_only_the_repositorys_portraits_are_served(page: Page) -> None:
 async def test_the_page_receives_the_gateways_limits(page: Page) -> None:
     about = json.loads((await get(f"{page.url}/about"))[2])
     assert (about["max_picture_bytes"], about["portraits"][0], about["max_text"]) == (2 << 20, "portrait", 500)
+
+
+def test_a_lag_is_told_in_seconds_that_differ() -> None:
+    assert "10 seconds of video in 13.6 seconds" in lag_notice(0.7376)
+    assert "10 seconds of video in 10.1 seconds" in lag_notice(0.999)
+    assert lag_notice(1.0) == lag_notice(3.0) == lag_notice(0.0) == ""
 
 
 @pytest.mark.parametrize(

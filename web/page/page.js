@@ -13,7 +13,7 @@ const MAX_EVENTS = 50;
 
 const about = await (await fetch("/about")).json();
 let session = null; // {peer, channel, sender, microphone}, while connected
-let pictureNotice = ""; // of the session's picture: shown as long as there is no other message
+let sessionNotice = ""; // about the picture or the machine: shown as long as there is no other message
 let sendNumber = 0; // changes with each clip and interrupt, which ends a clip that is being sent
 
 // --- portrait -----------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ byId("picture").addEventListener("change", () => {
 byId("connect").addEventListener("click", () => (session ? disconnect() : connect()));
 
 async function connect() {
-  showMessage(pictureNotice = "");
+  showMessage(sessionNotice = "");
   const peer = new RTCPeerConnection();
   const channel = peer.createDataChannel("avatar");
   channel.binaryType = "arraybuffer";
@@ -82,10 +82,10 @@ async function connect() {
     const answer = await offer(peer.localDescription.sdp);
     await peer.setRemoteDescription({ type: "answer", sdp: answer.sdp });
     if (answer.notice) {
-      showMessage(pictureNotice = answer.notice);
+      showMessage(sessionNotice = answer.notice);
       logEvent(answer.notice);
     }
-    byId("promise").textContent = answer.reaction_s ? `${answer.reaction_s.toFixed(2)} s` : "–";
+    byId("promise").textContent = answer.reaction_s ? `${answer.reaction_s.toFixed(2)} s` : "nothing";
   } catch (error) {
     if (session === own) disconnect(error.message);
   }
@@ -135,7 +135,7 @@ function handle(item) {
     case "state":
       setState(item.state);
       logEvent(STATES[item.state]);
-      if (item.state === "idle") showMessage(pictureNotice);
+      if (item.state === "idle") showMessage(sessionNotice);
       break;
     case "reaction":
       byId("reaction").textContent = `${item.seconds.toFixed(2)} s`;
