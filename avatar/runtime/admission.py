@@ -81,11 +81,23 @@ class DeviceLoad:
         self.device = device or Device()
         self.queue = _unique_name()
         self._services: list[tuple[StepTimes, int]] = []
+        self._listeners: list[Callable[[], None]] = []
         self._live_streams: list[tuple[str, StepTimes]] = []
 
-    def add_service(self, step_times: StepTimes, num_streams: int) -> None:
-        """Add a service of this device. num_streams: streams that each session has there."""
+    def add_service(self, step_times: StepTimes, num_streams: int, on_change: Callable[[], None] | None = None) -> None:
+        """Add a service of this device.
+
+        num_streams: streams that each session has there. on_change: called when a stream of any of the services is
+        accepted or ends, which changes the capacity of all.
+        """
         self._services.append((step_times, num_streams))
+        if on_change:
+            self._listeners.append(on_change)
+
+    def notify(self) -> None:
+        """Call the services' `on_change`."""
+        for each in self._listeners:
+            each()
 
     def has_time_for(self, session_id: str, step_times: StepTimes) -> bool:
         """Return whether the device keeps up with one more live stream.
@@ -173,7 +185,7 @@ class AdmissionControl:
     and the other live streams would need more of the device's time than there is.
 
     active: streams that are open. limit: streams of any kind at a time. step_times: of the service's steps; its streams
-    add them. on_change: called when a stream is accepted or ends.
+    add them. on_change: called when a stream is accepted or ends, here or at another service of the device.
     """
 
     def __init__(self, limit: int, service: str, load: DeviceLoad, block_s: float, num_levels: int = 1) -> None:
@@ -190,7 +202,7 @@ class AdmissionControl:
         self._reported = 0
         # By session and level: the latest stream.
         self._streams: dict[tuple[str, int], _Stream] = {}
-        load.add_service(self.step_times, num_levels)
+        load.add_service(self.step_times, num_levels, self._load_changed)
         self._report_capacity()
 
     def measure(self, warm: Callable[[], int]) -> None:
@@ -225,14 +237,12 @@ class AdmissionControl:
         telemetry.SESSIONS_ACTIVE.add(1, self._labels)
         try:
             with self._load.live_stream(session_id, self.step_times) if is_live else nullcontext():
-                self._report_capacity()
-                self.on_change()
+                self._load.notify()
                 yield
         finally:
             self.active -= 1
             telemetry.SESSIONS_ACTIVE.add(-1, self._labels)
-            self._report_capacity()
-            self.on_change()
+            self._load.notify()
 
     def _full(self, message: str) -> NoCapacity:
         numbers = {"active": str(self.active), "capacity": str(self.capacity)}
@@ -268,6 +278,10 @@ class AdmissionControl:
             finally:
                 if self._streams.get(key) is stream:
                     del self._streams[key]
+
+    def _load_changed(self) -> None:
+        self._report_capacity()
+        self.on_change()
 
     def _report_capacity(self) -> None:
         """Record the capacity as a metric if it has changed since the last report."""

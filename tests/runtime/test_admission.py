@@ -66,6 +66,17 @@ def test_all_services_of_a_device_count() -> None:
             assert not load.has_time_for("b", denoiser)
 
 
+def test_a_stream_changes_the_capacity_of_all_services_of_its_device() -> None:
+    load, seen = DeviceLoad(), list[int]()
+    first, second = AdmissionControl(8, "audio", load, BLOCK_S), AdmissionControl(8, "vae", load, BLOCK_S)
+    first.step_times.append(0.3)
+    second.step_times.append(0.3)
+    second.on_change = lambda: seen.append(second.capacity)
+    with first.accept("a", is_live=True):
+        assert seen == [0], "the device is too slow for two"
+    assert seen == [0, 1]
+
+
 def test_a_queue_reports_the_share_of_one_session_and_of_the_open_live_streams() -> None:
     load, denoiser, decoder = DeviceLoad(), step_times(0.12), step_times(0.06)
     load.add_service(denoiser, 2)
