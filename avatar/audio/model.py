@@ -196,10 +196,11 @@ class AudioModel:
             state.heard.add(heard, end)
 
     def warm(self) -> int:
-        """Encode WARM_BLOCKS blocks of silence, and return that number."""
+        """Encode WARM_BLOCKS blocks of faint noise, and return that number; silence may take no time."""
         state = self.open(Session("warm", 0, torch.zeros(0)))
+        noise = 1e-3 * torch.randn(1, self.grid.samples, generator=torch.Generator().manual_seed(0))
         for index in range(WARM_BLOCKS):
-            self.step(AudioPiece(torch.zeros(1, self.grid.samples), SAMPLE_RATE_HZ, completes=index), state)
+            self.step(AudioPiece(noise, SAMPLE_RATE_HZ, completes=index), state)
         return WARM_BLOCKS
 
     def _complete(self, piece: AudioPiece, index: int, state: AudioState) -> list[Block]:

@@ -25,6 +25,8 @@ from avatar.types import BLOCK_LATENTS
 
 FFT_SAMPLES = 400
 HOP_SAMPLES = 160
+# Peaks whose silence is kept.
+MAX_SILENCES = 16
 DYNAMIC_RANGE = 8.0
 """Decades of mel power below the peak that the encoder distinguishes."""
 
@@ -98,6 +100,7 @@ class Whisper(nn.Module):
         self.hann: Tensor
         self.register_buffer("filters", torch.from_numpy(filters.T).float(), persistent=False)
         self.register_buffer("hann", torch.hann_window(FFT_SAMPLES), persistent=False)
+        self._silences: dict[tuple[float, int, int], Tensor] = {}
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -124,11 +127,25 @@ class Whisper(nn.Module):
 
     def encode(self, window: Tensor, statistics: AudioStatistics, right_frames: int) -> tuple[Tensor, AudioStatistics]:
         silence = self.left_samples + self.grid.window_end(0, self.right_frames) - len(window)
-        mel = self.log_mel(F.pad(window, (silence, 0)))
-        statistics = statistics.with_peak(float(mel.max()))
         end = self.config.window_frames - right_frames
         frames = slice(end - self.grid.encoder_frames - 1, end)
+        if not window.any():
+            # One of two people is often silent; the states of silence depend on the peak alone.
+            return self._silent_states(statistics.peak, frames), statistics
+        mel = self.log_mel(F.pad(window, (silence, 0)))
+        statistics = statistics.with_peak(float(mel.max()))
         return self.hidden_states(compress(mel, statistics.peak), frames), statistics
+
+    def _silent_states(self, peak: float, frames: slice) -> Tensor:
+        """Return the hidden states of a window of digital silence, (l, t, d); those of the last peaks are kept."""
+        key = (peak, frames.start, frames.stop)
+        if key not in self._silences:
+            samples = self.left_samples + self.grid.window_end(0, self.right_frames)
+            mel = self.log_mel(torch.zeros(samples))
+            if len(self._silences) == MAX_SILENCES:
+                self._silences.pop(next(iter(self._silences)))
+            self._silences[key] = self.hidden_states(compress(mel, peak), frames)
+        return self._silences[key]
 
     def log_mel(self, samples: Tensor) -> Tensor:
         """Return log10 of mel power, (m, t), at least -10; mel frame t covers samples 160 t .. 160 t + 399 of (s,)."""

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -66,6 +67,23 @@ def test_silence_stays_at_the_floor_set_by_speech(encoder: Whisper, speech: Tens
     assert kept.peak == statistics.peak
     floor = torch.full((16, 128), (statistics.peak - 8 + 4) / 4)
     torch.testing.assert_close(silent, encoder.hidden_states(floor)[:, -4 - 25 : -4])
+
+
+def test_silence_is_encoded_once_for_a_peak(encoder: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+    silence, states_of = torch.zeros(30000), encoder.hidden_states
+    counted = Mock(side_effect=states_of)
+    monkeypatch.setattr(encoder, "hidden_states", counted)
+    floor = AudioStatistics().with_peak(1.25)
+    first, kept = encoder.encode(silence, floor, encoder.right_frames)
+    again, _ = encoder.encode(silence[:100], floor, encoder.right_frames)
+    assert (counted.call_count, kept) == (1, floor)
+    assert torch.equal(first, again)
+    total = encoder.left_samples + encoder.grid.window_end(0, encoder.right_frames)
+    mel = encoder.log_mel(torch.zeros(total))
+    torch.testing.assert_close(first, states_of(compress(mel, 1.25))[:, -4 - 25 : -4])
+    other, _ = encoder.encode(silence, AudioStatistics().with_peak(2.0), encoder.right_frames)
+    assert counted.call_count == 2
+    assert not torch.equal(first, other)
 
 
 def test_a_stream_starts_as_if_after_silence(encoder: Whisper, session: Session, speech: Tensor) -> None:
