@@ -115,7 +115,7 @@ def two_levels(text_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 def listening_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first checkpoint's kind, with a network that listens and takes face motion."""
     folder = tmp_path_factory.mktemp("listening-checkpoint")
-    write_checkpoint(folder, heard_inject_layers=(1,), face_motion=True)
+    write_checkpoint(folder, heard_inject_layers=(1,), face_motion=True, audio_context_frames=8)
     return folder
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from avatar.denoiser.attention import Attention, upcast
 from avatar.denoiser.config import NetworkConfig
+from avatar.types import FRAMES_PER_LATENT
 
 # Epsilon of the norm before an injection, which differs from the network's.
 INJECTION_EPS = 1e-5
@@ -107,16 +108,26 @@ class CausalAudioEncoder(nn.Module):
         local, overall = self.encoder(mixed)
         return local, overall
 
-    def blocks(self, features: Tensor, frames_per_block: int) -> AudioTokens:
-        """Return the tokens of one or more whole blocks; blocks are encoded independently.
+    def blocks(
+        self, features: Tensor, frames_per_block: int, context_frames: int = 0, preceding: Tensor | None = None
+    ) -> AudioTokens:
+        """Return the tokens of one or more whole blocks, each encoded from its own columns and those before it.
 
-        features: (b, a, l, d, f), f a multiple of frames_per_block.
+        features: (b, a, l, d, f), f a multiple of frames_per_block. context_frames: columns before a block that it is
+        encoded with, a multiple of 4. preceding: (b, a, l, d, context_frames) those before the first block; None:
+        copies of its first column.
         """
         b, a = features.shape[:2]
-        columns = rearrange(features, "b a l d (blocks f) -> (b a blocks) l d f", f=frames_per_block)
+        if preceding is None:
+            preceding = features[..., :1].expand(*features.shape[:-1], context_frames)
+        windows = torch.cat([preceding, features], dim=-1).unfold(
+            -1, context_frames + frames_per_block, frames_per_block
+        )
+        columns = rearrange(windows, "b a l d blocks f -> (b a blocks) l d f")
         # Outputs end on frames 0, 4, 8 ...: one frame more in front, its output dropped, lets a latent frame end on the
         # last of its four. Further copies would not change results, as the convolutions repeat the first frame anyway.
-        local, overall = (each[:, 1:] for each in self(torch.cat([columns[..., :1], columns], dim=-1)))
+        first = 1 + context_frames // FRAMES_PER_LATENT
+        local, overall = (each[:, first:] for each in self(torch.cat([columns[..., :1], columns], dim=-1)))
         return AudioTokens(
             rearrange(local, "(b a blocks) t n d -> b a (blocks t) n d", b=b, a=a).to(self.weights.dtype),
             rearrange(overall, "(b a blocks) t d -> b a (blocks t) d", b=b, a=a).to(self.weights.dtype),

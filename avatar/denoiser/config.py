@@ -63,6 +63,8 @@ class NetworkConfig:
     audio_inject_layers: ascending indexes of the layers after which audio is injected.
     heard_inject_layers: those after which audio of the other person is injected; none: the network does not listen.
     face_motion: the network takes values of face motion.
+    audio_context_frames: columns of features before a block that its audio tokens see. Tokens of 8 are those of the
+        whole stream; without any, blocks are encoded independently.
     """
 
     in_dim: int = 16
@@ -82,6 +84,7 @@ class NetworkConfig:
 
     heard_inject_layers: tuple[int, ...] = ()
     face_motion: bool = False
+    audio_context_frames: int = 0
     num_encoder_layers: int = 25
     num_frames_per_block: int = BLOCK_LATENTS
     # Latent frames that a block attends to, its own included: whole blocks.
@@ -116,6 +119,10 @@ class NetworkConfig:
             ),
             (self.num_frames_per_block > 0, "blocks must not be empty"),
             (self.window_latents > 0, "the window must not be empty"),
+            (
+                self.audio_context_frames in range(0, 65, FRAMES_PER_LATENT),
+                "audio_context_frames: multiples of 4 to 64",
+            ),
             (self.window_latents % max(1, self.num_frames_per_block) == 0, "window_latents must be whole blocks"),
             (len(sigmas) > 1 and is_ascending(sigmas[::-1]), "schedule must descend"),
             (sigmas[-1:] == (0,) and sigmas[0] <= 1, "schedule must start with at most 1 and end with 0"),
@@ -243,6 +250,20 @@ def tiny() -> NetworkConfig:
         sink_update_block=None,
         pose="reference",
         output="x0_residual",
+    )
+
+
+def tiny_256() -> NetworkConfig:
+    """The successor of the embedded default: blocks of 1 latent, two levels, a listener, and face motion."""
+    return replace(
+        tiny(),
+        heard_inject_layers=(1, 3, 5, 7),
+        face_motion=True,
+        num_frames_per_block=1,
+        window_latents=8,
+        audio_context_frames=8,
+        schedule=(1.0, 0.4, 0.0),
+        noise_scale=1.0,
     )
 
 

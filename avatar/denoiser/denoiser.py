@@ -11,7 +11,7 @@ face motion.
 
 from collections.abc import Collection
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import repeat
@@ -50,6 +50,7 @@ class DenoiserState:
     sink_distance: the session's, or the checkpoint's.
     masks: (1, a, t, n, 1), the session's, for every token of a block.
     prefilled: None before the first block. next_index: index of the next block; None before the first.
+    preceding: the last columns of `features` and `heard` that the next block is encoded with.
     """
 
     session: Session
@@ -58,6 +59,7 @@ class DenoiserState:
     masks: Tensor | None
     prefilled: Prefilled | None = None
     next_index: int | None = None
+    preceding: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Denoiser:
@@ -148,17 +150,31 @@ class Denoiser:
         network = self.network
         x = self._input(block, state).to(network.device, network.dtype).unsqueeze(0)
         features = block.features if state.masks is not None else block.features.unsqueeze(0)
-        audio = network.encode_audio(features.to(network.device).unsqueeze(0), state.masks)
+        features, before = self._with_preceding("features", features, state)
+        audio = network.encode_audio(features, state.masks, before)
         pose = prefilled.pose if block.pose is None else block.pose.to(x).unsqueeze(0)
         heard = motion = None
-        if block.heard is not None:
-            heard = network.encode_heard(block.heard.to(network.device)[None, None])
+        if block.heard is None:
+            state.preceding.pop("heard", None)
+        else:
+            features, before = self._with_preceding("heard", block.heard.unsqueeze(0), state)
+            heard = network.encode_heard(features, preceding=before)
         if block.face_motion is not None:
             motion = network.embed_face_motion(block.face_motion.to(network.device).unsqueeze(0))
         first_frame = self._first_frame(block)
         output = network(x, self._modulation, prefilled.text, audio, pose, first_frame, state.cache, heard, motion)
         velocity = to_velocity(output, x, prefilled.reference, self.sigma, self.config)
         return SAMPLERS[self.config.sampler](x, velocity, self.sigma, self.sigma_next)[0]
+
+    def _with_preceding(self, name: str, features: Tensor, state: DenoiserState) -> tuple[Tensor, Tensor | None]:
+        """Return features (a, l, d, f) as a batch, and the columns before them; keep those before the next block."""
+        features, before = features.to(self.network.device).unsqueeze(0), state.preceding.get(name)
+        if context := self.config.audio_context_frames:
+            columns = features if before is None else torch.cat([before, features], dim=-1)
+            missing = max(0, context - columns.shape[-1])
+            first = columns[..., :1].expand(*columns.shape[:-1], missing)
+            state.preceding[name] = torch.cat([first, columns[..., -context:]], dim=-1)
+        return features, before
 
     def _input(self, block: Block, state: DenoiserState) -> Tensor:
         """Return this level's input latent (c, t, h, w): noise at level 0, else the block's latent."""

@@ -131,22 +131,32 @@ class Network(nn.Module):
                 x = layer(x, (apply_rope(q, table), apply_rope(k, table), v), text_kv, row)
         return conditions
 
-    def encode_audio(self, features: Tensor, mask: Tensor | None = None) -> AudioTokens:
+    def encode_audio(
+        self, features: Tensor, mask: Tensor | None = None, preceding: Tensor | None = None
+    ) -> AudioTokens:
         """Return the audio tokens of whole blocks.
 
         features: (b, a, l, d, f). mask: (b, a, t, s, 1) weight of each actor's audio at each token; required if a > 1.
+        preceding: (b, a, l, d, audio_context_frames) columns before them; None at a stream's start.
         """
         assert mask is not None or features.shape[1] == 1, "several actors need a mask"
-        audio = self.casual_audio_encoder.blocks(features, self.config.frames_per_block)
-        return AudioTokens(audio.local, audio.overall, mask)
+        return self._tokens(self.casual_audio_encoder, features, mask, preceding)
 
-    def encode_heard(self, features: Tensor, is_given: Tensor | None = None) -> AudioTokens:
+    def encode_heard(
+        self, features: Tensor, is_given: Tensor | None = None, preceding: Tensor | None = None
+    ) -> AudioTokens:
         """Return the audio tokens of what is heard from the other person, of whole blocks.
 
         features: (b, 1, l, d, f). is_given: (b,) 0 for clips without a listener, whose features are ignored; None: all.
+        preceding: as in `encode_audio`; None also where nobody was heard before.
         """
-        audio = self.heard_audio_encoder.blocks(features, self.config.frames_per_block)
         mask = None if is_given is None else rearrange(is_given, "b -> b 1 1 1 1")
+        return self._tokens(self.heard_audio_encoder, features, mask, preceding)
+
+    def _tokens(
+        self, encoder: CausalAudioEncoder, features: Tensor, mask: Tensor | None, preceding: Tensor | None
+    ) -> AudioTokens:
+        audio = encoder.blocks(features, self.config.frames_per_block, self.config.audio_context_frames, preceding)
         return AudioTokens(audio.local, audio.overall, mask)
 
     def embed_face_motion(self, values: Tensor, is_given: Tensor | None = None) -> Tensor:

@@ -20,6 +20,21 @@ def test_blocks_of_audio_are_encoded_independently(network: Network, config: Net
     torch.testing.assert_close(together.overall, torch.cat([each.overall for each in apart], dim=2))
 
 
+def test_with_context_the_tokens_of_blocks_are_those_of_the_whole_stream(
+    network: Network, config: NetworkConfig
+) -> None:
+    encoder, features = network.casual_audio_encoder, columns(config, 24)
+    whole = encoder.blocks(features, 24)
+    for frames in (4, 8, 12):
+        blocks = encoder.blocks(features, frames, context_frames=8)
+        torch.testing.assert_close(blocks.local, whole.local)
+        torch.testing.assert_close(blocks.overall, whole.overall)
+    alone = encoder.blocks(features, 4)
+    assert not torch.allclose(alone.local[:, :, 1:], whole.local[:, :, 1:], atol=1e-2)
+    later = encoder.blocks(features[..., 12:], 4, 8, preceding=features[..., 4:12])
+    torch.testing.assert_close(later.local, whole.local[:, :, 3:])
+
+
 def test_audio_tokens_are_causal(network: Network, config: NetworkConfig) -> None:
     features = columns(config, config.frames_per_block)
     changed = features.clone()

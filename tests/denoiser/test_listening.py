@@ -10,6 +10,7 @@ from torch import Tensor
 
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part
+from avatar.denoiser.audio_injection import AudioTokens
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network, load
@@ -94,6 +95,28 @@ def test_an_input_that_is_not_given_adds_nothing(listener: Network, listening: N
     moved = listener.embed_face_motion(values["face_motion"].expand(2, -1, -1), is_given)
     assert moved.shape == (2, listening.num_frames_per_block, 1, listening.dim)
     assert not moved[1].any()
+
+
+def test_blocks_of_one_latent_are_encoded_with_the_columns_before_them(
+    listening: NetworkConfig, session: Session, conditions: Conditions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(listening, num_frames_per_block=1, window_latents=6, audio_context_frames=8)
+    network = random_network(short)
+    given_tokens: list[AudioTokens | None] = []
+    forward = Network.forward
+
+    def recorded(self: Network, *arguments: Any) -> Tensor:
+        given_tokens.extend((arguments[3], arguments[7]))
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Network, "forward", recorded)
+    latents(network, session, given(short, conditions, "heard"))
+    own = torch.cat([random_block(short, index, conditions).features for index in range(3)], dim=-1)
+    heard = torch.cat([inputs(short, 10 * index)["heard"] for index in (1, 2)], dim=-1)
+    tokens = network.encode_audio(own[None, None]), network.encode_heard(heard[None, None])
+    for whole, parts in zip(tokens, (given_tokens[::2], given_tokens[3::2]), strict=True):
+        torch.testing.assert_close(torch.cat([part.local for part in parts if part], dim=2), whole.local)
+    assert given_tokens[1] is None
 
 
 def test_face_motion_moves_only_its_own_latent_frame(listener: Network, listening: NetworkConfig) -> None:

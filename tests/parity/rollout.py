@@ -168,7 +168,7 @@ class StandIn:
     def embed_text(self, text: Tensor) -> float:
         return mean(text)
 
-    def encode_audio(self, features: Tensor, _: Tensor | None) -> float:
+    def encode_audio(self, features: Tensor, *_: Tensor | None) -> float:
         return mean(features)
 
     def prefill(self, reference: Tensor, motion: Tensor, _: float) -> list[KeysValues]:
