@@ -1,7 +1,7 @@
 """Batches of prepared clips, drawn from clips, seed and step alone, so a resumed run sees the batches it would have.
 
 Axes: b batch, c channels, t latent frames, h w of latents, l encoder layers, d feature width, f pixel frames,
-k blocks, n text tokens.
+k blocks, n text tokens, m values of face motion.
 """
 
 import dataclasses
@@ -12,16 +12,19 @@ import numpy as np
 import torch
 from einops import reduce
 from numpy.random import Generator
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from avatar.denoiser.config import NetworkConfig
-from avatar.types import FRAMES_PER_LATENT, MOTION_LATENTS
-from training.codec.crops import lips_weight
+from avatar.types import FACE_MOTION, FRAMES_PER_LATENT, MOTION_LATENTS
+from training.codec.crops import eyes_of, lips_weight
 from training.data import StoredClip
 
 # Pixels on a side of a latent, in clips that do not say.
 SPACE_STRIDE = 8
+# The truth of synthetic people that face motion is made of, in its order.
+FACE_MOTION_TRUTH = ("blink", "pose", "gaze")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class ClipBatch:
     the still portrait, or the clip's own earlier frames. features: (b, 1, l, d, f); zeros where audio is dropped.
     text: (b, n, d); zeros without a prompt. first_block: (b,) int64 index in a stream of each clip's first block.
     weight: (b, 1, t, h, w) of mean 1, weight of each latent's error in the loss.
+    heard: (b, 1, l, d, f) features of the other person. face_motion: (b, m, f). has_heard, has_face_motion: (b,) 0
+    where they are dropped or not known. Both inputs are (b, 0) for a network that does not take them.
     """
 
     latents: Tensor
@@ -62,10 +67,20 @@ class ClipBatch:
     text: Tensor
     first_block: Tensor
     weight: Tensor
+    heard: Tensor
+    has_heard: Tensor
+    face_motion: Tensor
+    has_face_motion: Tensor
 
     def unconditional(self) -> "ClipBatch":
-        """Drop audio and text, for classifier-free guidance. The reference stays."""
-        return self.replace(features=torch.zeros_like(self.features), text=torch.zeros_like(self.text))
+        """Drop both audios and text, for classifier-free guidance. Reference and face motion stay."""
+        dropped = {name: torch.zeros_like(getattr(self, name)) for name in ("features", "text", "has_heard")}
+        return self.replace(**dropped)
+
+    def swapped(self, name: str) -> "ClipBatch":
+        """Return the batch with each clip's `features`, `heard` or `face_motion` replaced by the next clip's."""
+        names = (name,) if name == "features" else (name, f"has_{name}")
+        return self.replace(**{each: getattr(self, each).roll(1, 0) for each in names})
 
     def replace(self, **values: Tensor) -> "ClipBatch":
         return dataclasses.replace(self, **values)
@@ -79,7 +94,8 @@ class BatchConfig:
     """Composition of a batch.
 
     batch_size: clips, of all processes together. num_blocks: range of the clips' length in blocks; one length is drawn
-    per batch. lips_gain: extra loss weight at the lips' centre. audio_dropout: share of clips whose audio is dropped.
+    per batch. lips_gain: extra loss weight at the centre of lips and eyes. audio_dropout, heard_dropout,
+    face_motion_dropout: shares of clips whose audio, audio of the other person, and face motion are dropped.
     start_share, near_share: share of clips placed at a stream's first block, and within its first 20; the others are
     placed log-uniformly up to last_block. same_position: all clips of a batch are placed at the same block, because
     self-forcing shares their caches. motion_from_clip: motion latents are the clip's own frames before its blocks, as
@@ -90,6 +106,8 @@ class BatchConfig:
     num_blocks: tuple[int, int] = (3, 5)
     lips_gain: float = 10.0
     audio_dropout: float = 0.1
+    heard_dropout: float = 0.2
+    face_motion_dropout: float = 0.2
     start_share: float = 0.15
     near_share: float = 0.35
     last_block: int = 10000
@@ -104,7 +122,9 @@ class ClipSpan:
     clip: StoredClip
     start: int
     first_block: int
-    has_audio: bool
+    has_audio: bool = True
+    has_heard: bool = True
+    has_face_motion: bool = True
 
 
 def draw_first_block(config: BatchConfig, rng: Generator) -> int:
@@ -128,7 +148,9 @@ def draw_spans(
         clip = clips[int(rng.integers(len(clips)))]
         available = clip.array("latents").shape[1] // config.num_frames_per_block
         start = int(rng.integers(0, max(1, available - num_blocks + 1)))
-        spans.append(ClipSpan(clip, start, draw_first_block(batches, rng), bool(rng.random() >= batches.audio_dropout)))
+        dropouts = (batches.audio_dropout, batches.heard_dropout, batches.face_motion_dropout)
+        first_block = draw_first_block(batches, rng)
+        spans.append(ClipSpan(clip, start, first_block, *(bool(rng.random() >= dropout) for dropout in dropouts)))
     if batches.same_position:
         spans = [dataclasses.replace(each, first_block=spans[0].first_block) for each in spans]
     return num_blocks, spans
@@ -157,9 +179,41 @@ def read_span(span: ClipSpan, num_blocks: int, batches: BatchConfig, config: Net
         height, width = latents.shape[-2:]
         lips = reduce(clip.array("lips")[frame_span], "(t p) place -> t place", "mean", p=FRAMES_PER_LATENT)
         stride = clip.info.get("space_stride", SPACE_STRIDE)
-        pixels = lips_weight(lips, height * stride, width * stride, batches.lips_gain)
+        eyes: list[NDArray[np.floating]] = []
+        if clip.has("pose"):
+            pose = reduce(clip.array("pose")[frame_span], "(t p) angle -> t angle", "mean", p=FRAMES_PER_LATENT)
+            eyes = eyes_of(lips, pose, height * stride)
+        pixels = lips_weight(lips, height * stride, width * stride, batches.lips_gain, eyes=eyes)
         weight = functional.avg_pool2d(pixels, stride)
-    return ClipBatch(latents, reference, motion, features[None], text, torch.tensor(span.first_block), weight)
+    heard = moved = torch.zeros(0)
+    has_heard = span.has_heard and clip.has("heard")
+    if "heard" in config.inputs:
+        heard = stored("heard", frame_span, 2)[None] if has_heard else torch.zeros_like(features)[None]
+    has_motion = span.has_face_motion and all(clip.has(name) for name in FACE_MOTION_TRUTH)
+    if "face_motion" in config.inputs:
+        moved = face_motion_of(clip)[:, frame_span] if has_motion else torch.zeros(len(FACE_MOTION), features.shape[-1])
+    return ClipBatch(
+        latents=latents,
+        reference=reference,
+        motion=motion,
+        features=features[None],
+        text=text,
+        first_block=torch.tensor(span.first_block),
+        weight=weight,
+        heard=heard,
+        has_heard=torch.tensor(float(has_heard)),
+        face_motion=moved,
+        has_face_motion=torch.tensor(float(has_motion)),
+    )
+
+
+def face_motion_of(clip: StoredClip) -> Tensor:
+    """Return the face motion (m, f) of a clip, from the truth about it.
+
+    The portrait's pose is about the mean of its clip's, which stands for it: values are relative to the portrait.
+    """
+    blink, pose, gaze = (np.array(clip.array(name), np.float32) for name in FACE_MOTION_TRUTH)
+    return torch.from_numpy(np.concatenate([blink[None], (pose - pose.mean(0)).T, gaze.T]))
 
 
 def load_batch(

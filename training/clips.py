@@ -19,6 +19,7 @@ from avatar.denoiser.attention import (
     condition_positions,
     rope_table,
 )
+from avatar.denoiser.audio_injection import AudioTokens
 from avatar.denoiser.cache import KeysValues
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import to_velocity
@@ -96,6 +97,32 @@ def reference_frames(first_block: Tensor, num_blocks: int, config: NetworkConfig
     return [(first + distance).clamp(min=REFERENCE_FRAME) for first in firsts]
 
 
+def encode_inputs(
+    network: Network, batch: ClipBatch, frames: slice = slice(None)
+) -> tuple[AudioTokens, AudioTokens | None, Tensor | None]:
+    """Return what a network takes of a span of pixel frames: its own and the other's audio tokens, and face motion.
+
+    A clip without one of the last two computes it too, so that all weights have gradients, and adds nothing of it.
+    """
+    context, first = network.config.audio_context_frames, frames.start or 0
+
+    def preceding(features: Tensor) -> Tensor | None:
+        """Return the columns before the span; the first is repeated where there are too few."""
+        if not first or not context:
+            return None
+        before = features[..., max(0, first - context) : first]
+        missing = context - before.shape[-1]
+        return torch.cat([before[..., :1].expand(*before.shape[:-1], missing), before], dim=-1)
+
+    audio = network.encode_audio(batch.features[..., frames], preceding=preceding(batch.features))
+    heard = motion = None
+    if "heard" in network.config.inputs:
+        heard = network.encode_heard(batch.heard[..., frames], batch.has_heard, preceding(batch.heard))
+    if "face_motion" in network.config.inputs:
+        motion = network.embed_face_motion(batch.face_motion[..., frames], batch.has_face_motion)
+    return audio, heard, motion
+
+
 def predict_velocity(
     network: Network,
     config: NetworkConfig,
@@ -122,6 +149,7 @@ def predict_velocity(
         pose = torch.zeros_like(pose)
     sigma = frame_sigmas(sigmas, config)
     modulation = network.embed_time(1000 * sigma[:, 0, :, 0, 0])
-    audio = network.encode_audio(batch.features)
-    output = network(x, modulation, text, audio, pose, first_block * config.num_frames_per_block, history)
+    audio, heard, motion = encode_inputs(network, batch)
+    first_frame = first_block * config.num_frames_per_block
+    output = network(x, modulation, text, audio, pose, first_frame, history, heard, motion)
     return to_velocity(output.float(), x, batch.reference, sigma, config)

@@ -99,6 +99,11 @@ class StoredClip:
             return np.memmap(self.shard, dtype, "r", file.tell(), shape)
 
     @property
+    def is_heard(self) -> bool:
+        """True if the clip has audio of the other person, silent or not, that was not dropped."""
+        return self.has("other") and not self.info.get("other_is_dropped", False)
+
+    @property
     def num_frames(self) -> int:
         return len(self.array("offsets")) - 1 if self.has("offsets") else len(self.array("frames"))
 

@@ -71,6 +71,12 @@ def tiny() -> DistillRecipe:
     return DistillRecipe()
 
 
+def tiny_256() -> DistillRecipe:
+    """Return the recipe of the embedded default's successor."""
+    batches = BatchConfig(batch_size=4, num_blocks=(12, 16), audio_dropout=0.0, same_position=True)
+    return DistillRecipe(update_ratio=5, batches=batches)
+
+
 def base() -> DistillRecipe:
     """Return the recipe of the public 14B network: the published bidirectional one is teacher and initial critic.
 
@@ -94,7 +100,7 @@ def base() -> DistillRecipe:
     )
 
 
-PRESETS = {"tiny": tiny, "base": base}
+PRESETS = {"tiny": tiny, "tiny_256": tiny_256, "base": base}
 
 
 class Distillation:

@@ -5,6 +5,7 @@ import re
 import torch
 from torch import nn
 
+from avatar.checkpoints.part import Part
 from avatar.denoiser.model import Network
 
 # Weights that `initialise` sets to zero.
@@ -32,3 +33,13 @@ def initialise(network: Network, seed: int) -> None:
             nn.init.normal_(weight, std=0.02, generator=generator)
         else:
             nn.init.xavier_uniform_(weight.flatten(1), generator=generator)
+
+
+@torch.no_grad()
+def copy_weights(network: Network, part: Part) -> int:
+    """Copy the weights of a checkpoint's part whose names and shapes the network has too; return their number."""
+    weights = network.state_dict()
+    found = {name: tensor for name, tensor in part.tensors() if name in weights and tensor.shape == weights[name].shape}
+    for name, tensor in found.items():
+        weights[name].copy_(tensor)
+    return len(found)

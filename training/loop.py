@@ -73,7 +73,7 @@ def argument_parser(module: str, doc: str, steps: str) -> ArgumentParser:
     parser = ArgumentParser(prog=f"python -m {module}", description=doc.split(":")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of shards that training.prepare wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: state, log, previews")
-    parser.add_argument("--preset", choices=("tiny", "base"), default="tiny", help="recipe and network")
+    parser.add_argument("--preset", choices=("tiny", "tiny_256", "base"), default="tiny", help="recipe and network")
     parser.add_argument("--steps", type=int, help=f"length of the whole run, in {steps}")
     parser.add_argument("--batch", type=int, help="clips per step, of all processes together")
     parser.add_argument("--strategy", choices=STRATEGIES, default="single", help="ddp and fsdp2 need torchrun")

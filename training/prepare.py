@@ -6,6 +6,7 @@ stream would.
     CLIP.latents.npy   (c, t, h, w) float16: the clip's latents, whole blocks
     CLIP.motion.npy    (c, t, h, w) float16: the portrait as a still video; latent 0 is the reference latent
     CLIP.features.npy  (l, d, f) float16: audio features of each pixel frame
+    CLIP.heard.npy     (l, d, f) float16: those of the other person's audio; missing where it is dropped or unknown
     CLIP.lips.npy, CLIP.jaw.npy and other truth  as in training.data; optional
     CLIP.text.npy      (n, d) float16: the prompt's embedding; optional
     CLIP.json          as in training.data, and space_stride: pixels on a side of a latent
@@ -17,20 +18,23 @@ picture size are averaged down to it.
 
 import argparse
 import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange, reduce
+from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from avatar.audio import model as audio_model
 from avatar.audio.model import AudioModel
+from avatar.checkpoints.files import DTYPES
 from avatar.checkpoints.layouts import open_part
-from avatar.types import AudioPiece, Session
+from avatar.types import AudioPiece, HeardAudio, Session
 from avatar.vae import vae as vae_model
 from avatar.vae.vae import Vae
 from training.codec.crops import recolour, to_pixels
@@ -88,16 +92,18 @@ def latents_of(frames: NDArray[np.uint8], vae: Vae[Any]) -> Tensor:
     return latents.float().cpu()
 
 
-def audio_of(clip: StoredClip) -> NDArray[np.float32]:
-    """Return all audio of a clip, (s,) at 16 kHz in [-1, 1]."""
-    return np.array(clip.array("sound"), np.float32) / np.float32(32767)
+def audio_of(clip: StoredClip, name: str = "sound") -> NDArray[np.float32]:
+    """Return all audio of a clip, or of the other person with the name `other`: (s,) at 16 kHz in [-1, 1]."""
+    return np.array(clip.array(name), np.float32) / np.float32(32767)
 
 
-def features_of(clip: StoredClip, samples: NDArray[np.float32], num_blocks: int, audio: AudioModel) -> Tensor:
-    """Encode audio (s,), which starts before the clip's frames, to features (l, d, f) of its blocks.
+def features_of(
+    clip: StoredClip, audio: AudioModel, num_frames: int, rng: Generator | None = None
+) -> dict[str, NDArray[Any]]:
+    """Encode the audio, which starts before the clip's frames, to the arrays `features` and `heard` of its frames.
 
-    ValueError if the audio after the clip's last frame is too short for the encoder's look-ahead, or the audio before
-    its first is no whole blocks.
+    rng: augments the audio; None: as it is. ValueError if the audio after the clip's last frame is too short for the
+    encoder's look-ahead, or the audio before its first is no whole blocks.
     """
     first, rest = divmod(clip.info["lead_frames"], audio.grid.frames)
     if rest:
@@ -105,11 +111,21 @@ def features_of(clip: StoredClip, samples: NDArray[np.float32], num_blocks: int,
             f"clip {clip.name} of {clip.shard} starts after {clip.info['lead_frames']} frames of audio, expected whole "
             f"blocks of {audio.grid.frames}; make the data with --block-frames {audio.grid.frames}"
         )
-    state = audio.open(Session(clip.name, 0, torch.empty(0)))
-    blocks = audio.step(AudioPiece(torch.from_numpy(samples)[None], AUDIO_RATE_HZ), state)[first : first + num_blocks]
-    if len(blocks) < num_blocks:
-        raise ValueError(f"clip {clip.name} of {clip.shard} has audio for {len(blocks)} of its {num_blocks} blocks")
-    return torch.cat([block.features for block in blocks], dim=-1)
+
+    def samples(name: str) -> Tensor:
+        audio = audio_of(clip, name)
+        return torch.from_numpy(augment_audio(audio, rng) if rng and audio.any() else audio)[None]
+
+    piece = AudioPiece(samples("sound"), AUDIO_RATE_HZ)
+    names = ("features", "heard") if clip.is_heard else ("features",)
+    if "heard" in names:
+        piece = replace(piece, heard=[HeardAudio(samples("other"), AUDIO_RATE_HZ, 0)])
+    state = audio.open(Session(clip.name, 0, torch.empty(0)), names[1:])
+    count = num_frames // audio.grid.frames
+    blocks = audio.step(piece, state)[first : first + count]
+    if len(blocks) < count:
+        raise ValueError(f"clip {clip.name} of {clip.shard} has audio for {len(blocks)} of its {count} blocks")
+    return {name: torch.cat([getattr(block, name) for block in blocks], dim=-1).half().numpy() for name in names}
 
 
 def encode_frames(frames: NDArray[np.uint8], reference: NDArray[np.uint8], vae: Vae[Any]) -> dict[str, NDArray[Any]]:
@@ -124,7 +140,7 @@ def prepare_clip(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
     frames = shrink(clip.frames(), scale)
     arrays: dict[str, NDArray[Any]] = {
         **encode_frames(frames, shrink(clip.array("reference")[None], scale)[0], vae),
-        "features": features_of(clip, audio_of(clip), len(frames) // vae.block_frames, audio).half().numpy(),
+        **features_of(clip, audio, len(frames)),
         **truth_of(clip, scale),
     }
     return Clip(clip.name, arrays, {**clip.info, "space_stride": vae.codec.space_stride})
@@ -137,21 +153,44 @@ def augment_clip(clip: StoredClip, vae: Vae[Any], audio: AudioModel) -> Clip:
     frames = shrink(np.concatenate([clip.frames(), clip.array("reference")[None]]), scale)
     pixels = recolour(to_pixels(frames).flip(3), rng)
     frames = rearrange(((pixels + 1) * 127.5).round().to(torch.uint8), "c f h w -> f h w c").numpy()
-    features = features_of(clip, augment_audio(audio_of(clip), rng), (len(frames) - 1) // vae.block_frames, audio)
     arrays = {
         **encode_frames(frames[:-1], frames[-1], vae),
-        "features": features.half().numpy(),
+        **features_of(clip, audio, len(frames) - 1, rng),
         **mirror(truth_of(clip, scale), frames.shape[2]),
     }
     return Clip(f"{clip.name}-mirrored", arrays, {**clip.info, "space_stride": vae.codec.space_stride})
 
 
-def prepare(data: Path, out: Path, checkpoint: Path, share: tuple[int, int] = (0, 1)) -> int:
+@dataclass(frozen=True)
+class Encoders:
+    """The place and dtype in which codec and audio encoder of a checkpoint run.
+
+    block_latents: latent frames of the blocks that features are encoded for; None: of the checkpoint's.
+    """
+
+    checkpoint: Path
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    block_latents: int | None = None
+
+    def load(self) -> tuple[Vae[Any], AudioModel]:
+        """Load both models."""
+        vae, audio = (
+            replace(part, block_latents=self.block_latents or part.block_latents)
+            for part in (open_part(self.checkpoint, name) for name in ("vae", "audio"))
+        )
+        return (
+            vae_model.load(vae, self.device, self.dtype),
+            audio_model.load(audio, device=self.device, dtype=self.dtype),
+        )
+
+
+def prepare(data: Path, out: Path, encoders: Encoders, share: tuple[int, int] = (0, 1)) -> int:
     """Prepare the shards that `out` lacks; return their number of clips. ValueError if `data` has no shards.
 
     share: (i, n): take every nth shard from the ith on, so that n programs can share the work.
     """
-    vae, audio = vae_model.load(open_part(checkpoint, "vae")), audio_model.load(open_part(checkpoint, "audio"))
+    vae, audio = encoders.load()
     shards = [path for split in reversed(SPLITS) for path in sorted((data / split).glob("*.tar"))]
     if not shards:
         raise ValueError(f"no shards in {data}; make some: python -m training.make_data --out {data}")
@@ -179,10 +218,14 @@ def main() -> None:
         default=Path("models/tiny"),
         help="codec and audio encoder to use",
     )
+    parser.add_argument("--block-latents", type=int, help="latents of a block of the network (default: checkpoint's)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of codec and encoder (default float32)")
     parser.add_argument("--share", type=parse_share, default="0/1", help=SHARE_HELP)
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"prepared {prepare(flags.data, flags.out, flags.checkpoint, flags.share)} clips")
+    encoders = Encoders(flags.checkpoint, flags.device, DTYPES[flags.dtype], flags.block_latents)
+    print(f"prepared {prepare(flags.data, flags.out, encoders, flags.share)} clips")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ it, so that the network learns to denoise, to be causal, and to work with a hist
 A stopped run resumes from its last checkpoint bit for bit; clips that arrive meanwhile join at checkpoints.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,8 +32,12 @@ from training.losses import add_noise, add_noise_per_frame, draw_sigmas, draw_si
 from training.muon import Muon
 from training.strategy import SINGLE, Strategy, checkpoint_activations, join
 
-# Held-out clips of the validation loss.
-NUM_VALIDATION_CLIPS = 24
+logger = logging.getLogger(__name__)
+
+# Held-out clips of the validation loss, and of the gains of inputs.
+NUM_VALIDATION_CLIPS, NUM_GAIN_CLIPS = 24, 12
+# From this step on, a network that an input makes no better by this share of the loss has become deaf to it.
+GATE_STEP, MIN_GAIN = 400, 0.002
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,11 @@ def tiny() -> PretrainRecipe:
     return PretrainRecipe()
 
 
+def tiny_256() -> PretrainRecipe:
+    """Return the recipe of the embedded default's successor: in half of the blocks trained, the window is full."""
+    return PretrainRecipe(steps=4000, batches=BatchConfig(num_blocks=(12, 16)))
+
+
 def base() -> PretrainRecipe:
     """Return the recipe of the public 14B network: LoRA makes it causal, with the frames before a clip as its history.
 
@@ -87,6 +97,7 @@ def base() -> PretrainRecipe:
 
 PRESETS: dict[str, tuple[Callable[[], NetworkConfig], Callable[[], PretrainRecipe]]] = {
     "tiny": (configs.tiny, tiny),
+    "tiny_256": (configs.tiny_256, tiny_256),
     "base": (configs.base, base),
 }
 
@@ -97,7 +108,7 @@ def make_optimizers(network: Network, recipe: PretrainRecipe) -> dict[str, Optim
     audio: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
-        is_layer_matrix = name.startswith(("blocks", "audio_injector")) and parameter.ndim == 2
+        is_layer_matrix = name.startswith(("blocks", "audio_injector", "heard_injector")) and parameter.ndim == 2
         if not parameter.requires_grad:
             continue
         if is_layer_matrix and recipe.muon_lr:
@@ -166,20 +177,48 @@ class Pretraining:
         update_ema(self.ema.network, network, recipe.ema_decay, self.progress.step)
         return {"loss": float(loss.detach())}
 
-    @torch.no_grad()
     def validate(self, held_out: Sequence[StoredClip]) -> dict[str, float]:
-        """Return the EMA's loss on held-out clips, always the same clips at the same levels."""
-        batches, strategy = self.recipe.batches, self.strategy
-        losses = []
-        for number in range(max(1, NUM_VALIDATION_CLIPS // batches.batch_size)):
+        """Return the EMA's loss on held-out clips, always the same clips at the same levels, and the inputs' gains."""
+        batches = self.recipe.batches
+        count = max(1, NUM_VALIDATION_CLIPS // batches.batch_size)
+        loss = self._held_out_loss(held_out, batches, count)
+        return {"held_out_loss": loss, **self._gains(held_out)}
+
+    def _gains(self, held_out: Sequence[StoredClip]) -> dict[str, float]:
+        """Return how much the loss rises, as a share of it, where each clip gets another clip's input, by input.
+
+        An input without a gain is ignored: behind an encoder that learns nothing, an injector learns nothing either.
+        """
+        batches = replace(self.recipe.batches, audio_dropout=0.0, heard_dropout=0.0, face_motion_dropout=0.0)
+        if batches.batch_size // self.strategy.share.world < 2:
+            return {}
+        count = max(1, NUM_GAIN_CLIPS // batches.batch_size)
+        own, *swapped = (
+            self._held_out_loss(held_out, batches, count, name) for name in (None, "features", *self.config.inputs)
+        )
+        gains = {
+            f"{name}_gain": loss / own - 1
+            for name, loss in zip(("features", *self.config.inputs), swapped, strict=True)
+        }
+        if self.progress.step >= GATE_STEP:
+            for name, gain in gains.items():
+                if gain < MIN_GAIN:
+                    logger.warning("an input is ignored: %s is %.4f; pretrain its encoder longer", name, gain)
+        return gains
+
+    @torch.no_grad()
+    def _held_out_loss(
+        self, held_out: Sequence[StoredClip], batches: BatchConfig, count: int, swapped: str | None = None
+    ) -> float:
+        """Return the EMA's loss on `count` batches. swapped: the input of which each clip gets another clip's."""
+        strategy, losses = self.strategy, []
+        for number in range(count):
             batch = load_batch(held_out, batches, self.config, VALIDATION_SEED, number, strategy.share)
+            batch = (batch.swapped(swapped) if swapped else batch).to(strategy.device)
             random = Generator().manual_seed(number)
             with strategy.autocast():
-                loss = self.ema(
-                    clip_losses, self.ema.network, batch.to(strategy.device), self.recipe, random, strategy.share
-                )
-            losses.append(loss)
-        return {"held_out_loss": float(torch.cat(losses).mean())}
+                losses.append(self.ema(clip_losses, self.ema.network, batch, self.recipe, random, strategy.share))
+        return float(torch.cat(losses).mean())
 
     def preview(self, held_out: Sequence[StoredClip]) -> list[Tensor]:
         return preview_rows(self.ema, self.config, held_out, self.codec, self.strategy)

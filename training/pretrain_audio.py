@@ -1,15 +1,18 @@
-"""Pretrain the audio encoder before stage 1: `python -m training.pretrain_audio --data runs/latents --out runs/audio`.
+"""Pretrain the audio encoders before stage 1: `python -m training.pretrain_audio --data runs/latents --out runs/audio`.
 
 Stage 1 then starts from it with `--start runs/audio`. Trained by stage 1 alone, the encoder collapsed to a constant: at
 first its tokens carry nothing that helps, and suppressing their variation lowers the loss before any layer uses them.
 Here it is trained together with a linear head from its tokens to the opening of the jaw, on clips where that is known;
-the head is then discarded.
+the head is then discarded. The encoder of what is heard, of a network that listens, begins as a copy of it and learns
+the nods and brows that answer the other person.
 
-Axes: b batch, l encoder layers, d width, f pixel frames, t latent frames, n tokens, p frames of a latent frame.
+Axes: b batch, l encoder layers, d width, f pixel frames, t latent frames, n tokens, p frames of a latent frame, e
+curves.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from avatar.checkpoints.files import save
-from avatar.denoiser import config as configs
+from avatar.checkpoints.part import Part
+from avatar.denoiser.audio_injection import AudioTokens, CausalAudioEncoder
+from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
 from avatar.types import FRAMES_PER_LATENT
 from training.data import StoredClip, read_clips
-from training.initialise import initialise
+from training.initialise import copy_weights, initialise
+from training.pretrain import PRESETS
 
 BATCH_SIZE = 24
 LEARNING_RATE = 2e-3
@@ -31,29 +37,49 @@ LEARNING_RATE = 2e-3
 NUM_CENTRING_CLIPS = 64
 
 
-def train_encoder(network: Network, clips: Sequence[StoredClip], steps: int, seed: int) -> list[float]:
-    """Train the audio encoder in place; return the loss of each step, relative to the jaw's variance.
+@dataclass(frozen=True)
+class Lesson:
+    """The task of an encoder: features are the array that it reads, truth the curves (f,) that it predicts."""
 
-    ValueError if no clip has a known jaw.
+    features: str
+    truth: tuple[str, ...]
+
+
+SPEAKING, LISTENING = Lesson("features", ("jaw",)), Lesson("heard", ("nod", "brow"))
+
+
+def train_encoder(
+    encoder: CausalAudioEncoder,
+    config: NetworkConfig,
+    clips: Sequence[StoredClip],
+    steps: int,
+    seed: int,
+    lesson: Lesson = SPEAKING,
+) -> list[float]:
+    """Train an audio encoder in place; return the loss of each step, relative to the curves' variance.
+
+    ValueError if no clip has the features and the truth.
     """
-    labelled = [clip for clip in clips if clip.has("jaw")]
+    labelled = [clip for clip in clips if all(clip.has(name) for name in (lesson.features, *lesson.truth))]
     if not labelled:
-        raise ValueError("no clip has a known jaw; for real video, start stage 1 from a network that was pretrained")
-    centre_features(network, labelled[:NUM_CENTRING_CLIPS])
-    width = network.config.dim
-    head = nn.Linear((network.config.num_audio_token + 1) * width, FRAMES_PER_LATENT)
+        names = " and ".join(lesson.truth)
+        raise ValueError(
+            f"no clip has a known {names}; for real video, start stage 1 from a network that was pretrained"
+        )
+    head = nn.Linear((config.num_audio_token + 1) * config.dim, FRAMES_PER_LATENT * len(lesson.truth))
     # With a random head, the encoder would first learn to suppress its output.
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    trainable = [*network.casual_audio_encoder.parameters(), *head.parameters()]
+    trainable = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(trainable, LEARNING_RATE, (0.9, 0.98), weight_decay=0.01)
     rng = np.random.default_rng(seed)
     losses = []
     for step in range(steps):
         batch = [labelled[int(rng.integers(len(labelled)))] for _ in range(BATCH_SIZE)]
-        features = torch.stack([torch.from_numpy(np.array(clip.array("features"))).float() for clip in batch])
-        jaw = torch.stack([torch.from_numpy(np.array(clip.array("jaw"))) for clip in batch])
-        loss = jaw_loss(network, head, features, jaw)
+        features = torch.stack([torch.from_numpy(np.array(clip.array(lesson.features))).float() for clip in batch])
+        curves = [np.stack([np.array(clip.array(name), np.float32) for name in lesson.truth]) for clip in batch]
+        tokens = encoder.blocks(features[:, None], config.frames_per_block, config.audio_context_frames)
+        loss = curve_loss(head, tokens, torch.from_numpy(np.stack(curves)))
         torch.autograd.backward(loss)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - step / steps)
@@ -65,21 +91,40 @@ def train_encoder(network: Network, clips: Sequence[StoredClip], steps: int, see
 
 
 @torch.no_grad()
-def centre_features(network: Network, clips: Sequence[StoredClip]) -> None:
+def centre_features(encoder: CausalAudioEncoder, clips: Sequence[StoredClip]) -> None:
     """Set the biases of the first convolutions to cancel the features' mean, which is four times their variation."""
     mean = torch.stack([torch.from_numpy(np.array(clip.array("features"), np.float32)).mean((0, 2)) for clip in clips])
-    encoder = network.casual_audio_encoder.encoder
-    for each in (encoder.conv1_local.conv, encoder.conv1_global.conv):
+    for each in (encoder.encoder.conv1_local.conv, encoder.encoder.conv1_global.conv):
         assert each.bias is not None
         each.bias.copy_(-torch.einsum("o d k, d -> o", each.weight, mean.mean(0)))
 
 
-def jaw_loss(network: Network, head: nn.Linear, features: Tensor, jaw: Tensor) -> Tensor:
-    """Return the jaw's squared error over its variance, predicted from features (b, l, d, f). jaw: (b, f)."""
-    tokens = network.encode_audio(features[:, None])
+def curve_loss(head: nn.Linear, tokens: AudioTokens, curves: Tensor) -> Tensor:
+    """Return the squared error of curves (b, e, f) over their variance, as the head predicts them from tokens."""
     local = rearrange(tokens.local[:, 0, :, :-1], "b t n d -> b t (n d)")
     predicted = head(torch.cat([local, tokens.overall[:, 0]], dim=-1))
-    return functional.mse_loss(predicted, rearrange(jaw, "b (t p) -> b t p", p=FRAMES_PER_LATENT)) / jaw.var()
+    # Nods are a tenth as large as brows.
+    scaled = curves / curves.std((0, 2), keepdim=True).clamp(min=1e-3)
+    target = rearrange(scaled, "b e (t p) -> b t (e p)", p=FRAMES_PER_LATENT)
+    return functional.mse_loss(predicted, target) / scaled.var((0, 2)).mean()
+
+
+def pretrain(
+    network: Network, clips: Sequence[StoredClip], steps: int, seed: int, is_new: bool = True
+) -> dict[str, float]:
+    """Pretrain a network's audio encoders; return the share of each truth's variance that its encoder explains.
+
+    is_new: the encoder's weights are random, so its first convolutions are centred on the features.
+    """
+    encoder = network.casual_audio_encoder
+    if is_new:
+        centre_features(encoder, [clip for clip in clips if clip.has("features")][:NUM_CENTRING_CLIPS])
+    losses = {"jaw": train_encoder(encoder, network.config, clips, steps, seed)}
+    if "heard" in network.config.inputs:
+        network.heard_audio_encoder.load_state_dict(encoder.state_dict())
+        heard = network.heard_audio_encoder
+        losses["nods and brows"] = train_encoder(heard, network.config, clips, steps, seed + 1, LISTENING)
+    return {name: 1 - sum(each[-20:]) / len(each[-20:]) for name, each in losses.items()}
 
 
 def main() -> None:
@@ -88,16 +133,22 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of shards that training.prepare wrote")
     parser.add_argument("--out", type=Path, required=True, help="denoiser folder to write, for --start of stage 1")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default 400)")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="network (default tiny)")
+    parser.add_argument("--layers", type=Path, help="denoiser folder to copy weights from where names and shapes match")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each encoder (default 400)")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    network = Network(configs.tiny())
+    network = Network(PRESETS[flags.preset][0]())
     initialise(network, flags.seed)
-    losses = train_encoder(network, read_clips(flags.data, "train"), flags.steps, flags.seed)
+    if flags.layers:
+        count = copy_weights(network, Part.read(flags.layers))
+        print(f"starts from {count} of {len(network.state_dict())} weights of {flags.layers}")
+    explained = pretrain(network, read_clips(flags.data, "train"), flags.steps, flags.seed, is_new=not flags.layers)
     save(flags.out, network.config.to_dict(), network)
-    last = losses[-20:]
-    print(f"explains {1 - sum(last) / len(last):.0%} of the jaw's variance; wrote {flags.out}")
+    for name, share in explained.items():
+        print(f"explains {share:.0%} of the variance of {name}")
+    print(f"wrote {flags.out}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import SAMPLERS
 from avatar.denoiser.schedule import timesteps
 from training.batches import ClipBatch, Share
+from training.clips import encode_inputs
 
 
 class DetachedHistory:
@@ -86,9 +87,10 @@ class BlockwiseGeneration:
         first_frame = index * config.num_frames_per_block
         cache.start_block(index, reference_frame(first_frame, self.distance))
         frame_span = slice(block * config.frames_per_block, (block + 1) * config.frames_per_block)
-        audio = network.encode_audio(batch.features[..., frame_span])
+        audio, heard, motion = encode_inputs(network, batch, frame_span)
         modulation = network.embed_time(timesteps(config.schedule)[level].to(x.device).reshape(1, 1))
-        output = network(x, modulation, self._text, audio, self._pose, first_frame, DetachedHistory(cache))
+        history = DetachedHistory(cache)
+        output = network(x, modulation, self._text, audio, self._pose, first_frame, history, heard, motion)
         return to_velocity(output.float(), x, batch.reference, config.schedule[level], config)
 
     def clean(self, x: Tensor, block: int, level: int, cache: KVCache) -> Tensor:

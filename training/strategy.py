@@ -178,7 +178,8 @@ def checkpoint_activations(network: Network) -> Network:
     Without it a clip of the public network keeps about 200 GB. The history stands between the halves and is not
     recomputed, because it has state.
     """
-    halves: list[tuple[nn.Module, str]] = [(network.audio_injector, "forward")]
+    injectors = [network.audio_injector, *([network.heard_injector] if network.config.heard_inject_layers else [])]
+    halves: list[tuple[nn.Module, str]] = [(injector, "forward") for injector in injectors]
     halves += [(layer, half) for layer in network.layers for half in ("project", "forward")]
     for module, method in halves:
         setattr(module, method, partial(checkpoint, getattr(module, method), use_reentrant=False))

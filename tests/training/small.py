@@ -33,8 +33,8 @@ SIZES: dict[str, Any] = {
 
 
 def small() -> NetworkConfig:
-    """Return the embedded default's configuration at toy size."""
-    return replace(tiny(), **SIZES)
+    """Return the embedded default's configuration at toy size, with a listener and face motion."""
+    return replace(tiny(), **SIZES, heard_inject_layers=(1,), face_motion=True, audio_context_frames=8)
 
 
 def small_base() -> NetworkConfig:
@@ -48,7 +48,11 @@ def prepared_clip(number: int) -> Clip:
         "latents": rng.normal(size=(4, 12, 8, 8)).astype(np.float16),
         "motion": np.repeat(rng.normal(size=(4, 1, 8, 8)), 19, 1).astype(np.float16),
         "features": rng.normal(size=(2, 6, 48)).astype(np.float16),
+        "heard": rng.normal(size=(2, 6, 48)).astype(np.float16),
         "lips": rng.uniform(20, 40, (48, 2)).astype(np.float32),
+        "blink": rng.uniform(0, 1, 48).astype(np.float32),
+        "pose": (0.1 + rng.normal(0, 0.1, (48, 3))).astype(np.float32),
+        "gaze": rng.normal(0, 0.1, (48, 2)).astype(np.float32),
     }
     return Clip(f"{number:08d}", arrays, {"person": number, "lead_frames": 0})
 

@@ -11,7 +11,7 @@ from avatar.vae import light, vae
 from tests.training.conftest import synthetic_clip
 from tests.training.small import tensors
 from training.codec.__main__ import CodecRecipe, CodecRun, export, loss_terms, train
-from training.codec.crops import CropConfig, lips_weight, load_crops, to_pixels
+from training.codec.crops import CropConfig, eyes_of, lips_weight, load_crops, to_pixels
 from training.codec.pca_init import normalise_latents, patches_of, set_principal_components, untrained_codec
 from training.codec.report import report
 from training.data import Clip, StoredClip, read_clips, read_shard, write_shard
@@ -198,3 +198,18 @@ def test_the_mouth_box_follows_the_lips() -> None:
     boxes = mouth_boxes(values, np.array([[74, 58], [94, 68]], np.float32))
     assert boxes.shape == (2, 1, 28, 36)
     assert boxes.min() == 1
+
+
+def test_eyes_weigh_as_lips_and_follow_the_head() -> None:
+    lips = np.tile(np.array((170, 128), np.float32), (3, 1))
+    pose = np.array([(0, 0, 0), (0, 0.2, 0), (0, 0, 0.2)], np.float32)
+    left, right = eyes_of(lips, pose, 256)
+    np.testing.assert_allclose(left[0], (103, 96), atol=1)
+    np.testing.assert_allclose(right[0], (103, 160), atol=1)
+    assert (left[1] < left[0])[1], "a head that turns to the right shows its eyes further to the left of the lips"
+    assert right[2][0] < left[2][0], "a head that rolls to the left lifts its right eye"
+    [weight] = lips_weight(lips, 256, 256, 10.0, eyes=[left, right])
+    torch.testing.assert_close(weight.mean((1, 2)), torch.ones(3))
+    at_lips, at_eye, elsewhere = weight[0, 170, 128], weight[0, 103, 160], weight[0, 20, 20]
+    torch.testing.assert_close(at_eye, at_lips, rtol=0.02, atol=0)
+    torch.testing.assert_close(at_lips / elsewhere, torch.tensor(11.0), rtol=0.02, atol=0)

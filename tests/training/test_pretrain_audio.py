@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -5,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from avatar.checkpoints.files import save
+from avatar.checkpoints.part import Part
 from avatar.denoiser.model import Network
 from tests.training.small import small
 from training.data import Clip, StoredClip, read_clips, write_shard
-from training.initialise import initialise
-from training.pretrain_audio import centre_features, train_encoder
+from training.initialise import copy_weights, initialise
+from training.pretrain_audio import centre_features, pretrain, train_encoder
 
 
 def talking_clip(number: int) -> Clip:
@@ -19,6 +22,9 @@ def talking_clip(number: int) -> Clip:
     jaw = rng.uniform(0, 1, 12).repeat(4)
     features = 3 + 0.5 * direction * jaw + 0.02 * rng.normal(size=(*direction.shape[:2], 48))
     arrays: dict[str, Any] = {"features": features.astype(np.float16), "jaw": jaw.astype(np.float32)}
+    # The other's voice goes with nods and brows.
+    arrays |= {"heard": arrays["features"][..., ::-1], "nod": 0.1 * jaw[::-1].astype(np.float32)}
+    arrays["brow"] = (1 - jaw[::-1]).astype(np.float32)
     return Clip(f"{number:08d}", arrays, {"person": number, "lead_frames": 0})
 
 
@@ -36,8 +42,10 @@ def network() -> Network:
 
 
 def test_the_encoder_learns_the_jaw_and_its_tokens_keep_varying(network: Network, talking: list[StoredClip]) -> None:
-    others = {name: each.clone() for name, each in network.named_parameters() if "audio_encoder" not in name}
-    losses = train_encoder(network, talking, 60, seed=0)
+    others = {name: each.clone() for name, each in network.named_parameters() if "casual" not in name}
+    encoder, config = network.casual_audio_encoder, network.config
+    centre_features(encoder, talking)
+    losses = train_encoder(encoder, config, talking, 60, seed=0)
     assert sum(losses[-5:]) / 5 < 0.4
     features = torch.from_numpy(np.array(talking[0].array("features"))).float()[None, None]
     local = network.encode_audio(features).local[..., :-1, :]
@@ -49,7 +57,7 @@ def test_centring_cancels_the_mean_of_features(network: Network, talking: list[S
     features = torch.from_numpy(np.array(talking[0].array("features"))).float().mean(0)[None]
     convolution = network.casual_audio_encoder.encoder.conv1_local
     before = convolution(features)
-    centre_features(network, talking)
+    centre_features(network.casual_audio_encoder, talking)
     after = convolution(features)
     assert after.mean(-1).abs().mean() < 0.2 * before.mean(-1).abs().mean()
     torch.testing.assert_close(after.diff(dim=-1), before.diff(dim=-1), atol=1e-5, rtol=1e-4)
@@ -60,4 +68,31 @@ def test_clips_without_a_known_jaw_are_refused(network: Network, tmp_path: Path)
     unlabelled = Clip(clip.name, {"features": clip.arrays["features"]}, clip.info)
     write_shard(tmp_path / "films" / "train" / "000000.tar", [unlabelled])
     with pytest.raises(ValueError, match="no clip has a known jaw"):
-        train_encoder(network, read_clips(tmp_path / "films", "train"), 1, seed=0)
+        pretrain(network, read_clips(tmp_path / "films", "train"), 1, seed=0)
+
+
+def test_the_listening_encoder_goes_on_from_the_speaking_one_to_nods(
+    network: Network, talking: list[StoredClip]
+) -> None:
+    explained = pretrain(network, talking, 60, seed=0)
+    assert explained["jaw"] > 0.6
+    assert explained["nods and brows"] > 0.6
+    speaking, listening = network.casual_audio_encoder.state_dict(), network.heard_audio_encoder.state_dict()
+    assert not torch.equal(speaking["weights"], listening["weights"])
+    close = [
+        torch.nn.functional.cosine_similarity(speaking[name].flatten(), listening[name].flatten(), dim=0)
+        for name in speaking
+    ]
+    assert sum(close) / len(close) > 0.5
+
+
+def test_weights_of_another_network_are_copied_where_they_fit(network: Network, tmp_path: Path) -> None:
+    plain = Network(replace(small(), heard_inject_layers=(), face_motion=False, ffn_dim=64))
+    initialise(plain, 1)
+    save(tmp_path, plain.config.to_dict(), plain)
+    before = {name: each.clone() for name, each in network.state_dict().items()}
+    count = copy_weights(network, Part.read(tmp_path))
+    changed = {name for name, each in network.state_dict().items() if not torch.equal(each, before[name])}
+    assert count == sum(each.shape == before[name].shape for name, each in plain.state_dict().items())
+    assert "blocks.0.self_attn.q.weight" in changed
+    assert not any("heard" in name or "ffn.0" in name or "face_motion" in name for name in changed)

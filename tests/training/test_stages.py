@@ -14,11 +14,13 @@ from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
 from avatar.denoiser.schedule import shifted
 from tests.training.small import BATCHES, maker, network_of, small
-from training.batches import ClipBatch, ClipSpan, Share, load_batch, read_span
+from training.batches import ClipBatch, ClipSpan, Share, draw_spans, face_motion_of, load_batch, read_span
 from training.clips import clean_estimate, frame_sigmas, predict_velocity
 from training.data import StoredClip
 from training.distill import Distillation, DistillRecipe, accumulate_blockwise
+from training.initialise import ZERO_INIT
 from training.losses import add_noise, add_noise_per_frame, dmd_gradient, dmd_loss, draw_sigmas
+from training.pretrain import Pretraining, PretrainRecipe
 from training.self_forcing import BlockwiseGeneration
 from training.strategy import SINGLE
 
@@ -90,8 +92,10 @@ def test_blockwise_generation_at_one_level_equals_the_whole_clip(config: Network
 @every_length
 def test_causal_and_bidirectional_scores_agree_on_one_block(config: NetworkConfig, batch: ClipBatch) -> None:
     network, sigmas = network_of(config), torch.full((2, 1), 0.6)
-    features = batch.features[..., : config.frames_per_block]
-    batch = batch.replace(features=features, first_block=torch.zeros(2, dtype=torch.int64))
+    first = {
+        name: getattr(batch, name)[..., : config.frames_per_block] for name in ("features", "heard", "face_motion")
+    }
+    batch = batch.replace(**first, first_block=torch.zeros(2, dtype=torch.int64))
     x = batch.latents[:, :, : config.num_frames_per_block]
     causal, bidirectional = (predict_velocity(network, config, x, sigmas, batch, 4, kind) for kind in (True, False))
     torch.testing.assert_close(causal, bidirectional, atol=1e-5, rtol=1e-5)
@@ -111,7 +115,7 @@ def test_a_bidirectional_score_sees_the_whole_clip_at_any_position(config: Netwo
 
 @every_length
 def test_motion_can_be_the_frames_before_the_blocks(config: NetworkConfig, prepared: list[StoredClip]) -> None:
-    span = ClipSpan(prepared[0], start=1, first_block=5, has_audio=True)
+    span = ClipSpan(prepared[0], start=1, first_block=5)
     clip = read_span(span, 3, replace(BATCHES, motion_from_clip=True), config)
     per_block = config.num_frames_per_block
     before = torch.from_numpy(np.array(prepared[0].array("latents")[:, :per_block])).float()
@@ -121,6 +125,74 @@ def test_motion_can_be_the_frames_before_the_blocks(config: NetworkConfig, prepa
     noisy = add_noise_per_frame(clip.motion[None], Share(), Generator().manual_seed(0))[0]
     levels = (noisy - clip.motion).std((0, 2, 3))
     assert levels.min() < 0.5 < levels.max()
+
+
+def test_face_motion_is_relative_to_the_portrait(config: NetworkConfig, prepared: list[StoredClip]) -> None:
+    span = ClipSpan(prepared[0], start=1, first_block=0)
+    clip = read_span(span, 3, BATCHES, config)
+    assert clip.face_motion.shape == (6, 36)
+    whole = face_motion_of(prepared[0])
+    assert torch.equal(clip.face_motion, whole[:, 12:])
+    torch.testing.assert_close(whole[1:4].mean(1), torch.zeros(3), atol=1e-6, rtol=0)
+    assert torch.equal(whole[0], torch.from_numpy(np.array(prepared[0].array("blink"))))
+
+
+def test_a_fifth_of_the_clips_has_no_listener_and_a_fifth_moves_freely(
+    config: NetworkConfig, prepared: list[StoredClip]
+) -> None:
+    spans = [span for step in range(150) for span in draw_spans(prepared, BATCHES, config, 0, step)[1]]
+    for name in ("has_heard", "has_face_motion"):
+        assert 0.1 < np.mean([not getattr(span, name) for span in spans]) < 0.3
+    clip = read_span(replace(spans[0], has_heard=False, has_face_motion=False), 3, BATCHES, config)
+    assert (float(clip.has_heard), float(clip.has_face_motion)) == (0, 0)
+    assert not clip.heard.any()
+
+
+def test_what_is_dropped_adds_nothing_and_what_is_swapped_does(config: NetworkConfig, batch: ClipBatch) -> None:
+    network, sigmas = network_of(config), torch.full((2, 3), 0.6)
+    given = batch.replace(has_heard=torch.ones(2), has_face_motion=torch.ones(2))
+    x = batch.latents
+
+    def predicted(batch: ClipBatch) -> Tensor:
+        return predict_velocity(network, config, x, sigmas, batch, 4)
+
+    without = network_of(replace(config, heard_inject_layers=(), face_motion=False))
+    shared = {name: each for name, each in network.state_dict().items() if name in without.state_dict()}
+    without.load_state_dict(shared)
+    plain = predict_velocity(without, without.config, x, sigmas, batch, 4)
+    torch.testing.assert_close(
+        predicted(batch.replace(has_heard=torch.zeros(2), has_face_motion=torch.zeros(2))), plain
+    )
+    for name in ("features", "heard", "face_motion"):
+        assert not torch.allclose(predicted(given.swapped(name)), predicted(given), atol=1e-3)
+    unconditional = given.unconditional()
+    assert not unconditional.has_heard.any()
+    assert torch.equal(unconditional.face_motion, given.face_motion)
+
+
+def test_inputs_that_a_network_ignores_have_no_gain(
+    config: NetworkConfig, prepared: list[StoredClip], caplog: pytest.LogCaptureFixture
+) -> None:
+    def gains(make_network: Callable[[], Network]) -> dict[str, float]:
+        run = Pretraining(PretrainRecipe(steps=500, batches=BATCHES), make_network)
+        run.progress.step = 500
+        return run.validate(prepared)
+
+    def deaf() -> Network:
+        network = network_of(config)
+        for name, weight in network.named_parameters():
+            if ZERO_INIT.search(name) and "injector" in name and not name.startswith("audio"):
+                torch.nn.init.zeros_(weight)
+            if name.endswith("injector.0.o.bias"):
+                torch.nn.init.zeros_(weight)
+        return network
+
+    assert set(gains(maker(config))) == {"held_out_loss", "features_gain", "heard_gain", "face_motion_gain"}
+    caplog.clear()
+    found = gains(deaf)
+    assert found["heard_gain"] == 0
+    assert found["features_gain"] != 0
+    assert "an input is ignored: heard_gain is 0.0000" in caplog.text
 
 
 @every_length

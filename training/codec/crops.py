@@ -17,8 +17,12 @@ from torch import Tensor
 
 from training.data import StoredClip
 
-# Extent of the extra loss weight around the lips' centre, rows and columns, by the picture's height.
-LIPS_EXTENT = (11 / 128, 16 / 128)
+# Extents of the extra loss weight around the centre of the lips and of each eye, rows and columns, by the picture's
+# height.
+LIPS_EXTENT, EYE_EXTENT = (11 / 128, 16 / 128), (8 / 128, 9 / 128)
+# Place of the eyes' middle above the lips' centre, more the further the head looks down; shift to the left for each
+# radian of yaw; half the distance of the eyes. By the picture's height, measured on synthetic people.
+EYES_ABOVE, EYES_ABOVE_PITCH, EYES_YAW, EYES_APART = 0.262, 0.125, 0.098, 0.125
 
 
 @dataclass(frozen=True)
@@ -39,17 +43,33 @@ def to_pixels(frames: NDArray[np.uint8]) -> Tensor:
     return rearrange(torch.from_numpy(np.array(frames)), "... f h w c -> ... c f h w") / 127.5 - 1
 
 
+def eyes_of(lips: NDArray[np.floating], pose: NDArray[np.floating], picture_height: int) -> list[NDArray[np.floating]]:
+    """Return where synthetic people's two eyes are, (f, 2) rows and columns each: lips (f, 2), pose (f, 3)."""
+    pitch, yaw, roll = pose.T
+    up, right = np.stack([-np.cos(roll), -np.sin(roll)], 1), np.stack([-np.sin(roll), np.cos(roll)], 1)
+    above = (EYES_ABOVE + EYES_ABOVE_PITCH * pitch)[:, None] * up - (EYES_YAW * yaw)[:, None] * right
+    return [lips + picture_height * (above + side * EYES_APART * right) for side in (-1, 1)]
+
+
 def lips_weight(
-    lips: NDArray[np.float32], height: int, width: int, gain: float, picture_height: int | None = None
+    lips: NDArray[np.floating],
+    height: int,
+    width: int,
+    gain: float,
+    picture_height: int | None = None,
+    eyes: Sequence[NDArray[np.floating]] = (),
 ) -> Tensor:
     """Return loss weights of pixels, of mean 1 per frame: lips (f, 2) rows and columns -> (1, f, h, w).
 
-    gain: extra weight at the lips' centre. picture_height: of the whole picture, where h x w is a part of it.
+    gain: extra weight at the centre of lips and eyes. picture_height: of the whole picture, where h x w is a part of
+    it. eyes: from `eyes_of`.
     """
-    extent = np.array(LIPS_EXTENT) * (picture_height or height)
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
-    row, column = rearrange(torch.from_numpy(np.array(lips)), "f (a h w) -> a f h w", h=1, w=1)
-    near = torch.exp(-(((rows - row) / extent[0]) ** 2) - ((columns - column) / extent[1]) ** 2)
+    near = torch.zeros(())
+    for places, extent in ((lips, LIPS_EXTENT), *((eye, EYE_EXTENT) for eye in eyes)):
+        high, wide = np.array(extent) * (picture_height or height)
+        row, column = rearrange(torch.from_numpy(np.array(places, np.float32)), "f (a h w) -> a f h w", h=1, w=1)
+        near = torch.maximum(near, torch.exp(-(((rows - row) / high) ** 2) - ((columns - column) / wide) ** 2))
     weight = 1 + gain * near
     return (weight / weight.mean((1, 2), keepdim=True))[None]
 

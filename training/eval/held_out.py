@@ -50,6 +50,11 @@ def audio_of(clip: StoredClip) -> Audio:
     return clip.array("sound").astype(np.float32) / np.float32(32768)
 
 
+def other_of(clip: StoredClip) -> Audio | None:
+    """Return all audio of the other person in a clip, (s,) at 16 kHz in [-1, 1]; None if nobody is heard."""
+    return clip.array("other").astype(np.float32) / np.float32(32768) if clip.is_heard else None
+
+
 def render_clip(models: Models, clip: StoredClip) -> RenderedClip:
     """Render a clip from its reference and audio, including the audio before its frames."""
     reference = models.picture(np.array(clip.array("reference")))
@@ -67,7 +72,8 @@ def render_clip_frames(models: Models, reference: Pixels, clip: StoredClip) -> P
     A stream's first HIDDEN_FRAMES frames are never shown, so a clip without audio before its frames returns fewer.
     """
     lead, end = clip.info["lead_frames"], clip.info["lead_frames"] + clip.num_frames
-    frames = render_frames(models, reference, audio_of(clip), -(-end // models.block_frames))
+    num_blocks = -(-end // models.block_frames)
+    frames = render_frames(models, reference, audio_of(clip), num_blocks, other_of(clip))
     return frames[max(0, lead - HIDDEN_FRAMES) : end - HIDDEN_FRAMES]
 
 

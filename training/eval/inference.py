@@ -18,7 +18,7 @@ from PIL import Image
 
 from avatar import render
 from avatar.render import DenoisingLoop
-from avatar.types import AudioPiece, Block, Conditions, Session
+from avatar.types import AudioPiece, Block, Conditions, HeardAudio, Session
 from training.data import AUDIO_RATE_HZ
 
 Pixels = NDArray[np.uint8]
@@ -68,7 +68,8 @@ class SessionRenderer:
         motion = models.vae.encode_picture(torch.from_numpy(np.array(reference)))
         session = Session("evaluation", seed, motion)
         conditions = Conditions(0, motion[:, :1], torch.zeros(0, 0))
-        self._audio_state, self._vae_state = models.audio.open(session), models.vae.open(session)
+        self._audio_state = models.audio.open(session, models.config.inputs)
+        self._vae_state = models.vae.open(session)
         self._levels = models.denoising_loop(models.network, models.config, session, conditions)
 
     def render(self, pieces: Iterable[AudioPiece]) -> Iterator[Pixels]:
@@ -87,20 +88,29 @@ class SessionRenderer:
         return answer
 
 
-def pieces(audio: Audio, block_samples: int) -> Iterator[AudioPiece]:
-    """Cut audio (s,) at 16 kHz into pieces of a block's length, and add the marked end."""
+def pieces(audio: Audio, block_samples: int, other: Audio | None = None) -> Iterator[AudioPiece]:
+    """Cut audio (s,) at 16 kHz into pieces of a block's length, and add the marked end.
+
+    other: (s,) audio of the other person, which comes with it; None: nobody is heard.
+    """
     samples = torch.from_numpy(np.array(audio, np.float32))[None]
     for start in range(0, samples.shape[1], block_samples):
-        yield AudioPiece(samples[:, start : start + block_samples], AUDIO_RATE_HZ)
+        span = slice(start, start + block_samples)
+        heard = []
+        if other is not None:
+            heard = [HeardAudio(torch.from_numpy(np.array(other[span], np.float32))[None], AUDIO_RATE_HZ, start)]
+        yield AudioPiece(samples[:, span], AUDIO_RATE_HZ, heard=heard)
     yield AudioPiece(samples[:, :0], AUDIO_RATE_HZ, is_last=True)
 
 
-def render_frames(models: Models, reference: Pixels, audio: Audio, num_blocks: int | None = None) -> Pixels:
+def render_frames(
+    models: Models, reference: Pixels, audio: Audio, num_blocks: int | None = None, other: Audio | None = None
+) -> Pixels:
     """Render a session with the reference and audio: frames (f, H, W, 3) from frame HIDDEN_FRAMES of the stream on.
 
-    num_blocks: stop after so many blocks.
+    num_blocks: stop after so many blocks. other: as in `pieces`.
     """
-    blocks = SessionRenderer(models, reference).render(pieces(audio, models.block_samples))
+    blocks = SessionRenderer(models, reference).render(pieces(audio, models.block_samples, other))
     return np.concatenate([*islice(blocks, num_blocks)])
 
 
