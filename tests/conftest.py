@@ -38,6 +38,7 @@ from avatar.vae.picture.rule import PictureRule
 from services.local.processes import local_redis
 from services.local.suite import suite as services_suite
 from tests import published as as_published
+from tests.blocks import BLOCK_LATENTS
 from tests.text import tiny as tiny_text
 
 torch.set_num_threads(1)
@@ -64,7 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint of the embedded default's kind, with random weights that no layer maps to zero.
 
-    Three levels, 64x64 pixels, a sink update at block 2, no text.
+    Three levels, 64x64 pixels, a sink update after 0.96 s, no text.
     """
     folder = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(folder)
@@ -133,8 +134,9 @@ def write_checkpoint(folder: Path, text_width: int = 8, text_rows: int = 1, **fi
         audio_dim=audio.width,
         num_encoder_layers=audio.num_states,
         audio_inject_layers=(0,),
+        num_frames_per_block=BLOCK_LATENTS,
         schedule=(1.0, 0.75, 0.5, 0.0),
-        sink_update_block=2,
+        sink_update_block=2 * 3 // BLOCK_LATENTS,
         sink_distance=(4, 30),
         text_dim=text_width,
         text_len=text_rows,

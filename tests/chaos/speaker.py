@@ -14,9 +14,8 @@ from avatar.aio import background
 from avatar.client import Session, connect
 from avatar.client.stream import Stream
 from avatar.errors import AvatarError, ConnectionLost, SessionNotFound, StoreUnavailable
-from avatar.types import BLOCK_FRAMES
+from tests.blocks import BLOCK_FRAMES, FIRST_FRAME
 
-FIRST_FRAME = 3
 WAIT_S, RETRY_S = 60.0, 1.0
 
 

@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from avatar.client import Avatar, connect
 from avatar.errors import SessionNotFound, StoreUnavailable
+from tests.blocks import whole_blocks
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.report import MAX_UNREAD_FRAMES, RECOVERY_S
 from tests.chaos.speaker import Speaker, distance, num_frames, speaking
@@ -23,8 +24,9 @@ from tests.services.test_suite import rendered
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-# A fault comes after two of seven blocks: the window still holds the whole session.
-SECONDS, BEFORE_S, NUM_BLOCKS = 3.0, 1.2, 7
+# A fault comes after two of seven blocks of three latents: the window still holds the whole session.
+SECONDS, BEFORE_S = 3.0, 1.2
+NUM_BLOCKS, BEFORE_BLOCKS = whole_blocks(SECONDS), whole_blocks(0.96)
 OLD_S = 4.0
 SEED = 7
 MEMORY_BYTES = 1 << 30
@@ -74,7 +76,7 @@ async def test_without_the_store_open_streams_continue_and_new_sessions_are_refu
         connect(suite.target) as avatar,
     ):
         await speaker.say(data[:cut])
-        await speaker.until(num_frames(2))
+        await speaker.until(num_frames(BEFORE_BLOCKS))
         async with fault.at(suite, REDIS):
             await speaker.say(data[cut:])
             await speaker.until(num_frames(NUM_BLOCKS - 1))
@@ -112,7 +114,7 @@ async def test_sessions_of_a_lost_process_continue_at_another_and_others_are_not
         speaker_and_processes(suite, picture) as (speaker, serving),
     ):
         await speaker.say(data[:cut])
-        await speaker.until(num_frames(2))
+        await speaker.until(num_frames(BEFORE_BLOCKS))
         name = min(each for each in serving if each.startswith(fault.service))
         started_s = time.monotonic()
         async with fault.at(suite, name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from avatar.aio import background
-from avatar.types import BLOCK_FRAMES
+from tests.blocks import BLOCK_FRAMES, FIRST_FRAME, end_frame
 from tests.conftest import speech
 from tests.product import (
     CLOSE,
@@ -22,7 +22,7 @@ from tests.product import (
 from tests.refusals import refused
 from tests.vae.picture.files import progressive_jpeg, webp_header, with_empty_segments
 
-SECONDS, NUM_BLOCKS, FIRST_FRAME = 3.0, 7, 3
+SECONDS = 3.0
 
 
 PICTURES = [
@@ -62,6 +62,6 @@ async def while_another_streams(stub: Stub, portrait: bytes, pictures: list[tupl
         await send(call, pieces(data[len(data) // 2 :]))
         await finish(call, (CLOSE,), streamed)
         await refusing
-    assert streamed.indexes == list(range(FIRST_FRAME, NUM_BLOCKS * BLOCK_FRAMES))
+    assert streamed.indexes == list(range(FIRST_FRAME, end_frame(SECONDS)))
     assert not any(frame.is_discontinuity for frame in streamed.frames)
     assert (await new_reference(stub, portrait)).id

@@ -12,6 +12,7 @@ import pytest
 from avatar.aio import background
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
+from tests.blocks import BLOCK_FRAMES, end_frame
 from tests.conftest import speech
 from tests.product import (
     CLOSE,
@@ -91,7 +92,7 @@ async def test_a_stream_without_speech_idles_in_real_time(stub: Stub, portrait: 
         frames = client.streamed.frames
         assert client.streamed.indexes == list(range(3, 3 + len(frames)))
         assert [frame.pts_us for frame in frames] == [frame.index * 40_000 for frame in frames]
-        assert client.speech[0].index % 12 == 0, "speech starts with a block"
+        assert client.speech[0].index % BLOCK_FRAMES == 0, "speech starts with a block"
 
 
 async def test_a_turns_events_enclose_its_frames(stub: Stub, portrait: bytes) -> None:
@@ -112,7 +113,7 @@ async def test_a_turns_events_enclose_its_frames(stub: Stub, portrait: bytes) ->
         marks = [index for index, part in enumerate(client.parts) if part.startswith("playback")]
         assert [client.parts[index] for index in marks] == ["playback_started", "playback_finished"] * 2
         between = client.parts[marks[0] + 1 : marks[1]]
-        assert between == ["frame"] * 24, "two blocks of speech, and no idle one between"
+        assert between == ["frame"] * end_frame(0.6), "blocks of speech, and no idle one between"
 
 
 async def test_fast_speech_is_made_at_most_a_few_blocks_ahead(stub: Stub, portrait: bytes) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
+from tests.blocks import BLOCK_FRAMES
 from tests.conftest import speech
 from tests.product import (
     CLOSE,
@@ -75,13 +76,15 @@ async def test_every_encoding_shows_the_frames(
     assert pictures.shape == truth.shape
     assert np.abs(pictures.astype(float) - truth).mean() < 12
     if encoding == H264:
-        keys = (3, *range(4, 24, 4)) if per_latent else (3, 12)
+        keys = (3, *range(4, 24, 4)) if per_latent else (3, *range(BLOCK_FRAMES, 24, BLOCK_FRAMES))
         assert [frame.is_key for frame in streamed.frames] == [index in keys for index in range(3, 24)]
     assert streamed.frames[0].is_key
     assert sum(frame.num_frames for frame in streamed.frames) == len(truth) == streamed.closed.num_frames
     if encoding == FMP4:
+        size = 4 if per_latent else BLOCK_FRAMES
+        groups = [size - 3, *[size] * (24 // size - 1)]
         assert times == list(range(3, 3 + len(truth)))
-        assert [frame.num_frames for frame in streamed.frames] == ([1, 4, 4, 4, 4, 4] if per_latent else [9, 12])
+        assert [frame.num_frames for frame in streamed.frames] == groups
 
 
 async def test_frames_can_be_sent_in_one_message_a_block(stub: Stub, portrait: bytes) -> None:
@@ -118,4 +121,4 @@ async def test_fragments_keep_their_times_after_an_interrupt(stub: Stub, portrai
     await finish(call, [*pieces(speech(0.96, seed=1)), CLOSE], streamed)
     _, times = decoded(streamed.frames, FMP4, opened.init_segment)
     assert times == list(range(3, 3 + streamed.closed.num_frames))
-    assert streamed.indexes == times[:1] + times[9::12]
+    assert streamed.indexes == times[:1] + times[BLOCK_FRAMES - 3 :: BLOCK_FRAMES]

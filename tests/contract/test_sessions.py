@@ -8,6 +8,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
+from tests.blocks import BLOCK_FRAMES
 from tests.product import Stub, new_session
 from tests.refusals import refused
 
@@ -22,7 +23,7 @@ async def test_capabilities_describe_the_deployment(capabilities: pb.GetCapabili
     assert video.frame_rate_hz == 25
     assert (video.width > 0 and video.height > 0) or capabilities.sizes_free
     assert (capabilities.min_rate_hz, capabilities.max_rate_hz) == (8000, 48000)
-    assert capabilities.block_frames == 12
+    assert capabilities.block_frames == BLOCK_FRAMES
     assert capabilities.num_levels > 0
     assert min(capabilities.max_picture_bytes, capabilities.max_audio_bytes, capabilities.max_audio_ahead_s) > 0
     assert min(capabilities.max_live_ahead_s, capabilities.max_unread_s) > 0

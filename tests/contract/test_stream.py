@@ -8,6 +8,7 @@ import pytest
 
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
+from tests.blocks import BLOCK_FRAMES, BLOCK_S, FIRST_FRAME, end_frame, whole_blocks
 from tests.conftest import speech
 from tests.product import (
     CLOSE,
@@ -34,14 +35,14 @@ FLOAT32 = types.AudioFormat(encoding=types.SAMPLE_ENCODING_FLOAT32, rate_hz=1600
 async def assert_serves(stub: Stub, portrait: bytes) -> None:
     """Stream a session of one block."""
     session = await new_session(stub, portrait)
-    assert len((await speak(stub, session.id, speech(0.48))).frames) == 9
+    assert len((await speak(stub, session.id, speech(BLOCK_S))).frames) == BLOCK_FRAMES - FIRST_FRAME
 
 
 async def test_frames_are_numbered_from_3_without_a_gap(stub: Stub, portrait: bytes) -> None:
     session = await new_session(stub, portrait)
     streamed = await speak(stub, session.id, speech(1.5))
-    assert streamed.indexes == list(range(3, 48))
-    assert [each.pts_us for each in streamed.frames] == [index * 40_000 for index in range(3, 48)]
+    assert streamed.indexes == list(range(3, end_frame(1.5)))
+    assert [each.pts_us for each in streamed.frames] == [index * 40_000 for index in range(3, end_frame(1.5))]
     assert {len(each.data) for each in streamed.frames} == {3 * session.video.width * session.video.height}
 
 
@@ -50,12 +51,12 @@ async def test_closed_reports_frames_blocks_and_stages(
 ) -> None:
     session = await new_session(stub, portrait)
     closed = (await speak(stub, session.id, speech(1))).closed
-    assert (closed.num_frames, closed.num_blocks) == (33, 3)
+    assert (closed.num_frames, closed.num_blocks) == (end_frame(1) - FIRST_FRAME, whole_blocks(1))
     names = ["audio", *(f"denoiser-{level}" for level in range(capabilities.num_levels)), "vae"]
     assert [stage.stage for stage in closed.stages] == names
-    assert all(stage.num_blocks == 3 and stage.busy_s > 0 for stage in closed.stages)
+    assert all(stage.num_blocks == whole_blocks(1) and stage.busy_s > 0 for stage in closed.stages)
     kept = (await stub.GetSession(pb.GetSessionRequest(session_id=session.id), timeout=10)).session
-    assert (kept.state, kept.next_frame) == (types.Session.STATE_CLOSED, 36)
+    assert (kept.state, kept.next_frame) == (types.Session.STATE_CLOSED, end_frame(1))
     async with refused("SESSION_CLOSED"):
         await open_stream(stub, session.id)
 
@@ -95,7 +96,7 @@ async def test_audio_of_any_format_is_accepted(
     format_ = types.AudioFormat(encoding=encoding, rate_hz=rate_hz, num_channels=num_channels)
     data = bytes(rate_hz * num_channels * sample_bytes)  # one second
     streamed = await stream(stub, [opening(session.id, format_), *pieces(data, 4096), CLOSE])
-    assert len(streamed.frames) == 33
+    assert len(streamed.frames) == end_frame(1) - FIRST_FRAME
 
 
 async def test_the_first_message_is_open(stub: Stub, portrait: bytes) -> None:

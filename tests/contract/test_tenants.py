@@ -23,6 +23,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from avatar.telemetry import log_formatter
 from avatar.v1 import avatar_service_pb2 as pb
+from tests.blocks import FIRST_FRAME, end_frame
 from tests.conftest import speech
 from tests.contract.tenants import ACME, TenantGateway
 from tests.product import PCM16, Stub, new_reference, new_session, open_stream, opening, speak, stream
@@ -202,7 +203,7 @@ async def test_a_session_records_its_tenant_and_streams(
     session = await new_session(acme, portrait, seed=7)
     assert (await tenant_gateway.store.session(session.id)).tenant == "acme"
     assert len(session.id) >= 48, "a prefix and 192 random bits"
-    assert len((await speak(acme, session.id, speech(1.0))).frames) == 33
+    assert len((await speak(acme, session.id, speech(1.0))).frames) == end_frame(1.0) - FIRST_FRAME
 
 
 async def test_logs_hold_no_secret_and_no_media(
