@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -14,10 +15,10 @@ from avatar.worker.v1.discovery_pb2 import WorkerStates
 logger = logging.getLogger(__name__)
 
 READ_EVERY_S = 0.5
-# Before a read that is asked for, workers get this time to write what has just changed.
-SETTLE_S = 0.02
-# Reads that are asked for are at least so far apart: whoever asks meanwhile shares the next one.
-APART_S = 0.05
+# A read that is younger is fresh enough to refuse a session by.
+FRESH_S = 0.05
+# Workers get this time to write what has just changed.
+SETTLE_S = 0.03
 
 
 class Discovery:
@@ -32,7 +33,7 @@ class Discovery:
         self._followers: dict[str, Callable[[Mapping[str, Any]], None]] = {}
         self._waiting: list[asyncio.Future[None]] = []
         self._is_wanted = asyncio.Event()
-        self._read_s = 0.0
+        self._read_s = -math.inf
         self._is_away = False
 
     def follow(self, stage: str, take: Callable[[Mapping[str, Any]], None]) -> None:
@@ -41,13 +42,22 @@ class Discovery:
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
-        """Read the registry once, and then while the body runs."""
+        """Read the registry once, and then while the body runs. If it cannot be read yet, all workers are asked."""
         await self._read_once()
+        if self._is_away:
+            self._hand_out(WorkerStates())
         async with background(self._read_forever()):
             yield
 
-    async def refresh(self) -> None:
-        """Wait for a read that begins after this call, or for its failure."""
+    async def refresh(self, *, settled: bool = False) -> None:
+        """Wait for a read of the last FRESH_S, or the next one, or its failure. All who wait share the next one.
+
+        settled: for one that begins SETTLE_S after this call.
+        """
+        if settled:
+            await asyncio.sleep(SETTLE_S)
+        elif time.monotonic() - self._read_s < FRESH_S:
+            return
         waiter = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
         self._is_wanted.set()
@@ -58,13 +68,12 @@ class Discovery:
             with suppress(TimeoutError):
                 async with asyncio.timeout(READ_EVERY_S):
                     await self._is_wanted.wait()
-            if self._is_wanted.is_set():
-                await asyncio.sleep(max(SETTLE_S, self._read_s + APART_S - time.monotonic()))
             await self._read_once()
 
     async def _read_once(self) -> None:
         waiting, self._waiting = self._waiting, []
         self._is_wanted.clear()
+        started_s = time.monotonic()
         try:
             states = await self._read()
             if self._is_away:
@@ -76,7 +85,7 @@ class Discovery:
                 logger.warning("registry of workers not read; the last states hold", extra={"problem": error.message})
             self._is_away = True
         finally:
-            self._read_s = time.monotonic()
+            self._read_s = started_s
             for waiter in waiting:
                 if not waiter.done():
                     waiter.set_result(None)

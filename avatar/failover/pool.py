@@ -96,6 +96,7 @@ class WorkerPool(Generic[Info]):
     stage: name that errors carry, and field of WorkerState. targets: HOST:PORT or NAME:PORT of each. get_info: asks the
     worker at the end of a channel what it serves. discovery: the registry's reader; without it all are asked directly.
     credentials: for TLS; a certificate is for the target's name, at each of its addresses.
+    version: changes when a worker's description may have changed.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class WorkerPool(Generic[Info]):
         discovery: Discovery | None = None,
     ) -> None:
         self.stage = stage
+        self.version = 0
         self._targets = targets
         self._get_info = get_info
         self._credentials = credentials
@@ -142,12 +144,7 @@ class WorkerPool(Generic[Info]):
 
     async def workers(self, serves: Callable[[Info], bool] = lambda _: True) -> list[tuple[Worker[Info], Info]]:
         """Return the workers that answer and serve what is asked, in the order of placement. StageLost if none does."""
-        found = self.answering(serves)
-        if not found:
-            await self.refresh()
-            found = self.answering(serves)
-        if not found:
-            raise self._lost(f"no worker answers at {', '.join(self._targets)}")
+        found = await self._found(serves)
         return sorted(found, key=lambda each: each[0].load.rank(is_live=True))
 
     async def open(
@@ -164,7 +161,7 @@ class WorkerPool(Generic[Info]):
         others, without a bound. is_live: kind of the stream. If no worker takes it, raises the error of one: NoCapacity
         if any of them is full.
         """
-        await self.workers(serves)
+        await self._found(serves)
         refusal: AvatarError | None = None
         tries = Tries(
             lambda: [worker for worker, _ in self.answering(serves)],
@@ -173,8 +170,8 @@ class WorkerPool(Generic[Info]):
             first=self._workers.get(first),
         )
         while True:
-            if tries.needs_news:
-                await self.refresh()
+            if tries.needs_news and self._discovery:
+                await self._discovery.refresh(settled=True)
             if (chosen := tries.next()) is None:
                 break
             worker, bound = chosen
@@ -206,12 +203,17 @@ class WorkerPool(Generic[Info]):
 
     def room(self, serves: Callable[[Info], bool] = lambda _: True, *, is_live: bool) -> float:
         """Return the free slots of the workers that serve a stream, in sessions."""
-        return sum(worker.load.room(is_live=is_live) for worker, _ in self.answering(serves))
+        rooms = ((worker, worker.load.room(is_live=is_live)) for worker in self._workers.values() if worker.is_listed)
+        return sum(room for worker, room in rooms if room and worker.info is not None and serves(worker.info))
 
     def is_full(self, serves: Callable[[Info], bool] = lambda _: True, *, is_live: bool) -> bool:
         """Return whether workers serve a stream, and all of them are known to be full."""
-        loads = [worker.load for worker, _ in self.answering(serves)]
-        return bool(loads) and not any(load.may_accept(is_live=is_live) for load in loads)
+        accepting: list[Info] = []
+        full: list[Info] = []
+        for worker in self._workers.values():
+            if worker.is_listed and worker.info is not None:
+                (accepting if worker.load.may_accept(is_live=is_live) else full).append(worker.info)
+        return not any(serves(info) for info in accepting) and any(serves(info) for info in full)
 
     async def refresh(self) -> None:
         """Wait for a fresh read of the registry, and for the first answer of workers that are being asked."""
@@ -229,6 +231,15 @@ class WorkerPool(Generic[Info]):
             if worker.is_listed and worker.info is not None and serves(worker.info)
         ]
 
+    async def _found(self, serves: Callable[[Info], bool]) -> list[tuple[Worker[Info], Info]]:
+        """Return what `answering` returns, after a refresh if that is nothing. StageLost if it still is."""
+        if found := self.answering(serves):
+            return found
+        await self.refresh()
+        if found := self.answering(serves):
+            return found
+        raise self._lost(f"no worker answers at {', '.join(self._targets)}")
+
     def _lost(self, why: str) -> StageLost:
         return StageLost(f"{self.stage}: {why}", metadata={"stage": self.stage}, retry_s=retry_s(self._rng))
 
@@ -240,6 +251,7 @@ class WorkerPool(Generic[Info]):
     def _take(self, states: Mapping[str, Info]) -> None:
         """Take over what the registry has of the workers, and ask those that it has nothing of."""
         self._states = states
+        self.version += 1
         num_asked = 0
         for worker in self._workers.values():
             if worker.is_lost:
@@ -255,6 +267,7 @@ class WorkerPool(Generic[Info]):
 
     def _ask(self, worker: Worker[Info], delay_s: float = 0.0) -> None:
         """Ask a worker directly until it is registered."""
+        self.version += 1
         worker.was_asked.clear()
         worker.ask_now.set()
         if not worker.is_asked:
@@ -265,6 +278,7 @@ class WorkerPool(Generic[Info]):
         await asyncio.sleep(delay_s)
         while worker is self._workers.get(worker.target) and (worker.is_lost or not worker.load.is_registered):
             await self._ask_once(worker)
+            self.version += 1
             worker.ask_now.clear()
             worker.was_asked.set()
             with suppress(TimeoutError):
@@ -283,17 +297,19 @@ class WorkerPool(Generic[Info]):
                 worker.mark_lost()
 
     def _update_workers(self) -> None:
-        """Add workers at new addresses, and drop those whose addresses are gone and that have no streams."""
+        """Add workers at new addresses. Those whose addresses are gone are closed once they have no streams."""
         found = {address: name for each in self._addresses.by_target.values() for address, name in each.items()}
-        for address, name in found.items():
-            if address not in self._workers:
-                worker: Worker[Info] = Worker(address, self._credentials, name=name)
-                worker.on_lost = partial(self._ask, worker)
-                self._workers[address] = worker
-        for address, worker in self._workers.items():
-            worker.is_listed = address in found
-        if self._running:
-            self._take(self._states)
+        for worker in self._workers.values():
+            worker.is_listed = worker.target in found
+        for address in found.keys() - self._workers.keys():
+            worker = Worker(address, self._credentials, name=found[address])
+            worker.on_lost = partial(self._ask, worker)
+            self._workers[address] = worker
+            if (info := self._states.get(address)) is not None:
+                worker.update(info, is_registered=True)
+            elif self._running:
+                self._ask(worker)
+        self.version += 1
 
     async def _report_forever(self) -> None:
         """Record the number of answering workers, and close those that are not listed and have no streams left."""

@@ -117,6 +117,8 @@ class Workers:
         self.rng = random.Random()
         self._schedule = settings.schedule
         self._discovery = Discovery(registry.read)
+        # The last description, and the pools' versions that it is of: many sessions arrive between two reads.
+        self._described: tuple[tuple[int, int, int], DeploymentInfo] | None = None
         credentials = worker_credentials(settings.worker_ca, settings.worker_cert, settings.worker_key)
 
         def pool(stage: str, targets: Sequence[str], stub: Any, request: Any) -> WorkerPool[Any]:
@@ -170,6 +172,12 @@ class Workers:
 
     async def describe_stages(self) -> DeploymentInfo:
         """Describe the workers that every stream needs: all but the text worker. Raises as `describe` does."""
+        versions = self.audio.version, self.denoisers.version, self.vae.version
+        if self._described is None or self._described[0] != versions:
+            self._described = versions, await self._describe_stages()
+        return self._described[1]
+
+    async def _describe_stages(self) -> DeploymentInfo:
         audio, vae = await self.audio.workers(), await self.vae.workers()
         denoisers = await self._describe_denoisers()
         block_frames = denoisers[0].block_frames

@@ -14,6 +14,7 @@ from avatar.failover import addresses as addresses_module
 from avatar.failover import discovery as discovery_module
 from avatar.failover import pool as pool_module
 from avatar.failover.discovery import Discovery
+from avatar.failover.placement import MAX_UNKNOWN
 from avatar.failover.pool import Worker, WorkerPool
 from avatar.store.redis import RedisHashes
 from avatar.store.registry import WorkerRegistry
@@ -72,7 +73,7 @@ class Fleet:
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short periods, and targets in place of channels."""
     monkeypatch.setattr(discovery_module, "READ_EVERY_S", 0.02)
-    monkeypatch.setattr(discovery_module, "APART_S", 0.0)
+    monkeypatch.setattr(discovery_module, "FRESH_S", 0.0)
     monkeypatch.setattr(discovery_module, "SETTLE_S", 0.0)
     monkeypatch.setattr(pool_module, "ASK_EVERY_S", 0.02)
     monkeypatch.setattr(Worker, "channel", property(lambda worker: worker.target))
@@ -160,11 +161,23 @@ async def test_the_last_states_hold_while_redis_is_away(redis: str, caplog: pyte
     assert caplog.messages == [away, back]
 
 
+async def test_workers_are_asked_if_redis_is_away_at_the_start(redis: str) -> None:
+    async with proxied(redis.removeprefix("redis://")) as proxy:
+        hashes = RedisHashes(f"redis://{proxy.target}")
+        fleet = Fleet(hashes, [ONE])
+        proxy.leave()
+        async with fleet.running():
+            assert [worker.target for worker, _ in await fleet.pool.workers()] == [ONE]
+            proxy.mend()
+            await fleet.write(ONE)
+            await until(lambda: fleet.worker(ONE).load.is_registered)
+        await hashes.aclose()
+
+
 async def test_a_stage_that_nobody_serves_costs_one_shared_read(
     hashes: RedisHashes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(discovery_module, "READ_EVERY_S", 1e6)
-    monkeypatch.setattr(discovery_module, "SETTLE_S", 0.05)
     fleet = Fleet(hashes, [ONE])
     await fleet.write(ONE)
     async with fleet.running():
@@ -202,7 +215,7 @@ async def test_full_workers_are_known_and_a_refusals_numbers_are_taken_over(hash
         assert not fleet.pool.is_full(is_live=True)
         assert fleet.pool.room(is_live=True) == 4
         assert (await fleet.pool.open(open_at))[1] == ONE
-        assert bounds == [(ONE, 0), (ONE, 2)]
+        assert bounds == [(ONE, MAX_UNKNOWN), (ONE, 2 + MAX_UNKNOWN)]
         assert fleet.worker(ONE).load.num_streams == 3
         await fleet.write(ONE, active=4)
         await until(lambda: fleet.pool.is_full(is_live=True))
@@ -212,7 +225,7 @@ async def test_full_workers_are_known_and_a_refusals_numbers_are_taken_over(hash
         fleet.silent.add(ONE)
         with pytest.raises(NoCapacity) as refusal:
             await fleet.pool.open(open_at)
-        assert bounds == [(TWO, 4)]
+        assert bounds == [(TWO, 4 + MAX_UNKNOWN)]
         assert refusal.value.metadata == {}
         assert refusal.value.retry_s
 
