@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from benchmarks import block, encoding, handoff, live, loading, tiny
-from benchmarks.fleet import gateway, opening, resume, simulation
+from benchmarks.fleet import discovery, gateway, opening, refusals, resume, simulation
 from benchmarks.pipeline import crash, endurance, throughput
 from benchmarks.pipeline import live as pipeline_live
 from benchmarks.row import Row, row_from_dict, table
@@ -44,6 +44,8 @@ def parts(flags: argparse.Namespace) -> dict[str, Callable[[], list[Row]]]:
         "fleet": gateway.rows,
         "opening": opening.rows,
         "resume": resume.rows,
+        "discovery": discovery.rows,
+        "refusals": refusals.rows,
         "simulation": simulation.rows,
         "tiny": lambda: tiny.rows(flags.checkpoint),
     }

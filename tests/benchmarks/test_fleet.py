@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.fleet import opening
+from benchmarks.fleet import discovery, opening, refusals
 from benchmarks.fleet.content import SIZES
 from benchmarks.fleet.gateway import GATEWAY, RELAY, measure
 
@@ -23,3 +23,19 @@ async def test_the_cost_of_an_opening_is_measured() -> None:
     assert 0 < redis.cpu_ms < gateway.cpu_ms
     for cost in (redis, gateway):
         assert cost.num_bytes < opening.MOTION_BYTES + opening.SINK_BYTES + 16384, "one copy of the latents, at most"
+
+
+@pytest.mark.slow
+async def test_the_cost_of_knowing_workers_is_measured() -> None:
+    share, stall_s = await discovery.idle(12)
+    assert 0 < share < 1
+    assert 0 < stall_s < 1
+    assert 0 < await discovery.oldest(seconds=2.0) < 5
+
+
+@pytest.mark.slow
+async def test_refusals_are_measured_and_sessions_of_four_gateways_spread() -> None:
+    each = await refusals.refusals(8)
+    assert each.alone_s > 0
+    assert each.cpu_ms > 0
+    assert await refusals.most_at_a_worker() <= 2

@@ -1,0 +1,79 @@
+"""A fleet of stand-in workers in one process: `python -m benchmarks.fleet.endpoints` reads a `Fleet` as JSON.
+
+Each worker has a server of its own and is registered, as in the product. Steps take no time. `step_s` of a worker's
+description is the time at which it was made, so that a reader can tell its age.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from avatar.rpc.server import serving, until_stopped
+from avatar.runtime.device_queue import DeviceQueue
+from avatar.store.redis import RedisHashes
+from avatar.store.registry import WorkerRegistry
+from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
+from benchmarks.standin.step import Step
+from services.registration import WorkerServicer, registered
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """targets: HOST:PORT of the workers of each stage. limits: streams at a time at each worker, else 1000.
+
+    full: stages whose workers have all of their streams taken.
+    """
+
+    redis_url: str
+    targets: dict[str, list[str]]
+    limits: dict[str, int] = field(default_factory=dict)
+    full: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def worker(name: str, stage: Stage) -> WorkerServicer:
+    """Return the worker of a stage: `audio`, `denoiser-N` or `vae`."""
+    kind, _, level = name.partition("-")
+    servicer: Any = {"audio": AudioServicer, "vae": VaeServicer}.get(kind)
+    served: WorkerServicer = servicer(stage) if servicer else DenoiserServicer(stage, int(level))
+    served.info = stamped(served.info)  # type: ignore[method-assign]
+    return served
+
+
+def stamped(info: Callable[[], Any]) -> Callable[[], Any]:
+    def described() -> Any:
+        description = info()
+        description.step_s = time.time()
+        return description
+
+    return described
+
+
+async def main() -> None:
+    fleet = Fleet(**json.loads(sys.stdin.readline()))
+    hashes = RedisHashes(fleet.redis_url)
+    registry = WorkerRegistry(hashes, "main")
+    async with AsyncExitStack() as stack:
+        queue = stack.enter_context(DeviceQueue())
+        for name, targets in fleet.targets.items():
+            limit = fleet.limits.get(name, 1000)
+            for target in targets:
+                stage = Stage(name.partition("-")[0], Step(0.0), queue, limit, history_blocks=1)
+                for number in range(limit if name in fleet.full else 0):
+                    stack.enter_context(stage.admission.accept(f"other-{number}", is_live=True))
+                served = worker(name, stage)
+                await stack.enter_async_context(serving(target, served))
+                await stack.enter_async_context(registered(registry, target, served))
+        print("ready", flush=True)
+        await until_stopped()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
