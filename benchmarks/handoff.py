@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc.aio
 from tqdm import tqdm
@@ -23,10 +23,11 @@ from tqdm import tqdm
 from avatar.handoff.chain import Chain, ChainMember, join_chain
 from avatar.handoff.client import RemoteChain
 from avatar.rpc.channel import channel
-from avatar.rpc.client import Relayable, RemoteStage, remote_denoiser
+from avatar.rpc.client import RemoteStage, remote_denoiser
 from avatar.rpc.codec import block_from_pb, latent_to_pb, tensor_from_pb
 from avatar.rpc.interceptor import Context, parts, receive_open
 from avatar.rpc.server import serving, until_stopped
+from avatar.rpc.wire import FIELDS, RelayedBlock, serialize_field
 from avatar.runtime.pipeline import Stage
 from avatar.types import Block
 from avatar.worker.v1 import denoiser_pb2 as pb
@@ -35,13 +36,15 @@ from benchmarks.pipeline.processes import cpu_seconds
 from benchmarks.row import Row, row
 from services.local.processes import Suite, free_ports
 
-Blocks: TypeAlias = AsyncGenerator[types_pb2.Block, None]
+Blocks: TypeAlias = AsyncGenerator[RelayedBlock, None]
 
 NUM_LEVELS, STEP_S = 4, 0.02
 NUM_TURNS, BLOCKS_PER_TURN = 6, 10
 START_S = 120.0
 # Shapes of the public 14B network at 720x400, in bfloat16.
-FEATURES = types_pb2.Tensor(dtype="bfloat16", shape=(25, 1024, 12), data=bytes(614_400))
+FEATURES = serialize_field(
+    FIELDS["features"].number, types_pb2.Tensor(dtype="bfloat16", shape=(25, 1024, 12), data=bytes(614_400))
+)
 LATENT = tensor_from_pb(types_pb2.Tensor(dtype="bfloat16", shape=(16, 3, 50, 90), data=bytes(432_000)))
 
 
@@ -92,8 +95,8 @@ async def work(level: int, listen: str, meeting: str) -> None:
 class HopPath:
     """One path through the levels, a block at a time."""
 
-    def __init__(self, stage: Stage[types_pb2.Block, types_pb2.Block]):
-        self._requests: asyncio.Queue[types_pb2.Block] = asyncio.Queue()
+    def __init__(self, stage: Stage[RelayedBlock, RelayedBlock]):
+        self._requests: asyncio.Queue[RelayedBlock] = asyncio.Queue()
         self._answers = stage(self._blocks())
         self._index = 0
         self.hops_ms: list[float] = []
@@ -104,10 +107,10 @@ class HopPath:
         cpu_s = cpu_seconds(pids)
         for _ in range(BLOCKS_PER_TURN):
             started = time.perf_counter()
-            self._requests.put_nowait(types_pb2.Block(index=self._index, features=FEATURES))
+            self._requests.put_nowait(RelayedBlock(types_pb2.Block(index=self._index), FEATURES))
             answer = await anext(self._answers)
             self.hops_ms.append((time.perf_counter() - started - NUM_LEVELS * STEP_S) * 1000 / NUM_LEVELS)
-            assert tensor_from_pb(answer.latent).eq(NUM_LEVELS).all()
+            assert tensor_from_pb(answer.to_pb().latent).eq(NUM_LEVELS).all()
             self._index += 1
         self.cpu_ms += (cpu_seconds(pids) - cpu_s) * 1000
 
@@ -125,7 +128,7 @@ class HopPath:
             yield await self._requests.get()
 
 
-def in_messages(levels: list[RemoteStage[Relayable, types_pb2.Block]]) -> Stage[types_pb2.Block, types_pb2.Block]:
+def in_messages(levels: list[RemoteStage[Any, RelayedBlock]]) -> Stage[RelayedBlock, RelayedBlock]:
     """Return a stage of all levels in a row, as the gateway composes them."""
 
     def stage(blocks: Blocks) -> Blocks:
@@ -139,8 +142,7 @@ def in_messages(levels: list[RemoteStage[Relayable, types_pb2.Block]]) -> Stage[
 async def _with_features(answers: Blocks) -> Blocks:
     async with aclosing(answers):
         async for answer in answers:
-            answer.features.CopyFrom(FEATURES)
-            yield answer
+            yield replace(answer, inputs=FEATURES)
 
 
 async def measure() -> dict[str, HopPath]:

@@ -5,7 +5,7 @@ them from the first block of the replay, and hands the answer to the replay, whi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from typing import Any, Generic, Protocol, TypeVar
 
 from avatar.errors import StageLost
@@ -13,6 +13,7 @@ from avatar.failover.pool import Worker, WorkerPool
 from avatar.failover.replay import AudioReplay, BlockReplay, Replay
 from avatar.handoff.client import RemoteChain
 from avatar.rpc.client import Answer, Item, Relayable, remote_audio, remote_denoiser, remote_vae
+from avatar.rpc.wire import Parts, RelayedBlock
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 
 Item_contra = TypeVar("Item_contra", contravariant=True)
@@ -25,7 +26,7 @@ class OpenStream(Protocol[Item_contra, Answer_co]):
     @property
     def closed(self) -> types_pb2.Closed: ...
 
-    async def open(self, message: Any, session: Sequence[bytes], /) -> Any: ...
+    async def open(self, message: Any, session: Parts, /) -> Any: ...
 
     def __call__(self, items: AsyncGenerator[Item_contra, None], /) -> AsyncGenerator[Answer_co, None]: ...
 
@@ -44,7 +45,7 @@ class StageConnector(ABC, Generic[Item, Answer]):
         """message: the stream's `open` message, in which the replay sets the start."""
         self.stage = stage
         self.replay = replay
-        self.session: Sequence[bytes] = ()
+        self.session: Parts = ()
         self._former = ""
         self._pool = pool
         self._message = message
@@ -101,7 +102,7 @@ class StageConnector(ABC, Generic[Item, Answer]):
         return stream, opened
 
 
-class AudioConnector(StageConnector[audio_pb2.AudioPiece, types_pb2.Block]):
+class AudioConnector(StageConnector[audio_pb2.AudioPiece, RelayedBlock]):
     """Connector of the audio stage, at workers with blocks of the session's length."""
 
     def __init__(
@@ -113,11 +114,11 @@ class AudioConnector(StageConnector[audio_pb2.AudioPiece, types_pb2.Block]):
     def serves(self, info: audio_pb2.AudioServiceGetInfoResponse) -> bool:
         return info.block_frames == self._block_frames
 
-    def stream_at(self, worker: Worker[Any]) -> OpenStream[audio_pb2.AudioPiece, types_pb2.Block]:
+    def stream_at(self, worker: Worker[Any]) -> OpenStream[audio_pb2.AudioPiece, RelayedBlock]:
         return remote_audio(worker.channel)
 
 
-class LevelConnector(StageConnector[Relayable, types_pb2.Block]):
+class LevelConnector(StageConnector[Relayable, RelayedBlock]):
     """Connector of one denoising level, that of the message."""
 
     def __init__(
@@ -134,11 +135,11 @@ class LevelConnector(StageConnector[Relayable, types_pb2.Block]):
     def serves(self, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
         return self._level in info.levels and info.digest == self._network
 
-    def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, types_pb2.Block]:
+    def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, RelayedBlock]:
         return remote_denoiser(worker.channel, self._level)
 
 
-class ChainConnector(StageConnector[Relayable, types_pb2.Block]):
+class ChainConnector(StageConnector[Relayable, RelayedBlock]):
     """Connector of all levels at the workers of one chain.
 
     The worker of level 0 stands for its chain, since a chain is lost as a whole.
@@ -158,7 +159,7 @@ class ChainConnector(StageConnector[Relayable, types_pb2.Block]):
     def serves(self, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
         return bool(info.chain) and 0 in info.levels and info.digest == self._network
 
-    def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, types_pb2.Block]:
+    def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, RelayedBlock]:
         assert worker.info is not None
         name = worker.info.chain
         members = self._pool.answering(lambda info: info.chain == name)

@@ -85,8 +85,8 @@ class BlockReplay:
         self._kept.clear()
         self._conditions = None
 
-    def accept(self, answer: types_pb2.Block | types_pb2.Frame) -> int | None:
-        if isinstance(answer, types_pb2.Block):
+    def accept(self, answer: RelayedBlock | types_pb2.Frame) -> int | None:
+        if isinstance(answer, RelayedBlock):
             return self._accept_block(answer.index)
         if answer.index < self._next_frame:
             return None
@@ -168,11 +168,11 @@ class AudioReplay:
     def clear(self) -> None:
         self._kept.clear()
 
-    def accept(self, block: types_pb2.Block) -> int | None:
+    def accept(self, block: RelayedBlock) -> int | None:
         if block.index < self.next_block:
             return None
         self.next_block = block.index + 1
-        self.statistics = block.statistics
+        self.statistics = block.head.statistics
         while self._kept and self._kept[0][0] < self.first_block:
             self._kept.popleft()
         return block.index

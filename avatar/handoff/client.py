@@ -10,8 +10,9 @@ import grpc.aio
 
 from avatar.aio import background
 from avatar.rpc.client import Relayable, remote_denoiser
+from avatar.rpc.wire import Parts, RelayedBlock
 from avatar.worker.v1 import denoiser_pb2 as pb
-from avatar.worker.v1.types_pb2 import Block, Closed
+from avatar.worker.v1.types_pb2 import Closed
 
 Queued = TypeVar("Queued")
 
@@ -32,7 +33,7 @@ class RemoteChain:
         busy_s = sum(each.closed.busy_s for each in self._levels)
         return Closed(num_blocks=self._levels[-1].closed.num_blocks, busy_s=busy_s)
 
-    async def open(self, message: pb.OpenDenoise, session: Sequence[bytes] = ()) -> pb.DenoiseOpened:
+    async def open(self, message: pb.OpenDenoise, session: Parts = ()) -> pb.DenoiseOpened:
         """Open the streams at once; return the last level's `opened`. Raises a worker's error, or StageLost.
 
         message: the same for all levels, without `level` and `handoff`; its `max_active` is a bound on the streams of
@@ -53,14 +54,14 @@ class RemoteChain:
         opened: pb.DenoiseOpened = opening.result()
         return opened
 
-    async def __call__(self, blocks: AsyncGenerator[Relayable, None]) -> AsyncGenerator[Block, None]:
+    async def __call__(self, blocks: AsyncGenerator[Relayable, None]) -> AsyncGenerator[RelayedBlock, None]:
         """Yield the last level's answers to blocks without latents.
 
         A block goes to all levels at once, and one block more than there are levels is in flight. Raises the first
         error of the blocks or of a level.
         """
         queues: list[asyncio.Queue[Relayable | None]] = [asyncio.Queue() for _ in self._levels]
-        answers: asyncio.Queue[Block | None] = asyncio.Queue()
+        answers: asyncio.Queue[RelayedBlock | None] = asyncio.Queue()
         slots = asyncio.Semaphore(len(self._levels))
 
         async def distribute() -> None:

@@ -1,9 +1,10 @@
 """A stage in another process: the client of one worker's stream. Relays messages and never opens a tensor."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from typing import Any, Generic, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -14,12 +15,12 @@ from google.protobuf.message_factory import GetMessageClass
 from avatar.aio import background
 from avatar.errors import REASONS, AvatarError, ConfigMismatch, InvalidField, StageFailed, StageLost
 from avatar.rpc.status import ENDED_EARLY, CallStatus, error_details
-from avatar.rpc.wire import RelayedBlock, serialize_field
+from avatar.rpc.wire import Parts, RelayedBlock, parse_response, serialize_field
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 
 Relayable: TypeAlias = types_pb2.Block | RelayedBlock
 Item = TypeVar("Item", bound=Message | RelayedBlock)
-Answer = TypeVar("Answer", bound=Message)
+Answer = TypeVar("Answer", bound=Message | RelayedBlock)
 
 # Opening a stream does not wait for the worker's device, but it sends the session's motion latents.
 OPEN_S = 5.0
@@ -49,13 +50,16 @@ class RemoteStage(Generic[Item, Answer]):
         self._request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
         path = f"/{method.containing_service.full_name}/{method.name}"
         # The generated stub could only send whole messages, and not bytes that are joined from serialized parts.
-        open_call: Any = connection.stream_stream(path, None, response.FromString)
+        answered = method.output_type.fields_by_name[answer]
+        is_relayed = answered.message_type is types_pb2.Block.DESCRIPTOR
+        parse = partial(parse_response, number=answered.number, response=response)
+        open_call: Any = connection.stream_stream(path, None, parse if is_relayed else response.FromString)
         self._call = open_call()
         self._status = CallStatus(self._call)
         self._open, self._item = (method.input_type.fields_by_name[name].number for name in ("open", item))
         self._answer = answer
 
-    async def open(self, message: Message, session: Sequence[bytes] = ()) -> Any:
+    async def open(self, message: Message, session: Parts = ()) -> Any:
         """Open the stream; return the worker's `opened`. Raises the worker's error, or StageLost.
 
         session: that field of the message, from `serialize_session`, if the message is without it.
@@ -81,6 +85,9 @@ class RemoteStage(Generic[Item, Answer]):
         async with background(self._feed(items)) as feeding:
             try:
                 while (response := await self._call.read()) is not grpc.aio.EOF:
+                    if isinstance(response, RelayedBlock):
+                        yield cast(Answer, response)
+                        continue
                     match response.WhichOneof("part"):
                         case "closed":
                             self.closed = response.closed
@@ -149,12 +156,12 @@ class RemoteStage(Generic[Item, Answer]):
         return StageLost(f"{self.stage}: {ENDED_EARLY}", metadata={"stage": self.stage}, retry_s=1.0)
 
 
-def remote_audio(channel: grpc.aio.Channel) -> RemoteStage[audio_pb2.AudioPiece, types_pb2.Block]:
+def remote_audio(channel: grpc.aio.Channel) -> RemoteStage[audio_pb2.AudioPiece, RelayedBlock]:
     method = audio_pb2.DESCRIPTOR.services_by_name["AudioService"].methods_by_name["Encode"]
     return RemoteStage("audio", channel, method, "piece", "block")
 
 
-def remote_denoiser(channel: grpc.aio.Channel, level: int) -> RemoteStage[Relayable, types_pb2.Block]:
+def remote_denoiser(channel: grpc.aio.Channel, level: int) -> RemoteStage[Relayable, RelayedBlock]:
     method = denoiser_pb2.DESCRIPTOR.services_by_name["DenoiserService"].methods_by_name["Denoise"]
     return RemoteStage(f"denoiser-{level}", channel, method, "block", "block")
 

@@ -15,7 +15,7 @@ from avatar.failover.placement import MAX_ATTEMPTS, pause_s, retry_s, scarcest
 from avatar.failover.replay import AudioReplay
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.client import Relayable
-from avatar.rpc.wire import serialize_session
+from avatar.rpc.wire import RelayedBlock, serialize_session
 from avatar.settings import GatewaySettings
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 from services.gateway.options import FRAME_NS, StreamOptions
@@ -44,8 +44,8 @@ class SessionStages:
     init_segment: bytes that precede all frames.
     """
 
-    audio: FailoverStage[audio_pb2.AudioPiece, types_pb2.Block]
-    denoisers: list[FailoverStage[Relayable, types_pb2.Block]]
+    audio: FailoverStage[audio_pb2.AudioPiece, RelayedBlock]
+    denoisers: list[FailoverStage[Relayable, RelayedBlock]]
     vae: FailoverStage[Relayable, types_pb2.Frame]
     remaining_s: list[float]
     block_latency_s: float = 0.0

@@ -46,12 +46,12 @@ async def test_a_block_that_passes_all_stages_becomes_the_expected_picture(encod
     async with served(AudioServicer, made=made) as to_audio:
         audio = remote_audio(to_audio)
         await audio.open(OPEN)
-        blocks = [block async for block in audio(items(audio_pb2.AudioPiece(data=spoken)))]
+        blocks = [block.to_pb() async for block in audio(items(audio_pb2.AudioPiece(data=spoken)))]
     for level in range(made.num_levels):
         async with served(DenoiserServicer, level, made=made) as to_level:
             stage = remote_denoiser(to_level, level)
             await stage.open(denoiser_pb2.OpenDenoise(session_id="s", level=level))
-            answers = [answer async for answer in stage(items(*blocks))]
+            answers = [answer.to_pb() async for answer in stage(items(*blocks))]
             assert stage.closed.num_blocks == len(answers) == 1
             blocks[0].latent.CopyFrom(answers[0].latent)
     async with served(VaeServicer, made=made) as to_vae:

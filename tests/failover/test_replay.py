@@ -21,10 +21,10 @@ def test_unanswered_blocks_and_so_many_before_them_are_kept() -> None:
     for index in range(4, 10):
         replay.record(Block(index=index))
     assert replay.is_answer_due
-    assert [replay.accept(Block(index=index)) for index in (4, 5, 6, 7)] == [4, 5, 6, 7]
+    assert [replay.accept(RelayedBlock(Block(index=index))) for index in (4, 5, 6, 7)] == [4, 5, 6, 7]
     assert started(replay).first_block == 6
     assert [each.index for each in replay.items()] == [6, 7, 8, 9]
-    assert replay.accept(Block(index=7)) is None
+    assert replay.accept(RelayedBlock(Block(index=7))) is None
 
 
 def test_frames_that_are_repeated_are_left_out() -> None:
@@ -45,17 +45,17 @@ def test_whole_blocks_of_audio_are_kept() -> None:
     for _ in range(10):
         replay.record(pb.AudioPiece(data=half, slack_s=0.4))
     assert replay.is_answer_due
-    assert replay.accept(Block(index=0, statistics=b"0")) == 0
-    assert replay.accept(Block(index=1, statistics=b"1")) == 1
-    assert replay.accept(Block(index=2, statistics=b"2")) == 2
+    assert replay.accept(RelayedBlock(Block(index=0, statistics=b"0"))) == 0
+    assert replay.accept(RelayedBlock(Block(index=1, statistics=b"1"))) == 1
+    assert replay.accept(RelayedBlock(Block(index=2, statistics=b"2"))) == 2
     message = pb.OpenEncode(session_id="a")
     replay.set_start(message)
     assert message == pb.OpenEncode(session_id="a", first_block=1, first_answer=3, statistics=b"2")
     assert [piece.slack_s for piece in replay.items()] == [0.0] * 8, "pieces that are sent again are late"
     replay.record(pb.AudioPiece(data=b"", completes=4))
-    assert replay.accept(Block(index=3)) == 3
+    assert replay.accept(RelayedBlock(Block(index=3))) == 3
     assert replay.is_answer_due, "block 4 was asked for"
-    assert replay.accept(Block(index=4)) == 4
+    assert replay.accept(RelayedBlock(Block(index=4))) == 4
     assert not replay.is_answer_due
 
 
@@ -68,7 +68,7 @@ def test_tiny_pieces_of_audio_are_kept_together_and_apart_by_block() -> None:
     kept = replay.items()
     assert len(kept) == 4 + 2 + 1
     assert b"".join(piece.data for piece in kept) == data
-    assert replay.accept(Block(index=0)) == 0
+    assert replay.accept(RelayedBlock(Block(index=0))) == 0
     assert b"".join(piece.data for piece in replay.items()) == data[2 * 7680 :]
 
 
@@ -77,7 +77,7 @@ def relayed(index: int, version: int, *, carries: bool = False) -> RelayedBlock:
     block.heard.data, block.face_motion.data = bytes([index, 1]), bytes([index, 2])
     if carries:
         block.carried.version = version
-    return RelayedBlock.from_pb(block)
+    return RelayedBlock.from_bytes(block.SerializeToString())
 
 
 def carried(replay: BlockReplay) -> list[tuple[int, int | None]]:
@@ -96,7 +96,7 @@ def test_the_first_block_of_a_rebuilt_stream_carries_its_conditions() -> None:
     for index, block in enumerate(sent):
         replay.record(block)
         replayed.append(carried(replay))
-        assert replay.accept(Block(index=index)) == index
+        assert replay.accept(RelayedBlock(Block(index=index))) == index
     assert replayed[:3] == [[(0, 0)], [(0, 0), (1, None)], [(1, 0), (2, None)]]
     assert replayed[3:] == [[(2, 0), (3, 1)], [(3, 1), (4, None)], [(4, 1), (5, None)]]
     assert [each.head.HasField("carried") for each in sent] == [True, False, False, True, False, False]
@@ -105,7 +105,7 @@ def test_the_first_block_of_a_rebuilt_stream_carries_its_conditions() -> None:
 def test_conditions_outlive_the_blocks_that_are_dropped() -> None:
     replay = BlockReplay()
     replay.record(relayed(0, 7, carries=True))
-    replay.accept(Block(index=0))
+    replay.accept(RelayedBlock(Block(index=0)))
     assert replay.items() == []
     replay.record(relayed(1, 7))
     assert carried(replay) == [(1, 7)]

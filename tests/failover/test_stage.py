@@ -13,14 +13,15 @@ from avatar.failover.pool import Worker as PoolWorker
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.client import remote_audio
 from avatar.rpc.interceptor import Context, parts, receive_open
+from avatar.rpc.wire import RelayedBlock
 from avatar.worker.v1 import audio_pb2 as pb
-from avatar.worker.v1.types_pb2 import Block, Closed
+from avatar.worker.v1.types_pb2 import Closed
 from tests.failover.test_pool import pooled, workers
 from tests.rpc.conftest import OPENED, Requests, Responses, Source, Worker, block, numbered
 
 PATIENT = FailoverTimeouts(stall_s=60.0, rebuild_s=20.0)
 IMPATIENT = FailoverTimeouts(stall_s=0.3, rebuild_s=20.0)
-Stage = FailoverStage[pb.AudioPiece, Block]
+Stage = FailoverStage[pb.AudioPiece, RelayedBlock]
 
 
 class NumberedReplay:
@@ -49,17 +50,17 @@ class NumberedReplay:
     def clear(self) -> None:
         self.kept.clear()
 
-    def accept(self, answer: Block) -> int | None:
+    def accept(self, answer: RelayedBlock) -> int | None:
         if answer.index < self.next_block:
             return None
         self.next_block = answer.index + 1
         return answer.index
 
 
-class NumberedConnector(StageConnector[pb.AudioPiece, Block]):
+class NumberedConnector(StageConnector[pb.AudioPiece, RelayedBlock]):
     """Opens `numbered`'s streams at any worker."""
 
-    def stream_at(self, worker: PoolWorker[Any]) -> OpenStream[pb.AudioPiece, Block]:
+    def stream_at(self, worker: PoolWorker[Any]) -> OpenStream[pb.AudioPiece, RelayedBlock]:
         return remote_audio(worker.channel)
 
 

@@ -115,10 +115,10 @@ async def denoised_by(stage: RemoteChain, checkpoint: Path, session: Session, pa
 
     async for answer in stage(blocks()):
         assert answer.index == len(made)
-        if answer.HasField("carried"):
-            conditions = answer.carried
+        if answer.head.HasField("carried"):
+            conditions = answer.head.carried
             is_updated.set()
-        made.append(answer.latent.data)
+        made.append(answer.to_pb().latent.data)
     return made
 
 

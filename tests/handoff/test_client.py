@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from avatar.errors import StageLost
 from avatar.rpc.codec import block_to_pb, conditions_to_pb
+from avatar.rpc.wire import RelayedBlock
 from avatar.worker.v1 import types_pb2 as pb
 from tests.handoff.chains import (
     NUM_BLOCKS,
@@ -59,7 +60,7 @@ async def first_blocks(
     await asyncio.Event().wait()
 
 
-async def rest(answers: AsyncGenerator[pb.Block, None]) -> list[pb.Block]:
+async def rest(answers: AsyncGenerator[RelayedBlock, None]) -> list[RelayedBlock]:
     return [each async for each in answers]
 
 

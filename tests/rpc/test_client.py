@@ -25,14 +25,14 @@ from avatar.rpc.channel import channel
 from avatar.rpc.client import RemoteStage, remote_audio, remote_denoiser, remote_vae, stage_error
 from avatar.rpc.interceptor import Context, receive_open
 from avatar.rpc.server import serving
-from avatar.rpc.wire import serialize_session
+from avatar.rpc.wire import RelayedBlock, serialize_session
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1 import audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2
-from avatar.worker.v1.types_pb2 import Block, Closed, Session, Tensor
+from avatar.worker.v1.types_pb2 import Closed, Session, Tensor
 from tests.proxy import proxied
 from tests.rpc.conftest import OPENED, WAIT_S, Requests, Responses, Source, Worker, block, numbered, piece
 
-Audio: TypeAlias = RemoteStage[pb.AudioPiece, Block]
+Audio: TypeAlias = RemoteStage[pb.AudioPiece, RelayedBlock]
 OPEN = pb.OpenEncode(session_id="a")
 
 
@@ -43,11 +43,11 @@ async def opened(connection: grpc.aio.Channel) -> Audio:
     return stage
 
 
-async def indexes(blocks: AsyncGenerator[Block, None]) -> list[int]:
+async def indexes(blocks: AsyncGenerator[RelayedBlock, None]) -> list[int]:
     return [each.index async for each in blocks]
 
 
-async def as_pieces(blocks: AsyncGenerator[Block, None]) -> AsyncGenerator[pb.AudioPiece, None]:
+async def as_pieces(blocks: AsyncGenerator[RelayedBlock, None]) -> AsyncGenerator[pb.AudioPiece, None]:
     async with aclosing(blocks):
         async for each in blocks:
             yield piece(each.index)
@@ -84,7 +84,7 @@ async def test_stages_work_at_the_same_time(worker: Worker, connection: grpc.aio
                 await asyncio.wait_for(first_is_at_one.wait(), WAIT_S)
             yield response
 
-    blocks: AsyncGenerator[Block, None] | None = None
+    blocks: AsyncGenerator[RelayedBlock, None] | None = None
     for behaviour in (first, second):
         worker.encode = behaviour
         stage = await opened(connection)

@@ -256,7 +256,7 @@ class LiveStream:
             self._has_room.clear()
             await self._has_room.wait()
 
-    async def _admit(self, encoded: AsyncGenerator[types_pb2.Block, None]) -> AsyncGenerator[RelayedBlock, None]:
+    async def _admit(self, encoded: AsyncGenerator[RelayedBlock, None]) -> AsyncGenerator[RelayedBlock, None]:
         """Number the encoded blocks that are still wanted, as many at a time as there are slots."""
         is_rebuilt, audio = False, self._stages.audio
 
@@ -273,18 +273,19 @@ class LiveStream:
                 self._has_room.set()
                 if speech is None:
                     continue
-                self._statistics.append(block.statistics)
-                block.ClearField("statistics")
-                await self.versions.admit(block)
-                self._in_flight.number(speech, block.index)
+                head = block.head
+                self._statistics.append(head.statistics)
+                head.ClearField("statistics")
+                await self.versions.admit(head)
+                self._in_flight.number(speech, head.index)
                 if is_rebuilt:
                     is_rebuilt = False
-                    self._rebuilt.add(block.index)
-                yield RelayedBlock.from_pb(block)
+                    self._rebuilt.add(head.index)
+                yield RelayedBlock(head, block.inputs)
 
     async def _denoise(
         self,
-        level: FailoverStage[Relayable, types_pb2.Block],
+        level: FailoverStage[Relayable, RelayedBlock],
         remaining_s: float,
         blocks: AsyncGenerator[RelayedBlock, None],
     ) -> AsyncGenerator[RelayedBlock, None]:
@@ -300,8 +301,8 @@ class LiveStream:
 
         async with aclosing(level(send())) as answers:
             async for answer in answers:
-                if answer.HasField("carried"):
-                    self.versions.add(answer.carried)
+                if answer.head.HasField("carried"):
+                    self.versions.add(answer.head.carried)
                 yield sent.pop(answer.index).with_latent(answer.latent)
 
     async def _decode(self, blocks: AsyncGenerator[RelayedBlock, None]) -> AsyncGenerator[RelayedBlock, None]:

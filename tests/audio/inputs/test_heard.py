@@ -11,6 +11,7 @@ from avatar.audio.model import OVERLAP_SAMPLES, AudioModel, interpolate
 from avatar.audio.statistics import AudioStatistics
 from avatar.failover.replay import AudioReplay
 from avatar.rpc.codec import block_to_pb, heard_from_pb, piece_from_bytes
+from avatar.rpc.wire import RelayedBlock
 from avatar.types import AudioPiece, Block, HeardAudio, Session
 from avatar.worker.v1 import audio_pb2 as pb
 from tests.audio.conftest import with_short_blocks
@@ -157,7 +158,7 @@ def test_a_rebuilt_stream_gives_the_same_bytes(rate_hz: int, model: AudioModel, 
     for index in range(count - 2):
         replay.record(items[index])
         if index:
-            assert replay.accept(expected[index - 1]) == index - 1
+            assert replay.accept(RelayedBlock(expected[index - 1])) == index - 1
     replay.set_start(opened)
     assert opened.first_answer == count - 3
     assert opened.first_block > 0
