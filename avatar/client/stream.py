@@ -166,7 +166,7 @@ class Stream:
 
     async def open(self, *, is_resume: bool = False) -> pb.AvatarOpened:
         """Open a call. Raises the gateway's error, or ConnectionLost if it is unreachable."""
-        self._call = self._connection.stub.StreamAvatar(metadata=self._connection.metadata)
+        self._call = self._connection.stub.StreamAvatar(metadata=self._connection.metadata(self._opening.session_id))
         self._status = CallStatus(self._call)
         opening = pb.OpenAvatar()
         opening.CopyFrom(self._opening)

@@ -20,6 +20,8 @@ class ScriptedGateway(pb_grpc.AvatarServiceServicer):
     """Sends `opened` and the responses of the next call in the script, or ends the call with its error.
 
     A call without `closed` ends early, like a lost connection; so do all calls after the last of the script.
+
+    metadata: of the last GetCapabilities. sessions: named for a router by calls about a session.
     """
 
     service_name = "avatar.v1.AvatarService"
@@ -27,6 +29,7 @@ class ScriptedGateway(pb_grpc.AvatarServiceServicer):
     def __init__(self, *calls: Call) -> None:
         self.calls = list(calls)
         self.metadata: dict[str, str] = {}
+        self.sessions: list[str] = []
 
     def add_to(self, server: Any) -> None:
         pb_grpc.add_AvatarServiceServicer_to_server(self, server)
@@ -42,14 +45,20 @@ class ScriptedGateway(pb_grpc.AvatarServiceServicer):
         return pb.CreateSessionResponse(session=types.Session(id="session", video=VIDEO, next_frame=3))
 
     async def UpdateSession(self, request: Any, context: Context) -> pb.UpdateSessionResponse:
+        self._record_session(context)
         return pb.UpdateSessionResponse(session=request.session, first_block=7)
 
     async def DeleteSession(self, request: Any, context: Context) -> pb.DeleteSessionResponse:
+        self._record_session(context)
         return pb.DeleteSessionResponse()
+
+    def _record_session(self, context: Context) -> None:
+        self.sessions += [str(value) for key, value in context.invocation_metadata() or () if key == "avatar-session"]
 
     async def StreamAvatar(
         self, requests: AsyncIterator[Any], context: Context
     ) -> AsyncGenerator[pb.StreamAvatarResponse, None]:
+        self._record_session(context)
         opened: pb.OpenAvatar = await receive_open(requests)
         call = self.calls.pop(0) if self.calls else ConnectionLost("the script has ended")
         if isinstance(call, AvatarError):

@@ -44,3 +44,13 @@ async def test_token_prompt_and_notice_are_passed_on() -> None:
         assert await session.update(prompt="smiling") == 7
     assert session.info.prompt == "smiling"
     assert gateway.metadata["authorization"] == "Bearer secret"
+
+
+async def test_calls_about_a_session_name_it_for_a_router() -> None:
+    async with scripted([CLOSED]) as (target, gateway), connect(target) as avatar:
+        session = await avatar.create(b"face")
+        await session.update(ttl_s=9)
+        async with session.stream() as stream:
+            assert [item async for item in stream] == []
+        await session.delete()
+    assert gateway.sessions == ["session"] * 3
