@@ -50,6 +50,17 @@ def published_with(
     shutil.rmtree(folder)
 
 
+def shaped(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return a few tensors of a decoder, other than the tiny one's in `_1_weight` for `decoder.1.weight` and so on."""
+    tensors = {
+        "_1_weight": (256, 16, 3, 3),
+        "_3_conv_0_weight": (256, 512, 3, 3),
+        "_22_weight": (3, 64, 3, 3),
+        **shapes,
+    }
+    return {f"decoder{name}".replace("_", "."): torch.zeros(shape) for name, shape in tensors.items()}
+
+
 def frames_of(vae: Vae[TinyDecoderCodec]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     session = Session("s", 0, torch.randn(16, 19, 2, 2, generator=generator))
@@ -84,7 +95,8 @@ def test_a_decoder_may_take_the_place_of_wans_whose_tensors_are_then_not_needed(
         load(open_part(folder, "vae"))
 
 
-def test_the_name_says_which_latents_a_file_takes(weights: dict[str, Tensor], tmp_path: Path) -> None:
+def test_the_name_says_which_latents_a_file_takes(tmp_path: Path) -> None:
+    weights = shaped()
     for name, latents in (
         ("taew2_1.safetensors", "normalised"),
         ("taew2_1_fp16.pth", "normalised"),
@@ -106,8 +118,8 @@ def test_the_name_says_which_latents_a_file_takes(weights: dict[str, Tensor], tm
             open_decoder(path)
 
 
-def test_a_folders_configuration_says_which_latents_its_file_takes(weights: dict[str, Tensor], tmp_path: Path) -> None:
-    save_file(weights, tmp_path / "model.safetensors")
+def test_a_folders_configuration_says_which_latents_its_file_takes(tmp_path: Path) -> None:
+    save_file(shaped(), tmp_path / "model.safetensors")
     for latents in ("raw", "normalised"):
         (tmp_path / "config.json").write_text(json.dumps({"latents": latents}))
         assert open_decoder(tmp_path).config == {"latents": latents}
@@ -128,23 +140,12 @@ def test_a_folders_configuration_says_which_latents_its_file_takes(weights: dict
     ],
 )
 def test_a_configuration_that_cannot_be_used_is_refused(
-    published_with: Path, weights: dict[str, Tensor], tmp_path: Path, stated: dict[str, object], words: str
+    published_with: Path, tmp_path: Path, stated: dict[str, object], words: str
 ) -> None:
-    save_file(weights, tmp_path / "model.safetensors")
+    save_file(shaped(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(stated))
     with pytest.raises(ValueError, match=words):
         load(open_part(published_with, "vae", decoder=tmp_path))
-
-
-def shaped(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
-    """Return a few tensors of a decoder, other than the tiny one's in `_1_weight` for `decoder.1.weight` and so on."""
-    tensors = {
-        "_1_weight": (256, 16, 3, 3),
-        "_3_conv_0_weight": (256, 512, 3, 3),
-        "_22_weight": (3, 64, 3, 3),
-        **shapes,
-    }
-    return {f"decoder{name}".replace("_", "."): torch.zeros(shape) for name, shape in tensors.items()}
 
 
 @pytest.mark.parametrize(
