@@ -105,7 +105,7 @@ class BlockwiseGeneration:
         inputs = []
         for block in range(self.num_blocks):
             noise = self.share.noise((b, c, config.num_frames_per_block, h, w), generator)
-            x = config.noise_scale * noise.to(self.batch.motion)
+            x = config.trained_noise_scale * noise.to(self.batch.motion)
             for level, cache in enumerate(caches):
                 velocity = self.velocity(x, block, level, cache)
                 x = SAMPLERS[config.sampler](x, velocity, *config.schedule[level : level + 2])

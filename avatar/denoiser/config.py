@@ -96,6 +96,8 @@ class NetworkConfig:
     sampler: str = "euler"
     # Standard deviation of a block's initial noise; below 1, blocks vary less around the most likely one.
     noise_scale: float = 1.0
+    # The deviation with which the weights were distilled; a smaller `noise_scale` is a temperature of serving.
+    trained_noise_scale: float = 1.0
     # Latent frames from a block's first frame to the sink ahead of it: fixed, or drawn from low..high.
     sink_distance: int | tuple[int, int] = (4, 30)
     # The first block whose sink is block 0's result; None keeps the reference as the sink.
@@ -129,6 +131,7 @@ class NetworkConfig:
             (set(sigmas) <= set(self.trained_schedule or sigmas), "schedule must be some of trained_schedule's sigmas"),
             (self.sampler in SAMPLERS, f"sampler must be one of {sorted(SAMPLERS)}"),
             (0 <= self.noise_scale <= 1, "noise_scale must be 0 to 1"),
+            (0 < self.trained_noise_scale <= 1, "trained_noise_scale must be above 0, at most 1"),
             (is_sink_distance(self.sink_distance), "sink_distance must be a number or (low, high)"),
             (update is None or update > 0, "sink_update_block must be after block 0"),
             (self.pose in ("zeros", "reference"), "pose must be zeros or reference"),

@@ -78,6 +78,8 @@ def test_another_network_is_refused(name: str, value: Any) -> None:
         ({"sampler": "heun"}, "sampler"),
         ({"noise_scale": 1.5}, "noise_scale"),
         ({"noise_scale": -0.5}, "noise_scale"),
+        ({"trained_noise_scale": 0.0}, "trained_noise_scale"),
+        ({"audio_context_frames": 3}, "audio_context_frames"),
         ({"sink_distance": (5, 4)}, "sink_distance"),
         ({"sink_distance": (4,)}, "sink_distance"),
         ({"sink_update_block": 0}, "sink_update_block"),
