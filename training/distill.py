@@ -26,10 +26,10 @@ from training.batches import BatchConfig, ClipBatch, load_batch
 from training.checkpointing import Progress
 from training.clips import clean_estimate, frame_sigmas, predict_velocity
 from training.data import StoredClip
-from training.eval.previews import load_codec, preview_rows
+from training.eval.previews import load_codec, mouth_metrics, preview_rows
 from training.loop import argument_parser, overrides, run_program, update_ema
 from training.lora import LoraConfig, make_trainable, weight_dtype
-from training.losses import add_noise, dmd_gradient, dmd_loss, draw_sink_distance, flow_matching_loss
+from training.losses import add_noise, dmd_gradient, dmd_loss, draw_sink_distance, exit_levels, flow_matching_loss
 from training.self_forcing import BlockwiseGeneration
 from training.strategy import SINGLE, Strategy, WrappedNetwork, checkpoint_activations, join
 
@@ -96,7 +96,7 @@ def base() -> DistillRecipe:
         blockwise=True,
         checkpoint_activations=True,
         lora=LoraConfig(),
-        batches=BatchConfig(batch_size=128, num_blocks=(7, 7), audio_dropout=0.0, same_position=True),
+        batches=BatchConfig(batch_size=128, num_blocks=(7, 7), lips_gain=1.0, audio_dropout=0.0, same_position=True),
     )
 
 
@@ -158,7 +158,8 @@ class Distillation:
 
     def draw_exit_level(self, random: Generator) -> int:
         """Draw the level whose clean estimates are the output: one for all blocks, clips and processes."""
-        return int(torch.randint(self.config.num_levels, (), generator=random))
+        levels = exit_levels(self.config)
+        return levels[int(torch.randint(len(levels), (), generator=random))]
 
     @torch.no_grad()
     def generate_inputs(
@@ -178,9 +179,9 @@ class Distillation:
                 generated = torch.cat(generator(generation.outputs, inputs, exit_level), dim=2)
             gradient = self.generator_gradient(generated.detach(), batch, random)
             if self.recipe.blockwise:
-                loss = accumulate_blockwise(generator, generation, inputs, exit_level, gradient)
+                loss = accumulate_blockwise(generator, generation, inputs, exit_level, gradient, batch.weight)
             else:
-                loss = dmd_loss(generated, gradient)
+                loss = dmd_loss(generated, gradient, batch.weight)
                 torch.autograd.backward(loss)
         self.optimizer_step(self.optimizer, generator)
         number = self.progress.step // self.recipe.update_ratio
@@ -218,8 +219,7 @@ class Distillation:
             distance = draw_sink_distance(self.config, random)
             velocity = self.score_velocity(self.critic, noisy, sigmas, batch, distance)
         sigma = frame_sigmas(sigmas, self.config)
-        weight = torch.ones_like(generated[:, :1])
-        loss = flow_matching_loss(velocity, noise - generated, sigma, weight, self.config).mean()
+        loss = flow_matching_loss(velocity, noise - generated, sigma, batch.weight, self.config).mean()
         torch.autograd.backward(loss)
         self.optimizer_step(self.critic_optimizer, self.critic)
         return {"critic_loss": float(loss.detach())}
@@ -237,9 +237,9 @@ class Distillation:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def validate(self, held_out: Sequence[StoredClip]) -> dict[str, float]:  # noqa: ARG002
-        """Return no metrics: stage 2 has no validation loss. Judge it by previews and training.evaluate."""
-        return {}
+    def validate(self, held_out: Sequence[StoredClip]) -> dict[str, float]:
+        """Return metrics of the mouths that the EMA generates; there is no validation loss. Empty without a codec."""
+        return mouth_metrics(self.ema, self.config, held_out, self.codec, self.strategy)
 
     def preview(self, held_out: Sequence[StoredClip]) -> list[Tensor]:
         return preview_rows(self.ema, self.config, held_out, self.codec, self.strategy)
@@ -256,6 +256,7 @@ def accumulate_blockwise(
     inputs: list[Tensor],
     exit_level: int,
     gradient: Tensor,
+    weight: Tensor,
 ) -> Tensor:
     """Return `dmd_loss` of all blocks and accumulate its gradients, with one block's graph in memory at a time.
 
@@ -264,10 +265,11 @@ def accumulate_blockwise(
     """
     cache = generation.new_cache()
     total = torch.zeros((), device=gradient.device)
-    for block, (x, part) in enumerate(zip(inputs, gradient.chunk(len(inputs), dim=2), strict=True)):
+    parts = zip(inputs, *(whole.chunk(len(inputs), dim=2) for whole in (gradient, weight)), strict=True)
+    for block, (x, part, weights) in enumerate(parts):
         with torch.enable_grad(), generator.accumulate_gradients(is_last=block == len(inputs) - 1):
             generated = generator(generation.clean, x, block, exit_level, cache)
-            loss = dmd_loss(generated, part) / len(inputs)
+            loss = dmd_loss(generated, part, weights) / len(inputs)
             torch.autograd.backward(loss)
         total += loss.detach()
     return total

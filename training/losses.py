@@ -12,7 +12,7 @@ from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.schedule import shifted
 from training.batches import Share
 
-# Lower sigmas teach nothing: x is clean already, and the velocity is all noise.
+# Lower sigmas teach little: x is clean already, and the velocity is all noise. A level of the schedule may be lower.
 MIN_SIGMA = 0.02
 
 
@@ -28,11 +28,20 @@ def draw_sigmas(batch_size: int, num_blocks: int, config: NetworkConfig, shift: 
     all blocks, like the history of a stream, and half one level per block, as in diffusion forcing (arXiv 2407.01392).
     """
     schedule = torch.tensor(config.schedule[:-1])
-    uniform = shifted(torch.rand(batch_size, num_blocks, generator=generator), shift)
+    uniform = shifted(torch.rand(batch_size, num_blocks, generator=generator), shift).clamp(MIN_SIGMA, 1)
     scheduled = schedule[torch.randint(len(schedule), (batch_size, num_blocks), generator=generator)]
     is_scheduled, is_common = (torch.rand(2, batch_size, 1, generator=generator) < 0.5).unbind()
     sigmas = torch.where(is_scheduled, scheduled, uniform)
-    return torch.where(is_common, sigmas[:, :1], sigmas).clamp(MIN_SIGMA, 1)
+    return torch.where(is_common, sigmas[:, :1], sigmas)
+
+
+def exit_levels(config: NetworkConfig) -> list[int]:
+    """Return the levels whose clean estimates self-forcing can train.
+
+    A clean estimate x - sigma v hardly depends on the network where sigma is next to nothing, such as the last level's
+    of the public weights, .0089.
+    """
+    return [level for level, sigma in enumerate(config.schedule[:-1]) if sigma >= MIN_SIGMA]
 
 
 def add_noise_per_frame(motion: Tensor, share: Share, generator: Generator) -> Tensor:
@@ -77,6 +86,9 @@ def dmd_gradient(generated: Tensor, fake: Tensor, real: Tensor) -> Tensor:
     return torch.nan_to_num((fake - real) / size)
 
 
-def dmd_loss(generated: Tensor, gradient: Tensor) -> Tensor:
-    """Return a scalar whose gradient with respect to `generated` is `gradient` over the number of elements."""
-    return 0.5 * (generated.float() - (generated - gradient).detach().float()).square().mean()
+def dmd_loss(generated: Tensor, gradient: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Return a scalar whose gradient for `generated` is `weight * gradient` over the number of elements.
+
+    weight: (b, 1, t, h, w) of mean 1.
+    """
+    return 0.5 * ((generated.float() - (generated - gradient).detach().float()).square() * weight).mean()

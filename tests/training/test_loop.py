@@ -107,6 +107,24 @@ def test_a_run_writes_state_log_plot_and_previews(latents: Path, tmp_path: Path)
     assert np.abs(truth - generated).mean() > 5
 
 
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.5, 0.5), (0.0, 0.0)])
+def test_stage_2_is_watched_by_the_mouths_that_it_generates(
+    prepared: list[StoredClip], monkeypatch: pytest.MonkeyPatch, shares: tuple[float, float]
+) -> None:
+    run = distillation()
+    assert run.validate(prepared) == {}
+    run.codec = cast(Vae[Any], SimpleNamespace(codec=FirstChannels()))
+    assert set(run.validate(prepared)) == {"lips_r", "mouth_amplitude", "sharpness"}
+    share, amplitude = shares
+    truth = torch.rand(6, 48, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 0.5
+    truth *= torch.linspace(0.2, 1, 48)[:, None, None, None]
+    monkeypatch.setattr("training.eval.previews.decoded_pair", lambda *_: (truth, share * truth))
+    metrics = run.validate(prepared)
+    assert metrics["mouth_amplitude"] == pytest.approx(amplitude, abs=0.02)
+    assert metrics["sharpness"] == pytest.approx(amplitude, abs=0.02)
+    assert metrics["lips_r"] == pytest.approx(float(share > 0), abs=1e-3)
+
+
 class FirstChannels:
     """A codec that shows the first three channels of latents as colours."""
 

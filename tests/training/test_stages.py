@@ -13,13 +13,13 @@ from avatar.denoiser.cache import KVCache
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
 from avatar.denoiser.schedule import shifted
-from tests.training.small import BATCHES, maker, network_of, small
+from tests.training.small import BATCHES, maker, network_of, small, small_base
 from training.batches import ClipBatch, ClipSpan, Share, draw_spans, face_motion_of, load_batch, read_span
 from training.clips import clean_estimate, frame_sigmas, predict_velocity
 from training.data import StoredClip
 from training.distill import Distillation, DistillRecipe, accumulate_blockwise
 from training.initialise import ZERO_INIT
-from training.losses import add_noise, add_noise_per_frame, dmd_gradient, dmd_loss, draw_sigmas
+from training.losses import add_noise, add_noise_per_frame, dmd_gradient, dmd_loss, draw_sigmas, exit_levels
 from training.pretrain import Pretraining, PretrainRecipe
 from training.self_forcing import BlockwiseGeneration
 from training.strategy import SINGLE
@@ -52,6 +52,26 @@ def test_levels_belong_to_blocks_and_half_of_the_clips_have_one(config: NetworkC
     assert torch.equal(frames[:, ::3], frames[:, 2::3])
 
 
+def test_levels_of_the_schedule_are_trained_as_they_are_served() -> None:
+    config = small_base()
+    lowest = config.schedule[-2]
+    assert lowest < 0.02
+    sigmas = draw_sigmas(400, 3, config, 3.0, Generator().manual_seed(0))
+    assert (sigmas == torch.tensor(lowest)).float().mean() > 0.08
+    assert sigmas[sigmas != torch.tensor(lowest)].min() >= 0.02
+    assert exit_levels(config) == [0, 1, 2], "the clean estimate at a level of no noise is its input"
+    assert exit_levels(small()) == [0, 1, 2, 3]
+
+
+def test_the_lips_weigh_more_in_the_gradient_of_distillation() -> None:
+    generated, gradient = torch.randn(2, 1, 4, 3, 8, 8, generator=Generator().manual_seed(0)).unbind()
+    weight = torch.rand(1, 1, 3, 8, 8, generator=Generator().manual_seed(1))
+    generated.requires_grad_()
+    torch.autograd.backward(dmd_loss(generated, gradient, weight))
+    assert generated.grad is not None
+    torch.testing.assert_close(generated.grad * generated.numel(), gradient * weight, atol=1e-5, rtol=1e-4)
+
+
 def test_schedule_shift_and_clean_estimate_round_trip() -> None:
     uniform = torch.linspace(0, 1, 11)
     torch.testing.assert_close(shifted(shifted(uniform, 5.0), 1 / 5.0), uniform)
@@ -68,10 +88,10 @@ def test_a_batch_depends_on_its_step_alone(config: NetworkConfig, prepared: list
 
 
 @every_length
-def test_generation_starts_from_as_much_noise_as_a_stream(config: NetworkConfig, batch: ClipBatch) -> None:
+def test_generation_starts_from_the_noise_of_training(config: NetworkConfig, batch: ClipBatch) -> None:
     quarter, full = (
         BlockwiseGeneration(network_of(each), each, batch, distance=4).inputs(0, Generator().manual_seed(0))
-        for each in (replace(config, noise_scale=0.25), replace(config, noise_scale=1.0))
+        for each in (replace(config, trained_noise_scale=0.25), replace(config, noise_scale=0.5))
     )
     assert all(torch.equal(one, 0.25 * other) for one, other in zip(quarter, full, strict=True))
     assert torch.cat(full).std() > 0.9
@@ -202,11 +222,11 @@ def test_blockwise_accumulation_has_the_gradients_of_the_whole_graph(config: Net
     inputs = generation.inputs(1, Generator().manual_seed(0))
     gradient = torch.randn(batch.latents.shape, generator=Generator().manual_seed(2))
 
-    whole = dmd_loss(torch.cat(generation.outputs(inputs, 1), dim=2), gradient)
+    whole = dmd_loss(torch.cat(generation.outputs(inputs, 1), dim=2), gradient, batch.weight)
     torch.autograd.backward(whole)
     expected = gradients(network)
     network.zero_grad()
-    blockwise = accumulate_blockwise(SINGLE.wrap(network), generation, inputs, 1, gradient)
+    blockwise = accumulate_blockwise(SINGLE.wrap(network), generation, inputs, 1, gradient, batch.weight)
 
     torch.testing.assert_close(blockwise, whole.detach())
     assert max(each.abs().max() for each in expected.values()) > 0
