@@ -176,9 +176,29 @@ def read_shard(path: Path) -> list[StoredClip]:
     return [StoredClip(path, name, offsets[name], infos[name]) for name in offsets]
 
 
+class SplitFolder:
+    """The clips of a split whose shards arrive while a run lasts: each shard is read once."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._folder, self._split = folder, split
+        self._shards: dict[Path, list[StoredClip]] = {}
+
+    def read_new(self) -> dict[Path, list[StoredClip]]:
+        """Read the shards that were not added yet."""
+        paths = sorted((self._folder / self._split).glob("*.tar"))
+        return {path: read_shard(path) for path in paths if path not in self._shards}
+
+    def add(self, shards: Mapping[Path, list[StoredClip]]) -> list[StoredClip]:
+        """Add shards, and return all clips in the order of the shards' names. ValueError if there are none."""
+        self._shards = dict(sorted({**self._shards, **shards}.items()))
+        clips = [clip for each in self._shards.values() for clip in each]
+        if not clips:
+            folder = self._folder / self._split
+            raise ValueError(f"no shards in {folder}; make some: python -m training.make_data --out {self._folder}")
+        return clips
+
+
 def read_clips(folder: Path, split: str) -> list[StoredClip]:
     """Return all clips that a split has now, in the order of its shards. ValueError if it has none."""
-    clips = [clip for path in sorted((folder / split).glob("*.tar")) for clip in read_shard(path)]
-    if not clips:
-        raise ValueError(f"no shards in {folder / split}; make some: python -m training.make_data --out {folder}")
-    return clips
+    split_folder = SplitFolder(folder, split)
+    return split_folder.add(split_folder.read_new())

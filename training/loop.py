@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from avatar.denoiser.config import NetworkConfig
 from training.checkpointing import Parts, Progress, export, restore, save
-from training.data import StoredClip, read_clips
+from training.data import SplitFolder, StoredClip, read_clips
 from training.eval.contact_sheets import save_plot, save_sheet
 from training.lora import LoraConfig
 from training.strategy import STRATEGIES, Strategy, WrappedNetwork, leave
@@ -114,7 +114,7 @@ def run_program(run: TrainingRun, flags: Namespace) -> None:
     """Resume or start a run as the command line asks: export it, or train it."""
     restore(run.parts, run.progress, flags.out)
     if flags.export:
-        export(run.ema.network, run.config, run.recipe.lora, flags.export, run.strategy)
+        export(run.ema.network, run.config, run.recipe.lora, flags.export, run.strategy, flags.start)
     else:
         train(run, flags.data, flags.out, Limits(flags.minutes, flags.save_minutes))
     leave(run.strategy)
@@ -124,7 +124,9 @@ def train(run: TrainingRun, data: Path, out: Path, limits: Limits) -> None:
     """Train until the last step, the time limit, or SIGTERM. Clips that arrive meanwhile join at checkpoints."""
     strategy, progress = run.strategy, run.progress
     out.mkdir(parents=True, exist_ok=True)
-    clips, held_out = strategy.broadcast(lambda: (read_clips(data, "train"), read_clips(data, "held_out")))
+    folder = SplitFolder(data, "train")
+    shards, held_out = strategy.broadcast(lambda: (folder.read_new(), read_clips(data, "held_out")))
+    clips = folder.add(shards)
     progress.num_clips = progress.num_clips or len(clips)
     start = time.monotonic()
     deadline, save_at, num_saved = start + 60 * limits.minutes, start + 60 * limits.save_minutes, 0
@@ -137,7 +139,7 @@ def train(run: TrainingRun, data: Path, out: Path, limits: Limits) -> None:
             is_stopped, is_late, is_due = strategy.any_of(is_terminated(), now >= deadline, now >= save_at)
             is_over = is_stopped or is_late or progress.step >= run.steps
             if is_over or is_due:
-                clips = strategy.broadcast(lambda: read_clips(data, "train"))
+                clips = folder.add(strategy.broadcast(folder.read_new))
                 progress.num_clips = len(clips)
                 save(run.parts, progress, out, strategy)
                 if not is_stopped:

@@ -233,15 +233,21 @@ def read_metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
-def save(folder: Path, config: Mapping[str, Any], module: nn.Module, dtype: torch.dtype | None = None) -> None:
+def save(
+    folder: Path,
+    config: Mapping[str, Any],
+    module: nn.Module,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write config.json and model.safetensors, floating point tensors as `dtype` if it is given.
 
-    The weights are renamed into place last, so a failed save leaves the old checkpoint.
+    The weights are renamed into place last, so a failed save leaves the old checkpoint. metadata: of the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: _to_stored(tensor.detach(), dtype) for name, tensor in module.state_dict().items()}
     partial = folder / f"{WEIGHTS}.partial"
-    _save_file(tensors, partial)
+    _save_file(tensors, partial, metadata)
     write_json(folder / CONFIG, config)
     partial.rename(folder / WEIGHTS)
 

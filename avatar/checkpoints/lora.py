@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from avatar.checkpoints import peft_config
-from avatar.checkpoints.files import read_tensors
+from avatar.checkpoints.files import read_metadata, read_tensors
 from avatar.checkpoints.peft_config import PeftConfig
 
 # PEFT's keys, with or without its prefix and the adapter's name.
@@ -27,6 +27,8 @@ KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?
 TARGET = re.compile(r"(^|\.)([qkvo]|ffn\.[02])\.weight$")
 # Live Avatar's file has rank 128 and does not contain alpha. Source: the configuration of its training.
 ALPHA = 64.0
+# Key of a file's metadata that names the adapter which its base had been merged with before it was trained.
+BASE = "base_adapter"
 # Problems listed in an error message.
 MAX_LISTED = 5
 
@@ -73,6 +75,11 @@ class LoraAdapter:
             if (folder / name).exists():
                 return (folder / name, self.peft.path)
         raise ValueError(f"no LoRA adapter in {folder}: {folder / peft_config.WEIGHTS[0]} is missing")
+
+    @property
+    def base(self) -> str | None:
+        """The name of the adapter that the weights were merged with on which this one was trained; None: of none."""
+        return read_metadata(self.files[0]).get(BASE)
 
     @property
     def name(self) -> str:

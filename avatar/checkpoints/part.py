@@ -86,8 +86,13 @@ class Part:
                     raise ValueError(f"{path} holds {name}, which an earlier file holds too")
                 found[name] = tensor
         if self.adapter is not None:
-            if merged := self.merged_adapter():
-                path = self.adapter.path
+            merged, base, path = self.merged_adapter(), self.adapter.base, self.adapter.path
+            if base and merged != base:
+                found_here = f"merged with {merged}" if merged else "merged with none"
+                raise ValueError(
+                    f"{path} was trained on weights merged with {base}; those in {self.folder} are {found_here}"
+                )
+            if merged and not base:
                 raise ValueError(f"weights in {self.folder} are merged with {merged} already, cannot add {path}")
             self.adapter.check(found)
         return found

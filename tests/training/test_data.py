@@ -1,10 +1,12 @@
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from tests.training.conftest import synthetic_clip
-from training.data import Clip, StoredClip, encode_jpeg, read_clips, read_shard, write_shard
+from training.data import Clip, SplitFolder, StoredClip, encode_jpeg, read_clips, read_shard, write_shard
 
 
 def test_a_clip_is_read_as_it_was_written(clips: list[StoredClip]) -> None:
@@ -68,3 +70,18 @@ def test_frames_are_read_from_jpegs_in_any_span(tmp_path: Path) -> None:
 def test_frames_are_read_from_an_array_too(clips: list[StoredClip]) -> None:
     np.testing.assert_array_equal(clips[0].frames(slice(3, 6)), clips[0].array("frames")[3:6])
     assert clips[0].num_frames == len(clips[0].array("frames"))
+
+
+def test_shards_that_arrive_are_read_and_old_ones_not_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = SplitFolder(data, "train")
+    first = folder.add(folder.read_new())
+    assert len(first) == 6
+    read = Mock(side_effect=read_shard)
+    monkeypatch.setattr("training.data.read_shard", read)
+    assert [clip.name for clip in folder.add(folder.read_new())] == [clip.name for clip in first]
+    assert not read.called
+    shutil.copy(data / "held_out" / "000000.tar", data / "train" / "000000-mirrored.tar")
+    names = [clip.name for clip in folder.add(folder.read_new())]
+    assert read.call_count == 1
+    assert names == [clip.name for clip in read_clips(data, "train")]
+    assert len(names) == 8

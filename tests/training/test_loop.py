@@ -13,6 +13,7 @@ import torch
 from einops import repeat
 from PIL import Image
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from avatar.denoiser.model import Network
 from avatar.vae.vae import Vae
@@ -22,6 +23,7 @@ from training.data import StoredClip
 from training.distill import Distillation, DistillRecipe
 from training.initialise import initialise
 from training.loop import Limits, train
+from training.lora import LoraConfig
 from training.pretrain import Pretraining, PretrainRecipe
 from training.strategy import SINGLE, Strategy
 
@@ -71,6 +73,35 @@ def test_a_stopped_run_resumes_bit_for_bit(
                 tensors(resumed.parts[part].state_dict()), tensors(state.state_dict()), strict=True
             ):
                 assert torch.equal(ours, theirs), (name, part)
+
+
+def test_a_checkpoint_holds_what_trains(prepared: list[StoredClip], tmp_path: Path) -> None:
+    def adapted() -> Pretraining:
+        recipe = PretrainRecipe(steps=6, warmup=2, batches=BATCHES, muon_lr=0.0, lora=LoraConfig(rank=2, alpha=1.0))
+        return Pretraining(recipe, maker(small()))
+
+    run = adapted()
+    for _ in range(2):
+        run.advance(prepared)
+    save(run.parts, run.progress, tmp_path, SINGLE)
+    kept = FileSystemReader(next((tmp_path / "state").iterdir())).read_metadata().state_dict_metadata
+    assert not any("base_layer" in name or "patch_embedding" in name for name in kept)
+    assert sum("lora_A" in name for name in kept) >= 2
+    resumed = adapted()
+    restore(resumed.parts, resumed.progress, tmp_path)
+    for each in (run, resumed):
+        each.advance(prepared)
+    ours, theirs = (tensors(each.wrapped.network.state_dict()) for each in (resumed, run))
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    run = pretraining()
+    state = {name: part.state_dict() for name, part in run.parts.items()}
+    del state["network"]["head.head.weight"]
+    torch.save({**state, **asdict(run.progress)}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="is of another run: network lacks"):
+        restore(run.parts, run.progress, tmp_path)
 
 
 def test_an_incomplete_checkpoint_is_ignored(tmp_path: Path) -> None:
