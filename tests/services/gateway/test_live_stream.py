@@ -30,8 +30,13 @@ SESSION = types_pb2.Session(frame_rate_hz=25, block_frames=12)
 def sent(item: Any) -> Any:
     """An item as a worker reads it."""
     if isinstance(item, RelayedBlock):
-        return types_pb2.Block.FromString(b"".join(item.parts()))
+        return item.to_pb()
     return type(item).FromString(item.SerializeToString())
+
+
+def received(block: types_pb2.Block) -> RelayedBlock:
+    """A block as a worker's answer arrives."""
+    return RelayedBlock.from_bytes(block.SerializeToString())
 
 
 class HeldStage:
@@ -71,7 +76,7 @@ class HeldStage:
     def answer(self, item: Any) -> Any:
         is_update = self.stage == "denoiser-1" and item.index == 0  # the last level answers block 0 with the new sink
         carried = types_pb2.Conditions(version=1) if is_update else None
-        return types_pb2.Block(index=item.index, latent=types_pb2.Tensor(dtype="float32"), carried=carried)
+        return received(types_pb2.Block(index=item.index, latent=types_pb2.Tensor(dtype="float32"), carried=carried))
 
 
 class Decoder(HeldStage):
@@ -93,10 +98,10 @@ class Encoder(HeldStage):
                 if piece.HasField("completes"):
                     assert num_bytes == (piece.completes + 1) * BLOCK_BYTES
                 while num_bytes >= (num_blocks + 1) * BLOCK_BYTES:
-                    yield types_pb2.Block(index=num_blocks, features=types_pb2.Tensor(dtype="float32"))
+                    yield received(types_pb2.Block(index=num_blocks, features=types_pb2.Tensor(dtype="float32")))
                     num_blocks += 1
             if num_bytes > num_blocks * BLOCK_BYTES:
-                yield types_pb2.Block(index=num_blocks, features=types_pb2.Tensor(dtype="float32"))
+                yield received(types_pb2.Block(index=num_blocks, features=types_pb2.Tensor(dtype="float32")))
 
     def answer(self, item: Any) -> Any:
         return item
