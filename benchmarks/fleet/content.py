@@ -6,6 +6,8 @@ from typing import Any
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, vae_pb2
 
 NUM_LEVELS = 4
+# Pixel frames of a latent frame, which leave the decoder together.
+LATENT_FRAMES = 4
 STAGES = ("audio", *(f"denoiser-{level}" for level in range(NUM_LEVELS)), "vae")
 RATE_HZ, FRAME_RATE_HZ = 16000, 25
 # The decoder consumes a session's first three frames to start.

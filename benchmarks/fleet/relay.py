@@ -23,11 +23,16 @@ from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 from benchmarks.fleet.clients import PIECES
-from benchmarks.fleet.content import STAGES, Sizes
+from benchmarks.fleet.content import LATENT_FRAMES, STAGES, Sizes
 
 SERVICE = "avatar.v1.AvatarService"
 PACKAGE = "avatar.worker.v1"
-METHODS = {"audio": "AudioService/Encode", "denoiser": "DenoiserService/Denoise", "vae": "VaeService/Decode"}
+# Of each stage: its method, and the message that opens a stream.
+CALLS: dict[str, tuple[str, Any]] = {
+    "audio": ("AudioService/Encode", audio_pb2.EncodeRequest(open=audio_pb2.OpenEncode())),
+    "denoiser": ("DenoiserService/Denoise", denoiser_pb2.DenoiseRequest(open=denoiser_pb2.OpenDenoise())),
+    "vae": ("VaeService/Decode", vae_pb2.DecodeRequest(open=vae_pb2.OpenDecode(takes_chunks=True))),
+}
 
 
 class Relay:
@@ -68,18 +73,17 @@ class Relay:
             call.cancel()
 
     async def _open(self, stage: str) -> Any:
-        method = f"/{PACKAGE}.{METHODS[stage.partition('-')[0]]}"
-        open_call: Any = self._channels[stage].stream_stream(method)
+        method, opening = CALLS[stage.partition("-")[0]]
+        open_call: Any = self._channels[stage].stream_stream(f"/{PACKAGE}.{method}")
         call: Any = open_call()
-        requests: Any = {"audio": audio_pb2.EncodeRequest, "vae": vae_pb2.DecodeRequest}
-        await call.write(requests.get(stage, denoiser_pb2.DenoiseRequest)(open={}).SerializeToString())
+        await call.write(opening.SerializeToString())
         await call.read()
         return call
 
     async def _make_block(self, calls: dict[str, Any], context: Any) -> None:
         for stage in STAGES:
             await calls[stage].write(self._requests[stage])
-            for _ in range(self._sizes.block_frames if stage == "vae" else 1):
+            for _ in range(self._sizes.block_frames // LATENT_FRAMES if stage == "vae" else 1):
                 await calls[stage].read()
         for _ in range(self._sizes.block_frames):
             await context.write(self._frame)

@@ -25,10 +25,7 @@ from avatar.worker.v1 import (
     vae_pb2,
     vae_pb2_grpc,
 )
-from benchmarks.fleet.content import DIGEST, FIRST_FRAME, NUM_LEVELS, STAGES, Sizes, info_of
-
-# Pixel frames of a latent frame, which leave the decoder together.
-LATENT_FRAMES = 4
+from benchmarks.fleet.content import DIGEST, FIRST_FRAME, LATENT_FRAMES, NUM_LEVELS, STAGES, Sizes, info_of
 
 
 class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
