@@ -148,7 +148,8 @@ class Vae(Generic[State]):
     def latent_frames(self, block: Block) -> Iterator[LatentFrame]:
         """Yield the latent frames of a clean block in order. ValueError if its latent is missing or has another shape.
 
-        Each has the deadline of its first pixel frame: the block's due time belongs to its first latent frame.
+        The first one has the block's deadline. A later one is due a latent frame's duration before its pixel frames
+        are, because a step of another stream, which is not interrupted, may delay it.
         """
         shape = None if block.latent is None else tuple(block.latent.shape)
         if block.latent is None or block.latent.ndim != 4 or block.latent.shape[1] != self.block_latents:
@@ -156,7 +157,7 @@ class Vae(Generic[State]):
             raise ValueError(f"block {block.index} must have a latent of shape {expected}, got {shape or 'none'}")
         first, latent_s = block.index * self.block_latents, FRAMES_PER_LATENT / self.config.frame_rate_hz
         for number, latent in enumerate(torch.split(block.latent, 1, dim=1)):
-            due_s = None if block.due_s is None else block.due_s + number * latent_s
+            due_s = None if block.due_s is None else block.due_s + max(0, number - 1) * latent_s
             is_last = number == self.block_latents - 1
             yield LatentFrame(first + number, latent, block.index, is_last, block.traceparent, due_s)
 

@@ -138,9 +138,9 @@ def test_a_rebuilt_stream_counts_frames_from_its_first_block(vae: Vae[Any]) -> N
     assert [(chunk.first_frame, len(chunk.frames)) for chunk in chunks] == [(84, 4), (88, 4), (92, 4)]
 
 
-def test_a_latent_frame_is_due_when_its_first_frame_is(vae: Vae[Any]) -> None:
+def test_a_later_latent_frame_is_due_its_duration_before_its_frames_are(vae: Vae[Any]) -> None:
     block = dataclasses.replace(blocks(1)[0], due_s=10.0)
-    assert [latent.due_s for latent in vae.latent_frames(block)] == pytest.approx([10.0, 10.16, 10.32])
+    assert [latent.due_s for latent in vae.latent_frames(block)] == pytest.approx([10.0, 10.0, 10.16])
 
 
 def test_the_first_block_continues_the_still_picture(vae: Vae[Any]) -> None:
