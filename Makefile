@@ -10,6 +10,7 @@ LISTEN ?= 127.0.0.1:8080
 TTS ?=
 MINUTES ?= 10
 SEED ?=
+LEVELS ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Counts the packages that pip has found, in one line that grows.
 PROGRESS = /^Collecting|^Processing|^Requirement/ {printf "\r%3d packages found", ++n; fflush()} /^Installing/ {printf "; installing"; fflush()} \
@@ -101,8 +102,9 @@ test-web: install
 chaos: install
 	python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
+# The demo; LEVELS=2 runs fewer levels than the model was trained for.
 demo: install
-	python -m services.local.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)"
+	python -m services.local.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)" $(if $(LEVELS),--levels $(LEVELS))
 
 # The page in the browser: TTS='flite -t {text} -o {wav}' adds text input.
 web: install

@@ -1,9 +1,9 @@
 """The demo: the suite as processes, and a client that makes a video with it.
 
-    python -m services.local.demo [--speech speech.wav] [--portrait face.png] [--out out]
+    python -m services.local.demo [--speech speech.wav] [--portrait face.png] [--levels N] [--out out]
 
-Writes OUT/demo.mp4 and OUT/demo.json, and prints the measurements. AVATAR_REDIS_URL names a Redis server to use;
-without it, one is started and ends with the demo.
+Writes OUT/demo.mp4 and OUT/demo.json, and prints the measurements, among them the reaction of a live session.
+AVATAR_REDIS_URL names a Redis server to use; without it, one is started and ends with the demo.
 """
 
 import argparse
@@ -14,23 +14,31 @@ import math
 import os
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, TypeAlias
+from statistics import median
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from avatar.client import AvatarError, connect
+from avatar.aio import background
+from avatar.client import AvatarError, Frame, Stream, connect
 from avatar.media import read_audio, write_mp4
 from services.local.launch import launched
 from services.local.processes import ROOT, Suite
 
 # The first frames of a session's first block are the VAE's start, and are not sent.
 FIRST_FRAME = 3
+# Clicks whose reaction is measured, in pieces of a microphone's audio, and the longest time for each.
+TRIALS, TRIAL_S = 3, 10.0
+RATE_HZ, PIECE_S = 16000, 0.04
+SILENCE = bytes(2 * round(RATE_HZ * PIECE_S))
+CLICK = b"\xff\x3f" + SILENCE[2:]
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,10 @@ class StageMeasurements:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Measurements of one video. Times are seconds from the first piece of audio."""
+    """Measurements of one video. Times are seconds from the first piece of audio.
+
+    num_levels, num_trained_levels: denoising levels that ran, and that the checkpoint was trained for.
+    """
 
     num_frames: int
     first_frame: int
@@ -55,9 +66,25 @@ class Measurements:
     total_s: float
     blocks_per_s: float
     frames_sha256: str
+    num_levels: int
+    num_trained_levels: int
     stages: list[StageMeasurements]
 
 
+@dataclass(frozen=True)
+class Reaction:
+    """Seconds from a piece of a microphone's audio to the first frame that shows it, in a live session.
+
+    median_s: of `TRIALS` clicks; None if there was no live session. promised_s: by the gateway; 0 if it promises none.
+    note: of a refusal.
+    """
+
+    median_s: float | None
+    promised_s: float
+    note: str = ""
+
+
+Result = TypeVar("Result")
 Video: TypeAlias = tuple[list[NDArray[np.uint8]], Measurements]
 
 
@@ -66,29 +93,36 @@ async def main() -> None:
     parser.add_argument("--speech", type=Path, default=ROOT / "assets/speech.wav", help="speech to speak")
     parser.add_argument("--portrait", type=Path, default=ROOT / "assets/portrait.png", help="picture of the speaker")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "models/tiny", help="folder of the models")
+    parser.add_argument("--levels", type=int, help="denoising levels, at most the checkpoint's (default: all of them)")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder to write to")
     parser.add_argument("--seed", type=int, default=420)
     flags = parser.parse_args()
     samples, rate_hz = read_audio(flags.speech)
     portrait = flags.portrait.read_bytes()
-    print(f"starting Redis, audio, four denoisers, vae and gateway; their output is in {flags.out / 'logs'}")
+    print(f"starting Redis, audio, a denoiser for each level, vae and gateway; their output is in {flags.out / 'logs'}")
     async with AsyncExitStack() as stack:
         with tqdm(bar_format="healthy processes: {n_fmt} [{elapsed}]") as healthy:
             redis_url = os.environ.get("AVATAR_REDIS_URL")
             launching = launched(
-                flags.checkpoint, flags.out / "logs", redis_url=redis_url, report=lambda _: healthy.update()
+                flags.checkpoint,
+                flags.out / "logs",
+                levels=flags.levels,
+                redis_url=redis_url,
+                report=lambda _: healthy.update(),
             )
             suite = await stack.enter_async_context(launching)
         making = make_video(suite.gateway, portrait, samples, rate_hz, flags.seed)
         frames, measured = await _unless_a_process_ends(suite, making)
+        reaction = await _unless_a_process_ends(suite, measure_reaction(suite.gateway, portrait))
     write_mp4(flags.out / "demo.mp4", frames, measured.frame_rate_hz, measured.first_frame, samples, rate_hz)
-    (flags.out / "demo.json").write_text(json.dumps(asdict(measured), indent=2) + "\n")
-    print(table(measured))
+    record = {**asdict(measured), "reaction": asdict(reaction)}
+    (flags.out / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(table(measured, reaction))
     print(f"wrote {flags.out / 'demo.mp4'} and {flags.out / 'demo.json'}")
     print("six more people to choose from: make demo PORTRAIT=assets/portraits/1.png ... 6.png")
 
 
-async def _unless_a_process_ends(suite: Suite, client: Coroutine[Any, Any, Video]) -> Video:
+async def _unless_a_process_ends(suite: Suite, client: Coroutine[Any, Any, Result]) -> Result:
     """Return the client's result. RuntimeError if a process of the suite ends first."""
     making, ending = asyncio.ensure_future(client), asyncio.ensure_future(suite.first_to_end())
     try:
@@ -115,7 +149,8 @@ async def make_video(target: str, portrait: bytes, samples: NDArray[np.float32],
         session = await avatar.create(portrait, seed=seed)
         if session.notice:
             print(f"notice: {session.notice}")
-        video, block_frames = session.video, (await avatar.limits()).block_frames
+        video, limits = session.video, await avatar.limits()
+        block_frames = limits.block_frames
         num_blocks = math.ceil(samples.shape[1] / rate_hz * video.frame_rate_hz / block_frames)
         async with session.stream(audio=audio, rate_hz=rate_hz, channels=num_channels, encoding="float32") as stream:
             started = time.perf_counter()
@@ -135,6 +170,8 @@ async def make_video(target: str, portrait: bytes, samples: NDArray[np.float32],
         total_s=total_s,
         blocks_per_s=stream.closed.num_blocks / total_s,
         frames_sha256=hashlib.sha256(b"".join(frames)).hexdigest(),
+        num_levels=limits.num_levels,
+        num_trained_levels=limits.num_trained_levels,
         stages=[
             StageMeasurements(each.stage, each.num_blocks, each.busy_s / total_s, each.busy_s / max(1, each.num_blocks))
             for each in stream.closed.stages
@@ -143,12 +180,57 @@ async def make_video(target: str, portrait: bytes, samples: NDArray[np.float32],
     return [np.frombuffer(each, np.uint8).reshape(1, video.height, video.width, 3) for each in frames], measured
 
 
-def table(measured: Measurements) -> str:
+async def measure_reaction(target: str, portrait: bytes) -> Reaction:
+    """Speak several times into a live session, as a microphone would, and measure how soon frames show it."""
+    async with connect(target) as avatar:
+        promised_s, reactions_s = (await avatar.limits()).reaction_s, list[float]()
+        try:
+            session = await avatar.create(portrait)
+            async with asyncio.timeout(TRIALS * TRIAL_S), session.stream(live=True) as stream:
+                frames = stream.frames()
+                for trial in range(TRIALS):
+                    await _until(frames, is_idle=True)
+                    await asyncio.sleep(PIECE_S * (1 + 2 * trial))  # at different positions within a block
+                    reactions_s.append(await _reaction_s(stream, frames))
+                    await stream.interrupt()
+        except (AvatarError, TimeoutError) as error:
+            if not reactions_s:
+                return Reaction(None, promised_s, f"no live session: {getattr(error, 'message', 'it took too long')}")
+    return Reaction(median(reactions_s), promised_s)
+
+
+async def _reaction_s(stream: Stream, frames: AsyncGenerator[Frame, None]) -> float:
+    """Push a click and silence in real time; return the seconds until the first frame of speech arrives."""
+    started = time.perf_counter()
+
+    async def speak() -> None:
+        for number in count():
+            await stream.push(SILENCE if number else CLICK)
+            await asyncio.sleep(max(0.0, started + (number + 1) * PIECE_S - time.perf_counter()))
+
+    async with background(speak()):
+        await _until(frames, is_idle=False)
+        return time.perf_counter() - started
+
+
+async def _until(frames: AsyncGenerator[Frame, None], *, is_idle: bool) -> None:
+    """Read frames up to the first idle one, or the first of speech."""
+    async for frame in frames:
+        if frame.is_idle == is_idle:
+            return
+
+
+def table(measured: Measurements, reaction: Reaction) -> str:
     """Return the measurements as a table to print."""
+    levels, trained = measured.num_levels, measured.num_trained_levels
+    shown = "       -" if reaction.median_s is None else f"{reaction.median_s:>8.2f} s"
+    promise = f"promised {reaction.promised_s:.2f} s" if reaction.promised_s else "not promised: too slow for live"
     lines = [
         f"{'frames':24}{measured.num_frames:>8}",
         f"{'seconds of video':24}{measured.video_s:>8.2f}",
         f"{'time to first frame':24}{measured.time_to_first_frame_s:>8.2f} s",
+        f"{'reaction, live':24}{shown} ({promise}) {reaction.note}".rstrip(),
+        f"{'denoising levels':24}{levels:>8}" + (f"   of the {trained} trained" if levels < trained else ""),
         f"{'blocks/s':24}{measured.blocks_per_s:>8.2f}   ({measured.video_s / measured.total_s:.2f} x real time)",
         "",
         f"{'stage':14}{'blocks':>8}{'busy':>8}{'mean step':>12}",

@@ -16,18 +16,24 @@ from services.local.processes import Suite, free_ports, start_redis, until_healt
 
 @asynccontextmanager
 async def launched(
-    checkpoint: Path, folder: Path, *, redis_url: str | None = None, report: Callable[[str], object] = lambda _: None
+    checkpoint: Path,
+    folder: Path,
+    *,
+    levels: int | None = None,
+    redis_url: str | None = None,
+    report: Callable[[str], object] = lambda _: None,
 ) -> AsyncGenerator[Suite, None]:
     """Run all services on free ports of the loopback interface while the body runs; yield them when they are healthy.
 
-    One denoiser per level, and a text worker if the checkpoint has a text encoder. redis_url: of a server to use;
-    without it, one is started. folder: of the processes' output. report: called with the name of each process once it
-    is healthy. RuntimeError, with the end of its output, if a process ends or does not become healthy.
+    One denoiser per level, and a text worker if the checkpoint has a text encoder. levels: how many of those that the
+    checkpoint was trained for; None: all. redis_url: of a server to use; without it, one is started. folder: of the
+    processes' output. report: called with the name of each process once it is healthy. ValueError if the checkpoint has
+    fewer levels; RuntimeError, with the end of its output, if a process ends or does not become healthy.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    num_levels = NetworkConfig.from_dict(open_part(checkpoint, "denoiser").config).num_levels
+    config = NetworkConfig.from_dict(open_part(checkpoint, "denoiser").config).with_levels(levels)
     text = ["text"] if has_text_encoder(checkpoint) else []
-    names = ["audio", *(f"denoiser-{level}" for level in range(num_levels)), "vae", *text, "gateway"]
+    names = ["audio", *(f"denoiser-{level}" for level in range(config.num_levels)), "vae", *text, "gateway"]
     redis_port, *ports = free_ports(1 + len(names))
     targets = {name: f"127.0.0.1:{port}" for name, port in zip(names, ports, strict=True)}
     async with Suite(folder, redis_url or f"redis://127.0.0.1:{redis_port}", targets) as suite:
@@ -36,6 +42,7 @@ async def launched(
         for name in names:
             service, _, level = name.partition("-")
             settings = {"AVATAR_LISTEN": targets[name], "AVATAR_REDIS_URL": suite.redis_url}
+            settings["AVATAR_SCHEDULE"] = "" if levels is None else str(levels)
             if name == "gateway":
                 settings |= _worker_addresses(targets)
             else:

@@ -41,10 +41,29 @@ def test_the_demo_makes_a_video_and_prints_measurements(
     measured = json.loads((tmp_path / "demo.json").read_text())
     assert (measured["num_frames"], measured["first_frame"]) == (57, 3)
     assert [stage["num_blocks"] for stage in measured["stages"]] == [5] * 3
+    assert measured["reaction"]["median_s"] > measured["stages"][-1]["mean_step_s"]
+    assert (measured["num_levels"], measured["num_trained_levels"]) == (1, 1)
     assert frame_times(tmp_path / "demo.mp4") == pytest.approx([index / 25 for index in range(3, 60)])
     output = "".join(capsys.readouterr())
-    for words in ("frames: 100%", "seconds of video", "time to first frame", "blocks/s", "busy", "mean step", "vae"):
+    for words in (
+        "frames: 100%",
+        "seconds of video",
+        "time to first frame",
+        "blocks/s",
+        "busy",
+        "mean step",
+        "vae",
+        "reaction, live",
+    ):
         assert words in output
+
+
+def test_the_demo_runs_at_most_the_checkpoints_levels(
+    one_level: Path, wav: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ("--speech", wav, "--portrait", PORTRAIT, "--checkpoint", one_level, "--out", tmp_path)
+    with pytest.raises(SystemExit, match="error: the number of levels must be 1 to 1, got 2"):
+        run(monkeypatch, DEMO, *files, "--levels", "2")
 
 
 def test_a_clip_is_rendered_without_transport(
