@@ -18,7 +18,15 @@ from avatar.aio import background
 from avatar.client.connection import Connection
 from avatar.client.items import Audio, Frame, Interrupted, Item, interrupted_from_pb, items_from_pb
 from avatar.client.send_queue import AudioLead, SendQueue
-from avatar.errors import AvatarError, ConnectionLost, NoCapacity, ProtocolOrder, SessionBusy, StoreUnavailable
+from avatar.errors import (
+    AvatarError,
+    ConnectionLost,
+    NoCapacity,
+    ProtocolOrder,
+    SessionBusy,
+    StageLost,
+    StoreUnavailable,
+)
 from avatar.rpc.status import ENDED_EARLY, CallStatus, error_of
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
@@ -268,8 +276,9 @@ class Stream:
                 opened = await self.open(is_resume=True)
             except TimeoutError:
                 raise lost from None
-            except (ConnectionLost, NoCapacity, SessionBusy, StoreUnavailable):
-                # SessionBusy: the gateway has not detected the broken connection yet.
+            except (ConnectionLost, NoCapacity, SessionBusy, StageLost, StoreUnavailable):
+                # SessionBusy: the gateway has not detected the broken connection yet. StageLost: it has just started,
+                # or its workers fail over; the session is still where it was.
                 left_s = deadline - time.monotonic() - LAST_S
                 if left_s <= 0:
                     raise lost from None

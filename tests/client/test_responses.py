@@ -3,7 +3,7 @@
 import pytest
 
 from avatar.client import Frame, Item, Notice, NoticeKind, connect
-from avatar.errors import ResumeImpossible, SessionBusy
+from avatar.errors import AvatarError, ResumeImpossible, SessionBusy, StageLost
 from avatar.v1 import avatar_service_pb2 as pb
 from tests.client.scripted import CLOSED, Call, frames, notice, scripted
 
@@ -25,9 +25,10 @@ async def test_notices_are_typed_and_unknown_kinds_of_notices_and_events_are_har
     ]
 
 
-async def test_a_gateway_that_has_not_noticed_the_break_is_asked_again() -> None:
-    busy = SessionBusy("another stream is open")
-    items = await items_of(frames(3, 4, 5), busy, busy, [*frames(5, 6), CLOSED])
+@pytest.mark.parametrize("refusal", [SessionBusy, StageLost])
+async def test_a_gateway_that_cannot_resume_yet_is_asked_again(refusal: type[AvatarError]) -> None:
+    """It has not noticed the broken connection, or has not found its workers."""
+    items = await items_of(frames(3, 4, 5), refusal("not yet"), refusal("not yet"), [*frames(5, 6), CLOSED])
     assert [item.index for item in items if isinstance(item, Frame)] == [3, 4, 5, 6]
 
 
