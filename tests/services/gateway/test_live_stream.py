@@ -10,6 +10,8 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any, cast
 
+import pytest
+
 from avatar.aio import background
 from avatar.rpc.wire import RelayedBlock
 from avatar.settings import GatewaySettings
@@ -69,9 +71,13 @@ class HeldStage:
 
         async with background(take()) as taking:
             while item := await taken.get():
-                await self.gate.acquire()
-                yield self.answer(item)
+                for answer in self.answers(item):
+                    await self.gate.acquire()
+                    yield answer
             taking.result()
+
+    def answers(self, item: Any) -> list[Any]:
+        return [self.answer(item)]
 
     def answer(self, item: Any) -> Any:
         is_update = self.stage == "denoiser-1" and item.index == 0  # the last level answers block 0 with the new sink
@@ -84,6 +90,14 @@ class Decoder(HeldStage):
 
     def answer(self, item: Any) -> Any:
         return types_pb2.Frame(block=item.index, is_last=True)
+
+
+class LatentDecoder(Decoder):
+    """A stage that answers a block with three groups of frames, each when it is released."""
+
+    def answers(self, item: Any) -> list[Any]:
+        counts = (1 if item.index == 0 else 4, 4, 4)
+        return [types_pb2.Frame(block=item.index, num_frames=n, is_last=i == 2) for i, n in enumerate(counts)]
 
 
 class Encoder(HeldStage):
@@ -170,6 +184,27 @@ class Pipeline:
 
     async def _write(self, response: api.StreamAvatarResponse) -> None:
         self.sent.append(response)
+
+
+@pytest.mark.parametrize("is_per_block", [False, True])
+async def test_frames_are_sent_while_their_block_is_decoded_unless_the_client_wants_them_together(
+    is_per_block: bool,
+) -> None:
+    pipeline = Pipeline(options=replace(LIVE, is_per_block=is_per_block))
+    decoder = LatentDecoder("vae")
+    pipeline.stream._stages.vae = cast(Any, decoder)
+    for denoiser in pipeline.denoisers:
+        denoiser.release()
+    pipeline.say(2)
+    arrived = []  # frames sent, and blocks that the timeline counts as arrived, after each group
+    async with pipeline.running():
+        for _ in range(3):
+            decoder.release(1)
+            await settled()
+            chunks = [response.chunk.frames for response in pipeline.sent if response.HasField("chunk")]
+            num_frames = len(pipeline.frames) + sum(map(len, chunks))
+            arrived.append((num_frames, len(pipeline.stream._timeline._latencies)))
+    assert arrived == ([(0, 0), (0, 0), (3, 1)] if is_per_block else [(1, 1), (2, 1), (3, 1)])
 
 
 async def test_blocks_in_flight_are_bounded() -> None:
