@@ -25,8 +25,6 @@ FRAME_RATE_HZ = 25
 # Latent frames of a block where a checkpoint states no number (`num_frames_per_block`): the public weights'.
 BLOCK_LATENTS = 3
 MAX_BLOCK_LATENTS = 3
-BLOCK_FRAMES = BLOCK_LATENTS * FRAMES_PER_LATENT
-BLOCK_S = 0.48
 # Values of face motion: how closed the lids are, 0 to 1; pitch (positive looks down), yaw (positive to the right of the
 # picture) and roll of the head in radians from its pose in the picture; direction of the eyes, right and up of the
 # viewer, in radians.

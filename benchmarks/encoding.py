@@ -7,9 +7,9 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from avatar.types import BLOCK_FRAMES
 from avatar.vae.encodings import ENCODINGS, encode
 from benchmarks.row import Row, row
+from benchmarks.standin.content import PUBLIC
 
 NUM_BLOCKS, FRAME_RATE_HZ = 15, 25
 SIDE = 128
@@ -23,14 +23,14 @@ def rows() -> list[Row]:
     times_ms: dict[str, list[float]] = {name: [] for name in ENCODINGS}
     num_bytes = dict.fromkeys(ENCODINGS, 0)
     for _ in range(NUM_BLOCKS):
-        sway = np.cumsum(rng.integers(-1, 2, BLOCK_FRAMES))
+        sway = np.cumsum(rng.integers(-1, 2, PUBLIC.block_frames))
         frames = np.stack([np.roll(face, pixels, axis=1) for pixels in sway])
         for name in ENCODINGS:
             started = time.thread_time()
             encoded = encode(frames, name, FRAME_RATE_HZ)
-            times_ms[name].append((time.thread_time() - started) * 1000 / BLOCK_FRAMES)
+            times_ms[name].append((time.thread_time() - started) * 1000 / PUBLIC.block_frames)
             num_bytes[name] += sum(len(each.data) for each in encoded)
-    seconds = NUM_BLOCKS * BLOCK_FRAMES / FRAME_RATE_HZ
+    seconds = NUM_BLOCKS * PUBLIC.block_frames / FRAME_RATE_HZ
     return [
         each
         for name in ENCODINGS

@@ -42,12 +42,12 @@ async def _measured(checkpoint: Path) -> list[Row]:
         limits = await stub.GetCapabilities(pb.GetCapabilitiesRequest())
         client = await _Client.open(stub)
         await client.idle(3.0)
-        block = limits.block_frames
+        block, block_s = limits.block_frames, limits.block_frames / limits.video.frame_rate_hz
         arrived_s = [at for frame, at in client.arrivals if frame.index % block == 0]
-        jitter_ms = [abs(b - a - block / limits.video.frame_rate_hz) * 1e3 for a, b in pairwise(arrived_s)]
+        jitter_ms = [abs(b - a - block_s) * 1e3 for a, b in pairwise(arrived_s)]
         reactions, acknowledged, held = [], [], []
         for trial in range(TRIALS):
-            await client.idle(0.6 + 0.48 * trial / TRIALS)  # at different positions within a block
+            await client.idle(0.6 + block_s * trial / TRIALS)  # at different positions within a block
             reactions.append(await client.click())
             acknowledged_s, held_s = await client.interrupt()
             acknowledged.append(acknowledged_s * 1e3)

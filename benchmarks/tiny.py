@@ -7,12 +7,12 @@ from statistics import median
 
 from tqdm import tqdm
 
-from avatar.types import BLOCK_FRAMES
+from avatar.checkpoints.layouts import block_latents
 from benchmarks.pipeline.client import Job, run_clients
 from benchmarks.pipeline.live import ENOUGH, live_sessions, share_on_time
 from benchmarks.pipeline.metrics import TooSlowError, next_to_try, rate_hz, steady
 from benchmarks.row import Row, row
-from benchmarks.standin.content import FRAME_RATE_HZ
+from benchmarks.standin.content import FRAME_RATE_HZ, Content
 from services.local.launch import launched
 
 ROUNDS = 5
@@ -28,21 +28,21 @@ def rows(checkpoint: Path) -> list[Row]:
 
 
 async def _rows(checkpoint: Path) -> list[Row]:
-    rates, firsts, most = [], [], []
+    made, (rates, firsts, most) = Content(block_latents(checkpoint)), ([], [], [])
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
         async with launched(checkpoint, Path(folder)) as suite:
             for _ in tqdm(range(ROUNDS), desc="tiny", disable=None):
-                job = Job(suite.gateway, "full", OFFLINE_BLOCKS, is_checked=False)
+                job = Job(suite.gateway, "full", OFFLINE_BLOCKS, is_checked=False, block_latents=made.block_latents)
                 session = (await run_clients(job, LIMIT_S)).sessions[0]
                 arrived = session.arrived_s
                 if session.refused or not arrived:
                     raise TooSlowError(session.refused or "the session received no block")
                 firsts.append(arrived[0] - session.sent_s[0])
-                rates.append(rate_hz(steady([arrived], FILL)[0]) * BLOCK_FRAMES)
+                rates.append(rate_hz(steady([arrived], FILL)[0]) * made.block_frames)
                 ahead = int(rates[-1] / FRAME_RATE_HZ)  # an upper bound
                 tried: dict[int, bool] = {}
                 while (number := next_to_try(tried, 0, min(ahead, MOST))) is not None:
-                    sessions = await live_sessions(suite, number, LIVE_BLOCKS, is_checked=False)
+                    sessions = await live_sessions(suite, number, LIVE_BLOCKS, is_checked=False, content=made)
                     tried[number] = share_on_time(sessions) >= ENOUGH
                 most.append(max((number for number, passes in tried.items() if passes), default=0))
     return [

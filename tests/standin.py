@@ -15,7 +15,6 @@ from avatar.runtime.admission import StepTimes
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
-from avatar.types import BLOCK_S
 from avatar.worker.v1 import audio_pb2, vae_pb2
 from benchmarks.standin.content import PUBLIC, Content
 from benchmarks.standin.service import AudioServicer, DenoiserServicer, Stage, VaeServicer
@@ -114,7 +113,7 @@ async def standin_gateways(
     """
     async with AsyncExitStack() as stack:
         queue = stack.enter_context(DeviceQueue())
-        pretended = StepTimes(BLOCK_S)
+        pretended = StepTimes(content.block_s)
         pretended.append(session_s)
         queue.load.add_service(pretended, 1)
 

@@ -16,7 +16,7 @@ from benchmarks.pipeline.metrics import interval_std, next_to_try, on_time
 from benchmarks.pipeline.processes import start_program
 from benchmarks.pipeline.suite import standin_suite
 from benchmarks.row import Row, row
-from benchmarks.standin.content import PUBLIC
+from benchmarks.standin.content import PUBLIC, Content
 from services.local.processes import Suite
 
 ROUNDS = 5
@@ -88,10 +88,19 @@ async def _continuity() -> list[Row]:
 
 
 async def live_sessions(
-    suite: Suite, num_sessions: int, num_blocks: int, *, is_checked: bool = True
+    suite: Suite, num_sessions: int, num_blocks: int, *, is_checked: bool = True, content: Content = PUBLIC
 ) -> list[SessionReport]:
     """Run live sessions; return no reports if one of them was refused. Raises RuntimeError for a wrong picture."""
-    report = await run_clients(Job(suite.gateway, "live", num_blocks, num_sessions, is_checked=is_checked), LIMIT_S)
+    job = Job(
+        suite.gateway,
+        "live",
+        num_blocks,
+        num_sessions,
+        is_checked=is_checked,
+        block_latents=content.block_latents,
+        num_levels=content.num_levels,
+    )
+    report = await run_clients(job, LIMIT_S)
     if any(each.wrong for each in report.sessions):
         raise RuntimeError(f"{sum(each.wrong for each in report.sessions)} pictures are wrong")
     return [] if any(each.refused or not each.arrivals for each in report.sessions) else report.sessions

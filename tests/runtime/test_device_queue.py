@@ -12,8 +12,10 @@ import torch
 
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import local
-from avatar.types import BLOCK_S, Session
+from avatar.types import Session
 from tests.busy import WAIT_S, busy, until_waiting
+
+BLOCK_S = 0.48
 
 
 @dataclass(frozen=True)
