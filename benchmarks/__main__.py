@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import block, encoding, handoff, live, loading, tiny
 from benchmarks.fleet import discovery, gateway, opening, refusals, resume, simulation
-from benchmarks.pipeline import crash, endurance, throughput
+from benchmarks.pipeline import crash, endurance, reaction, throughput
 from benchmarks.pipeline import live as pipeline_live
 from benchmarks.row import Row, row_from_dict, table
 
@@ -35,6 +35,8 @@ def parts(flags: argparse.Namespace) -> dict[str, Callable[[], list[Row]]]:
         "encoding": encoding.rows,
         "handoff": handoff.rows,
         "live": lambda: live.rows(flags.checkpoint),
+        "reaction": reaction.standin_rows,
+        "reaction-default": lambda: reaction.default_rows(flags.checkpoint),
         "efficiency": throughput.efficiency_rows,
         "hops": throughput.hop_rows,
         "sessions": pipeline_live.session_rows,

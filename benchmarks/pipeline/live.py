@@ -16,7 +16,7 @@ from benchmarks.pipeline.metrics import interval_std, next_to_try, on_time
 from benchmarks.pipeline.processes import start_program
 from benchmarks.pipeline.suite import standin_suite
 from benchmarks.row import Row, row
-from benchmarks.standin.content import PUBLIC, Content
+from benchmarks.standin.content import PUBLIC, SHORT, Content
 from services.local.processes import Suite
 
 ROUNDS = 5
@@ -37,7 +37,7 @@ def session_rows() -> list[Row]:
 
 def continuity_rows() -> list[Row]:
     """Measure how steadily frames arrive at 90 % of the largest possible number of sessions."""
-    return asyncio.run(_continuity())
+    return [*asyncio.run(_continuity()), *asyncio.run(_short_continuity())]
 
 
 async def _sessions() -> list[Row]:
@@ -85,6 +85,19 @@ async def _continuity() -> list[Row]:
         note="bound: a bare process that sleeps; gloo: its only session",
     )
     return [row(f"{name}frames on time", median(shares), "", at_least=0.999, bound=1.0), deviation]
+
+
+async def _short_continuity() -> list[Row]:
+    """Measure the frames on time of blocks of one latent frame."""
+    num_sessions = int(0.9 * round(SHORT.block_s / STEP_S))
+    num_blocks = round(NUM_BLOCKS * PUBLIC.block_s / SHORT.block_s)
+    shares = []
+    async with standin_suite(STEP_S, content=SHORT) as suite:
+        await live_sessions(suite, 2, 4, content=SHORT)
+        for _ in tqdm(range(ROUNDS), desc="continuity, short blocks", disable=None):
+            shares.append(share_on_time(await live_sessions(suite, num_sessions, num_blocks, content=SHORT)))
+    name = f"continuity, blocks of {SHORT.block_s * 1e3:.0f} ms, {num_sessions} sessions: frames on time"
+    return [row(name, median(shares), "", at_least=0.999, bound=1.0)]
 
 
 async def live_sessions(

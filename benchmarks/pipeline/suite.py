@@ -29,11 +29,13 @@ async def standin_suite(
     workers: int = 1,
     environment: Mapping[str, str] = MappingProxyType({}),
     content: Content = PUBLIC,
+    lookahead_s: float = 0.0,
 ) -> AsyncGenerator[Suite, None]:
     """Run a suite whose levels and decoder take `step_s` seconds per block, while the body runs.
 
     workers: number per stage; they are named `audio`, or `audio.0`, `audio.1` ... if there are several. environment:
     additional variables of all processes but Redis. content: sizes of blocks, and the number of levels.
+    lookahead_s: seconds of audio after a block that its features wait for.
     """
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
         stages = stages_of(content)
@@ -44,7 +46,7 @@ async def standin_suite(
         try:
             await start_redis(suite, redis_port)
             for name in names:
-                await start_worker(suite, name, step_s, environment, content)
+                await start_worker(suite, name, step_s, environment, content, lookahead_s)
             program = [sys.executable, "-m", "services.gateway"]
             await suite.start("gateway", *program, **_gateway(suite, workers, stages), **environment)
             await until_healthy(suite)
@@ -59,13 +61,14 @@ async def start_worker(
     step_s: float,
     environment: Mapping[str, str] = MappingProxyType({}),
     content: Content = PUBLIC,
+    lookahead_s: float = 0.0,
 ) -> None:
     """Start the worker of this name at its address."""
     stage, _, level = name.partition(".")[0].partition("-")
     step = AUDIO_STEP_S if stage == "audio" else step_s
     program = ["-m", "benchmarks.standin", stage, "--listen", suite.targets[name], "--step-s", str(min(step, step_s))]
     program += ["--level", level or "0", "--levels", str(content.num_levels)]
-    program += ["--block-latents", str(content.block_latents)]
+    program += ["--block-latents", str(content.block_latents), "--lookahead-s", str(lookahead_s)]
     await suite.start(name, sys.executable, *program, AVATAR_LOG_LEVEL="WARNING", **environment)
 
 

@@ -22,19 +22,20 @@ async def main() -> None:
     parser.add_argument("--level", type=int, default=0, choices=range(NUM_LEVELS), help="of a denoiser")
     parser.add_argument("--levels", type=int, default=NUM_LEVELS, help="number of levels")
     parser.add_argument("--block-latents", type=int, default=BLOCK_LATENTS, help="latent frames of a block")
+    parser.add_argument("--lookahead-s", type=float, default=0.0, help="seconds of audio after a block that it needs")
     parser.add_argument("--capacity", type=int, default=64, help="streams at a time")
     flags = parser.parse_args()
     set_timer_slack()
     made = Content(flags.block_latents, flags.levels)
     with DeviceQueue() as queue:
         stage = Stage(flags.stage, Step(flags.step_s), queue, flags.capacity, HISTORY_BLOCKS[flags.stage], made)
-        async with serving(flags.listen, _servicer(flags.stage, stage, flags.level)):
+        async with serving(flags.listen, _servicer(flags.stage, stage, flags.level, flags.lookahead_s)):
             await until_stopped()
 
 
-def _servicer(name: str, stage: Stage, level: int) -> Servicer:
+def _servicer(name: str, stage: Stage, level: int, lookahead_s: float) -> Servicer:
     if name == "audio":
-        return AudioServicer(stage)
+        return AudioServicer(stage, lookahead_s)
     return VaeServicer(stage) if name == "vae" else DenoiserServicer(stage, level)
 
 

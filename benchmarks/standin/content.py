@@ -100,6 +100,8 @@ class Content:
 
 # The public network's blocks and levels.
 PUBLIC = Content()
+# Blocks of one latent frame, and the levels that are meant for them.
+SHORT = Content(block_latents=1, num_levels=2)
 
 
 def denoise(latent: Bytes, level: int) -> Bytes:

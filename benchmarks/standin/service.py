@@ -82,13 +82,13 @@ async def _timed(messages: AsyncGenerator[Any, None]) -> AsyncGenerator[Timed, N
 
 
 class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
-    """Serves audio: features that repeat the audio."""
+    """Serves audio: features that repeat the audio. It says that it needs a lookahead, and does not look at it."""
 
     service_name = "avatar.worker.v1.AudioService"
     stage = "audio"
 
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
+    def __init__(self, stage: Stage, lookahead_s: float = 0.0) -> None:
+        self._stage, self._lookahead_s = stage, lookahead_s
         self.changed = stage.changed
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -100,6 +100,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             encoder=DIGEST,
             digest=DIGEST,
             block_frames=self._stage.content.block_frames,
+            lookahead_s=self._lookahead_s,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,
             max_streams=self._stage.limit,
