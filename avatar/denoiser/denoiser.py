@@ -12,6 +12,7 @@ face motion.
 from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from einops import repeat
@@ -203,8 +204,11 @@ class Denoiser:
         latent = torch.zeros(config.in_dim, config.num_frames_per_block, height, width)
         conditions = Conditions(0, latent[:, :1], torch.zeros(0, config.text_dim))
         state = self.open(Session("warm", 0, latent[:, :1]))
+        # The step of a network that listens is timed while it does.
+        given = {"heard": features, "face_motion": torch.zeros(len(FACE_MOTION), config.frames_per_block)}
+        inputs: dict[str, Any] = {name: given[name] for name in config.inputs}
         for index in range(num_blocks):
-            block = self.step(Block(index, features, latent, conditions), state)
+            block = self.step(Block(index, features, latent, conditions, **inputs), state)
         assert block.latent is not None
         block.latent.cpu()  # waits for a GPU
         return num_blocks

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network, load
 from avatar.types import FACE_MOTION, Block, Conditions, Session
-from tests.denoiser.conftest import randn, random_block, random_network
+from tests.denoiser.conftest import HEIGHT, WIDTH, randn, random_block, random_network
 from training.initialise import ZERO_INIT
 
 
@@ -138,6 +139,18 @@ def test_inputs_that_do_not_fit_are_refused_by_name(
     short = [replace(block, **wrong) for block in given(config, conditions)]
     with pytest.raises(ValueError, match=f"{name} must have shape"):
         latents(listener, session, short)
+
+
+def test_a_listening_network_is_timed_while_it_listens(
+    listener: Network, listening: NetworkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = Denoiser(listener, listening, level=0)
+    step = Mock(side_effect=denoiser.step)
+    monkeypatch.setattr(denoiser, "step", step)
+    denoiser.warm(HEIGHT, WIDTH)
+    blocks = [call.args[0] for call in step.call_args_list]
+    assert blocks
+    assert all(block.heard is not None and block.face_motion is not None for block in blocks)
 
 
 def test_a_checkpoint_keeps_its_inputs(listener: Network, listening: NetworkConfig, tmp_path: Path) -> None:

@@ -72,6 +72,20 @@ def test_tiny_pieces_of_audio_are_kept_together_and_apart_by_block() -> None:
     assert b"".join(piece.data for piece in replay.items()) == data[2 * 7680 :]
 
 
+def test_pieces_with_audio_of_the_other_stay_whole() -> None:
+    replay = AudioReplay(sample_bytes=2, rate_hz=16000, block_s=0.48, lookahead_s=0.2, statistics=b"")
+    sent = [
+        pb.AudioPiece(data=b"00", heard=[pb.HeardAudio(data=bytes([at]))] if at % 3 == 1 else ()) for at in range(9)
+    ]
+    for piece in sent:
+        replay.record(piece)
+    kept = replay.items()
+    assert b"".join(piece.data for piece in kept) == b"00" * 9
+    assert [heard.data for piece in kept for heard in piece.heard] == [bytes([at]) for at in (1, 4, 7)]
+    # Later pieces may join one with the other's audio, which then still comes with its own.
+    assert [len(piece.data) for piece in kept] == [2, 6, 6, 4]
+
+
 def relayed(index: int, version: int, *, carries: bool = False) -> RelayedBlock:
     block = Block(index=index, conditions=version, features=Tensor(dtype="uint8", shape=[1], data=bytes([index])))
     block.heard.data, block.face_motion.data = bytes([index, 1]), bytes([index, 2])

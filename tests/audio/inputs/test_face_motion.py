@@ -64,7 +64,7 @@ def test_an_invalid_state_is_refused(state: bytes) -> None:
 
 def test_people_blink_15_to_20_times_a_minute_and_more_after_phrases() -> None:
     own = voice(MINUTE)
-    lids = [drawn(seed, own)[BLINK] for seed in range(8)]
+    lids = [drawn(seed, own)[BLINK] for seed in range(5)]
     assert 14 < np.mean([blinks_a_minute(each) for each in lids]) < 21
     assert all(each.min() >= 0 and each.max() <= 1 for each in lids)
     begins = np.concatenate([np.flatnonzero((each[1:] > 0.3) & (each[:-1] <= 0.3)) for each in lids]) % PERIOD
@@ -73,7 +73,7 @@ def test_people_blink_15_to_20_times_a_minute_and_more_after_phrases() -> None:
 
 
 def test_heads_move_like_those_of_the_training_data() -> None:
-    ours = [drawn(seed)[PITCH : PITCH + 3].T for seed in range(6)]
+    ours = [drawn(seed)[PITCH : PITCH + 3].T for seed in range(5)]
     rng = np.random.default_rng(0)
     theirs = [head_pose.limited(head_pose.sway(rng, MINUTE) + head_pose.shifts(rng, MINUTE)[0]) for _ in range(12)]
 
@@ -97,7 +97,7 @@ def after_phrases(values: Curves) -> Curves:
 
 def test_a_listener_nods_after_the_others_phrases_and_a_speaker_does_not() -> None:
     heard = voice(MINUTE)
-    nods = [drawn(seed, None, heard)[PITCH] - drawn(seed)[PITCH] for seed in range(4)]
+    nods = [drawn(seed, None, heard)[PITCH] - drawn(seed)[PITCH] for seed in range(3)]
     mean = np.mean([after_phrases(each) for each in nods], 0)
     # Pitch is least before 0.3 s, and greatest between 0.4 and 1.5 s, because a nod takes a while.
     assert 8 <= mean.argmax() < 38
@@ -110,7 +110,7 @@ def test_a_listener_looks_at_the_viewer_when_the_other_begins() -> None:
     heard = voice(MINUTE)
 
     def away(with_voice: bool) -> float:
-        looks = [drawn(seed, None, heard if with_voice else None)[GAZE_RIGHT:] for seed in range(4)]
+        looks = [drawn(seed, None, heard if with_voice else None)[GAZE_RIGHT:] for seed in range(3)]
         listening = np.arange(MINUTE) % PERIOD
         return float(np.mean([np.hypot(*each)[(listening > 26) & (listening < 34)] > 0.06 for each in looks]))
 
