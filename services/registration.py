@@ -10,7 +10,7 @@ from avatar.aio import background
 from avatar.errors import StoreUnavailable
 from avatar.rpc.server import Servicer
 from avatar.store.registry import WorkerRegistry
-from avatar.worker.v1.discovery_pb2 import WorkerState, WorkerStates
+from avatar.worker.v1.discovery_pb2 import WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ async def _write_forever(registry: WorkerRegistry, address: str, servicer: Worke
         servicer.changed.clear()
         state = WorkerState(address=address, **{servicer.stage: servicer.info()})
         try:
-            await registry.write(address, WorkerStates(workers=[state]))
+            await registry.write(state)
             if is_away:
                 logger.info("worker registered again", extra={"address": address})
             is_away = False

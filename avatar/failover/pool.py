@@ -33,7 +33,9 @@ REPORT_EVERY_S = 1.0
 ASK_EVERY_S = 1.0
 # A worker's event loop answers within milliseconds however busy its device is; a stopped process does not.
 ANSWER_S = 2.0
-# Many workers that must be asked at once, as after a restart of Redis, are asked this far apart.
+# A worker whose state has gone is asked after this time: it may only have written late, or Redis was emptied.
+DOUBT_S = 1.0
+# Many workers that must be asked at once are asked this far apart.
 ASK_APART_S = 0.002
 
 
@@ -216,11 +218,11 @@ class WorkerPool(Generic[Info]):
         return not any(serves(info) for info in accepting) and any(serves(info) for info in full)
 
     async def refresh(self) -> None:
-        """Wait for a fresh read of the registry, and for the first answer of workers that are being asked."""
+        """Wait for a fresh read of the registry, and for the answers of unknown and lost workers that are asked."""
         if self._discovery:
             await self._discovery.refresh()
         for worker in [*self._workers.values()]:
-            if worker.is_asked:
+            if worker.is_asked and worker.info is None:
                 await worker.was_asked.wait()
 
     def answering(self, serves: Callable[[Info], bool]) -> list[tuple[Worker[Info], Info]]:
@@ -262,7 +264,8 @@ class WorkerPool(Generic[Info]):
             if worker.load.is_registered:
                 worker.load.is_registered, worker.load.is_doubtful = False, True
             if not worker.is_asked:
-                self._ask(worker, ASK_APART_S * num_asked)
+                delay_s = 0.0 if worker.info is None else DOUBT_S
+                self._ask(worker, delay_s + ASK_APART_S * num_asked)
                 num_asked += 1
 
     def _ask(self, worker: Worker[Info], delay_s: float = 0.0) -> None:
@@ -275,7 +278,10 @@ class WorkerPool(Generic[Info]):
             self._start(self._ask_until_registered(worker, delay_s))
 
     async def _ask_until_registered(self, worker: Worker[Info], delay_s: float) -> None:
-        await asyncio.sleep(delay_s)
+        worker.ask_now.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await worker.ask_now.wait()
         while worker is self._workers.get(worker.target) and (worker.is_lost or not worker.load.is_registered):
             await self._ask_once(worker)
             self.version += 1

@@ -1,6 +1,6 @@
 """The registry of a cell: each worker writes its state, and gateways read all states in one call.
 
-    avatar:workers:{CELL}       hash        address of a process -> its serialized WorkerStates
+    avatar:workers:{CELL}       hash        address of a worker -> its state, as a serialized WorkerStates of one
     avatar:workers-seen:{CELL}  sorted set  address -> time of its last write, in milliseconds since 1970
     avatar:drained:{CELL}       string      there while the cell is drained: its gateways open no new streams
 
@@ -9,24 +9,27 @@ A state that was not written again within STALE_S is gone: the next read deletes
 
 from avatar.store.claims import key
 from avatar.store.redis import IN_FULL_STORE, NOW, READS_ONLY, RedisHashes, to_ms
-from avatar.worker.v1.discovery_pb2 import WorkerStates
+from avatar.worker.v1.discovery_pb2 import WorkerState, WorkerStates
 
-# More than two heartbeats of a worker, so that one late write does not remove its state.
-STALE_S = 1.8
+# One and a half heartbeats of a worker. A late write removes its state until the next one: gateways then keep what they
+# have, and ask the worker after another heartbeat.
+STALE_S = 1.2
 # A cell without workers leaves nothing behind.
 CELL_TTL_S = 60.0
 
 # KEYS of every script: the states, the times of their last writes.
 
-# ARGV: address, state, CELL_TTL_S in milliseconds.
+# ARGV: CELL_TTL_S in milliseconds; addresses and states.
 _WRITE = (
     IN_FULL_STORE
     + NOW
     + """
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-redis.call('ZADD', KEYS[2], now, ARGV[1])
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-redis.call('PEXPIRE', KEYS[2], ARGV[3])
+for i = 2, #ARGV, 2 do
+    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+    redis.call('ZADD', KEYS[2], now, ARGV[i])
+end
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+redis.call('PEXPIRE', KEYS[2], ARGV[1])
 """
 )
 _REMOVE = IN_FULL_STORE + "redis.call('HDEL', KEYS[1], ARGV[1]) redis.call('ZREM', KEYS[2], ARGV[1])"
@@ -58,13 +61,15 @@ class WorkerRegistry:
         self._keys = [key("workers", cell), key("workers-seen", cell)]
         self._drained = [key("drained", cell)]
 
-    async def write(self, address: str, states: WorkerStates) -> None:
-        """Write the state of the process at this address."""
-        args = [address, states.SerializeToString(), to_ms(CELL_TTL_S)]
+    async def write(self, *workers: WorkerState) -> None:
+        """Write the states of workers, each at an address of its own."""
+        args: list[str | bytes | int] = [to_ms(CELL_TTL_S)]
+        for worker in workers:
+            args += worker.address, WorkerStates(workers=[worker]).SerializeToString()
         await self._hashes.run(_WRITE, self._keys, args, is_logged=False)
 
     async def remove(self, address: str) -> None:
-        """Remove the state of the process at this address."""
+        """Remove the state of the worker at this address."""
         await self._hashes.run(_REMOVE, self._keys, [address], is_logged=False)
 
     async def set_drained(self, *, is_drained: bool) -> None:

@@ -45,7 +45,7 @@ class Fleet:
     async def write(self, target: str, active: int = 0, capacity: int = 4) -> None:
         state = WorkerState(address=target)
         state.audio.CopyFrom(pb.AudioServiceGetInfoResponse(active=active, capacity=capacity, digest="registered"))
-        await self.registry.write(target, WorkerStates(workers=[state]))
+        await self.registry.write(state)
 
     async def _get_info(self, connection: Any) -> pb.AudioServiceGetInfoResponse:
         self.asked.append(connection)
@@ -76,6 +76,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery_module, "FRESH_S", 0.0)
     monkeypatch.setattr(discovery_module, "SETTLE_S", 0.0)
     monkeypatch.setattr(pool_module, "ASK_EVERY_S", 0.02)
+    monkeypatch.setattr(pool_module, "DOUBT_S", 0.02)
     monkeypatch.setattr(Worker, "channel", property(lambda worker: worker.target))
     monkeypatch.setattr(Worker, "aclose", _nothing)
 
@@ -126,6 +127,23 @@ async def test_a_worker_that_writes_no_more_is_silent_only_if_it_does_not_answer
         await fleet.registry.remove(TWO)
         await until(notified.is_set)
         assert targets_of(fleet.pool) == [ONE]
+
+
+async def test_a_worker_that_writes_late_is_chosen_last_and_not_asked(
+    hashes: RedisHashes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "DOUBT_S", 60.0)
+    fleet = Fleet(hashes, [ONE, TWO])
+    await fleet.write(ONE)
+    await fleet.write(TWO, active=3)
+    async with fleet.running():
+        await fleet.registry.remove(ONE)
+        await until(lambda: fleet.worker(ONE).load.is_doubtful)
+        assert [worker.target for worker, _ in await fleet.pool.workers()] == [TWO, ONE]
+        await fleet.write(ONE, active=1)
+        await until(lambda: fleet.worker(ONE).load.num_streams == 1)
+        assert [worker.target for worker, _ in await fleet.pool.workers()] == [ONE, TWO]
+    assert fleet.asked == []
 
 
 async def test_a_lost_worker_is_chosen_again_when_it_answers_and_not_by_its_old_state(hashes: RedisHashes) -> None:

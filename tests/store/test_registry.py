@@ -5,13 +5,13 @@ from redis.asyncio import Redis
 from avatar.store import registry as registry_module
 from avatar.store.redis import RedisHashes
 from avatar.store.registry import WorkerRegistry
-from avatar.worker.v1.discovery_pb2 import WorkerState, WorkerStates
+from avatar.worker.v1.discovery_pb2 import WorkerState
 
 
-def state(address: str, active: int = 0) -> WorkerStates:
+def state(address: str, active: int = 0) -> WorkerState:
     worker = WorkerState(address=address)
     worker.audio.active = active
-    return WorkerStates(workers=[worker])
+    return worker
 
 
 async def active(registry: WorkerRegistry) -> dict[str, int]:
@@ -22,10 +22,9 @@ async def active(registry: WorkerRegistry) -> dict[str, int]:
 async def test_one_read_gives_the_last_state_of_every_worker_of_a_cell(hashes: RedisHashes) -> None:
     one, other = WorkerRegistry(hashes, "one"), WorkerRegistry(hashes, "other")
     assert await active(one) == {}
-    for number in range(3):
-        await one.write(f"w{number}:1", state(f"w{number}:1", number))
-    await one.write("w1:1", state("w1:1", 5))
-    await other.write("w1:1", state("w1:1", 9))
+    await one.write(*(state(f"w{number}:1", number) for number in range(3)))
+    await one.write(state("w1:1", 5))
+    await other.write(state("w1:1", 9))
     assert await active(one) == {"w0:1": 0, "w1:1": 5, "w2:1": 2}
     await one.remove("w2:1")
     assert await active(one) == {"w0:1": 0, "w1:1": 5}
@@ -34,9 +33,9 @@ async def test_one_read_gives_the_last_state_of_every_worker_of_a_cell(hashes: R
 
 async def test_a_state_that_is_not_written_again_is_forgotten(hashes: RedisHashes, redis_client: Redis) -> None:
     registry = WorkerRegistry(hashes, "main")
-    await registry.write("old:1", state("old:1"))
+    await registry.write(state("old:1"))
     await redis_client.zincrby("avatar:workers-seen:{main}", -1000 * registry_module.STALE_S, "old:1")
-    await registry.write("new:1", state("new:1"))
+    await registry.write(state("new:1"))
     assert await active(registry) == {"new:1": 0}
     assert await redis_client.hkeys("avatar:workers:{main}") == [b"new:1"]
     assert await redis_client.zrange("avatar:workers-seen:{main}", 0, -1) == [b"new:1"]
