@@ -92,10 +92,10 @@ async def fleet(
 
 
 async def test_sessions_that_gateways_open_at_once_spread_over_the_workers(store: SessionStore) -> None:
-    async with fleet(store, 4, {"denoiser-1": (12, 4)}) as found:
-        sessions = [(stub, await new_session(stub, b"picture")) for stub in found.stubs for _ in range(3)]
+    async with fleet(store, 3, {"denoiser-1": (6, 4)}) as found:
+        sessions = [(stub, await new_session(stub, b"picture")) for stub in found.stubs for _ in range(2)]
         opened = await asyncio.gather(*(open_stream(stub, session.id, mode=LIVE) for stub, session in sessions))
-        assert sum(found.active("denoiser-1")) == 12
+        assert sum(found.active("denoiser-1")) == 6
         assert max(found.active("denoiser-1")) <= 2
         for call, _ in opened:
             call.cancel()
