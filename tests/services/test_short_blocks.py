@@ -3,9 +3,13 @@
 import asyncio
 from pathlib import Path
 
+from avatar.denoiser.attention import MOTION_GROUPS
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
+from avatar.types import FRAMES_PER_LATENT, MOTION_LATENTS
 from avatar.v1 import avatar_service_pb2 as pb
+from avatar.vae.vae import HIDDEN_FRAMES, MOTION_FRAMES
+from services.gateway.stream.in_flight import FIRST_FRAME
 from services.local.suite import gateway, suite, workers
 from tests.conftest import speech
 from tests.product import connected, new_session, open_stream, speak
@@ -13,6 +17,12 @@ from tests.refusals import refused
 from tests.services.test_suite import rendered
 
 SETTINGS = GatewaySettings(listen="127.0.0.1:0")
+
+
+def test_frames_before_the_first_and_motion_latents_follow_from_codec_and_network() -> None:
+    assert FIRST_FRAME == HIDDEN_FRAMES == FRAMES_PER_LATENT - 1
+    packed = sum(latents * len(frames) for (latents, _), frames in MOTION_GROUPS)
+    assert (packed, MOTION_FRAMES) == (MOTION_LATENTS, 1 + (packed - 1) * FRAMES_PER_LATENT)
 
 
 async def test_remote_equals_local_with_short_blocks(short_blocks: Path, store: SessionStore, picture: bytes) -> None:
