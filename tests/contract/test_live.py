@@ -88,7 +88,7 @@ async def test_a_stream_without_speech_idles_in_real_time(stub: Stub, portrait: 
         await client.say(speech(0.48))
         await client.call.write(END_TURN)
         await client.until(lambda streamed: "playback_finished" in kinds(streamed))
-        assert len(client.speech) == 12
+        assert len(client.speech) == end_frame(0.48)
         frames = client.streamed.frames
         assert client.streamed.indexes == list(range(3, 3 + len(frames)))
         assert [frame.pts_us for frame in frames] == [frame.index * 40_000 for frame in frames]
