@@ -86,6 +86,6 @@ def test_a_live_stream_that_ends_early_is_too_slow_to_measure(
             assert gateway.calls
             yield pb_grpc.AvatarServiceStub(channel)
 
-    monkeypatch.setattr(live, "_gateway", slow_gateway)
+    monkeypatch.setattr(live, "all_services", slow_gateway)
     with pytest.raises(TooSlowError, match="the gateway ended the stream"):
         live.rows(tmp_path)
