@@ -61,8 +61,8 @@ def window(model: AudioModel, audio: Tensor, index: int) -> Tensor:
 
 @with_short_blocks
 def test_blocks_are_numbered_and_have_the_encoders_shape(model: AudioModel, session: Session, speech: Tensor) -> None:
-    blocks = stream(model, session, pieces(speech, 1600))
-    assert [block.index for block in blocks] == list(range(-(-speech.shape[1] // model.grid.samples)))
+    blocks = stream(model, session, pieces(speech[:, : 5 * model.grid.samples + 100], 1600))
+    assert [block.index for block in blocks] == list(range(6))
     for block in blocks:
         assert block.features.shape == (model.encoder.num_states, model.encoder.width, model.grid.frames)
         assert block.features.dtype == torch.float32
@@ -100,7 +100,7 @@ def test_a_block_comes_with_its_last_sample(model: AudioModel, session: Session,
 
 @with_short_blocks
 def test_interleaved_equals_alone(model: AudioModel, session: Session, speech: Tensor) -> None:
-    voices = [pieces(audio, 640) for audio in (speech[:, :48000], 0.3 * speech.flip(1)[:, :48000])]
+    voices = [pieces(audio, 640) for audio in (speech[:, :24000], 0.3 * speech.flip(1)[:, :24000])]
     alone = [stream(model, session, voice) for voice in voices]
     states: list[AudioState] = [model.open(session) for _ in voices]
     together: list[list[Block]] = [[] for _ in voices]
@@ -114,7 +114,7 @@ def test_interleaved_equals_alone(model: AudioModel, session: Session, speech: T
 @with_short_blocks
 def test_closing_a_stream_frees_state(model: AudioModel, session: Session, speech: Tensor) -> None:
     state = model.open(session)
-    model.step(AudioPiece(speech[:, :44100], 44100), state)
+    model.step(AudioPiece(speech[:, :14700], 44100), state)
     left: list[weakref.ref[Any]] = [weakref.ref(x) for x in (state, state.window, state.resampler)]
     del state
     gc.collect()
