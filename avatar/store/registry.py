@@ -2,7 +2,8 @@
 
     avatar:workers:{CELL}       hash        address of a worker -> its state, as a serialized WorkerStates of one
     avatar:workers-seen:{CELL}  sorted set  address -> time of its last write, in milliseconds since 1970
-    avatar:drained:{CELL}       string      there while the cell is drained: its gateways open no new streams
+    avatar:drained:{CELL}       string      `drained` while the cell's gateways open no new streams, `open` after it; a
+                                            cell that was never drained has none
 
 A state that was not written again within STALE_S is gone: the next read deletes it.
 """
@@ -45,9 +46,13 @@ end
 return table.concat(redis.call('HVALS', KEYS[1]))
 """
 )
-_DRAIN = IN_FULL_STORE + "redis.call('SET', KEYS[1], 1)"
-_UNDRAIN = IN_FULL_STORE + "redis.call('DEL', KEYS[1])"
-_IS_DRAINED = READS_ONLY + "return redis.call('EXISTS', KEYS[1])"
+# ARGV[1]: DRAINED or OPEN.
+_MARK = IN_FULL_STORE + "redis.call('SET', KEYS[1], ARGV[1])"
+# ARGV[1]: DRAINED. Only a store that lost its data has no mark of a cell that was drained: the end of a drain leaves
+# OPEN, which this does not replace.
+_KEEP_DRAINED = IN_FULL_STORE + "redis.call('SET', KEYS[1], ARGV[1], 'NX') return redis.call('GET', KEYS[1])"
+_READ_MARK = READS_ONLY + "return redis.call('GET', KEYS[1])"
+DRAINED, OPEN = b"drained", b"open"
 
 
 class WorkerRegistry:
@@ -74,11 +79,15 @@ class WorkerRegistry:
 
     async def set_drained(self, *, is_drained: bool) -> None:
         """Drain the cell, or end its drain."""
-        await self._hashes.run(_DRAIN if is_drained else _UNDRAIN, self._drained, [])
+        await self._hashes.run(_MARK, self._drained, [DRAINED if is_drained else OPEN])
 
-    async def is_drained(self) -> bool:
-        """Return whether the cell is drained."""
-        return bool(await self._hashes.run(_IS_DRAINED, self._drained, [], is_logged=False))
+    async def is_drained(self, *, was_drained: bool = False) -> bool:
+        """Return whether the cell is drained.
+
+        was_drained: as of the caller's last read. A store that lost its data since then gets the mark again.
+        """
+        script = _KEEP_DRAINED if was_drained else _READ_MARK
+        return bool(await self._hashes.run(script, self._drained, [DRAINED], is_logged=False) == DRAINED)
 
     async def read(self) -> WorkerStates:
         """Return the states of all workers that have written theirs lately."""

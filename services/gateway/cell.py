@@ -1,7 +1,7 @@
 """The cell of a gateway: calls that are passed on to its other gateways, and its drain.
 
 A claim names the gateway and the cell where its session streams. A call is passed on once, with its caller's own token
-and within its caller's deadline. Where it cannot be passed on, the error says where to send it.
+and within half of the time that is left to its caller. Where it cannot be passed on, the error says where to send it.
 
 A drained cell opens no new streams and keeps those that are open, or are resumed, to their end. Health checks of the
 public service then answer NOT_SERVING, so that a router sends new sessions elsewhere:
@@ -44,8 +44,9 @@ READ_EVERY_S = 1.0
 RETRY_S = 1.0, 3.0
 # Metadata of a call that was passed on.
 FORWARDED = "avatar-forwarded"
-# For callers that set no deadline.
-FORWARD_S = 10.0
+# Limit on a call that is passed on, and on its share of the time until the caller's deadline: from a gateway that does
+# not answer, the caller gets an error in time.
+FORWARD_S, FORWARD_SHARE = 1.5, 0.5
 
 
 class Cell:
@@ -70,10 +71,13 @@ class Cell:
             raise Draining(message, metadata={"cell": self.here.cell}, retry_s=random.uniform(*RETRY_S))
 
     async def read(self) -> None:
-        """Read whether the cell is drained; without the store, it stays as it was."""
+        """Read whether the cell is drained. Without the store, it stays as it was.
+
+        A drained cell stays so, too, if the store loses its data.
+        """
         was_drained = self.is_drained
         with suppress(StoreUnavailable):
-            self.is_drained = await self._registry.is_drained()
+            self.is_drained = await self._registry.is_drained(was_drained=was_drained)
         if self.is_drained != was_drained:
             logger.warning("cell drained" if self.is_drained else "cell undrained", extra={"cell": self.here.cell})
             await self.report_health()
@@ -109,6 +113,7 @@ class Cell:
             raise _elsewhere(place)
         token = [("authorization", given["authorization"])] if "authorization" in given else []
         remaining_s = context.time_remaining()
+        timeout_s = FORWARD_S if remaining_s is None else min(FORWARD_S, FORWARD_SHARE * remaining_s)
         try:
             credentials = peer_credentials(self._settings.tls_cert, self._settings.tls_key)
         except ValueError as error:  # the files are being replaced
@@ -116,13 +121,11 @@ class Cell:
         async with channel(place.gateway, credentials) as connection:
             call = getattr(pb_grpc.AvatarServiceStub(connection), method)
             try:
-                return await call(
-                    request, metadata=[(FORWARDED, "1"), *token], timeout=min(FORWARD_S, remaining_s or FORWARD_S)
-                )
+                return await call(request, metadata=[(FORWARDED, "1"), *token], timeout=timeout_s)
             except grpc.aio.AioRpcError as error:
                 if error_details(error).reason:
                     raise error_of(error) from error
-                raise _elsewhere(place) from error  # it is gone, or its certificate is not for its address
+                raise _elsewhere(place) from error  # it is gone or frozen, or its certificate is not for its address
 
 
 def _elsewhere(place: Place) -> NotStreaming:

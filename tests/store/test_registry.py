@@ -31,6 +31,21 @@ async def test_one_read_gives_the_last_state_of_every_worker_of_a_cell(hashes: R
     assert await active(other) == {"w1:1": 9}
 
 
+async def test_a_drain_outlives_the_stores_data_until_it_is_ended(hashes: RedisHashes, redis_client: Redis) -> None:
+    registry = WorkerRegistry(hashes, "main")
+    assert not await registry.is_drained()
+    await registry.set_drained(is_drained=True)
+    assert await registry.is_drained()
+    await redis_client.flushdb()
+    assert not await registry.is_drained()
+    assert await registry.is_drained(was_drained=True)
+    assert await registry.is_drained()
+    # Gateways that have not read the end of the drain do not undo it.
+    await registry.set_drained(is_drained=False)
+    assert not await registry.is_drained(was_drained=True)
+    assert not await registry.is_drained()
+
+
 async def test_a_state_that_is_not_written_again_is_forgotten(hashes: RedisHashes, redis_client: Redis) -> None:
     registry = WorkerRegistry(hashes, "main")
     await registry.write(state("old:1"))

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -12,15 +13,17 @@ import grpc.aio
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from redis.asyncio import Redis
 
 from avatar.client import channel_credentials
 from avatar.rpc.channel import channel
 from avatar.rpc.status import error_of
+from avatar.settings import GatewaySettings
 from avatar.store.claims import Place
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
-from services.gateway.cell import main
+from services.gateway.cell import Cell, main
 from services.local.processes import free_ports
 from tests.certificates import Authority
 from tests.product import Stub, connected, frame, new_session, open_stream, opening
@@ -139,6 +142,24 @@ async def test_a_call_is_passed_on_once(store: SessionStore, tmp_path: Path) -> 
             await claim.release()
 
 
+async def test_a_frozen_gateway_leaves_its_callers_time_for_an_answer(store: SessionStore, tmp_path: Path) -> None:
+    # As at a stopped process, the kernel accepts connections, and nothing answers.
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        target = "{}:{}".format(*frozen.getsockname())
+        async with two_gateways(store, tmp_path) as (here, _):
+            session_id = await created(here)
+            await store.claim(session_id, Place(target, "main")).acquire()
+            short = here.Interrupt(pb.InterruptRequest(session_id=session_id), **with_token() | {"timeout": 2})
+            *errors, streaming = await asyncio.gather(
+                short, *calls(here, session_id), state(here, session_id), return_exceptions=True
+            )
+            for error in errors:
+                assert isinstance(error, grpc.aio.AioRpcError)
+                refusal = error_of(error)
+                assert (refusal.reason, refusal.metadata) == ("NOT_STREAMING", {"gateway": target, "cell": "main"})
+            assert streaming == types.Session.STATE_STREAMING
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "edge.example.com"])
 async def test_gateways_with_tls_trust_each_others_certificate_for_its_names(
     store: SessionStore, tmp_path: Path, host: str
@@ -162,6 +183,20 @@ async def test_gateways_with_tls_trust_each_others_certificate_for_its_names(
             assert (host, refusal.reason) == ("edge.example.com", "NOT_STREAMING")
             assert refusal.metadata == {"gateway": gateways[1].target, "cell": "tls"}
         call.cancel()
+
+
+async def test_a_cell_stays_drained_if_the_store_loses_its_data(store: SessionStore, redis_client: Redis) -> None:
+    cell, other = (Cell(GatewaySettings(), store.workers("main")) for _ in range(2))
+    await store.workers("main").set_drained(is_drained=True)
+    await cell.read()
+    await redis_client.flushdb()
+    for each in (cell, other):
+        await each.read()
+        assert each.is_drained
+    await store.workers("main").set_drained(is_drained=False)
+    for each in (cell, other):
+        await each.read()
+        assert not each.is_drained
 
 
 async def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
