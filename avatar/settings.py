@@ -16,8 +16,17 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 Loaded = TypeVar("Loaded", bound="Settings")
 PREFIX = "AVATAR_"
+MAX_PORT = 65535
+ADDRESS = f"HOST:PORT with a port of at most {MAX_PORT}"
 # A client's message holds names, numbers and tags beside its picture, audio or prompt.
 OTHER_BYTES = 64 << 10
+# The gateway passes pictures, audio and prompts on to workers, which receive messages of 64 MiB
+# (avatar.rpc.channel.MAX_MESSAGE_BYTES).
+MAX_CONTENT_BYTES = (64 << 20) - OTHER_BYTES
+# A year. Clocks, Redis and protobuf's durations have limits, which values beyond would meet only while serving.
+MAX_SECONDS = 365 * 86400
+# Streams and threads: more than any machine has, and what a message of a worker's state can carry.
+MAX_COUNT = 1 << 16
 # Expected values of pydantic's own checks, by its types of error.
 EXPECTED = {
     "bool_parsing": "true or false",
@@ -63,13 +72,19 @@ def _parse_schedule(value: Any) -> Any:
     return numbers or None
 
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(re.fullmatch(r"\S+", host) and re.fullmatch(r"[0-9]{1,5}", port)) and int(port) <= MAX_PORT
+
+
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 Bytes = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+ContentBytes = Annotated[int, Field(ge=0, le=MAX_CONTENT_BYTES)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 # gRPC allows `dns:///` in front.
-Address = Annotated[str, _match(r"\S+:\d{1,5}", "HOST:PORT")]
-OptionalAddress = Annotated[str, _match(r"(\S+:\d{1,5})?", "HOST:PORT")]
+Address = Annotated[str, _accept(_is_address, ADDRESS)]
+OptionalAddress = Annotated[str, _accept(lambda text: not text or _is_address(text), ADDRESS)]
 Addresses = Annotated[tuple[Address, ...], BeforeValidator(_split)]
 SomeAddresses = Annotated[Addresses, _accept(len, "at least one HOST:PORT")]
 # Fewer levels than a checkpoint was trained for: their number, or the sigmas to keep; None for all.
@@ -277,9 +292,9 @@ class GatewaySettings(Settings):
     resume_s: Seconds = 10.0
     kept_s: Seconds = 2.0
     kept_bytes: Bytes = 64 << 20
-    max_picture_bytes: Bytes = 8 << 20
-    max_audio_bytes: Bytes = 1 << 20
-    max_prompt_bytes: Bytes = 8 << 10
+    max_picture_bytes: ContentBytes = 8 << 20
+    max_audio_bytes: ContentBytes = 1 << 20
+    max_prompt_bytes: ContentBytes = 8 << 10
     worker_ca: OptionalPath = None
     worker_cert: OptionalPath = None
     worker_key: OptionalPath = None
@@ -326,4 +341,6 @@ def _as_value_error(details: ErrorDetails) -> ValueError:
         value = value.rpartition("@")[2]  # a password precedes it
     if kind == "greater_than_equal":
         return unusable(name, value, f"at least {context['ge']:g}")
+    if kind == "less_than_equal":
+        return unusable(name, value, f"at most {context['le']:.0f}")
     return unusable(name, value, EXPECTED.get(kind) or str(context.get("error", details["msg"])))

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from avatar.rpc import channel
 from avatar.settings import (
+    MAX_CONTENT_BYTES,
     AudioSettings,
     DenoiserSettings,
     GatewaySettings,
@@ -106,6 +108,46 @@ def test_a_negative_or_infinite_number_is_refused(cls: type[Settings], field: st
     for text in ("-1", "nan", "inf"):
         with pytest.raises(ValueError, match=f"{name} is '{text}'"):
             load(cls, {name: text})
+
+
+# kept_bytes is memory, and no message.
+@pytest.mark.parametrize(("cls", "field"), [each for each in NUMBERS if each[1] != "kept_bytes"])
+def test_a_number_that_would_fail_only_while_serving_is_refused(cls: type[Settings], field: str) -> None:
+    name = f"AVATAR_{field.upper()}"
+    with pytest.raises(ValueError, match=f"{name} is '.*', expected at most [0-9]+$"):
+        load(cls, {name: "1e300" if field.endswith("_s") else str(1 << 40)})
+
+
+def test_the_largest_message_of_a_client_can_be_passed_on_to_a_worker() -> None:
+    for field in ("picture", "audio", "prompt"):
+        name = f"AVATAR_MAX_{field.upper()}_BYTES"
+        settings = load(GatewaySettings, {name: str(MAX_CONTENT_BYTES)})
+        assert settings.max_message_bytes == channel.MAX_MESSAGE_BYTES
+        with pytest.raises(ValueError, match=f"{name} is .*, expected at most {MAX_CONTENT_BYTES}"):
+            load(GatewaySettings, {name: str(MAX_CONTENT_BYTES + 1)})
+
+
+def test_a_duration_is_a_year_at_most() -> None:
+    assert load(GatewaySettings, {"AVATAR_SESSION_TTL_S": "31536000"}).session_ttl_s == 31536000
+    with pytest.raises(ValueError, match="AVATAR_SESSION_TTL_S is '31536001', expected at most 31536000"):
+        load(GatewaySettings, {"AVATAR_SESSION_TTL_S": "31536001"})
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (Settings, "AVATAR_LISTEN"),
+        (Settings, "AVATAR_ADVERTISE"),
+        (DenoiserSettings, "AVATAR_CHAIN"),
+        (GatewaySettings, "AVATAR_VAE"),
+    ],
+)
+def test_a_port_is_65535_at_most(cls: type[Settings], name: str) -> None:
+    environ = {"AVATAR_LISTEN": "127.0.0.1:0"}
+    load(cls, environ | {name: "[::1]:65535"})
+    for port in ("65536", "99999", "\u0661"):
+        with pytest.raises(ValueError, match=f"{name} is .*, expected HOST:PORT with a port of at most 65535"):
+            load(cls, environ | {name: f"127.0.0.1:{port}"})
 
 
 def test_sizes_are_widths_and_heights() -> None:
