@@ -117,6 +117,8 @@ class LoraAdapter:
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless each weight (o, i) that LoRA targets has a pair of matching shapes, and nothing else.
 
+        Matrices must have floating-point dtypes.
+
         A file targets TARGET. A folder targets what its configuration names, and may change any matrix.
         weights: meta tensors by name.
         """
@@ -137,6 +139,12 @@ class LoraAdapter:
                 problems.append(
                     f"{name} has rank {rank}, but {self.peft.rank_of(module_of(name))} in its configuration"
                 )
+        problems += [
+            f"{name} has {side} as {str(matrix.dtype).removeprefix('torch.')}, expected a floating-point dtype"
+            for name, pair in pairs.items()
+            for side, matrix in pair.items()
+            if not matrix.is_floating_point()
+        ]
         if not pairs:
             problems.append("it is empty")
         if problems:

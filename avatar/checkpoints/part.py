@@ -211,7 +211,8 @@ def load_weights(module: nn.Module, part: Part) -> None:
     """Fill every parameter and buffer of the module from the part, cast to the module's dtypes.
 
     A module on the meta device is only compared with the part. ValueError names the files and the first few tensors
-    that are missing, unexpected or of another shape; it is raised before any weight is read.
+    that are missing, unexpected, of another shape, or integers in place of floating-point numbers; it is raised before
+    any weight is read. Values are not checked.
     """
     target, found = module.state_dict(), part.meta_tensors()
     problems = {name: f"missing {name}" for name in target if name not in found}
@@ -220,6 +221,11 @@ def load_weights(module: nn.Module, part: Part) -> None:
         name: f"{name} has shape {tuple(found[name].shape)}, expected {tuple(target[name].shape)}"
         for name in target
         if name in found and found[name].shape != target[name].shape
+    }
+    problems |= {
+        name: f"{name} is {str(found[name].dtype).removeprefix('torch.')}, expected a floating-point dtype"
+        for name in target
+        if name in found and target[name].is_floating_point() and not found[name].is_floating_point()
     }
     if problems:
         places = sorted({part.file_of(name) for name in list(problems)[:MAX_LISTED]})

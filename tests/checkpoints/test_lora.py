@@ -67,6 +67,10 @@ def test_a_merge_is_rounded_once(tmp_path: Path) -> None:
         ({"blocks.0.norm3.lora_A.weight": torch.zeros(8, 4)}, "a pair for blocks.0.norm3.weight, which it cannot"),
         ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(8, 17)}, rf"{Q} of shape \(24, 16\) has"),
         ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(7, 16)}, rf"{Q} of shape \(24, 16\) has"),
+        (
+            {"blocks.0.self_attn.q.lora_A.weight": torch.zeros(8, 16, dtype=torch.int8)},
+            f"{Q} has A as int8, expected a floating-point dtype",
+        ),
         (dict.fromkeys(pairs(), None), "nothing for .*; nothing for"),
     ],
 )

@@ -39,6 +39,16 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(tmp_path: Path) 
         assert problem in message
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_integers_in_place_of_weights_are_refused_by_name(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = Toy().state_dict()
+    save_file({**tensors, "inner.1.weight": tensors["inner.1.weight"].to(dtype)}, tmp_path / WEIGHTS)
+    kind = str(dtype).removeprefix("torch.")
+    for module in (Toy(), Toy().to("meta")):
+        with pytest.raises(ValueError, match=f"fit Toy: inner.1.weight is {kind}, expected a floating-point dtype"):
+            load_weights(module, part_in(tmp_path))
+
+
 def test_a_long_list_of_problems_is_shortened(tmp_path: Path) -> None:
     save_file({f"extra{i}": torch.zeros(1) for i in range(20)}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="and 19 more") as caught:
