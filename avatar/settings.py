@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     advertise: HOST:PORT at which the other services reach this process; by default the host of `listen`, or the address
         of this machine on the route to Redis if that is a wildcard, and the port that it serves at.
     cell: name of the cell that this process belongs to; a gateway uses the workers of its own cell.
-    redis_url: the Redis server that keeps sessions.
+    redis_url: the Redis server that keeps sessions, and in which workers register.
     log_level: DEBUG, INFO, WARNING or ERROR.
     drain_s: seconds for open streams to end when the process is asked to stop.
     tls_cert, tls_key: PEM files of the server's certificate and its key; plain text without them.

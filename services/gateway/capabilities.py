@@ -18,8 +18,15 @@ FITS = {
 FIT_OF = {name: fit for fit, name in FITS.items()}
 
 
-def describe_capabilities(info: DeploymentInfo, settings: GatewaySettings) -> pb.GetCapabilitiesResponse:
-    """Return formats, sizes, limits and promises, without what is free at the moment."""
+def describe_capabilities(
+    info: DeploymentInfo, settings: GatewaySettings, num_free: int, *, is_draining: bool
+) -> pb.GetCapabilitiesResponse:
+    """Return formats, sizes, limits, promises, and the free sessions that a new live stream may have.
+
+    num_free: sessions that the workers have capacity for.
+    """
+    promised = promise(info, settings.patience_s)
+    refuses_live = is_draining or (promised.is_too_slow and settings.slow_live == "refuse")
     video = types.VideoFormat(width=info.vae.width, height=info.vae.height, frame_rate_hz=info.vae.frame_rate_hz)
     return pb.GetCapabilitiesResponse(
         video=video,
@@ -43,5 +50,7 @@ def describe_capabilities(info: DeploymentInfo, settings: GatewaySettings) -> pb
         max_silent_s=settings.silent_s,
         resume_s=settings.resume_s,
         cell=settings.cell,
-        **asdict(promise(info, settings.patience_s)),
+        free_sessions=0 if refuses_live else num_free,
+        draining=is_draining,
+        **asdict(promised),
     )

@@ -142,7 +142,9 @@ async def _run(command: str, cell: str) -> None:
         if command != "show":
             await registry.set_drained(is_drained=command == "drain")
         state = "drained" if await registry.is_drained() else "open"
-        print(f"cell {cell}: {state}, {len((await registry.read()).workers)} workers")
+        num_workers = len((await registry.read()).workers)
+        workers = f"{num_workers} workers" if num_workers else "no workers (does any process have this cell name?)"
+        print(f"cell {cell}: {state}, {workers}")
     finally:
         await store.aclose()
 
@@ -154,6 +156,8 @@ def main() -> None:
     flags = parser.parse_args()
     try:
         asyncio.run(_run(flags.command, flags.cell))
+    except StoreUnavailable as error:
+        parser.exit(1, f"{error}; is AVATAR_REDIS_URL the Redis server of the cell?\n")
     except (AvatarError, ValueError) as error:
         parser.exit(1, f"{error}\n")
 

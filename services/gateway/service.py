@@ -82,10 +82,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
 
     async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Context) -> pb.GetCapabilitiesResponse:
         info = await self._workers.describe()
-        capabilities = describe_capabilities(info, self._settings)
-        capabilities.free_sessions = 0 if self._cell.is_drained else self._workers.free_sessions(info)
-        capabilities.draining = self._cell.is_drained
-        return capabilities
+        num_free = self._workers.free_sessions(info)
+        return describe_capabilities(info, self._settings, num_free, is_draining=self._cell.is_drained)
 
     async def CreateReference(self, request: pb.CreateReferenceRequest, context: Context) -> pb.CreateReferenceResponse:
         size = len(request.picture)

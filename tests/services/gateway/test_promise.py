@@ -137,6 +137,7 @@ async def test_a_live_stream_of_a_deployment_that_is_too_slow_opens_with_a_notic
 
 @pytest.mark.parametrize("stub", ["refuse"], indirect=True)
 async def test_a_live_stream_of_a_deployment_that_is_too_slow_is_refused_if_the_operator_wants_that(stub: Stub) -> None:
+    assert (await stub.GetCapabilities(pb.GetCapabilitiesRequest())).free_sessions == 0
     async with refused("NO_CAPACITY") as refusal:
         await open_stream(stub, (await new_session(stub, b"picture")).id, mode=pb.OpenAvatar.MODE_LIVE)
     assert "0.7" in refusal.message
