@@ -5,18 +5,28 @@
     avatar:drained:{CELL}       string      `drained` while the cell's gateways open no new streams, `open` after it; a
                                             cell that was never drained has none
 
-A state that was not written again within STALE_S is gone: the next read deletes it.
+A state that was not written again within STALE_S is gone: the next read deletes it, and one without such a time, too.
 """
+
+import logging
+from collections.abc import Iterable
+
+from google.protobuf.message import DecodeError
 
 from avatar.store.claims import key
 from avatar.store.redis import IN_FULL_STORE, NOW, READS_ONLY, RedisHashes, to_ms
 from avatar.worker.v1.discovery_pb2 import WorkerState, WorkerStates
+
+logger = logging.getLogger(__name__)
 
 # One and a half heartbeats of a worker. A late write removes its state until the next one: gateways then keep what they
 # have, and ask the worker after another heartbeat.
 STALE_S = 1.2
 # A cell without workers leaves nothing behind.
 CELL_TTL_S = 60.0
+# A line of the log names this many skipped entries, by so many characters of each.
+MAX_NAMES = 5
+MAX_NAME_CHARS = 100
 
 # KEYS of every script: the states, the times of their last writes.
 
@@ -43,9 +53,17 @@ for _, address in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now - ARGV
     redis.call('HDEL', KEYS[1], address)
     redis.call('ZREM', KEYS[2], address)
 end
-return table.concat(redis.call('HVALS', KEYS[1]))
+if redis.call('HLEN', KEYS[1]) ~= redis.call('ZCARD', KEYS[2]) then
+    for _, address in ipairs(redis.call('HKEYS', KEYS[1])) do
+        if not redis.call('ZSCORE', KEYS[2], address) then
+            redis.call('HDEL', KEYS[1], address)
+        end
+    end
+end
+return {redis.call('HLEN', KEYS[1]), table.concat(redis.call('HVALS', KEYS[1]))}
 """
 )
+_READ_EACH = READS_ONLY + "return redis.call('HGETALL', KEYS[1])"
 # ARGV[1]: DRAINED or OPEN.
 _MARK = IN_FULL_STORE + "redis.call('SET', KEYS[1], ARGV[1])"
 # ARGV[1]: DRAINED. Only a store that lost its data has no mark of a cell that was drained: the end of a drain leaves
@@ -58,13 +76,14 @@ DRAINED, OPEN = b"drained", b"open"
 class WorkerRegistry:
     """The states of one cell's workers, and whether the cell is drained.
 
-    Every method raises StoreUnavailable, and leaves the log to its caller.
+    Every method raises StoreUnavailable, and leaves it to its caller to log that.
     """
 
     def __init__(self, hashes: RedisHashes, cell: str) -> None:
         self._hashes = hashes
         self._keys = [key("workers", cell), key("workers-seen", cell)]
         self._drained = [key("drained", cell)]
+        self._skipped: set[bytes] = set()
 
     async def write(self, *workers: WorkerState) -> None:
         """Write the states of workers, each at an address of its own."""
@@ -90,7 +109,41 @@ class WorkerRegistry:
         return bool(await self._hashes.run(script, self._drained, [DRAINED], is_logged=False) == DRAINED)
 
     async def read(self) -> WorkerStates:
-        """Return the states of all workers that have written theirs lately."""
-        # Serialized messages of one type, joined, are the message of all their repeated fields.
-        joined = await self._hashes.run(_READ, self._keys, [to_ms(STALE_S)], is_logged=False)
-        return WorkerStates.FromString(joined)
+        """Return the states of all workers that have written theirs lately.
+
+        An entry that is not the state of one worker is skipped; the log has one line when the skipped ones change.
+        """
+        num_entries, joined = await self._hashes.run(_READ, self._keys, [to_ms(STALE_S)], is_logged=False)
+        # Serialized messages of one type, joined, are the message of all their repeated fields. An entry that is cut
+        # short may take the start of the next one for its own, so that fewer workers are found.
+        states, skipped = _parsed(joined), set[bytes]()
+        if states is None or len(states.workers) != num_entries:
+            entries = await self._hashes.run(_READ_EACH, self._keys, [], is_logged=False)
+            states = WorkerStates()
+            for name, serialized in zip(entries[::2], entries[1::2], strict=True):
+                state = _parsed(serialized)
+                if state is None or len(state.workers) != 1:
+                    skipped.add(name)
+                else:
+                    states.MergeFrom(state)
+        if skipped != self._skipped:
+            self._skipped = skipped
+            if skipped:
+                extra = {"number": len(skipped), "entries": _names(skipped)}
+                logger.warning("registry entries skipped that are no worker's state", extra=extra)
+            else:
+                logger.info("no registry entries skipped any more")
+        return states
+
+
+def _parsed(serialized: bytes) -> WorkerStates | None:
+    """Return the states of a serialized message, None if it cannot be parsed."""
+    try:
+        return WorkerStates.FromString(serialized)
+    except DecodeError:
+        return None
+
+
+def _names(entries: Iterable[bytes]) -> list[str]:
+    """Return the names of the first entries for the log; they may be any bytes."""
+    return [name.decode(errors="backslashreplace")[:MAX_NAME_CHARS] for name in sorted(entries)[:MAX_NAMES]]

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc.aio
 import pytest
+import redis.asyncio
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from redis.asyncio import Redis
@@ -222,6 +223,25 @@ async def until(is_so: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(10):
         while not await is_so():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+
+
+async def test_a_gateway_starts_beside_a_broken_entry_of_the_registry_and_knows_that_workers_are_full(
+    store: SessionStore,
+    redis: str,
+    redis_client: redis.asyncio.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("AVATAR_REDIS_URL", redis)
+    await redis_client.hset("avatar:workers:{main}", "junk", b"\xff\xff\xff")
+    await redis_client.zadd("avatar:workers-seen:{main}", {"junk": "+inf"})
+    async with standin_gateways(store, {}, limit=1) as [gateway], connected(gateway.target) as stub:
+        first, second = await new_session(stub, b"picture"), await new_session(stub, b"picture")
+        await open_stream(stub, first.id, mode=LIVE)
+        async with refused("NO_CAPACITY"), asyncio.timeout(10):
+            await open_stream(stub, second.id, mode=LIVE)
+        await run_command(monkeypatch, "show", "main")
+    assert capsys.readouterr().out.startswith("cell main: open, ")
 
 
 async def test_a_drained_cell_keeps_its_streams_and_opens_no_new_ones(
