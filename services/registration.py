@@ -34,7 +34,8 @@ class WorkerServicer(Servicer, Protocol):
 async def registered(registry: WorkerRegistry, address: str, servicer: WorkerServicer) -> AsyncGenerator[None, None]:
     """Keep a worker registered while the body runs.
 
-    address: HOST:PORT at which gateways reach it. Without the store the worker serves on: gateways ask it directly.
+    address: HOST:PORT at which gateways reach it. If its state cannot be written, for any reason, the worker serves on,
+    since gateways ask it directly, and the next write is tried.
     """
     async with background(_write_forever(registry, address, servicer)):
         yield
@@ -44,19 +45,22 @@ async def registered(registry: WorkerRegistry, address: str, servicer: WorkerSer
 
 async def _write_forever(registry: WorkerRegistry, address: str, servicer: WorkerServicer) -> None:
     """Write the worker's state at every heartbeat, and soon after every change."""
-    is_away = False
+    failure: type[Exception] | None = None
     while True:
         servicer.changed.clear()
-        state = WorkerState(address=address, **{servicer.stage: servicer.info()})
         try:
-            await registry.write(state)
-            if is_away:
+            await registry.write(WorkerState(address=address, **{servicer.stage: servicer.info()}))
+            if failure:
                 logger.info("worker registered again", extra={"address": address})
-            is_away = False
-        except StoreUnavailable as error:
-            if not is_away:
-                logger.warning("worker not registered", extra={"address": address, "problem": error.message})
-            is_away = True
+            failure = None
+        # Not only StoreUnavailable: an error in our code must not end the streams, which need no registry.
+        except Exception as error:
+            if type(error) is not failure:
+                unforeseen = not isinstance(error, StoreUnavailable)
+                level = logging.ERROR if unforeseen else logging.WARNING
+                extra = {"address": address, "problem": str(error)}
+                logger.log(level, "worker not registered", extra=extra, exc_info=unforeseen)
+            failure = type(error)
         with suppress(TimeoutError):
             async with asyncio.timeout(HEARTBEAT_S):
                 await servicer.changed.wait()

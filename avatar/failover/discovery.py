@@ -24,7 +24,7 @@ SETTLE_S = 0.03
 class Discovery:
     """Reads the registry twice a second and on request, and hands the states of each stage to its pool.
 
-    While the registry cannot be read, the pools keep the last states.
+    While the registry cannot be read, for any reason, the pools keep the last states, and the next read is tried.
     """
 
     def __init__(self, read: Callable[[], Awaitable[WorkerStates]]) -> None:
@@ -34,7 +34,7 @@ class Discovery:
         self._waiting: list[asyncio.Future[None]] = []
         self._is_wanted = asyncio.Event()
         self._read_s = -math.inf
-        self._is_away = False
+        self._failure: type[Exception] | None = None  # of the last read
 
     def follow(self, stage: str, take: Callable[[Mapping[str, Any]], None]) -> None:
         """Call `take` after every read with the stage's workers: address -> answer to GetInfo."""
@@ -44,10 +44,13 @@ class Discovery:
     async def running(self) -> AsyncGenerator[None, None]:
         """Read the registry once, and then while the body runs. If it cannot be read yet, all workers are asked."""
         await self._read_once()
-        if self._is_away:
+        if self._failure:
             self._hand_out(WorkerStates())
-        async with background(self._read_forever()):
-            yield
+        try:
+            async with background(self._read_forever()):
+                yield
+        finally:
+            _wake(self._waiting)
 
     async def refresh(self, *, settled: bool = False) -> None:
         """Wait for a read of the last FRESH_S, or the next one, or its failure. All who wait share the next one.
@@ -76,19 +79,22 @@ class Discovery:
         started_s = time.monotonic()
         try:
             states = await self._read()
-            if self._is_away:
-                logger.info("registry of workers read again")
-            self._is_away = False
             self._hand_out(states)
-        except StoreUnavailable as error:
-            if not self._is_away:
-                logger.warning("registry of workers not read; the last states hold", extra={"problem": error.message})
-            self._is_away = True
+            if self._failure:
+                logger.info("registry of workers read again")
+            self._failure = None
+        # Not only StoreUnavailable: the gateways of a cell read the same bytes, so an error in our code would end all
+        # of them together, with their streams, which need no registry.
+        except Exception as error:
+            if type(error) is not self._failure:
+                unforeseen = not isinstance(error, StoreUnavailable)
+                level = logging.ERROR if unforeseen else logging.WARNING
+                text, extra = "registry of workers not read; the last states hold", {"problem": str(error)}
+                logger.log(level, text, extra=extra, exc_info=unforeseen)
+            self._failure = type(error)
         finally:
             self._read_s = started_s
-            for waiter in waiting:
-                if not waiter.done():
-                    waiter.set_result(None)
+            _wake(waiting)
 
     def _hand_out(self, states: WorkerStates) -> None:
         by_stage: dict[str, dict[str, Any]] = {stage: {} for stage in self._followers}
@@ -98,3 +104,9 @@ class Discovery:
                 by_stage[stage][state.address] = getattr(state, stage)
         for stage, take in self._followers.items():
             take(by_stage[stage])
+
+
+def _wake(waiting: list[asyncio.Future[None]]) -> None:
+    for waiter in waiting:
+        if not waiter.done():
+            waiter.set_result(None)

@@ -280,3 +280,59 @@ async def test_a_name_that_is_not_resolved_keeps_its_workers_and_delays_no_other
         await until(lambda: set(targets_of(fleet.pool)) == {"127.0.0.4:7", "127.0.0.3:7", THREE})
     messages = [each for each in caplog.messages if "resolved" in each]
     assert messages == ["name not resolved; its workers are kept", "name resolved again"]
+
+
+async def test_an_unforeseen_error_of_a_read_is_logged_once_and_the_next_read_is_tried(
+    hashes: RedisHashes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    fleet = Fleet(hashes, [ONE])
+    await fleet.write(ONE, active=2)
+    async with fleet.running():
+        with monkeypatch.context() as broken:
+            broken.setattr(Worker, "update", lambda *_, **__: 1 / 0)
+            async with asyncio.timeout(20):
+                await asyncio.gather(*(fleet.discovery.refresh() for _ in range(5)))
+                await fleet.discovery.refresh()
+        assert targets_of(fleet.pool) == [ONE]
+        await fleet.write(ONE, active=3)
+        await until(lambda: fleet.worker(ONE).load.num_streams == 3)
+    away, back = "registry of workers not read; the last states hold", "registry of workers read again"
+    assert caplog.messages == [away, back]
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_an_unforeseen_error_of_the_first_read_does_not_prevent_the_start(
+    hashes: RedisHashes, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = Fleet(hashes, [ONE])
+    await fleet.write(ONE)
+
+    async def broken() -> WorkerStates:
+        raise KeyError("broken")
+
+    read, fleet.discovery._read = fleet.discovery._read, broken
+    async with fleet.running():
+        await until(lambda: targets_of(fleet.pool) == [ONE])
+        assert fleet.digest(ONE) == "asked"
+        fleet.discovery._read = read
+        await until(lambda: fleet.worker(ONE).load.is_registered)
+    assert caplog.messages == ["registry of workers not read; the last states hold"]
+
+
+async def test_nobody_waits_for_a_discovery_that_has_ended(hashes: RedisHashes) -> None:
+    fleet = Fleet(hashes, [ONE])
+    is_reading = asyncio.Event()
+
+    async def hang() -> WorkerStates:
+        is_reading.set()
+        await asyncio.sleep(3600)
+        return WorkerStates()
+
+    async with fleet.running():
+        fleet.discovery._read = hang
+        await is_reading.wait()
+        waiting = asyncio.get_running_loop().create_task(fleet.discovery.refresh())
+        await asyncio.sleep(0)
+    async with asyncio.timeout(20):
+        await waiting

@@ -89,3 +89,18 @@ async def test_a_worker_serves_on_without_the_store_and_logs_one_line_each_way(
             assert await logged(caplog, 2) == ["worker not registered", "worker registered again"]
             assert (await registry.read()).workers
         await hashes.aclose()
+
+
+async def test_an_unforeseen_error_is_logged_once_and_the_worker_is_registered_after_it(
+    hashes: RedisHashes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registration, "HEARTBEAT_S", 0.01)
+    caplog.set_level("INFO")
+    worker = Worker()
+    worker.num_streams = 1 << 32  # more than the message can carry
+    async with registered(WorkerRegistry(hashes, "main"), "here:1", worker):
+        assert await logged(caplog, 1) == ["worker not registered"]
+        await asyncio.sleep(0.1)  # more attempts, which log nothing
+        worker.num_streams = 1
+        assert await logged(caplog, 2) == ["worker not registered", "worker registered again"]
+    assert "ValueError" in caplog.text
