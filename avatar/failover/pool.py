@@ -278,20 +278,22 @@ class WorkerPool(Generic[Info]):
             self._start(self._ask_until_registered(worker, delay_s))
 
     async def _ask_until_registered(self, worker: Worker[Info], delay_s: float) -> None:
-        worker.ask_now.clear()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(delay_s):
-                await worker.ask_now.wait()
-        while worker is self._workers.get(worker.target) and (worker.is_lost or not worker.load.is_registered):
-            await self._ask_once(worker)
-            self.version += 1
+        try:
             worker.ask_now.clear()
-            worker.was_asked.set()
             with suppress(TimeoutError):
-                async with asyncio.timeout(ASK_EVERY_S):
+                async with asyncio.timeout(delay_s):
                     await worker.ask_now.wait()
-        worker.is_asked = False
-        worker.was_asked.set()
+            while worker is self._workers.get(worker.target) and (worker.is_lost or not worker.load.is_registered):
+                await self._ask_once(worker)
+                self.version += 1
+                worker.ask_now.clear()
+                worker.was_asked.set()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(ASK_EVERY_S):
+                        await worker.ask_now.wait()
+        finally:  # also if the worker has gone, and its channel was closed during the question
+            worker.is_asked = False
+            worker.was_asked.set()
 
     async def _ask_once(self, worker: Worker[Info]) -> None:
         try:

@@ -158,6 +158,37 @@ async def test_a_name_with_two_addresses_is_two_workers(monkeypatch: pytest.Monk
         await until(lambda: targets_of(audio) == [f"127.0.0.2:{port}"])
 
 
+async def test_a_refresh_does_not_wait_for_a_worker_whose_address_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses_module, "RESOLVE_EVERY_S", 0.02)
+    monkeypatch.setattr(pool_module, "REPORT_EVERY_S", 0.02)
+    port = free_ports(1)[0]
+    hosts = ["127.0.0.1", "127.0.0.2"]
+
+    async def resolved(_: Any, __: str, at: int, **___: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, at)) for each in hosts]
+
+    asked = asyncio.Event()
+
+    async def unanswered(connection: grpc.aio.Channel) -> Any:
+        asked.set()
+        await connection.stream_stream("/avatar.worker.v1.AudioService/Encode")().read()
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", resolved)
+    audio: Audio = WorkerPool("audio", [f"audio.test:{port}"], unanswered)
+    async with (
+        serving(f"127.0.0.1:{port}", Worker()),
+        serving(f"127.0.0.2:{port}", Worker()),
+        audio.running(),
+        asyncio.timeout(20),
+    ):
+        await asked.wait()
+        waiting = asyncio.get_running_loop().create_task(audio.refresh())
+        await asyncio.sleep(0)
+        hosts[:] = ["127.0.0.3"]
+        monkeypatch.setattr(audio, "_get_info", get_info)
+        await waiting
+
+
 async def test_streams_of_a_worker_that_hangs_are_notified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "ASK_EVERY_S", 0.05)
 
