@@ -209,6 +209,8 @@ class DenoiserSettings(WorkerSettings):
             levels = [int(part) for part in self.levels.split(",")]
         except ValueError as error:
             raise unusable("levels", self.levels, "`all` or a list such as `0,1`") from error
+        if len({*levels}) < len(levels):
+            raise unusable("levels", self.levels, "each level once")
         if unknown := [level for level in levels if not 0 <= level < num_levels]:
             raise ValueError(f"{PREFIX}LEVELS names level {unknown[0]}, the schedule has 0 to {num_levels - 1}")
         return levels

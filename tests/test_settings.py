@@ -188,6 +188,8 @@ def test_levels_are_served_as_listed(levels: str, served: list[int]) -> None:
         ("none", "'none', expected `all` or a list"),
         ("0,", "'0,', expected `all` or a list"),
         ("", "'', expected `all` or a list"),
+        ("0,0", "'0,0', expected each level once"),
+        ("1,0, 1", "'1,0, 1', expected each level once"),
     ],
 )
 def test_levels_that_the_checkpoint_lacks_are_refused(levels: str, words: str) -> None:
