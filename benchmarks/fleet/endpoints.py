@@ -28,13 +28,14 @@ from services.registration import HEARTBEAT_S, SETTLE_S, WorkerServicer
 class Fleet:
     """targets: HOST:PORT of the workers of each stage. limits: streams at a time at each worker, else 1000.
 
-    full: stages whose workers have all of their streams taken.
+    full: stages whose workers have all of their streams taken, but for the first `num_free` of each.
     """
 
     redis_url: str
     targets: dict[str, list[str]]
     limits: dict[str, int] = field(default_factory=dict)
     full: list[str] = field(default_factory=list)
+    num_free: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -71,10 +72,11 @@ async def main() -> None:
         changed, workers = asyncio.Event(), {}
         for name, targets in fleet.targets.items():
             limit = fleet.limits.get(name, 1000)
-            for target in targets:
+            for index, target in enumerate(targets):
                 queue = stack.enter_context(DeviceQueue())
                 stage = Stage(name.partition("-")[0], Step(0.0), queue, limit, history_blocks=1)
-                for number in range(limit if name in fleet.full else 0):
+                is_full = name in fleet.full and index >= fleet.num_free
+                for number in range(limit if is_full else 0):
                     stack.enter_context(stage.admission.accept(f"other-{number}", is_live=True))
                 stage.admission.on_change = changed.set
                 workers[target] = worker(name, stage)

@@ -1,4 +1,7 @@
-"""Sessions that arrive at once: refusals where a level's workers are full, and the spread where they are free."""
+"""Sessions that arrive at once: refusals where a level's workers are full, and the spread where they are free.
+
+Live sessions beside the refusals show whether these delay frames.
+"""
 
 import asyncio
 import sys
@@ -8,7 +11,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import grpc.aio
@@ -17,7 +20,7 @@ import psutil
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from avatar.v1 import types_pb2 as types
-from benchmarks.fleet.content import RATE_HZ, STAGES
+from benchmarks.fleet.content import FRAME_RATE_HZ, RATE_HZ, STAGES
 from benchmarks.fleet.discovery import ask, endpoints, redis
 from benchmarks.fleet.endpoints import Fleet
 from benchmarks.fleet.gateway import GATEWAY, cpu_s
@@ -27,6 +30,8 @@ from services.local.processes import Suite, free_ports, until_healthy
 NUM_FULL, AT_ONCE = (10, 100, 300), 20
 NUM_GATEWAYS, NUM_WORKERS = 4, 12
 MAX_REFUSAL_S, MAX_AT_A_WORKER = 0.05, 2
+NUM_LIVE, REFUSALS_HZ, SETTLE_S, SECONDS = 4, 10.0, 2.0, 10.0
+MAX_DELAY = 1.1  # of the 99th percentile of frames, beside refusals
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ def rows() -> list[Row]:
         note = f"the slowest of {AT_ONCE} at once {1e3 * each.slowest_s:.0f} ms, {each.cpu_ms:.2g} CPU-ms each"
         figure = f"fleet: refusal at {count} full workers"
         found.append(row(figure, 1e3 * each.alone_s, "ms", at_most=1e3 * MAX_REFUSAL_S, note=note))
+    without_s, beside_s = asyncio.run(delays())
+    figure = f"fleet: live frames beside {REFUSALS_HZ:g} refusals a second, p99"
+    alone_ms = 1e3 * without_s
+    found.append(row(figure, 1e3 * beside_s, "ms late", at_most=MAX_DELAY * alone_ms, bound=alone_ms))
     most = asyncio.run(most_at_a_worker())
     figure = f"fleet: {NUM_WORKERS} sessions at once by {NUM_GATEWAYS} gateways over {NUM_WORKERS} workers"
     found.append(row(figure, most, "at a worker", at_most=MAX_AT_A_WORKER, bound=1))
@@ -97,14 +106,15 @@ class Client:
         request = pb.CreateSessionRequest(reference_id=created.reference.id)
         return [(await self._stub.CreateSession(request)).session.id for _ in range(count)]
 
-    async def open(self, session_id: str) -> None:
-        """Open a session's stream, which stays open. Raises AioRpcError if it is refused."""
+    async def open(self, session_id: str) -> Any:
+        """Open a session's live stream, which stays open; return its call. Raises AioRpcError if it is refused."""
         audio = types.AudioFormat(encoding=types.SAMPLE_ENCODING_PCM16, rate_hz=RATE_HZ, num_channels=1)
         opening = pb.OpenAvatar(session_id=session_id, audio=audio, mode=pb.OpenAvatar.MODE_LIVE)
         call = self._stub.StreamAvatar()
         self._calls.append(call)
         await call.write(pb.StreamAvatarRequest(open=opening))
         await call.read()
+        return call
 
     async def refused_s(self, session_id: str) -> float:
         """Return the seconds until a session's stream is refused."""
@@ -130,6 +140,65 @@ async def refusals(num_full: int) -> Refusals:
         at_once_s = await asyncio.gather(*(client.refused_s(each) for each in others[AT_ONCE:]))
         spent_s = cpu_s(started.processes[0]) - spent_s
     return Refusals(median(alone_s), max(at_once_s), 1e3 * spent_s / (2 * AT_ONCE))
+
+
+async def delays(num_full: int = NUM_FULL[-1], seconds: float = SECONDS) -> tuple[float, float]:
+    """Return by how much live frames are late, in seconds, 99th percentile: without refusals, and beside them.
+
+    The sessions are idle, and the workers of the last level full but for them. A stream's earliest frame is on time.
+    seconds: of each measurement.
+    """
+    workers = {**dict.fromkeys(STAGES, 1), STAGES[-2]: num_full + NUM_LIVE}
+    full = {"limits": {STAGES[-2]: 1}, "full": [STAGES[-2]], "num_free": NUM_LIVE}
+    async with gateways(1, workers, **full) as started, AsyncExitStack() as stack:
+        client = Client(await stack.enter_async_context(grpc.aio.insecure_channel(started.targets[0])))
+        *sessions, refused = await client.create(NUM_LIVE + 1)
+        streams = [LiveFrames(await client.open(each)) for each in sessions]
+        async with asyncio.TaskGroup() as tasks:
+            receiving = [tasks.create_task(each.receive()) for each in streams]
+            await asyncio.sleep(SETTLE_S)
+            without_s, refusals = await _late_s(streams, seconds), tasks.create_task(_refuse_forever(client, refused))
+            beside_s = await _late_s(streams, seconds)
+            for task in (refusals, *receiving):
+                task.cancel()
+    return without_s, beside_s
+
+
+class LiveFrames:
+    """The frames of a live stream. late_s: by how much each was later than the earliest one, in seconds."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._times_s: list[float] = []  # of arrival, less the frame's time in the video
+
+    @property
+    def late_s(self) -> list[float]:
+        earliest_s = min(self._times_s)
+        return [each - earliest_s for each in self._times_s]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self._times_s)
+
+    async def receive(self) -> None:
+        """Receive frames until the stream ends."""
+        while (response := await self._call.read()) is not grpc.aio.EOF:
+            if response.HasField("frame"):
+                self._times_s.append(time.monotonic() - response.frame.index / FRAME_RATE_HZ)
+
+
+async def _late_s(streams: list[LiveFrames], seconds: float) -> float:
+    """Return the 99th percentile of the delays of the frames that come from now on."""
+    counts = [each.num_frames for each in streams]
+    await asyncio.sleep(seconds)
+    late_s = [late for each, count in zip(streams, counts, strict=True) for late in each.late_s[count:]]
+    return quantiles(late_s, n=100)[-1]
+
+
+async def _refuse_forever(client: Client, session_id: str) -> None:
+    while True:
+        await client.refused_s(session_id)
+        await asyncio.sleep(1 / REFUSALS_HZ)
 
 
 async def most_at_a_worker() -> int:
