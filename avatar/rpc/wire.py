@@ -19,7 +19,7 @@ Parts: TypeAlias = Sequence[bytes | memoryview]
 
 LENGTH_DELIMITED = 2
 MAX_VARINT_BYTES = 10
-# What a denoiser reads of a block beside its latent.
+# Fields of a block that a denoiser reads beside its latent.
 INPUTS: tuple[Literal["features", "heard", "face_motion"], ...] = ("features", "heard", "face_motion")
 FIELDS = types_pb2.Block.DESCRIPTOR.fields_by_name
 INPUT_NUMBERS, LATENT = {FIELDS[name].number for name in INPUTS}, FIELDS["latent"].number

@@ -30,7 +30,7 @@ TRIALS, SLOW_TRIALS = 20, 6
 SETTLE_S, IDLE_S, LIMIT_S = 2.0, 0.6, 180.0
 # Targets of the 95th percentile for short blocks over stand-ins: from a microphone, and sent at once.
 TARGETS_S = 0.40, 0.20
-# How much later than promised the others' 95th percentile may come.
+# Allowance on the promise, for the others' 95th percentile.
 MARGIN_S = 0.03
 
 

@@ -136,7 +136,7 @@ async def test_a_closed_session_leaves_no_blocks_to_garbage_collection(store: Se
             assert num_blocks()
             await send_all(call, [CLOSE])
             await rest(call)
-            async with asyncio.timeout(40):  # timers of offline streams run for 20 s
+            async with asyncio.timeout(40):  # it once took more than 10 s; the cause is not known
                 while num_blocks():  # noqa: ASYNC110  # the gateway closes the stages after its last message
                     await asyncio.sleep(0.01)
         finally:
