@@ -28,7 +28,9 @@ def shared_workers(checkpoint: Path, redis_server: str) -> Iterator[GatewaySetti
 
     async def serve() -> None:
         store = SessionStore(RedisHashes(redis_server))
-        async with workers(checkpoint, store, GatewaySettings(listen="127.0.0.1:0")) as given:
+        # A cell of their own: they are registered while later tests of this process read the registry of `main`.
+        own = GatewaySettings(listen="127.0.0.1:0", cell="contract")
+        async with workers(checkpoint, store, own) as given:
             settings.set_result(given)
             await asyncio.to_thread(stop.wait)
         await store.aclose()
