@@ -59,6 +59,10 @@ class InvalidAudio(InvalidField, reason="INVALID_AUDIO"):
     """The audio or its format is invalid."""
 
 
+class InvalidText(InvalidField, reason="INVALID_TEXT"):
+    """Text cannot be spoken."""
+
+
 class Unauthenticated(AvatarError, reason="UNAUTHENTICATED", code=StatusCode.UNAUTHENTICATED):
     """The call carries no bearer token, or an unknown one."""
 
@@ -89,6 +93,10 @@ class ProtocolOrder(AvatarError, reason="PROTOCOL_ORDER", code=StatusCode.FAILED
 
 class PromptUnsupported(AvatarError, reason="PROMPT_UNSUPPORTED", code=StatusCode.FAILED_PRECONDITION):
     """The checkpoint does not take a prompt."""
+
+
+class VoiceUnsupported(AvatarError, reason="VOICE_UNSUPPORTED", code=StatusCode.FAILED_PRECONDITION):
+    """The deployment has no voice."""
 
 
 class ConfigMismatch(AvatarError, reason="CONFIG_MISMATCH", code=StatusCode.FAILED_PRECONDITION):
@@ -133,6 +141,10 @@ class StageLost(AvatarError, reason="STAGE_LOST", code=StatusCode.UNAVAILABLE):
 
 class StageFailed(AvatarError, reason="STAGE_FAILED", code=StatusCode.INTERNAL):
     """A worker failed; metadata `stage` names its stage."""
+
+
+class VoiceFailed(AvatarError, reason="VOICE_FAILED", code=StatusCode.UNAVAILABLE):
+    """The speech engine failed."""
 
 
 class StoreUnavailable(AvatarError, reason="STORE_UNAVAILABLE", code=StatusCode.UNAVAILABLE):

@@ -68,6 +68,7 @@ class NoticeKind(Enum):
     AUDIO_REFUSED = pb.Notice.KIND_AUDIO_REFUSED
     SLOW_READER = pb.Notice.KIND_SLOW_READER
     TOO_SLOW = pb.Notice.KIND_TOO_SLOW
+    TEXT_UNSPOKEN = pb.Notice.KIND_TEXT_UNSPOKEN
 
 
 @dataclass(frozen=True, slots=True)
