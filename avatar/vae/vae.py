@@ -190,8 +190,14 @@ class Vae(Generic[State]):
 
 
 def to_bytes(frames: Tensor) -> Tensor:
-    """Convert frames (3, f, H, W) in [-1, 1] to (f, H, W, 3) uint8 on the CPU, truncated as in the reference."""
-    return rearrange((255 * (frames + 1) / 2).to(torch.uint8), "c f h w -> f h w c").cpu().contiguous()
+    """Convert frames (3, f, H, W) in [-1, 1] to (f, H, W, 3) uint8 on the CPU, truncated as in the reference.
+
+    They leave a GPU once, as bytes in their final order, into pinned memory.
+    """
+    rgb = rearrange((255 * (frames + 1) / 2).to(torch.uint8), "c f h w -> f h w c").contiguous()
+    if rgb.device.type == "cpu":
+        return rgb
+    return torch.empty(rgb.shape, dtype=rgb.dtype, pin_memory=rgb.is_cuda).copy_(rgb)
 
 
 def load(part: Part, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Vae[Any]:
@@ -225,7 +231,6 @@ def _light(fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype) 
 
 
 def _wan(fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Codec[Any], nn.Module]:
-    # Imported here: it imports diffusers, which serving the light codec does not need.
     from avatar.vae.wan import WanCodec, WanConfig
 
     codec = WanCodec(parse_fields(WanConfig, fields, "network."), device, dtype)

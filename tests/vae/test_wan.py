@@ -1,7 +1,10 @@
 """Tests of avatar.vae.wan."""
 
+from typing import Any
+
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from avatar.vae.wan import WAN_MEAN, WAN_STD, WanCodec, WanConfig
@@ -15,9 +18,11 @@ def noise(*shape: int) -> Tensor:
 def test_codec_equals_the_public_methods_of_diffusers() -> None:
     codec, frames, latents = wan_codec(), noise(1, 3, 13, 16, 24).clamp(-1, 1), noise(1, 16, 6, 2, 3)
     mean, std = (torch.tensor(table).view(1, 16, 1, 1, 1) for table in (WAN_MEAN, WAN_STD))
+    theirs: Any = AutoencoderKLWan(base_dim=WAN.base_dim)  # type: ignore[no-untyped-call]
+    theirs.load_state_dict(codec.network.state_dict())
     with torch.inference_mode():
-        encoded = (codec.network.encode(frames).latent_dist.mode() - mean) / std
-        decoded = codec.network.decode(latents * std + mean).sample
+        encoded = (theirs.encode(frames).latent_dist.mode() - mean) / std
+        decoded = theirs.decode(latents * std + mean).sample
         torch.testing.assert_close(codec.encode(frames), encoded, rtol=0, atol=1e-6)
         torch.testing.assert_close(codec.decode(latents, codec.new_state()).clamp(-1, 1), decoded, rtol=0, atol=1e-5)
 

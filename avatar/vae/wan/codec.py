@@ -1,25 +1,23 @@
-"""The video codec of Wan 2.1, as diffusers' AutoencoderKLWan, driven so that a stream's state is an argument.
+"""The video codec of Wan 2.1: its network, driven so that a stream's state is an argument.
 
     frames (b, 3, f, H, W) --encode--> latents (b, 16, t, H/8, W/8) --decode--> frames
 
-diffusers' own encode and decode keep their caches on the module and clear them in every call. Here the module's
-encoder and decoder are called directly: they take a list of cache slots, one per causal convolution, each the last two
-frames of its input. Latents pass one at a time, because a fresh decoder treats the first one differently and returns
-the wrong number of frames for several; so streamed decoding equals decoding of the whole, bit for bit.
-
-This is the only module that imports diffusers, which is slow to import.
+Latents pass one at a time, because a fresh decoder treats the first one differently; so streamed decoding equals
+decoding of the whole, bit for bit.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
+from torch.backends import cudnn
 
 from avatar.types import FRAMES_PER_LATENT
+from avatar.vae.wan.network import AutoencoderKLWan, Slots
 
 # Mean and standard deviation of Wan 2.1's raw latents, channel by channel. Source: published with its weights.
 # fmt: off
@@ -32,8 +30,6 @@ WAN_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )
 # fmt: on
-# A slot is empty, holds frames, or a marker that the temporal upsampler sets after a stream's first latent.
-Slots = list[Tensor | str | None]
 
 
 @dataclass(frozen=True)
@@ -82,15 +78,14 @@ class WanCodec:
         self.channels = config.z_dim
         self.space_stride = 1 << len(config.dim_mult) - 1
         self.history = past_latents(config)
+        fields: dict[str, Any] = {
+            name: value for name, value in asdict(config).items() if not name.startswith("latents_")
+        }
         with torch.device("meta"):
-            # diffusers adds these fields to lists.
-            fields = {name: [*value] if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-            network: Any = AutoencoderKLWan(**fields)  # type: ignore[no-untyped-call]
-        if encodes_only:
-            del network.decoder, network.post_quant_conv
-        # nn.Module's `to`: diffusers' own warns about modules to keep in float32, of which there are none.
-        nn.Module.to(network, dtype)
+            network = AutoencoderKLWan(**fields, encodes_only=encodes_only).to(dtype)
         self.network = network.to_empty(device=device).eval().requires_grad_(False)
+        self.network.put_channels_last()
+        self._device, self._dtype = torch.device(device), dtype
         mean, std = (
             rearrange(torch.tensor(table, device=device), "c -> c 1 1 1")
             for table in (config.latents_mean, config.latents_std)
@@ -99,13 +94,14 @@ class WanCodec:
         self._mean, self._scale = mean, 1 / std
 
     def encode(self, frames: Tensor) -> Tensor:
-        frames = frames.to(self.network.device, self.network.dtype)
-        slots: Slots = [None] * self.network._cached_conv_counts["encoder"]
+        frames = frames.to(self._device, self._dtype)
+        slots: Slots = [None] * self.network.encoder.num_slots
         starts = range(1, frames.shape[2] - FRAMES_PER_LATENT + 1, FRAMES_PER_LATENT)
         later = (frames[:, :, start : start + FRAMES_PER_LATENT] for start in starts)
-        parts = [self.network.encoder(part, feat_cache=slots, feat_idx=[0]) for part in (frames[:, :, :1], *later)]
-        # Mean and log variance of the posterior; the reference uses the mean.
-        raw = self.network.quant_conv(torch.cat(parts, dim=2))[:, : self.channels]
+        with self._fastest():
+            parts = [self.network.encoder(part, slots) for part in (frames[:, :, :1], *later)]
+            # Mean and log variance of the posterior; the reference uses the mean.
+            raw = self.network.quant_conv(torch.cat(parts, dim=2))[:, : self.channels]
         latents: Tensor = (raw - self._mean) * self._scale
         return latents
 
@@ -114,17 +110,20 @@ class WanCodec:
         return latents.to(self._scale) / self._scale + self._mean
 
     def new_state(self) -> Slots:
-        return [None] * self.network._cached_conv_counts["decoder"]
+        return [None] * self.network.decoder.num_slots
 
     def decode(self, latents: Tensor, state: Slots) -> Tensor:
-        raw = self.raw(latents).to(self.network.dtype)
-        return torch.cat(
-            [
-                self.network.decoder(self.network.post_quant_conv(latent), feat_cache=state, feat_idx=[0])
-                for latent in torch.split(raw, 1, dim=2)
-            ],
-            dim=2,
-        )
+        raw = self.raw(latents).to(self._dtype)
+        decode, prepare = self.network.decoder, self.network.post_quant_conv
+        with self._fastest():
+            return torch.cat([decode(prepare(latent), state) for latent in torch.split(raw, 1, dim=2)], dim=2)
+
+    def _fastest(self) -> AbstractContextManager[None]:
+        """Return a context in which cuDNN measures its kernels for every new shape, of which a video has three."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        flags: AbstractContextManager[None] = cudnn.flags(enabled=True, benchmark=True, allow_tf32=cudnn.allow_tf32)
+        return flags
 
 
 def past_latents(config: WanConfig) -> int:
