@@ -29,6 +29,7 @@ from avatar.audio.whole_file import file_blocks
 from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.denoiser import model as denoiser_model
+from avatar.denoiser.cache import Prefills
 from avatar.denoiser.config import PATCH, NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
@@ -272,7 +273,10 @@ class DenoisingLoop:
     ) -> None:
         """conditions: of block 0."""
         self.session, self.conditions = session, conditions
-        self.levels = [Denoiser(network, config, level, noise_source) for level in range(config.num_levels)]
+        prefills = Prefills()
+        self.levels = [
+            Denoiser(network, config, level, noise_source, prefills=prefills) for level in range(config.num_levels)
+        ]
         self.states = [level.open(session) for level in self.levels]
         self._updated_conditions = conditions
 

@@ -6,14 +6,22 @@ Serving keeps a ring buffer per layer (`KVCache`); training runs a whole clip at
 The cache of a layer has two regions in one buffer. The sink holds the condition tokens (reference, then motion) and is
 never evicted; the window holds the most recent blocks and evicts the oldest first.
 
+What is in the sink is the result of prefill. Condition tokens have timestep 0, so it is the same at every noise level,
+and the levels of a process share it (`Prefills`): the first that needs a version computes it, ahead of the version's
+first block if it can. Each level then copies the keys and values into its own cache, where attention reads them
+together with the level's window.
+
 Source: causal attention with a KV cache as in CausVid (arXiv 2412.07772) and Self-Forcing (arXiv 2506.08009); the sink
 frame is arXiv 2512.04677's.
 
 Axes: b batch, n tokens, h heads, d head width.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -28,6 +36,7 @@ from avatar.denoiser.attention import (
     rope_table,
 )
 from avatar.denoiser.config import NetworkConfig
+from avatar.types import Conditions, Session
 
 # Keys and values (b, n, h, d) of one layer.
 KeysValues = tuple[Tensor, Tensor]
@@ -135,3 +144,115 @@ class KVCache:
         for keys, unrotated in zip(self._keys, self._unrotated, strict=True):
             keys[:, : self._reference_tokens, :, : self._time_channels] = apply_rope(unrotated, table)
         self._reference_frame = frame
+
+
+@dataclass(eq=False)
+class Prefilled:
+    """The result of prefill for one version of a session's conditions.
+
+    reference: (1, c, 1, h, w) float32. pose: (1, c, t, h, w) default pose input. text: keys and values per layer.
+    sink: keys (without RoPE) and values of the condition tokens per layer; None once every level has them in its cache.
+    """
+
+    conditions: Conditions
+    reference: Tensor
+    pose: Tensor
+    text: list[KeysValues]
+    sink: list[KeysValues] | None
+
+    @property
+    def version(self) -> int:
+        return self.conditions.version
+
+    def is_of(self, conditions: Conditions) -> bool:
+        """Return whether these are the conditions that were prefilled.
+
+        Values are compared, too: streams of one session carry equal copies, and a version that no block was made under
+        may be replaced by another one of its number.
+        """
+        ours = self.conditions
+        if ours is conditions:
+            return True
+        return (
+            ours.version == conditions.version
+            and _equal(ours.sink, conditions.sink)
+            and _equal(ours.text, conditions.text)
+        )
+
+
+class Level(Protocol):
+    """The state of a session at one level."""
+
+    session: Session
+    prefilled: Prefilled | None
+
+
+class SessionPrefill:
+    """The prefills of one session, shared by its levels. One with a sink is kept at a time: it takes gigabytes.
+
+    motion: (c, t, h, w) motion latents of the session.
+    """
+
+    def __init__(self, motion: Tensor) -> None:
+        self.motion = motion
+        self._latest: Prefilled | None = None
+        self._levels: WeakSet[Level] = WeakSet()
+        self._lock = threading.Lock()
+
+    def add(self, level: Level) -> None:
+        """Add a level, for as long as its state lives. May be called from any thread."""
+        with self._lock:
+            self._levels.add(level)
+
+    def get(self, conditions: Conditions, compute: Callable[[Conditions], Prefilled]) -> Prefilled:
+        """Return the prefill of a version with its sink, computed unless it is the latest. On the device's thread."""
+        if self._latest is None or self._latest.sink is None or not self._latest.is_of(conditions):
+            self._latest = None  # frees its memory before more is needed
+            self._latest = compute(conditions)
+        return self._latest
+
+    def get_ahead(self, conditions: Conditions, compute: Callable[[Conditions], Prefilled]) -> None:
+        """Prefill a version before it is needed, unless a level still needs the sink of the version before."""
+        latest = self._latest
+        is_needed = latest is not None and latest.sink is not None and not self._have_all(latest.version)
+        if is_needed and latest is not None and latest.version != conditions.version:
+            return
+        if not self._have_all(conditions.version):
+            self.get(conditions, compute)
+
+    def release(self) -> None:
+        """Drop the latest sink if every level has it in its cache."""
+        latest = self._latest
+        if latest is not None and latest.sink is not None and self._have_all(latest.version):
+            latest.sink = None
+
+    def _have_all(self, version: int) -> bool:
+        """Return whether all levels have passed to this version or a later one."""
+        with self._lock:
+            prefilled = [level.prefilled for level in self._levels]
+        return all(each is not None and each.version >= version for each in prefilled)
+
+
+class Prefills:
+    """The prefills of all sessions of a network; each lives as long as one of its session's levels does."""
+
+    def __init__(self) -> None:
+        self._sessions: WeakValueDictionary[str, SessionPrefill] = WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def join(self, level: Level) -> SessionPrefill:
+        """Return the prefills of a level's session, which count the level from now on. May be called from any thread.
+
+        A session of the same name with other motion latents shares nothing.
+        """
+        session = level.session
+        with self._lock:
+            shared = self._sessions.get(session.id)
+            if shared is None or not _equal(shared.motion, session.motion):
+                shared = self._sessions[session.id] = SessionPrefill(session.motion)
+        shared.add(level)
+        return shared
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))

@@ -10,8 +10,9 @@ face motion.
 """
 
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avatar.denoiser.attention import grid_size, reference_frame
-from avatar.denoiser.cache import KeysValues, KVCache
+from avatar.denoiser.cache import KVCache, Prefilled, Prefills, SessionPrefill
 from avatar.denoiser.config import PATCH, NetworkConfig, is_sink_distance
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import SAMPLERS, NoiseSource, noise, sink_distance
@@ -31,26 +32,14 @@ from avatar.types import FACE_MOTION, Block, Conditions, Session
 SMALLEST_SIDE = 8
 
 
-@dataclass(frozen=True, eq=False)
-class Prefilled:
-    """The result of prefill for one version of a session's conditions; the sink's keys and values are in the cache.
-
-    reference: (1, c, 1, h, w) float32. pose: (1, c, t, h, w) default pose input. text: keys and values per layer.
-    """
-
-    version: int
-    reference: Tensor
-    pose: Tensor
-    text: list[KeysValues]
-
-
 @dataclass(eq=False)
 class DenoiserState:
     """The state of one session at one level.
 
     sink_distance: the session's, or the checkpoint's.
     masks: (1, a, t, n, 1), the session's, for every token of a block.
-    prefilled: None before the first block. next_index: index of the next block; None before the first.
+    prefills: the session's, shared with its other levels. prefilled: of the version whose sink is in the cache; None
+    before the first block. next_index: index of the next block; None before the first.
     preceding: the last columns of `features` and `heard` that the next block is encoded with.
     """
 
@@ -58,6 +47,7 @@ class DenoiserState:
     cache: KVCache
     sink_distance: int | tuple[int, int]
     masks: Tensor | None
+    prefills: SessionPrefill = field(init=False)
     prefilled: Prefilled | None = None
     next_index: int | None = None
     preceding: dict[str, Tensor] = field(default_factory=dict)
@@ -75,11 +65,13 @@ class Denoiser:
         *,
         sizes: Collection[tuple[int, int]] | None = None,
         attention: SDPBackend | None = None,
+        prefills: Prefills | None = None,
     ) -> None:
         """Create the model of one level. ValueError if the schedule has no such level.
 
         noise: initial noise of level 0. sizes: (height, width) of the latents that are served; None: any.
-        attention: the attention kernel; None: torch chooses.
+        attention: the attention kernel; None: torch chooses. prefills: those of the network, which its levels share;
+        None: this level shares them with none.
         """
         if not 0 <= level < config.num_levels:
             raise ValueError(f"level must be 0 to {config.num_levels - 1}, as the schedule has it, got {level}")
@@ -88,6 +80,7 @@ class Denoiser:
         self._noise = noise
         self._sizes = sizes
         self._attention = attention
+        self._prefills = Prefills() if prefills is None else prefills
         with torch.no_grad():
             self._modulation = network.embed_time(timesteps(config.schedule)[level].to(network.device).reshape(1, 1))
 
@@ -129,7 +122,19 @@ class Denoiser:
             served = ", ".join(f"{h}x{w}" for h, w in self._sizes)
             raise ValueError(f"latents of {height}x{width} are not served here, only {served}")
         cache = KVCache(self.config, height, width, dtype=self.network.dtype, device=self.network.device)
-        return DenoiserState(session, cache, distance, self._masks(session, height, width))
+        state = DenoiserState(session, cache, distance, self._masks(session, height, width))
+        state.prefills = self._prefills.join(state)
+        return state
+
+    @torch.no_grad()
+    def prefill(self, conditions: Conditions, state: DenoiserState) -> None:
+        """Prefill a version of the conditions ahead of its first block. ValueError if it does not fit the network.
+
+        Does nothing if another level has done it, or while one of them still has to pass to the version before.
+        """
+        self._check_conditions(conditions, state)
+        with self._kernel():
+            state.prefills.get_ahead(conditions, partial(self._prefill, state.session))
 
     @torch.no_grad()
     def step(self, block: Block, state: DenoiserState) -> Block:
@@ -138,9 +143,12 @@ class Denoiser:
         Blocks come in order; a stream may start with any index. ValueError if one does not follow, or does not fit.
         """
         conditions = self._check(block, state)
-        with nullcontext() if self._attention is None else sdpa_kernel(self._attention):
+        with self._kernel():
             if state.prefilled is None or state.prefilled.version != conditions.version:
-                state.prefilled = self._prefill(conditions, state)
+                state.prefilled = prefilled = state.prefills.get(conditions, partial(self._prefill, state.session))
+                assert prefilled.sink is not None
+                state.cache.set_sink(prefilled.sink)
+            state.prefills.release()
             state.next_index = block.index + 1
             distance = sink_distance(state.session, block.index, self.level, state.sink_distance)
             state.cache.start_block(block.index, reference_frame(self._first_frame(block), distance))
@@ -213,17 +221,20 @@ class Denoiser:
         block.latent.cpu()  # waits for a GPU
         return num_blocks
 
-    def _prefill(self, conditions: Conditions, state: DenoiserState) -> Prefilled:
+    def _prefill(self, session: Session, conditions: Conditions) -> Prefilled:
         network, config = self.network, self.config
         reference = conditions.sink.to(network.device).unsqueeze(0)
         words = conditions.text if len(conditions.text) else conditions.text.new_zeros(0, config.text_dim)
         text = network.embed_text(words.to(network.device).unsqueeze(0))
-        motion = state.session.motion.to(network.device).unsqueeze(0)
-        state.cache.set_sink(network.prefill(reference, motion, text))
+        sink = network.prefill(reference, session.motion.to(network.device).unsqueeze(0), text)
         pose = repeat(reference.to(network.dtype), "b c 1 h w -> b c t h w", t=config.num_frames_per_block)
         if config.pose == "zeros":
             pose = torch.zeros_like(pose)
-        return Prefilled(conditions.version, reference, pose, text)
+        return Prefilled(conditions, reference, pose, text, sink)
+
+    def _kernel(self) -> AbstractContextManager[None]:
+        """Return the context of the attention kernel."""
+        return nullcontext() if self._attention is None else sdpa_kernel(self._attention)
 
     def _check(self, block: Block, state: DenoiserState) -> Conditions:
         """Return the block's conditions. ValueError if the block does not fit the session or the network."""
@@ -255,13 +266,19 @@ class Denoiser:
             if block.latent is None:
                 raise ValueError(f"block {block.index} has no latent; level {self.level} continues the level before it")
             check_shape("latent", block.latent, channels, config.num_frames_per_block, height, width)
-        check_shape("sink", block.conditions.sink, channels, 1, height, width)
-        rows = len(block.conditions.text)
+        self._check_conditions(block.conditions, state)
+        return block.conditions
+
+    def _check_conditions(self, conditions: Conditions, state: DenoiserState) -> None:
+        """Raise ValueError if conditions do not fit the session or the network."""
+        config = self.config
+        channels, _, height, width = state.session.motion.shape
+        check_shape("sink", conditions.sink, channels, 1, height, width)
+        rows = len(conditions.text)
         if rows > config.text_len:
             raise ValueError(f"text has {rows} tokens, the network reads at most {config.text_len}")
         if rows:
-            check_shape("text", block.conditions.text, rows, config.text_dim)
-        return block.conditions
+            check_shape("text", conditions.text, rows, config.text_dim)
 
 
 def to_velocity(output: Tensor, x: Tensor, reference: Tensor, sigma: float | Tensor, config: NetworkConfig) -> Tensor:

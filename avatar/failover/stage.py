@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 from avatar import telemetry
 from avatar.aio import WaitLimit, background
@@ -60,8 +60,11 @@ class FailoverStage(Generic[Item, Answer]):
         self._replay = connector.replay
         self._timeouts = timeouts
         self._current: tuple[Worker[Any], OpenStream[Item, Answer]] | None = None
-        # Lists of one item; an empty list is the end.
-        self._queue: asyncio.Queue[list[Item]] = asyncio.Queue()
+        # Lists of one item; an empty list is the end. An item of None stands for `_coming`.
+        self._queue: asyncio.Queue[list[Item | None]] = asyncio.Queue()
+        # Conditions to send ahead of their first block, and whether the worker takes them.
+        self._coming: types_pb2.Conditions | None = None
+        self._takes_prefill = False
         self._free_slots = asyncio.Semaphore(1)
         # Of the wait for the next answer; how many seconds it may take once the answer is due.
         self._wait = WaitLimit()
@@ -94,6 +97,7 @@ class FailoverStage(Generic[Item, Answer]):
         """Open the stream; return the worker's `opened`. Raises the workers' error."""
         worker, stream, opened = await self._connector.connect()
         self._current, self._is_silent = (worker, stream), False
+        self._takes_prefill = getattr(opened, "takes_prefill", False)
         worker.on_silence.add(self._give_up)
         return opened
 
@@ -135,6 +139,15 @@ class FailoverStage(Generic[Item, Answer]):
                         raise  # the stage before this one is lost
                     await self._reopen(error)
 
+    def prefill(self, conditions: types_pb2.Conditions) -> None:
+        """Send conditions ahead of their first block, in place of others that are not sent yet.
+
+        They are a hint: the first block carries them all the same, also to another worker.
+        """
+        if self._coming is None:
+            self._queue.put_nowait([None])
+        self._coming = conditions
+
     def cancel(self) -> None:
         """End the stream at once; does nothing if it has ended."""
         if self._current:
@@ -162,13 +175,19 @@ class FailoverStage(Generic[Item, Answer]):
 
     async def _stream_items(self, pulling: asyncio.Task[None]) -> AsyncGenerator[Item, None]:
         """Yield what a stream is sent: the replay, then items from the queue."""
-        for item in self._replay.items():
-            yield item
+        for kept in self._replay.items():
+            yield kept
         while queued := await self._queue.get():
-            self._free_slots.release()
-            self._replay.record(queued[0])
-            self._limit_wait()
-            yield queued[0]
+            [item] = queued
+            if item is None:
+                coming, self._coming = self._coming, None
+                if self._takes_prefill:
+                    yield cast(Item, coming)
+            else:
+                self._free_slots.release()
+                self._replay.record(item)
+                self._limit_wait()
+                yield item
         self._queue.put_nowait([])  # for the stream that may have to replace this one
         self._is_closing = True
         self._limit_wait()

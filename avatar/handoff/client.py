@@ -12,6 +12,7 @@ from avatar.aio import background
 from avatar.rpc.client import Relayable, remote_denoiser
 from avatar.rpc.wire import Parts, RelayedBlock
 from avatar.worker.v1 import denoiser_pb2 as pb
+from avatar.worker.v1 import types_pb2
 from avatar.worker.v1.types_pb2 import Closed
 
 Queued = TypeVar("Queued")
@@ -69,7 +70,8 @@ class RemoteChain:
                 async for block in blocks:
                     for each in queues:
                         each.put_nowait(block)
-                    await slots.acquire()
+                    if not isinstance(block, types_pb2.Conditions):  # which are not answered
+                        await slots.acquire()
             for each in queues:
                 each.put_nowait(None)
 

@@ -56,7 +56,9 @@ class RemoteStage(Generic[Item, Answer]):
         open_call: Any = connection.stream_stream(path, None, parse if is_relayed else response.FromString)
         self._call = open_call()
         self._status = CallStatus(self._call)
-        self._open, self._item = (method.input_type.fields_by_name[name].number for name in ("open", item))
+        fields = method.input_type.fields_by_name
+        self._open, self._item = fields["open"].number, fields[item].number
+        self._prefill = fields["prefill"].number if "prefill" in fields else 0
         self._answer = answer
 
     async def open(self, message: Message, session: Parts = ()) -> Any:
@@ -81,7 +83,10 @@ class RemoteStage(Generic[Item, Answer]):
                 self.cancel()
 
     async def __call__(self, items: AsyncGenerator[Item, None]) -> AsyncGenerator[Answer, None]:
-        """Yield the worker's answers until it has answered all items. If `items` fails, its error is raised."""
+        """Yield the worker's answers until it has answered all items. If `items` fails, its error is raised.
+
+        Conditions among the items are sent ahead of their blocks, and not answered.
+        """
         async with background(self._feed(items)) as feeding:
             try:
                 while (response := await self._call.read()) is not grpc.aio.EOF:
@@ -125,7 +130,9 @@ class RemoteStage(Generic[Item, Answer]):
         try:
             async with aclosing(items):
                 async for item in items:
-                    await self._write(b"".join(serialize_field(self._item, item)))
+                    is_ahead = isinstance(item, types_pb2.Conditions)
+                    field = self._prefill if is_ahead else self._item
+                    await self._write(b"".join(serialize_field(field, item)))
             await self._write(self._request(close={}).SerializeToString())
             await self._call.done_writing()
         except BaseException:

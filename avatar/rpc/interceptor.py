@@ -162,18 +162,19 @@ def max_active(opened: Any) -> int | None:
     return opened.max_active if opened.HasField("max_active") else None
 
 
-async def parts(requests: AsyncIterator[Request], field: str) -> AsyncGenerator[Any, None]:
+async def parts(requests: AsyncIterator[Request], *fields: str) -> AsyncGenerator[Any, None]:
     """Yield the items of an opened stream until `close`.
 
-    field: of the items. ProtocolOrder for any other message; ConnectionLost if the stream ends without close.
+    fields: of the items. ProtocolOrder for any other message; ConnectionLost if the stream ends without close.
     """
     async for request in requests:
         part = request.WhichOneof("part")
         if part == "close":
             return
-        if part != field:
-            raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream, expected {field} or close")
-        yield getattr(request, field)
+        if part not in fields:
+            expected = " or ".join([*fields, "close"])
+            raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream, expected {expected}")
+        yield getattr(request, part)
     raise ConnectionLost("the stream ended without close")
 
 

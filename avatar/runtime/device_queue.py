@@ -93,7 +93,11 @@ class DeviceQueue:
 
     def submit(self, work: Callable[..., Out], *arguments: Any) -> Future[Out]:
         """Queue a call without a deadline, from any thread."""
-        return self._put(Job(lambda: work(*arguments))).future
+        return self.put(work, *arguments).future
+
+    def put(self, work: Callable[..., Any], *arguments: Any) -> Job:
+        """Queue a call without a deadline, from any thread; return its job."""
+        return self._put(Job(lambda: work(*arguments)))
 
     async def run(self, work: Callable[..., Out], *arguments: Any, due_s: float | None = None) -> Out:
         """Queue a call and return its result. If the caller is cancelled, so is the call."""

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from avatar.aio import background
 from avatar.runtime.admission import StepTimes
 from avatar.runtime.device_queue import DeviceQueue, Job
-from avatar.types import Session
+from avatar.types import Conditions, Session
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -80,6 +80,7 @@ def local(
     *,
     then: Callable[[Out], Out] | None = None,
     live_block_s: float | None = None,
+    prefill: Callable[[Conditions, State], None] | None = None,
 ) -> Stage[In, Out]:
     """Return a stage that runs one session's stream through a model. Its state lives exactly as long as the stream.
 
@@ -89,6 +90,8 @@ def local(
     its last step is that answer's. then: applied to each answer on the device's thread, before its next job starts.
     live_block_s: of a live stream, the duration of its blocks. Each item has a deadline: its `due_s`, or a block from
         now if it has none.
+    prefill: called with conditions among the items, of items to come, when the device has nothing more urgent to do.
+        They are not answered, and only the latest ones count.
     """
     used = usage or StreamUsage()
 
@@ -101,16 +104,24 @@ def local(
         slots = asyncio.Semaphore(MAX_ITEMS)
 
         async def submit() -> None:
-            last = None
+            last = coming = None
             try:
                 async with aclosing(items):
                     state = await queue.run(model.open, session, due_s=deadline())
                     await slots.acquire()
                     async for item in items:
+                        if prefill is not None and isinstance(item, Conditions):
+                            if coming is not None:
+                                queue.cancel(coming)
+                            # Its error is not read: the first block under these conditions meets it again.
+                            coming = queue.put(prefill, item, state)
+                            continue
                         last = queue.step(model, item, state, deadline(item), then=then, after=last)
                         jobs.put_nowait(last)
                         await slots.acquire()
             finally:
+                if coming is not None:
+                    queue.cancel(coming)  # a job that waits keeps the state
                 jobs.put_nowait(None)
 
         async with background(submit()) as submitting:

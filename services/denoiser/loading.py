@@ -5,6 +5,7 @@ import logging
 from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.denoiser import speed
+from avatar.denoiser.cache import Prefills
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load, with_levels
 from avatar.settings import PREFIX, DenoiserSettings
@@ -39,7 +40,11 @@ def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> 
     if config.num_levels < config.num_trained_levels:
         logger.warning("fewer levels than the checkpoint was trained for", extra={"levels": config.levels_text})
     levels = settings.served_levels(config.num_levels)
-    denoisers = {level: Denoiser(network, config, level, sizes=served, attention=attention) for level in levels}
+    prefills = Prefills()
+    denoisers = {
+        level: Denoiser(network, config, level, sizes=served, attention=attention, prefills=prefills)
+        for level in levels
+    }
     return denoisers, part.digest()
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import grpc.aio
 
@@ -130,7 +131,15 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             # The copy to the host belongs to the step: later, a GPU would be computing the next block.
             then = None if chain_stream and not denoiser.is_last else on_host
             live_block_s = self._config.block_s if opened.is_live else None
-            stage = local(denoiser, session, self._queue, usage, then=then, live_block_s=live_block_s)
+            stage = local(
+                denoiser,
+                session,
+                self._queue,
+                usage,
+                then=then,
+                live_block_s=live_block_s,
+                prefill=denoiser.prefill,
+            )
             async with aclosing(stage(self._blocks(opened, requests, chain_stream))) as blocks:
                 async for block in blocks:
                     telemetry.block_span(
@@ -149,6 +158,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             num_levels=self._config.num_levels,
             digest=self._digest,
             sink_update_block=denoiser.sink_update_block(session),
+            takes_prefill=True,
         )
 
     @contextmanager
@@ -164,11 +174,18 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
 
     async def _blocks(
         self, opened: pb.OpenDenoise, requests: AsyncIterator[pb.DenoiseRequest], chain_stream: ChainStream | None
-    ) -> AsyncGenerator[Block, None]:
-        """Yield the stream's blocks with their conditions, which the first block of each version carries."""
+    ) -> AsyncGenerator[Any, None]:
+        """Yield the stream's blocks with their conditions, which the first block of each version carries.
+
+        Conditions that come ahead of their blocks are yielded by themselves.
+        """
         conditions: Conditions | None = None
-        async with aclosing(parts(requests, "block")) as blocks:
-            async for block in blocks:
+        async with aclosing(parts(requests, "block", "prefill")) as items:
+            async for item in items:
+                if isinstance(item, types_pb2.Conditions):
+                    yield conditions_from_pb(item)
+                    continue
+                block: types_pb2.Block = item
                 if conditions is None and block.index != opened.first_block:
                     raise ValueError(f"the first block is {block.index}, expected {opened.first_block} as opened")
                 if conditions is None or block.conditions != conditions.version:

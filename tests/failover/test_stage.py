@@ -15,7 +15,7 @@ from avatar.rpc.client import remote_audio
 from avatar.rpc.interceptor import Context, parts, receive_open
 from avatar.rpc.wire import RelayedBlock
 from avatar.worker.v1 import audio_pb2 as pb
-from avatar.worker.v1.types_pb2 import Closed
+from avatar.worker.v1.types_pb2 import Closed, Conditions
 from tests.failover.test_pool import pooled, workers
 from tests.rpc.conftest import OPENED, Requests, Responses, Source, Worker, block, numbered
 
@@ -130,6 +130,14 @@ async def test_a_stream_without_items_does_not_stall() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1.0):
                 await anext(answers)
+
+
+async def test_conditions_are_not_sent_ahead_to_a_worker_that_does_not_take_them() -> None:
+    async with workers(1) as found, opened_stage(found) as stage:
+        for version in range(3):
+            stage.prefill(Conditions(version=version))
+        assert await all_of(stage, Source(range(3))) == [0, 1, 2]
+        assert stage._queue.qsize() == 1, "the end, which a rebuilt stream would need"
 
 
 async def test_a_stream_is_rebuilt_at_the_only_worker() -> None:

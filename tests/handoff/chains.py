@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import torch
@@ -102,8 +103,10 @@ async def denoised_by(stage: RemoteChain, checkpoint: Path, session: Session, pa
     made: list[bytes] = []
     conditions = conditions_to_pb(first_conditions(session))
 
-    async def blocks() -> AsyncGenerator[pb.Block, None]:
+    async def blocks() -> AsyncGenerator[Any, None]:
         for block in blocks_of(session, checkpoint):
+            if block.index in (0, 1):
+                yield conditions  # ahead of their blocks, or of a version that is in force already
             await asyncio.sleep(pause_s)
             if block.index == SINK_UPDATE_BLOCK:
                 await is_updated.wait()

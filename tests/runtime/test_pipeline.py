@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 from avatar.runtime.admission import StepTimes
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import Stage, StreamUsage, flatten, local
-from avatar.types import Session
+from avatar.types import Conditions, Session
 from tests.busy import WAIT_S
 
 SESSION = Session("a", seed=0, motion=torch.zeros(0))
@@ -71,11 +72,11 @@ class Gated(Summing):
 class Source:
     """A stream of items, the items that were read, and whether it was closed."""
 
-    items: Iterable[int]
-    taken: list[int] = field(default_factory=list)
+    items: Iterable[Any]
+    taken: list[Any] = field(default_factory=list)
     is_closed: bool = False
 
-    async def stream(self) -> AsyncGenerator[int, None]:
+    async def stream(self) -> AsyncGenerator[Any, None]:
         try:
             for item in self.items:
                 self.taken.append(item)
@@ -287,3 +288,37 @@ async def test_flatten_yields_each_item_of_each_list_and_closes_its_source() -> 
         assert [await anext(items) for _ in range(3)] == [1, 2, 3]
         assert not closed
     assert closed
+
+
+def conditions(version: int) -> Conditions:
+    return Conditions(version, torch.zeros(0), torch.zeros(0))
+
+
+async def test_conditions_are_prefilled_ahead_of_items_and_not_answered(queue: DeviceQueue) -> None:
+    done: list[tuple[int, int]] = []
+
+    async def items() -> AsyncGenerator[Any, None]:
+        for version in (0, 1):
+            yield conditions(version)
+            await settled(queue)
+            yield version + 1
+
+    stage = local(Summing(), SESSION, queue, prefill=lambda given, state: done.append((given.version, state.total)))
+    assert [out async for out in stage(items())] == [1, 3]
+    assert done in ([(0, 0), (1, 0)], [(0, 0), (1, 1)])
+
+
+async def test_a_newer_version_replaces_one_that_waits_and_the_end_cancels_it(queue: DeviceQueue) -> None:
+    model, done = Gated(), list[int]()
+    stage = local(model, SESSION, queue, prefill=lambda given, _: done.append(given.version))
+    source = Source([1, conditions(0), conditions(1), 2])
+    async with aclosing(stage(source.stream())) as stream:
+        answer = asyncio.ensure_future(anext(stream))
+        await asyncio.to_thread(model.is_stepping.wait, WAIT_S)
+        await asyncio.sleep(0)
+        model.gate.set()
+        assert await answer == 1
+        assert await anext(stream) == 3
+    await settled(queue)
+    assert done in ([1], [])
+    assert model.num_states == 0

@@ -4,7 +4,8 @@ Versions are numbered, and each applies from one block on. The result of block 0
 block 0's, which the last level writes; the gateway writes a version for each new prompt. A prompt that comes between
 block 0 and the sink's update waits for it, and is combined with the new sink.
 
-A version reaches the levels with the first block that is made under it.
+A version reaches the levels as soon as it is known, so that they prefill it ahead, and again with the first block that
+is made under it.
 """
 
 import asyncio
@@ -19,13 +20,14 @@ class ConditionVersions:
 
     position: where the session starts or resumes. conditions: the version that its next block is made under.
     sink_update_block: the first block made under the sink's update; None if the picture stays the sink.
-    next_block: index of the next block to admit.
+    next_block: index of the next block to admit. on_added: called with each version that is added.
     """
 
     def __init__(
         self, position: types_pb2.Position, conditions: types_pb2.Conditions, sink_update_block: int | None
     ) -> None:
         self.next_block = position.next_block
+        self.on_added: Callable[[types_pb2.Conditions], None] = lambda _: None
         self._sink_update_block = sink_update_block
         # (first block, version), ascending.
         self._in_force = [(self.next_block, position.conditions)]
@@ -65,8 +67,9 @@ class ConditionVersions:
         return [self._known[version] for version in sorted(self._known)]
 
     def add(self, conditions: types_pb2.Conditions) -> None:
-        """Add a version, which is carried to the levels with the first block made under it."""
+        """Add a version that is, or will be, in force."""
         self._known[conditions.version] = conditions
+        self.on_added(conditions)
 
     def record(self, position: types_pb2.Position) -> None:
         """Write into the position which versions are in force from its next block on, and forget older ones."""

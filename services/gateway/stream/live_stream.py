@@ -206,6 +206,8 @@ class LiveStream:
             pieces = self._speech.offline()
         blocks = self._admit(self._stages.audio(pieces))
         levels = self._stages.denoisers
+        self._send_ahead(self.versions.known[0])
+        self.versions.on_added = self._send_ahead
         for level, remaining_s in zip(levels, self._stages.remaining_s[-1 - len(levels) : -1], strict=True):
             blocks = self._denoise(level, remaining_s, blocks)
         async with aclosing(self._stages.vae(self._decode(blocks))) as frames:
@@ -282,6 +284,11 @@ class LiveStream:
                     is_rebuilt = False
                     self._rebuilt.add(head.index)
                 yield RelayedBlock(head, block.inputs)
+
+    def _send_ahead(self, conditions: types_pb2.Conditions) -> None:
+        """Send conditions to all levels, which prefill them while no block needs their device."""
+        for level in self._stages.denoisers:
+            level.prefill(conditions)
 
     async def _denoise(
         self,

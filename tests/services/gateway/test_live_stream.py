@@ -52,6 +52,10 @@ class HeldStage:
         self.lost_at_s = -math.inf
         self.is_answer_due = False
         self.gate = asyncio.Semaphore(0)
+        self.sent_ahead: list[int] = []
+
+    def prefill(self, conditions: types_pb2.Conditions) -> None:
+        self.sent_ahead.append(conditions.version)
 
     def release(self, count: int = 1000) -> None:
         for _ in range(count):
@@ -242,6 +246,18 @@ async def test_the_block_of_the_sink_update_waits_for_block_0_to_be_finished() -
         await settled()
         assert [block.index for block in pipeline.admitted] == [0, 1, 2, 3]
         assert [block.conditions for block in pipeline.admitted] == [0, 0, 1, 1]
+
+
+async def test_conditions_go_to_every_level_as_soon_as_they_are_known() -> None:
+    pipeline = Pipeline(sink_update_block=2)
+    pipeline.denoisers[0].release()
+    pipeline.say(1)
+    async with pipeline.running():
+        assert [each.sent_ahead for each in pipeline.denoisers] == [[0], [0]]
+        pipeline.denoisers[1].release(1)
+        await settled()
+        assert [block.index for block in pipeline.admitted] == [0], "no block is made under them yet"
+        assert [each.sent_ahead for each in pipeline.denoisers] == [[0, 1], [0, 1]]
 
 
 async def test_without_a_sink_update_no_block_waits() -> None:
