@@ -65,4 +65,13 @@ COPY --from=build-worker-cpu /opt/avatar /opt/avatar
 COPY --chmod=755 models/tiny models/tiny
 
 FROM runtime AS worker-cuda
+USER 0:0
+# torch.compile needs a compiler, a folder to execute from, which outlives the container as a volume (/tmp is mounted
+# noexec), and a name for the user.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++=4:12.2.0-3 \
+    && rm -r /var/lib/apt/lists/* \
+    && install --directory --owner 10001 --group 10001 /compiled
+ENV TORCHINDUCTOR_CACHE_DIR=/compiled/inductor TRITON_CACHE_DIR=/compiled/triton USER=avatar
+USER 10001:10001
 COPY --from=build-worker-cuda /opt/avatar /opt/avatar

@@ -9,10 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from opentelemetry import metrics
 
 from avatar import settings, telemetry
+from avatar.checkpoints.inspect import sizing_of
+from avatar.checkpoints.sizing import H100, SIZES, SPEEDS, WAN, audio_work, placements
+from avatar.denoiser.config import base
+from avatar.denoiser.model import Network
 from avatar.settings import PREFIX, Settings
+from avatar.types import FRAME_RATE_HZ
 
 OPERATIONS = Path(__file__).with_name("operations")
 SERVICES = {
@@ -24,6 +30,9 @@ SERVICES = {
     "text": settings.TextSettings,
     "gateway": settings.GatewaySettings,
 }
+# Devices of the sizing guide, and the weights beside the public network: its VAE in bfloat16, wav2vec2 in float32.
+MEMORIES_GB = (80, 96, 141)
+CODER_BYTES = 127e6 * 2 + 315e6 * 4
 TITLES = {
     "all": "All services",
     "workers": "All workers",
@@ -93,8 +102,35 @@ def metrics_table() -> str:
     return "\n".join(["| metric | unit | meaning |", "| --- | --- | --- |", *rows])
 
 
-TABLES = {"settings": settings_tables, "metrics": metrics_table}
-PAGES = {"settings": OPERATIONS / "settings.md", "metrics": OPERATIONS / "runbook.md"}
+def devices_table() -> str:
+    """Return a row for each number of devices and size: memory, and estimated frame rates, of the public network."""
+    with torch.device("meta"):
+        network = Network(base()).bfloat16()
+    heads = ["devices", "video", "a session, GB", *(f"fit in {memory} GB" for memory in MEMORIES_GB), *SPEEDS]
+    lines = [heads, ["---"] * len(heads)]
+    for num_devices in (1, 2, 4, 5):
+        placed = placements(num_devices, network.config.num_levels)
+        for width, height in SIZES:
+            sizing = sizing_of(network, height // 8, width // 8, WAN, audio_work(24, 1024), CODER_BYTES)
+            rates = [sizing.frame_rate_hz(placed, H100, **speed) for speed in SPEEDS.values()]
+            lines.append(
+                [
+                    f"{num_devices}",
+                    f"{width}x{height}",
+                    f"{max(sizing.session_bytes(each) for each in placed) / 1e9:.1f}",
+                    *(f"{sizing.sessions_that_fit(placed, memory * 1e9)}" for memory in MEMORIES_GB),
+                    *(f"**{rate:.0f}**" if rate >= FRAME_RATE_HZ else f"{rate:.0f}" for rate in rates),
+                ]
+            )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TABLES = {"settings": settings_tables, "metrics": metrics_table, "devices": devices_table}
+PAGES = {
+    "settings": OPERATIONS / "settings.md",
+    "metrics": OPERATIONS / "runbook.md",
+    "devices": OPERATIONS / "sizing.md",
+}
 
 
 def with_table(name: str, page: str) -> str:

@@ -40,7 +40,7 @@ async def registered(registry: WorkerRegistry, address: str, servicer: WorkerSer
     async with background(_write_forever(registry, address, servicer)):
         yield
     with suppress(StoreUnavailable):
-        await registry.remove(address)
+        await registry.remove(servicer.stage, address)
 
 
 async def _write_forever(registry: WorkerRegistry, address: str, servicer: WorkerServicer) -> None:

@@ -4,7 +4,7 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,12 +33,12 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class WorkerProcess:
     """A worker's session store and device queue, to build its service from.
 
-    serving: serves the service, and keeps it registered in the cell, while the body runs.
+    serving: serves one or more services, and keeps them registered in the cell, while the body runs.
     """
 
     store: SessionStore
     queue: DeviceQueue
-    serving: Callable[[WorkerServicer], AbstractAsyncContextManager[None]]
+    serving: Callable[..., AbstractAsyncContextManager[None]]
 
 
 @asynccontextmanager
@@ -55,12 +55,12 @@ async def worker_process(service: str, settings: WorkerSettings) -> AsyncGenerat
         with open_device_queue(settings) as queue:
 
             @asynccontextmanager
-            async def serve(servicer: WorkerServicer) -> AsyncGenerator[None, None]:
-                server = serving(settings.listen, servicer, drain_s=settings.drain_s, credentials=credentials)
-                async with (
-                    server as port,
-                    registered(store.workers(settings.cell), await advertised_address(settings, port), servicer),
-                ):
+            async def serve(*servicers: WorkerServicer) -> AsyncGenerator[None, None]:
+                async with AsyncExitStack() as stack:
+                    server = serving(settings.listen, *servicers, drain_s=settings.drain_s, credentials=credentials)
+                    address = await advertised_address(settings, await stack.enter_async_context(server))
+                    for each in servicers:
+                        await stack.enter_async_context(registered(store.workers(settings.cell), address, each))
                     yield
 
             yield WorkerProcess(store, queue, serve)

@@ -76,8 +76,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.media": ("avatar.audio", "avatar.vae"),
     "avatar.checkpoints.inspect": (
         *("avatar.audio", *_FILES, "avatar.checkpoints.decoders", "avatar.checkpoints.layouts"),
-        *("avatar.checkpoints.lora", "avatar.denoiser", "avatar.text", "avatar.vae"),
+        *("avatar.checkpoints.lora", "avatar.checkpoints.sizing", "avatar.denoiser", "avatar.text", "avatar.vae"),
     ),
+    "avatar.checkpoints.sizing": ("avatar.denoiser", "avatar.types"),
     "avatar.render": ("avatar.audio", "avatar.checkpoints", "avatar.denoiser", "avatar.types", "avatar.vae"),
     "avatar.__main__": ("avatar.checkpoints", "avatar.media", "avatar.render", "avatar.text", "avatar.vae"),
     # Processes. Nobody imports them.
@@ -96,6 +97,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("avatar.aio", "avatar.errors", "avatar.failover", "avatar.handoff.client", "avatar.rpc"),
         *("avatar.runtime.admission", "avatar.settings"),
         *("avatar.store", "avatar.telemetry", "avatar.v1", "avatar.worker", "services.address", "services.process"),
+    ),
+    "services.device": (
+        *("avatar.rpc.server", "avatar.settings", "services.audio", "services.denoiser", "services.process"),
+        *("services.registration", "services.text", "services.vae", "services.worker"),
     ),
     "services.local": (
         *("avatar", "services.address", "services.audio", "services.denoiser", "services.gateway", "services.process"),

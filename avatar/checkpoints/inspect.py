@@ -1,9 +1,10 @@
 """The commands `inspect` and `pack`: describe a checkpoint without loading it, and copy it into our layout.
 
-python -m avatar inspect CHECKPOINT [--adapter PATH] [--decoder PATH] [--size WxH] [--dtype TYPE]
+python -m avatar inspect CHECKPOINT [--adapter PATH] [--decoder PATH] [--size WxH] [--dtype TYPE] [--devices N]
 python -m avatar pack CHECKPOINT OUT [--adapter PATH] [--decoder PATH] [--dtype TYPE]
 
-`inspect` builds the models on the meta device and compares names and shapes with the files; no weight is read.
+`inspect` builds the models on the meta device and compares names and shapes with the files; no weight is read. With
+`--devices` it says what fits on so many devices, and the frame rates that counts allow (`avatar.checkpoints.sizing`).
 """
 
 import argparse
@@ -18,11 +19,23 @@ import torch
 from torch import Tensor
 
 from avatar.audio import model as audio_model
+from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.checkpoints.decoders import DECODER
 from avatar.checkpoints.files import DTYPES, TOKENIZER, save_shards
 from avatar.checkpoints.layouts import is_published, open_part, part_names
 from avatar.checkpoints.lora import ALPHA, LoraAdapter
 from avatar.checkpoints.part import MERGED, Part
+from avatar.checkpoints.sizing import (
+    SIZES,
+    TINY,
+    WAN_BASE_DIM,
+    Decoder,
+    Sizing,
+    Work,
+    audio_work,
+    deployment,
+    wan_decoder,
+)
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.cache import KVCache
 from avatar.text import model as text_model
@@ -34,6 +47,8 @@ from avatar.vae.vae import Vae
 STORED = {**DTYPES, "float16": torch.float16}
 # Picture size for the memory table, unless --size or the checkpoint sets one.
 DEFAULT_PICTURE = (1920, 1080)
+# Bytes of a weight of the VAE and of the audio encoder as devices serve them: in bfloat16 and float32.
+SERVED_BYTES = {"vae": 2, "audio": 4}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -44,6 +59,10 @@ def main(arguments: Sequence[str]) -> None:
     inspecting.add_argument("--size", type=read_size, metavar="WxH", help="picture size for the memory table")
     inspecting.add_argument("--dtype", choices=STORED, help="dtype that the network is served in (default: as stored)")
     inspecting.add_argument("--levels", type=int, help="fewer levels than the checkpoint was trained for")
+    inspecting.add_argument(
+        "--devices", type=int, metavar="N", help="say what fits on N devices, and how fast it can be"
+    )
+    inspecting.add_argument("--memory", type=float, default=80, metavar="GB", help="memory of each device (default 80)")
     packing = commands.add_parser("pack", help="write a checkpoint in our layout, merged with its adapter")
     packing.add_argument("--dtype", choices=STORED, help="dtype of all weights (default: as stored)")
     for each in (inspecting, packing):
@@ -61,7 +80,10 @@ def main(arguments: Sequence[str]) -> None:
     dtype = STORED.get(flags.dtype)
     try:
         if flags.command == "inspect":
-            print(*inspect(flags.checkpoint, adapter, flags.size, dtype, flags.levels, flags.decoder), sep="\n")
+            devices = (flags.devices, flags.memory * 1e9) if flags.devices is not None else None
+            print(
+                *inspect(flags.checkpoint, adapter, flags.size, dtype, flags.levels, flags.decoder, devices), sep="\n"
+            )
         else:
             pack(flags.checkpoint, flags.out, adapter, dtype, flags.decoder)
     except (ValueError, OSError) as error:
@@ -110,12 +132,14 @@ def inspect(
     dtype: torch.dtype | None = None,
     levels: int | None = None,
     decoder: Path | None = None,
+    devices: tuple[int, float] | None = None,
 ) -> Iterator[str]:
     """Yield the lines that describe a checkpoint. ValueError if a name or a shape in it is wrong.
 
     size: (width, height) of the picture for the memory table; None for the checkpoint's own size, or a 16:9 picture.
     dtype: that the network is served in; None for the one that most of its weights are stored in. levels: of fewer than
-    the checkpoint was trained for. decoder: as in `open_part`.
+    the checkpoint was trained for. decoder: as in `open_part`. devices: their number and the memory of each, in
+    bytes, to say what fits there; None: say nothing of them.
     """
     parts = open_parts(checkpoint, adapter, decoder)
     parts["denoiser"] = denoiser_model.with_levels(parts["denoiser"], levels)
@@ -127,7 +151,7 @@ def inspect(
     yield ""
     yield f"{'part':10}{'parameters':>16}{'stored':>11}"
     for name, tensors in stored.items():
-        num_parameters = sum(tensor.numel() for tensor in tensors.values())
+        num_parameters = numbers(tensors)
         size_text = format_bytes(sum(tensor.nbytes for tensor in tensors.values()))
         dtypes = ", ".join(sorted({dtype_name(tensor.dtype) for tensor in tensors.values()}))
         yield f"{name:10}{num_parameters:16,}{size_text:>11}  {dtypes}"
@@ -148,6 +172,43 @@ def inspect(
     stride = vae.codec.space_stride
     for what, num_bytes in denoiser_memory(network, height // stride, width // stride).items():
         yield f"{what:40}{format_bytes(num_bytes):>10}"
+    if devices:
+        coder_bytes = sum(numbers(stored[name]) * bytes_each for name, bytes_each in SERVED_BYTES.items())
+        coders = decoder_costs(parts["vae"]), audio_costs(audio), coder_bytes
+        chosen = size or picture.fixed_size
+        sizings = {
+            f"{width}x{height}": sizing_of(network, height // stride, width // stride, *coders)
+            for width, height in ([chosen] if chosen else SIZES)
+        }
+        yield ""
+        yield from deployment(sizings, *devices)
+
+
+def sizing_of(
+    network: denoiser_model.Network, height: int, width: int, decoder: Decoder, audio: Work, coder_bytes: float
+) -> Sizing:
+    """Return the sizing of videos of height x width latents. coder_bytes: as of `Sizing`."""
+    weights, *session = denoiser_memory(network, height, width).values()
+    return Sizing(network.config, height, width, weights, sum(session), decoder, audio, coder_bytes)
+
+
+def decoder_costs(part: Part) -> Decoder:
+    """Return the costs of the decoder of a VAE's part; those of the light codec are too small to count."""
+    if part.decoder is not None:
+        return TINY
+    is_wan = part.config["codec"] == "wan"
+    return wan_decoder(part.config.get("network", {}).get("base_dim", WAN_BASE_DIM)) if is_wan else Decoder()
+
+
+def audio_costs(audio: audio_model.AudioModel) -> Work:
+    """Return the work of the audio encoder for a block; that of others than wav2vec2 is too small to count."""
+    encoder = audio.encoder
+    return audio_work(encoder.num_states - 1, encoder.width) if isinstance(encoder, Wav2Vec2) else Work()
+
+
+def numbers(tensors: dict[str, Tensor]) -> int:
+    """Return the number of numbers in tensors."""
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def open_parts(checkpoint: Path, adapter: LoraAdapter | None, decoder: Path | None) -> dict[str, Part]:

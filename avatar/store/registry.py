@@ -1,11 +1,12 @@
 """The registry of a cell: each worker writes its state, and gateways read all states in one call.
 
-    avatar:workers:{CELL}       hash        address of a worker -> its state, as a serialized WorkerStates of one
-    avatar:workers-seen:{CELL}  sorted set  address -> time of its last write, in milliseconds since 1970
+    avatar:workers:{CELL}       hash        STAGE/ADDRESS of a worker -> its state, as a serialized WorkerStates of one
+    avatar:workers-seen:{CELL}  sorted set  STAGE/ADDRESS -> time of its last write, in milliseconds since 1970
     avatar:drained:{CELL}       string      `drained` while the cell's gateways open no new streams, `open` after it; a
                                             cell that was never drained has none
 
-A state that was not written again within STALE_S is gone: the next read deletes it, and one without such a time, too.
+A process that serves several stages at one address is a worker of each. A state that was not written again within
+STALE_S is gone: the next read deletes it, and one without such a time, too.
 """
 
 import logging
@@ -30,7 +31,7 @@ MAX_NAME_CHARS = 100
 
 # KEYS of every script: the states, the times of their last writes.
 
-# ARGV: CELL_TTL_S in milliseconds; addresses and states.
+# ARGV: CELL_TTL_S in milliseconds; names of entries and states.
 _WRITE = (
     IN_FULL_STORE
     + NOW
@@ -49,14 +50,14 @@ _READ = (
     IN_FULL_STORE
     + NOW
     + """
-for _, address in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[1])) do
-    redis.call('HDEL', KEYS[1], address)
-    redis.call('ZREM', KEYS[2], address)
+for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[1])) do
+    redis.call('HDEL', KEYS[1], name)
+    redis.call('ZREM', KEYS[2], name)
 end
 if redis.call('HLEN', KEYS[1]) ~= redis.call('ZCARD', KEYS[2]) then
-    for _, address in ipairs(redis.call('HKEYS', KEYS[1])) do
-        if not redis.call('ZSCORE', KEYS[2], address) then
-            redis.call('HDEL', KEYS[1], address)
+    for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do
+        if not redis.call('ZSCORE', KEYS[2], name) then
+            redis.call('HDEL', KEYS[1], name)
         end
     end
 end
@@ -86,15 +87,15 @@ class WorkerRegistry:
         self._skipped: set[bytes] = set()
 
     async def write(self, *workers: WorkerState) -> None:
-        """Write the states of workers, each at an address of its own."""
+        """Write the states of workers: each is the only one of its stage at its address."""
         args: list[str | bytes | int] = [to_ms(CELL_TTL_S)]
         for worker in workers:
-            args += worker.address, WorkerStates(workers=[worker]).SerializeToString()
+            args += f"{worker.WhichOneof('info')}/{worker.address}", WorkerStates(workers=[worker]).SerializeToString()
         await self._hashes.run(_WRITE, self._keys, args, is_logged=False)
 
-    async def remove(self, address: str) -> None:
-        """Remove the state of the worker at this address."""
-        await self._hashes.run(_REMOVE, self._keys, [address], is_logged=False)
+    async def remove(self, stage: str, address: str) -> None:
+        """Remove the state of a stage's worker at this address. stage: field of WorkerState."""
+        await self._hashes.run(_REMOVE, self._keys, [f"{stage}/{address}"], is_logged=False)
 
     async def set_drained(self, *, is_drained: bool) -> None:
         """Drain the cell, or end its drain."""

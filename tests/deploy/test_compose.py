@@ -20,7 +20,8 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 TRUST: dict[str, Any] = yaml.safe_load((ROOT / "deploy/compose.trust.yaml").read_text(encoding="utf-8"))
 ALL: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in ALL.items() if "build" in service}
-RUNNING = ["cpu", "gpu", "one-gpu"]
+DEVICES = {"gpu-1": 1, "gpu-2": 2, "gpu-4": 4, "gpu-5": 5}
+RUNNING = ["cpu", *DEVICES]
 
 
 def of(profile: str) -> dict[str, dict[str, Any]]:
@@ -34,12 +35,23 @@ def given(service: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def served_by(service: dict[str, Any]) -> str:
-    """Return the name of the service that a container runs."""
+def served_by(service: dict[str, Any]) -> set[str]:
+    """Return the names of the services that a container runs."""
     command = " ".join(service.get("command", [])) or STAGES[service["build"]["target"]]
-    found = re.search(r"services\.(\w+)", command)
+    found = re.search(r"services\.(\w+)(.*)", command)
     assert found
-    return found[1]
+    return set(found[2].replace(",", " ").split()) if found[1] == "device" else {found[1]}
+
+
+def gateway_of(profile: str) -> dict[str, Any]:
+    (found,) = (service for service in of(profile).values() if service.get("build", {}).get("target") == "gateway")
+    return found
+
+
+def levels_of(service: dict[str, Any]) -> set[int]:
+    """Return the levels of a container that has a denoiser."""
+    levels = given(service).get("AVATAR_LEVELS", "") if "denoiser" in served_by(service) else ""
+    return set(range(4)) if levels == "all" else {int(each) for each in levels.split(",") if each}
 
 
 def names(profile: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -52,25 +64,26 @@ def names(profile: str) -> Iterator[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize("name", OURS)
 def test_every_variable_is_a_setting_of_its_service(name: str) -> None:
     environment = {key: value for key, value in given(OURS[name]).items() if key.startswith("AVATAR_")}
-    cls = SERVICES[served_by(OURS[name])]
-    assert {key.removeprefix("AVATAR_").lower() for key in environment} <= set(cls.model_fields)
-    assert load(cls, environment).drain_s < float(OURS[name]["stop_grace_period"].removesuffix("s"))
+    classes = [SERVICES[each] for each in served_by(OURS[name])]
+    known = {field for cls in classes for field in cls.model_fields}
+    assert {key.removeprefix("AVATAR_").lower() for key in environment} <= known
+    for cls in classes:
+        assert load(cls, environment).drain_s < float(OURS[name]["stop_grace_period"].removesuffix("s"))
 
 
 @pytest.mark.parametrize("profile", RUNNING)
 def test_the_gateway_finds_every_stage(profile: str) -> None:
     found = dict(names(profile))
-    environment = given(ALL["gateway"])
-    assert served_by(found[environment["AVATAR_AUDIO"].removesuffix(":7000")]) == "audio"
-    assert served_by(found[environment["AVATAR_VAE"].removesuffix(":7000")]) == "vae"
-    for level, address in enumerate(environment["AVATAR_DENOISERS"].split(",")):
-        denoiser = found[address.removesuffix(":7000")]
-        assert served_by(denoiser) == "denoiser"
-        assert given(denoiser)["AVATAR_LEVELS"] in (str(level), "all")
+    environment = given(gateway_of(profile))
+    assert "audio" in served_by(found[environment["AVATAR_AUDIO"].removesuffix(":7000")])
+    assert "vae" in served_by(found[environment["AVATAR_VAE"].removesuffix(":7000")])
+    denoisers = [found[address.removesuffix(":7000")] for address in environment["AVATAR_DENOISERS"].split(",")]
+    levels = [level for denoiser in denoisers for level in sorted(levels_of(denoiser))]
+    assert levels == [0, 1, 2, 3], "each once, and no address has none"
 
 
 def test_workers_can_have_replicas() -> None:
-    for name in set(OURS) - {"gateway"}:
+    for name in (name for name in OURS if served_by(OURS[name]) != {"gateway"}):
         assert OURS[name].keys() & {"container_name", "hostname", "ports"} == set(), name
         for network in OURS[name].get("networks", {}).values():
             assert network.keys() <= {"aliases"}, "an address of its own is of one replica"
@@ -78,32 +91,41 @@ def test_workers_can_have_replicas() -> None:
 
 @pytest.mark.parametrize("profile", RUNNING)
 def test_the_gateway_starts_after_its_dependencies(profile: str) -> None:
-    needs = {name for name, how in ALL["gateway"]["depends_on"].items() if how["condition"] == "service_healthy"}
-    assert set(of(profile)) - {"gateway"} <= needs
-    for name in set(OURS) - {"gateway"}:
+    gateway = gateway_of(profile)
+    needs = {name for name, how in gateway["depends_on"].items() if how["condition"] == "service_healthy"}
+    assert {name for name, service in of(profile).items() if service is not gateway} <= needs
+    for name in (name for name in OURS if served_by(OURS[name]) != {"gateway"}):
         assert OURS[name]["depends_on"] == {"redis": {"condition": "service_healthy"}}
 
 
-def test_levels_have_devices_of_their_own() -> None:
-    def devices(profile: str) -> dict[str, str]:
-        return {
-            name: service["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"][0]
-            for name, service in of(profile).items()
-            if "deploy" in service
-        }
+@pytest.mark.parametrize("profile", DEVICES)
+def test_a_device_has_one_process_and_the_decoders_has_the_audio_encoder(profile: str) -> None:
+    processes: dict[str, dict[str, Any]] = {}
+    for service in of(profile).values():
+        for reservation in service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", []):
+            (device,) = reservation["device_ids"]
+            assert processes.setdefault(device, service) is service
+    assert sorted(processes) == [str(device) for device in range(DEVICES[profile])]
+    placed = {service: device for device, process in processes.items() for service in served_by(process)}
+    assert placed["audio"] == placed["vae"] == str(DEVICES[profile] - 1)
+    counts = [len(levels_of(processes[device])) for device in sorted(processes)]
+    assert counts == {1: [4], 2: [2, 2], 4: [1, 1, 1, 1], 5: [1, 1, 1, 1, 0]}[DEVICES[profile]]
 
-    assert devices("gpu") == {
-        **{f"denoiser-cuda-{level}": str(level) for level in range(4)},
-        "audio-cuda": "4",
-        "vae-cuda": "4",
-    }
-    assert set(devices("one-gpu").values()) == {"0"}
+
+def test_compiled_kernels_are_kept_where_they_can_be_executed() -> None:
+    folders = re.findall(r"(?:TORCHINDUCTOR|TRITON)_CACHE_DIR=(\S+)", STAGES["worker-cuda"])
+    assert len(folders) == 2
+    for service in (each for each in OURS.values() if each["build"]["target"] == "worker-cuda"):
+        mounted = dict(volume.split(":")[:2][::-1] for volume in service["volumes"])
+        assert {mounted[str(Path(folder).parent)] for folder in folders} == {"compiled"}
+    assert COMPOSE["volumes"].keys() >= {"compiled"}
+    assert "g++" in STAGES["worker-cuda"]
 
 
 def test_only_the_gateway_and_the_dashboards_are_published() -> None:
     published = {name: service["ports"] for name, service in ALL.items() if "ports" in service}
     assert published == {
-        "gateway": ["${AVATAR_PORT:-7000}:7000"],
+        **{name: ["${AVATAR_PORT:-7000}:7000"] for name in OURS if served_by(OURS[name]) == {"gateway"}},
         "grafana": ["127.0.0.1:${AVATAR_GRAFANA_PORT:-3000}:3000"],
     }
 
@@ -143,12 +165,13 @@ def test_mounted_files_exist() -> None:
 def test_trust_covers_every_service_of_the_suite() -> None:
     assert set(TRUST["services"]) == set(OURS)
     for name, service in TRUST["services"].items():
-        fields = set(SERVICES[served_by(OURS[name])].model_fields)
+        services = served_by(OURS[name])
+        fields = {field for each in services for field in SERVICES[each].model_fields}
         assert {variable.removeprefix("AVATAR_").lower() for variable in service["environment"]} <= fields
         (mounted,) = service["volumes"]
         assert mounted.endswith(":/secrets:ro")
         assert {str(Path(file).parent) for file in service["environment"].values()} == {"/secrets"}
-        assert ("AVATAR_TLS_CLIENT_CA" in service["environment"]) is (name != "gateway")
+        assert ("AVATAR_TLS_CLIENT_CA" in service["environment"]) is (services != {"gateway"})
 
 
 def test_compose_accepts_trust(tmp_path: Path) -> None:
@@ -161,7 +184,7 @@ def test_compose_accepts_trust(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("profiles", ["cpu", "gpu,text", "one-gpu", "cpu,observability"])
+@pytest.mark.parametrize("profiles", ["cpu", "gpu-1", "gpu-2", "gpu-4", "gpu-5,text", "cpu,observability"])
 def test_compose_accepts_every_profile(profiles: str) -> None:
     compose = Path(sys.executable).with_name("docker-compose")
     arguments = [part for each in profiles.split(",") for part in ("--profile", each)]

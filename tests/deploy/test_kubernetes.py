@@ -12,12 +12,20 @@ import yaml
 
 from avatar.settings import GatewaySettings, load
 from docs.tables import SERVICES
-from tests.deploy.test_compose import COMPOSE
+from tests.deploy.test_compose import COMPOSE, given, of
 
 OVERLAYS = Path(__file__).parents[2] / "deploy/kubernetes/overlays"
 BIN = Path(sys.executable).parent
-SUITES = ["cpu", "gpu"]
-STAGES = {"gateway", "audio", "denoiser-0", "denoiser-1", "denoiser-2", "denoiser-3", "vae"}
+LEVELS = [f"denoiser-{level}" for level in range(4)]
+STAGES = {"gateway", "audio", *LEVELS, "vae"}
+# Processes with a device by overlay, and the levels of each; the last one has decoder and audio.
+DEVICES = {
+    "gpu-1": {"vae": "all"},
+    "gpu-2": {"denoiser-0": "0,1", "vae": "2,3"},
+    "gpu-4": {"denoiser-0": "0", "denoiser-1": "1", "denoiser-2": "2", "vae": "3"},
+    "gpu-5": {"denoiser-0": "0", "denoiser-1": "1", "denoiser-2": "2", "denoiser-3": "3", "vae": ""},
+}
+SUITES = ["cpu", *DEVICES]
 UNKNOWN = {"LeaderWorkerSet", "ScaledObject"}  # of which no schema is at hand
 GUIDE = (Path(__file__).parents[2] / "docs/operations/deployment.md").read_text(encoding="utf-8")
 # Loading the 14B network's weights at 200 MB/s, and merging a LoRA adapter on the CPU.
@@ -95,7 +103,8 @@ def test_each_stage_and_level_has_a_service_of_its_name(overlay: str) -> None:
         objects(overlay, "Service"),
         objects(overlay, "PodDisruptionBudget"),
     )
-    assert set(deployments) == STAGES | ({"text"} if overlay == "gpu" else set())
+    assert set(deployments) == ({"gateway", "text", *DEVICES[overlay]} if overlay in DEVICES else STAGES)
+    assert {name for name in services if "stage" in services[name]["metadata"]["labels"]} == set(deployments)
     for name, deployment in deployments.items():
         labels = deployment["spec"]["template"]["metadata"]["labels"]
         assert services[name]["spec"]["clusterIP"] == "None"
@@ -112,13 +121,13 @@ def chain() -> dict[str, Any]:
 
 
 def test_pods_of_a_chain_are_the_levels_pods_and_connect_at_level_0(tmp_path: Path) -> None:
-    set_of_pods, of_levels = chain(), stages("gpu")
+    set_of_pods, of_levels = chain(), stages("gpu-5")
     given = environment("chain", set_of_pods)
     assert given.pop("AVATAR_CHAIN").startswith("$(LWS_LEADER_ADDRESS):")
     assert given.pop("AVATAR_LEVELS") == "$(LWS_WORKER_INDEX)"
     for level in range(set_of_pods["size"]):
         name = f"denoiser-{level}"
-        assert environment("gpu", of_levels.pop(name)) == given | {"AVATAR_LEVELS": str(level)}
+        assert environment("gpu-5", of_levels.pop(name)) == given | {"AVATAR_LEVELS": str(level)}
         assert load(SERVICES["denoiser"], given | {"AVATAR_LEVELS": str(level), "AVATAR_CHAIN": "chain-0:7100"})
     assert set(stages("chain")) == set(of_levels)
     assert set_of_pods["restarts"] == "RecreateGroupOnPodRestart", "a chain is never joined again"
@@ -146,18 +155,25 @@ def labels_of(deployment: dict[str, Any]) -> dict[str, str]:
 @pytest.mark.parametrize("overlay", SUITES)
 def test_variables_are_settings_of_the_service(overlay: str) -> None:
     for name, deployment in stages(overlay).items():
-        cls = SERVICES[name.partition("-")[0]]
         given = settings_of(environment(overlay, deployment))
         known = {f"AVATAR_{field.upper()}" for each in SERVICES.values() for field in each.model_fields}
         assert set(given) <= known
-        settings: Any = load(cls, given)
-        assert settings.drain_s < pod(deployment)["terminationGracePeriodSeconds"]
-        assert container(deployment)["args"] == ["python", "-m", f"services.{name.partition('-')[0]}"]
-        if name == "gateway":
-            addresses = [*settings.audio, *settings.denoisers, *settings.vae, *settings.text]
-            assert {address.removesuffix(":7000") for address in addresses} == set(stages(overlay)) - {"gateway"}
-        if name.startswith("denoiser"):
-            assert settings.levels == name[-1]
+        for service in services_of(deployment):
+            settings: Any = load(SERVICES[service], given)
+            assert settings.drain_s < pod(deployment)["terminationGracePeriodSeconds"]
+            if service == "gateway":
+                addresses = [*settings.audio, *settings.denoisers, *settings.vae, *settings.text]
+                assert {address.removesuffix(":7000") for address in addresses} == set(stages(overlay)) - {"gateway"}
+            if service == "denoiser":
+                assert settings.levels == DEVICES.get(overlay, {}).get(name, name[-1])
+        assert name.partition("-")[0] in services_of(deployment)
+
+
+def services_of(deployment: dict[str, Any]) -> list[str]:
+    """Return the services that a pod runs."""
+    python, option, module, *names = container(deployment)["args"]
+    assert (python, option) == ("python", "-m")
+    return names if module == "services.device" else [module.removeprefix("services.")]
 
 
 @pytest.mark.parametrize("overlay", SUITES)
@@ -191,14 +207,39 @@ def test_trust_mounts_every_file_that_a_setting_names() -> None:
             assert container(deployment)[probe]["exec"]["command"][2] == "avatar.rpc.health"
 
 
-def test_levels_and_decoder_have_a_device_each() -> None:
+@pytest.mark.parametrize("overlay", DEVICES)
+def test_a_device_has_one_process_and_the_decoders_has_the_audio_encoder(overlay: str) -> None:
+    deployments = stages(overlay)
     devices = {
         name: container(deployment)["resources"].get("limits", {}).get("nvidia.com/gpu", 0)
-        for name, deployment in stages("gpu").items()
+        for name, deployment in deployments.items()
     }
-    assert {name for name, count in devices.items() if count} == {*(f"denoiser-{level}" for level in range(4)), "vae"}
-    for name, deployment in stages("gpu").items():
-        assert (environment("gpu", deployment).get("AVATAR_DEVICE") == "cuda") is bool(devices[name])
+    assert {name: count for name, count in devices.items() if count} == dict.fromkeys(DEVICES[overlay], 1)
+    for name, deployment in deployments.items():
+        assert (environment(overlay, deployment).get("AVATAR_DEVICE") == "cuda") is bool(devices[name])
+    variables = environment(overlay, deployments["gateway"])
+    assert variables["AVATAR_AUDIO"] == variables["AVATAR_VAE"] == "vae:7000"
+    levels = DEVICES[overlay]["vae"]
+    assert services_of(deployments["vae"]) == (["audio", "denoiser", "vae"] if levels else ["audio", "vae"])
+    addresses = variables["AVATAR_DENOISERS"].removesuffix(":7000").split(":7000,")
+    assert addresses == [name for name, levels in DEVICES[overlay].items() if levels]
+
+
+@pytest.mark.parametrize("overlay", DEVICES)
+def test_compose_and_kubernetes_serve_the_same_sizes(overlay: str) -> None:
+    composed = {given(service).get("AVATAR_SIZES") for service in of(overlay).values()} - {None}
+    deployed = {environment(overlay, stages(overlay)[name]).get("AVATAR_SIZES") for name in DEVICES[overlay]}
+    assert len(composed) == 1
+    assert composed == deployed
+
+
+@pytest.mark.parametrize("overlay", DEVICES)
+def test_compiled_kernels_outlive_their_pods(overlay: str) -> None:
+    for name in DEVICES[overlay]:
+        mounted = {each["mountPath"]: each["name"] for each in container(stages(overlay)[name])["volumeMounts"]}
+        (volume,) = (each for each in pod(stages(overlay)[name])["volumes"] if each["name"] == mounted["/compiled"])
+        assert volume["persistentVolumeClaim"] == {"claimName": "compiled"}
+        assert pod(stages(overlay)[name])["securityContext"]["fsGroup"] == 10001
 
 
 @pytest.mark.parametrize("overlay", [path.name for path in OVERLAYS.iterdir()])

@@ -118,13 +118,13 @@ async def test_a_worker_that_writes_no_more_is_silent_only_if_it_does_not_answer
         notified = asyncio.Event()
         for target in (ONE, TWO):
             fleet.worker(target).on_silence.add(notified.set)
-        await fleet.registry.remove(ONE)  # it cannot reach Redis, or drains
+        await fleet.registry.remove("audio", ONE)  # it cannot reach Redis, or drains
         await until(lambda: ONE in fleet.asked)
         await until(lambda: not fleet.worker(ONE).load.is_doubtful)
         assert fleet.digest(ONE) == "asked"
         assert not notified.is_set()
         fleet.silent.add(TWO)  # frozen
-        await fleet.registry.remove(TWO)
+        await fleet.registry.remove("audio", TWO)
         await until(notified.is_set)
         assert targets_of(fleet.pool) == [ONE]
 
@@ -137,7 +137,7 @@ async def test_a_worker_that_writes_late_is_chosen_last_and_not_asked(
     await fleet.write(ONE)
     await fleet.write(TWO, active=3)
     async with fleet.running():
-        await fleet.registry.remove(ONE)
+        await fleet.registry.remove("audio", ONE)
         await until(lambda: fleet.worker(ONE).load.is_doubtful)
         assert [worker.target for worker, _ in await fleet.pool.workers()] == [TWO, ONE]
         await fleet.write(ONE, active=1)

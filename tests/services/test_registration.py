@@ -68,7 +68,7 @@ async def test_a_heartbeat_repeats_the_state(hashes: RedisHashes, monkeypatch: p
     registry, worker = WorkerRegistry(hashes, "main"), Worker()
     async with registered(registry, "here:1", worker):
         await read_until(registry, lambda states: bool(states.workers))
-        await registry.remove("here:1")
+        await registry.remove("audio", "here:1")
         await read_until(registry, lambda states: bool(states.workers))
 
 

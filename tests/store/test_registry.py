@@ -27,9 +27,18 @@ async def test_one_read_gives_the_last_state_of_every_worker_of_a_cell(hashes: R
     await one.write(state("w1:1", 5))
     await other.write(state("w1:1", 9))
     assert await active(one) == {"w0:1": 0, "w1:1": 5, "w2:1": 2}
-    await one.remove("w2:1")
+    await one.remove("audio", "w2:1")
     assert await active(one) == {"w0:1": 0, "w1:1": 5}
     assert await active(other) == {"w1:1": 9}
+
+
+async def test_a_process_that_serves_several_stages_is_a_worker_of_each(hashes: RedisHashes) -> None:
+    registry, decoder = WorkerRegistry(hashes, "main"), WorkerState(address="here:1")
+    decoder.vae.active = 1
+    await registry.write(state("here:1", 2), decoder)
+    assert {each.WhichOneof("info") for each in (await registry.read()).workers} == {"audio", "vae"}
+    await registry.remove("audio", "here:1")
+    assert [each.vae.active for each in (await registry.read()).workers] == [1]
 
 
 async def test_a_drain_outlives_the_stores_data_until_it_is_ended(hashes: RedisHashes, redis_client: Redis) -> None:
@@ -50,11 +59,11 @@ async def test_a_drain_outlives_the_stores_data_until_it_is_ended(hashes: RedisH
 async def test_a_state_that_is_not_written_again_is_forgotten(hashes: RedisHashes, redis_client: Redis) -> None:
     registry = WorkerRegistry(hashes, "main")
     await registry.write(state("old:1"))
-    await redis_client.zincrby("avatar:workers-seen:{main}", -1000 * registry_module.STALE_S, "old:1")
+    await redis_client.zincrby("avatar:workers-seen:{main}", -1000 * registry_module.STALE_S, "audio/old:1")
     await registry.write(state("new:1"))
     assert await active(registry) == {"new:1": 0}
-    assert await redis_client.hkeys("avatar:workers:{main}") == [b"new:1"]
-    assert await redis_client.zrange("avatar:workers-seen:{main}", 0, -1) == [b"new:1"]
+    assert await redis_client.hkeys("avatar:workers:{main}") == [b"audio/new:1"]
+    assert await redis_client.zrange("avatar:workers-seen:{main}", 0, -1) == [b"audio/new:1"]
     for name in ("workers", "workers-seen"):
         assert 0 < await redis_client.pttl(f"avatar:{name}:{{main}}") <= 1000 * registry_module.CELL_TTL_S
 
@@ -82,7 +91,8 @@ async def test_an_entry_that_is_no_state_is_skipped_and_named_once(
     await registry.write(*(state(f"w{number}:1", number) for number in range(3)))
     for _ in range(2):
         assert await active(registry) == {"w0:1": 0, "w1:1": 1, "w2:1": 2}
-    await registry.remove(b"jun\xffk")  # type: ignore[arg-type]
+    await redis_client.hdel("avatar:workers:{main}", "jun\udcffk".encode(errors="surrogateescape"))
+    await redis_client.zrem("avatar:workers-seen:{main}", b"jun\xffk")
     assert len(await active(registry)) == 3
     assert [(each.getMessage(), vars(each).get("entries")) for each in caplog.records] == [
         ("registry entries skipped that are no worker's state", ["jun\\xffk"]),
@@ -93,6 +103,6 @@ async def test_an_entry_that_is_no_state_is_skipped_and_named_once(
 async def test_an_entry_without_a_time_is_deleted(hashes: RedisHashes, redis_client: Redis) -> None:
     registry = WorkerRegistry(hashes, "main")
     await registry.write(state("here:1"))
-    await redis_client.hset("avatar:workers:{main}", mapping={"junk": b"\xff\xff\xff", "old:1": SERIALIZED})
+    await redis_client.hset("avatar:workers:{main}", mapping={"junk": b"\xff\xff\xff", "audio/old:1": SERIALIZED})
     assert await active(registry) == {"here:1": 0}
-    assert await redis_client.hkeys("avatar:workers:{main}") == [b"here:1"]
+    assert await redis_client.hkeys("avatar:workers:{main}") == [b"audio/here:1"]
