@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import pickle
 import shutil
 import wave
@@ -156,8 +157,9 @@ def mean_colours(sizes: light.LightConfig) -> light.LightCodec:
     codec = light.LightCodec(sizes)
     tensors = {name: torch.zeros_like(tensor) for name, tensor in codec.state_dict().items()}
     mixtures = torch.randn(3, light.CHANNELS) / 64  # nearly orthonormal
-    tensors["encoder.linear.weight"] = repeat(mixtures, "c z -> z (c n) 1 1", n=light.PATCH // 3)
-    tensors["decoder.linear.weight"] = repeat(mixtures, "c z -> (c n) z 1 1", n=light.PATCH // 3)
+    pixels = math.prod(light.patch_sizes().values()) // 3
+    tensors["encoder.linear.weight"] = repeat(mixtures, "c z -> z (c n) 1 1", n=pixels)
+    tensors["decoder.linear.weight"] = repeat(mixtures, "c z -> (c n) z 1 1", n=pixels)
     codec.load_state_dict(tensors)
     return codec
 

@@ -1,11 +1,11 @@
-"""The light codec, a small causal VAE: eight or more times smaller in space, four times in time, 16 channels.
+"""The light codec, a small causal VAE: eight or more times smaller in space, four times in time, 16 or more channels.
 
 A linear map of patches (4 frames of 8x8 pixels) carries the picture; a causal convolutional correction adds detail.
 
-    frames (b, 3, f, H, W) --encode--> latents (b, 16, t, H/8, W/8) --decode--> frames
+    frames (b, 3, f, H, W) --encode--> latents (b, c, t, H/8, W/8) --decode--> frames
 
-A codec of scale 2 has the latents of a picture of half the size: it encodes means of 2x2 pixels, and its decoder draws
-the detail that goes with them. The networks that generate latents, and what they cost, stay the same.
+A codec of scale 2 has patches of 16x16 pixels, and as many latents as one of scale 1 has for a picture of half the
+size. The networks that generate latents cost the same.
 
 In time the first frame stands for a whole patch: f = 1 + 4 (t - 1), as with the Wan codec. Streamed decoding equals
 decoding of the whole to 1e-6: the arithmetic is the same, but the order of a convolution kernel's sums depends on the
@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,12 +32,8 @@ PATCH_AXES = "(c p y x)"
 
 
 def patch_sizes(scale: int = 1) -> dict[str, int]:
-    """Return the sizes of PATCH_AXES in a decoder's patches. scale: as in `LightConfig`; an encoder's is 1."""
+    """Return the sizes of PATCH_AXES. scale: as in `LightConfig`."""
     return {"c": 3, "p": FRAMES_PER_LATENT, "y": SPACE_STRIDE * scale, "x": SPACE_STRIDE * scale}
-
-
-PATCH_SIZES = patch_sizes()
-PATCH = math.prod(PATCH_SIZES.values())
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,8 @@ class LightConfig:
     wide, mid, thin: channels at 1/8, 1/4 and 1/2 of the picture's height and width.
     latent_scale: divisor of the centred raw latents; one number for all channels, so that small signals of the picture
         stay small in the latent.
-    scale: pixels of a side that the encoder averages, and that the decoder draws in place of one.
+    scale: factor by which the sides of patches are longer than SPACE_STRIDE pixels.
+    channels: of the latents.
     """
 
     wide: int
@@ -55,9 +52,10 @@ class LightConfig:
     thin: int
     latent_scale: float
     scale: int = 1
+    channels: int = CHANNELS
 
     def __post_init__(self) -> None:
-        if min(self.wide, self.mid, self.thin, self.latent_scale, self.scale) <= 0:
+        if min(self.wide, self.mid, self.thin, self.latent_scale, self.scale, self.channels) <= 0:
             raise ValueError(f"a light codec's sizes and its latent scale must be positive: {self}")
 
 
@@ -71,13 +69,14 @@ class LightEncoder(nn.Module):
 
     def __init__(self, config: LightConfig) -> None:
         super().__init__()
-        self.linear = StepConv(PATCH, CHANNELS, 1)
-        self.enter = StepConv(PATCH, config.wide, 1)
+        patch = math.prod(patch_sizes(config.scale).values())
+        self.linear = StepConv(patch, config.channels, 1)
+        self.enter = StepConv(patch, config.wide, 1)
         self.middle = Residual(config.wide, memory=0)
-        self.leave = StepConv(config.wide, CHANNELS, 3)
+        self.leave = StepConv(config.wide, config.channels, 3)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """patches: (b, t, h, w, c p y x). Returns (b, t, h, w, 16)."""
+        """patches: (b, t, h, w, c p y x). Returns (b, t, h, w, channels)."""
         steps = self.middle(self.enter(patches), Tails())
         latents: Tensor = self.linear(patches) + self.leave(functional.silu(steps))
         return latents
@@ -90,8 +89,8 @@ class LightDecoder(nn.Module):
         super().__init__()
         self._patch_sizes = patch_sizes(config.scale)
         self._last = 2 * config.scale
-        self.linear = StepConv(CHANNELS, math.prod(self._patch_sizes.values()), 1)
-        self.enter = StepConv(CHANNELS, config.wide, 3)
+        self.linear = StepConv(config.channels, math.prod(self._patch_sizes.values()), 1)
+        self.enter = StepConv(config.channels, config.wide, 3)
         self.wide = Residual(config.wide, memory=0)
         self.wide_too = Residual(config.wide)
         self.to_mid = StepConv(config.wide, 8 * config.mid, 1)
@@ -101,7 +100,7 @@ class LightDecoder(nn.Module):
         self.leave = StepConv(config.thin, 3 * self._last**2, 3)
 
     def forward(self, latents: Tensor, tails: Tails) -> Tensor:
-        """latents: (b, t, h, w, 16). Returns frames (b, 3, 4 t, 8 scale h, 8 scale w)."""
+        """latents: (b, t, h, w, channels). Returns frames (b, 3, 4 t, 8 scale h, 8 scale w)."""
         frames: Tensor = self.picture(latents) + self.correction(self.features(latents, tails))
         return frames
 
@@ -132,7 +131,7 @@ def upsample(steps: Tensor) -> Tensor:
 class LightCodec(nn.Module):
     """A `Codec` that is also the module to train; `forward` reconstructs whole clips."""
 
-    channels = CHANNELS
+    channels: int
     space_stride: int
     # The decoder uses one past step at each of its three rates: one, two and four steps a latent.
     history = math.ceil(1 + 1 / 2 + 1 / 4)
@@ -141,11 +140,11 @@ class LightCodec(nn.Module):
     def __init__(self, config: LightConfig) -> None:
         super().__init__()
         self.config = config
-        self.space_stride = SPACE_STRIDE * config.scale
+        self.channels, self.space_stride = config.channels, SPACE_STRIDE * config.scale
         self.encoder = LightEncoder(config)
         self.decoder = LightDecoder(config)
         # (c, 1, 1, 1): means of the raw latents' channels over the training data.
-        self.register_buffer("mean", torch.zeros(CHANNELS, 1, 1, 1))
+        self.register_buffer("mean", torch.zeros(config.channels, 1, 1, 1))
 
     def forward(self, frames: Tensor) -> Tensor:
         """Encode and decode frames (b, 3, f, H, W) in [-1, 1], f = 1 + 4 k; returns the same shape."""
@@ -153,15 +152,12 @@ class LightCodec(nn.Module):
 
     def encode(self, frames: Tensor) -> Tensor:
         frames = frames.to(self.mean)
-        if self.config.scale > 1:
-            scale = self.config.scale
-            frames = reduce(frames, "b c f (h y) (w x) -> b c f h w", "mean", y=scale, x=scale)
         first = repeat(frames[:, :, :1], "b c 1 h w -> b c p h w", p=FRAMES_PER_LATENT)
         whole = 1 + (frames.shape[2] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
         patches = rearrange(
             torch.cat([first, frames[:, :, 1:whole]], dim=2),
             f"b c (t p) (h y) (w x) -> b t h w {PATCH_AXES}",
-            **PATCH_SIZES,
+            **patch_sizes(self.config.scale),
         )
         raw = rearrange(self.encoder(patches), "b t h w c -> b c t h w")
         latents: Tensor = (raw - self.mean) / self.config.latent_scale

@@ -84,10 +84,10 @@ def test_the_seed_decides_the_weights() -> None:
 
 def test_patches_are_those_that_the_codec_encodes(clips: list[StoredClip]) -> None:
     """The linear map of a patch is the codec's raw latent while its correction is zero."""
-    codec = untrained_codec(replace(light.tiny(), latent_scale=1.0), 0)
+    codec = untrained_codec(replace(light.tiny(), latent_scale=1.0, scale=2, channels=20), 0)
     frames, _ = load_crops(clips, CROPS, 0, 0)
     with torch.no_grad():
-        linear = patches_of(frames) @ codec.encoder.linear.weight[:, :, 0, 0].T
+        linear = patches_of(frames, 2) @ codec.encoder.linear.weight[:, :, 0, 0].T
         latents = codec.encode(frames)[:, :, 1:]
     torch.testing.assert_close(linear, latents.permute(0, 2, 3, 4, 1).flatten(0, 3), atol=1e-5, rtol=1e-5)
 

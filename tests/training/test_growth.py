@@ -16,7 +16,7 @@ from tests.training.small import small
 from training.batches import BatchConfig, load_batch
 from training.codec.__main__ import CodecRecipe, CodecRun, export
 from training.codec.crops import CropConfig, load_crops
-from training.codec.growth import fit_outputs, grow
+from training.codec.growth import add_detail, fit_outputs, grow
 from training.data import Clip, StoredClip, read_shard, write_shard
 
 CROPS = CropConfig(batch_size=2, size=32, num_frames=9)
@@ -50,6 +50,32 @@ def test_fitted_outputs_reconstruct_better_than_repeated_pixels(codec: LightCode
     fit_outputs(grown, clips, CROPS, 0)
     assert error() < 0.5 * repeated
     torch.testing.assert_close(grown.encode(crops[0]), latents, rtol=0, atol=0)
+
+
+def test_detail_leaves_the_old_channels_and_lowers_the_error(codec: LightCodec, clips: list[StoredClip]) -> None:
+    fit_outputs(codec, clips, CROPS, 0)
+    more = add_detail(codec, 20, clips, CROPS, 0)
+    frames, _ = load_crops(clips, CROPS, 0, 3)
+    latents = more.encode(frames)
+    assert latents.shape[1] == more.channels == 20
+    torch.testing.assert_close(latents[:, :16], codec.encode(frames), rtol=0, atol=1e-5)
+    assert 0.2 < latents[:, 16:].std() / latents[:, :16].std() < 2
+    error, before = ((each(frames) - frames).pow(2).mean() for each in (more, codec))
+    assert error < 0.9 * before
+
+
+def test_a_codec_starts_with_the_channels_of_a_finished_one(
+    codec: LightCodec, clips: list[StoredClip], tmp_path: Path
+) -> None:
+    save(tmp_path, asdict(replace(vae.tiny(), network=asdict(codec.config))), codec, torch.float16)
+    recipe = CodecRecipe(steps=4, warmup=1, crops=CROPS, start=str(tmp_path), channels=18)
+    with pytest.raises(ValueError, match="has latents of 16 channels, give --channels as many or more"):
+        CodecRun(replace(recipe, channels=8), clips)
+    run = CodecRun(recipe, clips)
+    encoder = run.codec.encoder.linear.weight.clone()
+    run.advance(clips)
+    assert run.codec.config.channels == 18
+    assert not torch.equal(run.codec.encoder.linear.weight, encoder)
 
 
 def test_a_grown_codec_is_not_grown_again(codec: LightCodec) -> None:

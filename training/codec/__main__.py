@@ -5,9 +5,10 @@ with a little noise, because a network's latents are never exact. A stopped run 
 bit; clips that arrive meanwhile join at checkpoints. `--export FOLDER` writes the EMA weights as a checkpoint's vae
 folder and prints their metrics.
 
-`--decoder-of FOLDER` trains only the decoder of a finished codec: its latents do not change, so networks that generate
-them and prepared data stay valid. With `--scale 2` the decoder draws pictures of twice the size from the same latents:
-it is grown out of the finished one, and `--data` holds pictures of that size.
+`--start FOLDER` begins with a finished codec. With `--scale 2` it is grown to pictures of twice the size, of which
+`--data` holds clips, and with `--channels 32` its latents get channels for the detail.
+`--decoder-of FOLDER` also trains only the decoder: the latents do not change, so networks that generate them and
+prepared data stay valid.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from avatar.checkpoints.part import Part, load_weights
 from avatar.vae import light, vae
 from avatar.vae.light import LightCodec, LightConfig
 from training.codec.crops import CropConfig, load_crops
-from training.codec.growth import fit_outputs, grow
+from training.codec.growth import add_detail, fit_outputs, grow
 from training.codec.pca_init import normalise_latents, set_principal_components, untrained_codec
 from training.codec.report import report
 from training.data import StoredClip, read_clips
@@ -41,7 +42,7 @@ NUM_REPORT_CLIPS = 24
 SQUARED = 10.0
 # Height and width of the pictures of a codec of scale 1.
 SIZE = 128
-# Of decoders that are grown: a higher rate loses what growing gave them.
+# Of codecs that are grown: a higher rate loses what growing gave them.
 GROWN_RATE, GROWN_CROPS = 3e-4, CropConfig(batch_size=2, num_frames=9)
 PLOTS = {"psnr": ("psnr", "psnr_mouth", "psnr_noisy"), "loss": ("loss", "picture", "edges", "motion")}
 
@@ -54,8 +55,8 @@ class CodecRecipe:
     noise, drawn for each crop, in units of their standard deviation. edges, motion: loss weights of differences between
     neighbouring pixels, and between frames: without the latter a latent's frames, which are decoded together, jump to
     the next latent's. squared: errors are squared, which blurs less than absolute errors where detail is uncertain.
-    evenness: loss weight of the spread of the channels' variances. ema_decay: per step. decoder_of:
-    vae folder whose decoder alone is trained. scale: that it is grown to.
+    evenness: loss weight of the spread of the channels' variances. ema_decay: per step. start: vae folder of the codec
+    to begin with. decoder_of: the same, if only its decoder is trained. scale, channels: that it is grown to.
     """
 
     steps: int = 20000
@@ -68,8 +69,10 @@ class CodecRecipe:
     ema_decay: float = 0.999
     seed: int = 0
     crops: CropConfig = field(default_factory=CropConfig)
+    start: str | None = None
     decoder_of: str | None = None
     scale: int = 1
+    channels: int = light.CHANNELS
     squared: bool = False
 
     def lr_at(self, step: int) -> float:
@@ -84,20 +87,18 @@ class CodecRun:
         self.recipe = recipe
         self.step = 0
         self.num_clips = len(clips)
-        if recipe.decoder_of:
-            self.codec = load_light_codec(Path(recipe.decoder_of))
-            if recipe.scale > 1:
-                self.codec = grow(self.codec, recipe.scale)
-                fit_outputs(self.codec, clips, recipe.crops, recipe.seed)
-                self.codec.requires_grad_(True)
+        if folder := recipe.decoder_of or recipe.start:
+            self.codec = grown_codec(Path(folder), clips, recipe)
         else:
-            codec = untrained_codec(light.tiny(), recipe.seed)
+            config = replace(light.tiny(), scale=recipe.scale, channels=recipe.channels)
+            codec = untrained_codec(config, recipe.seed)
             set_principal_components(codec, clips, recipe.crops, recipe.seed)
             self.codec = normalise_latents(codec, clips, recipe.crops, recipe.seed)
         self._prepare()
 
     def _prepare(self) -> None:
         self.ema = deepcopy(self.codec).requires_grad_(False)
+        self.codec.requires_grad_(True)
         self.codec.encoder.requires_grad_(not self.recipe.decoder_of)
         trainable = [weight for weight in self.codec.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, self.recipe.lr, (0.9, 0.99), weight_decay=1e-3)
@@ -178,12 +179,22 @@ def loss_terms(
     }
 
 
-def load_light_codec(folder: Path) -> LightCodec:
-    """Load the trainable codec of a vae folder. ValueError if it is not a light codec."""
+def grown_codec(folder: Path, clips: Sequence[StoredClip], recipe: CodecRecipe) -> LightCodec:
+    """Load the codec of a vae folder, and grow it to the recipe's scale and channels.
+
+    ValueError if it is not a light codec, or has more channels.
+    """
     codec = vae.load(Part.read(folder)).codec
     if not isinstance(codec, LightCodec):
         raise ValueError(f"{folder} holds another codec; only the light codec is trained here")
-    return codec.requires_grad_(True)
+    if codec.config.channels > recipe.channels:
+        raise ValueError(f"{folder} has latents of {codec.config.channels} channels, give --channels as many or more")
+    if recipe.scale > codec.config.scale:
+        codec = grow(codec, recipe.scale)
+        fit_outputs(codec, clips, recipe.crops, recipe.seed)
+    if recipe.channels > codec.config.channels:
+        codec = add_detail(codec, recipe.channels, clips, recipe.crops, recipe.seed)
+    return codec
 
 
 def train(data: Path, out: Path, recipe: CodecRecipe, limits: Limits) -> None:
@@ -242,9 +253,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.codec", description=(__doc__ or "").split(":")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of shards that training.make_data wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: state, log, previews")
-    parser.add_argument("--decoder-of", help="vae folder: train its decoder alone")
-    parser.add_argument("--scale", type=int, default=1, help="with --decoder-of: factor by which pictures are larger")
-    parser.add_argument("--rate", type=float, help="highest learning rate (default 0.002, grown decoders 0.0003)")
+    parser.add_argument("--start", help="vae folder: the codec to begin with")
+    parser.add_argument("--decoder-of", help="vae folder: the codec to begin with; train its decoder alone")
+    parser.add_argument("--scale", type=int, default=1, help="factor by which pictures are larger than 128 pixels")
+    parser.add_argument("--channels", type=int, default=light.CHANNELS, help="channels of latents (default 16)")
+    parser.add_argument("--rate", type=float, help="highest learning rate (default 0.002, for scale 2 0.0003)")
+    parser.add_argument("--noise", type=float, default=CodecRecipe.noise, help="most noise on latents (default 0.2)")
     parser.add_argument("--lips", type=float, default=CropConfig.lips_gain, help="extra loss weight at the lips")
     parser.add_argument("--motion", type=float, default=CodecRecipe.motion, help="loss weight of frame differences")
     parser.add_argument("--steps", type=int, default=CodecRecipe.steps, help="length of the whole run")
@@ -253,16 +267,21 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="do not train: write the run's EMA weights to this folder")
     flags = parser.parse_args()
     torch.set_num_threads(1)
-    if flags.scale > 1 and not flags.decoder_of:
-        parser.error("--scale needs --decoder-of, the codec to grow")
+    if flags.start and flags.decoder_of:
+        parser.error("--start and --decoder-of exclude each other")
+    if flags.decoder_of and flags.channels != light.CHANNELS:
+        parser.error("--decoder-of keeps the latents, so it excludes --channels; use --start")
     crops = replace(GROWN_CROPS, size=CropConfig.size * flags.scale) if flags.scale > 1 else CropConfig()
     recipe = CodecRecipe(
         steps=flags.steps,
         lr=flags.rate or (GROWN_RATE if flags.scale > 1 else CodecRecipe.lr),
         motion=flags.motion,
+        noise=flags.noise,
         crops=replace(crops, lips_gain=flags.lips),
+        start=flags.start,
         decoder_of=flags.decoder_of,
         scale=flags.scale,
+        channels=flags.channels,
         squared=flags.scale > 1,
     )
     if flags.export:

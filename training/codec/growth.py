@@ -1,9 +1,12 @@
-"""A codec of a larger picture, grown out of a finished one: the same latents, and a decoder that draws more detail.
+"""A codec of a larger picture, grown out of a finished one: the same latents, a decoder that draws more detail, and
+channels for detail.
 
-Grown, the decoder repeats each pixel of the finished one's; then its two linear outputs, the map of patches and the
-last convolution, are fitted by least squares. That alone beats enlarging pictures, and training starts from there.
+Grown, the codec encodes means of pixels and repeats each pixel that it decodes; then the decoder's two linear outputs,
+the map of patches and the last convolution, are fitted by least squares. That alone beats enlarging pictures. Channels
+for detail are a reduced-rank regression of what is left on the patches. Training starts from there.
 
-Axes: b batch, c channels, t latent frames, f pixel frames, h w height and width; n rows of a regression.
+Axes: b batch, c channels, t latent frames, f pixel frames, h w height and width; n rows of a regression, k channels of
+detail.
 """
 
 from collections.abc import Sequence
@@ -16,33 +19,39 @@ from torch.nn import functional
 
 from avatar.types import FRAMES_PER_LATENT
 from avatar.vae.conv import Tails
-from avatar.vae.light import PATCH_AXES, PATCH_SIZES, LightCodec, patch_sizes
+from avatar.vae.light import PATCH_AXES, LightCodec, patch_sizes
 from training.codec.crops import CropConfig, load_crops
+from training.codec.pca_init import patches_of
 from training.data import StoredClip
 
 # Batches of a fit, and rounds over both outputs.
 NUM_BATCHES, NUM_ROUNDS = 16, 2
+# Batches of the regression of detail, which has thousands of inputs, and the crops in each of them.
+NUM_DETAIL_BATCHES, DETAIL_BATCH_SIZE = 50, 6
 # Of the mean diagonal of the normal equations.
 RIDGE = 1e-5
 
 
 @torch.no_grad()
 def grow(codec: LightCodec, scale: int) -> LightCodec:
-    """Return a codec of scale times the picture with the same latents, which repeats each pixel scale x scale times.
+    """Return a codec of scale times the picture with the same latents.
 
-    ValueError if the codec is grown already.
+    It encodes means of scale x scale pixels, and repeats each decoded pixel as often. ValueError if the codec is grown
+    already.
     """
     if codec.config.scale != 1:
         raise ValueError(f"the codec has the scale {codec.config.scale}; grow one of scale 1")
     grown = LightCodec(replace(codec.config, scale=scale)).requires_grad_(False)
     weights = dict(codec.state_dict())
     each = {"i": scale, "j": scale}
+    larger = f"{PATCH_AXES} ... -> c p y x ...", "c p y x ... -> (c p y i x j) ..."
+    for name in ("encoder.linear.weight", "encoder.enter.weight"):
+        patches = rearrange(weights[name] / scale**2, "o patch 1 1 -> patch o")
+        spread = repeat(rearrange(patches, larger[0], **patch_sizes()), larger[1], **each)
+        weights[name] = rearrange(spread, "patch o -> o patch 1 1")
+    for name in ("decoder.linear.weight", "decoder.linear.bias"):
+        weights[name] = repeat(rearrange(weights[name], larger[0], **patch_sizes()), larger[1], **each)
     for kind in ("weight", "bias"):
-        weights[f"decoder.linear.{kind}"] = repeat(
-            rearrange(weights[f"decoder.linear.{kind}"], f"{PATCH_AXES} ... -> c p y x ...", **PATCH_SIZES),
-            "c p y x ... -> (c p y i x j) ...",
-            **each,
-        )
         weights[f"decoder.leave.{kind}"] = repeat(
             weights[f"decoder.leave.{kind}"], "(c y x) ... -> (c y i x j) ...", c=3, y=2, **each
         )
@@ -71,6 +80,38 @@ def fit_outputs(codec: LightCodec, clips: Sequence[StoredClip], crops: CropConfi
         set_output(decoder.leave, pixels.solve())
 
 
+@torch.no_grad()
+def add_detail(
+    codec: LightCodec, channels: int, clips: Sequence[StoredClip], crops: CropConfig, seed: int
+) -> LightCodec:
+    """Return the codec with latents of more channels, which carry what it loses as well as a linear map can.
+
+    Its first channels stay as they are; `channels` is the number of all.
+    """
+    k, crops = channels - codec.config.channels, replace(crops, batch_size=DETAIL_BATCH_SIZE)
+    detail = NormalEquations()
+    for step in range(NUM_DETAIL_BATCHES):
+        frames, latents = batch(codec, clips, crops, seed, step)
+        lost = frames - codec.decoder(latents, Tails())
+        detail.add(*(patches_of(each[:, :, FRAMES_PER_LATENT - 1 :], codec.config.scale) for each in (frames, lost)))
+    weights = detail.solve()
+    # Reduced-rank regression: the leading directions of the outputs that the regression predicts.
+    predicted = weights.double() @ detail.inputs @ weights.double().T
+    values, vectors = torch.linalg.eigh(predicted / detail.count)
+    variances, outward = values[-k:].flip(0), vectors[:, -k:].flip(1).float()
+    # The deviation of a channel is the fourth root of its share, as of principal components, of the old channels' size.
+    deviations = codec.config.latent_scale * (variances / variances[0]) ** 0.25
+    gain = (deviations / variances.sqrt()).float()
+    inward = gain[:, None] * (outward.T @ weights)
+    more = LightCodec(replace(codec.config, channels=channels)).requires_grad_(False)
+    wider = more.state_dict()
+    for name, tensor in codec.state_dict().items():
+        wider[name].zero_()[tuple(slice(size) for size in tensor.shape)] = tensor
+    wider["encoder.linear.weight"][-k:, :, 0, 0], wider["encoder.linear.bias"][-k:] = inward[:, :-1], inward[:, -1]
+    wider["decoder.linear.weight"][:, -k:, 0, 0] = outward / gain
+    return more
+
+
 def batch(
     codec: LightCodec, clips: Sequence[StoredClip], crops: CropConfig, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
@@ -93,21 +134,26 @@ def rows(values: Tensor) -> Tensor:
 
 
 class NormalEquations:
-    """The normal equations of a linear regression with an intercept, summed over batches."""
+    """The normal equations of a linear regression with an intercept, summed over batches.
+
+    inputs: (i + 1, i + 1) products of the inputs, a constant 1 last, summed over `count` rows.
+    """
 
     def __init__(self) -> None:
-        self._inputs = self._products = torch.zeros(())
+        self.inputs = self._products = torch.zeros(())
+        self.count = 0
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add rows: inputs (n, i), outputs (n, o)."""
         augmented = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
-        self._inputs = self._inputs + (augmented.T @ augmented).double()
+        self.count += len(inputs)
+        self.inputs = self.inputs + (augmented.T @ augmented).double()
         self._products = self._products + (augmented.T @ outputs).double()
 
     def solve(self) -> Tensor:
         """Return the weights (o, i + 1), the intercept last."""
-        ridge = RIDGE * self._inputs.diagonal().mean() * torch.eye(len(self._inputs))
-        weights: Tensor = torch.linalg.solve(self._inputs + ridge, self._products).float().T
+        ridge = RIDGE * self.inputs.diagonal().mean() * torch.eye(len(self.inputs))
+        weights: Tensor = torch.linalg.solve(self.inputs + ridge, self._products).float().T
         return weights
 
 

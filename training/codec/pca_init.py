@@ -12,7 +12,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from avatar.types import FRAMES_PER_LATENT
-from avatar.vae.light import CHANNELS, PATCH_AXES, PATCH_SIZES, LightCodec, LightConfig
+from avatar.vae.light import PATCH_AXES, LightCodec, LightConfig, patch_sizes
 from training.codec.crops import CropConfig, load_crops
 from training.data import StoredClip
 
@@ -40,23 +40,25 @@ def set_principal_components(codec: LightCodec, clips: Sequence[StoredClip], cro
     A channel's standard deviation is the square root of its component's: whitened latents would give components that
     hardly matter the same amplitude, and unscaled ones would leave most channels below the noise.
     """
-    patches = torch.cat([patches_of(load_crops(clips, crops, seed, step)[0]) for step in range(NUM_BATCHES)]).double()
+    channels, scale = codec.config.channels, codec.config.scale
+    frames = (load_crops(clips, crops, seed, step)[0] for step in range(NUM_BATCHES))
+    patches = torch.cat([patches_of(each, scale) for each in frames]).double()
     mean = patches.mean(0)
     values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-    gain = rearrange(values[-CHANNELS:].flip(0) ** 0.25, "z -> z 1")
-    basis = rearrange(vectors[:, -CHANNELS:].flip(1), "n z -> z n")
+    gain = rearrange(values[-channels:].flip(0) ** 0.25, "z -> z 1")
+    basis = rearrange(vectors[:, -channels:].flip(1), "n z -> z n")
     inward = {"weight": rearrange(basis / gain, "z n -> z n 1 1"), "bias": -(basis / gain) @ mean}
     outward = {"weight": rearrange(basis * gain, "z n -> n z 1 1"), "bias": mean}
     codec.encoder.linear.load_state_dict(inward)
     codec.decoder.linear.load_state_dict(outward)
 
 
-def patches_of(frames: Tensor) -> Tensor:
+def patches_of(frames: Tensor, scale: int = 1) -> Tensor:
     """Cut frames into the patches of whole latents, without the clip's first frame: (b, 3, f, h, w) -> (patches, n)."""
     return rearrange(
         frames[:, :, 1 : 1 + (frames.shape[2] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT],
         f"b c (t p) (h y) (w x) -> (b t h w) {PATCH_AXES}",
-        **PATCH_SIZES,
+        **patch_sizes(scale),
     )
 
 
