@@ -98,6 +98,8 @@ class NetworkConfig:
     noise_scale: float = 1.0
     # The deviation with which the weights were distilled; a smaller `noise_scale` is a temperature of serving.
     trained_noise_scale: float = 1.0
+    # Correlation of the initial noise of neighbouring latent frames, within blocks and between them; 0: independent.
+    noise_correlation: float = 0.0
     # Latent frames from a block's first frame to the sink ahead of it: fixed, or drawn from low..high.
     sink_distance: int | tuple[int, int] = (4, 30)
     # The first block whose sink is block 0's result; None keeps the reference as the sink.
@@ -132,6 +134,7 @@ class NetworkConfig:
             (self.sampler in SAMPLERS, f"sampler must be one of {sorted(SAMPLERS)}"),
             (0 <= self.noise_scale <= 1, "noise_scale must be 0 to 1"),
             (0 < self.trained_noise_scale <= 1, "trained_noise_scale must be above 0, at most 1"),
+            (0 <= self.noise_correlation < 1, "noise_correlation must be 0 to below 1"),
             (is_sink_distance(self.sink_distance), "sink_distance must be a number or (low, high)"),
             (update is None or update > 0, "sink_update_block must be after block 0"),
             (self.pose in ("zeros", "reference"), "pose must be zeros or reference"),
@@ -257,9 +260,12 @@ def tiny() -> NetworkConfig:
 
 
 def tiny_256() -> NetworkConfig:
-    """The successor of the embedded default: blocks of 1 latent, two levels, a listener, and face motion."""
+    """The embedded default's successor: latents of 32 channels, blocks of 1, two levels, a listener, face motion."""
     return replace(
         tiny(),
+        in_dim=32,
+        out_dim=32,
+        cond_dim=32,
         heard_inject_layers=(1, 3, 5, 7),
         face_motion=True,
         num_frames_per_block=1,

@@ -8,8 +8,10 @@ import torch
 
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part
+from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
-from tests.training.small import small
+from avatar.types import Block, Conditions, Session
+from tests.training.small import network_of, small
 from training.data import Clip, StoredClip, read_clips, write_shard
 from training.initialise import copy_weights, initialise
 from training.pretrain_audio import centre_features, pretrain, train_encoder
@@ -96,3 +98,27 @@ def test_weights_of_another_network_are_copied_where_they_fit(network: Network, 
     assert count == sum(each.shape == before[name].shape for name, each in plain.state_dict().items())
     assert "blocks.0.self_attn.q.weight" in changed
     assert not any("heard" in name or "ffn.0" in name or "face_motion" in name for name in changed)
+
+
+def test_latents_of_more_channels_change_nothing_at_first(tmp_path: Path) -> None:
+    plain, wider = (
+        Network(replace(small(), in_dim=channels, out_dim=channels, cond_dim=channels)) for channels in (4, 6)
+    )
+    plain.load_state_dict(network_of(plain.config).state_dict())
+    initialise(wider, 0)
+    save(tmp_path, plain.config.to_dict(), plain)
+    assert copy_weights(wider, Part.read(tmp_path)) == len(wider.state_dict())
+    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def denoised(network: Network, channels: int) -> torch.Tensor:
+        latents = x[:channels]
+        denoiser = Denoiser(network, network.config, 1)
+        conditions = Conditions(0, latents[:, :1], torch.zeros(0, 8))
+        features = torch.ones(2, 6, 12)
+        block = denoiser.step(Block(0, features, latents, conditions), denoiser.open(Session("s", 0, latents)))
+        assert block.latent is not None
+        return block.latent
+
+    with torch.no_grad():
+        one, two = denoised(plain, 4), denoised(wider, 6)
+    torch.testing.assert_close(two[:4], one, rtol=1e-5, atol=1e-5)
