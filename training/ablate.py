@@ -31,14 +31,16 @@ from training.data import StoredClip, read_clips
 from training.eval import inference
 from training.eval.held_out import held_out_metrics, render_clip, score
 from training.eval.inference import Models
-from training.eval.landmarks import Landmarks
-from training.eval.robustness import drift_metric, long_session_distances, to_mono_16k
+from training.eval.readers.landmarks import Landmarks
+from training.eval.robustness import drift_metric, long_session, to_mono_16k
 from training.evaluate import SPEECH, available, evenly_spaced
 
 METRICS = (
     *("lip_sync_r", "mouth_amplitude", "head_motion", "edge_energy", "flicker"),
     *("drift_ratio", "block_passes"),
 )
+# Of the row `correlated noise`.
+CORRELATION = 0.93
 # Nearly 0, because the sigma of a level must be positive.
 CLEAN_SIGMA = 1e-4
 
@@ -95,12 +97,14 @@ class CleanCache(DenoisingLoop):
 class Variant:
     """A rule to evaluate.
 
-    schedule, noise_scale: in place of the checkpoint's. sink_update_block: block at which the sink is replaced.
+    schedule, noise_scale, noise_correlation: in place of the checkpoint's. sink_update_block: block at which the sink
+    is replaced.
     """
 
     about: str
     schedule: tuple[float, ...] | None = None
     noise_scale: float | None = None
+    noise_correlation: float | None = None
     sink_update_block: int | None = None
     denoising_loop: type[DenoisingLoop] = DenoisingLoop
 
@@ -110,6 +114,7 @@ class Variant:
             config,
             schedule=self.schedule or config.schedule,
             noise_scale=config.noise_scale if self.noise_scale is None else self.noise_scale,
+            noise_correlation=(config.noise_correlation if self.noise_correlation is None else self.noise_correlation),
             sink_update_block=self.sink_update_block or config.sink_update_block,
         )
         return replace(models, config=config, denoising_loop=self.denoising_loop)
@@ -124,6 +129,11 @@ def variants(schedule: tuple[float, ...]) -> dict[str, Variant]:
         "2 levels": Variant("the first and the third", (*sigmas[:3:2], end)),
         "all noise": Variant("blocks start from noise of standard deviation 1, as in training", noise_scale=1.0),
         "no noise": Variant("blocks start from zeros", noise_scale=0.0),
+        "correlated noise": Variant(
+            f"all noise, correlated {CORRELATION:g} from latent to latent",
+            noise_scale=1.0,
+            noise_correlation=CORRELATION,
+        ),
         "clean cache": Variant("one clean cache, one more pass per block", denoising_loop=CleanCache),
         "sink update": Variant("block 0's first latent is the sink from block 4 on", sink_update_block=4),
         "no sink": Variant("no block attends to the picture", denoising_loop=NoSink),
@@ -148,7 +158,7 @@ def row(models: Models, clips: Sequence[StoredClip], extent: Extent) -> dict[str
     audio = to_mono_16k(*read_audio(SPEECH))
     people = [models.picture(np.array(clip.array("reference"))) for clip in clips[: extent.people]]
     metrics["drift_ratio"] = drift_metric(
-        [long_session_distances(models, person, audio, extent.blocks) for person in people], models.block_frames
+        [long_session(models, person, audio, extent.blocks).distances for person in people], models.block_frames
     )
     passes = models.config.num_levels + (models.denoising_loop is CleanCache)
     return {name: metrics[name].value for name in METRICS if name in metrics} | {"block_passes": passes}

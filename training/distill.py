@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from avatar.checkpoints.part import Part
 from avatar.denoiser.model import Network, load
+from avatar.denoiser.sampler import autoregressive
 from avatar.denoiser.schedule import shifted
 from avatar.vae.vae import Vae
 from training.batches import BatchConfig, ClipBatch, load_batch
@@ -229,7 +230,7 @@ class Distillation:
         num_blocks, share = generated.shape[2] // self.config.num_frames_per_block, self.strategy.share
         uniform = share.of(torch.rand(len(generated) * share.world, 1, generator=random)).expand(-1, num_blocks)
         sigmas = shifted(uniform, self.recipe.shift).clamp(MIN_SCORE_SIGMA, MAX_SCORE_SIGMA).to(generated)
-        noise = share.noise(generated.shape, random).to(generated)
+        noise = autoregressive(share.noise(generated.shape, random), self.config.noise_correlation).to(generated)
         return sigmas, add_noise(generated, noise, frame_sigmas(sigmas, self.config)), noise
 
     def optimizer_step(self, optimizer: Optimizer, wrapped: WrappedNetwork) -> None:

@@ -19,6 +19,7 @@ from avatar.checkpoints.part import Part
 from avatar.denoiser import config as configs
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network, load
+from avatar.denoiser.sampler import autoregressive
 from avatar.vae.vae import Vae
 from training.batches import BatchConfig, ClipBatch, Share, load_batch
 from training.checkpointing import Progress
@@ -229,7 +230,7 @@ def clip_losses(network: Network, batch: ClipBatch, recipe: PretrainRecipe, rand
     config, clean = network.config, batch.latents
     num_blocks = clean.shape[2] // config.num_frames_per_block
     sigmas = share.of(draw_sigmas(len(clean) * share.world, num_blocks, config, recipe.shift, random)).to(clean)
-    noise = share.noise(clean.shape, random).to(clean)
+    noise = autoregressive(share.noise(clean.shape, random), config.noise_correlation).to(clean)
     distance = draw_sink_distance(config, random)
     if recipe.noisy_motion:
         batch = batch.replace(motion=add_noise_per_frame(batch.motion, share, random))

@@ -19,7 +19,7 @@ from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import to_velocity
 from avatar.denoiser.model import Network
-from avatar.denoiser.sampler import SAMPLERS
+from avatar.denoiser.sampler import SAMPLERS, autoregressive
 from avatar.denoiser.schedule import timesteps
 from training.batches import ClipBatch, Share
 from training.clips import encode_inputs
@@ -102,9 +102,11 @@ class BlockwiseGeneration:
         """Return each block's input at `exit_level`, reached from noise by the sampler's steps at earlier levels."""
         config, (b, c, _, h, w) = self.config, self.batch.motion.shape
         caches = [self.new_cache() for _ in range(exit_level)]
-        inputs = []
+        inputs, before = [], None
         for block in range(self.num_blocks):
-            noise = self.share.noise((b, c, config.num_frames_per_block, h, w), generator)
+            drawn = self.share.noise((b, c, config.num_frames_per_block, h, w), generator)
+            noise = autoregressive(drawn, config.noise_correlation, before)
+            before = noise[:, :, -1]
             x = config.trained_noise_scale * noise.to(self.batch.motion)
             for level, cache in enumerate(caches):
                 velocity = self.velocity(x, block, level, cache)

@@ -164,7 +164,8 @@ def inspect(
     yield f"prompts   {prompts}"
     yield f"decoder   {decoder_line(parts['vae'])}"
     yield f"levels    {config.levels_text}"
-    yield f"noise     deviation {config.noise_scale:g}; distilled with {config.trained_noise_scale:g}"
+    correlation = f"; correlation {config.noise_correlation:g}" if config.noise_correlation else ""
+    yield f"noise     deviation {config.noise_scale:g}; distilled with {config.trained_noise_scale:g}{correlation}"
     yield f"pictures  {sizes_line(picture)}, {vae.config.frame_rate_hz} a second"
     yield ""
     width, height = picture.video_size(size or picture.fixed_size or DEFAULT_PICTURE, size)

@@ -24,7 +24,7 @@ from avatar.denoiser.attention import grid_size, reference_frame
 from avatar.denoiser.cache import KVCache, Prefilled, Prefills, SessionPrefill
 from avatar.denoiser.config import PATCH, NetworkConfig, is_sink_distance
 from avatar.denoiser.model import Network
-from avatar.denoiser.sampler import SAMPLERS, NoiseSource, noise, sink_distance
+from avatar.denoiser.sampler import SAMPLERS, NoiseHistory, NoiseSource, correlated_noise, noise, sink_distance
 from avatar.denoiser.schedule import timesteps
 from avatar.types import FACE_MOTION, Block, Conditions, Session
 
@@ -41,6 +41,7 @@ class DenoiserState:
     prefills: the session's, shared with its other levels. prefilled: of the version whose sink is in the cache; None
     before the first block. next_index: index of the next block; None before the first.
     preceding: the last columns of `features` and `heard` that the next block is encoded with.
+    noise: of level 0.
     """
 
     session: Session
@@ -51,6 +52,7 @@ class DenoiserState:
     prefilled: Prefilled | None = None
     next_index: int | None = None
     preceding: dict[str, Tensor] = field(default_factory=dict)
+    noise: NoiseHistory = field(default_factory=NoiseHistory)
 
 
 class Denoiser:
@@ -188,7 +190,9 @@ class Denoiser:
     def _input(self, block: Block, state: DenoiserState) -> Tensor:
         """Return this level's input latent (c, t, h, w): noise at level 0, else the block's latent."""
         if self.level == 0:
-            return self.config.noise_scale * self._noise(state.session, block.index, self.config.num_frames_per_block)
+            frames, correlation = self.config.num_frames_per_block, self.config.noise_correlation
+            initial = correlated_noise(self._noise, state.session, block.index, frames, correlation, state.noise)
+            return self.config.noise_scale * initial
         assert block.latent is not None
         return block.latent
 

@@ -7,7 +7,9 @@ Axes: c channels, t latent frames, h w height and width of latents.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +32,10 @@ def euler_step(x: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> 
 
 SAMPLERS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {"euler": euler_step}
 
+
+# Correlated noise is computed from a block before the last multiple of SEGMENT_BLOCKS, so far before it that the noise
+# of earlier blocks weighs less than FORGOTTEN: a stream that starts anywhere has the same bytes.
+SEGMENT_BLOCKS, FORGOTTEN = 64, 1e-3
 
 # (session, index, num_frames) -> (c, t, h, w) float32.
 NoiseSource = Callable[[Session, int, int], Tensor]
@@ -56,6 +62,53 @@ def clip_noise(clip_blocks: int) -> NoiseSource:
         return noise[:, block * num_frames : (block + 1) * num_frames]
 
     return draw
+
+
+@dataclass(eq=False)
+class NoiseHistory:
+    """The end of a stream's correlated noise so far, so that it is not computed again.
+
+    start: block that it was computed from. next_index: block that comes after it. last: (c, h, w) its last frame.
+    """
+
+    start: int = 0
+    next_index: int = 0
+    last: Tensor | None = None
+
+
+def correlated_noise(
+    draw: NoiseSource, session: Session, index: int, num_frames: int, correlation: float, history: NoiseHistory
+) -> Tensor:
+    """Return the initial noise of block `index`, whose latent frames are correlated: (c, t, h, w), t = num_frames.
+
+    It depends on session and index alone. correlation: of neighbouring latent frames, in [0, 1); 0 is `draw` itself.
+    history: of the stream, updated in place.
+    """
+    if not correlation:
+        return draw(session, index, num_frames)
+    forgotten = math.ceil(math.log(FORGOTTEN) / math.log(correlation) / num_frames)
+    start = max(0, index // SEGMENT_BLOCKS * SEGMENT_BLOCKS - forgotten)
+    if (history.start, history.next_index) != (start, index):
+        history.start, history.next_index, history.last = start, start, None
+    for each in range(history.next_index, index + 1):
+        frames = autoregressive(draw(session, each, num_frames), correlation, history.last)
+        history.last = frames[:, -1]
+    history.next_index = index + 1
+    return frames
+
+
+def autoregressive(noise: Tensor, correlation: float, before: Tensor | None = None) -> Tensor:
+    """Correlate the frames of standard normal noise (..., t, h, w), a process AR(1); each stays standard normal.
+
+    before: (..., h, w) the correlated frame before the first; None: the first is the process's start.
+    """
+    if not correlation:
+        return noise
+    frames = []
+    for fresh in noise.unbind(-3):
+        before = fresh if before is None else correlation * before + math.sqrt(1 - correlation**2) * fresh
+        frames.append(before)
+    return torch.stack(frames, dim=-3)
 
 
 def sink_distance(session: Session, index: int, level: int, allowed: int | tuple[int, int]) -> int:

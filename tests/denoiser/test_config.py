@@ -79,6 +79,7 @@ def test_another_network_is_refused(name: str, value: Any) -> None:
         ({"noise_scale": 1.5}, "noise_scale"),
         ({"noise_scale": -0.5}, "noise_scale"),
         ({"trained_noise_scale": 0.0}, "trained_noise_scale"),
+        ({"noise_correlation": 1.0}, "noise_correlation"),
         ({"audio_context_frames": 3}, "audio_context_frames"),
         ({"sink_distance": (5, 4)}, "sink_distance"),
         ({"sink_distance": (4,)}, "sink_distance"),

@@ -73,6 +73,17 @@ def test_initial_noise_has_the_checkpoints_scale(
     assert not torch.allclose(answer, latents(Denoiser(network, whole, level=0), session, blocks)[0])
 
 
+def test_a_stream_that_starts_later_has_the_same_correlated_noise(
+    network: Network, session: Session, conditions: Conditions, config: NetworkConfig
+) -> None:
+    denoiser = Denoiser(network, replace(config, noise_correlation=0.9, window_latents=config.num_frames_per_block), 0)
+    blocks = blocks_of(config, conditions, 0, 1, 2)
+    whole, last = latents(denoiser, session, blocks), latents(denoiser, session, blocks[2:])
+    assert torch.equal(whole[2], last[0])
+    independent = Denoiser(network, replace(denoiser.config, noise_correlation=0.0), 0)
+    assert not torch.allclose(whole[2], latents(independent, session, blocks[2:])[0])
+
+
 def test_later_levels_continue_the_level_before(
     network: Network, session: Session, conditions: Conditions, config: NetworkConfig
 ) -> None:

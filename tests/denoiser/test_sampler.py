@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.sampler import clip_noise, euler_step, mix_seed, noise, sink_distance
+from avatar.denoiser.sampler import (
+    SEGMENT_BLOCKS,
+    NoiseHistory,
+    clip_noise,
+    correlated_noise,
+    euler_step,
+    mix_seed,
+    noise,
+    sink_distance,
+)
 from avatar.types import Session
 from tests.denoiser.conftest import randn, random_session
 
@@ -47,6 +56,29 @@ def test_clip_noise_is_one_draw_per_clip(config: NetworkConfig) -> None:
     for clip, seed in enumerate((2**63 - 1, 0)):
         whole = torch.randn(4, 6, 8, 12, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(torch.cat([draw(session, 3 * clip + block, 2) for block in range(3)], dim=1), whole)
+
+
+def test_correlated_noise_is_standard_normal_and_as_correlated_as_asked(config: NetworkConfig) -> None:
+    session, history = random_session(config, "one", 3), NoiseHistory()
+    frames = torch.cat([correlated_noise(noise, session, index, 2, 0.8, history) for index in range(100)], dim=1)
+    assert abs(frames.std().item() - 1) < 0.03
+    for lag in (1, 2, 3):
+        correlation = (frames[:, lag:] * frames[:, :-lag]).mean().item()
+        assert abs(correlation - 0.8**lag) < 0.03
+
+
+@pytest.mark.parametrize("index", [0, 1, SEGMENT_BLOCKS - 1, SEGMENT_BLOCKS, 3 * SEGMENT_BLOCKS, 1000])
+def test_correlated_noise_depends_on_seed_and_block_only(config: NetworkConfig, index: int) -> None:
+    session, history = random_session(config, "one", 3), NoiseHistory()
+    for earlier in range(max(0, index - 2 * SEGMENT_BLOCKS), index):
+        correlated_noise(noise, session, earlier, 1, 0.6, history)
+    carried = correlated_noise(noise, session, index, 1, 0.6, history)
+    assert torch.equal(carried, correlated_noise(noise, session, index, 1, 0.6, NoiseHistory()))
+
+
+def test_without_correlation_the_noise_is_the_one_of_before(config: NetworkConfig) -> None:
+    session = random_session(config, "one", 3)
+    assert torch.equal(correlated_noise(noise, session, 5, 2, 0.0, NoiseHistory()), noise(session, 5, 2))
 
 
 def test_sink_distances_are_uniform_over_their_range(config: NetworkConfig) -> None:

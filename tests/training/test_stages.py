@@ -20,7 +20,7 @@ from training.data import StoredClip
 from training.distill import Distillation, DistillRecipe, accumulate_blockwise
 from training.initialise import ZERO_INIT
 from training.losses import add_noise, add_noise_per_frame, dmd_gradient, dmd_loss, draw_sigmas, exit_levels
-from training.pretrain import Pretraining, PretrainRecipe
+from training.pretrain import Pretraining, PretrainRecipe, clip_losses
 from training.self_forcing import BlockwiseGeneration
 from training.strategy import SINGLE
 
@@ -95,6 +95,19 @@ def test_generation_starts_from_the_noise_of_training(config: NetworkConfig, bat
     )
     assert all(torch.equal(one, 0.25 * other) for one, other in zip(quarter, full, strict=True))
     assert torch.cat(full).std() > 0.9
+
+
+@every_length
+def test_the_noise_of_training_is_as_correlated_as_that_of_serving(config: NetworkConfig, batch: ClipBatch) -> None:
+    config = replace(config, noise_correlation=0.9)
+    generation = BlockwiseGeneration(network_of(config), config, batch, distance=4)
+    frames = torch.cat(generation.inputs(0, Generator().manual_seed(0)), dim=2)
+    assert abs((frames[:, :, 1:] * frames[:, :, :-1]).mean().item() - 0.9) < 0.1
+    one, other = (
+        clip_losses(network_of(each), batch, PretrainRecipe(), Generator().manual_seed(0), Share())
+        for each in (config, replace(config, noise_correlation=0.0))
+    )
+    assert not torch.equal(one, other)
 
 
 @every_length
