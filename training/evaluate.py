@@ -1,18 +1,18 @@
 """Evaluate a checkpoint: `python -m training.evaluate CHECKPOINT --data runs/data` prints one table of metrics.
 
-Held-out people speak held-out sentences through the library and are compared with their true frames. With
+Held-out people speak held-out sentences through the library and are compared with their true frames. Held-out clips
+guide choices; those of `--test` are for the last evaluation of weights that ship. With
 `--speech FILE --portrait FILE` any person speaks any audio, and the table has only the metrics that were measured,
 none of which needs a truth. Without these options, a metric without a value says why. `--json FILE` writes all metrics
 as they become available.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,71 +29,32 @@ from training.data import StoredClip, read_clips
 from training.eval import inference
 from training.eval.codec_bound import codec_metrics
 from training.eval.contact_sheets import save_sheet
-from training.eval.held_out import ClipScores, held_out_metrics, mismatched_sync, render_clip, render_speech, score
-from training.eval.identity import Identity
+from training.eval.held_out import ClipScores, held_out_metrics, render_clip, render_speech, score
 from training.eval.inference import Pixels, until
-from training.eval.landmarks import Landmarks
 from training.eval.metrics import Metric, distance
+from training.eval.readers.blinks import BlinkReader
+from training.eval.readers.identity import Identity
+from training.eval.readers.landmarks import Landmarks
 from training.eval.robustness import (
     DTYPES,
+    LongSession,
     block_cost,
     drift_metric,
-    long_session_distances,
+    long_session,
+    session_metrics,
     speech_metrics,
     to_mono_16k,
 )
+from training.eval.table import NEEDS_TRUTH, TABLE, table, write_json
+from training.eval.variations import with_other_audio, with_seeds, without_the_other
 
 SPEECH = Path(__file__).parents[1] / "assets" / "speech.wav"
 HOUR_BLOCKS = 7500
 # People who speak the recording.
 NUM_SPEAKERS = 3
-NEEDS_TRUTH = (
-    *("lip_sync_r", "lip_sync_r_other", "best_lag_frames", "mouth_amplitude", "head_motion", "flicker"),
-    *("codec_psnr", "codec_psnr_mouth", "codec_lip_sync_r", "codec_mouth_amplitude", "codec_edge_energy"),
-    "codec_flicker",
-)
 PREVIEW_ROWS, PREVIEW_COLUMNS = 12, 10
 NOT_MEASURED = Metric(None, "not measured yet")
 Tool = TypeVar("Tool")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table. decimals: as printed. low, high: acceptable bounds."""
-
-    key: str
-    label: str
-    decimals: int
-    target: str = ""
-    low: float = -np.inf
-    high: float = np.inf
-
-
-TABLE = (
-    Row("lip_sync_r", "lip sync r, mouth against the true jaw", 2, ".75", low=0.6),
-    Row("lip_sync_r_other", "the same with another clip's audio", 2, "below .10", high=0.15),
-    Row("best_lag_frames", "best lag, frames (positive: late)", 0, "0", -1, 1),
-    Row("mouth_amplitude", "mouth amplitude / truth", 2, ".9 to 1.1", 0.8, 1.25),
-    Row("head_motion", "head motion / truth", 2),
-    Row("edge_energy", "edge energy / truth", 2, ".9 to 1.1", 0.8, 1.25),
-    Row("sharpness", "sharpness / truth", 2),
-    Row("flicker", "second differences in time / truth", 2),
-    Row("background_db", "still background, frame to frame, dB", 1, "no mottling", low=40),
-    Row("codec_psnr", "codec, PSNR, dB", 1, "36", low=34),
-    Row("codec_psnr_mouth", "codec, PSNR around the lips, dB", 1, "33", low=31),
-    Row("codec_lip_sync_r", "codec, lip sync r", 2),
-    Row("codec_mouth_amplitude", "codec, mouth amplitude / truth", 2),
-    Row("codec_edge_energy", "codec, edge energy / truth", 2),
-    Row("codec_flicker", "codec, second differences / truth", 2),
-    Row("face_found", "frames with a face", 4, ".999", low=0.99),
-    Row("identity_distance", "identity, embedding to the reference", 2),
-    Row("drift_ratio", "drift, last 10 blocks / first 10", 2, "1.0", high=1.1),
-    Row("speech_lag_frames", "recorded speech: lag to loudness, frames", 0, "0", -1, 1),
-    Row("speech_ratio", "recorded speech: r / shifted audio's", 1, "3", low=2),
-    Row("block_ms", "480 ms of media, bfloat16, ms", 0, "375", high=480),
-    Row("block_ms_float32", "480 ms of media, float32, ms", 0),
-    Row("levels", "denoising levels", 0),
-)
 
 
 @dataclass(frozen=True)
@@ -103,7 +64,7 @@ class Extent:
     clips: held-out clips. others: of those, clips that are also rendered with another clip's audio. people, blocks:
     number and length of long sessions. session_s: time limit of a long session. at_a_time: long sessions in parallel.
     limit_s: time limit of the clips; on a busy machine fewer of them are evaluated. levels: how many to run of
-    those that the checkpoint was trained for; None: all.
+    those that the checkpoint was trained for; None: all. seeds: with which clips are rendered. blink_reader: its file.
     """
 
     clips: int
@@ -114,6 +75,8 @@ class Extent:
     session_s: float | None = None
     at_a_time: int = 1
     levels: int | None = None
+    seeds: int = 1
+    blink_reader: Path | None = None
 
     def deadline(self, share: float) -> float:
         """Return the time at which a share of limit_s is over, seconds of time.monotonic."""
@@ -124,7 +87,7 @@ class Extent:
         return self.deadline(0.15) if self.session_s is None else time.monotonic() + self.session_s
 
 
-FULL = Extent(clips=50, others=50, people=3, blocks=250)
+FULL = Extent(clips=50, others=50, people=3, blocks=250, seeds=3)
 # Recorded speech and the cost of a block are not cut short; they take the rest of five minutes.
 QUICK = Extent(clips=12, others=6, people=1, blocks=30, limit_s=180)
 
@@ -152,13 +115,14 @@ def evaluate_held_out(
     """
     models = inference.load(checkpoint, levels=extent.levels)
     landmarks, identity = available(Landmarks), available(Identity)
+    blinks = BlinkReader.load(extent.blink_reader) if extent.blink_reader else None
     yield levels_metric(models)
     chosen: list[StoredClip] = evenly_spaced(clips, extent.clips)
     scores: list[ClipScores] = []
     rows: list[Pixels] = []
     for clip in until(tqdm(chosen, "held-out clips", unit="clip", mininterval=5), extent.deadline(0.5)):
         rendered = render_clip(models, clip)
-        scores.append(score(rendered, landmarks, identity))
+        scores.append(score(rendered, landmarks, identity, blinks))
         if len(rows) < PREVIEW_ROWS:
             rows += [
                 np.stack(evenly_spaced(list(frames), PREVIEW_COLUMNS)) for frames in (rendered.truth, rendered.rendered)
@@ -168,21 +132,23 @@ def evaluate_held_out(
     yield held_out_metrics(scores)
     chosen = chosen[: len(scores)]
     others = chosen[: extent.others], scores[: extent.others]
-    yield {"lip_sync_r_other": mismatched_sync(models, *others, landmarks, extent.deadline(0.2))}
+    yield with_other_audio(models, *others, landmarks, extent.deadline(0.2))
+    yield {"overlap_r_change": without_the_other(models, *others, landmarks)}
+    yield with_seeds(models, *others, landmarks, extent.seeds, extent.deadline(0.2))
     yield codec_metrics(models, chosen, landmarks, extent.deadline(0.15))
     people = [models.picture(np.array(clip.array("reference"))) for clip in evenly_spaced(clips, extent.people)]
     audio = to_mono_16k(*read_audio(SPEECH))
     speeches = [score(render_speech(models, person, audio), landmarks) for person in people[:NUM_SPEAKERS]]
     yield speech_metrics([each.openings[0] for each in speeches if each.openings is not None], audio)
     yield cost_metrics(checkpoint, people[0], extent.levels)
-    sessions: list[list[float]] = []
+    sessions: list[LongSession] = []
     for session in long_sessions(checkpoint, people, extent):
         sessions.append(session)
-        yield {"drift_ratio": drift_metric(sessions, models.block_frames)}
+        yield session_metrics(sessions, models.block_frames)
 
 
-def long_sessions(checkpoint: Path, people: Sequence[Pixels], extent: Extent) -> Iterator[list[float]]:
-    """Yield the distances from the reference of the blocks of each person's long session."""
+def long_sessions(checkpoint: Path, people: Sequence[Pixels], extent: Extent) -> Iterator[LongSession]:
+    """Yield the measurements of each person's long session."""
     sessions = [(checkpoint, person, extent) for person in people]
     if extent.at_a_time == 1:
         yield from (_long_session(*session) for session in sessions)
@@ -194,11 +160,12 @@ def long_sessions(checkpoint: Path, people: Sequence[Pixels], extent: Extent) ->
         yield from pool.map(_long_session, *zip(*sessions, strict=True))
 
 
-def _long_session(checkpoint: Path, person: Pixels, extent: Extent) -> list[float]:
+def _long_session(checkpoint: Path, person: Pixels, extent: Extent) -> LongSession:
     torch.set_num_threads(1)
     audio = to_mono_16k(*read_audio(SPEECH))
     models = inference.load(checkpoint, levels=extent.levels)
-    return long_session_distances(models, person, audio, extent.blocks, extent.session_deadline())
+    readers = available(Landmarks), available(Identity)
+    return long_session(models, person, audio, extent.blocks, extent.session_deadline(), readers)
 
 
 def levels_metric(models: inference.Models) -> dict[str, Metric]:
@@ -246,26 +213,6 @@ def cost_metrics(checkpoint: Path, person: Pixels, levels: int | None = None) ->
     return metrics
 
 
-def table(metrics: Mapping[str, Metric]) -> str:
-    """Format the metrics that are given, one per line, with their targets; `!` marks values out of bounds."""
-    lines = [f"{'':42} {'measured':>9}  {'target':12} remarks"]
-    for row in TABLE:
-        if (metric := metrics.get(row.key)) is None:
-            continue
-        value = "-" if metric.value is None else f"{metric.value:.{row.decimals}f}"
-        mark = " " if metric.value is None or row.low <= metric.value <= row.high else "!"
-        lines.append(f"{row.label:42} {value:>9}{mark} {row.target:12} {metric.note}".rstrip())
-    return "\n".join(lines)
-
-
-def write_json(path: Path, metrics: Mapping[str, Metric], about: Mapping[str, Any]) -> None:
-    """Write the metrics by key, null without a value, and the remarks under `notes`."""
-    values = {row.key: metrics[row.key].value for row in TABLE}
-    notes = {row.key: metrics[row.key].note for row in TABLE if metrics[row.key].note}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**values, "notes": notes, **about}, indent=2) + "\n", encoding="utf-8")
-
-
 def extent_of(flags: argparse.Namespace, num_people: int) -> Extent:
     """Return the size that the flags request. ValueError if --people is neither a number nor `all`."""
     extent = QUICK if flags.quick else FULL
@@ -275,7 +222,9 @@ def extent_of(flags: argparse.Namespace, num_people: int) -> Extent:
         extent = replace(extent, people=2, blocks=HOUR_BLOCKS)
     if flags.people is not None:
         extent = replace(extent, people=num_people if flags.people == "all" else int(flags.people))
-    extent = replace(extent, levels=flags.levels)
+    extent = replace(extent, levels=flags.levels, blink_reader=flags.blink_reader)
+    if flags.seeds is not None:
+        extent = replace(extent, seeds=flags.seeds)
     if flags.at_a_time is not None:
         extent = replace(extent, at_a_time=flags.at_a_time)
     if flags.minutes is not None:
@@ -294,6 +243,11 @@ def main() -> None:
     parser.add_argument("--hour", action="store_true", help=f"long sessions of {HOUR_BLOCKS} blocks, of two people")
     parser.add_argument("--at-a-time", type=int, help="long sessions in parallel, a core each (default 1)")
     parser.add_argument("--minutes", type=float, help="time limit of all long sessions together")
+    parser.add_argument("--seeds", type=int, help=f"seeds that clips are rendered with (default {FULL.seeds})")
+    parser.add_argument("--blink-reader", type=Path, help="file that training.eval.readers.blinks wrote")
+    parser.add_argument(
+        "--test", action="store_true", help="the people kept for the last evaluation, in place of the held-out ones"
+    )
     parser.add_argument("--levels", type=int, help="fewer levels than the checkpoint was trained for")
     parser.add_argument("--speech", type=Path, help="audio for --portrait to speak, in place of held-out clips")
     parser.add_argument("--portrait", type=Path, help="a PNG, JPEG or WebP picture of a person")
@@ -322,9 +276,11 @@ def evaluate(flags: argparse.Namespace) -> tuple[dict[str, Any], Iterable[dict[s
     if flags.speech is not None:
         about = {"speech": str(flags.speech), "portrait": str(flags.portrait)}
         return about, [evaluate_any(flags.checkpoint, flags.speech, flags.portrait, flags.levels)]
-    clips = read_clips(flags.data, "held_out")
+    split = "test" if flags.test else "held_out"
+    clips = read_clips(flags.data, split)
     extent = extent_of(flags, len(clips))
-    return asdict(extent), evaluate_held_out(flags.checkpoint, clips, extent, flags.sheet)
+    about = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(extent).items()}
+    return {"split": split, **about}, evaluate_held_out(flags.checkpoint, clips, extent, flags.sheet)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from tests.training.small import BrightMouths, noisy_clip
 from training import evaluate
 from training.data import StoredClip, read_clips, write_shard
 from training.eval import inference
-from training.eval.landmarks import Landmarks
 from training.eval.metrics import Metric
+from training.eval.readers.landmarks import Landmarks
+from training.eval.robustness import LongSession
+from training.eval.table import NEEDS_TRUTH, TABLE
 
 Run = Callable[..., dict[str, Any]]
 
@@ -89,9 +91,9 @@ def test_an_interrupted_program_has_written_its_metrics(
 ) -> None:
     monkeypatch.setattr("training.evaluate.QUICK", evaluate.Extent(clips=1, others=1, people=2, blocks=4))
     monkeypatch.setattr("training.evaluate.cost_metrics", lambda *_: {})
-    sessions = [[1.0] * 20]
+    sessions = [LongSession([1.0] * 20)]
 
-    def long_session(*_: object) -> list[float]:
+    def long_session(*_: object) -> LongSession:
         if not sessions:
             raise KeyboardInterrupt
         return sessions.pop()
@@ -108,16 +110,16 @@ def test_any_audio_and_portrait_have_the_metrics_that_need_no_truth(
 ) -> None:
     (tmp_path / "portrait.png").write_bytes(picture)
     metrics = run("--speech", str(speech), "--portrait", str(tmp_path / "portrait.png"))
-    assert [metrics[key] for key in evaluate.NEEDS_TRUTH] == [None] * len(evaluate.NEEDS_TRUTH)
+    assert [metrics[key] for key in NEEDS_TRUTH] == [None] * len(NEEDS_TRUTH)
     keys = ("edge_energy", "face_found", "background_db", "drift_ratio", "speech_ratio", "block_ms")
     assert [key for key in keys if not isinstance(metrics[key], float)] == []
     printed = [line[:42].rstrip() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert printed == [row.label for row in evaluate.TABLE if metrics[row.key] is not None]
+    assert printed == [row.label for row in TABLE if metrics[row.key] is not None]
 
 
 def test_flags_set_number_and_length_of_long_sessions() -> None:
     def extent(**flags: object) -> evaluate.Extent:
-        names = ("clips", "people", "minutes", "at_a_time", "levels")
+        names = ("clips", "people", "minutes", "at_a_time", "levels", "seeds", "blink_reader")
         return evaluate.extent_of(Namespace(**{**dict.fromkeys(names), "quick": False, "hour": False, **flags}), 50)
 
     assert extent() == evaluate.FULL
@@ -125,6 +127,20 @@ def test_flags_set_number_and_length_of_long_sessions() -> None:
     hour = extent(hour=True, minutes=80.0)
     assert (hour.people, hour.blocks, hour.session_s) == (2, 7500, 2400)
     assert extent(hour=True, minutes=80.0, at_a_time=2).session_s == 4800
+
+
+def test_the_last_evaluation_opens_people_of_its_own(data: Path) -> None:
+    write_shard(data / "test" / "0.tar", [noisy_clip(5, 0)])
+    flags = dict.fromkeys(("speech", "clips", "people", "minutes", "at_a_time", "levels", "seeds", "blink_reader"))
+    for is_test, split in ((True, "test"), (False, "held_out")):
+        about, _ = evaluate.evaluate(
+            Namespace(**{**flags, "data": data, "test": is_test, "quick": True, "hour": False, "sheet": None,
+                         "checkpoint": Path("none")})
+        )  # fmt: skip
+        assert about["split"] == split
+    (data / "test" / "0.tar").unlink()
+    with pytest.raises(ValueError, match=r"no shards in .*test"):
+        evaluate.evaluate(Namespace(**{**flags, "data": data, "test": True}))
 
 
 def test_parallel_long_sessions_equal_sequential_ones(checkpoint: Path, clips: list[StoredClip]) -> None:

@@ -15,10 +15,10 @@ from tests.training.test_metrics import curve
 from training.data import StoredClip, read_shard, write_shard
 from training.eval import inference
 from training.eval.held_out import RenderedClip, audio_of, held_out_metrics, render_clip, score
-from training.eval.identity import Identity
-from training.eval.landmarks import MISSING, Landmarks, head_motion, mouth_opening
 from training.eval.metrics import Metric
-from training.eval.robustness import drift_metric, long_session_distances, speech_metrics
+from training.eval.readers.identity import Identity
+from training.eval.readers.landmarks import MISSING, Landmarks, head_motion, mouth_opening
+from training.eval.robustness import drift_metric, long_session, speech_metrics
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_session_that_leaves_its_reference_drifts() -> None:
 
 def test_a_long_session_repeats_its_audio(checkpoint: Path, clips: list[StoredClip]) -> None:
     reference = np.array(clips[0].array("reference"))
-    assert len(long_session_distances(inference.load(checkpoint), reference, audio_of(clips[0]), 9)) == 9
+    assert len(long_session(inference.load(checkpoint), reference, audio_of(clips[0]), 9).distances) == 9
 
 
 def test_lips_that_follow_loudness_are_distinguished_from_others() -> None:

@@ -12,19 +12,19 @@ from avatar.types import FRAMES_PER_LATENT
 from training.codec.crops import to_pixels
 from training.data import StoredClip
 from training.eval.inference import Models, until
-from training.eval.landmarks import Landmarks, mouth_opening
-from training.eval.metrics import Metric, correlation, edge_energy, flicker, mean_metric, ratio_metric
+from training.eval.metrics import Metric, correlation, edge_energy, flicker, mean_metric, ratio_metric, sharpness
 from training.eval.psnr import mouth_boxes, psnr
+from training.eval.readers.landmarks import Landmarks, mouth_opening
 
 
 def codec_metrics(
     models: Models, clips: Sequence[StoredClip], landmarks: Landmarks | None, deadline: float
 ) -> dict[str, Metric]:
-    """Return PSNR of whole frames and around the lips, lip sync, mouth amplitude, edge energy and flicker.
+    """Return PSNR of whole frames and around the lips, lip sync, mouth amplitude, edge energy, sharpness and flicker.
 
     deadline: seconds of time.monotonic; after it no clip is started, except the first three.
     """
-    whole, mouth, edges, flickers, openings, correlations = [], [], [], [], [], []
+    whole, mouth, edges, sharp, flickers, openings, correlations = [], [], [], [], [], [], []
     for clip in until(clips, deadline):
         count = 1 + (clip.num_frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
         truth = clip.frames(slice(count))
@@ -38,6 +38,7 @@ def codec_metrics(
             mouth.append(reduce(mouth_boxes(error, clip.array("lips")[:count]), "f c h w -> 1", "mean"))
         decoded_frames = rearrange(((decoded + 1) * 127.5).to(torch.uint8), "c f h w -> f h w c").numpy()
         edges.append((edge_energy(decoded_frames), edge_energy(truth)))
+        sharp.append((sharpness(decoded_frames), sharpness(truth)))
         flickers.append((flicker(decoded_frames), flicker(truth)))
         if landmarks is not None:
             ours, theirs = (mouth_opening(landmarks.points(frames)) for frames in (decoded_frames, truth))
@@ -50,5 +51,6 @@ def codec_metrics(
         "codec_lip_sync_r": mean_metric(correlations) if correlations else unread,
         "codec_mouth_amplitude": ratio_metric(openings) if openings else unread,
         "codec_edge_energy": ratio_metric(edges),
+        "codec_sharpness": ratio_metric(sharp),
         "codec_flicker": ratio_metric(flickers),
     }

@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from avatar.vae.vae import HIDDEN_FRAMES
 from training.data import StoredClip
-from training.eval.identity import Identity
-from training.eval.inference import Audio, Models, Pixels, render_frames, until
-from training.eval.landmarks import MISSING, Floats, Landmarks, has_face, head_motion, mouth_opening
+from training.eval.behaviour import Behaviour, behaviour_metrics
+from training.eval.inference import Audio, Models, Pixels, render_frames
 from training.eval.metrics import (
     Metric,
     corners,
@@ -26,6 +24,10 @@ from training.eval.metrics import (
     sharpness,
     stillness_db,
 )
+from training.eval.readers.blinks import BlinkReader, blink_metric
+from training.eval.readers.face_curves import face_curves
+from training.eval.readers.identity import Identity
+from training.eval.readers.landmarks import MISSING, Floats, Landmarks, has_face, head_motion, mouth_opening
 
 # Frames between two that are embedded.
 IDENTITY_STRIDE = 24
@@ -37,12 +39,16 @@ class RenderedClip:
 
     rendered, truth: (f, H, W, 3). reference: (H, W, 3), the session's picture.
     jaw: (f,) true opening of the jaw, or None if it is unknown.
+    clip: the true clip, or None for other audio. first_frame: number of the first frame in the stream.
     """
 
     rendered: Pixels
     truth: Pixels
     reference: Pixels
     jaw: Floats | None
+    clip: StoredClip | None = None
+    first_frame: int = 0
+    block_frames: int = 0
 
 
 def audio_of(clip: StoredClip) -> Audio:
@@ -55,25 +61,32 @@ def other_of(clip: StoredClip) -> Audio | None:
     return clip.array("other").astype(np.float32) / np.float32(32768) if clip.is_heard else None
 
 
-def render_clip(models: Models, clip: StoredClip) -> RenderedClip:
-    """Render a clip from its reference and audio, including the audio before its frames."""
+def render_clip(models: Models, clip: StoredClip, seed: int = 0, *, is_heard: bool = True) -> RenderedClip:
+    """Render a clip from its reference and audio, including the audio before its frames.
+
+    is_heard: False leaves out the audio of the other person.
+    """
     reference = models.picture(np.array(clip.array("reference")))
-    rendered = render_clip_frames(models, reference, clip)
+    rendered = render_clip_frames(models, reference, clip, seed, is_heard=is_heard)
     truth = clip.frames(slice(-len(rendered), None))
     if truth.shape != rendered.shape:
         truth = np.stack([models.picture(frame) for frame in truth])
     jaw = np.array(clip.array("jaw")[-len(rendered) :]) if clip.has("jaw") else None
-    return RenderedClip(rendered, truth, reference, jaw)
+    first_frame = clip.info["lead_frames"] + clip.num_frames - len(rendered)
+    return RenderedClip(rendered, truth, reference, jaw, clip, first_frame, models.block_frames)
 
 
-def render_clip_frames(models: Models, reference: Pixels, clip: StoredClip) -> Pixels:
+def render_clip_frames(
+    models: Models, reference: Pixels, clip: StoredClip, seed: int = 0, *, is_heard: bool = True
+) -> Pixels:
     """Render any person with a clip's audio: the frames (f, H, W, 3) at the times of the clip's.
 
     A stream's first HIDDEN_FRAMES frames are never shown, so a clip without audio before its frames returns fewer.
     """
     lead, end = clip.info["lead_frames"], clip.info["lead_frames"] + clip.num_frames
     num_blocks = -(-end // models.block_frames)
-    frames = render_frames(models, reference, audio_of(clip), num_blocks, other_of(clip))
+    other = other_of(clip) if is_heard else None
+    frames = render_frames(models, reference, audio_of(clip), num_blocks, other, seed)
     return frames[max(0, lead - HIDDEN_FRAMES) : end - HIDDEN_FRAMES]
 
 
@@ -92,6 +105,9 @@ class ClipScores:
     head: standard deviation of the head's position; None if either has no face.
     faces: share of rendered frames with a face; None without landmarks.
     identity: mean distance to the reference's embedding; None if no faces could be compared.
+    embeddings: of the reference (128,), and of some rendered frames (n, 128); None as for identity.
+    behaviour: None for other audio than a clip's, and without faces. lids: (f,) each, how far lids are closed; None
+    without a reader.
     """
 
     openings: tuple[Floats, Floats] | None
@@ -103,11 +119,19 @@ class ClipScores:
     sharpness: tuple[float, float]
     flicker: tuple[float, float]
     stillness_db: float
+    embeddings: tuple[Floats, Floats] | None = None
+    behaviour: Behaviour | None = None
+    lids: tuple[Floats, Floats] | None = None
 
 
-def score(clip: RenderedClip, landmarks: Landmarks | None, identity: Identity | None = None) -> ClipScores:
-    """Measure a rendered clip. landmarks, identity: None where their packages are missing."""
-    openings = head = faces = distances = None
+def score(
+    clip: RenderedClip,
+    landmarks: Landmarks | None,
+    identity: Identity | None = None,
+    blinks: BlinkReader | None = None,
+) -> ClipScores:
+    """Measure a rendered clip. landmarks, identity, blinks: None where their packages or weights are missing."""
+    openings = head = faces = distances = embeddings = behaviour = lids = None
     jaw = clip.jaw
     if landmarks is not None:
         points, true_points = landmarks.points(clip.rendered), landmarks.points(clip.truth)
@@ -116,12 +140,17 @@ def score(clip: RenderedClip, landmarks: Landmarks | None, identity: Identity | 
         openings = (opening, true_opening) if np.isfinite(true_opening).all() else None
         head = head_motion(points), head_motion(true_points)
         if identity is not None:
-            reference_points = landmarks.points(clip.reference[None])
-            own = identity.embed(clip.reference, reference_points[0])
-            distances = (
-                _mean_distance(identity, own, clip.rendered, points),
-                _mean_distance(identity, own, clip.truth, true_points),
-            )
+            [reference_points] = landmarks.points(clip.reference[None])
+            embeddings = _embeddings(identity, clip, (points, true_points), reference_points)
+            if embeddings is not None:
+                own, rendered, true = embeddings
+                distances = distance_to(own, rendered), distance_to(own, true)
+        if blinks is not None:
+            lids = blinks.closed(clip.rendered, points), blinks.closed(clip.truth, true_points)
+        if clip.clip is not None:
+            curves, true_curves = face_curves(points), face_curves(true_points)
+            if curves is not None and true_curves is not None:
+                behaviour = Behaviour(curves, true_curves, clip.clip, clip.first_frame, clip.block_frames)
     if jaw is None:
         jaw = openings[1] if openings else np.zeros(len(clip.truth), np.float32)
     return ClipScores(
@@ -129,11 +158,14 @@ def score(clip: RenderedClip, landmarks: Landmarks | None, identity: Identity | 
         jaw,
         head if head and np.isfinite(head).all() else None,
         faces,
-        distances if distances and np.isfinite(distances).all() else None,
+        distances,
         _of_both(edge_energy, clip),
         _of_both(sharpness, clip),
         _of_both(flicker, clip),
         stillness_db(clip.rendered, corners(*clip.rendered.shape[1:3])),
+        embeddings and embeddings[:2],
+        behaviour,
+        lids if lids and np.isfinite(lids).all() else None,
     )
 
 
@@ -146,11 +178,26 @@ def _of_both(measure: Callable[[Pixels], float], clip: RenderedClip) -> tuple[fl
     return measure(clip.rendered), measure(clip.truth)
 
 
-def _mean_distance(identity: Identity, own: Floats | None, frames: Pixels, points: Floats) -> float:
-    """Return the mean distance of some frames' embeddings from `own`; NaN if there is no face to compare."""
-    embeddings = [identity.embed(frames[i], points[i]) for i in range(0, len(frames), IDENTITY_STRIDE)]
-    distances = [float(np.linalg.norm(each - own)) for each in embeddings if each is not None and own is not None]
-    return float(np.mean(distances)) if distances else float("nan")
+def _embeddings(
+    identity: Identity, clip: RenderedClip, points: tuple[Floats, Floats], reference_points: Floats
+) -> tuple[Floats, Floats, Floats] | None:
+    """Return the embeddings of the reference (128,), and of some rendered and some true frames (n, 128).
+
+    None if any of them has no face.
+    """
+    own = identity.embed(clip.reference, reference_points)
+    both = []
+    for frames, places in zip((clip.rendered, clip.truth), points, strict=True):
+        found = [identity.embed(frames[i], places[i]) for i in range(0, len(frames), IDENTITY_STRIDE)]
+        both.append([each for each in found if each is not None])
+    if own is None or not all(both):
+        return None
+    return own, np.stack(both[0]), np.stack(both[1])
+
+
+def distance_to(own: Floats, embeddings: Floats) -> float:
+    """Return the mean distance of embeddings (n, 128) from a reference's (128,)."""
+    return float(np.linalg.norm(embeddings - own, axis=1).mean())
 
 
 def held_out_metrics(scores: Sequence[ClipScores]) -> dict[str, Metric]:
@@ -168,39 +215,30 @@ def held_out_metrics(scores: Sequence[ClipScores]) -> dict[str, Metric]:
         "head_motion": ratio_metric(heads) if heads else unread,
         "edge_energy": ratio_metric([each.edges for each in scores]),
         "face_found": mean_metric(faces) if faces else unread,
-        "identity_distance": _identity_metric([each.identity for each in scores if each.identity is not None]),
+        **_identity_metrics(scores),
+        "blinks": blink_metric([each.lids for each in scores if each.lids is not None]),
+        **behaviour_metrics([each.behaviour for each in scores if each.behaviour is not None]),
         "sharpness": ratio_metric([each.sharpness for each in scores]),
         "flicker": ratio_metric([each.flicker for each in scores]),
         "background_db": mean_metric([each.stillness_db for each in scores]),
     }
 
 
-def _identity_metric(distances: Sequence[tuple[float, float]]) -> Metric:
+def _identity_metrics(scores: Sequence[ClipScores]) -> dict[str, Metric]:
+    """Return the mean and the greatest distance to the reference, and the least margin to other people's references."""
+    distances = [each.identity for each in scores if each.identity is not None]
     if not distances:
-        return Metric(None, f"no embeddings: comparing people {MISSING}")
-    rendered, true = np.mean(distances, axis=0).tolist()
-    return Metric(rendered, f"true frames: {true:.2f}")
-
-
-def mismatched_sync(
-    models: Models,
-    clips: Sequence[StoredClip],
-    scores: Sequence[ClipScores],
-    landmarks: Landmarks | None,
-    deadline: float,
-) -> Metric:
-    """Return lip sync r with the wrong audio: each clip's reference speaks the next clip's, compared with its own jaw.
-
-    deadline: seconds of time.monotonic; after it no clip is started, except the first three.
-    """
-    values = []
-    triples = zip(clips, [*clips[1:], clips[0]], scores, strict=True)
-    progress = tqdm(triples, "mismatched audio", len(clips), unit="clip", mininterval=5)
-    for clip, other, own in until(progress, deadline):
-        if own.openings is None or landmarks is None:
-            continue
-        rendered = render_clip_frames(models, models.picture(np.array(clip.array("reference"))), other)
-        opening = rendered_opening(landmarks.points(rendered))
-        count = min(len(opening), len(own.jaw))
-        values.append(correlation(opening[:count], own.jaw[:count]))
-    return mean_metric(values) if values else Metric(None, "no faces were found")
+        missing = Metric(None, f"no embeddings: comparing people {MISSING}")
+        return dict.fromkeys(("identity_distance", "identity_worst", "identity_margin"), missing)
+    (rendered, true), worst = np.mean(distances, axis=0).tolist(), np.max(distances, axis=0).tolist()
+    people = [each.embeddings for each in scores if each.embeddings is not None]
+    margins = [
+        min(distance_to(other, rendered) for other, _ in people if other is not own) - distance_to(own, rendered)
+        for own, rendered in people
+        if len(people) > 1
+    ]
+    return {
+        "identity_distance": Metric(rendered, f"true frames: {true:.2f}"),
+        "identity_worst": Metric(worst[0], f"true frames: {worst[1]:.2f}"),
+        "identity_margin": Metric(min(margins)) if margins else Metric(None, "needs several people"),
+    }

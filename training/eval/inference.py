@@ -104,13 +104,18 @@ def pieces(audio: Audio, block_samples: int, other: Audio | None = None) -> Iter
 
 
 def render_frames(
-    models: Models, reference: Pixels, audio: Audio, num_blocks: int | None = None, other: Audio | None = None
+    models: Models,
+    reference: Pixels,
+    audio: Audio,
+    num_blocks: int | None = None,
+    other: Audio | None = None,
+    seed: int = 0,
 ) -> Pixels:
     """Render a session with the reference and audio: frames (f, H, W, 3) from frame HIDDEN_FRAMES of the stream on.
 
     num_blocks: stop after so many blocks. other: as in `pieces`.
     """
-    blocks = SessionRenderer(models, reference).render(pieces(audio, models.block_samples, other))
+    blocks = SessionRenderer(models, reference, seed).render(pieces(audio, models.block_samples, other))
     return np.concatenate([*islice(blocks, num_blocks)])
 
 

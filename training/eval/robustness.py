@@ -4,7 +4,9 @@ Axes: s samples at 16 kHz, f pixel frames, H W height and width of frames.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 
 import numpy as np
@@ -15,8 +17,9 @@ from avatar.audio.whole_file import to_16khz
 from avatar.vae.vae import HIDDEN_FRAMES
 from training.data import AUDIO_RATE_HZ, FRAME_RATE_HZ
 from training.eval.inference import Audio, Models, Pixels, SessionRenderer, pieces, until
-from training.eval.landmarks import Floats
 from training.eval.metrics import Curve, Metric, correlation, distance, lag_metric, ratio_to_chance
+from training.eval.readers.identity import Identity
+from training.eval.readers.landmarks import Floats, Landmarks
 from training.synthetic.motion.lips import loudness
 
 # Blocks at the start and at the end of a session that drift compares.
@@ -52,10 +55,27 @@ def speech_metrics(openings: Sequence[Curve], audio: Audio) -> dict[str, Metric]
     }
 
 
-def long_session_distances(
-    models: Models, reference: Pixels, audio: Audio, num_blocks: int, deadline: float = math.inf
-) -> list[float]:
-    """Render a long session with repeated audio and return each block's distance from the reference.
+@dataclass(frozen=True)
+class LongSession:
+    """Measurements of a long session.
+
+    distances: of each block's colours from the reference. identity: distance of the embedding of the last blocks' faces
+    from the reference's; None without faces or the packages to read them.
+    """
+
+    distances: list[float]
+    identity: float | None = None
+
+
+def long_session(
+    models: Models,
+    reference: Pixels,
+    audio: Audio,
+    num_blocks: int,
+    deadline: float = math.inf,
+    readers: tuple[Landmarks | None, Identity | None] = (None, None),
+) -> LongSession:
+    """Render a long session with repeated audio, and measure how far it leaves the reference.
 
     deadline: seconds of time.monotonic; after it no block is started, except the first 2 * END_BLOCKS.
     """
@@ -64,7 +84,33 @@ def long_session_distances(
     assert whole, "audio must fill a block"
     blocks = islice(SessionRenderer(models, reference).render(cycle(whole)), num_blocks)
     progress = tqdm(blocks, "long session", num_blocks, unit="block", mininterval=5)
-    return [distance(frames, reference) for frames in until(progress, deadline, least=2 * END_BLOCKS)]
+    distances, last = [], deque[Pixels](maxlen=END_BLOCKS)
+    for frames in until(progress, deadline, least=2 * END_BLOCKS):
+        distances.append(distance(frames, reference))
+        last.append(frames[-1])
+    return LongSession(distances, identity_of(np.stack(last), reference, *readers))
+
+
+def identity_of(
+    frames: Pixels, reference: Pixels, landmarks: Landmarks | None, identity: Identity | None
+) -> float | None:
+    """Return the mean distance of the embeddings of frames (f, H, W, 3) from the reference's; None without faces."""
+    if landmarks is None or identity is None:
+        return None
+    points = landmarks.points(np.concatenate([reference[None], frames]))
+    own, *others = (identity.embed(*each) for each in zip([reference, *frames], points, strict=True))
+    seen = [each for each in others if each is not None]
+    return float(np.linalg.norm(np.stack(seen) - own, axis=1).mean()) if own is not None and seen else None
+
+
+def session_metrics(sessions: Sequence[LongSession], block_frames: int) -> dict[str, Metric]:
+    """Return drift, and the identity of the person who is least like their portrait at the end."""
+    found = [each.identity for each in sessions if each.identity is not None]
+    note = f"of {len(found)}, mean {np.mean(found):.2f}" if found else ""
+    return {
+        "drift_ratio": drift_metric([each.distances for each in sessions], block_frames),
+        "session_identity": Metric(max(found), note) if found else Metric(None, "no embeddings"),
+    }
 
 
 def drift_metric(sessions: Sequence[Sequence[float]], block_frames: int) -> Metric:

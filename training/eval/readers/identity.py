@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from training.eval.landmarks import MISSING, Floats
+from training.eval.readers.landmarks import MISSING, Floats
 
 Pixels = NDArray[np.uint8]
 

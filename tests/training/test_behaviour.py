@@ -1,0 +1,172 @@
+"""Readers of behaviour on faces whose motion is known, and on faces that do not move."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.training.test_metrics import curve
+from training.data import Clip, read_shard, write_shard
+from training.eval.behaviour import LAG, Behaviour, behaviour_metrics, closures
+from training.eval.metrics import Metric
+from training.eval.readers.face_curves import BROWS, INNER_LIPS, NOSE_TIP, RIGID, FaceCurves, face_curves
+from training.eval.readers.landmarks import LEFT_EYE, RIGHT_EYE
+from training.synthetic.motion.curves import smooth
+
+NUM_FRAMES = 120
+# The person speaks in the first half and listens in the second; the lips close at these phones.
+PHONES = [(0.0, "_"), (0.6, "p"), (0.72, "a"), (1.2, "m"), (1.32, "a"), (1.8, "b"), (1.92, "a"), (2.4, "_"), (4.2, "p")]
+CLOSED_AT = (16, 31, 46)
+
+
+def true_clip(folder: Path) -> Behaviour:
+    """Return the behaviour of a clip whose rendered frames are the true ones."""
+    frames = np.arange(NUM_FRAMES)
+    inner = np.where(frames < 60, 0.3 + 0.05 * curve(NUM_FRAMES), 0.02).astype(np.float32)
+    for frame in CLOSED_AT:
+        inner[frame - 2 : frame + 3] = 0.02
+    nod = np.zeros(NUM_FRAMES, np.float32)
+    for start in (76, 98):
+        nod[start : start + 12] = 0.1 * np.hanning(12)
+    brow = np.zeros(NUM_FRAMES, np.float32)
+    brow[84:104] = np.hanning(20)
+    head = 0.3 * smooth(np.random.default_rng(3).normal(size=(NUM_FRAMES, 2)), 12.0)
+    speaking = np.stack([frames < 60, frames >= 60], 1).astype(np.float32)
+    truth: dict[str, NDArray[Any]] = {
+        "nod": nod,
+        "brow": brow,
+        "speaking": speaking,
+        "frames": np.zeros((NUM_FRAMES, 1, 1, 3), np.uint8),
+    }
+    write_shard(folder / "0.tar", [Clip("0", truth, {"phones": PHONES, "lead_frames": 0})])
+    [clip] = read_shard(folder / "0.tar")
+    curves = FaceCurves(inner, head.astype(np.float32), head[:, 1] + nod, 0.3 + 0.05 * brow)
+    return Behaviour(curves, curves, clip, 0, 4)
+
+
+@pytest.fixture
+def behaviour(tmp_path: Path) -> Behaviour:
+    return true_clip(tmp_path)
+
+
+def rendered(behaviour: Behaviour, **curves: NDArray[Any]) -> dict[str, Metric]:
+    """Return the metrics if the rendered face has other curves."""
+    return behaviour_metrics([replace(behaviour, rendered=replace(behaviour.rendered, **curves))])
+
+
+def value(metric: Metric) -> float:
+    assert metric.value is not None, metric.note
+    return metric.value
+
+
+def test_true_frames_behave_perfectly(behaviour: Behaviour) -> None:
+    metrics = behaviour_metrics([behaviour])
+    assert value(metrics["inner_lips"]) == 1
+    assert metrics["closure_recall"] == Metric(1.0, "of 3")
+    assert value(metrics["mouth_silent"]) < 0.02
+    assert value(metrics["mouth_listening"]) < 0.02
+    assert 0.8 < value(metrics["border_motion"]) < 1.2
+    assert value(metrics["listening_r"]) > 0.7
+
+
+def test_a_face_that_does_not_move_closes_nothing_new_and_does_not_listen(behaviour: Behaviour) -> None:
+    still = np.zeros(NUM_FRAMES, np.float32)
+    metrics = rendered(behaviour, inner=still + 0.3, nose=still, brow=still, head=np.stack([still, still], 1))
+    assert value(metrics["inner_lips"]) < 1e-6
+    assert value(metrics["closure_recall"]) == 0
+    assert value(metrics["listening_r"]) == 0
+    assert metrics["border_motion"].value is None
+    assert value(metrics["head_smoothness"]) == 0
+
+
+def test_inner_lips_that_open_half_as_far_have_half_the_amplitude(behaviour: Behaviour) -> None:
+    assert value(rendered(behaviour, inner=0.5 * behaviour.truth.inner)["inner_lips"]) == pytest.approx(0.5)
+
+
+def test_each_missed_closure_counts(behaviour: Behaviour) -> None:
+    inner = behaviour.truth.inner.copy()
+    inner[CLOSED_AT[1] - 4 : CLOSED_AT[1] + 5] = 0.3
+    assert value(rendered(behaviour, inner=inner)["closure_recall"]) == pytest.approx(2 / 3)
+
+
+def test_a_mouth_at_rest_is_no_closure(behaviour: Behaviour) -> None:
+    """The phone at 4.2 s comes while the true mouth rests; the lips need not have opened."""
+    assert len(closures(behaviour)) == len(CLOSED_AT)
+    resting = replace(behaviour, truth=replace(behaviour.truth, inner=np.full(NUM_FRAMES, 0.02, np.float32)))
+    assert closures(resting) == []
+
+
+@pytest.mark.parametrize(("frames", "quiet"), [(slice(70, 120), False), (slice(0, 60), True)])
+def test_lips_that_move_in_silence_are_told_from_lips_that_speak(
+    behaviour: Behaviour, frames: slice, *, quiet: bool
+) -> None:
+    inner = behaviour.truth.inner.copy()
+    inner[frames] += 0.05 * curve(NUM_FRAMES, seed=5)[frames]
+    metrics = rendered(behaviour, inner=inner)
+    for name in ("mouth_silent", "mouth_listening"):
+        assert (value(metrics[name]) < 0.05) == quiet
+
+
+def test_jumps_from_block_to_block_raise_the_ratio(behaviour: Behaviour) -> None:
+    jumps = np.random.default_rng(0).normal(0, 0.1, (NUM_FRAMES // 4, 2)).astype(np.float32)
+    head = behaviour.truth.head + np.repeat(jumps, 4, axis=0)
+    assert value(rendered(behaviour, head=head)["border_motion"]) > 3
+    # Seen from another frame of the stream, the same jumps are inside blocks.
+    moved = replace(behaviour, rendered=replace(behaviour.rendered, head=head), first_frame=2)
+    assert value(behaviour_metrics([moved])["border_motion"]) < 1
+
+
+def test_a_head_that_jitters_is_less_smooth_than_one_that_sways(behaviour: Behaviour) -> None:
+    jitter = np.random.default_rng(0).normal(size=(NUM_FRAMES, 2)).astype(np.float32)
+    sway = np.sin(np.arange(NUM_FRAMES) / (2 * LAG))[:, None].repeat(2, 1).astype(np.float32)
+    assert abs(value(rendered(behaviour, head=jitter)["head_smoothness"])) < 0.25
+    assert value(rendered(behaviour, head=sway)["head_smoothness"]) > 0.7
+
+
+def test_reactions_to_another_time_do_not_agree(behaviour: Behaviour) -> None:
+    own = value(behaviour_metrics([behaviour])["listening_r"])
+    nose, brow = (np.roll(each, -14) for each in (behaviour.truth.nose, behaviour.truth.brow))
+    assert value(rendered(behaviour, nose=nose, brow=brow)["listening_r"]) < own - 0.4
+
+
+def test_without_faces_every_metric_says_so() -> None:
+    metrics = behaviour_metrics([])
+    assert {"inner_lips", "closure_recall", "border_motion", "listening_r"} <= metrics.keys()
+    assert all(metric.value is None for metric in metrics.values())
+
+
+def mesh(num_frames: int) -> NDArray[np.float32]:
+    points = np.zeros((num_frames, 468, 2), np.float32)
+    points[:, RIGHT_EYE], points[:, 133], points[:, 362], points[:, LEFT_EYE] = (0, 0), (5, 0), (15, 0), (20, 0)
+    return points
+
+
+def test_curves_are_read_from_the_mesh_in_distances_between_the_eyes() -> None:
+    points, motion = mesh(8), np.arange(8, dtype=np.float32)
+    points[:, INNER_LIPS[1], 1] = motion
+    points[:, BROWS, 1] = -motion[:, None, None]
+    curves = face_curves(points)
+    assert curves is not None
+    np.testing.assert_allclose(curves.inner, motion / 20, rtol=1e-6)
+    np.testing.assert_allclose(curves.brow, motion / 20, atol=1e-6)
+    assert np.ptp(curves.head) == pytest.approx(np.ptp(curves.head[0]))
+    points[:, NOSE_TIP, 1] += 2 * motion
+    points[:, RIGID, 0] += motion[:, None]
+    moved = face_curves(points)
+    assert moved is not None
+    np.testing.assert_allclose(moved.nose, 2 * motion / 20, rtol=1e-6)
+    np.testing.assert_allclose(np.diff(moved.head[:, 0]), 1 / 20, rtol=1e-5)
+
+
+def test_frames_without_a_face_lie_between_their_neighbours() -> None:
+    points, motion = mesh(5), np.arange(5, dtype=np.float32)
+    points[:, INNER_LIPS[1], 1] = motion
+    points[2] = np.nan
+    curves = face_curves(points)
+    assert curves is not None
+    np.testing.assert_allclose(curves.inner, motion / 20, rtol=1e-6)
+    points[1:4] = np.nan
+    assert face_curves(points) is None

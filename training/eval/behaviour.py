@@ -1,0 +1,205 @@
+"""Metrics of behaviour: lips that close, a head that moves like a head, and a person who listens.
+
+Curves of rendered frames are compared with those that the same readers read from the true frames, or with the truth.
+
+Axes: f frames.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.data import FRAME_RATE_HZ, StoredClip
+from training.eval.metrics import Curve, Metric, correlation, ratio_metric
+from training.eval.readers.face_curves import FaceCurves
+from training.synthetic.motion.curves import smooth
+
+BILABIALS = frozenset("pbm")
+# Shares of the true clip's range of openings: lips below the first are closed. A phone counts if the true lips close at
+# it, and are open beyond the second share within OPEN_WITHIN frames: a mouth at rest closes nothing.
+CLOSED, OPEN, OPEN_WITHIN = 0.25, 0.4, 8
+# Frames around speech in which lips still move.
+SPEECH_MARGIN = 6
+# Half a second.
+LAG = 12
+# Deviations, in frames, of the band of nods and of the envelope whose times are compared: reactions are late by a
+# random 0.3 to 1 s, so single dips agree only by chance.
+NOD_BAND, ENVELOPE = (1.5, 5.0), 8.0
+# Ranges below which nobody reacts: radians of pitch, share of raised brows.
+LEAST = {"nod": 0.02, "brow": 0.1}
+NO_TRUTH = Metric(None, "needs clips with the truth about speech")
+NO_FACES = Metric(None, "no faces were read")
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Behaviour:
+    """Curves of a rendered clip; all have its f frames.
+
+    rendered, truth: read from the frames. clip: the true clip, which ends with these frames. first_frame: number of the
+    first of them in the stream. block_frames: of a block.
+    """
+
+    rendered: FaceCurves
+    truth: FaceCurves
+    clip: StoredClip
+    first_frame: int
+    block_frames: int
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.rendered.inner)
+
+    def true(self, name: str) -> Curve:
+        """Return the truth of a name, (f, ...)."""
+        return np.array(self.clip.array(name)[-self.num_frames :], np.float32)
+
+    def speaking(self, who: int) -> Mask:
+        """Return the frames (f,) in which the person (0) or the other (1) speaks."""
+        spoken: Mask = self.true("speaking")[:, who] > 0.5
+        return spoken
+
+
+def behaviour_metrics(clips: Sequence[Behaviour]) -> dict[str, Metric]:
+    """Return the metrics of clips together, without those of another's audio."""
+    if not clips:
+        keys = ("inner_lips", "closure_recall", "mouth_silent", "mouth_listening", "border_motion", "head_smoothness")
+        return dict.fromkeys((*keys, "listening_r"), NO_FACES)
+    spoken = [each for each in clips if each.clip.has("speaking")]
+    return {
+        "inner_lips": ratio_metric([(float(c.rendered.inner.std()), float(c.truth.inner.std())) for c in clips]),
+        "closure_recall": closure_metric(clips),
+        "mouth_silent": stillness_metric(spoken, listening=False),
+        "mouth_listening": stillness_metric(spoken, listening=True),
+        "border_motion": border_metric(clips),
+        "head_smoothness": smoothness_metric(clips),
+        "listening_r": listening_metric(spoken),
+    }
+
+
+def closure_metric(clips: Sequence[Behaviour]) -> Metric:
+    """Return the share of the closures at p, b and m that are closed in the rendered clips, too."""
+    closed = [closed_lips for clip in clips for closed_lips in closures(clip)]
+    return Metric(float(np.mean(closed)), f"of {len(closed)}") if closed else NO_TRUTH
+
+
+def closures(clip: Behaviour) -> list[bool]:
+    """Return for each closure of the true lips at a bilabial phone, if the rendered lips are closed, too."""
+    phones = clip.clip.info.get("phones", [])
+    hidden = clip.clip.num_frames - clip.num_frames
+    low, high = np.percentile(clip.truth.inner, (5, 95))
+    found = []
+    for (onset, phone), (end, _) in pairwise(phones):
+        if not BILABIALS & set(phone):
+            continue
+        first, last = (int(np.floor(time * FRAME_RATE_HZ)) - hidden for time in (onset, end))
+        if first - 1 < 0 or last + 1 >= clip.num_frames:
+            continue
+        during, around = slice(first - 1, last + 2), slice(max(0, first - OPEN_WITHIN), last + OPEN_WITHIN)
+        true = clip.truth.inner
+        if true[during].min() < low + CLOSED * (high - low) and true[around].max() > low + OPEN * (high - low):
+            found.append(bool(clip.rendered.inner[during].min() < low + CLOSED * (high - low)))
+    return found
+
+
+def stillness_metric(clips: Sequence[Behaviour], *, listening: bool) -> Metric:
+    """Return the motion of lips that say nothing over that of lips that speak, per frame.
+
+    listening: only while the other speaks.
+    """
+    ratios = []
+    for curves in ([each.rendered for each in clips], [each.truth for each in clips]):
+        quiet, busy = np.zeros(2), np.zeros(2)
+        for clip, read in zip(clips, curves, strict=True):
+            motion = np.abs(np.diff(smooth(read.inner[:, None], 1.0)[:, 0]))
+            speaks = clip.speaking(0)
+            silent = ~widened(speaks, SPEECH_MARGIN) & (clip.speaking(1) if listening else True)
+            for sums, frames in ((quiet, silent), (busy, speaks)):
+                sums += motion[frames[1:]].sum(), frames[1:].sum()
+        if not quiet[1] or not busy[1]:
+            return NO_TRUTH
+        ratios.append(float(quiet[0] / quiet[1] / max(busy[0] / busy[1], 1e-9)))
+    return Metric(ratios[0], f"true frames: {ratios[1]:.2f}")
+
+
+def widened(frames: Mask, margin: int) -> Mask:
+    """Return the frames (f,) that are within a margin of those given."""
+    wide: Mask = np.convolve(frames, np.ones(2 * margin + 1), "same") > 0
+    return wide
+
+
+def border_metric(clips: Sequence[Behaviour]) -> Metric:
+    """Return the motion of heads from block to block over that within blocks."""
+    ratios = []
+    for curves in ([each.rendered for each in clips], [each.truth for each in clips]):
+        at_borders, inside = [], []
+        for clip, read in zip(clips, curves, strict=True):
+            steps = np.linalg.norm(np.diff(read.head, axis=0), axis=1)
+            starts_block = np.arange(clip.first_frame + 1, clip.first_frame + clip.num_frames) % clip.block_frames == 0
+            at_borders.append(steps[starts_block])
+            inside.append(steps[~starts_block])
+        still = np.concatenate(inside).mean()
+        if not still > 0:
+            return Metric(None, "heads do not move")
+        ratios.append(float(np.concatenate(at_borders).mean() / still))
+    return Metric(ratios[0], f"true frames: {ratios[1]:.2f}")
+
+
+def smoothness_metric(clips: Sequence[Behaviour]) -> Metric:
+    """Return the autocorrelation of heads' positions at half a second, a mean over both directions."""
+    values = []
+    for curves in ([each.rendered for each in clips], [each.truth for each in clips]):
+        values.append([correlation(read.head[:-LAG, i], read.head[LAG:, i]) for read in curves for i in range(2)])
+    return Metric(float(np.mean(values[0])), f"true frames: {np.mean(values[1]):.2f}")
+
+
+def listening_metric(clips: Sequence[Behaviour]) -> Metric:
+    """Return r of nods and brows with the truth while the person listens, a mean over both."""
+    means, notes = [], []
+    for name in LEAST:
+        pairs = [
+            (reaction_r(clip, clip.rendered, name), reaction_r(clip, clip.truth, name))
+            for clip in clips
+            if clip.clip.has(name) and reacts(clip, name)
+        ]
+        if pairs:
+            rendered, true = np.mean(pairs, axis=0)
+            means.append(rendered)
+            notes.append(f"{name} {rendered:.2f} of {len(pairs)}, true frames {true:.2f}")
+    return Metric(float(np.mean(means)), "; ".join(notes)) if means else NO_TRUTH
+
+
+def listens(clip: Behaviour) -> Mask:
+    """Return the frames (f,) in which the person does not speak."""
+    return ~widened(clip.speaking(0), SPEECH_MARGIN)
+
+
+def reacts(clip: Behaviour, name: str) -> bool:
+    """Return True if the person nods, or raises brows, while they listen."""
+    frames, heard = listens(clip), clip.speaking(1)
+    if heard.sum() < FRAME_RATE_HZ or frames.sum() < 2 * FRAME_RATE_HZ:
+        return False
+    return bool(np.ptp(clip.true(name)[frames]) > LEAST[name])
+
+
+def reaction_r(clip: Behaviour, read: FaceCurves, name: str) -> float:
+    """Return r of a reaction's envelope with that of its truth, over the frames in which the person listens."""
+    frames = listens(clip)
+    seen, true = (read.nose, clip.true("nod")) if name == "nod" else (read.brow, clip.true("brow"))
+    shape = nod_envelope if name == "nod" else envelope
+    return correlation(shape(seen)[frames], shape(true)[frames])
+
+
+def nod_envelope(curve: Curve) -> Curve:
+    """Return the strength of motion in the band of nods, (f,), of how far down the head is."""
+    fast, slow = (smooth(curve[:, None], deviation)[:, 0] for deviation in NOD_BAND)
+    return envelope(np.abs(fast - slow))
+
+
+def envelope(curve: Curve) -> Curve:
+    blurred: Curve = smooth(np.asarray(curve, np.float64)[:, None], ENVELOPE)[:, 0]
+    return blurred

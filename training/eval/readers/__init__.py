@@ -1,0 +1,1 @@
+"""Readers of faces in frames: landmarks, curves of motion, blinks, identity."""
