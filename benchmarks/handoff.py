@@ -24,7 +24,7 @@ from avatar.handoff.chain import Chain, ChainMember, join_chain
 from avatar.handoff.client import RemoteChain
 from avatar.rpc.channel import channel
 from avatar.rpc.client import RemoteStage, remote_denoiser
-from avatar.rpc.codec import block_from_pb, latent_to_pb, tensor_from_pb
+from avatar.rpc.codec import block_from_wire, latent_to_wire, tensor_from_pb
 from avatar.rpc.interceptor import Context, parts, receive_open
 from avatar.rpc.server import serving, until_stopped
 from avatar.rpc.wire import FIELDS, RelayedBlock, serialize_field
@@ -67,15 +67,15 @@ class Level(denoiser_pb2_grpc.DenoiserServiceServicer):
 
     async def Denoise(  # noqa: N802
         self, requests: AsyncIterator[pb.DenoiseRequest], _: Context
-    ) -> AsyncGenerator[pb.DenoiseResponse, None]:
+    ) -> AsyncGenerator[Any, None]:
         opened: pb.OpenDenoise = await receive_open(requests)
         with self._chain.open_stream(opened.handoff, opened.level) if opened.handoff else nullcontext() as link:
             yield pb.DenoiseResponse(opened=pb.DenoiseOpened())
             async for message in parts(requests, "block"):
-                block = block_from_pb(message, None)
+                block = block_from_wire(message, None)
                 block = await link.receive(block) if link else block
                 block = await asyncio.get_running_loop().run_in_executor(self._device, self._step, block)
-                yield pb.DenoiseResponse(block=latent_to_pb(link.hand_over(block) if link else block))
+                yield latent_to_wire(link.hand_over(block) if link else block)
             yield pb.DenoiseResponse(closed=types_pb2.Closed())
 
     def _step(self, block: Block) -> Block:

@@ -53,13 +53,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Streams.
     "avatar.runtime.admission": ("avatar.errors", "avatar.telemetry", "avatar.types"),
     "avatar.runtime": ("avatar.aio", "avatar.runtime.admission", "avatar.types"),
-    "avatar.rpc.codec": ("avatar.runtime.admission", "avatar.types", "avatar.worker"),
+    "avatar.rpc.codec": ("avatar.rpc.wire", "avatar.runtime.admission", "avatar.types", "avatar.worker"),
     "avatar.rpc.health": (),
     "avatar.rpc.status": ("avatar.errors",),
     "avatar.rpc.channel": (),
     "avatar.rpc.tls": (),
     "avatar.rpc.wire": ("avatar.worker",),
-    "avatar.rpc.interceptor": ("avatar.errors", "avatar.rpc.status", "avatar.telemetry"),
+    "avatar.rpc.interceptor": ("avatar.errors", "avatar.rpc.status", "avatar.rpc.wire", "avatar.telemetry"),
     "avatar.rpc.server": ("avatar.errors", "avatar.rpc.channel", "avatar.rpc.interceptor"),
     "avatar.rpc.client": ("avatar.aio", "avatar.errors", "avatar.rpc.status", "avatar.rpc.wire", "avatar.worker"),
     "avatar.failover": (

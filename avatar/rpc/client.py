@@ -15,7 +15,7 @@ from google.protobuf.message_factory import GetMessageClass
 from avatar.aio import background
 from avatar.errors import REASONS, AvatarError, ConfigMismatch, InvalidField, StageFailed, StageLost
 from avatar.rpc.status import ENDED_EARLY, CallStatus, error_details
-from avatar.rpc.wire import Parts, RelayedBlock, parse_response, serialize_field
+from avatar.rpc.wire import Parts, RelayedBlock, block_field, parse_part, serialize_field
 from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
 
 Relayable: TypeAlias = types_pb2.Block | RelayedBlock
@@ -50,10 +50,9 @@ class RemoteStage(Generic[Item, Answer]):
         self._request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
         path = f"/{method.containing_service.full_name}/{method.name}"
         # The generated stub could only send whole messages, and not bytes that are joined from serialized parts.
-        answered = method.output_type.fields_by_name[answer]
-        is_relayed = answered.message_type is types_pb2.Block.DESCRIPTOR
-        parse = partial(parse_response, number=answered.number, response=response)
-        open_call: Any = connection.stream_stream(path, None, parse if is_relayed else response.FromString)
+        block = block_field(method.output_type)
+        parse = partial(parse_part, message=response, block=block) if block else response.FromString
+        open_call: Any = connection.stream_stream(path, None, parse)
         self._call = open_call()
         self._status = CallStatus(self._call)
         fields = method.input_type.fields_by_name

@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from avatar.rpc.wire import INPUTS, Parts, RelayedBlock, serialize_tensor
 from avatar.runtime.admission import DeviceLoad
 from avatar.types import AudioPiece, Block, Conditions, HeardAudio, Session
 from avatar.worker.v1 import types_pb2 as pb
@@ -20,27 +21,37 @@ assert sys.byteorder == "little", "tensors are sent as their bytes in memory, an
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TENSORS = (*INPUTS, "latent")
 SAMPLE_DTYPES = {"pcm16": torch.int16, "float32": torch.float32}
 
 
 def tensor_to_pb(x: Tensor) -> pb.Tensor:
     """Return the message of a tensor of any shape, in its own dtype."""
-    data = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return pb.Tensor(dtype=NAMES[x.dtype], shape=x.shape, data=data)
+    return pb.Tensor(dtype=NAMES[x.dtype], shape=x.shape, data=bytes(_elements(x)))
 
 
 def tensor_from_pb(message: pb.Tensor) -> Tensor:
     """Return the tensor of a message. ValueError if its dtype is unknown or its data do not fill its shape."""
-    dtype = DTYPES.get(message.dtype)
+    return _tensor(message, message.data)
+
+
+def _tensor(head: pb.Tensor, elements: bytes | memoryview) -> Tensor:
+    """Return the tensor of a message and its elements, which are copied."""
+    dtype = DTYPES.get(head.dtype)
     if dtype is None:
-        raise ValueError(f"dtype is {message.dtype!r}, expected one of {', '.join(DTYPES)}")
-    expected = math.prod(message.shape) * dtype.itemsize
-    data = message.data  # each access makes a copy
-    if len(data) != expected:
-        raise ValueError(f"{len(data)} bytes for shape {tuple(message.shape)}, expected {expected}")
+        raise ValueError(f"dtype is {head.dtype!r}, expected one of {', '.join(DTYPES)}")
+    shape = tuple(head.shape)
+    expected = math.prod(shape) * dtype.itemsize
+    if len(elements) != expected:
+        raise ValueError(f"{len(elements)} bytes for shape {shape}, expected {expected}")
     if not expected:
-        return torch.empty(tuple(message.shape), dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(tuple(message.shape))
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(elements), dtype=dtype).reshape(shape)
+
+
+def _elements(x: Tensor) -> memoryview:
+    """Return a tensor's elements as bytes. They share its memory if they are contiguous there."""
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def session_from_open(message: OpenDenoise | OpenDecode) -> Session:
@@ -80,38 +91,49 @@ def conditions_from_pb(message: pb.Conditions) -> Conditions:
     return Conditions(version=message.version, sink=tensor_from_pb(message.sink), text=text)
 
 
-def block_to_pb(block: Block) -> pb.Block:
-    """Return the message of a whole block; see `latent_to_pb` for a denoiser's answer."""
-    return pb.Block(
+def block_to_wire(block: Block) -> RelayedBlock:
+    """Return a whole block as it is sent; see `latent_to_wire` for a denoiser's answer."""
+    head = pb.Block(
         index=block.index,
-        features=tensor_to_pb(block.features),
-        latent=None if block.latent is None else tensor_to_pb(block.latent),
         conditions=block.conditions.version if block.conditions else 0,
         traceparent=block.traceparent,
         statistics=block.statistics,
-        heard=None if block.heard is None else tensor_to_pb(block.heard),
-        face_motion=None if block.face_motion is None else tensor_to_pb(block.face_motion),
     )
+    inputs = {"features": block.features, "heard": block.heard, "face_motion": block.face_motion}
+    parts = [part for name, x in inputs.items() if x is not None for part in _serialized(name, x)]
+    return RelayedBlock(head, parts, _latent(block))
 
 
-def latent_to_pb(block: Block) -> pb.Block:
+def latent_to_wire(block: Block) -> RelayedBlock:
     """Return a denoiser's answer: the latent alone, since the caller keeps the inputs; none if it was handed over."""
-    latent = None if block.latent is None else tensor_to_pb(block.latent)
-    return pb.Block(index=block.index, latent=latent, traceparent=block.traceparent)
+    return RelayedBlock(pb.Block(index=block.index, traceparent=block.traceparent), latent=_latent(block))
 
 
-def block_from_pb(message: pb.Block, conditions: Conditions | None) -> Block:
-    """Return the block; `conditions` are of the version that it names, or None if the receiver does not need them."""
+def block_from_wire(block: RelayedBlock, conditions: Conditions | None) -> Block:
+    """Return the block; `conditions` are of the version that it names, or None if the receiver does not need them.
+
+    ValueError if a tensor has an unknown dtype, or elements that do not fill its shape.
+    """
+    tensors = {name: _tensor(*sent) for name in TENSORS if (sent := block.tensor(name))}
     return Block(
-        index=message.index,
-        features=tensor_from_pb(message.features) if message.HasField("features") else torch.zeros(0, 0, 0),
-        latent=tensor_from_pb(message.latent) if message.HasField("latent") else None,
+        index=block.index,
+        features=tensors.get("features", torch.zeros(0, 0, 0)),
+        latent=tensors.get("latent"),
         conditions=conditions,
-        traceparent=message.traceparent,
-        due_s=due_s(message),
-        heard=tensor_from_pb(message.heard) if message.HasField("heard") else None,
-        face_motion=tensor_from_pb(message.face_motion) if message.HasField("face_motion") else None,
+        traceparent=block.head.traceparent,
+        due_s=due_s(block.head),
+        heard=tensors.get("heard"),
+        face_motion=tensors.get("face_motion"),
     )
+
+
+def _latent(block: Block) -> Parts:
+    return () if block.latent is None else _serialized("latent", block.latent)
+
+
+def _serialized(name: str, x: Tensor) -> Parts:
+    """Serialize a tensor of a block, in parts that share its memory."""
+    return serialize_tensor(name, pb.Tensor(dtype=NAMES[x.dtype], shape=x.shape), _elements(x))
 
 
 def due_s(message: pb.Block | AudioPieceMessage) -> float | None:

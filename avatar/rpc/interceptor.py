@@ -1,7 +1,8 @@
 """Calls at a server: their requests in order, and the exceptions of their handlers as gRPC statuses.
 
 A worker's stream is `open`, items, `close`: a handler reads it with `receive_open` and then `parts`. It is a generator
-of answers, single ones or lists of those that are ready together; or it writes them by itself.
+of answers, single ones or lists of those that are ready together; or it writes them by itself. Blocks come and go as
+`RelayedBlock`, in place of the message that holds them.
 """
 
 import asyncio
@@ -10,18 +11,22 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
 
 from avatar import telemetry
 from avatar.errors import REASONS, AvatarError, ConnectionLost, InvalidField, ProtocolOrder
 from avatar.rpc.status import reason_of, root_cause, status_of
+from avatar.rpc.wire import RelayedBlock, block_field, parse_part, serialize_part
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +60,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
             async def unary(data: bytes, context: Any) -> Any:
                 with _outcome(method) as outcome:
-                    return await handler.unary_unary(_parse(handler, data), context)
+                    return await handler.unary_unary(_parse(handler.request_deserializer, data), context)
                 return await outcome.abort(context)  # the handler raised
 
             return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
@@ -76,9 +81,33 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                 if outcome.status:
                     await outcome.abort(context)
 
-            parse = partial(_parse, handler)
-            return grpc.stream_stream_rpc_method_handler(stream, parse, handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(stream, _parser(method, handler), _serializer(method, handler))
         return handler
+
+
+def _parser(method: str, handler: Any) -> Callable[[bytes], Any]:
+    """Return the parser of a streaming method's requests, which leaves the tensors of blocks serialized."""
+    described = _described(method)
+    if described is None or (block := block_field(described.input_type)) is None:
+        return partial(_parse, handler.request_deserializer)
+    return partial(_parse, partial(parse_part, message=GetMessageClass(described.input_type), block=block))
+
+
+def _serializer(method: str, handler: Any) -> Callable[[Any], bytes]:
+    """Return the serializer of a streaming method's answers, which may be blocks in place of their messages."""
+    described = _described(method)
+    block = block_field(described.output_type) if described else None
+    serializer: Callable[[Any], bytes] = handler.response_serializer
+    return partial(serialize_part, block=block) if block else serializer
+
+
+@cache
+def _described(method: str) -> MethodDescriptor | None:
+    """Return the descriptor of a method, `/package.Service/Method`; None if it has none."""
+    try:
+        return descriptor_pool.Default().FindMethodByName(method.strip("/").replace("/", "."))
+    except KeyError:
+        return None
 
 
 def _refusing(error: AvatarError) -> Any:
@@ -134,10 +163,10 @@ def _status(method: str, error: Exception) -> status_pb2.Status:
     return status_of(cause)
 
 
-def _parse(handler: Any, data: bytes) -> Any:
+def _parse(parse: Callable[[bytes], Any], data: bytes) -> Any:
     """Parse a request. InvalidField if it cannot be parsed; gRPC's own parsing would give an error without details."""
     try:
-        return handler.request_deserializer(data)
+        return parse(data)
     except DecodeError as error:
         raise InvalidField.at("request", "the bytes are not a message of this method") from error
 
@@ -151,7 +180,7 @@ async def receive_open(requests: AsyncIterator[Request]) -> Any:
         raise ProtocolOrder(f"the stream was not opened within {OPEN_S:g} s") from error
     if request is None:
         raise ConnectionLost("the stream ended before it was opened")
-    part = request.WhichOneof("part")
+    part = _part(request)
     if part != "open":
         raise ProtocolOrder(f"the stream began with {part or 'an empty message'}, expected open")
     return request.open
@@ -162,19 +191,25 @@ def max_active(opened: Any) -> int | None:
     return opened.max_active if opened.HasField("max_active") else None
 
 
+def _part(request: Any) -> str | None:
+    """Return the name of the part that a request holds."""
+    part: str | None = "block" if isinstance(request, RelayedBlock) else request.WhichOneof("part")
+    return part
+
+
 async def parts(requests: AsyncIterator[Request], *fields: str) -> AsyncGenerator[Any, None]:
-    """Yield the items of an opened stream until `close`.
+    """Yield the items of an opened stream until `close`; blocks as `RelayedBlock`.
 
     fields: of the items. ProtocolOrder for any other message; ConnectionLost if the stream ends without close.
     """
     async for request in requests:
-        part = request.WhichOneof("part")
+        part = _part(request)
         if part == "close":
             return
         if part not in fields:
             expected = " or ".join([*fields, "close"])
             raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream, expected {expected}")
-        yield getattr(request, part)
+        yield request if isinstance(request, RelayedBlock) else getattr(request, part)
     raise ConnectionLost("the stream ended without close")
 
 

@@ -1,8 +1,8 @@
-"""Blocks and motion latents that are relayed without being opened, in requests assembled from serialized parts.
+"""Blocks and motion latents whose tensors stay serialized, in messages assembled from serialized parts.
 
 Python's protobuf copies one message into another by serializing and parsing it. A block of 1 MB would be copied six
-times for every stage that it is sent to. Here its tensors stay slices of the bytes that arrived, and are copied once,
-with a tag and a length before them, into the next request.
+times for every stage that it is sent to. Here its tensors stay slices of the bytes that arrived: a gateway copies them
+once, with a tag and a length before them, into the next request, and a worker once, into tensors.
 """
 
 import time
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from avatar.worker.v1 import types_pb2
@@ -23,12 +24,13 @@ MAX_VARINT_BYTES = 10
 INPUTS: tuple[Literal["features", "heard", "face_motion"], ...] = ("features", "heard", "face_motion")
 FIELDS = types_pb2.Block.DESCRIPTOR.fields_by_name
 INPUT_NUMBERS, LATENT = {FIELDS[name].number for name in INPUTS}, FIELDS["latent"].number
+ELEMENTS = types_pb2.Tensor.DESCRIPTOR.fields_by_name["data"].number
 MOTION = types_pb2.Session.DESCRIPTOR.fields_by_name["motion"].number
 
 
 @dataclass(eq=False)
 class RelayedBlock:
-    """A block that is passed on with its tensors serialized.
+    """A block with its tensors serialized.
 
     head: the message without inputs and latent. inputs, latent: those fields as their serialized parts.
     due_s: deadline of the stage that it is sent to, on the clock of `time.monotonic`; None without one.
@@ -58,6 +60,24 @@ class RelayedBlock:
         """Return the message."""
         return types_pb2.Block.FromString(b"".join(self.parts()))
 
+    def tensor(self, name: str) -> tuple[types_pb2.Tensor, bytes | memoryview] | None:
+        """Return a tensor's message without its elements, and the elements; None if the block lacks it.
+
+        The block is one of `from_bytes`. name: of the field. ValueError if its bytes are not a tensor.
+        """
+        number = FIELDS[name].number
+        try:
+            sent = [each for part in (*self.inputs, *self.latent) for each in _contents(memoryview(part), number)]
+            if not sent:
+                return None
+            # A field that occurs more than once is the merger of its occurrences, as of a message of all their bytes.
+            content = sent[0] if len(sent) == 1 else memoryview(b"".join(sent))
+            head = b"".join(part for number, part in _fields(content) if number != ELEMENTS)
+            elements = _contents(content, ELEMENTS)
+            return types_pb2.Tensor.FromString(head), elements[-1] if elements else b""
+        except DecodeError as error:
+            raise ValueError(f"the bytes of {name} are not a tensor") from error
+
     def with_latent(self, latent: Parts) -> "RelayedBlock":
         """Return the block with another latent. The head is copied: a replay may keep the block as it was sent."""
         head = types_pb2.Block()
@@ -71,18 +91,41 @@ class RelayedBlock:
         return [self.head.SerializeToString(), *self.inputs, *self.latent]
 
 
-def parse_response(data: bytes, number: int, response: type[Message]) -> Message | RelayedBlock:
-    """Return the block that a serialized response holds, or else the response.
+def block_field(message: Descriptor) -> FieldDescriptor | None:
+    """Return the field of a request or response that holds a block; None if it has none."""
+    return next((each for each in message.fields if each.message_type is types_pb2.Block.DESCRIPTOR), None)
 
-    number: of the response's field for blocks.
+
+def parse_part(data: bytes, message: type[Message], block: FieldDescriptor) -> Message | RelayedBlock:
+    """Return the block that a serialized request or response holds, or else the message. DecodeError if it is neither.
+
+    block: the message's field for blocks.
     """
-    tag = _varint(number << 3 | LENGTH_DELIMITED)
-    if not data.startswith(tag):
-        return response.FromString(data)
-    size, start = _read_varint(data, len(tag))
-    if start + size != len(data):
-        raise DecodeError(f"a block of {size} bytes in a response with {len(data) - start}")
-    return RelayedBlock.from_bytes(memoryview(data)[start:])
+    tag = _varint(block.number << 3 | LENGTH_DELIMITED)
+    if data.startswith(tag):
+        size, start = _read_varint(data, len(tag))
+        if start + size == len(data):
+            return RelayedBlock.from_bytes(memoryview(data)[start:])
+    whole = message.FromString(data)
+    if whole.HasField(block.name):  # with fields beside it, of a newer version
+        return RelayedBlock.from_bytes(getattr(whole, block.name).SerializeToString())
+    return whole
+
+
+def serialize_part(part: Message | RelayedBlock, block: FieldDescriptor) -> bytes:
+    """Serialize a request or response, which may be given as the block that it holds.
+
+    block: the message's field for blocks.
+    """
+    return b"".join(serialize_field(block.number, part)) if isinstance(part, RelayedBlock) else part.SerializeToString()
+
+
+def serialize_tensor(name: str, head: types_pb2.Tensor, elements: memoryview) -> list[bytes | memoryview]:
+    """Serialize a tensor of a block, in parts; the elements are one of them, and are not copied.
+
+    name: of the block's field. head: the tensor's message without its elements.
+    """
+    return _field(FIELDS[name].number, [head.SerializeToString(), *_field(ELEMENTS, [elements])])
 
 
 def serialize_session(opened: type[Message], session: types_pb2.Session, motion: bytes) -> list[bytes | memoryview]:
@@ -109,6 +152,17 @@ def serialize_field(number: int, message: Message | RelayedBlock, more: Parts = 
 
 def _field(number: int, parts: Parts) -> list[bytes | memoryview]:
     return [_varint(number << 3 | LENGTH_DELIMITED) + _varint(sum(map(len, parts))), *parts]
+
+
+def _contents(data: memoryview, number: int) -> list[memoryview]:
+    """Return the content of each field of this number. DecodeError if one has no length."""
+    contents = []
+    for each in (part for found, part in _fields(data) if found == number):
+        tag, end = _read_varint(each, 0)
+        if tag & 7 != LENGTH_DELIMITED:
+            raise DecodeError(f"wire type {tag & 7}")
+        contents.append(each[_read_varint(each, end)[1] :])
+    return contents
 
 
 def _varint(number: int) -> bytes:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from avatar.rpc.wire import RelayedBlock, serialize_tensor
 from avatar.worker.v1 import audio_pb2, vae_pb2
 from avatar.worker.v1.types_pb2 import Block, Frame, Tensor
 from benchmarks.standin import content
@@ -42,9 +43,9 @@ class AudioModel:
     def open(self, session: object) -> AudioState:
         return AudioState(self._opened.first_block, self._opened.first_answer)
 
-    def step(self, item: Timed, state: AudioState) -> list[Block]:
+    def step(self, item: Timed, state: AudioState) -> list[RelayedBlock]:
         """Return the blocks that a piece completes."""
-        piece, blocks = item.message, list[Block]()
+        piece, blocks = item.message, list[RelayedBlock]()
         if piece is not None:
             state.data += piece.data
         while len(state.data) >= self._block_bytes:
@@ -57,15 +58,16 @@ class AudioModel:
             blocks += self._encode(state)
         return blocks
 
-    def _encode(self, state: AudioState) -> list[Block]:
+    def _encode(self, state: AudioState) -> list[RelayedBlock]:
         index, audio = state.next_block, bytes(state.data[: self._block_bytes])
         del state.data[: self._block_bytes]
         state.next_block += 1
         if index < state.first_answer:
             return []
         features = self._step.run(lambda: self._content.features_of(audio))
-        tensor = Tensor(dtype="bfloat16", shape=self._content.features_shape, data=features)
-        return [Block(index=index, features=tensor, statistics=index.to_bytes(8, "little"))]
+        tensor = Tensor(dtype="bfloat16", shape=self._content.features_shape)
+        head = Block(index=index, statistics=index.to_bytes(8, "little"))
+        return [RelayedBlock(head, serialize_tensor("features", tensor, memoryview(features)))]
 
 
 @dataclass
@@ -86,7 +88,7 @@ class BlockModel:
     def open(self, session: object) -> BlockState:
         return BlockState(self._first_block)
 
-    def _run(self, block: Block, state: BlockState, work: Callable[[], bytes]) -> bytes:
+    def _run(self, block: RelayedBlock, state: BlockState, work: Callable[[], Any]) -> Any:
         """Run a step on a block. Raises ValueError if it is not the next one."""
         if block.index != state.next_block:
             raise ValueError(f"block {block.index} came, expected {state.next_block}")
@@ -100,28 +102,19 @@ class LevelModel(BlockModel):
     def __init__(self, step: Step, first_block: int, level: int, made: Content = PUBLIC) -> None:
         super().__init__(step, first_block, made)
         self._level = level
-        # A features message with its dtype and shape.
-        message = Tensor(dtype="bfloat16", shape=made.features_shape, data=bytes(made.features_bytes))
-        self._features_bytes = message.ByteSize()
 
-    def step(self, item: Timed, state: BlockState) -> Block:
-        block = item.message
-        # `features.data` would copy them again.
-        if (size := block.features.ByteSize()) != self._features_bytes:
-            raise ValueError(f"features have {size} bytes, expected {self._features_bytes}")
-        data = self._run(block, state, lambda: self._denoise(block))
-        latent = Tensor(dtype="bfloat16", shape=self._content.latent_shape, data=data)
-        return Block(index=block.index, latent=latent, traceparent=block.traceparent)
-
-    def _denoise(self, block: Block) -> bytes:
-        latent = (
-            np.frombuffer(block.latent.data, np.uint8)
-            if self._level
-            else self._content.initial_latent(block.features.data)
-        )
+    def step(self, item: Timed, state: BlockState) -> RelayedBlock:
+        block: RelayedBlock = item.message
+        features = elements(block, "features")
+        if len(features) != self._content.features_bytes:
+            raise ValueError(f"{len(features)} bytes of features, expected {self._content.features_bytes}")
+        latent = elements(block, "latent") if self._level else self._content.initial_latent(features)
         if len(latent) != self._content.latent_bytes:
             raise ValueError(f"{len(latent)} bytes of latent at level {self._level}")
-        return content.denoise(latent, self._level).tobytes()
+        denoised = self._run(block, state, lambda: content.denoise(np.frombuffer(latent, np.uint8), self._level))
+        tensor = Tensor(dtype="bfloat16", shape=self._content.latent_shape)
+        head = Block(index=block.index, traceparent=block.head.traceparent)
+        return RelayedBlock(head, latent=serialize_tensor("latent", tensor, memoryview(denoised)))
 
 
 class DecoderModel(BlockModel):
@@ -132,9 +125,9 @@ class DecoderModel(BlockModel):
         self._is_fragmented = opened.encoding == "fmp4"
 
     def step(self, item: Timed, state: BlockState) -> list[Frame]:
-        block = item.message
+        block: RelayedBlock = item.message
         first, count = self._content.first_frame(block.index), self._content.num_frames(block.index)
-        latent = np.frombuffer(block.latent.data, np.uint8)
+        latent = np.frombuffer(elements(block, "latent"), np.uint8)
         data = self._run(block, state, lambda: content.fragment_of(content.decode(latent)))
         if self._is_fragmented:
             return [Frame(block=block.index, index=first, is_last=True, data=data, is_key=True, num_frames=count)]
@@ -149,3 +142,9 @@ class DecoderModel(BlockModel):
             )
             for number, pixels in enumerate(content.decode_rgb(latent, count))
         ]
+
+
+def elements(block: RelayedBlock, name: str) -> bytes | memoryview:
+    """Return the elements of a block's tensor; none if it lacks the tensor. name: of the block's field."""
+    sent = block.tensor(name)
+    return sent[1] if sent else b""

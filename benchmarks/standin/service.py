@@ -11,6 +11,7 @@ import grpc.aio
 
 from avatar.rpc.codec import load_to_pb
 from avatar.rpc.interceptor import Context, max_active, parts, receive_open
+from avatar.rpc.wire import RelayedBlock
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, flatten, local
@@ -77,8 +78,9 @@ async def _timed(messages: AsyncGenerator[Any, None]) -> AsyncGenerator[Timed, N
     """Yield each message with its deadline."""
     async with aclosing(messages):
         async for message in messages:
-            has_deadline = message is not None and message.HasField("slack_s")
-            yield Timed(message, time.monotonic() + message.slack_s if has_deadline else None)
+            head = message.head if isinstance(message, RelayedBlock) else message
+            has_deadline = head is not None and head.HasField("slack_s")
+            yield Timed(message, time.monotonic() + head.slack_s if has_deadline else None)
 
 
 class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
@@ -115,7 +117,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
 
     async def Encode(
         self, requests: AsyncIterator[audio_pb2.EncodeRequest], context: Context
-    ) -> AsyncGenerator[audio_pb2.EncodeResponse, None]:
+    ) -> AsyncGenerator[Any, None]:
         opened: audio_pb2.OpenEncode = await receive_open(requests)
         if (opened.encoding, opened.num_channels) != ("pcm16", 1):
             raise ValueError(f"audio must be pcm16 with one channel, got {opened.encoding} with {opened.num_channels}")
@@ -134,7 +136,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
             async with aclosing(answers) as blocks:
                 async for block in blocks:
                     num_blocks += 1
-                    yield audio_pb2.EncodeResponse(block=block)
+                    yield block
             yield audio_pb2.EncodeResponse(closed=types_pb2.Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
 
 
@@ -185,7 +187,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
 
     async def Denoise(
         self, requests: AsyncIterator[denoiser_pb2.DenoiseRequest], context: Context
-    ) -> AsyncGenerator[denoiser_pb2.DenoiseResponse, None]:
+    ) -> AsyncGenerator[Any, None]:
         opened: denoiser_pb2.OpenDenoise = await receive_open(requests)
         if opened.level != self._level:
             raise ValueError(f"level {opened.level} is not served here, only {self._level}")
@@ -202,7 +204,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             ) as blocks:
                 async for block in blocks:
                     num_blocks += 1
-                    yield denoiser_pb2.DenoiseResponse(block=block)
+                    yield block
             yield denoiser_pb2.DenoiseResponse(closed=types_pb2.Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
 
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import grpc.aio
 
@@ -11,7 +12,7 @@ from avatar import telemetry
 from avatar.audio.model import AudioModel, ResumedAudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
-from avatar.rpc.codec import audio_session_from_pb, block_to_pb, due_s, heard_from_pb, load_to_pb, piece_from_bytes
+from avatar.rpc.codec import audio_session_from_pb, block_to_wire, due_s, heard_from_pb, load_to_pb, piece_from_bytes
 from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
@@ -63,9 +64,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
     async def GetInfo(self, request: pb.AudioServiceGetInfoRequest, context: Context) -> pb.AudioServiceGetInfoResponse:
         return self.info()
 
-    async def Encode(
-        self, requests: AsyncIterator[pb.EncodeRequest], context: Context
-    ) -> AsyncGenerator[pb.EncodeResponse, None]:
+    async def Encode(self, requests: AsyncIterator[pb.EncodeRequest], context: Context) -> AsyncGenerator[Any, None]:
         opened: pb.OpenEncode = await receive_open(requests)
         with as_invalid_field("open.audio", InvalidAudio):
             check_piece(piece_from_bytes(b"", opened.encoding, opened.rate_hz, opened.num_channels))
@@ -86,7 +85,7 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
                 async for block in blocks:
                     span = telemetry.block_span("audio", block.index, *usage.last_step, link=opened.traceparent)
                     num_blocks += 1
-                    yield pb.EncodeResponse(block=block_to_pb(replace(block, traceparent=span)))
+                    yield block_to_wire(replace(block, traceparent=span))
             yield pb.EncodeResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
 
 

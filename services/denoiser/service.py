@@ -15,14 +15,15 @@ from avatar.denoiser.denoiser import Denoiser
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, ChainMember, ChainStream
 from avatar.rpc.codec import (
-    block_from_pb,
+    block_from_wire,
     conditions_from_pb,
     conditions_to_pb,
-    latent_to_pb,
+    latent_to_wire,
     load_to_pb,
     session_from_open,
 )
 from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
+from avatar.rpc.wire import RelayedBlock
 from avatar.runtime.admission import AdmissionControl
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, local
@@ -108,9 +109,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
     ) -> pb.DenoiserServiceGetInfoResponse:
         return self.info()
 
-    async def Denoise(
-        self, requests: AsyncIterator[pb.DenoiseRequest], context: Context
-    ) -> AsyncGenerator[pb.DenoiseResponse, None]:
+    async def Denoise(self, requests: AsyncIterator[pb.DenoiseRequest], context: Context) -> AsyncGenerator[Any, None]:
         opened: pb.OpenDenoise = await receive_open(requests)
         denoiser = self._denoisers.get(opened.level)
         if denoiser is None:
@@ -146,10 +145,10 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                         "denoiser", block.index, *usage.last_step, level=opened.level, parent=block.traceparent
                     )
                     num_blocks += 1
-                    answer = latent_to_pb(chain_stream.hand_over(block) if chain_stream else block)
+                    answer = latent_to_wire(chain_stream.hand_over(block) if chain_stream else block)
                     if updates_sink and block.index == 0:
-                        answer.carried.CopyFrom(await self._write_sink(opened.session_id, block))
-                    yield pb.DenoiseResponse(block=answer)
+                        answer.head.carried.CopyFrom(await self._write_sink(opened.session_id, block))
+                    yield answer
             yield pb.DenoiseResponse(closed=Closed(num_blocks=num_blocks, busy_s=usage.busy_s))
 
     def _opened(self, denoiser: Denoiser, session: Session) -> pb.DenoiseOpened:
@@ -185,12 +184,12 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                 if isinstance(item, types_pb2.Conditions):
                     yield conditions_from_pb(item)
                     continue
-                block: types_pb2.Block = item
+                block: RelayedBlock = item
                 if conditions is None and block.index != opened.first_block:
                     raise ValueError(f"the first block is {block.index}, expected {opened.first_block} as opened")
-                if conditions is None or block.conditions != conditions.version:
-                    conditions = carried_conditions(block)
-                received = block_from_pb(block, conditions)
+                if conditions is None or block.head.conditions != conditions.version:
+                    conditions = carried_conditions(block.head)
+                received = block_from_wire(block, conditions)
                 yield await chain_stream.receive(received) if chain_stream else received
 
     async def _write_sink(self, session_id: str, block: Block) -> types_pb2.Conditions:

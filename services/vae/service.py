@@ -18,7 +18,7 @@ import numpy as np
 
 from avatar import telemetry
 from avatar.errors import NoCapacity
-from avatar.rpc.codec import block_from_pb, load_to_pb, session_from_open, tensor_to_pb
+from avatar.rpc.codec import block_from_wire, load_to_pb, session_from_open, tensor_to_pb
 from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
 from avatar.rpc.status import INPUT_TAKEN
 from avatar.runtime.admission import AdmissionControl, StepTimes
@@ -207,7 +207,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 if message.index != expected:
                     raise ValueError(f"block {message.index} came, expected {expected}")
                 expected += 1
-                for latent in self._vae.latent_frames(block_from_pb(message, None)):
+                for latent in self._vae.latent_frames(block_from_wire(message, None)):
                     yield latent
 
 

@@ -17,7 +17,7 @@ from avatar.denoiser.model import load
 from avatar.handoff.chain import join_chain
 from avatar.handoff.client import RemoteChain
 from avatar.rpc.channel import channel
-from avatar.rpc.codec import block_to_pb, conditions_to_pb, tensor_to_pb
+from avatar.rpc.codec import block_to_wire, conditions_to_pb, tensor_to_pb
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import DenoiserSettings
@@ -110,7 +110,7 @@ async def denoised_by(stage: RemoteChain, checkpoint: Path, session: Session, pa
             await asyncio.sleep(pause_s)
             if block.index == SINK_UPDATE_BLOCK:
                 await is_updated.wait()
-            message = block_to_pb(block)
+            message = block_to_wire(block).to_pb()
             message.conditions = int(block.index >= SINK_UPDATE_BLOCK)
             if block.index in (0, SINK_UPDATE_BLOCK):
                 message.carried.CopyFrom(conditions)

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from avatar.errors import StageLost
-from avatar.rpc.codec import block_to_pb, conditions_to_pb
+from avatar.rpc.codec import block_to_wire, conditions_to_pb
 from avatar.rpc.wire import RelayedBlock
 from avatar.worker.v1 import types_pb2 as pb
 from tests.handoff.chains import (
@@ -51,7 +51,7 @@ async def first_blocks(
     """Yield a few blocks, then raise the error, or wait for ever without one."""
     session = random_session("", 9)
     for block in blocks_of(session, checkpoint)[:count]:
-        message = block_to_pb(block)
+        message = block_to_wire(block).to_pb()
         if block.index == 0:
             message.carried.CopyFrom(conditions_to_pb(first_conditions(session)))
         yield message

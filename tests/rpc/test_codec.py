@@ -13,17 +13,18 @@ from torch import Tensor
 from avatar.rpc.codec import (
     DTYPES,
     audio_session_from_pb,
-    block_from_pb,
-    block_to_pb,
+    block_from_wire,
+    block_to_wire,
     conditions_from_pb,
     conditions_to_pb,
     due_s,
-    latent_to_pb,
+    latent_to_wire,
     piece_from_bytes,
     session_from_pb,
     tensor_from_pb,
     tensor_to_pb,
 )
+from avatar.rpc.wire import RelayedBlock
 from avatar.store.packing import ITEM_BYTES
 from avatar.types import Block, Conditions
 from avatar.worker.v1 import types_pb2 as pb
@@ -36,6 +37,11 @@ SHAPES = [(), (1,), (0,), (3, 0, 2), (2, 3, 4, 5)]
 def sent(message: Sent) -> Sent:
     """Return the message as it arrives."""
     return type(message).FromString(message.SerializeToString())
+
+
+def arrived_as(block: RelayedBlock) -> RelayedBlock:
+    """Return the block as it arrives."""
+    return RelayedBlock.from_bytes(b"".join(block.parts()))
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -156,9 +162,9 @@ def test_a_block_arrives(has_latent: bool) -> None:
     conditions = Conditions(2, randn(4, 1, 3, 2), torch.zeros(0, 0))
     latent = randn(4, 3, 3, 2) if has_latent else None
     block = Block(2**40, randn(5, 8, 12), latent, conditions, "00-ab-cd-01")
-    message = sent(block_to_pb(block))
-    assert message.conditions == 2
-    arrived = block_from_pb(message, conditions)
+    message = arrived_as(block_to_wire(block))
+    assert message.head.conditions == 2
+    arrived = block_from_wire(message, conditions)
     assert (arrived.index, arrived.traceparent) == (2**40, "00-ab-cd-01")
     assert arrived.conditions is conditions
     assert_same(arrived.features, block.features)
@@ -170,25 +176,25 @@ def test_a_block_arrives(has_latent: bool) -> None:
 
 def test_inputs_of_a_listening_network_arrive() -> None:
     block = Block(1, randn(5, 8, 12), heard=randn(5, 8, 12), face_motion=randn(6, 12))
-    arrived = block_from_pb(sent(block_to_pb(block)), None)
+    arrived = block_from_wire(arrived_as(block_to_wire(block)), None)
     assert_same(arrived.heard, block.heard)
     assert_same(arrived.face_motion, block.face_motion)
-    plain = block_from_pb(sent(block_to_pb(replace(block, heard=None, face_motion=None))), None)
+    plain = block_from_wire(arrived_as(block_to_wire(replace(block, heard=None, face_motion=None))), None)
     assert (plain.heard, plain.face_motion) == (None, None)
 
 
 def test_a_block_that_is_not_admitted_names_no_conditions() -> None:
-    message = sent(block_to_pb(Block(1, randn(5, 8, 12))))
-    assert message.conditions == 0
-    assert block_from_pb(message, None).conditions is None
+    message = arrived_as(block_to_wire(Block(1, randn(5, 8, 12))))
+    assert message.head.conditions == 0
+    assert block_from_wire(message, None).conditions is None
 
 
 def test_a_denoiser_answers_with_the_latent_alone() -> None:
     conditions = Conditions(2, randn(4, 1, 3, 2), torch.zeros(0, 0))
     block = Block(7, randn(5, 8, 12), randn(4, 3, 3, 2), conditions, "00-ab-cd-01")
-    message = sent(latent_to_pb(block))
-    assert {field.name for field, _ in message.ListFields()} == {"index", "latent", "traceparent"}
-    arrived = block_from_pb(message, None)
+    message = arrived_as(latent_to_wire(block))
+    assert {field.name for field, _ in message.to_pb().ListFields()} == {"index", "latent", "traceparent"}
+    arrived = block_from_wire(message, None)
     assert (arrived.index, arrived.traceparent) == (7, "00-ab-cd-01")
     assert arrived.features.numel() == 0
     assert_same(arrived.latent, block.latent)
@@ -232,5 +238,5 @@ def test_slack_counts_from_the_arrival_of_a_message(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("avatar.rpc.codec.time", SimpleNamespace(monotonic=lambda: 100.0))
     assert [due_s(pb.Block(slack_s=slack_s)) for slack_s in (0.5, 0.0, -1.0)] == [100.5, 100.0, 99.0]
     assert due_s(AudioPiece(slack_s=2)) == 102
-    assert block_from_pb(pb.Block(slack_s=3), None).due_s == 103
-    assert due_s(AudioPiece()) is block_from_pb(pb.Block(), None).due_s is None
+    assert block_from_wire(RelayedBlock(pb.Block(slack_s=3)), None).due_s == 103
+    assert due_s(AudioPiece()) is block_from_wire(RelayedBlock(pb.Block()), None).due_s is None

@@ -3,9 +3,19 @@ from typing import Any
 import pytest
 from google.protobuf.message import DecodeError
 
-from avatar.rpc.wire import LATENT, RelayedBlock, parse_response, serialize_field, serialize_session
+from avatar.rpc.wire import (
+    LATENT,
+    RelayedBlock,
+    parse_part,
+    serialize_field,
+    serialize_part,
+    serialize_session,
+)
 from avatar.worker.v1 import denoiser_pb2, vae_pb2
 from avatar.worker.v1.types_pb2 import Block, Session, Tensor
+
+RESPONSE = denoiser_pb2.DenoiseResponse
+BLOCK = RESPONSE.DESCRIPTOR.fields_by_name["block"]
 
 
 def tensor(num_bytes: int, value: int) -> Tensor:
@@ -73,23 +83,62 @@ def test_a_block_in_a_response_keeps_its_tensors_serialized() -> None:
         index=300, features=tensor(70_000, 1), latent=tensor(9, 2), conditions=2, statistics=b"12", slack_s=-1.5
     )
     response = denoiser_pb2.DenoiseResponse(block=block)
-    parsed = parse_response(response.SerializeToString(), 2, denoiser_pb2.DenoiseResponse)
+    parsed = parse_part(response.SerializeToString(), RESPONSE, BLOCK)
     assert isinstance(parsed, RelayedBlock)
     assert parsed.head == Block(index=300, conditions=2, statistics=b"12", slack_s=-1.5)
     assert parsed.latent == [b"".join(serialize_field(LATENT, block.latent))]
     assert parsed.to_pb() == block
-    empty = parse_response(denoiser_pb2.DenoiseResponse(block=Block()).SerializeToString(), 2, type(response))
+    assert RESPONSE.FromString(serialize_part(parsed, BLOCK)) == response
+    empty = parse_part(RESPONSE(block=Block()).SerializeToString(), RESPONSE, BLOCK)
     assert isinstance(empty, RelayedBlock)
     assert empty.index == 0
 
 
+def test_the_elements_of_a_tensor_are_a_slice_of_the_bytes_that_arrived() -> None:
+    data = RESPONSE(block=Block(index=1, features=tensor(300, 1), latent=tensor(0, 0))).SerializeToString()
+    parsed = parse_part(data, RESPONSE, BLOCK)
+    assert isinstance(parsed, RelayedBlock)
+    found = parsed.tensor("features")
+    assert found
+    head, elements = found
+    assert (head.dtype, list(head.shape), bytes(elements)) == ("uint8", [300], b"\1" * 300)
+    assert isinstance(elements, memoryview)
+    assert elements.obj is data
+    assert parsed.tensor("latent") == (tensor(0, 0), b"")
+    assert parsed.tensor("heard") is None
+
+
+def test_a_tensor_that_comes_in_two_parts_is_their_merger() -> None:
+    parts = [Tensor(dtype="float32", shape=[2], data=b"1"), Tensor(dtype="uint8", shape=[3], data=b"23")]
+    block = RelayedBlock.from_bytes(b"".join(part for each in parts for part in serialize_field(LATENT, each)))
+    assert block.tensor("latent") == (Tensor(dtype="uint8", shape=[2, 3]), b"23")
+    assert block.to_pb().latent == Tensor(dtype="uint8", shape=[2, 3], data=b"23")
+
+
+@pytest.mark.parametrize("content", [b"\x0a", b"\x1a\x05abc", b"\x18\x01", b"\x0a\x01\xff", b"\x0f"])
+def test_bytes_that_are_no_tensor_are_refused_by_name(content: bytes) -> None:
+    block = RelayedBlock.from_bytes(bytes([LATENT << 3 | 2, len(content)]) + content)
+    with pytest.raises(ValueError, match="the bytes of latent are not a tensor"):
+        block.tensor("latent")
+
+
 def test_another_response_is_parsed_whole() -> None:
-    response = denoiser_pb2.DenoiseResponse(opened=denoiser_pb2.DenoiseOpened(history_blocks=3))
-    assert parse_response(response.SerializeToString(), 2, denoiser_pb2.DenoiseResponse) == response
+    response = RESPONSE(opened=denoiser_pb2.DenoiseOpened(history_blocks=3))
+    assert parse_part(response.SerializeToString(), RESPONSE, BLOCK) == response
+    assert RESPONSE.FromString(serialize_part(response, BLOCK)) == response
+
+
+def test_a_block_with_fields_of_a_newer_version_beside_it_is_found() -> None:
+    unknown = b"\xa2\x06\x01a"  # field 100, bytes
+    block = RESPONSE(block=Block(index=300, latent=tensor(9, 2))).SerializeToString()
+    for data in (block + unknown, unknown + block):
+        parsed = parse_part(data, RESPONSE, BLOCK)
+        assert isinstance(parsed, RelayedBlock)
+        assert parsed.to_pb() == Block(index=300, latent=tensor(9, 2))
 
 
 def test_bytes_that_are_no_block_are_refused() -> None:
-    data = denoiser_pb2.DenoiseResponse(block=Block(index=300, latent=tensor(300, 2))).SerializeToString()
+    data = RESPONSE(block=Block(index=300, latent=tensor(300, 2))).SerializeToString()
     for damaged in (
         data[:1],
         data[:-1],
@@ -99,4 +148,4 @@ def test_bytes_that_are_no_block_are_refused() -> None:
         b"\x12" + b"\xff" * 11,
     ):
         with pytest.raises(DecodeError):
-            parse_response(damaged, 2, denoiser_pb2.DenoiseResponse)
+            parse_part(damaged, RESPONSE, BLOCK)

@@ -8,7 +8,7 @@ import pytest
 from avatar.errors import StageFailed
 from avatar.rpc.channel import channel
 from avatar.rpc.client import remote_denoiser
-from avatar.rpc.codec import block_to_pb, conditions_to_pb
+from avatar.rpc.codec import block_to_wire, conditions_to_pb
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import DenoiserSettings
@@ -37,7 +37,7 @@ async def test_the_first_block_of_a_version_must_carry_it(
 
     async def blocks() -> AsyncGenerator[pb.Block, None]:
         for block in blocks_of(session, checkpoint)[:2]:
-            sent = block_to_pb(block)
+            sent = block_to_wire(block).to_pb()
             sent.conditions = block.index
             if block.index < len(carried):
                 sent.carried.CopyFrom(versions[carried[block.index]])

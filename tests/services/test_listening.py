@@ -10,7 +10,7 @@ from avatar.audio.model import load
 from avatar.checkpoints.layouts import open_part
 from avatar.rpc.channel import channel
 from avatar.rpc.client import remote_audio
-from avatar.rpc.codec import block_from_pb
+from avatar.rpc.codec import block_from_wire
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import AudioSettings
@@ -63,7 +63,7 @@ async def test_a_worker_makes_the_inputs_that_a_stream_asks_for(
                 session_id="a", encoding="pcm16", rate_hz=16000, num_channels=1, seed=5, inputs=inputs
             )
             await stage.open(opened)
-            received = [block_from_pb(block.to_pb(), None) async for block in stage(pieces())]
+            received = [block_from_wire(block, None) async for block in stage(pieces())]
 
     model = load(open_part(listening_checkpoint, "audio"))
     state = model.open(Session("a", 5, torch.zeros(0)), inputs)

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from avatar.errors import StageFailed
 from avatar.rpc.channel import channel
 from avatar.rpc.client import remote_vae
 from avatar.rpc.codec import tensor_to_pb
 from avatar.rpc.server import serving
+from avatar.rpc.wire import LATENT, RelayedBlock
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import VaeSettings
 from avatar.types import FrameChunk, LatentFrame
@@ -64,6 +66,18 @@ async def frames_in(
         pb.OpenDecode(session=SESSION, encoding=encoding, first_block=first, per_latent=per_latent)
     )
     return opened.init_segment, [frame async for frame in stage(blocks(first))]
+
+
+async def test_a_block_whose_tensor_is_damaged_is_refused_and_the_worker_serves_on(worker: grpc.aio.Channel) -> None:
+    async def damaged() -> AsyncGenerator[RelayedBlock, None]:
+        yield RelayedBlock(types.Block(), latent=[bytes([LATENT << 3 | 2, 2]), b"\x1a\x05"])  # data of 5 bytes, cut off
+
+    stage = remote_vae(worker)
+    await stage.open(pb.OpenDecode(session=SESSION, encoding="jpeg"))
+    with pytest.raises(StageFailed, match="block: the bytes of latent are not a tensor"):
+        await anext(stage(damaged()))
+    _, frames = await frames_in(worker, "jpeg")
+    assert frames
 
 
 async def opened_in(target: grpc.aio.Channel, encoding: str) -> pb.DecodeOpened:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from avatar.audio.model import OVERLAP_SAMPLES, AudioModel, interpolate
 from avatar.audio.statistics import AudioStatistics
 from avatar.failover.replay import AudioReplay
-from avatar.rpc.codec import block_to_pb, heard_from_pb, piece_from_bytes
+from avatar.rpc.codec import block_to_wire, heard_from_pb, piece_from_bytes
 from avatar.rpc.wire import RelayedBlock
 from avatar.types import AudioPiece, Block, HeardAudio, Session
 from avatar.worker.v1 import audio_pb2 as pb
@@ -79,7 +79,7 @@ def test_without_the_other_blocks_are_as_without_the_input(model: AudioModel, se
         assert torch.equal(one.features, third.features)
         assert (one.face_motion, len(one.statistics)) == (None, 32)
     ignored = stream(model, session, pieces(model, own, in_pieces(model, own)), ())
-    assert [block_to_pb(block) for block in ignored] == [block_to_pb(block) for block in plain]
+    assert [block_to_wire(block).to_pb() for block in ignored] == [block_to_wire(block).to_pb() for block in plain]
 
 
 def test_nothing_waits_for_the_other_and_what_is_late_counts_later(
@@ -152,7 +152,7 @@ def test_a_rebuilt_stream_gives_the_same_bytes(rate_hz: int, model: AudioModel, 
             piece.heard.add(data=data, encoding="pcm16", rate_hz=rate_hz, num_channels=1, first_sample=at * heard_block)
         items.append(piece)
     opened = pb.OpenEncode(session_id="a", seed=5, inputs=INPUTS)
-    expected = [block_to_pb(each) for each in encoded(model, session, opened, items)]
+    expected = [block_to_wire(each).to_pb() for each in encoded(model, session, opened, items)]
     replay = AudioReplay(2, 16000, block / 16000, model.lookahead_s, b"")
     replay.set_window(pb.EncodeOpened(history_s=model.history_s))
     for index in range(count - 2):
@@ -164,5 +164,5 @@ def test_a_rebuilt_stream_gives_the_same_bytes(rate_hz: int, model: AudioModel, 
     assert opened.first_block > 0
     for item in items[count - 2 :]:
         replay.record(item)
-    rebuilt = [block_to_pb(each) for each in encoded(model, session, opened, list(replay.items()))]
+    rebuilt = [block_to_wire(each).to_pb() for each in encoded(model, session, opened, list(replay.items()))]
     assert rebuilt == expected[count - 3 :]
