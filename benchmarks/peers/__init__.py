@@ -1,6 +1,6 @@
 """Other ways to connect the same stages with the same messages: lower bounds and alternatives to compare with.
 
-    python -m benchmarks.peers {gloo,loop,zeromq} --step-s SECONDS
+    python -m benchmarks.peers {gloo,grpc,loop,zeromq} --step-s SECONDS
 
 reads one job per line and writes one report per line, both JSON:
 
@@ -10,5 +10,5 @@ Pace is `alone`: one block at a time; `full`: as fast as possible; or `live`: a 
 """
 
 # Number of times a block is handed on, including its audio and its picture where they are.
-HOPS = {"gloo": 5, "loop": 5, "zeromq": 6}
+HOPS = {"gloo": 5, "grpc": 7, "loop": 5, "zeromq": 6}
 NAMES = tuple(HOPS)

@@ -1,4 +1,4 @@
-"""A peer's process: `python -m benchmarks.peers {gloo,loop,zeromq} --step-s SECONDS`; one job per line."""
+"""A peer's process: `python -m benchmarks.peers {gloo,grpc,loop,zeromq} --step-s SECONDS`; one job per line."""
 
 import argparse
 import importlib
