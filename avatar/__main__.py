@@ -8,7 +8,7 @@ import argparse
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
@@ -36,6 +36,8 @@ from avatar.render import (
     with_clip_frames,
 )
 from avatar.text import model as text_model
+from avatar.types import FrameChunk
+from avatar.vae.marks.label import draw_label
 from avatar.vae.picture.reading import read_mask, read_picture
 from avatar.vae.picture.rule import Fit
 from avatar.vae.vae import HIDDEN_FRAMES, parse_config
@@ -76,9 +78,21 @@ def make_film(flags: argparse.Namespace) -> Film:
         print(f"levels: {models.config.levels_text}")
     options = render_options(flags, models)
     chunks = render(models, list(map(torch.from_numpy, speech)), rate_hz, picture, options)
-    frames = (chunk.frames.numpy() for chunk in tqdm(chunks, unit="chunk"))
+    frames = pixels(tqdm(chunks, unit="chunk"), has_label=flags.label)
+    frame_rate_hz = models.vae.config.frame_rate_hz
+    if not flags.marks:
+        print("the film carries no machine-readable marks")
     with logging_redirect_tqdm():
-        return write_mp4(flags.out, frames, models.vae.config.frame_rate_hz, HIDDEN_FRAMES, mix(speech), rate_hz)
+        return write_mp4(flags.out, frames, frame_rate_hz, HIDDEN_FRAMES, mix(speech), rate_hz, is_marked=flags.marks)
+
+
+def pixels(chunks: Iterable[FrameChunk], *, has_label: bool) -> Iterator[NDArray[np.uint8]]:
+    """Yield the frames of each chunk, (f, h, w, 3) uint8 RGB, with the label "AI" if they have one."""
+    for chunk in chunks:
+        frames = chunk.frames.numpy()
+        if has_label:
+            draw_label(frames)
+        yield frames
 
 
 def check_content(flags: argparse.Namespace) -> None:
@@ -146,6 +160,14 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--device", type=usable_device, default="cpu", help="torch device (default cpu)")
     out.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and states (default float32)")
     out.add_argument("--threads", type=positive, default=1, help="CPU threads (default 1)")
+
+    out.add_argument("--label", action="store_true", help='draw "AI" into the upper left corner of every frame')
+    out.add_argument(
+        "--no-marks",
+        dest="marks",
+        action="store_false",
+        help="leave out the machine-readable marks which say that a machine made the film",
+    )
 
     content = out.add_argument_group("content")
     content.add_argument("--prompt", default="", help="text prompt; for checkpoints with a text encoder")

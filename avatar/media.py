@@ -19,7 +19,8 @@ from av.container import OutputContainer
 from numpy.typing import NDArray
 
 from avatar.audio.decode import decode_audio, open_container
-from avatar.vae.encodings import set_picture_format, to_video_frame
+from avatar.vae.encodings import set_picture_format, to_video_frame, with_marks
+from avatar.vae.marks.metadata import SOURCE_TYPE, XMP_BOX
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +98,16 @@ def write_mp4(
     first_frame: int,
     samples: NDArray[np.float32],
     rate_hz: int,
+    *,
+    is_marked: bool = True,
 ) -> Film:
     """Write a film of H.264 and AAC: video starts at first_frame / frame_rate seconds, audio at 0.
 
     Audio after the last frame is left out.
 
     path: its ending is one of FILM_FORMATS. frames: chunks (f, h, w, 3) uint8 RGB of one size, h and w even; consumed
-    one at a time. samples: (a, s) float32 in [-1, 1], 1 or 2 channels.
+    one at a time. samples: (a, s) float32 in [-1, 1], 1 or 2 channels. is_marked: key frames, the film's comment and an
+    XMP packet at its end say that a machine made it.
     The file is renamed into place when it is complete. The offset of the video is stored as an empty edit in the edit
     list. ValueError if there are no frames or no samples, the frames' size is odd, or as in `check_film_name`; OSError
     if the file cannot be written.
@@ -124,17 +128,23 @@ def write_mp4(
             video = container.add_stream("libx264", rate=frame_rate, options={"crf": "18"})
             set_picture_format(video.codec_context, height, width, frame_rate)
             audio = container.add_stream("aac", rate=AAC_RATE_HZ, layout=LAYOUTS[len(samples)])
+            if is_marked:
+                container.metadata["comment"] = f"made by a machine: {SOURCE_TYPE}"
             frame_number, start = first_frame, 0
             for chunk in chain([first], chunks):
                 for image in chunk:
-                    container.mux(video.encode(to_video_frame(image, frame_number, frame_rate)))
+                    packets = video.encode(to_video_frame(image, frame_number, frame_rate))
+                    container.mux(with_marks(packets, is_marked=is_marked))
                     frame_number += 1
                 # Audio is interleaved with video, so that a reader finds both without seeking.
                 end = frame_number * rate_hz // frame_rate
                 mux_audio(container, audio, samples, start, end, rate_hz)
                 start = end
-            container.mux(video.encode(None))
+            container.mux(with_marks(video.encode(None), is_marked=is_marked))
             container.mux(audio.encode(None))
+        if is_marked:
+            with partial.open("ab") as file:
+                file.write(XMP_BOX)
         partial.replace(path)
     except av.FFmpegError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error

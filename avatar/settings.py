@@ -273,6 +273,7 @@ class GatewaySettings(Settings):
     worker_ca: PEM file of the authority that signed the workers' certificates; plain text to workers without it.
     worker_cert, worker_key: PEM files of the certificate that the gateway shows to workers, and of its key.
     tenants: TOML file of the tenants, their tokens and quotas; without it everybody may call, without limits.
+    marks: mark frames as made by a machine, for machines, in every encoding that can carry it.
     """
 
     listen: Address = "127.0.0.1:7000"
@@ -301,6 +302,7 @@ class GatewaySettings(Settings):
     worker_cert: OptionalPath = None
     worker_key: OptionalPath = None
     tenants: OptionalPath = None
+    marks: bool = True
 
     @model_validator(mode="after")
     def _check_worker_tls(self) -> Self:

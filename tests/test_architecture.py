@@ -80,7 +80,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "avatar.checkpoints.sizing": ("avatar.denoiser", "avatar.types"),
     "avatar.render": ("avatar.audio", "avatar.checkpoints", "avatar.denoiser", "avatar.types", "avatar.vae"),
-    "avatar.__main__": ("avatar.checkpoints", "avatar.media", "avatar.render", "avatar.text", "avatar.vae"),
+    "avatar.__main__": (
+        *("avatar.checkpoints", "avatar.media", "avatar.render", "avatar.text", "avatar.types", "avatar.vae"),
+    ),
     # Processes. Nobody imports them.
     "services.address": ("avatar.settings",),
     "services.process": ("avatar.errors",),

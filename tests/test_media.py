@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from avatar.media import Film, read_audio, read_video, write_mp4
+from tests.readers import GENERATED, marks_of_film
 
 RNG = np.random.default_rng(0)
 
@@ -189,6 +190,27 @@ def test_colours_survive(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         pictures(tmp_path / "a.mp4")[2].to_ndarray(format="rgb24")[32, 32], (200, 60, 30), atol=3
     )
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.m4v", "a.mov"])
+def test_a_film_says_that_a_machine_made_it(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    write_mp4(path, [frames_of(64, 300)], 25, 3, np.zeros((1, 3200), np.float32), 16000)
+    assert marks_of_film(path) == (GENERATED, [GENERATED] * 2)
+    with av.open(str(path)) as container:
+        assert container.metadata["comment"] == f"made by a machine: {GENERATED}"
+
+
+def test_marks_of_a_film_can_be_left_out_and_change_no_pixel(tmp_path: Path) -> None:
+    marked, plain = tmp_path / "marked.mp4", tmp_path / "plain.mp4"
+    frames = RNG.integers(0, 255, (30, 64, 64, 3), np.uint8)
+    for path in (marked, plain):
+        write_mp4(path, [frames], 25, 3, np.zeros((1, 3200), np.float32), 16000, is_marked=path == marked)
+    assert marks_of_film(plain) == (None, [None])
+    with av.open(str(plain)) as container:
+        assert "comment" not in container.metadata
+    shown = [[frame.to_ndarray(format="rgb24").tobytes() for frame in pictures(path)] for path in (marked, plain)]
+    assert shown[0] == shown[1]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

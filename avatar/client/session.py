@@ -97,12 +97,13 @@ class Avatar:
         sink_update_block: int | None = None,
         sink_distance: tuple[int, int] | None = None,
         audio_context_s: float | None = None,
+        label: bool = False,
     ) -> "Session":
         """Create a session of a person.
 
         portrait: the bytes or the path of a PNG, JPEG, WebP, HEIC or AVIF file. All other arguments default to the
         deployment's choice and are documented in CreateReferenceRequest and CreateSessionRequest. sink_distance:
-        smallest and largest, in latent frames. ValueError if there is no such fit.
+        smallest and largest, in latent frames. label: draw "AI" into every frame. ValueError if there is no such fit.
         """
         picture = portrait if isinstance(portrait, bytes) else await asyncio.to_thread(Path(portrait).read_bytes)
         reference_request = pb.CreateReferenceRequest(
@@ -111,7 +112,7 @@ class Avatar:
         stub = self._connection.stub
         reference = (await self._connection.call(stub.CreateReference, reference_request, CREATE_S)).reference
         request = pb.CreateSessionRequest(
-            reference_id=reference.id, seed=seed, prompt=prompt, sink_update_block=sink_update_block
+            reference_id=reference.id, seed=seed, prompt=prompt, sink_update_block=sink_update_block, label=label
         )
         if sink_distance is not None:
             request.min_sink_distance, request.max_sink_distance = sink_distance

@@ -39,6 +39,7 @@ MAX_QUEUED_ITEMS = 64
 # gateway forgets the stream.
 RETRY_S, MAX_RETRY_S = 0.1, 0.5
 LAST_S = 0.1
+MARKS = {types.MARK_XMP: "xmp", types.MARK_SEI: "sei", types.MARK_LABEL: "label"}
 SAMPLE_BYTES = {types.SAMPLE_ENCODING_PCM16: 2, types.SAMPLE_ENCODING_FLOAT32: 4}
 
 
@@ -50,12 +51,14 @@ class Stream:
 
     One task may push audio while another iterates. Every method raises the AvatarError that ended the stream.
 
-    init_segment: initialization segment of fragmented MP4. closed: the gateway's summary, set once all frames have
+    init_segment: initialization segment of fragmented MP4. marks: those in the frames which say that a machine made
+    them, of "xmp", "sei" and "label"; see the enum `Mark`. closed: the gateway's summary, set once all frames have
     arrived.
     """
 
     def __init__(self, connection: Connection, opening: pb.OpenAvatar, limits: pb.GetCapabilitiesResponse) -> None:
         self.init_segment = b""
+        self.marks: frozenset[str] = frozenset()
         self.closed: pb.AvatarClosed | None = None
         self._connection = connection
         self._opening = opening
@@ -196,6 +199,7 @@ class Stream:
         if not is_resume:
             self._next_frame = opened.session.next_frame
             self.init_segment = opened.init_segment
+            self.marks = frozenset(MARKS[mark] for mark in opened.marks if mark in MARKS)
         return opened
 
     async def _read_responses(self) -> ConnectionLost:

@@ -178,12 +178,15 @@ class VaeConnector(StageConnector[Relayable, types_pb2.Frame]):
         message: vae_pb2.OpenDecode,
         block_frames: int,
         next_block: int = 0,
+        *,
+        has_label: bool = False,
     ) -> None:
+        """has_label: the frames show a label, which workers of earlier versions do not draw."""
         super().__init__("vae", pool, BlockReplay(next_block), message)
-        self._block_frames = block_frames
+        self._block_frames, self._has_label = block_frames, has_label
 
     def serves(self, info: vae_pb2.VaeServiceGetInfoResponse) -> bool:
-        return info.block_frames == self._block_frames
+        return info.block_frames == self._block_frames and (info.labels or not self._has_label)
 
     def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, types_pb2.Frame]:
         return remote_vae(worker.channel)

@@ -1,5 +1,6 @@
 """The gateway's process: `python -m services.gateway`."""
 
+import logging
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -19,12 +20,16 @@ from services.gateway.service import AvatarServicer
 from services.gateway.workers import Workers
 from services.process import run
 
+logger = logging.getLogger(__name__)
+
 
 @asynccontextmanager
 async def gateway(settings: GatewaySettings, store: SessionStore) -> AsyncGenerator[int, None]:
     """Run a gateway while the body runs; yields its port. ValueError names a setting whose file cannot be used."""
     credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     authentication = [Authentication(Tokens(settings.tenants))] if settings.tenants else []
+    if not settings.marks:
+        logger.warning("frames carry no machine-readable marks: AVATAR_MARKS is false")
     registry = store.workers(settings.cell)
     cell = Cell(settings, registry)
     await cell.read()

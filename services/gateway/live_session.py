@@ -31,7 +31,8 @@ from avatar.store.claims import CLAIM_TTL_S, Claim, Outcome
 from avatar.store.references import LEASE_MARGIN_S, Latents
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
-from avatar.worker.v1 import types_pb2
+from avatar.worker.v1 import types_pb2, vae_pb2
+from services.gateway.options import MARKS
 from services.gateway.stream.live_stream import LiveStream
 from services.gateway.stream.outbox import Item, Write
 
@@ -47,7 +48,7 @@ class LiveSession:
     """An open session, with or without a connection.
 
     opened: the message that opened it. session: its constants, and its current prompt. stream: its pipeline.
-    init_segment: bytes that precede all frames.
+    decoding: the decoder's answer to its `open`, with bytes that precede all frames and the frames' marks.
     ended: done when the session has ended, with the error that ended it, if any.
     """
 
@@ -56,13 +57,13 @@ class LiveSession:
         opened: pb.OpenAvatar,
         session: types_pb2.Session,
         stream: LiveStream,
-        init_segment: bytes,
+        decoding: vae_pb2.DecodeOpened,
         store: SessionStore,
         settings: GatewaySettings,
     ) -> None:
         self.opened = opened
         self.stream = stream
-        self.init_segment = init_segment
+        self.decoding = decoding
         self.session, self._store, self._settings = session, store, settings
         loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = loop.create_future()
@@ -100,7 +101,8 @@ class LiveSession:
                 if next_frame is not None:
                     self.stream.outbox.repeat_from(next_frame)
                 opened = await describe(self.opened.session_id)
-                opened.init_segment = self.init_segment
+                opened.init_segment = self.decoding.init_segment
+                opened.marks.extend(MARKS[mark] for mark in self.decoding.marks if mark in MARKS)
                 opened.num_samples, opened.num_messages = self.stream.acks.num_samples, self.stream.acks.num_messages
                 try:
                     await write(pb.StreamAvatarResponse(opened=opened))

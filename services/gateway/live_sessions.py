@@ -147,7 +147,7 @@ class LiveSessions:
                 position.workers[:] = stages.workers
                 await claim.commit(position)
                 claim.wake_with(stream.advanced)
-                live = LiveSession(opened, session, stream, stages.init_segment, self._store, self._settings)
+                live = LiveSession(opened, session, stream, stages.decoding, self._store, self._settings)
                 self._sessions[session.id] = live
                 try:
                     if not started.done():  # the caller may be gone

@@ -21,6 +21,7 @@ VIDEO_ENCODINGS = {
     types.VIDEO_ENCODING_FMP4: "fmp4",
 }
 ENCODING_OF = {name: encoding for encoding, name in VIDEO_ENCODINGS.items()}
+MARKS = {"xmp": types.MARK_XMP, "sei": types.MARK_SEI, "label": types.MARK_LABEL}
 # Duration of one frame of the audio encoder.
 FRAME_NS = 20_000_000
 SinkOption: TypeAlias = Literal["sink_update_block", "min_sink_distance", "max_sink_distance"]
@@ -117,7 +118,7 @@ async def set_session_options(
 
 def show_session_options(stored: types_pb2.Session, session: types.Session) -> None:
     """Copy the options that a session was created with into the client's view of it."""
-    session.prompt = stored.prompt
+    session.prompt, session.label = stored.prompt, stored.label
     for name in SINK_OPTIONS:
         if stored.HasField(name):
             setattr(session, name, getattr(stored, name))

@@ -149,6 +149,7 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             block_frames=reference.block_frames,
             prompt=request.prompt,
             tenant=caller().name,
+            label=request.label or caller().label,
         )
         await set_session_options(session, request, self._workers.max_right_frames)
         position = types_pb2.Position(next_frame=FIRST_FRAME, ttl_s=ttl_s or self._settings.session_ttl_s)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any
 
@@ -41,7 +41,7 @@ class SessionStages:
     lookahead_ns: audio after a block's end that its features depend on, in nanoseconds.
     notice: why the stream will lag, in words for the client; empty if the deployment keeps up with it.
     sink_update_block: the first block under the session's own sink; None if the picture stays the sink.
-    init_segment: bytes that precede all frames.
+    decoding: the decoder's answer to its `open`, with bytes that precede all frames and the frames' marks.
     """
 
     audio: FailoverStage[audio_pb2.AudioPiece, RelayedBlock]
@@ -52,7 +52,7 @@ class SessionStages:
     lookahead_ns: int = 0
     notice: str = ""
     sink_update_block: int | None = None
-    init_segment: bytes = b""
+    decoding: vae_pb2.DecodeOpened = field(default_factory=vae_pb2.DecodeOpened)
 
     @property
     def all(self) -> list[FailoverStage[Any, Any]]:
@@ -108,7 +108,7 @@ class SessionStages:
             digest = levels[0].digest
             raise ConfigMismatch(f"denoisers serve different checkpoints: {digest}, {', '.join(sorted(digests))}")
         self.sink_update_block = levels[0].sink_update_block if levels[0].HasField("sink_update_block") else None
-        self.init_segment = opened[self.vae.stage].init_segment
+        self.decoding = opened[self.vae.stage]
 
 
 @asynccontextmanager
@@ -165,9 +165,10 @@ async def open_stages(
         is_live=options.is_live,
         per_latent=options.is_per_latent,
         takes_chunks=True,
+        unmarked=not settings.marks,
     )
     denoisers = _denoisers(workers, info, session.id, options, position.next_block)
-    vae = VaeConnector(workers.vae, video, info.block_frames, position.next_block)
+    vae = VaeConnector(workers.vae, video, info.block_frames, position.next_block, has_label=session.label)
     connectors: list[StageConnector[Any, Any]] = [audio, *denoisers, vae]
     formers = chain(position.workers, repeat(""))
     for connector, former in zip(connectors, formers, strict=False):

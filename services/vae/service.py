@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from typing import Any, cast
 
 import grpc.aio
@@ -27,6 +28,8 @@ from avatar.runtime.pipeline import Step, StreamUsage, local
 from avatar.types import FrameChunk, LatentFrame
 from avatar.vae import encodings
 from avatar.vae.encodings import Encoded
+from avatar.vae.marks.label import draw_label
+from avatar.vae.marks.metadata import MARKS_OF
 from avatar.vae.picture.reading import Picture
 from avatar.vae.picture.rule import Fit
 from avatar.vae.vae import Vae
@@ -91,6 +94,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             step_s=self._admission.step_times.p90_s,
             latent_step_s=self._latent_times.p90_s,
             load=load_to_pb(self._queue.load),
+            labels=True,
         )
 
     async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:
@@ -150,10 +154,15 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             encodings.check_quality(quality)
 
         waits_for_block = encoding in encodings.GROUPED and not opened.per_latent
+        is_marked, has_label = not opened.unmarked, opened.session.label
+        marks = [*(MARKS_OF[encoding] if is_marked else ()), *(["label"] if has_label else [])]
 
         def encode(chunks: list[FrameChunk]) -> list[Frame]:
             pixels = np.concatenate([chunk.frames.numpy() for chunk in chunks])
-            return _frames(chunks, encodings.encode(pixels, encoding, rate_hz, quality, chunks[0].first_frame))
+            if has_label:
+                draw_label(pixels)
+            first = chunks[0].first_frame
+            return _frames(chunks, encodings.encode(pixels, encoding, rate_hz, quality, first, is_marked=is_marked))
 
         accepted = self._admission.admit(
             opened.session_id,
@@ -166,10 +175,12 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 session = session_from_open(opened)
             width, height = opened.session.width, opened.session.height
             loop = asyncio.get_running_loop()
-            init = await loop.run_in_executor(
-                self._encoder, encodings.init_segment, encoding, height, width, rate_hz, quality
+            init_segment = partial(encodings.init_segment, is_marked=is_marked)
+            init = await loop.run_in_executor(self._encoder, init_segment, encoding, height, width, rate_hz, quality)
+            history_blocks = self._vae.history_blocks
+            yield pb.DecodeResponse(
+                opened=pb.DecodeOpened(history_blocks=history_blocks, init_segment=init, marks=marks)
             )
-            yield pb.DecodeResponse(opened=pb.DecodeOpened(history_blocks=self._vae.history_blocks, init_segment=init))
             decoding_usage, encoding_usage = StreamUsage(self._latent_times), StreamUsage()
             decoding_steps: list[Step] = []  # of the present block
             encoding_steps: list[Step] = []

@@ -5,12 +5,13 @@ from functools import partial
 import pytest
 
 from avatar.errors import NoCapacity, StageLost
-from avatar.failover.connector import AudioConnector, ChainConnector, LevelConnector
+from avatar.failover.connector import AudioConnector, ChainConnector, LevelConnector, VaeConnector
 from avatar.failover.pool import Worker as PoolWorker
 from avatar.failover.pool import WorkerPool
 from avatar.failover.replay import AudioReplay
 from avatar.worker.v1 import audio_pb2 as pb
 from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoResponse, OpenDenoise
+from avatar.worker.v1.vae_pb2 import OpenDecode, VaeServiceGetInfoResponse
 from tests.failover.test_pool import pooled, workers
 from tests.rpc.conftest import Requests, Responses
 
@@ -45,6 +46,15 @@ def test_a_level_is_opened_at_workers_that_serve_it() -> None:
         DenoiserServiceGetInfoResponse(levels=levels, digest=digest) for levels in ([0], [0, 1]) for digest in "xy"
     ]
     assert [connector.serves(info) for info in infos] == [False, False, True, False]
+
+
+def test_frames_with_a_label_are_decoded_by_workers_that_draw_it() -> None:
+    pool, message = WorkerPool("vae", [], no_info), OpenDecode()
+    earlier = VaeServiceGetInfoResponse(block_frames=12)
+    present = VaeServiceGetInfoResponse(block_frames=12, labels=True)
+    assert [VaeConnector(pool, message, 12).serves(info) for info in (earlier, present)] == [True, True]
+    labelled = VaeConnector(pool, message, 12, has_label=True)
+    assert [labelled.serves(info) for info in (earlier, present)] == [False, True]
 
 
 async def test_a_chain_whose_levels_do_not_all_answer_is_lost() -> None:

@@ -35,16 +35,18 @@ BEARER = "bearer "
 
 @dataclass(frozen=True)
 class Tenant:
-    """An authenticated tenant and its quotas; without a name, any caller, with no quotas.
+    """An authenticated tenant, its quotas and its label; without a name, any caller, with no quotas.
 
     max_sessions: sessions at a time, each counted as long as its record exists.
     max_audio_s: seconds of audio in a day of UTC. max_references: stored references.
+    label: all of its sessions show the label "AI".
     """
 
     name: str = ""
     max_sessions: int | None = None
     max_audio_s: float | None = None
     max_references: int | None = None
+    label: bool = False
 
     @property
     def prefix(self) -> str:
@@ -155,7 +157,10 @@ def read_tenants(path: Path) -> dict[str, Tenant]:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or not isinstance(table, dict):
             raise _unusable(path, f"a table for each tenant, named by letters, digits, - and _; not {name!r}")
         tokens = table.pop("tokens", [])
-        tenant = Tenant(name, **_quotas(path, name, table))
+        label = table.pop("label", False)
+        if not isinstance(label, bool):
+            raise _unusable(path, f"label of {name} as true or false")
+        tenant = Tenant(name, label=label, **_quotas(path, name, table))
         for token in tokens if isinstance(tokens, list) else [tokens]:
             if not isinstance(token, str) or not re.fullmatch(r"[0-9a-f]{64}", token):
                 raise _unusable(path, f"tokens of {name} as a list of sha256 digests, 64 hexadecimal digits each")
@@ -165,10 +170,10 @@ def read_tenants(path: Path) -> dict[str, Tenant]:
 
 
 def _quotas(path: Path, name: str, table: dict[str, Any]) -> dict[str, Any]:
-    kinds = {each.name for each in fields(Tenant)} - {"name"}
+    kinds = {each.name for each in fields(Tenant)} - {"name", "label"}
     for quota, value in table.items():
         if quota not in kinds or isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise _unusable(path, f"of {name} tokens and whole numbers {', '.join(sorted(kinds))}; not {quota}")
+            raise _unusable(path, f"of {name} tokens, label and whole numbers {', '.join(sorted(kinds))}; not {quota}")
     return table
 
 

@@ -28,6 +28,7 @@ def path(tmp_path: Path) -> Path:
         [globex]
         tokens = ["{digest("other")}"]
         max_references = 5
+        label = true
         """
     )
     return path
@@ -37,7 +38,7 @@ def test_a_token_identifies_its_tenant(path: Path) -> None:
     tokens = Tokens(path)
     acme = Tenant("acme", max_sessions=2, max_audio_s=3600)
     assert tokens.tenant("old") == tokens.tenant("new") == acme
-    assert tokens.tenant("other") == Tenant("globex", max_references=5)
+    assert tokens.tenant("other") == Tenant("globex", max_references=5, label=True)
 
 
 @pytest.mark.parametrize("token", ["", "ol", "old ", "OLD", digest("old"), "acme"])
@@ -79,6 +80,7 @@ def test_a_broken_file_leaves_the_tenants_unchanged(path: Path, caplog: pytest.L
         ('[acme]\ntokens = "old"', "tokens of acme as a list of sha256 digests"),
         ('[acme]\ntokens = ["old"]', "tokens of acme as a list of sha256 digests"),
         ("[acme]\ntokens = [3]", "tokens of acme as a list of sha256 digests"),
+        ("[acme]\nlabel = 1", "label of acme as true or false"),
         ("[acme]\nmax_session = 3", "max_audio_s, max_references, max_sessions; not max_session"),
         ("[acme]\nname = 3", "not name"),
         ("[acme]\nmax_sessions = -1", "not max_sessions"),
