@@ -23,6 +23,8 @@ OTHER_BYTES = 64 << 10
 # The gateway passes pictures, audio and prompts on to workers, which receive messages of 64 MiB
 # (avatar.rpc.channel.MAX_MESSAGE_BYTES).
 MAX_CONTENT_BYTES = (64 << 20) - OTHER_BYTES
+# Characters of text in the turns of a stream that are not over; gateway and voice workers share it.
+MAX_TEXT_CHARS = 10_000
 # A year. Clocks, Redis and protobuf's durations have limits, which values beyond would meet only while serving.
 MAX_SECONDS = 365 * 86400
 # Streams and threads: more than any machine has, and what a message of a worker's state can carry.
@@ -244,12 +246,39 @@ class TextSettings(WorkerSettings):
     embedding_ttl_s: Seconds = 86400.0
 
 
+class VoiceSettings(Settings):
+    """Settings of the voice worker. Either `voice_url` or `voice_command` is set.
+
+    capacity: turns that are spoken at a time; more are refused.
+    voice_url: address of an OpenAI-compatible speech endpoint, without `/audio/speech`, such as
+        `https://api.openai.com/v1`.
+    voice_key: file that holds the endpoint's key; read for each request.
+    voice_model, voice_name: the endpoint's model and voice.
+    voice_command: command that speaks `{text}` into the WAV file `{wav}`, such as `flite -t {text} -o {wav}`. It runs
+        once a sentence, without a shell.
+    voice_languages: BCP 47 tags of the languages that the engine speaks, such as `en,pt-BR`; other languages are
+        refused. Any language without it.
+    voice_timeout_s: seconds that a sentence's sound, or its next part, may take.
+    """
+
+    listen: Address = "127.0.0.1:7004"
+    capacity: Count = 8
+    voice_url: Annotated[str, _match(r"(https?://\S+)?", "https://HOST/PATH or http://HOST/PATH")] = ""
+    voice_key: OptionalPath = None
+    voice_model: str = "tts-1"
+    voice_name: str = "alloy"
+    voice_command: str = ""
+    voice_languages: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
+    voice_timeout_s: Annotated[float, Field(ge=0.1, le=MAX_SECONDS, allow_inf_nan=False)] = 15.0
+
+
 class GatewaySettings(Settings):
     """Settings of the gateway.
 
     audio, vae: HOST:PORT of each of the stage's workers; a name that has several addresses is several workers.
     denoisers: HOST:PORT of all denoisers, in any order: each reports the levels that it serves.
     text: HOST:PORT of each text worker; empty if there is none, and prompts are refused.
+    voice: HOST:PORT of each voice worker; empty if there is none, and text to speak is refused.
     schedule: the denoisers' schedule, as they have it in theirs: others are not used. Without it, the gateway takes the
         schedule of the denoisers that serve all levels of one.
     stall_s: seconds, added to four times a step, after which a worker that owes a live block counts as lost.
@@ -281,6 +310,7 @@ class GatewaySettings(Settings):
     denoisers: SomeAddresses = ("127.0.0.1:7010", "127.0.0.1:7011", "127.0.0.1:7012", "127.0.0.1:7013")
     vae: SomeAddresses = ("127.0.0.1:7002",)
     text: Addresses = ()
+    voice: Addresses = ()
     schedule: Schedule = None
     stall_s: Seconds = 2.0
     rebuild_s: Seconds = 30.0

@@ -28,6 +28,7 @@ SERVICES = {
     "denoiser": settings.DenoiserSettings,
     "vae": settings.VaeSettings,
     "text": settings.TextSettings,
+    "voice": settings.VoiceSettings,
     "gateway": settings.GatewaySettings,
 }
 # Devices of the sizing guide, and the weights beside the public network: its VAE in bfloat16, wav2vec2 in float32.
@@ -39,6 +40,7 @@ TITLES = {
     "denoiser": "Denoiser",
     "vae": "VAE worker",
     "text": "Text worker",
+    "voice": "Voice worker",
     "gateway": "Gateway",
 }
 

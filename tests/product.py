@@ -89,6 +89,11 @@ def pieces(data: bytes, piece_bytes: int = PIECE_BYTES) -> Iterable[pb.StreamAva
         yield pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data[start : start + piece_bytes]))
 
 
+def say(text: str, **fields: Any) -> pb.StreamAvatarRequest:
+    """Text to speak. fields: of SayText."""
+    return pb.StreamAvatarRequest(say=pb.SayText(text=text, **fields))
+
+
 CLOSE = pb.StreamAvatarRequest(close=pb.CloseAvatar())
 END_TURN = pb.StreamAvatarRequest(end_turn=pb.EndTurn())
 INTERRUPT = pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar())

@@ -95,6 +95,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "services.denoiser": (*_WORKER, "avatar.denoiser", "avatar.handoff.chain"),
     "services.text": (*_WORKER, "avatar.text"),
     "services.vae": (*_WORKER, "avatar.vae"),
+    "services.voice": (
+        *("avatar.aio", "avatar.errors", "avatar.rpc", "avatar.settings", "avatar.store", "avatar.telemetry"),
+        *("avatar.worker", "services.address", "services.process", "services.registration"),
+    ),
     "services.gateway": (
         *("avatar.aio", "avatar.errors", "avatar.failover", "avatar.handoff.client", "avatar.rpc"),
         *("avatar.runtime.admission", "avatar.settings"),
@@ -106,7 +110,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "services.local": (
         *("avatar", "services.address", "services.audio", "services.denoiser", "services.gateway", "services.process"),
-        *("services.registration", "services.text", "services.vae", "services.worker"),
+        *("services.registration", "services.text", "services.vae", "services.voice", "services.worker"),
     ),
     "services.__main__": ("services.local", "services.process"),
     "services": (),

@@ -13,7 +13,17 @@ Needs grpcio, protobuf and googleapis-common-protos, which is pure Python. All e
 one of the table in protos/avatar/v1/avatar_service.proto. An unreachable gateway raises the subclass `ConnectionLost`.
 """
 
-from avatar.client.items import Audio, Frame, Interrupted, Item, Notice, NoticeKind, PlaybackFinished, PlaybackStarted
+from avatar.client.items import (
+    Audio,
+    Frame,
+    Interrupted,
+    Item,
+    Notice,
+    NoticeKind,
+    PlaybackFinished,
+    PlaybackStarted,
+    WordStarted,
+)
 from avatar.client.session import Avatar, Session, connect
 from avatar.client.stream import AudioSource, Stream
 from avatar.client.wav import read_wav
@@ -34,6 +44,7 @@ __all__ = [
     "PlaybackStarted",
     "Session",
     "Stream",
+    "WordStarted",
     "channel_credentials",
     "connect",
     "read_wav",

@@ -45,10 +45,28 @@ class PlaybackStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class WordStarted:
+    """A word of a turn's text begins, at `pts_s`.
+
+    first_char: its place in the turn's text. position_s: amount of the turn's audio before it. is_estimated: the voice
+    gives no times for words; this one may be wrong by some tenths of a second.
+    """
+
+    number: int
+    pts_s: float
+    turn: int
+    word: str
+    first_char: int
+    position_s: float
+    is_estimated: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PlaybackFinished:
     """The last frame of a turn's speech has arrived, or the turn was interrupted.
 
     position_s: amount of the turn's audio whose frames were sent. next_frame: the first frame after the turn.
+    spoken: text of the turn that was spoken.
     """
 
     number: int
@@ -57,6 +75,7 @@ class PlaybackFinished:
     position_s: float
     was_interrupted: bool
     next_frame: int
+    spoken: str = ""
 
 
 class NoticeKind(Enum):
@@ -76,6 +95,7 @@ class Notice:
     """A warning or refusal; the stream continues.
 
     within_s: remaining time, 0 without a deadline. num_samples: samples per channel that were discarded, if any were.
+    reason, turn: of text that is not spoken.
     """
 
     number: int
@@ -84,21 +104,25 @@ class Notice:
     message: str
     within_s: float
     num_samples: int
+    reason: str = ""
+    turn: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
     """Answer to an interrupt.
 
-    next_frame: the first frame after it. position_s: amount of the turn's audio whose frames were sent.
+    next_frame: the first frame after it. position_s: amount of the turn's audio whose frames were sent. spoken: text of
+    the turn that was spoken.
     """
 
     next_frame: int
     position_s: float
     was_speaking: bool
+    spoken: str = ""
 
 
-Item: TypeAlias = Frame | Audio | PlaybackStarted | PlaybackFinished | Notice
+Item: TypeAlias = Frame | Audio | PlaybackStarted | PlaybackFinished | WordStarted | Notice
 
 
 def items_from_pb(response: pb.StreamAvatarResponse) -> Iterator[Item]:
@@ -128,13 +152,19 @@ def events_from_pb(event: pb.AvatarEvent) -> Iterator[Item]:
             yield PlaybackStarted(number, pts_s, event.playback_started.turn)
         case "playback_finished":
             end = event.playback_finished
-            yield PlaybackFinished(number, pts_s, end.turn, end.position_us / 1e6, end.interrupted, end.next_frame)
+            position_s = end.position_us / 1e6
+            yield PlaybackFinished(number, pts_s, end.turn, position_s, end.interrupted, end.next_frame, end.spoken)
+        case "word_started":
+            word = event.word_started
+            place = word.first_char, word.position_us / 1e6
+            yield WordStarted(number, pts_s, word.turn, word.word, *place, word.is_estimated)
         case "notice":
             notice = event.notice
             kind = NoticeKind(notice.kind) if notice.kind in {each.value for each in NoticeKind} else NoticeKind.UNKNOWN
-            yield Notice(number, pts_s, kind, notice.message, notice.within_s, notice.num_samples)
+            about = notice.reason, notice.turn if notice.HasField("turn") else None
+            yield Notice(number, pts_s, kind, notice.message, notice.within_s, notice.num_samples, *about)
 
 
 def interrupted_from_pb(answer: pb.AvatarInterrupted | pb.InterruptResponse) -> Interrupted:
     """Return the answer to an interrupt on the stream or by the RPC."""
-    return Interrupted(answer.next_frame, answer.position_us / 1e6, answer.was_speaking)
+    return Interrupted(answer.next_frame, answer.position_us / 1e6, answer.was_speaking, answer.spoken)

@@ -25,7 +25,7 @@ class QueuedRequest:
 
     @property
     def num_bytes(self) -> int:
-        return REQUEST_BYTES + len(self.request.audio.data)
+        return REQUEST_BYTES + len(self.request.audio.data) + 4 * len(self.request.say.text)
 
 
 class SendQueue:
@@ -92,8 +92,8 @@ class AudioLead:
 
     A frame of speech advances the shown position by one frame's samples. In a block that starts or ends with silence
     the frames show less speech than that, so the lead may be underestimated by up to a block; the limit is lowered by
-    a block to allow for it, and the end of a turn corrects it. Offline streams have no limit, since the gateway reads
-    only as fast as it renders.
+    a block to allow for it, and the end of a turn corrects it. Frames of a turn of text show none of the audio. Offline
+    streams have no limit, since the gateway reads only as fast as it renders.
     """
 
     def __init__(self, opening: pb.OpenAvatar, limits: pb.GetCapabilitiesResponse) -> None:
@@ -105,7 +105,9 @@ class AudioLead:
         # An idle frame this long after the last audio means that all of it has been shown.
         self._quiet_s = 1 + 2 * (limits.reaction_s or UNPROMISED_S)
         self._sent, self._shown = 0, 0.0
-        self._turn_ends: deque[int] = deque()
+        # Turns that have ended and are not shown to their end: samples sent up to there, and whether it is of text.
+        self._turn_ends: deque[tuple[int, bool]] = deque()
+        self._is_text = False
         self._sent_at = 0.0
 
     def has_room(self, num_samples: int) -> bool:
@@ -120,21 +122,27 @@ class AudioLead:
 
     def end_turn(self) -> None:
         """Record the end of a turn at the current position."""
-        if self._sent > (self._turn_ends[-1] if self._turn_ends else self._shown):
-            self._turn_ends.append(self._sent)
+        self._turn_ends.append((self._sent, self._is_text))
+        self._is_text = False
+
+    def say(self) -> None:
+        """Record that the current turn is of text."""
+        self._is_text = True
 
     def update(self, item: Item) -> None:
         """Advance the shown position by an item from the gateway."""
         match item:
             case Frame(is_idle=False):
-                until = self._turn_ends[0] if self._turn_ends else self._sent
-                self._shown = min(self._shown + item.num_frames * self._frame_samples, until)
+                until, is_text = self._turn_ends[0] if self._turn_ends else (self._sent, self._is_text)
+                if not is_text:
+                    self._shown = min(self._shown + item.num_frames * self._frame_samples, until)
             case Frame() if time.monotonic() - self._sent_at > self._quiet_s:
                 self.reset()
-            case PlaybackFinished(was_interrupted=False) if item.position_s > 0 and self._turn_ends:
-                self._shown = max(self._shown, self._turn_ends.popleft())
+            case PlaybackFinished(was_interrupted=False) if self._turn_ends:
+                self._shown = max(self._shown, self._turn_ends.popleft()[0])
 
     def reset(self) -> None:
         """Set the lead to zero: all audio was shown, or dropped by an interrupt."""
         self._shown = self._sent
         self._turn_ends.clear()
+        self._is_text = False

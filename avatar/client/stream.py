@@ -111,6 +111,22 @@ class Stream:
                 self._lead.add(num_samples)
                 await self._send(pb.StreamAvatarRequest(audio=pb.AudioPiece(data=piece)))
 
+    async def say(self, text: str, *, turn: int | None = None, language: str = "") -> None:
+        """Send text for the deployment's voice to speak as a turn's audio, in pieces of any size.
+
+        It is spoken a sentence at a time, and the last one at `end_turn`. An interrupt drops text that is not yet
+        written. A notice reports text that cannot be spoken, and the stream goes on.
+
+        turn: number of the turn that it belongs to, by default the current one; text of a turn that is over is
+        discarded. language: a BCP 47 tag such as `en`, in the turn's first piece; by default the voice's. Raises
+        VoiceUnsupported if there is no voice.
+        """
+        num_interrupts = self._num_interrupts
+        async with self._send_lock:
+            if text and self._num_interrupts == num_interrupts:
+                self._lead.say()
+                await self._send(pb.StreamAvatarRequest(say=pb.SayText(text=text, turn=turn, language=language)))
+
     async def end_turn(self) -> None:
         """End the turn: its audio is spoken to the end without waiting for more. Later audio is another turn."""
         async with self._send_lock:

@@ -16,7 +16,7 @@ from avatar.aio import background
 from avatar.errors import REASONS, AvatarError, ConfigMismatch, InvalidField, StageFailed, StageLost
 from avatar.rpc.status import ENDED_EARLY, CallStatus, error_details
 from avatar.rpc.wire import Parts, RelayedBlock, block_field, parse_part, serialize_field
-from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2
+from avatar.worker.v1 import audio_pb2, denoiser_pb2, types_pb2, vae_pb2, voice_pb2
 
 Relayable: TypeAlias = types_pb2.Block | RelayedBlock
 Item = TypeVar("Item", bound=Message | RelayedBlock)
@@ -175,6 +175,11 @@ def remote_denoiser(channel: grpc.aio.Channel, level: int) -> RemoteStage[Relaya
 def remote_vae(channel: grpc.aio.Channel) -> RemoteStage[Relayable, types_pb2.Frame]:
     method = vae_pb2.DESCRIPTOR.services_by_name["VaeService"].methods_by_name["Decode"]
     return RemoteStage("vae", channel, method, "block", "frame")
+
+
+def remote_voice(channel: grpc.aio.Channel) -> RemoteStage[voice_pb2.TextPiece, voice_pb2.SpokenPiece]:
+    method = voice_pb2.DESCRIPTOR.services_by_name["VoiceService"].methods_by_name["Speak"]
+    return RemoteStage("voice", channel, method, "text", "speech")
 
 
 def stage_error(stage: str, error: grpc.aio.AioRpcError, *, is_request: bool = False) -> AvatarError:

@@ -1,8 +1,9 @@
 """The description of a deployment that GetCapabilities returns."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from avatar.settings import GatewaySettings
+from avatar.settings import MAX_TEXT_CHARS, GatewaySettings
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
 from services.gateway.options import ENCODING_OF, MAX_RATE_HZ, MIN_RATE_HZ, context_s
@@ -19,11 +20,16 @@ FIT_OF = {name: fit for fit, name in FITS.items()}
 
 
 def describe_capabilities(
-    info: DeploymentInfo, settings: GatewaySettings, num_free: int, *, is_draining: bool
+    info: DeploymentInfo,
+    settings: GatewaySettings,
+    num_free: int,
+    voice_languages: Sequence[str] = (),
+    *,
+    is_draining: bool,
 ) -> pb.GetCapabilitiesResponse:
     """Return formats, sizes, limits, promises, and the free sessions that a new live stream may have.
 
-    num_free: sessions that the workers have capacity for.
+    num_free: sessions that the workers have capacity for. voice_languages: of the voice; empty if it takes any.
     """
     promised = promise(info, settings.patience_s)
     refuses_live = is_draining or (promised.is_too_slow and settings.slow_live == "refuse")
@@ -52,5 +58,8 @@ def describe_capabilities(
         cell=settings.cell,
         free_sessions=0 if refuses_live else num_free,
         draining=is_draining,
+        voice=bool(settings.voice),
+        max_text_chars=MAX_TEXT_CHARS if settings.voice else 0,
+        voice_languages=voice_languages,
         **asdict(promised),
     )

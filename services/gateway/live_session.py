@@ -152,6 +152,7 @@ class LiveSession:
                     tasks.create_task(self._expire()),
                     tasks.create_task(self._end_silence()),
                     tasks.create_task(self._until_failure()),
+                    *([tasks.create_task(self.stream.speaker.run())] if self.stream.speaker else []),
                 ]
                 await tasks.create_task(self.stream.run())
                 num_blocks = self.stream.position.next_block

@@ -79,7 +79,7 @@ class LiveSessions:
     def announce_stop(self) -> None:
         """Notify every client that the gateway stops."""
         for session in self._sessions.values():
-            going_away = notice(pb.Notice.KIND_GOING_AWAY, "the gateway stops", self._settings.drain_s)
+            going_away = notice(pb.Notice.KIND_GOING_AWAY, "the gateway stops", within_s=self._settings.drain_s)
             session.stream.outbox.put(going_away)
 
     async def start(self, opened: pb.OpenAvatar) -> LiveSession:
@@ -139,6 +139,8 @@ class LiveSessions:
                 stages, latents = await self._opened(stack, claim, session, options, position)
                 conditions = record.conditions(position.conditions, latents.sink)
                 stream = LiveStream(stages, options, session, position, conditions, self._settings)
+                if self._workers.voice:
+                    stream.take_text(self._workers.voice, self._quotas.audio_meter())
                 stack.callback(stream.versions.close)
                 if position.coming_conditions:
                     stream.versions.add(record.conditions(position.coming_conditions, latents.sink))

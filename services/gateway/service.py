@@ -83,7 +83,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
     async def GetCapabilities(self, request: pb.GetCapabilitiesRequest, context: Context) -> pb.GetCapabilitiesResponse:
         info = await self._workers.describe()
         num_free = self._workers.free_sessions(info)
-        return describe_capabilities(info, self._settings, num_free, is_draining=self._cell.is_drained)
+        languages = self._workers.voice_languages()
+        return describe_capabilities(info, self._settings, num_free, languages, is_draining=self._cell.is_drained)
 
     async def CreateReference(self, request: pb.CreateReferenceRequest, context: Context) -> pb.CreateReferenceResponse:
         size = len(request.picture)

@@ -30,6 +30,8 @@ from avatar.worker.v1 import (
     types_pb2,
     vae_pb2,
     vae_pb2_grpc,
+    voice_pb2,
+    voice_pb2_grpc,
 )
 
 ENCODE_S = 60.0
@@ -142,13 +144,18 @@ class Workers:
             if settings.text
             else None
         )
+        self.voice = (
+            pool("voice", settings.voice, voice_pb2_grpc.VoiceServiceStub, voice_pb2.VoiceServiceGetInfoRequest())
+            if settings.voice
+            else None
+        )
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator["Workers", None]:
         """Follow all workers while the body runs."""
         async with AsyncExitStack() as stack:
-            pools: list[WorkerPool[Any]] = [self.audio, self.denoisers, self.vae, *filter(None, [self.text])]
-            for pool in pools:
+            pools: list[WorkerPool[Any] | None] = [self.audio, self.denoisers, self.vae, self.text, self.voice]
+            for pool in filter(None, pools):
                 await stack.enter_async_context(pool.running())
             await stack.enter_async_context(self._discovery.running())
             yield self
@@ -161,6 +168,12 @@ class Workers:
         """Describe all workers. StageLost if none of a stage answers; ConfigMismatch if they do not fit together."""
         text = (await self.text.workers())[0][1] if self.text else None
         return replace(await self.describe_stages(), text=text)
+
+    def voice_languages(self) -> list[str]:
+        """Return the languages that voice workers speak, as far as they are known; none if they take any."""
+        infos = [info for _, info in self.voice.answering(lambda _: True)] if self.voice else []
+        is_any = not all(info.languages for info in infos)
+        return [] if is_any else sorted({tag for info in infos for tag in info.languages})
 
     def free_sessions(self, info: DeploymentInfo) -> int:
         """Return the number of further live sessions that every stage has room for, by its workers' last reports."""

@@ -7,7 +7,7 @@ its stream renews both. Audio is reserved in the store before it is used, about 
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 from avatar.aio import background
@@ -122,11 +122,21 @@ class Quotas:
         self, requests: AsyncIterator[pb.StreamAvatarRequest], bytes_per_s: int
     ) -> AsyncGenerator[pb.StreamAvatarRequest, None]:
         """Pass a stream's requests on and count their audio. QuotaExceeded once the day's audio is used up."""
-        tenant = caller()
+        use_audio = self.audio_meter()
         async for request in requests:
-            if tenant.max_audio_s is not None and request.HasField("audio"):
-                await self._use_audio(tenant, len(request.audio.data) / bytes_per_s)
+            if request.HasField("audio"):
+                await use_audio(len(request.audio.data) / bytes_per_s)
             yield request
+
+    def audio_meter(self) -> Callable[[float], Awaitable[None]]:
+        """Return a function that counts seconds of the caller's audio, and raises QuotaExceeded if none are left."""
+        tenant = caller()
+
+        async def use_audio(seconds: float) -> None:
+            if tenant.max_audio_s is not None:
+                await self._use_audio(tenant, seconds)
+
+        return use_audio
 
     async def keep(self) -> None:
         """Save every few seconds, for ever; later if the store cannot be reached."""

@@ -10,20 +10,21 @@ from avatar.worker.v1 import types_pb2
 class _Group:
     """Consecutive messages of one kind that are done together.
 
-    ended_turn: the turn that they end. start, end: samples before them, and up to their end.
+    num_samples: of each channel in them, or of their text's audio. ended_turn: the turn that they end.
+    is_open: more audio of their text may come.
     """
 
     kind: str
-    start: int
-    end: int
+    num_samples: int
     ended_turn: int | None
+    is_open: bool
     num_messages: int = 1
 
 
 class Acks:
     """Acknowledgement of one session's client messages, counted from its creation; `open` is not counted.
 
-    num_messages: messages received. num_samples: samples of each channel in them.
+    num_messages: messages received. num_samples: samples of each channel in them, or that their text has become.
     skip: samples at the start of the next audio that were delivered before the client sent them again.
     num_pending: groups of messages that are not done.
     """
@@ -40,19 +41,37 @@ class Acks:
     def num_pending(self) -> int:
         return len(self._pending)
 
-    def received(self, kind: str, num_samples: int = 0, ended_turn: int | None = None) -> None:
-        """Count a message of a kind, with so many samples, or one that ends a turn."""
-        start = self.num_samples
+    def received(
+        self, kind: str, num_samples: int = 0, ended_turn: int | None = None, *, is_open: bool = False
+    ) -> None:
+        """Count a message of a kind, with so many samples, or one that ends a turn.
+
+        is_open: text to speak, whose samples are added later.
+        """
         self.num_messages += 1
         self.num_samples += num_samples
         last = self._pending[-1] if self._pending else None
         # Messages that end a turn stay apart: sent again together, they would end turns that are over.
-        is_like_last = last is not None and last.kind == kind and ended_turn is None
-        is_empty = kind == "audio" and not num_samples
-        if last and (is_empty or (is_like_last and self.num_samples - last.start <= self._group_samples)):
-            last.end, last.num_messages = self.num_samples, last.num_messages + 1
+        is_like_last = last is not None and last.kind == kind and last.is_open == is_open and ended_turn is None
+        is_empty = kind in ("audio", "say") and not num_samples and not is_open
+        if last and (is_empty or (is_like_last and (is_open or last.num_samples + num_samples <= self._group_samples))):
+            last.num_samples, last.num_messages = last.num_samples + num_samples, last.num_messages + 1
         else:
-            self._pending.append(_Group(kind, start, self.num_samples, ended_turn))
+            self._pending.append(_Group(kind, num_samples, ended_turn, is_open))
+
+    def spoken(self, num_samples: int) -> None:
+        """Count audio of the oldest text that is not spoken to its end."""
+        self.num_samples += num_samples
+        next(group for group in self._pending if group.is_open).num_samples += num_samples
+
+    def finish_text(self) -> None:
+        """Record that no more audio of the oldest text comes that is not spoken to its end."""
+        next(group for group in self._pending if group.is_open).is_open = False
+
+    def finish_texts(self) -> None:
+        """Record that no more audio of any text comes."""
+        for group in self._pending:
+            group.is_open = False
 
     def record(self, position: types_pb2.Position, num_delivered: int) -> None:
         """Write into the position how many messages are done.
@@ -61,10 +80,11 @@ class Acks:
         """
         while self._pending:
             group = self._pending[0]
-            if group.end > num_delivered or (group.ended_turn is not None and group.ended_turn >= position.turn):
+            is_delivered = not group.is_open and self._num_done_samples + group.num_samples <= num_delivered
+            if not is_delivered or (group.ended_turn is not None and group.ended_turn >= position.turn):
                 break
             self._pending.popleft()
             self._num_done += group.num_messages
-            self._num_done_samples = group.end
+            self._num_done_samples += group.num_samples
         position.num_messages, position.num_message_samples = self._num_done, self._num_done_samples
         position.num_samples = max(num_delivered, self._num_done_samples)

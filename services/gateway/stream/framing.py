@@ -7,8 +7,9 @@ from avatar.v1 import avatar_service_pb2 as api
 from avatar.v1 import types_pb2 as api_types
 from avatar.worker.v1 import types_pb2
 from services.gateway.options import StreamOptions
-from services.gateway.stream.in_flight import StartedBlock, Turn
+from services.gateway.stream.in_flight import SpokenWord, StartedBlock, Turn
 from services.gateway.stream.outbox import Item
+from services.gateway.stream.timeline import US
 
 
 class Framer:
@@ -23,6 +24,7 @@ class Framer:
         """Add a frame of a block; return the message that it completes, if any, as items.
 
         A turn's first frame follows the event that the turn starts; with `returns_audio`, frames follow their audio.
+        Words follow the message with their frame.
         is_discontinuity: the picture may jump before the message's first frame.
         """
         shown = api_types.VideoFrame(
@@ -54,10 +56,29 @@ class Framer:
         num_samples = min(block.num_samples, end_sample)
         item.turn, item.num_samples = turn.number, block.turn_offset + num_samples
         item.num_delivered = block.stream_offset + num_samples
+        items = [item]
+        if turn.text:
+            span = block.turn_offset + start_sample, block.turn_offset + end_sample
+            items += [self._word(turn, word, *span) for word in turn.text.shown_until(item.num_samples)]
         if turn.is_started:
-            return [item]
+            return items
         turn.is_started = True
-        return [playback_started(turn), item]
+        return [playback_started(turn), *items]
+
+    def _word(self, turn: Turn, word: SpokenWord, start: int, end: int) -> Item:
+        """Return the event that a word begins. start, end: samples of the turn's audio that the frames show."""
+        assert turn.text
+        started = api.WordStarted(
+            turn=turn.number,
+            word=turn.text.text[word.first_char : word.end_char],
+            first_char=word.first_char,
+            position_us=word.start * US // self._options.rate_hz,
+            is_estimated=word.is_estimated,
+        )
+        # The outbox adds the time of the next frame.
+        pts_us = (max(word.start, start) - end) * US // self._options.rate_hz
+        event = api.AvatarEvent(pts_us=pts_us, word_started=started)
+        return Item([api.StreamAvatarResponse(event=event)], turn=turn.number, num_samples=word.start)
 
     def drop(self) -> None:
         """Forget the frames of an incomplete message."""
@@ -73,4 +94,5 @@ def playback_started(turn: Turn) -> Item:
 def playback_finished(turn: Turn, *, interrupted: bool) -> Item:
     """Return the event that a turn has ended; the outbox fills in how far it was delivered."""
     event = api.AvatarEvent(playback_finished=api.PlaybackFinished(turn=turn.number, interrupted=interrupted))
-    return Item([api.StreamAvatarResponse(event=event)], turn=turn.number, num_samples=turn.num_samples)
+    message = api.StreamAvatarResponse(event=event)
+    return Item([message], turn=turn.number, num_samples=turn.num_samples, text=turn.text)

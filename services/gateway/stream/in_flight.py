@@ -7,12 +7,60 @@ than necessary. No slot is given while no client is connected.
 """
 
 import asyncio
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 # The first frames of a session belong to the decoder's start, and are not delivered.
 FIRST_FRAME = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SpokenWord:
+    """A word of a turn's text. start: sample of the turn's audio where it begins. first_char, end_char: its place."""
+
+    start: int
+    first_char: int
+    end_char: int
+    is_estimated: bool
+
+
+@dataclass(eq=False)
+class TurnText:
+    """The text of one turn, and how much of it the voice has spoken.
+
+    language: empty for the voice's default. first_sample: of the turn's audio that is not delivered yet.
+    words: those whose audio has come, in order. num_spoken: characters whose audio has come, to the end of a sentence.
+    spoken_samples: samples up to there. num_samples: samples that have come, the delivered ones too.
+    is_over: no more audio comes. is_cut: it is over before its end.
+    """
+
+    language: str = ""
+    first_sample: int = 0
+    text: str = ""
+    words: list[SpokenWord] = field(default_factory=list)
+    num_spoken: int = 0
+    spoken_samples: int = 0
+    num_samples: int = 0
+    is_over: bool = False
+    is_cut: bool = False
+    _num_shown: int = 0
+
+    def shown_until(self, sample: int) -> Iterator[SpokenWord]:
+        """Yield the words that begin before a sample of the turn's audio, each once; not those delivered before."""
+        while self._num_shown < len(self.words) and self.words[self._num_shown].start < sample:
+            word = self.words[self._num_shown]
+            self._num_shown += 1
+            if word.start >= self.first_sample:
+                yield word
+
+    def spoken(self, num_samples: int) -> str:
+        """Return the text of so many samples of the turn's audio: up to the last word that begins there."""
+        if self.is_over and not self.is_cut and num_samples >= self.num_samples:
+            return self.text
+        at = bisect_left(self.words, num_samples, key=lambda word: word.start)
+        return self.text[: self.words[at - 1].end_char] if at else ""
 
 
 @dataclass(eq=False)
@@ -21,14 +69,27 @@ class Turn:
 
     pending: audio that is in no block yet.
     num_samples: samples of all its audio. num_finished: those whose frames have all been put into the outbox.
+    has_end: its end has come. has_audio: the client sent audio. text: what the client sent in place of audio.
     """
 
     number: int
     pending: bytearray = field(default_factory=bytearray)
     num_samples: int = 0
     num_finished: int = 0
-    is_ended: bool = False
+    has_end: bool = False
+    has_audio: bool = False
     is_started: bool = False
+    text: TurnText | None = None
+
+    @property
+    def is_voiced(self) -> bool:
+        """True if audio of its text is still to come."""
+        return self.text is not None and not self.text.is_over
+
+    @property
+    def is_ended(self) -> bool:
+        """True if no more audio follows."""
+        return self.has_end and not self.is_voiced
 
     @property
     def is_over(self) -> bool:

@@ -10,13 +10,14 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 from avatar import telemetry
-from avatar.errors import InvalidAudio, MessageTooLarge, ProtocolOrder
+from avatar.errors import InvalidAudio, ProtocolOrder, VoiceUnsupported
+from avatar.failover.pool import WorkerPool
 from avatar.failover.stage import FailoverStage
 from avatar.rpc.client import Relayable
 from avatar.rpc.wire import RelayedBlock
@@ -30,6 +31,8 @@ from services.gateway.stream.acks import Acks
 from services.gateway.stream.conditions import ConditionVersions
 from services.gateway.stream.framing import Framer, playback_finished
 from services.gateway.stream.in_flight import FIRST_FRAME, BlocksInFlight, StartedBlock, Turn
+from services.gateway.stream.incoming.intake import Intake
+from services.gateway.stream.incoming.turn_speaker import TurnSpeaker
 from services.gateway.stream.outbox import Item, Outbox, notice
 from services.gateway.stream.speech import LivePacing, SpeechQueue
 from services.gateway.stream.timeline import MediaGrid, Timeline
@@ -50,6 +53,7 @@ class LiveStream:
     """The pipeline of one session.
 
     position: the session's record; `record_position` updates it. advanced: set when a block is finished.
+    speaker: speaks text; None if the deployment has no voice.
     max_silent_s: limit on `silent_s`; 0 if there is none.
     """
 
@@ -71,11 +75,10 @@ class LiveStream:
         self.advanced = asyncio.Event()
         self.versions = ConditionVersions(position, conditions, stages.sink_update_block)
         self.acks = Acks(position, round(ACK_S * options.rate_hz))
-        self._stages, self._options, self._settings = stages, options, settings
+        self._stages, self._options = stages, options
         self._grid = MediaGrid(options.rate_hz, session.frame_rate_hz, session.block_frames)
         self._now = now
         self.max_silent_s = settings.silent_s * (LIVE_SILENT_FACTOR if options.is_live else 1)
-        self._heard_s = now()  # when the client last sent something, or was owed frames
         self._timeline = Timeline(self._grid, stages.block_latency_s, now)
         self.outbox = Outbox(
             self._grid,
@@ -93,8 +96,9 @@ class LiveStream:
         self._speech = SpeechQueue(
             self._grid, options.sample_bytes, self._in_flight, pacing, turn, position.num_samples, now
         )
+        self.speaker: TurnSpeaker | None = None
         self._framer = Framer(options)
-        self._has_room = asyncio.Event()
+        self._intake = Intake(options, settings, self._speech, self.acks, self.outbox, now)
         # The running statistics of the audio stage as of each admitted block.
         self._statistics: deque[bytes] = deque()
         # When the session's first frame was put into the outbox, here or at another gateway.
@@ -104,8 +108,18 @@ class LiveStream:
         self._rebuilt: set[int] = {position.next_block} if is_rebuilt else set()
         self._last_rebuilt: int | None = None
         self._is_discontinuity = False
-        self._first_audio_s: float | None = None
         self._has_first_frame = False
+
+    def take_text(self, pool: WorkerPool[Any], use_audio: Callable[[float], Awaitable[None]]) -> None:
+        """Accept text, which workers of a pool speak. use_audio: counts the seconds of its audio."""
+
+        def finish_text(turn: Turn) -> None:
+            self._speech.finish_text(turn)
+            self.acks.finish_text()
+            self._finish_turns()
+
+        add_audio = partial(self._intake.add_spoken, use_audio)
+        self.speaker = TurnSpeaker(pool, self._options, self._speech, self.outbox, add_audio, finish_text)
 
     @property
     def is_connected(self) -> bool:
@@ -113,7 +127,7 @@ class LiveStream:
 
     def connect(self) -> None:
         """Give blocks slots: a client is connected."""
-        self._heard_s = self._now()
+        self._intake.heard_s = self._now()
         if self._options.is_live:
             self._timeline.restart(self.outbox.next_frame)
         self._in_flight.connected.set()
@@ -127,28 +141,32 @@ class LiveStream:
 
     async def receive(self, request: api.StreamAvatarRequest) -> bool:
         """Take a message of the client and return whether it was the last. Offline, wait until its audio has room."""
-        if self._options.is_live or request.audio.data:
-            self._heard_s = self._now()
+        if self._options.is_live or request.audio.data or request.say.text:
+            self._intake.heard_s = self._now()
         match request.WhichOneof("part"):
             case "audio" as kind:
-                self.acks.received(kind, await self._add_audio(request.audio.data))
+                self.acks.received(kind, await self._intake.add(request.audio.data))
+            case "say" as kind:
+                if self.speaker is None:
+                    raise VoiceUnsupported("this deployment has no voice; send audio")
+                self.acks.received(kind, is_open=self.speaker.add(request.say))
             case "end_turn" as kind:
                 turn = self._speech.end_turn()
                 self.acks.received(kind, ended_turn=turn.number)
-                self._finish_turns()
+                self._turn_ended()
             case "interrupt" as kind:
                 response = self.interrupt()
                 self.acks.received(kind)
                 interrupted = api.AvatarInterrupted(
-                    position_us=response.position_us, was_speaking=response.was_speaking
+                    position_us=response.position_us, was_speaking=response.was_speaking, spoken=response.spoken
                 )
                 self.outbox.put(Item([api.StreamAvatarResponse(interrupted=interrupted)]))
             case "close" as kind:
-                if not self._speech.num_samples and not self._options.is_live:
+                if not (self._speech.num_samples or self._speech.has_speech or self._options.is_live):
                     raise InvalidAudio.at("audio.data", "the stream was closed before any audio came")
                 turn = self._speech.close()
                 self.acks.received(kind, ended_turn=turn.number)
-                self._finish_turns()
+                self._turn_ended()
                 return True
             case part:
                 raise ProtocolOrder(f"{part or 'an empty message'} came on an open stream")
@@ -156,11 +174,16 @@ class LiveStream:
             self.record_position()
         return False
 
+    def _turn_ended(self) -> None:
+        if self.speaker:
+            self.speaker.end_turn()
+        self._finish_turns()
+
     async def wait_for_few_items(self) -> None:
         """Wait until another message may be taken: started blocks, unfinished turns and waiting events are bounded."""
         while len(self._in_flight.started) > MAX_STARTED_BLOCKS:
-            self._has_room.clear()
-            await self._has_room.wait()
+            self._intake.has_room.clear()
+            await self._intake.has_room.wait()
         await self.outbox.wait_for_few_items(lambda: len(self._speech.unfinished))
 
     def silent_s(self) -> float:
@@ -170,9 +193,9 @@ class LiveStream:
         """
         is_waited_for = self.is_connected and not self._speech.is_closed
         if not is_waited_for or (not self._options.is_live and self._owes_frames()):
-            self._heard_s = self._now()
+            self._intake.heard_s = self._now()
         last_frame_s = -math.inf if self._options.is_live else self.outbox.last_frame_s
-        return self._now() - max(self._heard_s, last_frame_s)
+        return self._now() - max(self._intake.heard_s, last_frame_s)
 
     def _owes_frames(self) -> bool:
         """Return whether frames will come although the client sends nothing more. Offline."""
@@ -187,11 +210,19 @@ class LiveStream:
         self._in_flight.drop()
         for turn in self._speech.interrupt():
             self.outbox.put(playback_finished(turn, interrupted=True))
-        delivered_us = self._grid.duration_us(self.outbox.drop())
+        if self.speaker:
+            self.speaker.interrupt()
+            self.acks.finish_texts()
+        num_delivered, spoken = self.outbox.drop()
         self.outbox.num_delivered = self._speech.num_samples
         self._timeline.restart(self.outbox.next_frame)
-        self._has_room.set()
-        return api.InterruptResponse(next_frame=self.outbox.next_frame, position_us=delivered_us, was_speaking=True)
+        self._intake.has_room.set()
+        return api.InterruptResponse(
+            next_frame=self.outbox.next_frame,
+            position_us=self._grid.duration_us(num_delivered),
+            was_speaking=True,
+            spoken=spoken,
+        )
 
     async def run(self) -> None:
         """Make frames until the client has closed the stream and all of them are in the outbox."""
@@ -229,35 +260,6 @@ class LiveStream:
             for each in self._stages.all
         ]
 
-    async def _add_audio(self, data: bytes) -> int:
-        """Add audio and return how many of its samples are accepted. A piece without samples has no effect."""
-        if not data:
-            return 0
-        if len(data) > self._settings.max_audio_bytes:
-            raise MessageTooLarge(f"{len(data)} bytes of audio at once, the limit is {self._settings.max_audio_bytes}")
-        sample_bytes = self._options.sample_bytes
-        if len(data) % sample_bytes:
-            raise InvalidAudio.at("audio.data", f"{len(data)} bytes are no multiple of {sample_bytes}")
-        self._first_audio_s = self._first_audio_s or self._now()
-        num_samples = len(data) // sample_bytes
-        if not self._options.is_live:
-            await self._wait_for_room()
-        elif self._speech.pending_samples + num_samples > self._settings.live_ahead_s * self._grid.rate_hz:
-            message = f"{self._settings.live_ahead_s:g} s of audio are waiting"
-            self.outbox.put(notice(api.Notice.KIND_AUDIO_REFUSED, message, num_samples=num_samples))
-            return 0
-        skip = min(self.acks.skip, num_samples)
-        self.acks.skip -= skip
-        self._speech.add(data[skip * sample_bytes :])
-        return num_samples
-
-    async def _wait_for_room(self) -> None:
-        """Wait until less audio than `audio_ahead_s` is ahead of the admitted blocks."""
-        limit = self._settings.audio_ahead_s * self._grid.rate_hz
-        while self._speech.ahead_samples >= limit:
-            self._has_room.clear()
-            await self._has_room.wait()
-
     async def _admit(self, encoded: AsyncGenerator[RelayedBlock, None]) -> AsyncGenerator[RelayedBlock, None]:
         """Number the encoded blocks that are still wanted, as many at a time as there are slots."""
         is_rebuilt, audio = False, self._stages.audio
@@ -272,7 +274,7 @@ class LiveStream:
                 if not self._options.is_live:
                     await self._in_flight.take_slot()
                 speech = self._in_flight.admit()
-                self._has_room.set()
+                self._intake.has_room.set()
                 if speech is None:
                     continue
                 head = block.head
@@ -381,9 +383,10 @@ class LiveStream:
     def _record_latency(self, block: StartedBlock) -> None:
         """Record that the first frame of a block is there, and tell the client if blocks keep being late."""
         now_s = self._now()
-        if block.turn and self._first_audio_s and not self._has_first_frame:
+        first_audio_s = self._intake.first_audio_s
+        if block.turn and first_audio_s and not self._has_first_frame:
             self._has_first_frame = True
-            telemetry.TIME_TO_FIRST_FRAME.record(now_s - self._first_audio_s)
+            telemetry.TIME_TO_FIRST_FRAME.record(now_s - first_audio_s)
         if self._options.is_live:
             self._timeline.block_arrived(self.outbox.end_frame, now_s - block.started_s, block.start_late_s)
             if self._timeline.num_late == LATE_BLOCKS:

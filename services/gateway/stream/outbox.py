@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc.aio
 
@@ -20,7 +20,7 @@ from avatar.errors import ConnectionLost, InvalidField, ResumeImpossible, SlowRe
 from avatar.v1 import avatar_service_pb2 as api
 from avatar.worker.v1 import types_pb2
 from services.gateway.stream.fragments import renumber_fragment
-from services.gateway.stream.in_flight import FIRST_FRAME
+from services.gateway.stream.in_flight import FIRST_FRAME, TurnText
 from services.gateway.stream.timeline import US, MediaGrid
 
 Write: TypeAlias = Callable[[api.StreamAvatarResponse], Awaitable[None]]
@@ -38,7 +38,8 @@ class Item:
     messages: in order; numbered when they are sent.
     num_frames: frames in them; 0 for an event.
     turn, num_samples: the turn whose speech the frames show, and how much of it is delivered with them; for an event,
-        the turn that it is about, and all of its speech.
+        the turn that it is about, and all of its speech, or its speech before the word.
+    text: of the turn that the event ends, if it is spoken from text.
     num_delivered: samples of all that the client sent whose frames are delivered with these; None if there are none.
     first_frame: number of the next frame when the item was sent.
     """
@@ -48,15 +49,16 @@ class Item:
     turn: int | None = None
     num_samples: int = 0
     num_delivered: int | None = None
+    text: TurnText | None = None
     first_frame: int = 0
 
     def is_event(self, kind: str) -> bool:
         return self.messages[0].event.WhichOneof("kind") == kind
 
 
-def notice(kind: api.Notice.Kind.ValueType, message: str, within_s: float = 0.0, num_samples: int = 0) -> Item:
-    """Return a notice to the client."""
-    content = api.Notice(kind=kind, message=message, within_s=within_s, num_samples=num_samples)
+def notice(kind: api.Notice.Kind.ValueType, message: str, **fields: Any) -> Item:
+    """Return a notice to the client. fields: further ones of Notice."""
+    content = api.Notice(kind=kind, message=message, **fields)
     return Item([api.StreamAvatarResponse(event=api.AvatarEvent(notice=content))])
 
 
@@ -121,7 +123,7 @@ class Outbox:
         is_slow = self._num_waiting_frames >= MAX_WAITING_BLOCKS * self._grid.block_frames
         if is_slow and warns and not self._is_reader_slow:
             message = "frames are not read as fast as they are made"
-            self.put(notice(api.Notice.KIND_SLOW_READER, message, self._max_unread_s))
+            self.put(notice(api.Notice.KIND_SLOW_READER, message, within_s=self._max_unread_s))
         self._is_reader_slow = is_slow and warns
         while self._num_waiting_frames >= MAX_WAITING_BLOCKS * self._grid.block_frames:
             self._has_space.clear()
@@ -142,18 +144,21 @@ class Outbox:
         self._waiting.append(item)
         self._has_items.set()
 
-    def drop(self) -> int:
-        """Drop waiting frames; return how many samples were delivered of the speech that this cuts off."""
-        self._waiting = deque(
-            item for item in self._waiting if not (item.num_frames or item.is_event("playback_started"))
-        )
+    def drop(self) -> tuple[int, str]:
+        """Drop waiting frames; return which samples and text were delivered of the speech that this cuts off."""
+        self._waiting = deque(item for item in self._waiting if not self._belongs_to_waiting_frames(item))
         self._num_waiting_frames = 0
         self._has_space.set()
         for item in self._waiting:
             delivered = self._delivered_of(item.turn)
-            if item.is_event("playback_finished") and delivered < item.num_samples:
-                return delivered
-        return 0
+            is_cut = delivered < item.num_samples or (item.text is not None and item.text.is_cut)
+            if item.is_event("playback_finished") and is_cut:
+                return delivered, item.text.spoken(delivered) if item.text else ""
+        return 0, ""
+
+    def _belongs_to_waiting_frames(self, item: Item) -> bool:
+        is_late_word = item.is_event("word_started") and item.num_samples >= self._delivered_of(item.turn)
+        return item.num_frames > 0 or item.is_event("playback_started") or is_late_word
 
     def record(self, position: types_pb2.Position) -> None:
         """Write into the position what was sent."""
@@ -229,7 +234,7 @@ class Outbox:
                     message.audio.pts_us = self._pts_us()
                 case "event":
                     message.event.number = self.next_event
-                    message.event.pts_us = self._pts_us()
+                    message.event.pts_us += self._pts_us()
                     if message.event.HasField("playback_finished"):
                         self._finish_turn(message.event.playback_finished, item)
                     self.next_event += 1
@@ -267,6 +272,7 @@ class Outbox:
         finished.next_frame = self.next_frame
         finished.position_us = self._grid.duration_us(delivered)
         finished.interrupted |= delivered < item.num_samples
+        finished.spoken = item.text.spoken(delivered) if item.text else ""
         self._unfinished_turn = finished.turn + 1
 
     def _delivered_of(self, turn: int | None) -> int:

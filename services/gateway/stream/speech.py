@@ -88,25 +88,34 @@ class SpeechQueue:
 
     @property
     def waits_for_stage(self) -> bool:
-        """True if there is audio that the audio stage does not take yet. Offline."""
-        return any(turn.pending for turn in self._turns)
-
-    @property
-    def ahead_samples(self) -> int:
-        """Samples that are in no admitted block, with the silence that fills up started ones."""
-        return self.pending_samples + sum(block.boundaries[-1] for block in self._in_flight.started)
+        """True if there is audio that the audio stage does not take yet, or that a turn's text still gets. Offline."""
+        return any(turn.pending or (turn.has_end and turn.is_voiced) for turn in self._turns)
 
     @property
     def has_speech(self) -> bool:
-        """True if there is speech that is not admitted yet."""
+        """True if there is speech that is not admitted yet, or text whose audio is still to come."""
         started = self._in_flight.started
-        return self.pending_samples > 0 or any(block.turn and not block.is_dropped for block in started)
+        return (
+            self.pending_samples > 0
+            or any(turn.is_voiced for turn in self._turns)
+            or any(block.turn and not block.is_dropped for block in started)
+        )
 
-    def add(self, data: bytes) -> None:
-        """Add audio to the current turn."""
-        num_samples, was_empty = len(data) // self._sample_bytes, not self.turn.pending
-        self.turn.pending += data
-        self.turn.num_samples += num_samples
+    def ahead_of(self, turn: Turn) -> int:
+        """Return the samples up to the end of a turn that are in no admitted block, with silence in started ones."""
+        ahead = len(self._filling)
+        for each in self._turns:
+            ahead += len(each.pending)
+            if each is turn:
+                break
+        return ahead // self._sample_bytes + sum(block.boundaries[-1] for block in self._in_flight.started)
+
+    def add(self, data: bytes, turn: Turn | None = None) -> None:
+        """Add audio to a turn; by default to the current one."""
+        turn = turn or self.turn
+        num_samples, was_empty = len(data) // self._sample_bytes, not turn.pending
+        turn.pending += data
+        turn.num_samples += num_samples
         self.num_samples += num_samples
         self._last_added_s = self._now()
         # Audio that neither starts nor completes a block only makes it wait longer, as its timer will find.
@@ -116,16 +125,24 @@ class SpeechQueue:
     def end_turn(self) -> Turn:
         """End the current turn and return it; what is added next belongs to a new one."""
         ended = self.turn
-        ended.is_ended = True
+        ended.has_end = True
         self._start_turn()
         return ended
+
+    def finish_text(self, turn: Turn) -> None:
+        """Record that no more audio of a turn's text comes."""
+        assert turn.text
+        turn.text.is_over = True
+        self._changed.set()
 
     def interrupt(self) -> deque[Turn]:
         """Drop what is not admitted, end all turns, and return them in order."""
         ended = self.unfinished
         for turn in ended:
-            turn.is_ended = True
+            turn.has_end = True
             turn.pending.clear()
+            if turn.text and not turn.text.is_over:
+                turn.text.is_over = turn.text.is_cut = True
         self._is_interrupted = self._filling_turn is not None
         self.unfinished = deque()
         self._start_turn()
@@ -134,7 +151,7 @@ class SpeechQueue:
     def close(self) -> Turn:
         """End the current turn, if it has speech, and return it; nothing is added any more."""
         self._is_closed = True
-        self.turn.is_ended = self.turn.num_samples > 0
+        self.turn.has_end = self.turn.num_samples > 0 or self.turn.text is not None
         self._changed.set()
         return self.turn
 
@@ -146,10 +163,17 @@ class SpeechQueue:
         self._changed.set()
 
     def _next_turn(self) -> Turn:
-        """Return the first turn with audio to pass on, else the current one; forget the turns before it."""
-        while len(self._turns) > 1 and not self._turns[0].pending and self._filling_turn is not self._turns[0]:
+        """Return the first turn with audio to pass on or to come, else the current one; forget the turns before it."""
+        while len(self._turns) > 1:
+            first = self._turns[0]
+            if first.pending or first.is_voiced or self._filling_turn is first:
+                break
             self._turns.popleft()
         return self._turns[0]
+
+    def _is_done(self, turn: Turn) -> bool:
+        """Return whether all audio is passed on. turn: the next one."""
+        return self._is_closed and not turn.pending and not turn.is_voiced
 
     async def offline(self) -> AsyncGenerator[audio_pb2.AudioPiece, None]:
         """Pass audio on as it arrives; the end of a turn fills its block with silence at once."""
@@ -161,7 +185,7 @@ class SpeechQueue:
                 yield self._fill_up()
             elif turn.pending:
                 yield self._pass_on(turn)
-            elif self._is_closed:
+            elif self._is_done(turn):
                 if self._filling:
                     self._start_filled()
                 return
@@ -233,7 +257,7 @@ class SpeechQueue:
                     limit.set(wait_s)
                     await self._changed.wait()
             turn = self._next_turn()
-            if self._is_closed and not turn.pending:
+            if self._is_done(turn):
                 return
             frame = self._hold(timeline, outbox)
             start_late_s = timeline.start_block(frame)
@@ -255,7 +279,7 @@ class SpeechQueue:
         start_by_s: when it has to start at the latest.
         """
         now_s, turn = self._now(), self._next_turn()
-        if self._is_closed and not turn.pending:
+        if self._is_done(turn):
             return 0.0
         if self._has_whole_block(turn):
             return max(0.0, start_by_s - self._grid.block_s - now_s)

@@ -27,14 +27,14 @@ LIVE = pb.OpenAvatar.MODE_LIVE
 
 @asynccontextmanager
 async def tenants_gateway(
-    store: SessionStore, redis: str, folder: Path, quotas: str
+    store: SessionStore, redis: str, folder: Path, quotas: str, **settings: Any
 ) -> AsyncGenerator[tuple[StandInGateway, Stub], None]:
-    """A gateway with one tenant."""
+    """A gateway with one tenant. settings: further ones of the gateway."""
     file = folder / "tenants.toml"
     file.write_text(f'[acme]\ntokens = ["{hashlib.sha256(TOKEN.encode()).hexdigest()}"]\n{quotas}')
     # Capabilities, which the gateway's start waits for, need a token too.
     async with (
-        standin_gateway(store, token=TOKEN, tenants=file, redis_url=redis) as gateway,
+        standin_gateway(store, token=TOKEN, tenants=file, redis_url=redis, **settings) as gateway,
         connected(gateway.target) as stub,
     ):
         yield gateway, stub
