@@ -29,7 +29,7 @@ from avatar.checkpoints.sizing import (
     SIZES,
     TINY,
     WAN_BASE_DIM,
-    Decoder,
+    DecoderCost,
     Sizing,
     Work,
     audio_work,
@@ -186,19 +186,19 @@ def inspect(
 
 
 def sizing_of(
-    network: denoiser_model.Network, height: int, width: int, decoder: Decoder, audio: Work, coder_bytes: float
+    network: denoiser_model.Network, height: int, width: int, decoder: DecoderCost, audio: Work, coder_bytes: float
 ) -> Sizing:
     """Return the sizing of videos of height x width latents. coder_bytes: as of `Sizing`."""
     weights, *session = denoiser_memory(network, height, width).values()
     return Sizing(network.config, height, width, weights, sum(session), decoder, audio, coder_bytes)
 
 
-def decoder_costs(part: Part) -> Decoder:
+def decoder_costs(part: Part) -> DecoderCost:
     """Return the costs of the decoder of a VAE's part; those of the light codec are too small to count."""
     if part.decoder is not None:
         return TINY
     is_wan = part.config["codec"] == "wan"
-    return wan_decoder(part.config.get("network", {}).get("base_dim", WAN_BASE_DIM)) if is_wan else Decoder()
+    return wan_decoder(part.config.get("network", {}).get("base_dim", WAN_BASE_DIM)) if is_wan else DecoderCost()
 
 
 def audio_costs(audio: audio_model.AudioModel) -> Work:

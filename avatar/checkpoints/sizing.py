@@ -127,7 +127,7 @@ def condition_tokens(height: int, width: int) -> int:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderCost:
     """A decoder's costs for a latent frame of one latent pixel.
 
     flops, traffic: operations and bytes. state: numbers that a session keeps, of a latent pixel.
@@ -149,14 +149,14 @@ class Decoder:
 
 # Wan's own decoder, and the published tiny ones.
 WAN_BASE_DIM = 96
-WAN = Decoder(flops=2.162e9, traffic=9.47e6, state=151_328)
-TINY = Decoder(flops=87e6, traffic=0.6e6, state=5_376)
+WAN = DecoderCost(flops=2.162e9, traffic=9.47e6, state=151_328)
+TINY = DecoderCost(flops=87e6, traffic=0.6e6, state=5_376)
 
 
-def wan_decoder(base_dim: int) -> Decoder:
+def wan_decoder(base_dim: int) -> DecoderCost:
     """Return the costs of a decoder of Wan's kind with other widths. base_dim: channels at full resolution."""
     ratio = base_dim / WAN_BASE_DIM
-    return Decoder(WAN.flops * ratio**2, WAN.traffic * ratio, WAN.state * ratio)
+    return DecoderCost(WAN.flops * ratio**2, WAN.traffic * ratio, WAN.state * ratio)
 
 
 def audio_work(num_layers: int, width: int) -> Work:
@@ -204,7 +204,7 @@ class Sizing:
     width: int
     network_bytes: float
     level_bytes: float
-    decoder: Decoder = field(default_factory=Decoder)
+    decoder: DecoderCost = field(default_factory=DecoderCost)
     audio: Work = field(default_factory=Work)
     coder_bytes: float = 0.0
 
