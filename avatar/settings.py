@@ -156,6 +156,8 @@ class WorkerSettings(Settings):
     checkpoint: folder in our layout, with a folder for each part, or in the published one.
     capacity: streams at a time, of a denoiser per level; more are refused, and so is a live stream that its device has
         no time for.
+    memory_gb: GB of the device's memory for streams of denoisers; more are refused. By default, on a GPU, nine tenths
+        of what is free once the weights are loaded, and on a CPU no limit.
     threads: CPU threads of one computation.
     device: the device that computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
     dtype: dtype of weights and states: float32, or bfloat16 where the device has instructions for it.
@@ -163,6 +165,7 @@ class WorkerSettings(Settings):
 
     checkpoint: Path = Path("models/tiny")
     capacity: Count = 8
+    memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     threads: Count = 1
     device: Annotated[str, _match(r"cpu|cuda(:\d+)?", "cpu, cuda or cuda:N")] = "cpu"
     dtype: Annotated[str, _match("float32|bfloat16", "float32 or bfloat16")] = "float32"
@@ -282,7 +285,7 @@ class GatewaySettings(Settings):
     schedule: the denoisers' schedule, as they have it in theirs: others are not used. Without it, the gateway takes the
         schedule of the denoisers that serve all levels of one.
     stall_s: seconds, added to four times a step, after which a worker that owes a live block counts as lost.
-    rebuild_s: seconds to open the stream of a lost worker at another one.
+    rebuild_s: seconds to open the stream of a lost worker at another one, and for a stream's first answer at a worker.
     session_ttl_s: seconds that a session is kept without a stream.
     reference_ttl_s: seconds that a reference is kept after its creation.
     audio_ahead_s: seconds of offline audio accepted ahead of the blocks in the pipeline.

@@ -15,7 +15,7 @@ from avatar import telemetry
 from avatar.checkpoints.files import DTYPES, is_native
 from avatar.rpc.server import serving
 from avatar.rpc.tls import server_credentials
-from avatar.runtime.admission import Device
+from avatar.runtime.admission import Device, DeviceMemory
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import PREFIX, WorkerSettings
 from avatar.store.redis import RedisHashes
@@ -25,6 +25,8 @@ from services.registration import WorkerServicer, registered
 
 logger = logging.getLogger(__name__)
 
+# Share of a GPU's memory, free once the weights are loaded, that streams may take.
+FREE_SHARE = 0.9
 # The kernel's, and therefore the same in all containers (Linux only).
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -82,12 +84,25 @@ def device_and_dtype(settings: WorkerSettings) -> tuple[torch.device, torch.dtyp
 
 def open_device_queue(settings: WorkerSettings) -> DeviceQueue:
     """Return the queue of the settings' device, a context. Calls to a GPU return early, so its queue synchronizes."""
-    device = _device(settings)
+    if settings.device.startswith("cuda") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # Read at the first allocation. Streams of several sizes would otherwise leave pieces that fit no other size.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    device, limit_gb = _device(settings), settings.memory_gb
+    memory = DeviceMemory(lambda: limit_gb * 1e9) if limit_gb else None
     if device.type == "cuda":
         # Its own name: the same GPU has another number in a process that sees others.
         name = str(torch.cuda.get_device_properties(device).uuid)
-        return DeviceQueue(partial(torch.cuda.synchronize, device), Device(name))
-    return DeviceQueue(device=Device(_machine(), num_cores(), settings.threads))
+        memory = memory or DeviceMemory(partial(_free_bytes, device))
+        # Of the device's thread alone: a chain's transfers have streams of their own, which may wait for a peer.
+        return DeviceQueue(lambda: torch.cuda.current_stream(device).synchronize(), Device(name), memory)
+    return DeviceQueue(device=Device(_machine(), num_cores(), settings.threads), memory=memory)
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Return the free memory of a GPU, without a tenth for what steps need."""
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return FREE_SHARE * (free + cached)
 
 
 def num_cores() -> int:

@@ -135,6 +135,11 @@ class KVCache:
         return self._keys[layer][:, self._sink_tokens :], self._values[layer][:, self._sink_tokens :]
 
     @property
+    def sink_tokens(self) -> int:
+        """Number of condition tokens."""
+        return self._sink_tokens
+
+    @property
     def num_bytes(self) -> int:
         return sum(each.nbytes for each in (*self._keys, *self._values, *self._unrotated))
 

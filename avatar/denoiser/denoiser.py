@@ -111,22 +111,38 @@ class Denoiser:
 
     def open(self, session: Session) -> DenoiserState:
         """Return a state with an empty cache. ValueError if the session does not fit the network."""
+        height, width = self.check(session)
+        distance = self.config.sink_distance if session.sink_distance is None else session.sink_distance
+        cache = KVCache(self.config, height, width, dtype=self.network.dtype, device=self.network.device)
+        state = DenoiserState(session, cache, distance, self._masks(session, height, width))
+        state.prefills = self._prefills.join(state)
+        return state
+
+    def check(self, session: Session) -> tuple[int, int]:
+        """Return height and width of a session's latents. ValueError if the session does not fit the network."""
         channels, shape = self.config.in_dim, tuple(session.motion.shape)
         if len(shape) != 4 or shape[0] != channels or not shape[1]:
             raise ValueError(f"motion latents must have shape ({channels}, t, h, w), got {shape}")
         height, width = shape[2:]
         if height % PATCH or width % PATCH or min(height, width) < SMALLEST_SIDE:
             raise ValueError(f"latents must have even sides of at least {SMALLEST_SIDE}, got {height}x{width}")
-        distance = self.config.sink_distance if session.sink_distance is None else session.sink_distance
-        if not is_sink_distance(distance):
-            raise ValueError(f"sink_distance must be a number or (low, high), got {distance}")
+        if session.sink_distance is not None and not is_sink_distance(session.sink_distance):
+            raise ValueError(f"sink_distance must be a number or (low, high), got {session.sink_distance}")
         if self._sizes is not None and (height, width) not in self._sizes:
             served = ", ".join(f"{h}x{w}" for h, w in self._sizes)
             raise ValueError(f"latents of {height}x{width} are not served here, only {served}")
-        cache = KVCache(self.config, height, width, dtype=self.network.dtype, device=self.network.device)
-        state = DenoiserState(session, cache, distance, self._masks(session, height, width))
-        state.prefills = self._prefills.join(state)
-        return state
+        return height, width
+
+    def memory(self, height: int, width: int) -> tuple[int, int]:
+        """Return the bytes of a session's state at this level, and of what its levels share: prefills.
+
+        height, width: of the latents. A prefill's sink lasts until each level has copied it; text is there twice while
+        levels pass from one version to the next.
+        """
+        config, network = self.config, self.network
+        cache = KVCache(config, height, width, dtype=network.dtype, device="meta")
+        tokens = cache.sink_tokens + 2 * config.text_len
+        return cache.num_bytes, 2 * config.num_layers * tokens * config.dim * network.dtype.itemsize
 
     @torch.no_grad()
     def prefill(self, conditions: Conditions, state: DenoiserState) -> None:

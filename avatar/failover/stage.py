@@ -37,7 +37,8 @@ class FailoverTimeouts:
     """Limits on how long a stream waits.
 
     stall_s: seconds that an answer may be overdue before the worker counts as lost, plus four times its step time.
-    rebuild_s: seconds within which a lost stream has to be open again.
+    rebuild_s: seconds within which a lost stream has to be open again; also those that a stream's first answer at a
+    worker may be overdue, since a worker may compute something for the first time for it, and fills its window again.
     """
 
     stall_s: float
@@ -70,6 +71,7 @@ class FailoverStage(Generic[Item, Answer]):
         self._wait = WaitLimit()
         self._stall_s = 0.0
         self._is_silent = False
+        self._has_answered = False  # at its present worker
         self._is_closing = False
         self.lost_at_s = -math.inf
         self._num_losses = 0
@@ -96,7 +98,7 @@ class FailoverStage(Generic[Item, Answer]):
     async def open(self) -> Any:
         """Open the stream; return the worker's `opened`. Raises the workers' error."""
         worker, stream, opened = await self._connector.connect()
-        self._current, self._is_silent = (worker, stream), False
+        self._current, self._is_silent, self._has_answered = (worker, stream), False, False
         self._takes_prefill = getattr(opened, "takes_prefill", False)
         worker.on_silence.add(self._give_up)
         return opened
@@ -111,8 +113,7 @@ class FailoverStage(Generic[Item, Answer]):
                 try:
                     async with aclosing(stream(self._stream_items(pulling))) as answers:
                         while True:
-                            step_s = getattr(worker.info, "step_s", 0.0)
-                            self._stall_s = 0.0 if self._is_silent else self._timeouts.stall_s + 4 * step_s
+                            self._stall_s = self._limit_s(worker)
                             is_due = self._is_silent or self._replay.is_answer_due or self._is_closing
                             # The time that the consumer takes between two answers does not count against the worker.
                             try:
@@ -126,6 +127,7 @@ class FailoverStage(Generic[Item, Answer]):
                             except TimeoutError as error:
                                 message = f"{self.stage} has not answered in time"
                                 raise StageLost(message, metadata={"stage": self.stage}, retry_s=1.0) from error
+                            self._has_answered = True
                             if (block := self._replay.accept(answer)) is None:
                                 continue
                             self._num_losses = 0
@@ -192,6 +194,13 @@ class FailoverStage(Generic[Item, Answer]):
         self._is_closing = True
         self._limit_wait()
         await pulling
+
+    def _limit_s(self, worker: Worker[Any]) -> float:
+        """Return how many seconds the next answer may take once it is due."""
+        if self._is_silent:
+            return 0.0
+        limit_s = self._timeouts.stall_s + 4 * getattr(worker.info, "step_s", 0.0)
+        return limit_s if self._has_answered else max(limit_s, self._timeouts.rebuild_s)
 
     def _limit_wait(self) -> None:
         """Limit the wait for the next answer, if it has no limit and the answer has become due."""

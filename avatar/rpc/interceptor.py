@@ -24,7 +24,7 @@ from google.rpc import code_pb2, status_pb2
 from grpc_status import rpc_status
 
 from avatar import telemetry
-from avatar.errors import REASONS, AvatarError, ConnectionLost, InvalidField, ProtocolOrder
+from avatar.errors import REASONS, AvatarError, ConnectionLost, InvalidField, NoCapacity, ProtocolOrder
 from avatar.rpc.status import reason_of, root_cause, status_of
 from avatar.rpc.wire import RelayedBlock, block_field, parse_part, serialize_part
 
@@ -142,6 +142,10 @@ def _outcome(method: str) -> Iterator[_Outcome]:
         code = "CANCELLED"
         raise
     except Exception as error:
+        if _is_out_of_memory(error):
+            # Another worker may have the memory. As a defect, the stream would be rebuilt into the same lack.
+            logger.warning("out of memory", extra={"method": method, "problem": str(root_cause(error)).split("\n")[0]})
+            error = NoCapacity("this worker's device has no memory left", retry_s=1.0)
         outcome.status = _status(method, error)
         telemetry.CALLS_FAILED.add(1, {"reason": reason_of(error)})
         code = code_pb2.Code.Name(outcome.status.code)
@@ -150,6 +154,12 @@ def _outcome(method: str) -> Iterator[_Outcome]:
             time.perf_counter() - started,
             {"rpc.system.name": "grpc", "rpc.method": method, "rpc.response.status_code": code},
         )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory could not be allocated. torch's error is compared by name: gateways are without torch."""
+    cause = root_cause(error)
+    return isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"
 
 
 def _status(method: str, error: Exception) -> status_pb2.Status:

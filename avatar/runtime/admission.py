@@ -8,9 +8,13 @@ add up to LIVE_SHARE at most.
 `AdmissionControl` refuses a stream over the worker's limit, and a live stream that its device has no time for. Offline
 streams count towards the limit only: they use the time that is left. A session that moves to another gateway keeps its
 slots: at a full worker its new stream replaces the old one.
+
+A stream also reserves the memory that its state and its prefills take at most (`DeviceMemory`). So a lack of memory
+refuses a stream before it is opened, and ends none that is open.
 """
 
 import asyncio
+import math
 import secrets
 import sys
 import time
@@ -71,14 +75,45 @@ class Device:
     num_threads: int = 1
 
 
+class DeviceMemory:
+    """Memory of a device for its streams, in bytes.
+
+    reserved_bytes: of the open streams.
+    """
+
+    def __init__(self, measure: Callable[[], float] = lambda: math.inf) -> None:
+        """measure: returns the bytes that streams may take, called while there are none; by default no limit."""
+        self.reserved_bytes = 0
+        self._measure = measure
+        self._limit_bytes = math.inf
+
+    @property
+    def free_bytes(self) -> float:
+        """Bytes that are not reserved."""
+        if not self.reserved_bytes:  # other services of the device may have loaded their weights since
+            self._limit_bytes = self._measure()
+        return self._limit_bytes - self.reserved_bytes
+
+    @contextmanager
+    def reserved(self, num_bytes: int) -> Iterator[None]:
+        """Reserve memory while the body runs."""
+        assert num_bytes <= self.free_bytes
+        self.reserved_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self.reserved_bytes -= num_bytes
+
+
 class DeviceLoad:
     """Time of a device's queue that its live streams need, over all services that share it.
 
-    queue: name of the queue, which no other has.
+    queue: name of the queue, which no other has. memory: of the device, for the same streams.
     """
 
-    def __init__(self, device: Device | None = None) -> None:
+    def __init__(self, device: Device | None = None, memory: DeviceMemory | None = None) -> None:
         self.device = device or Device()
+        self.memory = memory or DeviceMemory()
         self.queue = _unique_name()
         self._services: list[tuple[StepTimes, int]] = []
         self._listeners: list[Callable[[], None]] = []
@@ -185,7 +220,8 @@ class AdmissionControl:
     and the other live streams would need more of the device's time than there is.
 
     active: streams that are open. limit: streams of any kind at a time. step_times: of the service's steps; its streams
-    add them. on_change: called when a stream is accepted or ends, here or at another service of the device.
+    add them. stream_bytes: memory of the largest stream, 0 if that is not known. on_change: called when a stream is
+    accepted or ends, here or at another service of the device.
     """
 
     def __init__(self, limit: int, service: str, load: DeviceLoad, block_s: float, num_levels: int = 1) -> None:
@@ -196,6 +232,7 @@ class AdmissionControl:
         self.active = 0
         self.limit = limit
         self.step_times = StepTimes(block_s)
+        self.stream_bytes = 0
         self.on_change: Callable[[], None] = lambda: None
         self._load, self._num_levels = load, num_levels
         self._labels = {"service": service}
@@ -218,25 +255,40 @@ class AdmissionControl:
 
     @property
     def capacity(self) -> int:
-        """Streams at a time: the limit, or fewer if the device could not keep up with that many live ones."""
-        return min(self.limit, self.active + self._load.num_free_sessions * self._num_levels)
+        """Streams at a time: the limit, or fewer if the device could not keep up with that many live ones.
+
+        Also fewer if its memory is not enough for that many of the largest ones.
+        """
+        free = self._load.num_free_sessions * self._num_levels
+        if self.stream_bytes and (free_bytes := self._load.memory.free_bytes) < math.inf:
+            free = min(free, max(0, int(free_bytes // self.stream_bytes)))
+        return min(self.limit, self.active + free)
 
     @contextmanager
-    def accept(self, session_id: str, *, is_live: bool, max_active: int | None = None) -> Iterator[None]:
+    def accept(
+        self, session_id: str, *, is_live: bool, max_active: int | None = None, num_bytes: int = 0
+    ) -> Iterator[None]:
         """Count a stream as active while the body runs. NoCapacity, with the worker's real numbers, if it is refused.
 
         max_active: streams that the caller believes to be open at most. It then selects a worker by real numbers.
+        num_bytes: memory that the stream takes at most; it is reserved.
         """
+        self.stream_bytes = max(self.stream_bytes, num_bytes)
         if self.active >= self.limit:
             raise self._full(f"all {self.limit} streams of this worker are taken")
         if is_live and not self._load.has_time_for(session_id, self.step_times):
             raise self._full("this worker's device has no time for another live stream")
+        memory = self._load.memory
+        if num_bytes > (free_bytes := memory.free_bytes):
+            free = f"{max(0.0, free_bytes) / 1e9:.2f} GB of memory"
+            raise self._full(f"this worker's device has {free} for streams, and this one needs {num_bytes / 1e9:.2f}")
         if max_active is not None and self.active > max_active:
             raise self._full(f"this worker has {self.active} streams, and not at most {max_active}")
         self.active += 1
         telemetry.SESSIONS_ACTIVE.add(1, self._labels)
         try:
-            with self._load.live_stream(session_id, self.step_times) if is_live else nullcontext():
+            live = self._load.live_stream(session_id, self.step_times) if is_live else nullcontext()
+            with live, memory.reserved(num_bytes):
                 self._load.notify()
                 yield
         finally:
@@ -249,7 +301,14 @@ class AdmissionControl:
         return NoCapacity(message, metadata=numbers, retry_s=1.0)
 
     async def admit(
-        self, session_id: str, *, is_live: bool, max_active: int | None = None, claimed_us: int = 0, level: int = 0
+        self,
+        session_id: str,
+        *,
+        is_live: bool,
+        max_active: int | None = None,
+        claimed_us: int = 0,
+        level: int = 0,
+        num_bytes: int = 0,
     ) -> AbstractContextManager[None]:
         """Accept a session's stream at a level: the returned context's body runs it. Raises as `accept` does.
 
@@ -259,7 +318,8 @@ class AdmissionControl:
         """
         slot, key = ExitStack(), (session_id, level)
         try:
-            slot.enter_context(self.accept(session_id, is_live=is_live, max_active=max_active))
+            accepted = self.accept(session_id, is_live=is_live, max_active=max_active, num_bytes=num_bytes)
+            slot.enter_context(accepted)
         except NoCapacity:
             former = self._streams.get(key)
             if former is None or not 0 < claimed_us >= former.claimed_us:

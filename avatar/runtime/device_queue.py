@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from avatar.runtime.admission import Device, DeviceLoad
+from avatar.runtime.admission import Device, DeviceLoad, DeviceMemory
 
 Out = TypeVar("Out")
 
@@ -57,12 +57,18 @@ class DeviceQueue:
     load: time that the device's live streams need. num_waiting: jobs in the queue.
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None, device: Device | None = None) -> None:
+    def __init__(
+        self,
+        synchronize: Callable[[], None] | None = None,
+        device: Device | None = None,
+        memory: DeviceMemory | None = None,
+    ) -> None:
         """synchronize: blocks until the device has finished; None if work is finished when its call returns.
 
-        device: what its jobs run on; by default a device that no other process uses.
+        device: what its jobs run on; by default a device that no other process uses. memory: for streams; by default
+        without a limit.
         """
-        self.load = DeviceLoad(device)
+        self.load = DeviceLoad(device, memory)
         self._synchronize = synchronize
         self._jobs: list[Job] = []
         self._lock = threading.Lock()

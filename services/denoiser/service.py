@@ -77,8 +77,14 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
 
     def warm(self, height: int, width: int) -> None:
         """Step every level through a session of latents of this size, and measure the duration of a step."""
+        self._admission.stream_bytes = max(self._admission.stream_bytes, self._stream_bytes(height, width))
         for denoiser in self._denoisers.values():
             self._admission.measure(partial(denoiser.warm, height, width))
+
+    def _stream_bytes(self, height: int, width: int) -> int:
+        """Return the memory of a stream of latents of this size: its state, and its part of what its levels share."""
+        state, shared = next(iter(self._denoisers.values())).memory(height, width)
+        return state + -(-shared // len(self._denoisers))
 
     def add_to(self, server: grpc.aio.Server) -> None:
         denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
@@ -114,17 +120,18 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         denoiser = self._denoisers.get(opened.level)
         if denoiser is None:
             raise ConfigMismatch(f"level {opened.level} is not served here, only {self.levels}")
+        with as_invalid_field("open.session"):
+            session = session_from_open(opened)
+            size = denoiser.check(session)
         accepted = self._admission.admit(
             opened.session_id,
             is_live=opened.is_live,
             max_active=max_active(opened),
             claimed_us=opened.claimed_us,
             level=opened.level,
+            num_bytes=self._stream_bytes(*size),
         )
         with await accepted, self._chain_stream(opened) as chain_stream, as_invalid_field("block"):
-            with as_invalid_field("open.session"):
-                session = session_from_open(opened)
-            yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             usage, num_blocks = StreamUsage(self._admission.step_times), 0
             updates_sink = denoiser.updates_sink(session)
             # The copy to the host belongs to the step: later, a GPU would be computing the next block.
@@ -137,8 +144,12 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                 usage,
                 then=then,
                 live_block_s=live_block_s,
+                # Allocated before the answer, so that a lack of memory refuses the stream; and beside the device's
+                # thread, whose steps may take longer than a caller waits.
+                state=await asyncio.to_thread(denoiser.open, session),
                 prefill=denoiser.prefill,
             )
+            yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
             async with aclosing(stage(self._blocks(opened, requests, chain_stream))) as blocks:
                 async for block in blocks:
                     telemetry.block_span(

@@ -96,7 +96,7 @@ async def main() -> None:
     telemetry.set_up("avatar", settings.log_level)
     torch.set_num_threads(1)
     models = load(DenoiserSettings, os.environ)
-    switches = {name: getattr(models, name) for name in ("adapter", "adapter_alpha", "device", "dtype")}
+    switches = {name: getattr(models, name) for name in ("adapter", "adapter_alpha", "device", "dtype", "memory_gb")}
     async with AsyncExitStack() as stack:
         if "AVATAR_REDIS_URL" not in os.environ:
             folder = stack.enter_context(TemporaryDirectory(prefix="avatar-redis-"))

@@ -122,6 +122,24 @@ async def test_a_worker_that_does_not_answer_in_time_is_replaced() -> None:
             assert await all_of(stage, Source(range(5))) == list(range(5))
 
 
+async def test_a_streams_first_answer_may_take_longer_than_others() -> None:
+    opened = 0
+
+    async def slow_at_first(requests: Requests, context: Context) -> Responses:
+        nonlocal opened
+        opened += 1
+        async for each in numbered(requests, context):
+            if each.HasField("block") and each.block.index == 0:
+                await asyncio.sleep(3 * IMPATIENT.stall_s)
+            yield each
+
+    async with workers(1) as found:
+        found[0].encode = slow_at_first
+        async with opened_stage(found, IMPATIENT) as stage:
+            assert (await anext(stage(Source(range(3)).stream()))).index == 0
+            assert opened == 1
+
+
 async def test_a_stream_without_items_does_not_stall() -> None:
     source = Source(range(3), end=...)
     async with workers(1) as found, opened_stage(found, IMPATIENT) as stage:

@@ -21,6 +21,7 @@ from avatar.types import Block
 from avatar.worker.v1.denoiser_pb2 import OpenDenoise
 from services.denoiser.__main__ import build
 from services.local.processes import free_ports
+from tests.handoff.chains import message_of, random_session
 
 ALL = ChainMember([0, 1], 2, "digest", torch.float32, torch.device("cpu"))
 FEATURES = torch.zeros(1, 2, 12)
@@ -143,4 +144,4 @@ async def test_a_worker_in_no_chain_refuses_to_hand_over(checkpoint: Path, store
         servicer = build(DenoiserSettings(checkpoint=checkpoint), store, queue)
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
             with pytest.raises(ConfigMismatch, match="this worker is in no chain"):
-                await RemoteChain([connection]).open(OpenDenoise(session_id="any"))
+                await RemoteChain([connection]).open(OpenDenoise(session=message_of(random_session("a", 1))))

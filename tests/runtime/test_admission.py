@@ -9,7 +9,7 @@ import pytest
 
 from avatar.aio import background
 from avatar.errors import NoCapacity, SessionBusy
-from avatar.runtime.admission import AdmissionControl, Device, DeviceLoad, StepTimes
+from avatar.runtime.admission import AdmissionControl, Device, DeviceLoad, DeviceMemory, StepTimes
 
 BLOCK_S = 0.48
 
@@ -243,3 +243,57 @@ async def test_a_take_over_that_is_given_up_frees_the_slot() -> None:
         taking_over.cancel()
         await asyncio.wait({former, taking_over})
         assert admission.active == 0
+
+
+def test_a_stream_that_the_memory_is_not_enough_for_is_refused() -> None:
+    load = DeviceLoad(memory=DeviceMemory(lambda: 10e9))
+    admission = AdmissionControl(8, "denoiser", load, BLOCK_S)
+    with admission.accept("a", is_live=False, num_bytes=6_000_000_000):
+        refusal = "4.00 GB of memory for streams, and this one needs 5.00"
+        with (
+            pytest.raises(NoCapacity, match=refusal) as refused,
+            admission.accept("b", is_live=False, num_bytes=5_000_000_000),
+        ):
+            pass
+        assert refused.value.metadata == {"active": "1", "capacity": "1"}
+        with admission.accept("c", is_live=False, num_bytes=4_000_000_000):
+            assert load.memory.free_bytes == 0
+    assert load.memory.reserved_bytes == 0
+
+
+def test_capacity_is_the_less_of_memory_and_time() -> None:
+    load = DeviceLoad(memory=DeviceMemory(lambda: 10e9))
+    admission = AdmissionControl(8, "denoiser", load, BLOCK_S)
+    assert admission.capacity == 8, "nothing is known of either"
+    admission.stream_bytes = 3_000_000_000
+    assert admission.capacity == 3
+    with admission.accept("a", is_live=False, num_bytes=2_000_000_000):
+        assert admission.capacity == 3, "the open one, and two of the largest"
+    admission.step_times.append(0.4)
+    assert admission.capacity == 1
+
+
+def test_free_memory_is_measured_while_there_are_no_streams() -> None:
+    free = [10.0, 8.0, 5.0]
+    memory = DeviceMemory(lambda: free.pop(0))
+    assert memory.free_bytes == 10
+    with memory.reserved(2):
+        assert memory.free_bytes == 6, "of the 8 before the stream"
+    assert memory.free_bytes == 5
+
+
+async def test_a_session_that_moves_keeps_its_memory() -> None:
+    load = DeviceLoad(memory=DeviceMemory(lambda: 10.0))
+    admission = AdmissionControl(8, "denoiser", load, BLOCK_S)
+
+    async def run(claimed_us: int) -> None:
+        with await admission.admit("a", is_live=True, claimed_us=claimed_us, num_bytes=8):
+            await asyncio.Event().wait()
+
+    async with background(run(1)) as former:
+        await asyncio.sleep(0)
+        async with background(run(2)) as second:
+            with pytest.raises(SessionBusy):
+                await former
+            assert (load.memory.reserved_bytes, second.done()) == (8, False)
+    assert load.memory.reserved_bytes == 0

@@ -1,6 +1,8 @@
 """Tests of services.worker and services.denoiser.loading: settings of device, precision and speed."""
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -126,3 +128,19 @@ def test_workers_of_a_process_report_one_queue_and_those_of_a_machine_one_device
     assert (audio.load.num_cores, audio.load.num_threads) == (num_cores(), 3)
     assert elsewhere.load.session_share == pytest.approx(elsewhere.step_s / 0.48)
     assert elsewhere.load.live_share == 0
+
+
+def test_a_gpus_streams_get_what_is_free_and_its_allocator_expands_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="a"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 40 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 38 << 30)
+    with open_device_queue(AudioSettings(device="cuda")) as queue:
+        assert queue.load.memory.free_bytes == pytest.approx(9 << 30), "nine tenths of 8 free and 2 cached"
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    with open_device_queue(AudioSettings(device="cuda", memory_gb=5)) as queue:
+        assert queue.load.memory.free_bytes == 5e9

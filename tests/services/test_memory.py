@@ -1,0 +1,176 @@
+"""Memory of a device for the streams of a denoiser, with an allocator that has a cap in place of the device's."""
+
+import asyncio
+import gc
+import weakref
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+import torch
+
+from avatar.denoiser.cache import KVCache
+from avatar.denoiser.denoiser import Denoiser
+from avatar.errors import NoCapacity
+from avatar.rpc.channel import channel
+from avatar.rpc.client import RemoteStage, remote_denoiser
+from avatar.rpc.codec import block_to_wire, conditions_to_pb
+from avatar.rpc.server import serving
+from avatar.rpc.wire import RelayedBlock
+from avatar.settings import DenoiserSettings
+from avatar.store.sessions import SessionStore
+from avatar.types import Session
+from avatar.worker.v1 import denoiser_pb2_grpc
+from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoRequest, OpenDenoise
+from services.denoiser.__main__ import build
+from services.denoiser.service import DenoiserServicer
+from services.worker import open_device_queue
+from tests.handoff.chains import blocks_of, first_conditions, message_of, random_session
+
+SMALL, LARGE = (8, 8), (16, 16)
+NUM_CYCLES = 20
+
+
+class CappedAllocator:
+    """Counts the bytes of all caches that live. Over the cap, it refuses one as torch does on a GPU."""
+
+    def __init__(self, cap: float) -> None:
+        self.cap = cap
+        self.allocated = 0
+
+    def allocate(self, cache: KVCache) -> None:
+        num_bytes = cache.num_bytes
+        if self.allocated + num_bytes > self.cap:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {num_bytes} bytes")
+        self.allocated += num_bytes
+        weakref.finalize(cache, self._free, num_bytes)
+
+    def _free(self, num_bytes: int) -> None:
+        self.allocated -= num_bytes
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> CappedAllocator:
+    allocator = CappedAllocator(float("inf"))
+    initialise = KVCache.__init__
+
+    def capped(self: KVCache, *arguments: Any, **options: Any) -> None:
+        initialise(self, *arguments, **options)
+        if options.get("device") != "meta":
+            allocator.allocate(self)
+
+    monkeypatch.setattr(KVCache, "__init__", capped)
+    return allocator
+
+
+@asynccontextmanager
+async def denoiser(
+    checkpoint: Path, store: SessionStore, **settings: Any
+) -> AsyncGenerator[tuple[DenoiserServicer, grpc.aio.Channel], None]:
+    """Run level 0's denoiser while the body runs; yield it and a channel to it."""
+    given = DenoiserSettings(checkpoint=checkpoint, levels="0", **settings)
+    with open_device_queue(given) as queue:
+        servicer = build(given, store, queue)
+        async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
+            yield servicer, connection
+
+
+def session_of(number: int, size: tuple[int, int]) -> Session:
+    return Session(f"session {number}", number, torch.zeros(16, 1, *size))
+
+
+async def opened(connection: grpc.aio.Channel, session: Session) -> RemoteStage[Any, Any]:
+    stage = remote_denoiser(connection, 0)
+    await stage.open(OpenDenoise(session_id=session.id, session=message_of(session)))
+    return stage
+
+
+async def block_0(session: Session, checkpoint: Path) -> AsyncGenerator[RelayedBlock, None]:
+    message = block_to_wire(blocks_of(session, checkpoint)[0])
+    message.head.carried.CopyFrom(conditions_to_pb(first_conditions(session)))
+    yield message
+
+
+async def until_no_streams(connection: grpc.aio.Channel) -> int:
+    """Wait until a worker has no stream; return its capacity."""
+    stub = denoiser_pb2_grpc.DenoiserServiceStub(connection)
+    async with asyncio.timeout(30):
+        while True:
+            info = await stub.GetInfo(DenoiserServiceGetInfoRequest(), timeout=10)
+            if not info.active:
+                return int(info.capacity)
+            await asyncio.sleep(0.01)
+
+
+async def test_streams_are_refused_before_they_are_opened_when_memory_is_short(
+    checkpoint: Path, store: SessionStore
+) -> None:
+    async with denoiser(checkpoint, store) as (unlimited, _):
+        num_bytes = unlimited._stream_bytes(*SMALL)
+    async with denoiser(checkpoint, store, memory_gb=2.5 * num_bytes / 1e9) as (_, connection):
+        assert await until_no_streams(connection) == 2
+        first, second = [await opened(connection, session_of(number, SMALL)) for number in range(2)]
+        with pytest.raises(NoCapacity, match="GB of memory for streams"):
+            await opened(connection, session_of(2, SMALL))
+        first.cancel()
+        second.cancel()
+        await until_no_streams(connection)
+        (await opened(connection, session_of(2, SMALL))).cancel()
+
+
+async def test_cycles_of_mixed_sizes_leave_memory_as_it_was(
+    checkpoint: Path, store: SessionStore, allocator: CappedAllocator
+) -> None:
+    async with denoiser(checkpoint, store) as (unlimited, _):
+        small, large = (unlimited._stream_bytes(*size) for size in (SMALL, LARGE))
+    limit = large + 2 * small + small // 2
+    async with denoiser(checkpoint, store, memory_gb=limit / 1e9) as (servicer, connection):
+        gc.collect()
+        at_start, allocator.cap = allocator.allocated, allocator.allocated + limit
+        accepted = []
+        for cycle in range(NUM_CYCLES):
+            sizes = [LARGE, *[SMALL] * 4] if cycle % 2 else [*[SMALL] * 3, LARGE, *[SMALL] * 3]
+            async with AsyncExitStack() as stack:
+                accepted.append(0)
+                for number, size in enumerate(sizes):
+                    try:
+                        stage = await opened(connection, session_of(number, size))
+                    except NoCapacity:
+                        continue
+                    stack.callback(stage.cancel)
+                    accepted[-1] += 1
+            await until_no_streams(connection)
+            async with asyncio.timeout(30):
+                while allocator.allocated != at_start:  # a handler's frame may outlive its stream by a moment
+                    gc.collect()
+                    await asyncio.sleep(0.01)
+            assert servicer._queue.load.memory.reserved_bytes == 0
+        assert accepted[2:] == accepted[:2] * (NUM_CYCLES // 2 - 1), accepted
+        assert accepted[1] == 3, "the large one and two small ones"
+
+
+@pytest.mark.parametrize("method", ["open", "step"])
+async def test_out_of_memory_is_no_capacity_and_frees_the_slot(
+    method: str, checkpoint: Path, store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    session, opened_by = random_session("a", 1), list[str]()
+
+    async def answers(connection: grpc.aio.Channel) -> int:
+        stage = await opened(connection, session)
+        opened_by.append(method)
+        return len([each async for each in stage(block_0(session, checkpoint))])
+
+    async with denoiser(checkpoint, store) as (_, connection):
+        with monkeypatch.context() as patch:
+            patch.setattr(Denoiser, method, fail)
+            with pytest.raises(NoCapacity, match="has no memory left"):
+                await answers(connection)
+            assert opened_by == ([] if method == "open" else ["step"]), "the allocation comes before the answer"
+        await until_no_streams(connection)
+        assert await answers(connection) == 1
