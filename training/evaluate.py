@@ -32,7 +32,7 @@ from training.eval.contact_sheets import save_sheet
 from training.eval.held_out import ClipScores, held_out_metrics, render_clip, render_speech, score
 from training.eval.inference import Pixels, until
 from training.eval.metrics import Metric, distance
-from training.eval.readers.blinks import BlinkReader
+from training.eval.readers.eyes import EyeReader
 from training.eval.readers.identity import Identity
 from training.eval.readers.landmarks import Landmarks
 from training.eval.robustness import (
@@ -64,7 +64,7 @@ class Extent:
     clips: held-out clips. others: of those, clips that are also rendered with another clip's audio. people, blocks:
     number and length of long sessions. session_s: time limit of a long session. at_a_time: long sessions in parallel.
     limit_s: time limit of the clips; on a busy machine fewer of them are evaluated. levels: how many to run of
-    those that the checkpoint was trained for; None: all. seeds: with which clips are rendered. blink_reader: its file.
+    those that the checkpoint was trained for; None: all. seeds: with which clips are rendered. eye_reader: its file.
     """
 
     clips: int
@@ -76,7 +76,7 @@ class Extent:
     at_a_time: int = 1
     levels: int | None = None
     seeds: int = 1
-    blink_reader: Path | None = None
+    eye_reader: Path | None = None
 
     def deadline(self, share: float) -> float:
         """Return the time at which a share of limit_s is over, seconds of time.monotonic."""
@@ -115,14 +115,14 @@ def evaluate_held_out(
     """
     models = inference.load(checkpoint, levels=extent.levels)
     landmarks, identity = available(Landmarks), available(Identity)
-    blinks = BlinkReader.load(extent.blink_reader) if extent.blink_reader else None
+    eyes = EyeReader.load(extent.eye_reader) if extent.eye_reader else None
     yield levels_metric(models)
     chosen: list[StoredClip] = evenly_spaced(clips, extent.clips)
     scores: list[ClipScores] = []
     rows: list[Pixels] = []
     for clip in until(tqdm(chosen, "held-out clips", unit="clip", mininterval=5), extent.deadline(0.5)):
         rendered = render_clip(models, clip)
-        scores.append(score(rendered, landmarks, identity, blinks))
+        scores.append(score(rendered, landmarks, identity, eyes))
         if len(rows) < PREVIEW_ROWS:
             rows += [
                 np.stack(evenly_spaced(list(frames), PREVIEW_COLUMNS)) for frames in (rendered.truth, rendered.rendered)
@@ -132,7 +132,7 @@ def evaluate_held_out(
     yield held_out_metrics(scores)
     chosen = chosen[: len(scores)]
     others = chosen[: extent.others], scores[: extent.others]
-    yield with_other_audio(models, *others, landmarks, extent.deadline(0.2))
+    yield with_other_audio(models, *others, landmarks, eyes, extent.deadline(0.2))
     yield {"overlap_r_change": without_the_other(models, *others, landmarks)}
     yield with_seeds(models, *others, landmarks, extent.seeds, extent.deadline(0.2))
     yield codec_metrics(models, chosen, landmarks, extent.deadline(0.15))
@@ -222,7 +222,7 @@ def extent_of(flags: argparse.Namespace, num_people: int) -> Extent:
         extent = replace(extent, people=2, blocks=HOUR_BLOCKS)
     if flags.people is not None:
         extent = replace(extent, people=num_people if flags.people == "all" else int(flags.people))
-    extent = replace(extent, levels=flags.levels, blink_reader=flags.blink_reader)
+    extent = replace(extent, levels=flags.levels, eye_reader=flags.eye_reader)
     if flags.seeds is not None:
         extent = replace(extent, seeds=flags.seeds)
     if flags.at_a_time is not None:
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--at-a-time", type=int, help="long sessions in parallel, a core each (default 1)")
     parser.add_argument("--minutes", type=float, help="time limit of all long sessions together")
     parser.add_argument("--seeds", type=int, help=f"seeds that clips are rendered with (default {FULL.seeds})")
-    parser.add_argument("--blink-reader", type=Path, help="file that training.eval.readers.blinks wrote")
+    parser.add_argument("--eye-reader", type=Path, help="file that training.eval.readers.eyes wrote: blinks and brows")
     parser.add_argument(
         "--test", action="store_true", help="the people kept for the last evaluation, in place of the held-out ones"
     )

@@ -12,11 +12,12 @@ from tests.training.test_metrics import curve
 from training.data import Clip, read_shard, write_shard
 from training.eval.behaviour import LAG, Behaviour, behaviour_metrics, closures
 from training.eval.metrics import Metric
-from training.eval.readers.face_curves import BROWS, INNER_LIPS, NOSE_TIP, RIGID, FaceCurves, face_curves
+from training.eval.readers.face_curves import INNER_LIPS, NOSE_TIP, RIGID, FaceCurves, face_curves
 from training.eval.readers.landmarks import LEFT_EYE, RIGHT_EYE
 from training.synthetic.motion.curves import smooth
 
 NUM_FRAMES = 120
+FRAMES = np.zeros((8, 4, 4, 3), np.uint8)
 # The person speaks in the first half and listens in the second; the lips close at these phones.
 PHONES = [(0.0, "_"), (0.6, "p"), (0.72, "a"), (1.2, "m"), (1.32, "a"), (1.8, "b"), (1.92, "a"), (2.4, "_"), (4.2, "p")]
 CLOSED_AT = (16, 31, 46)
@@ -43,7 +44,9 @@ def true_clip(folder: Path) -> Behaviour:
     }
     write_shard(folder / "0.tar", [Clip("0", truth, {"phones": PHONES, "lead_frames": 0})])
     [clip] = read_shard(folder / "0.tar")
-    curves = FaceCurves(inner, head.astype(np.float32), head[:, 1] + nod, 0.3 + 0.05 * brow)
+    lids = np.zeros(NUM_FRAMES, np.float32)
+    lids[[20, 21, 70, 71, 110]] = 0.9
+    curves = FaceCurves(inner, head.astype(np.float32), head[:, 1] + nod, lids, 0.3 + 0.05 * brow)
     return Behaviour(curves, curves, clip, 0, 4)
 
 
@@ -66,18 +69,21 @@ def test_true_frames_behave_perfectly(behaviour: Behaviour) -> None:
     metrics = behaviour_metrics([behaviour])
     assert value(metrics["inner_lips"]) == 1
     assert metrics["closure_recall"] == Metric(1.0, "of 3")
-    assert value(metrics["mouth_silent"]) < 0.02
-    assert value(metrics["mouth_listening"]) < 0.02
+    assert value(metrics["mouth_silent"]) == value(metrics["mouth_listening"]) == 0
+    assert metrics["blinks"] == Metric(1.0, "38 a minute, true frames 38")
     assert 0.8 < value(metrics["border_motion"]) < 1.2
     assert value(metrics["listening_r"]) > 0.7
 
 
 def test_a_face_that_does_not_move_closes_nothing_new_and_does_not_listen(behaviour: Behaviour) -> None:
     still = np.zeros(NUM_FRAMES, np.float32)
-    metrics = rendered(behaviour, inner=still + 0.3, nose=still, brow=still, head=np.stack([still, still], 1))
+    metrics = rendered(
+        behaviour, inner=still + 0.3, nose=still, brow=still, lids=still, head=np.stack([still, still], 1)
+    )
     assert value(metrics["inner_lips"]) < 1e-6
     assert value(metrics["closure_recall"]) == 0
     assert value(metrics["listening_r"]) == 0
+    assert value(metrics["blinks"]) == 0
     assert metrics["border_motion"].value is None
     assert value(metrics["head_smoothness"]) == 0
 
@@ -128,8 +134,17 @@ def test_a_head_that_jitters_is_less_smooth_than_one_that_sways(behaviour: Behav
 
 def test_reactions_to_another_time_do_not_agree(behaviour: Behaviour) -> None:
     own = value(behaviour_metrics([behaviour])["listening_r"])
-    nose, brow = (np.roll(each, -14) for each in (behaviour.truth.nose, behaviour.truth.brow))
+    assert behaviour.truth.brow is not None
+    nose, brow = np.roll(behaviour.truth.nose, -14), np.roll(behaviour.truth.brow, -14)
     assert value(rendered(behaviour, nose=nose, brow=brow)["listening_r"]) < own - 0.4
+
+
+def test_without_a_reader_of_eyes_blinks_say_so_and_nods_are_read(behaviour: Behaviour) -> None:
+    blind = replace(behaviour.rendered, lids=None, brow=None)
+    metrics = behaviour_metrics([replace(behaviour, rendered=blind, truth=blind)])
+    assert "--eye-reader" in metrics["blinks"].note
+    assert metrics["listening_r"].note.startswith("nod")
+    assert "brow" not in metrics["listening_r"].note
 
 
 def test_without_faces_every_metric_says_so() -> None:
@@ -147,15 +162,14 @@ def mesh(num_frames: int) -> NDArray[np.float32]:
 def test_curves_are_read_from_the_mesh_in_distances_between_the_eyes() -> None:
     points, motion = mesh(8), np.arange(8, dtype=np.float32)
     points[:, INNER_LIPS[1], 1] = motion
-    points[:, BROWS, 1] = -motion[:, None, None]
-    curves = face_curves(points)
+    curves = face_curves(points, FRAMES)
     assert curves is not None
     np.testing.assert_allclose(curves.inner, motion / 20, rtol=1e-6)
-    np.testing.assert_allclose(curves.brow, motion / 20, atol=1e-6)
+    assert curves.brow is None
     assert np.ptp(curves.head) == pytest.approx(np.ptp(curves.head[0]))
     points[:, NOSE_TIP, 1] += 2 * motion
     points[:, RIGID, 0] += motion[:, None]
-    moved = face_curves(points)
+    moved = face_curves(points, FRAMES)
     assert moved is not None
     np.testing.assert_allclose(moved.nose, 2 * motion / 20, rtol=1e-6)
     np.testing.assert_allclose(np.diff(moved.head[:, 0]), 1 / 20, rtol=1e-5)
@@ -165,8 +179,8 @@ def test_frames_without_a_face_lie_between_their_neighbours() -> None:
     points, motion = mesh(5), np.arange(5, dtype=np.float32)
     points[:, INNER_LIPS[1], 1] = motion
     points[2] = np.nan
-    curves = face_curves(points)
+    curves = face_curves(points, FRAMES)
     assert curves is not None
     np.testing.assert_allclose(curves.inner, motion / 20, rtol=1e-6)
     points[1:4] = np.nan
-    assert face_curves(points) is None
+    assert face_curves(points, FRAMES) is None

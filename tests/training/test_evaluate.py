@@ -119,7 +119,7 @@ def test_any_audio_and_portrait_have_the_metrics_that_need_no_truth(
 
 def test_flags_set_number_and_length_of_long_sessions() -> None:
     def extent(**flags: object) -> evaluate.Extent:
-        names = ("clips", "people", "minutes", "at_a_time", "levels", "seeds", "blink_reader")
+        names = ("clips", "people", "minutes", "at_a_time", "levels", "seeds", "eye_reader")
         return evaluate.extent_of(Namespace(**{**dict.fromkeys(names), "quick": False, "hour": False, **flags}), 50)
 
     assert extent() == evaluate.FULL
@@ -131,7 +131,7 @@ def test_flags_set_number_and_length_of_long_sessions() -> None:
 
 def test_the_last_evaluation_opens_people_of_its_own(data: Path) -> None:
     write_shard(data / "test" / "0.tar", [noisy_clip(5, 0)])
-    flags = dict.fromkeys(("speech", "clips", "people", "minutes", "at_a_time", "levels", "seeds", "blink_reader"))
+    flags = dict.fromkeys(("speech", "clips", "people", "minutes", "at_a_time", "levels", "seeds", "eye_reader"))
     for is_test, split in ((True, "test"), (False, "held_out")):
         about, _ = evaluate.evaluate(
             Namespace(**{**flags, "data": data, "test": is_test, "quick": True, "hour": False, "sheet": None,

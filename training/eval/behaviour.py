@@ -28,9 +28,12 @@ LAG = 12
 # Deviations, in frames, of the band of nods and of the envelope whose times are compared: reactions are late by a
 # random 0.3 to 1 s, so single dips agree only by chance.
 NOD_BAND, ENVELOPE = (1.5, 5.0), 8.0
+# Lids that are closed so far blink.
+BLINK = 0.5
 # Ranges below which nobody reacts: radians of pitch, share of raised brows.
 LEAST = {"nod": 0.02, "brow": 0.1}
 NO_TRUTH = Metric(None, "needs clips with the truth about speech")
+NO_EYES = Metric(None, "needs a reader: --eye-reader, which training.eval.readers.eyes trains")
 NO_FACES = Metric(None, "no faces were read")
 
 Mask = NDArray[np.bool_]
@@ -68,7 +71,7 @@ def behaviour_metrics(clips: Sequence[Behaviour]) -> dict[str, Metric]:
     """Return the metrics of clips together, without those of another's audio."""
     if not clips:
         keys = ("inner_lips", "closure_recall", "mouth_silent", "mouth_listening", "border_motion", "head_smoothness")
-        return dict.fromkeys((*keys, "listening_r"), NO_FACES)
+        return dict.fromkeys((*keys, "blinks", "listening_r"), NO_FACES)
     spoken = [each for each in clips if each.clip.has("speaking")]
     return {
         "inner_lips": ratio_metric([(float(c.rendered.inner.std()), float(c.truth.inner.std())) for c in clips]),
@@ -77,6 +80,7 @@ def behaviour_metrics(clips: Sequence[Behaviour]) -> dict[str, Metric]:
         "mouth_listening": stillness_metric(spoken, listening=True),
         "border_motion": border_metric(clips),
         "head_smoothness": smoothness_metric(clips),
+        "blinks": blink_metric(clips),
         "listening_r": listening_metric(spoken),
     }
 
@@ -107,11 +111,11 @@ def closures(clip: Behaviour) -> list[bool]:
 
 
 def stillness_metric(clips: Sequence[Behaviour], *, listening: bool) -> Metric:
-    """Return the motion of lips that say nothing over that of lips that speak, per frame.
+    """Return the motion of lips that say nothing, beyond that of true ones, over that of true lips that speak.
 
-    listening: only while the other speaks.
+    Per frame. True lips at rest seem to move, because the mesh trembles. listening: only while the other speaks.
     """
-    ratios = []
+    means = []
     for curves in ([each.rendered for each in clips], [each.truth for each in clips]):
         quiet, busy = np.zeros(2), np.zeros(2)
         for clip, read in zip(clips, curves, strict=True):
@@ -122,14 +126,36 @@ def stillness_metric(clips: Sequence[Behaviour], *, listening: bool) -> Metric:
                 sums += motion[frames[1:]].sum(), frames[1:].sum()
         if not quiet[1] or not busy[1]:
             return NO_TRUTH
-        ratios.append(float(quiet[0] / quiet[1] / max(busy[0] / busy[1], 1e-9)))
-    return Metric(ratios[0], f"true frames: {ratios[1]:.2f}")
+        means.append((quiet[0] / quiet[1], busy[0] / busy[1]))
+    (rendered, _), (true, speech) = means
+    note = f"with the mesh's tremble {rendered / speech:.2f}, true frames {true / speech:.2f}"
+    return Metric(float((rendered - true) / speech), note)
 
 
 def widened(frames: Mask, margin: int) -> Mask:
     """Return the frames (f,) that are within a margin of those given."""
     wide: Mask = np.convolve(frames, np.ones(2 * margin + 1), "same") > 0
     return wide
+
+
+def blink_rate(lids: Curve) -> float:
+    """Return the blinks a minute of a curve (f,) of how far lids are closed."""
+    rises = (lids[1:] >= BLINK) & (lids[:-1] < BLINK)
+    return float(rises.sum()) * 60 * FRAME_RATE_HZ / len(lids)
+
+
+def blink_metric(clips: Sequence[Behaviour]) -> Metric:
+    """Return the blinks of the rendered clips over those of the true ones."""
+    pairs = [
+        (blink_rate(clip.rendered.lids), blink_rate(clip.truth.lids))
+        for clip in clips
+        if clip.rendered.lids is not None and clip.truth.lids is not None
+    ]
+    if not pairs:
+        return NO_EYES
+    rendered, true = np.mean(pairs, axis=0).tolist()
+    note = f"{rendered:.0f} a minute, true frames {true:.0f}"
+    return Metric(rendered / true, note) if true else Metric(None, "nobody blinks in the true frames")
 
 
 def border_metric(clips: Sequence[Behaviour]) -> Metric:
@@ -164,7 +190,7 @@ def listening_metric(clips: Sequence[Behaviour]) -> Metric:
         pairs = [
             (reaction_r(clip, clip.rendered, name), reaction_r(clip, clip.truth, name))
             for clip in clips
-            if clip.clip.has(name) and reacts(clip, name)
+            if clip.clip.has(name) and reacts(clip, name) and (name == "nod" or clip.rendered.brow is not None)
         ]
         if pairs:
             rendered, true = np.mean(pairs, axis=0)
@@ -189,9 +215,10 @@ def reacts(clip: Behaviour, name: str) -> bool:
 def reaction_r(clip: Behaviour, read: FaceCurves, name: str) -> float:
     """Return r of a reaction's envelope with that of its truth, over the frames in which the person listens."""
     frames = listens(clip)
-    seen, true = (read.nose, clip.true("nod")) if name == "nod" else (read.brow, clip.true("brow"))
-    shape = nod_envelope if name == "nod" else envelope
-    return correlation(shape(seen)[frames], shape(true)[frames])
+    if name == "nod":
+        return correlation(nod_envelope(read.nose)[frames], nod_envelope(clip.true("nod"))[frames])
+    assert read.brow is not None
+    return correlation(envelope(read.brow)[frames], envelope(clip.true("brow"))[frames])
 
 
 def nod_envelope(curve: Curve) -> Curve:

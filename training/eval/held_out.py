@@ -24,7 +24,7 @@ from training.eval.metrics import (
     sharpness,
     stillness_db,
 )
-from training.eval.readers.blinks import BlinkReader, blink_metric
+from training.eval.readers.eyes import EyeReader
 from training.eval.readers.face_curves import face_curves
 from training.eval.readers.identity import Identity
 from training.eval.readers.landmarks import MISSING, Floats, Landmarks, has_face, head_motion, mouth_opening
@@ -106,8 +106,7 @@ class ClipScores:
     faces: share of rendered frames with a face; None without landmarks.
     identity: mean distance to the reference's embedding; None if no faces could be compared.
     embeddings: of the reference (128,), and of some rendered frames (n, 128); None as for identity.
-    behaviour: None for other audio than a clip's, and without faces. lids: (f,) each, how far lids are closed; None
-    without a reader.
+    behaviour: None for other audio than a clip's, and without faces.
     """
 
     openings: tuple[Floats, Floats] | None
@@ -121,17 +120,16 @@ class ClipScores:
     stillness_db: float
     embeddings: tuple[Floats, Floats] | None = None
     behaviour: Behaviour | None = None
-    lids: tuple[Floats, Floats] | None = None
 
 
 def score(
     clip: RenderedClip,
     landmarks: Landmarks | None,
     identity: Identity | None = None,
-    blinks: BlinkReader | None = None,
+    eyes: EyeReader | None = None,
 ) -> ClipScores:
-    """Measure a rendered clip. landmarks, identity, blinks: None where their packages or weights are missing."""
-    openings = head = faces = distances = embeddings = behaviour = lids = None
+    """Measure a rendered clip. landmarks, identity, eyes: None where their packages or weights are missing."""
+    openings = head = faces = distances = embeddings = behaviour = None
     jaw = clip.jaw
     if landmarks is not None:
         points, true_points = landmarks.points(clip.rendered), landmarks.points(clip.truth)
@@ -145,10 +143,9 @@ def score(
             if embeddings is not None:
                 own, rendered, true = embeddings
                 distances = distance_to(own, rendered), distance_to(own, true)
-        if blinks is not None:
-            lids = blinks.closed(clip.rendered, points), blinks.closed(clip.truth, true_points)
         if clip.clip is not None:
-            curves, true_curves = face_curves(points), face_curves(true_points)
+            curves = face_curves(points, clip.rendered, eyes)
+            true_curves = face_curves(true_points, clip.truth, eyes)
             if curves is not None and true_curves is not None:
                 behaviour = Behaviour(curves, true_curves, clip.clip, clip.first_frame, clip.block_frames)
     if jaw is None:
@@ -165,7 +162,6 @@ def score(
         stillness_db(clip.rendered, corners(*clip.rendered.shape[1:3])),
         embeddings and embeddings[:2],
         behaviour,
-        lids if lids and np.isfinite(lids).all() else None,
     )
 
 
@@ -216,7 +212,6 @@ def held_out_metrics(scores: Sequence[ClipScores]) -> dict[str, Metric]:
         "edge_energy": ratio_metric([each.edges for each in scores]),
         "face_found": mean_metric(faces) if faces else unread,
         **_identity_metrics(scores),
-        "blinks": blink_metric([each.lids for each in scores if each.lids is not None]),
         **behaviour_metrics([each.behaviour for each in scores if each.behaviour is not None]),
         "sharpness": ratio_metric([each.sharpness for each in scores]),
         "flicker": ratio_metric([each.flicker for each in scores]),

@@ -14,6 +14,7 @@ from training.eval.behaviour import NO_FACES, Behaviour, listening_metric
 from training.eval.held_out import ClipScores, render_clip, render_clip_frames, rendered_opening
 from training.eval.inference import Models, until
 from training.eval.metrics import Metric, correlation, mean_metric
+from training.eval.readers.eyes import EyeReader
 from training.eval.readers.face_curves import FaceCurves, face_curves
 from training.eval.readers.landmarks import Landmarks
 
@@ -23,6 +24,7 @@ def with_other_audio(
     clips: Sequence[StoredClip],
     scores: Sequence[ClipScores],
     landmarks: Landmarks | None,
+    eyes: EyeReader | None,
     deadline: float,
 ) -> dict[str, Metric]:
     """Return lip sync r and reactions with the wrong audio: each reference has the audio of the next clip of its kind.
@@ -36,11 +38,12 @@ def with_other_audio(
         if own.openings is None or landmarks is None:
             continue
         reference = models.picture(np.array(clip.array("reference")))
-        points = landmarks.points(render_clip_frames(models, reference, next_of_kind(clip, clips)))
+        frames = render_clip_frames(models, reference, next_of_kind(clip, clips))
+        points = landmarks.points(frames)
         opening = rendered_opening(points)
         count = min(len(opening), len(own.jaw))
         values.append(correlation(opening[:count], own.jaw[:count]))
-        curves = face_curves(points)
+        curves = face_curves(points, frames, eyes)
         if own.behaviour is not None and curves is not None and clip.has("speaking"):
             listeners.append(ending_together(own.behaviour, curves))
     return {
@@ -94,8 +97,9 @@ def with_seeds(
             continue
         readings = [(own.openings[0], own.behaviour.rendered)]
         for seed in range(1, num_seeds):
-            points = landmarks.points(render_clip(models, clip, seed).rendered)
-            if (curves := face_curves(points)) is not None:
+            frames = render_clip(models, clip, seed).rendered
+            points = landmarks.points(frames)
+            if (curves := face_curves(points, frames)) is not None:
                 readings.append((rendered_opening(points), curves))
         if len(readings) == num_seeds:
             values.append([correlation(opening, own.jaw) for opening, _ in readings])

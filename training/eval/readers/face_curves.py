@@ -1,15 +1,17 @@
-"""Curves of a face's motion from its landmarks: inner lips, head, brows.
+"""Curves of a face's motion from its landmarks and frames: inner lips, head, lids, brows.
 
 Lengths are in distances between the eyes' outer corners, one scale for a whole clip: one per frame would add its error
 to every value. Frames without a face are interpolated.
 
-Axes: f frames, n mesh points.
+Axes: f frames, n mesh points, h w height and width of frames.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from training.eval.readers.eyes import EyeReader
 from training.eval.readers.landmarks import LEFT_EYE, RIGHT_EYE, Floats, has_face
 
 # Mesh points. Source: the canonical face model of MediaPipe.
@@ -17,8 +19,6 @@ INNER_LIPS = (13, 14)
 NOSE_TIP = 1
 # Corners of both eyes, bridge and tip of the nose: they move with the head alone.
 RIGID = (33, 133, 362, 263, 6, 1)
-# Brows, and corners of the eye below, of both sides.
-BROWS, EYES = ((70, 63, 105, 66, 107), (300, 293, 334, 296, 336)), ((33, 133), (362, 263))
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,38 +26,39 @@ class FaceCurves:
     """Motion of a face in a clip.
 
     inner: (f,) opening between the inner lips. head: (f, 2) position of the head, right and down. nose: (f,) how far
-    down the tip of the nose is, which a nod moves most. brow: (f,) height of the brows above the eyes.
+    down the tip of the nose is, which a nod moves most. lids, brow: (f,) 0 to 1, how far lids are closed and brows
+    raised; None without a reader.
     """
 
     inner: Floats
     head: Floats
     nose: Floats
-    brow: Floats
+    lids: Floats | None = None
+    brow: Floats | None = None
 
     def last(self, count: int) -> "FaceCurves":
         """Return the curves of the last `count` frames."""
-        return FaceCurves(**{name: curve[len(curve) - count :] for name, curve in vars(self).items()})
+        lids, brow = (each if each is None else each[-count:] for each in (self.lids, self.brow))
+        return FaceCurves(self.inner[-count:], self.head[-count:], self.nose[-count:], lids, brow)
 
 
-def face_curves(points: Floats) -> FaceCurves | None:
-    """Read the curves of a clip from its mesh points (f, n, 2); None if most frames have no face."""
+def face_curves(points: Floats, frames: NDArray[np.uint8], eyes: EyeReader | None = None) -> FaceCurves | None:
+    """Read the curves of a clip from its mesh points (f, n, 2) and frames (f, h, w, 3).
+
+    None if most frames have no face. eyes: None leaves out lids and brows.
+    """
     filled = fill_missing(points)
     if filled is None:
         return None
-    points = filled
-    across = points[:, LEFT_EYE] - points[:, RIGHT_EYE]
-    width = np.linalg.norm(across, axis=1)
-    scale = np.median(width)
-    down = np.stack([-across[:, 1], across[:, 0]], 1) / width[:, None]
-    lifts = [
-        ((points[:, eye].mean(1) - points[:, brow].mean(1)) * down).sum(1)
-        for brow, eye in zip(BROWS, EYES, strict=True)
-    ]
+    scale = np.median(np.linalg.norm(filled[:, LEFT_EYE] - filled[:, RIGHT_EYE], axis=1))
+    upper, lower = filled[:, INNER_LIPS].swapaxes(0, 1)
+    lids, brow = (None, None) if eyes is None else eyes.read(frames, filled)
     return FaceCurves(
-        inner=(np.linalg.norm(points[:, INNER_LIPS[1]] - points[:, INNER_LIPS[0]], axis=1) / scale).astype(np.float32),
-        head=(points[:, RIGID].mean(1) / scale).astype(np.float32),
-        nose=(points[:, NOSE_TIP, 1] / scale).astype(np.float32),
-        brow=(np.mean(lifts, axis=0) / scale).astype(np.float32),
+        inner=np.linalg.norm(lower - upper, axis=1) / scale,
+        head=filled[:, RIGID].mean(1) / scale,
+        nose=filled[:, NOSE_TIP, 1] / scale,
+        lids=lids,
+        brow=brow,
     )
 
 
