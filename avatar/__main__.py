@@ -24,7 +24,7 @@ from avatar.checkpoints.files import DTYPES
 from avatar.checkpoints.inspect import format_bytes, read_size
 from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import LoraAdapter
-from avatar.media import Film, check_film_name, read_audio, read_video, write_mp4
+from avatar.media import Film, check_film_name, film_signer, read_audio, read_video, write_mp4
 from avatar.render import (
     Models,
     RenderOptions,
@@ -67,6 +67,7 @@ def make_film(flags: argparse.Namespace) -> Film:
     if flags.out.exists() and any(path.exists() and flags.out.samefile(path) for path in inputs):
         raise ValueError(f"{flags.out} is one of the inputs; expected the name of another film to write")
     check_content(flags)
+    signer = film_signer(flags.c2pa)
     speech, rate_hz = read_speech(flags.speech)
     picture = picture_file(flags.portrait)
     check_pictures(flags, picture)
@@ -83,7 +84,16 @@ def make_film(flags: argparse.Namespace) -> Film:
     if not flags.marks:
         print("the film carries no machine-readable marks")
     with logging_redirect_tqdm():
-        return write_mp4(flags.out, frames, frame_rate_hz, HIDDEN_FRAMES, mix(speech), rate_hz, is_marked=flags.marks)
+        return write_mp4(
+            flags.out,
+            frames,
+            frame_rate_hz,
+            HIDDEN_FRAMES,
+            mix(speech),
+            rate_hz,
+            is_marked=flags.marks,
+            signer=signer,
+        )
 
 
 def pixels(chunks: Iterable[FrameChunk], *, has_label: bool) -> Iterator[NDArray[np.uint8]]:
@@ -167,6 +177,13 @@ def parser() -> argparse.ArgumentParser:
         dest="marks",
         action="store_false",
         help="leave out the machine-readable marks which say that a machine made the film",
+    )
+    out.add_argument(
+        "--c2pa",
+        type=Path,
+        nargs=2,
+        metavar=("CERT", "KEY"),
+        help="sign the film (C2PA) with a certificate and its key, PEM files; needs c2pa-python",
     )
 
     content = out.add_argument_group("content")

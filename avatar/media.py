@@ -6,11 +6,12 @@ Axes: a audio channels, s samples, f pixel frames, h w height and width.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
@@ -21,6 +22,9 @@ from numpy.typing import NDArray
 from avatar.audio.decode import decode_audio, open_container
 from avatar.vae.encodings import set_picture_format, to_video_frame, with_marks
 from avatar.vae.marks.metadata import SOURCE_TYPE, XMP_BOX
+
+if TYPE_CHECKING:
+    from avatar.vae.marks.credentials import FilmSigner
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,20 @@ def read_video(path: Path, rate_hz: int) -> Iterator[NDArray[np.uint8]]:
         raise ValueError(f"{path} is not a video file, or is damaged: {error.strerror}") from error
 
 
+def film_signer(files: Sequence[Path] | None) -> "FilmSigner | None":
+    """Return what signs films with a certificate and its key, PEM files; None without them.
+
+    ValueError if they cannot sign, or the package for it is not installed.
+    """
+    if files is None:
+        return None
+    try:
+        from avatar.vae.marks.credentials import FilmSigner
+    except ImportError as error:
+        raise ValueError("films are signed by the package c2pa-python; install it: pip install c2pa-python") from error
+    return FilmSigner(*files)
+
+
 @dataclass(frozen=True)
 class Film:
     """A written film: its frames of width x height pixels, and the seconds from the audio's start to the last frame."""
@@ -100,6 +118,7 @@ def write_mp4(
     rate_hz: int,
     *,
     is_marked: bool = True,
+    signer: "FilmSigner | None" = None,
 ) -> Film:
     """Write a film of H.264 and AAC: video starts at first_frame / frame_rate seconds, audio at 0.
 
@@ -107,7 +126,7 @@ def write_mp4(
 
     path: its ending is one of FILM_FORMATS. frames: chunks (f, h, w, 3) uint8 RGB of one size, h and w even; consumed
     one at a time. samples: (a, s) float32 in [-1, 1], 1 or 2 channels. is_marked: key frames, the film's comment and an
-    XMP packet at its end say that a machine made it.
+    XMP packet at its end say that a machine made it. signer: as of `film_signer`.
     The file is renamed into place when it is complete. The offset of the video is stored as an empty edit in the edit
     list. ValueError if there are no frames or no samples, the frames' size is odd, or as in `check_film_name`; OSError
     if the file cannot be written.
@@ -145,6 +164,8 @@ def write_mp4(
         if is_marked:
             with partial.open("ab") as file:
                 file.write(XMP_BOX)
+        if signer is not None:
+            signer.sign(partial, kind)
         partial.replace(path)
     except av.FFmpegError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error

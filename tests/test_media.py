@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from avatar.media import Film, read_audio, read_video, write_mp4
+from avatar.media import Film, film_signer, read_audio, read_video, write_mp4
 from tests.readers import GENERATED, marks_of_film
 
 RNG = np.random.default_rng(0)
@@ -211,6 +211,15 @@ def test_marks_of_a_film_can_be_left_out_and_change_no_pixel(tmp_path: Path) -> 
         assert "comment" not in container.metadata
     shown = [[frame.to_ndarray(format="rgb24").tobytes() for frame in pictures(path)] for path in (marked, plain)]
     assert shown[0] == shown[1]
+
+
+def test_films_are_signed_only_with_the_package_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """tests/vae/marks/test_tools.py signs them."""
+    monkeypatch.setitem(sys.modules, "c2pa", None)
+    monkeypatch.delitem(sys.modules, "avatar.vae.marks.credentials", raising=False)
+    assert film_signer(None) is None
+    with pytest.raises(ValueError, match="install it: pip install c2pa-python"):
+        film_signer([tmp_path / "films.crt", tmp_path / "films.key"])
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -21,11 +21,13 @@ from avatar.audio.whole_file import file_blocks
 from avatar.media import read_audio, read_video, write_mp4
 from avatar.render import Models, RenderOptions, load, portrait_fit, render, with_clip_frames
 from avatar.types import FrameChunk
+from avatar.vae.marks.label import draw_label
 from avatar.vae.out_of_distribution import GRID_CELLS, OutOfDistributionCheck
 from avatar.vae.picture.rule import PictureRule
 from avatar.vae.vae import Vae
 from tests.audio.recordings import encode
 from tests.conftest import ASSETS, RATE_HZ, speech, write_speech
+from tests.readers import GENERATED, marks_of_film
 
 SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once round the window
 
@@ -223,6 +225,26 @@ def test_the_command_says_that_it_runs_fewer_levels(
 ) -> None:
     run(monkeypatch, *files[:1], *files[2:], "--levels", "2")
     assert capsys.readouterr().out.startswith("levels: 2 of the 3 trained: sigma 1, 0.5, 0\n")
+
+
+def test_the_command_marks_its_film_and_shows_a_label_on_request(
+    files: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def film(*flags: str) -> tuple[list[str | None], NDArray[np.uint8]]:
+        run(monkeypatch, files[0], *files[2:], "--num-blocks", "1", *flags)
+        out = tmp_path / "out.mp4"
+        metadata, key_frames = marks_of_film(out)
+        return [metadata, *key_frames], next(read_video(out, 25))
+
+    marks, plain = film()
+    assert set(marks) == {GENERATED}
+    assert "machine-readable" not in capsys.readouterr().out
+    marks, labelled = film("--label", "--no-marks")
+    assert set(marks) == {None}
+    assert "the film carries no machine-readable marks\n" in capsys.readouterr().out
+    expected = plain[None].copy()
+    draw_label(expected)
+    assert np.abs(labelled.astype(int) - expected[0]).mean() < 3 < np.abs(labelled.astype(int) - plain).mean()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from avatar.aio import background
 from avatar.client import AvatarError, Frame, Stream, connect
-from avatar.media import read_audio, write_mp4
+from avatar.media import film_signer, read_audio, write_mp4
 from services.local.launch import launched
 from services.local.processes import ROOT, Suite
 
@@ -96,7 +96,9 @@ async def main() -> None:
     parser.add_argument("--levels", type=int, help="denoising levels, at most the checkpoint's (default: all of them)")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder to write to")
     parser.add_argument("--seed", type=int, default=420)
+    parser.add_argument("--c2pa", type=Path, nargs=2, metavar=("CERT", "KEY"), help="PEM files to sign the video with")
     flags = parser.parse_args()
+    signer = film_signer(flags.c2pa)
     samples, rate_hz = read_audio(flags.speech)
     portrait = flags.portrait.read_bytes()
     print(f"starting Redis, audio, a denoiser for each level, vae and gateway; their output is in {flags.out / 'logs'}")
@@ -114,11 +116,12 @@ async def main() -> None:
         making = make_video(suite.gateway, portrait, samples, rate_hz, flags.seed)
         frames, measured = await _unless_a_process_ends(suite, making)
         reaction = await _unless_a_process_ends(suite, measure_reaction(suite.gateway, portrait))
-    write_mp4(flags.out / "demo.mp4", frames, measured.frame_rate_hz, measured.first_frame, samples, rate_hz)
+    film = flags.out / "demo.mp4"
+    write_mp4(film, frames, measured.frame_rate_hz, measured.first_frame, samples, rate_hz, signer=signer)
     record = {**asdict(measured), "reaction": asdict(reaction)}
     (flags.out / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
     print(table(measured, reaction))
-    print(f"wrote {flags.out / 'demo.mp4'} and {flags.out / 'demo.json'}")
+    print(f"wrote {film} and {flags.out / 'demo.json'}")
     print("six more people to choose from: make demo PORTRAIT=assets/portraits/1.png ... 6.png")
 
 
