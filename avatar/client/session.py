@@ -196,7 +196,11 @@ class Session:
             ),
             mode=pb.OpenAvatar.MODE_LIVE if live else pb.OpenAvatar.MODE_OFFLINE,
             output=types.VideoOutput(
-                encoding=value_of(VIDEOS, "video", video), quality=quality, per_block=per_block, per_latent=per_latent
+                encoding=value_of(VIDEOS, "video", video),
+                quality=quality,
+                per_block=per_block,
+                per_latent=per_latent,
+                takes_chunks=True,
             ),
             return_audio=return_audio,
         )

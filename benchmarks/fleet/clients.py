@@ -22,13 +22,13 @@ PIECES = 4  # in which a block's audio is sent
 
 @dataclass(frozen=True)
 class Job:
-    """target: of the gateway. seconds: to speak for, once all clients have frames. per_block: grouping of frames."""
+    """target: of the gateway. seconds: to speak for, once all clients have frames. takes_chunks: of `VideoOutput`."""
 
     target: str
     sizes: dict[str, int]
     num_sessions: int
     seconds: float
-    per_block: bool = False
+    takes_chunks: bool = True
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Client:
             session_id=session.id,
             audio=types.AudioFormat(encoding=types.SAMPLE_ENCODING_PCM16, rate_hz=RATE_HZ, num_channels=1),
             mode=pb.OpenAvatar.MODE_LIVE,
-            output=types.VideoOutput(encoding=types.VIDEO_ENCODING_JPEG, per_block=self._job.per_block),
+            output=types.VideoOutput(encoding=types.VIDEO_ENCODING_JPEG, takes_chunks=self._job.takes_chunks),
         )
         self._call = self._stub.StreamAvatar()
         await self._call.write(pb.StreamAvatarRequest(open=opening))

@@ -1,8 +1,8 @@
 """The gateway's cost per live session: its own CPU time while clients speak in real time.
 
 Workers, clients and Redis are other processes. Every block is 12 messages in (4 pieces of audio, 1 block of features, 4
-latents, 3 chunks of frames) and 18 out (6 to workers, 12 frames). `python -m benchmarks.fleet.gateway` prints one run
-as JSON.
+latents, 3 chunks of frames) and 9 out (6 to workers, 3 chunks of frames). `python -m benchmarks.fleet.gateway` prints
+one run as JSON.
 """
 
 import argparse
@@ -64,11 +64,21 @@ def rows() -> list[Row]:
     return found
 
 
-async def measure(sizes: Sizes, server: str, *, num_sessions: int = SESSIONS, seconds: float = SECONDS) -> Cost:
-    """Return the cost of one of `num_sessions` live sessions, without the idle server's. server: GATEWAY or RELAY."""
+async def measure(
+    sizes: Sizes,
+    server: str,
+    *,
+    num_sessions: int = SESSIONS,
+    seconds: float = SECONDS,
+    takes_chunks: bool = True,
+) -> Cost:
+    """Return the cost of one of `num_sessions` live sessions, without the idle server's.
+
+    server: GATEWAY or RELAY. takes_chunks: clients take frames that are ready together in one message.
+    """
     async with running(sizes, server) as (suite, process):
         idle_ms, _ = await _cost_of(process, SETTLE_S)
-        job = Job(suite.targets["gateway"], sizes.to_dict(), num_sessions, SETTLE_S + seconds + 0.5)
+        job = Job(suite.targets["gateway"], sizes.to_dict(), num_sessions, SETTLE_S + seconds + 0.5, takes_chunks)
         clients = await start_program("-m", "benchmarks.fleet.clients")
         assert clients.stdin
         assert clients.stdout
@@ -159,10 +169,12 @@ def main() -> None:
     parser.add_argument("--server", choices=(GATEWAY, RELAY), default=GATEWAY, help="the gateway, or bare grpc.aio")
     parser.add_argument("--sessions", type=int, default=SESSIONS, help="live sessions at a time")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of measurement")
+    parser.add_argument("--single-frames", action="store_true", help="clients take a message for each frame")
     parser.add_argument("--block-frames", type=int, default=12, help="frames of a block")
     flags = parser.parse_args()
     sizes = replace(SIZES[flags.sizes], block_frames=flags.block_frames)
-    cost = asyncio.run(measure(sizes, flags.server, num_sessions=flags.sessions, seconds=flags.seconds))
+    options = {"num_sessions": flags.sessions, "seconds": flags.seconds, "takes_chunks": not flags.single_frames}
+    cost = asyncio.run(measure(sizes, flags.server, **options))
     print(json.dumps(asdict(cost)))
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.fleet.relay LISTEN SIZES TARGET ...
 
 For every block of a client's audio it sends each stage a message of the real size and reads the stage's answers, then
-sends the client one message per frame. It parses and keeps nothing, and has neither deadlines, nor a store, nor
-failover.
+sends the client the frames in as many messages as the gateway does. It parses and keeps nothing, and has neither
+deadlines, nor a store, nor failover.
 """
 
 import asyncio
@@ -51,6 +51,8 @@ class Relay:
         self._requests["vae"] = vae_pb2.DecodeRequest(block=clean).SerializeToString()
         frame = types.VideoFrame(index=1, data=bytes(sizes.frame_bytes))
         self._frame = pb.StreamAvatarResponse(frame=frame).SerializeToString()
+        chunk = types.VideoChunk(frames=[frame] * LATENT_FRAMES)
+        self._chunk = pb.StreamAvatarResponse(chunk=chunk).SerializeToString()
 
     async def create_reference(self, request: bytes, context: Any) -> bytes:
         return pb.CreateReferenceResponse(reference=types.Reference(id="0")).SerializeToString()
@@ -59,7 +61,8 @@ class Relay:
         return pb.CreateSessionResponse(session=types.Session(id="0")).SerializeToString()
 
     async def stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
-        await anext(aiter(requests))
+        opening = pb.StreamAvatarRequest.FromString(await anext(aiter(requests)))
+        takes_chunks = opening.open.output.takes_chunks
         calls = {stage: await self._open(stage) for stage in STAGES}
         await context.write(pb.StreamAvatarResponse(opened=pb.AvatarOpened()).SerializeToString())
         num_pieces = 0
@@ -68,7 +71,7 @@ class Relay:
                 break
             num_pieces += 1
             if num_pieces % PIECES == 0:
-                await self._make_block(calls, context)
+                await self._make_block(calls, context, takes_chunks=takes_chunks)
         for call in calls.values():
             call.cancel()
 
@@ -80,13 +83,14 @@ class Relay:
         await call.read()
         return call
 
-    async def _make_block(self, calls: dict[str, Any], context: Any) -> None:
+    async def _make_block(self, calls: dict[str, Any], context: Any, *, takes_chunks: bool) -> None:
         for stage in STAGES:
             await calls[stage].write(self._requests[stage])
             for _ in range(self._sizes.block_frames // LATENT_FRAMES if stage == "vae" else 1):
                 await calls[stage].read()
-        for _ in range(self._sizes.block_frames):
-            await context.write(self._frame)
+        size, message = (LATENT_FRAMES, self._chunk) if takes_chunks else (1, self._frame)
+        for _ in range(self._sizes.block_frames // size):
+            await context.write(message)
 
 
 async def main() -> None:

@@ -129,6 +129,9 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
                 frames = self._frames(block.index)
                 if opened.takes_chunks:
                     latents = [[*each] for _, each in groupby(frames, lambda frame: frame.index // LATENT_FRAMES)]
+                    for each in latents:
+                        for frame in each[:-1]:
+                            frame.is_followed = True
                     chunks = [types_pb2.FrameChunk(frames=each) for each in latents]
                     yield [vae_pb2.DecodeResponse(chunk=chunk) for chunk in chunks]
                 else:

@@ -34,6 +34,7 @@ class StreamOptions:
 
     encoding, rate_hz, num_channels: of the client's audio. video, quality: of the frames, in the workers' words.
     is_per_block: a block's frames travel in one message. is_per_latent: H.264 groups frames by latent frame.
+    takes_chunks: frames that are ready together travel in one message.
     returns_audio: frames are accompanied by their audio.
     """
 
@@ -45,6 +46,7 @@ class StreamOptions:
     is_live: bool = False
     is_per_block: bool = False
     is_per_latent: bool = False
+    takes_chunks: bool = False
     returns_audio: bool = False
 
     @cached_property
@@ -88,6 +90,7 @@ def stream_options(opened: pb.OpenAvatar) -> StreamOptions:
         is_live=opened.mode == pb.OpenAvatar.MODE_LIVE,
         is_per_block=output.per_block,
         is_per_latent=output.per_latent,
+        takes_chunks=output.takes_chunks,
         returns_audio=opened.return_audio,
     )
 

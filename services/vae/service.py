@@ -252,5 +252,7 @@ def _responses(frames: list[Frame], *, takes_chunks: bool) -> list[pb.DecodeResp
         if num_bytes > MAX_CHUNK_BYTES:
             responses.append(pb.DecodeResponse())
             num_bytes = frame.ByteSize()
+        else:
+            responses[-1].chunk.frames[-1].is_followed = True
         responses[-1].chunk.frames.append(frame)
     return responses

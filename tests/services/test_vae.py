@@ -198,6 +198,11 @@ async def test_frames_that_are_ready_together_share_messages_of_bounded_size(
         await call.write(pb.DecodeRequest(block=block))
     await call.write(pb.DecodeRequest(close=pb.CloseDecode()))
     chunks = [list(response.chunk.frames) async for response in call if response.WhichOneof("part") == "chunk"]
+    assert [[frame.is_followed for frame in chunk] for chunk in chunks] == [
+        [True] * (len(chunk) - 1) + [False] for chunk in chunks
+    ]
+    for frame in (frame for chunk in chunks for frame in chunk):
+        frame.ClearField("is_followed")
     assert [frame for chunk in chunks for frame in chunk] == alone
     assert all(len({frame.block for frame in chunk}) == 1 for chunk in chunks)
     sizes = [sum(len(frame.data) for frame in chunk) for chunk in chunks]
@@ -209,7 +214,11 @@ async def test_frames_arrive_one_by_one_or_together_alike(worker: grpc.aio.Chann
     _, alone = await frames_in(worker, "jpeg")
     stage = remote_vae(worker)
     await stage.open(pb.OpenDecode(session=SESSION, encoding="jpeg", takes_chunks=True))
-    assert [frame async for frame in stage(blocks())] == alone
+    together = [frame async for frame in stage(blocks())]
+    assert any(frame.is_followed for frame in together)
+    for frame in together:
+        frame.ClearField("is_followed")
+    assert together == alone
 
 
 async def test_info_lists_the_encodings(worker: grpc.aio.Channel) -> None:

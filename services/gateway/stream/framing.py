@@ -13,7 +13,7 @@ from services.gateway.stream.timeline import US
 
 
 class Framer:
-    """Frames of one session on their way into messages: one per message, or those of a block together."""
+    """Frames of one session on their way into messages: one each, those that are ready together, or a block's."""
 
     def __init__(self, options: StreamOptions) -> None:
         self._options = options
@@ -35,14 +35,15 @@ class Framer:
         )
         self._frames.append(shown)
         self._num_frames += shown.num_frames
-        if self._options.is_per_block and not frame.is_last:
+        is_followed = frame.is_followed and self._options.takes_chunks
+        if (is_followed or self._options.is_per_block) and not frame.is_last:
             return []
         frames, num_frames = self._frames, self._num_frames
         self.drop()
         frames[0].is_discontinuity = is_discontinuity
         start = len(block.boundaries) - 1 - block.num_frames
         start_sample, end_sample = block.boundaries[start], block.boundaries[start + num_frames]
-        if self._options.is_per_block:
+        if self._options.is_per_block or len(frames) > 1:
             messages = [api.StreamAvatarResponse(chunk=api_types.VideoChunk(frames=frames))]
         else:
             messages = [api.StreamAvatarResponse(frame=frames[0])]
