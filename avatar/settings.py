@@ -193,6 +193,8 @@ class DenoiserSettings(WorkerSettings):
     float8: keep the weights of linear maps in float8; needs the extra `float8` and a device that has it.
     chain: HOST:PORT where the denoisers of a chain meet, to hand latents to each other: the one of level 0 listens
         there; none where latents travel through the gateway.
+    chain_backend: how a chain's latents travel: `gloo`, through the host's memory, or `nccl`, from GPU to GPU, which
+        has not run yet.
     """
 
     listen: Address = "127.0.0.1:7010"
@@ -205,6 +207,7 @@ class DenoiserSettings(WorkerSettings):
     compile: bool = False
     float8: bool = False
     chain: OptionalAddress = ""
+    chain_backend: Annotated[str, _match("gloo|nccl", "gloo or nccl")] = "gloo"
 
     def served_levels(self, num_levels: int) -> list[int]:
         """Return the levels as numbers. ValueError if the checkpoint has no such level."""

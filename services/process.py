@@ -2,6 +2,8 @@
 
 import argparse
 import asyncio
+import logging
+import os
 import sys
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any
@@ -29,5 +31,9 @@ def run(main: Callable[..., Coroutine[Any, Any, None]], services: Collection[str
     chosen = vars(parser.parse_args()).values()
     try:
         asyncio.run(main(*chosen))
-    except (ValueError, StageLost) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
+    except StageLost as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        logging.shutdown()
+        os._exit(1)  # torch's own end of the process may wait for the lost peer

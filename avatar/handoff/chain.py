@@ -5,8 +5,9 @@
 The processes meet once, when they start, and form one process group until the first of them ends; then every other one
 ends too, and its supervisor restarts it. Rank r sends to rank r + 1 only. A header precedes each latent, with its
 stream, level, index and shape, so that sessions share a pair of ranks and their order does not matter. Headers travel
-over gloo on any device, and serve as heartbeats once a second. Latents travel over NCCL between CUDA devices, and over
-gloo elsewhere.
+over gloo on any device, and serve as heartbeats once a second. So do latents, through pinned memory of the host where
+levels run on GPUs; or they travel over NCCL, if its members choose that. One exchange of both kinds when the group is
+formed connects all pairs of ranks before the first block.
 
 Axes: c latent channels, t latent frames, h w height and width.
 """
@@ -15,8 +16,9 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented, not exported
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # documented, not exported
 
 from avatar.errors import InvalidField, StageLost
 from avatar.types import Block
@@ -34,11 +36,13 @@ logger = logging.getLogger(__name__)
 
 # Processes load their weights, and perhaps pull their images, before they meet.
 RENDEZVOUS_S = 1800.0
-# Timeout of the group's formation, after the rendezvous. NCCL's watchdog ends a process whose transfer takes longer.
+# Timeout of the group's formation, after the rendezvous.
 GROUP_S = 30.0
 HEARTBEAT_S = 1.0
 # A neighbour that sends or receives nothing for so long is lost. One that was killed is noticed at once.
 SILENCE_S = 5.0
+# Between two looks at a transfer of NCCL.
+POLL_S = 0.0002
 # A block is sent to all levels at once and waits for the levels before; a broken chain ends the wait sooner.
 RECEIVE_S = 120.0
 # Handoff, level, block index and the latent's four axes.
@@ -50,6 +54,7 @@ class ChainMember:
     """One process's contribution to a chain. All but the levels must be the same at every member.
 
     levels: served here, ascending and without a gap. num_levels: of the checkpoint. digest: of its network.
+    device: of the levels. backend: of latents between processes, `gloo` or, between GPUs alone, `nccl`.
     """
 
     levels: list[int]
@@ -57,6 +62,18 @@ class ChainMember:
     digest: str
     dtype: torch.dtype
     device: torch.device
+    backend: str = "gloo"
+
+    @property
+    def latent_device(self) -> torch.device:
+        """Device from which latents are sent, and to which they are received."""
+        return self.device if self.backend == "nccl" else torch.device("cpu")
+
+    def empty_latent(self, shape: Sequence[int]) -> Tensor:
+        """Return a tensor to receive a latent in, pinned if a GPU reads it."""
+        device = self.latent_device
+        is_pinned = device.type == "cpu" and self.device.type == "cuda"
+        return torch.empty(tuple(shape), dtype=self.dtype, device=device, pin_memory=is_pinned)
 
 
 class ChainStream:
@@ -67,6 +84,11 @@ class ChainStream:
         # Latents from the previous level, at most as many as the protocol lets a caller send ahead; None if the chain
         # has broken.
         self.received: asyncio.Queue[tuple[int, Tensor] | None] = asyncio.Queue(2 * chain.num_levels)
+
+    @property
+    def sends_from_host(self) -> bool:
+        """True if the level's latents leave this process from the host's memory: all but those for a level here."""
+        return self._level == self._chain.num_levels - 1 or self._chain.sends_from_host(self._level + 1)
 
     async def receive(self, block: Block) -> Block:
         """Return the block with the latent (c, t, h, w) that the previous level handed over; unchanged at level 0.
@@ -144,6 +166,15 @@ class Chain:
         else:
             self._outgoing.put(([*to, index, *latent.shape], latent))
 
+    def sends_from_host(self, level: int) -> bool:
+        """Return whether latents for a level are sent to another process from the host's memory."""
+        return level not in self._member.levels and self._member.latent_device.type == "cpu"
+
+    @property
+    def is_broken(self) -> bool:
+        """True once a neighbour is lost."""
+        return self._is_broken.is_set()
+
     def check(self) -> None:
         """Raise StageLost if the chain has broken."""
         if self._is_broken.is_set():
@@ -170,9 +201,9 @@ class Chain:
             stream.received.put_nowait((index, latent))
 
     def _guarded(self, work: Callable[[int], None], rank: int) -> None:
-        device = self._member.device
+        device = self._member.latent_device
         try:
-            # A transfer waits for the work queued on its CUDA stream. The steps' stream is a block ahead of it.
+            # NCCL's transfer waits for the work queued on its CUDA stream. The steps' stream is a block ahead of it.
             stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 work(rank)
@@ -209,7 +240,7 @@ class Chain:
             _wait(dist.irecv(header, rank - 1))
             handoff, level, index, *shape = header.tolist()
             if handoff:
-                latent = torch.empty(shape, dtype=self._member.dtype, device=self._member.device)
+                latent = self._member.empty_latent(shape)
                 _wait(dist.irecv(latent, rank - 1), latent)
                 self._loop.call_soon_threadsafe(self._deliver, (handoff, level), index, latent)
 
@@ -220,13 +251,15 @@ async def join_chain(address: str, member: ChainMember) -> AsyncGenerator[Chain,
 
     The process of level 0 listens at the address. ValueError if the processes do not make a chain, or do not arrive.
     """
+    if member.backend == "nccl" and member.device.type != "cuda":
+        raise ValueError(f"a chain over nccl needs levels on a GPU, these are on {member.device}")
     try:
         store, name, first_levels = await asyncio.to_thread(_meet, address, member)
         ranks = sorted(set(first_levels))
         rank, size = ranks.index(member.levels[0]), len(ranks)
         if size > 1:
-            await asyncio.to_thread(_make_group, store, rank, size, member.device)
-    except dist.DistError as error:
+            await asyncio.to_thread(_make_group, store, rank, size, member)
+    except RuntimeError as error:  # torch's, for a peer that is lost as for one that does not arrive
         raise ValueError(f"the chain did not meet at {address}: {str(error).splitlines()[0]}") from error
     chain = Chain(name, member, rank, size)
     logger.info("joined a chain", extra={"chain": name, "rank": rank, "size": size})
@@ -234,8 +267,8 @@ async def join_chain(address: str, member: ChainMember) -> AsyncGenerator[Chain,
         yield chain
     finally:
         await asyncio.to_thread(chain.stop)
-        if size > 1:
-            dist.destroy_process_group()
+        if size > 1 and not chain.is_broken:  # of a broken one, it may wait for the lost peer, and the process ends
+            await asyncio.to_thread(dist.destroy_process_group)
 
 
 def _meet(address: str, member: ChainMember) -> tuple[TCPStore, str, list[int]]:
@@ -250,7 +283,7 @@ def _meet(address: str, member: ChainMember) -> tuple[TCPStore, str, list[int]]:
     if 0 in member.levels:
         store.set("name", uuid.uuid4().hex)
     for level in member.levels:
-        store.set(f"level/{level}", f"{member.levels[0]} {member.digest} {member.dtype}")
+        store.set(f"level/{level}", f"{member.levels[0]} {member.digest} {member.dtype} {member.backend}")
     entries = [store.get(f"level/{level}").decode().split(" ", 1) for level in range(member.num_levels)]
     first_levels = [int(first) for first, _ in entries]
     if first_levels != sorted(first_levels):
@@ -260,14 +293,26 @@ def _meet(address: str, member: ChainMember) -> tuple[TCPStore, str, list[int]]:
     return store, store.get("name").decode(), first_levels
 
 
-def _make_group(store: TCPStore, rank: int, size: int, device: torch.device) -> None:
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+def _make_group(store: Store, rank: int, size: int, member: ChainMember) -> None:
+    """Form the process group, and connect to the neighbours: torch does so at the first exchange of each kind."""
+    backend = "cpu:gloo,cuda:nccl" if member.backend == "nccl" else "gloo"
     limit = timedelta(seconds=GROUP_S)
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=limit)
+    for first in (torch.zeros(HEADER_LENGTH, dtype=torch.int64), member.empty_latent([1])):
+        if rank:
+            _wait(dist.irecv(first, rank - 1), first, GROUP_S)
+        if rank + 1 < size:
+            _wait(dist.isend(first, rank + 1), first, GROUP_S)
 
 
-def _wait(work: Any, latent: Tensor | None = None) -> None:
-    """Wait for a transfer. RuntimeError if the neighbour has gone or does not take part within SILENCE_S."""
-    work.wait(timedelta(seconds=SILENCE_S))
-    if latent is not None and latent.is_cuda:  # NCCL's wait only orders the CUDA stream
-        torch.cuda.current_stream(latent.device).synchronize()
+def _wait(work: Any, latent: Tensor | None = None, limit_s: float = SILENCE_S) -> None:
+    """Wait for a transfer. RuntimeError if the neighbour has gone or does not take part in time."""
+    work.wait(timedelta(seconds=limit_s))
+    if latent is None or not latent.is_cuda:
+        return
+    # NCCL's wait only orders the CUDA stream, and a wait for the stream would have no limit.
+    stream, end_s = torch.cuda.current_stream(latent.device), time.monotonic() + limit_s
+    while not stream.query():
+        if time.monotonic() > end_s:
+            raise RuntimeError(f"the neighbour took no part in a transfer for {limit_s:g} s")
+        time.sleep(POLL_S)

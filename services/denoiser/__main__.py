@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from contextlib import AsyncExitStack
 
 from avatar.aio import background
@@ -14,6 +15,10 @@ from services.denoiser.loading import latent_sizes, load_denoisers
 from services.denoiser.service import DenoiserServicer
 from services.process import run
 from services.worker import naming_setting, worker_process
+
+# A lost peer is noticed within 6 s, and its neighbours have ended within 10 s. Streams that wait for their caller would
+# keep them for as long as a drain takes, in vain.
+EXIT_S = 3.0
 
 
 def build(settings: DenoiserSettings, store: SessionStore, queue: DeviceQueue) -> DenoiserServicer:
@@ -33,19 +38,26 @@ async def main() -> None:
         servicer = build(settings, worker.store, worker.queue)
         if settings.chain:
             with naming_setting("chain"):
-                servicer.chain = await stack.enter_async_context(join_chain(settings.chain, servicer.chain_member))
+                member = servicer.chain_member(settings.chain_backend)
+                servicer.chain = await stack.enter_async_context(join_chain(settings.chain, member))
         await stack.enter_async_context(worker.serving(servicer))
         await until_stopped_or_lost(servicer.chain)
 
 
 async def until_stopped_or_lost(chain: Chain | None) -> None:
-    """Wait for SIGTERM or SIGINT. StageLost if the chain is lost first: only new processes can join a new one."""
+    """Wait for SIGTERM or SIGINT. StageLost if the chain is lost first: only new processes can join a new one.
+
+    The process then has EXIT_S to end in order, and is ended if a wait for the lost peer keeps it.
+    """
     if chain is None:
         await until_stopped()
         return
     async with background(until_stopped()) as stopping, background(chain.until_broken()) as losing:
         await asyncio.wait({stopping, losing}, return_when=asyncio.FIRST_COMPLETED)
         if not stopping.done():
+            ending = threading.Timer(EXIT_S, os._exit, [1])
+            ending.daemon = True
+            ending.start()
             chain.check()
 
 

@@ -4,14 +4,13 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import grpc.aio
 
 from avatar import telemetry
-from avatar.denoiser.denoiser import Denoiser
+from avatar.denoiser.denoiser import Denoiser, on_host
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, ChainMember, ChainStream
 from avatar.rpc.codec import (
@@ -69,11 +68,10 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         self._admission.on_change = self.changed.set
         self.chain: Chain | None = None
 
-    @property
-    def chain_member(self) -> ChainMember:
-        """This worker, as a member of a chain."""
+    def chain_member(self, backend: str) -> ChainMember:
+        """Return this worker as a member of a chain. backend: of its latents, `gloo` or `nccl`."""
         network = next(iter(self._denoisers.values())).network
-        return ChainMember(self.levels, self._config.num_levels, self._digest, network.dtype, network.device)
+        return ChainMember(self.levels, self._config.num_levels, self._digest, network.dtype, network.device, backend)
 
     def warm(self, height: int, width: int) -> None:
         """Step every level through a session of latents of this size, and measure the duration of a step."""
@@ -135,7 +133,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             usage, num_blocks = StreamUsage(self._admission.step_times), 0
             updates_sink = denoiser.updates_sink(session)
             # The copy to the host belongs to the step: later, a GPU would be computing the next block.
-            then = None if chain_stream and not denoiser.is_last else on_host
+            then = on_host if chain_stream is None or chain_stream.sends_from_host else None
             live_block_s = self._config.block_s if opened.is_live else None
             stage = local(
                 denoiser,
@@ -228,8 +226,3 @@ def carried_conditions(block: types_pb2.Block) -> Conditions:
             f" {carried}; it must carry that version"
         )
     return conditions_from_pb(block.carried)
-
-
-def on_host(block: Block) -> Block:
-    """Copy a block's latent into the host's memory."""
-    return block if block.latent is None else replace(block, latent=block.latent.cpu())

@@ -134,7 +134,7 @@ async def in_this_process(checkpoint: Path, redis_url: str, listen: str = "127.0
         store = SessionStore(RedisHashes(redis_url))
         stack.push_async_callback(store.aclose)
         servicer = build(DenoiserSettings(checkpoint=checkpoint, chain=address), store, queue)
-        servicer.chain = await stack.enter_async_context(join_chain(address, servicer.chain_member))
+        servicer.chain = await stack.enter_async_context(join_chain(address, servicer.chain_member("gloo")))
         port = await stack.enter_async_context(serving(listen, servicer))
         target = f"127.0.0.1:{port}"
         one = await stack.enter_async_context(channel(target))

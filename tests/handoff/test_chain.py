@@ -1,16 +1,21 @@
 """Tests of avatar.handoff.chain within one process: which members may meet, and how latents are handed over."""
 
 import asyncio
+import os
+import threading
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # documented, not exported
 
 from avatar.errors import ConfigMismatch, InvalidField, StageLost
 from avatar.handoff import chain as chains
-from avatar.handoff.chain import Chain, ChainMember, join_chain
+from avatar.handoff.chain import Chain, ChainMember, ChainStream, join_chain
 from avatar.handoff.client import RemoteChain
 from avatar.rpc.channel import channel
 from avatar.rpc.server import serving
@@ -19,8 +24,10 @@ from avatar.settings import DenoiserSettings
 from avatar.store.sessions import SessionStore
 from avatar.types import Block
 from avatar.worker.v1.denoiser_pb2 import OpenDenoise
+from services.denoiser import __main__ as denoiser_main
 from services.denoiser.__main__ import build
 from services.local.processes import free_ports
+from tests.busy import WAIT_S
 from tests.handoff.chains import message_of, random_session
 
 ALL = ChainMember([0, 1], 2, "digest", torch.float32, torch.device("cpu"))
@@ -145,3 +152,62 @@ async def test_a_worker_in_no_chain_refuses_to_hand_over(checkpoint: Path, store
         async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
             with pytest.raises(ConfigMismatch, match="this worker is in no chain"):
                 await RemoteChain([connection]).open(OpenDenoise(session=message_of(random_session("a", 1))))
+
+
+def test_latents_travel_through_pinned_memory_of_the_host_unless_nccl_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[tuple[torch.device, bool]] = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device, pin_memory, **__: made.append((device, pin_memory)))
+    on_gpu = replace(ALL, device=torch.device("cuda:1"))
+    for member in (ALL, on_gpu, replace(on_gpu, backend="nccl")):
+        member.empty_latent([1])
+    assert made == [(torch.device("cpu"), False), (torch.device("cpu"), True), (torch.device("cuda:1"), False)]
+
+
+async def test_latents_for_a_level_here_stay_on_the_device() -> None:
+    chain = Chain("c", replace(ALL, num_levels=3), 0, 1)
+    streams = [ChainStream(chain, 7, level) for level in range(3)]
+    assert [each.sends_from_host for each in streams] == [False, True, True]
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, ["to 1"]), (1, ["from 0", "to 2"]), (2, ["from 1"])])
+def test_neighbours_exchange_a_header_and_a_latent_before_the_first_block(
+    rank: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(dist, "init_process_group", Mock())
+    monkeypatch.setattr(dist, "isend", lambda _, to: Mock(wait=lambda _: seen.append(f"to {to}")))
+    monkeypatch.setattr(dist, "irecv", lambda _, source: Mock(wait=lambda _: seen.append(f"from {source}")))
+    chains._make_group(HashStore(), rank, 3, ALL)
+    assert seen == expected * 2
+
+
+async def test_the_group_of_a_broken_chain_is_not_waited_for(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    destroyed = Mock()
+    monkeypatch.setattr(dist, "destroy_process_group", destroyed)
+    monkeypatch.setattr(chains, "_meet", lambda *_: (HashStore(), "c", [0, 1]))
+    monkeypatch.setattr(chains, "_make_group", lambda *_: None)
+    monkeypatch.setattr(chains, "HEARTBEAT_S", 0.0)
+    monkeypatch.setattr(dist, "isend", Mock(side_effect=RuntimeError("the neighbour has gone")))
+    async with join_chain(address, replace(ALL, levels=[0])) as chain:
+        await chain.until_broken()
+    assert not destroyed.called
+
+
+async def test_nccl_needs_gpus(address: str) -> None:
+    with pytest.raises(ValueError, match="a chain over nccl needs levels on a GPU, these are on cpu"):
+        async with join_chain(address, replace(ALL, backend="nccl")):
+            pass
+
+
+async def test_a_process_that_lost_its_chain_ends_even_if_something_keeps_it(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(denoiser_main, "EXIT_S", 0.0)
+    monkeypatch.setattr(os, "_exit", lambda _: ended.set())
+    chain._break("the neighbour has gone")
+    with pytest.raises(StageLost):
+        await denoiser_main.until_stopped_or_lost(chain)
+    assert ended.wait(WAIT_S)
