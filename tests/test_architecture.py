@@ -116,15 +116,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "services": (),
     "training": ("avatar",),
     "web.playout": ("avatar.client",),
-    "web.text_to_speech": (),
+    "web.resampler": (),
     "web.pending_speech": ("web.playout",),
     "web.page_requests": (),
-    "web.browser_session": (
-        *("avatar.aio", "avatar.client", "web.pending_speech", "web.playout", "web.text_to_speech"),
-    ),
+    "web.browser_session": (*("avatar.aio", "avatar.client", "web.pending_speech", "web.playout", "web.resampler"),),
     "web": (
         *("avatar.client", "avatar.errors", "avatar.v1"),
-        *("web.browser_session", "web.page_requests", "web.pending_speech", "web.playout", "web.text_to_speech"),
+        *("web.browser_session", "web.page_requests", "web.pending_speech", "web.playout", "web.resampler"),
     ),
     # Benchmarks measure the suite from outside, and only start its processes.
     "benchmarks": ("avatar", "services.local", "services.registration"),

@@ -1,6 +1,6 @@
 """Serve a browser page for a gateway.
 
-python -m web --target 127.0.0.1:7000 [--listen 127.0.0.1:8080] [--allow-host NAME] [--tts "flite -t {text} -o {wav}"]
+python -m web --target 127.0.0.1:7000 [--listen 127.0.0.1:8080] [--allow-host NAME]
 """
 
 import argparse
@@ -13,8 +13,6 @@ from pathlib import Path
 
 from avatar.client import AvatarError, channel_credentials, connect
 from web.page_server import PageServer, portraits
-from web.playout import RATE_HZ
-from web.text_to_speech import Synthesiser
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -28,7 +26,6 @@ async def main() -> None:
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="serve the page under this name, too"
     )
-    parser.add_argument("--tts", default="", metavar="COMMAND", help="writes speech of {text} to the file {wav}")
     parser.add_argument("--max-peers", type=int, default=4, help="sessions at a time")
     flags = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
@@ -37,11 +34,10 @@ async def main() -> None:
     task = asyncio.current_task()
     assert task
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # like ctrl-C
-    synthesiser = Synthesiser(flags.tts, RATE_HZ) if flags.tts else None
     credentials = None if flags.tls is None else channel_credentials(flags.tls)
     async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
         limits = await avatar.capabilities()
-        server = PageServer(avatar, limits, portraits(ASSETS), synthesiser, flags.max_peers, hosts)
+        server = PageServer(avatar, limits, portraits(ASSETS), flags.max_peers, hosts)
         async with server.serving(host.strip("[]"), int(port)) as address:
             print(f"the page is at {address}", flush=True)
             await asyncio.Event().wait()

@@ -23,10 +23,21 @@ from aiortc.mediastreams import MediaStreamError
 from av import AudioFrame
 
 from avatar.aio import background
-from avatar.client import AvatarError, Frame, Interrupted, Item, Notice, NoticeKind, PlaybackStarted, Session, Stream
+from avatar.client import (
+    AvatarError,
+    Frame,
+    Interrupted,
+    Item,
+    Notice,
+    NoticeKind,
+    PlaybackFinished,
+    PlaybackStarted,
+    Session,
+    Stream,
+)
 from web.pending_speech import PendingSpeech
 from web.playout import RATE_HZ, SAMPLE_BYTES, AudioTrack, Playout, VideoTrack
-from web.text_to_speech import MAX_TEXT, Resampler, SpeechError, Synthesiser
+from web.resampler import Resampler
 
 logger = logging.getLogger(__name__)
 
@@ -44,19 +55,15 @@ MAX_TURNS = 512
 
 
 class BrowserSession:
-    """A session with one browser. Its tracks are added to `peer` at once; `run` does the rest.
+    """A session with one browser. Its tracks are added to `peer` at once; `run` does the rest."""
 
-    synthesiser: converts text to speech; None if the page takes no text.
-    """
-
-    def __init__(self, peer: RTCPeerConnection, session: Session, synthesiser: Synthesiser | None) -> None:
-        self._peer, self._session, self._synthesiser = peer, session, synthesiser
+    def __init__(self, peer: RTCPeerConnection, session: Session) -> None:
+        self._peer, self._session = peer, session
         self._channel: RTCDataChannel | None = None
         self._microphone: MediaStreamTrack | None = None
         self._connected, self._closed = asyncio.Event(), asyncio.Event()
         self._commands: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MAX_COMMANDS)
         self._pending = PendingSpeech(MAX_PENDING_S)
-        self._num_interrupts = 0
         self._is_microphone_on = self._is_refusing = self._is_in_turn = False
         # Arrival of the first piece of each turn that is not yet shown.
         self._turn_starts: deque[float] = deque(maxlen=MAX_TURNS)
@@ -113,21 +120,9 @@ class BrowserSession:
                 case bytes(data):
                     await stream.push(data)
                 case str(text):
-                    await self._synthesise(text)
+                    await stream.say(text)
                 case None:
                     await stream.end_turn()
-
-    async def _synthesise(self, text: str) -> None:
-        num_interrupts = self._num_interrupts
-        assert self._synthesiser
-        try:
-            data = await self._synthesiser.speak(text)
-        except SpeechError as error:
-            self._send("notice", text=str(error))
-            return
-        if self._num_interrupts == num_interrupts:
-            self._add_audio(data)
-            self._end_turn()
 
     async def _read_microphone(self) -> None:
         """Add the microphone's audio while it is on."""
@@ -155,8 +150,8 @@ class BrowserSession:
                 case {"type": "end_turn"}:
                     self._is_refusing = False
                     self._end_turn()
-                case {"type": "text", "text": str(text)} if self._synthesiser:
-                    self._add(text[:MAX_TEXT])
+                case {"type": "text", "text": str(text)}:
+                    self._say(text)
                 case {"type": str(kind)}:
                     self._send("notice", text=f"Unknown or incomplete command: {kind[:40]}.")
                 case _:
@@ -164,7 +159,6 @@ class BrowserSession:
 
     async def _interrupt(self, stream: Stream) -> None:
         """Stop the speech: locally at once, at the gateway as soon as it answers."""
-        self._num_interrupts += 1
         self._pending.clear()
         self._turn_starts.clear()
         self._is_in_turn = False
@@ -179,6 +173,13 @@ class BrowserSession:
         if data and self._add(data) and not self._is_in_turn:
             self._turn_starts.append(time.monotonic())
             self._is_in_turn = True
+
+    def _say(self, text: str) -> None:
+        """Queue a text as a turn of its own."""
+        self._end_turn()
+        if text and self._add(text):
+            self._turn_starts.append(time.monotonic())
+            self._pending.put(None)
 
     def _add(self, item: bytes | str) -> bool:
         """Queue audio or a text. Returns False, with a notice for the first, if too much is pending."""
@@ -204,6 +205,8 @@ class BrowserSession:
                 self._set_state("idle" if is_idle else "speaking")
             case PlaybackStarted() if self._turn_starts:
                 self._send("reaction", seconds=time.monotonic() - self._turn_starts.popleft())
+            case PlaybackFinished(position_s=0.0, was_interrupted=False) if self._turn_starts:
+                self._turn_starts.popleft()  # nothing of it was spoken
             case Notice(kind=NoticeKind.TOO_SLOW):
                 pass  # the answer to the offer says it, and its text stays
             case Notice(message=message):

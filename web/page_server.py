@@ -30,7 +30,6 @@ from web.page_requests import (
     refusal,
 )
 from web.playout import RATE_HZ
-from web.text_to_speech import MAX_TEXT, Synthesiser
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +61,12 @@ class PageServer:
         avatar: Avatar,
         limits: GetCapabilitiesResponse,
         portraits: Mapping[str, Path],
-        synthesiser: Synthesiser | None,
         max_peers: int,
         hosts: Collection[str] = (),
     ) -> None:
         self.num_peers = 0
         self._avatar, self._limits, self._portraits = avatar, limits, portraits
-        self._synthesiser, self._max_peers, self._hosts = synthesiser, max_peers, hosts
+        self._max_peers, self._hosts = max_peers, hosts
         self._group, self._tasks = TaskGroup(), set[Task[None]]()
 
     @asynccontextmanager
@@ -120,7 +118,7 @@ class PageServer:
             "max_picture_bytes": self._limits.max_picture_bytes,
             "rate_hz": RATE_HZ,
             "max_clip_s": MAX_PENDING_S,
-            "max_text": MAX_TEXT if self._synthesiser else 0,
+            "max_text": self._limits.max_text_chars,
         }
         return web.json_response(about)
 
@@ -177,7 +175,7 @@ class PageServer:
         capabilities = await self._avatar.capabilities()  # with the latest measured reaction time
         session = await self._avatar.create(offer.picture, ttl_s=SESSION_TTL_S)
         peer = RTCPeerConnection()
-        browser_session = BrowserSession(peer, session, self._synthesiser)
+        browser_session = BrowserSession(peer, session)
         try:
             sdp = await answer_sdp(peer, offer.sdp)
         except BaseException:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from services.local.launch import launched
+from services.local.local_voice import start_piper, voice_settings
 from services.local.processes import ROOT
 
 
@@ -20,13 +21,15 @@ async def main() -> None:
         prog="python -m services.local.browser_demo", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--listen", default="127.0.0.1:8080", help="HOST:PORT to serve the page at")
-    parser.add_argument("--tts", default="", metavar="COMMAND", help="speaks {text} into the audio file {wav}")
+    parser.add_argument("--tts", default="", metavar="COMMAND", help="speaks {text} into {wav} (default: Piper)")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "models/tiny", help="folder of the models")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder of the processes' output")
     flags = parser.parse_args()
     print(f"starting Redis, the services and the page; their output is in {flags.out / 'logs'}")
-    async with launched(flags.checkpoint, flags.out / "logs", redis_url=os.environ.get("AVATAR_REDIS_URL")) as suite:
-        page = ("-m", "web", "--target", suite.gateway, "--listen", flags.listen, "--tts", flags.tts)
+    voice, redis_url = voice_settings(flags.tts), os.environ.get("AVATAR_REDIS_URL")
+    async with launched(flags.checkpoint, flags.out / "logs", redis_url=redis_url, voice=voice) as suite:
+        await start_piper(suite, voice)
+        page = ("-m", "web", "--target", suite.gateway, "--listen", flags.listen)
         await suite.start("web", sys.executable, *page)
         print(f"the page is at http://{flags.listen}; ctrl-C ends it", flush=True)
         ended = await suite.first_to_end()

@@ -1,6 +1,6 @@
 """The demo: the suite as processes, and a client that makes a video with it.
 
-    python -m services.local.demo [--speech speech.wav] [--portrait face.png] [--levels N] [--out out]
+    python -m services.local.demo [--speech speech.wav | --text TEXT] [--portrait face.png] [--levels N] [--out out]
 
 Writes OUT/demo.mp4 and OUT/demo.json, and prints the measurements, among them the reaction of a live session.
 AVATAR_REDIS_URL names a Redis server to use; without it, one is started and ends with the demo.
@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from avatar.aio import background
-from avatar.client import AvatarError, Frame, Stream, connect
+from avatar.client import Audio, AvatarError, Frame, Notice, Stream, connect
 from avatar.media import film_signer, read_audio, write_mp4
 from services.local.launch import launched
+from services.local.local_voice import start_piper, voice_settings
 from services.local.processes import ROOT, Suite
 
 # The first frames of a session's first block are the VAE's start, and are not sent.
@@ -85,12 +86,14 @@ class Reaction:
 
 
 Result = TypeVar("Result")
-Video: TypeAlias = tuple[list[NDArray[np.uint8]], Measurements]
+Video: TypeAlias = tuple[list[NDArray[np.uint8]], NDArray[np.float32], Measurements]
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m services.local.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--speech", type=Path, default=ROOT / "assets/speech.wav", help="speech to speak")
+    parser.add_argument("--text", default="", help="text to speak, in place of speech, by the installed voice")
+    parser.add_argument("--tts", default="", metavar="COMMAND", help="speaks {text} into {wav} (default: Piper)")
     parser.add_argument("--portrait", type=Path, default=ROOT / "assets/portrait.png", help="picture of the speaker")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "models/tiny", help="folder of the models")
     parser.add_argument("--levels", type=int, help="denoising levels, at most the checkpoint's (default: all of them)")
@@ -99,7 +102,10 @@ async def main() -> None:
     parser.add_argument("--c2pa", type=Path, nargs=2, metavar=("CERT", "KEY"), help="PEM files to sign the video with")
     flags = parser.parse_args()
     signer = film_signer(flags.c2pa)
-    samples, rate_hz = read_audio(flags.speech)
+    speech, rate_hz = (flags.text, RATE_HZ) if flags.text else read_audio(flags.speech)
+    voice = voice_settings(flags.tts) if flags.text else {}
+    if flags.text and not voice:
+        parser.error("there is no voice: run make demo TEXT=..., which installs Piper, or give --tts")
     portrait = flags.portrait.read_bytes()
     print(f"starting Redis, audio, a denoiser for each level, vae and gateway; their output is in {flags.out / 'logs'}")
     async with AsyncExitStack() as stack:
@@ -110,11 +116,13 @@ async def main() -> None:
                 flags.out / "logs",
                 levels=flags.levels,
                 redis_url=redis_url,
+                voice=voice,
                 report=lambda _: healthy.update(),
             )
             suite = await stack.enter_async_context(launching)
-        making = make_video(suite.gateway, portrait, samples, rate_hz, flags.seed)
-        frames, measured = await _unless_a_process_ends(suite, making)
+        await start_piper(suite, voice)
+        making = make_video(suite.gateway, portrait, speech, rate_hz, flags.seed)
+        frames, samples, measured = await _unless_a_process_ends(suite, making)
         reaction = await _unless_a_process_ends(suite, measure_reaction(suite.gateway, portrait))
     film = flags.out / "demo.mp4"
     write_mp4(film, frames, measured.frame_rate_hz, measured.first_frame, samples, rate_hz, signer=signer)
@@ -139,31 +147,51 @@ async def _unless_a_process_ends(suite: Suite, client: Coroutine[Any, Any, Resul
         await asyncio.wait({making, ending})
 
 
-async def make_video(target: str, portrait: bytes, samples: NDArray[np.float32], rate_hz: int, seed: int) -> Video:
+async def make_video(target: str, portrait: bytes, speech: NDArray[np.float32] | str, rate_hz: int, seed: int) -> Video:
     """Make a video at the gateway HOST:PORT, as a product's client does.
 
-    samples: (a, s) float32. Returns frames (1, h, w, 3) uint8 RGB, and their measurements.
+    speech: (a, s) float32, or text. Returns frames (1, h, w, 3) uint8 RGB, their audio (a, s) float32, and their
+    measurements.
     """
-    audio = samples.T.astype("<f4").tobytes()
-    num_channels: Any = len(samples)
+    audio, num_channels, num_frames = None, 1, None
+    if not isinstance(speech, str):
+        audio, num_channels = speech.T.astype("<f4").tobytes(), len(speech)
     frames: list[bytes] = []
     times_s: list[float] = []
+    returned = bytearray()
     async with connect(target) as avatar:
         session = await avatar.create(portrait, seed=seed)
         if session.notice:
             print(f"notice: {session.notice}")
         video, limits = session.video, await avatar.limits()
         block_frames = limits.block_frames
-        num_blocks = math.ceil(samples.shape[1] / rate_hz * video.frame_rate_hz / block_frames)
-        async with session.stream(audio=audio, rate_hz=rate_hz, channels=num_channels, encoding="float32") as stream:
+        if not isinstance(speech, str):
+            num_blocks = math.ceil(speech.shape[1] / rate_hz * video.frame_rate_hz / block_frames)
+            num_frames = num_blocks * block_frames - FIRST_FRAME
+        options: Any = {"rate_hz": rate_hz, "channels": num_channels, "encoding": "float32"}
+        async with session.stream(audio=audio, return_audio=audio is None, **options) as stream:
             started = time.perf_counter()
-            with tqdm(total=num_blocks * block_frames - FIRST_FRAME, unit="frame", desc="frames") as progress:
-                async for frame in stream.frames():
-                    frames.append(frame.data)
-                    times_s.append(time.perf_counter() - started)
-                    progress.update()
+            if isinstance(speech, str):
+                await stream.say(speech)
+                await stream.close()
+            with tqdm(total=num_frames, unit="frame", desc="frames") as progress:
+                async for item in stream:
+                    match item:
+                        case Frame():
+                            frames.append(item.data)
+                            times_s.append(time.perf_counter() - started)
+                            progress.update()
+                        case Audio():
+                            returned += item.data
+                        case Notice():
+                            print(f"notice: {item.message}")
             total_s = time.perf_counter() - started
     assert stream.closed
+    if not frames:
+        raise RuntimeError("nothing was spoken")
+    if isinstance(speech, str):  # its audio begins with the first frame
+        start = np.zeros(FIRST_FRAME * rate_hz // video.frame_rate_hz, np.float32)
+        speech = np.concatenate([start, np.frombuffer(returned, "<f4")])[None]
     measured = Measurements(
         num_frames=len(frames),
         first_frame=FIRST_FRAME,
@@ -180,7 +208,8 @@ async def make_video(target: str, portrait: bytes, samples: NDArray[np.float32],
             for each in stream.closed.stages
         ],
     )
-    return [np.frombuffer(each, np.uint8).reshape(1, video.height, video.width, 3) for each in frames], measured
+    shape = 1, video.height, video.width, 3
+    return [np.frombuffer(each, np.uint8).reshape(shape) for each in frames], speech, measured
 
 
 async def measure_reaction(target: str, portrait: bytes) -> Reaction:

@@ -46,6 +46,7 @@ ENVIRONMENT = {
 PLAIN = {
     **dict.fromkeys(("AVATAR_TLS_CERT", "AVATAR_TLS_KEY", "AVATAR_TLS_CLIENT_CA", "AVATAR_TENANTS"), ""),
     **dict.fromkeys(("AVATAR_WORKER_CA", "AVATAR_WORKER_CERT", "AVATAR_WORKER_KEY"), ""),
+    **dict.fromkeys(("AVATAR_VOICE_URL", "AVATAR_VOICE_COMMAND", "AVATAR_VOICE_KEY"), ""),
 }
 # Without a short backoff, a service that took 6 s to start would be noticed after 9.
 CHANNEL_OPTIONS = [(f"grpc.{limit}_reconnect_backoff_ms", 100) for limit in ("initial", "min", "max")]

@@ -2,7 +2,7 @@
 
 The gateway listens at AVATAR_LISTEN (127.0.0.1:7000), the workers at free ports of the loopback interface. The workers
 share one device queue, AVATAR_DEVICE and AVATAR_DTYPE. AVATAR_REDIS_URL names a Redis server to use; without it, one is
-started on a free port and ends with this process.
+started on a free port and ends with this process. With AVATAR_VOICE_URL or AVATAR_VOICE_COMMAND, clients may send text.
 """
 
 import os
@@ -18,7 +18,15 @@ from avatar import telemetry
 from avatar.checkpoints.layouts import has_text_encoder
 from avatar.rpc.server import serving, until_stopped
 from avatar.rpc.tls import server_credentials
-from avatar.settings import AudioSettings, DenoiserSettings, GatewaySettings, TextSettings, VaeSettings, load
+from avatar.settings import (
+    AudioSettings,
+    DenoiserSettings,
+    GatewaySettings,
+    TextSettings,
+    VaeSettings,
+    VoiceSettings,
+    load,
+)
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from services.audio.__main__ import build as build_audio
@@ -28,6 +36,7 @@ from services.local.processes import local_redis
 from services.registration import WorkerServicer, registered
 from services.text.__main__ import build as build_text
 from services.vae.__main__ import build as build_vae
+from services.voice.__main__ import open_voice
 from services.worker import open_device_queue
 
 ANY_PORT = "127.0.0.1:0"
@@ -43,12 +52,13 @@ async def workers(
     adapter: Path | None = None,
     adapter_alpha: float | None = None,
     decoder: Path | None = None,
+    voice: VoiceSettings | None = None,
     **worker: Any,
 ) -> AsyncGenerator[GatewaySettings, None]:
     """Run the workers of one checkpoint while the body runs; yield a gateway's settings with their addresses.
 
     denoisers: the levels of each denoiser, within the gateway's schedule if it has one. adapter: of every denoiser.
-    decoder: of the VAE. worker: further settings of all workers.
+    decoder: of the VAE. voice: of the voice worker, if there is to be one. worker: further settings of all workers.
     """
     async with AsyncExitStack() as stack:
         audio_settings = AudioSettings(checkpoint=checkpoint, **worker)
@@ -72,6 +82,8 @@ async def workers(
         if has_text_encoder(checkpoint):
             text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, queue)
             targets["text"] = (await serve(text),)
+        if voice:
+            targets["voice"] = (await serve(await stack.enter_async_context(open_voice(voice))),)
         yield settings.model_copy(update=targets)
 
 
@@ -105,5 +117,7 @@ async def main() -> None:
         store = SessionStore(RedisHashes(settings.redis_url))
         stack.push_async_callback(store.aclose)
         switches["decoder"] = load(VaeSettings, os.environ).decoder
+        voice = load(VoiceSettings, os.environ)
+        switches["voice"] = voice if voice.voice_url or voice.voice_command else None
         await stack.enter_async_context(suite(models.checkpoint, store, settings, **switches))
         await until_stopped()

@@ -14,7 +14,9 @@ import pytest
 from aiortc import MediaStreamTrack, RTCDataChannel, RTCPeerConnection, RTCSessionDescription
 from av import AudioFrame, VideoFrame
 
+from avatar.errors import VoiceFailed
 from avatar.store.sessions import SessionStore
+from tests.services.voice.fakes import CHAR_S
 from tests.web.page import ASSETS, MAX_PEERS, Page, serving
 from web.page_server import lag_notice
 from web.playout import RATE_HZ
@@ -104,7 +106,7 @@ async def test_only_the_repositorys_portraits_are_served(page: Page) -> None:
 
 async def test_the_page_receives_the_gateways_limits(page: Page) -> None:
     about = json.loads((await get(f"{page.url}/about"))[2])
-    assert (about["max_picture_bytes"], about["portraits"][0], about["max_text"]) == (2 << 20, "portrait", 500)
+    assert (about["max_picture_bytes"], about["portraits"][0], about["max_text"]) == (2 << 20, "portrait", 10_000)
 
 
 def test_a_lag_is_told_in_seconds_that_differ() -> None:
@@ -183,19 +185,22 @@ async def test_a_clip_is_spoken_with_video_and_audio(page: Page) -> None:
         assert 0 < peer.received("reaction")[0]["seconds"] < 5
 
 
-async def test_typed_text_is_spoken_by_the_configured_command(page: Page) -> None:
+async def test_typed_text_is_spoken_by_the_gateways_voice(page: Page) -> None:
     async with connected(page) as peer:
         peer.command("text", text="good morning")
         await until(lambda: peer.is_in("speaking"))
         await until(lambda: peer.is_in("idle"))
-        assert len(page.gateway.audio.received.strip(b"\0")) == pytest.approx(2 * RATE_HZ, rel=0.01)
+        assert page.engine.sentences == ["good morning"]
+        assert len(page.gateway.audio.received.strip(b"\0")) == pytest.approx(2 * RATE_HZ * CHAR_S * 12, rel=0.02)
+        assert 0 < peer.received("reaction")[0]["seconds"] < 5
 
 
-async def test_a_failed_synthesis_is_reported(page: Page) -> None:
+async def test_a_failed_voice_is_reported(page: Page) -> None:
+    page.engine.failure = VoiceFailed("the speech endpoint fails (status 503)")
     async with connected(page) as peer:
-        peer.command("text", text="fail")
+        peer.command("text", text="good morning")
         await until(lambda: peer.received("notice"))
-        assert "status 1" in peer.received("notice")[0]["text"]
+        assert peer.received("notice")[0]["text"] == "The speech endpoint fails (status 503)."
 
 
 async def test_an_interrupt_drops_pending_speech(page: Page) -> None:

@@ -37,7 +37,7 @@ def test_audio_texts_and_turns_are_bounded_together() -> None:
 async def test_a_flood_of_messages_leaves_a_bounded_session(message: bytes | str) -> None:
     session: Any = SimpleNamespace(video=SimpleNamespace(width=64, height=64))
     peer = RTCPeerConnection()
-    browser_session = BrowserSession(peer, session, None)
+    browser_session = BrowserSession(peer, session)
     for _ in range(3000 if len(message) < 10 else 50):
         browser_session._on_message(message)
         browser_session._end_turn()

@@ -9,6 +9,7 @@ import av
 import pytest
 
 from tests.conftest import ASSETS, write_speech
+from tests.services.voice.fakes import command
 
 DEMO, RENDER = "services.local.demo", "avatar"
 PORTRAIT = str(ASSETS / "portrait.png")
@@ -87,3 +88,17 @@ def test_a_file_without_audio_ends_in_one_line(
     assert message.startswith("error: ")
     assert len(message.splitlines()) == 1
     assert "is not an audio file" in message
+
+
+@pytest.mark.slow
+def test_the_demo_speaks_a_text(
+    one_level: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("AVATAR_REDIS_URL", raising=False)
+    files = ("--portrait", PORTRAIT, "--checkpoint", one_level, "--out", tmp_path)
+    run(monkeypatch, DEMO, *files, "--text", "Good day. " * 4, "--tts", command(tmp_path))
+    measured = json.loads((tmp_path / "demo.json").read_text())
+    times = frame_times(tmp_path / "demo.mp4")
+    assert times == pytest.approx([index / 25 for index in range(3, 3 + measured["num_frames"])])
+    assert 1.5 < measured["video_s"] < 3.0  # 36 characters of 50 ms
+    assert "seconds of video" in capsys.readouterr().out
