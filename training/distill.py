@@ -20,8 +20,7 @@ from torch.optim import Optimizer
 
 from avatar.checkpoints.part import Part
 from avatar.denoiser.model import Network, load
-from avatar.denoiser.sampler import autoregressive
-from avatar.denoiser.schedule import shifted
+from avatar.denoiser.sampler import autoregressive, shifted
 from avatar.vae.vae import Vae
 from training.batches import BatchConfig, ClipBatch, load_batch
 from training.checkpointing import Progress

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.schedule import shifted
+from avatar.denoiser.sampler import shifted
 from training.batches import Share
 
 # Lower sigmas teach little: x is clean already, and the velocity is all noise. A level of the schedule may be lower.

@@ -19,8 +19,7 @@ from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import to_velocity
 from avatar.denoiser.model import Network
-from avatar.denoiser.sampler import SAMPLERS, autoregressive
-from avatar.denoiser.schedule import timesteps
+from avatar.denoiser.sampler import SAMPLERS, autoregressive, timesteps
 from training.batches import ClipBatch, Share
 from training.clips import encode_inputs
 

@@ -4,11 +4,12 @@ RoPE rotates a token's position (frame, row, column) into its query and key. A f
 stream) and grows without bound, so a rope table is computed for the positions at hand, never stored for all.
 
 Source: RoPE (arXiv 2104.09864), in the three-axis form of Wan2.2-S2V.
-Axes: b batch, t latent frames, n tokens, h heads, d width (of all heads; of one head in (b, n, h, d)), m complex
-channels of a head (pairs of neighbouring real ones). height, width: of latents.
+Axes: b batch, t latent frames, n tokens, h heads, d width (of all heads; of one head in (b, n, h, d)), m pairs of
+neighbouring channels of a head. height, width: of latents.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.nn import functional
 
 from avatar.denoiser.config import PATCH
 
+CPU = torch.device("cpu")
 THETA = 10000.0
 # The reference's frame in prefill; it stays there until blocks come near (`reference_frame`).
 REFERENCE_FRAME = 30
@@ -35,8 +37,22 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def multiply_add(x: Tensor, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x * y + z, computed in the widest of their dtypes and rounded once, to dtype; their shapes broadcast.
+
+    Without gradients it is one kernel on a GPU, which reads and writes each number once.
+    """
+    if torch.is_grad_enabled():  # torch has no gradient of results that are written to a given tensor
+        return torch.addcmul(z, x, y).to(dtype)
+    shape = torch.broadcast_shapes(x.shape, y.shape, z.shape)  # type: ignore[no-untyped-call]
+    return torch.addcmul(z, x, y, out=torch.empty(shape, dtype=dtype, device=x.device))
+
+
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the whole width, with a learned weight. Source: arXiv 1910.07467."""
+    """Root-mean-square norm over the whole width, with a learned weight; half precision is rounded once, at the end.
+
+    Source: arXiv 1910.07467.
+    """
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -44,7 +60,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(upcast(x), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        # Under autocast the weights have another dtype than x; else `to` has no effect.
+        return functional.rms_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -107,30 +124,39 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attended.transpose(1, 2)
 
 
-def axis_frequencies(head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return RoPE's frequencies of time, height and width, float64 (m,) each; a spatial axis has a third of m."""
+@lru_cache(maxsize=16)
+def axis_frequencies(head_dim: int, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
+    """Return RoPE's frequencies of time, height and width, float64 (m,) each; a spatial axis has a third of m.
+
+    They stay on the device, so that a step copies none. Do not change them in place.
+    """
     spatial = head_dim // 2 // 3
     sizes = (head_dim // 2 - 2 * spatial, spatial, spatial)
     time, height, width = (
-        torch.tensor([THETA ** (-channel / m) for channel in range(m)], dtype=torch.float64) for m in sizes
+        torch.tensor([THETA ** (-channel / m) for channel in range(m)], dtype=torch.float64, device=device)
+        for m in sizes
     )
     return time, height, width
 
 
 def rope_table(positions: Tensor, head_dim: int) -> Tensor:
-    """Return RoPE's factors at positions (..., n, 3) of (frame, row, column): (..., n, m) complex64.
+    """Return RoPE's factors at positions (..., n, 3) of (frame, row, column): (2, ..., n, d) float32.
 
+    They are the cosine of each channel's angle, and its sine with the sign that `apply_rope` needs.
     Cosine and sine are float64 rounded through float32 to float16, as in the reference's tables.
     """
-    frequencies = (each.to(positions.device) for each in axis_frequencies(head_dim))
+    frequencies = axis_frequencies(head_dim, positions.device)
     angles = torch.cat([positions[..., axis, None] * each for axis, each in enumerate(frequencies)], dim=-1)
-    return torch.complex(*(part.float().half().float() for part in (angles.cos(), angles.sin())))
+    cosine, sine = (part.float().half().float() for part in (angles.cos(), angles.sin()))
+    pairs = torch.stack([torch.stack([cosine, cosine], dim=-1), torch.stack([-sine, sine], dim=-1)])
+    return pairs.flatten(-2)
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate each pair of neighbouring channels of x (b, n, h, d) by a rope table (n, m) or (b, n, m)."""
-    pairs = torch.view_as_complex(rearrange(upcast(x), "b n h (m pair) -> b n h m pair", pair=2))
-    return rearrange(torch.view_as_real(pairs * table.unsqueeze(-2)), "b n h m pair -> b n h (m pair)").to(x.dtype)
+    """Rotate each pair of neighbouring channels of x (b, n, h, d) by a rope table (2, n, d) or (2, b, n, d)."""
+    cosine, sine = table.unsqueeze(-2).unbind()
+    swapped = rearrange(rearrange(x, "... (m pair) -> ... m pair", pair=2).flip(-1), "... m pair -> ... (m pair)")
+    return multiply_add(swapped, sine, x * cosine, x.dtype)
 
 
 def grid_size(height: int, width: int) -> tuple[int, int]:
@@ -138,16 +164,27 @@ def grid_size(height: int, width: int) -> tuple[int, int]:
     return height // PATCH, width // PATCH
 
 
-def block_positions(first_frame: int | Tensor, num_frames: int, height: int, width: int) -> Tensor:
+@lru_cache(maxsize=64)
+def grid_positions(num_frames: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Return the positions of a block at frame 0, as `block_positions`; kept like `axis_frequencies`."""
+    rows, columns = grid_size(height, width)
+    return torch.cartesian_prod(*(torch.arange(each, device=device) for each in (num_frames, rows, columns)))
+
+
+def block_positions(
+    first_frame: int | Tensor, num_frames: int, height: int, width: int, device: torch.device = CPU
+) -> Tensor:
     """Return the positions of num_frames frames' tokens, ordered by frame, row, column: (n, 3).
 
-    first_frame: of the first; a tensor (b,) gives (b, n, 3).
+    first_frame: of the first; a tensor (b,) gives (b, n, 3), on its own device.
     """
-    rows, columns = grid_size(height, width)
-    grid = torch.cartesian_prod(torch.arange(num_frames), torch.arange(rows), torch.arange(columns))
-    start = torch.as_tensor(first_frame)
-    offset = torch.stack([start, torch.zeros_like(start), torch.zeros_like(start)], dim=-1)
-    return grid.to(offset.device) + offset.unsqueeze(-2)
+    if isinstance(first_frame, Tensor):
+        grid = grid_positions(num_frames, height, width, first_frame.device).repeat(*first_frame.shape, 1, 1)
+        grid[..., 0] += first_frame.unsqueeze(-1)
+    else:
+        grid = grid_positions(num_frames, height, width, device).clone()
+        grid[:, 0] += first_frame
+    return grid
 
 
 def condition_positions(height: int, width: int) -> Tensor:

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from avatar.denoiser.attention import Attention, upcast
+from avatar.denoiser.attention import Attention, multiply_add, upcast
 from avatar.denoiser.config import NetworkConfig
 from avatar.types import FRAMES_PER_LATENT
 
@@ -145,7 +145,8 @@ class AudioAdaLN(nn.Module):
         """Normalise and modulate x; x and overall: (..., d), of shapes that broadcast."""
         modulation: Tensor = self.linear(functional.silu(overall))
         shift, scale = modulation.chunk(2, dim=-1)
-        return functional.layer_norm(upcast(x), x.shape[-1:], eps=INJECTION_EPS) * (1 + upcast(scale)) + shift
+        normed = functional.layer_norm(upcast(x), x.shape[-1:], eps=INJECTION_EPS)
+        return multiply_add(normed, 1 + upcast(scale), shift, x.dtype)
 
 
 class AudioInjector(nn.Module):
@@ -161,10 +162,12 @@ class AudioInjector(nn.Module):
         """Return the residual that audio adds to x (b, t, s, d); injection: index into the injector's layers."""
         attention = self.injector[injection]
         assert isinstance(attention, Attention)
-        normed = self.injector_adain_layers[injection](x.unsqueeze(1), audio.overall.unsqueeze(-2)).to(x.dtype)
+        normed = self.injector_adain_layers[injection](x.unsqueeze(1), audio.overall.unsqueeze(-2))
         b, a, t = normed.shape[:3]
         q = attention.queries(rearrange(normed, "b a t s d -> (b a t) s d"))
         k, v = attention.keys_values(rearrange(audio.local, "b a t n d -> (b a t) n d"))
         residual: Tensor = attention(q, k, v)
         residual = rearrange(residual, "(b a t) s d -> b a t s d", b=b, a=a, t=t)
-        return (residual if audio.mask is None else residual * audio.mask.to(residual.dtype)).sum(1)
+        if audio.mask is None:
+            return residual.squeeze(1)
+        return (residual * audio.mask.to(residual.dtype)).sum(1)

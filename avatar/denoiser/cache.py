@@ -75,6 +75,7 @@ class KVCache:
     ) -> None:
         """height, width: of the latents."""
         rows, columns = grid_size(height, width)
+        device = torch.device(device)
         self._positions = condition_positions(height, width).to(device)
         self._reference_tokens = rows * columns
         self._sink_tokens = len(self._positions)
@@ -82,16 +83,17 @@ class KVCache:
         self._window_blocks = config.window_blocks
         self._head_dim = config.head_dim
         # The first real channels of a head, which RoPE rotates by the frame.
-        self._time_channels = 2 * len(axis_frequencies(config.head_dim)[0])
+        self._time_channels = 2 * len(axis_frequencies(config.head_dim, device)[0])
 
-        def buffers(tokens: int, channels: int) -> list[Tensor]:
-            shape = (batch, tokens, config.num_heads, channels)
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        def buffer(tokens: int, channels: int) -> Tensor:
+            shape = (config.num_layers, batch, tokens, config.num_heads, channels)
+            return torch.zeros(shape, dtype=dtype, device=device)
 
+        # One buffer of all layers, so that a few kernels move the reference.
         capacity = self._sink_tokens + self._window_blocks * self._block_tokens
-        self._keys = buffers(capacity, config.head_dim)
-        self._values = buffers(capacity, config.head_dim)
-        self._unrotated = buffers(self._reference_tokens, self._time_channels)
+        self._keys = buffer(capacity, config.head_dim)
+        self._values = buffer(capacity, config.head_dim)
+        self._unrotated = buffer(self._reference_tokens, self._time_channels)
         self._reference_frame = REFERENCE_FRAME
         self._first_block: int | None = None
         self._filled = 0
@@ -141,13 +143,13 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        return sum(each.nbytes for each in (*self._keys, *self._values, *self._unrotated))
+        return sum(each.nbytes for each in (self._keys, self._values, self._unrotated))
 
     def _move_reference(self, frame: int) -> None:
-        position = torch.tensor([[frame, 0, 0]], device=self._positions.device)
-        table = rope_table(position, self._head_dim)[:, : self._time_channels // 2]
-        for keys, unrotated in zip(self._keys, self._unrotated, strict=True):
-            keys[:, : self._reference_tokens, :, : self._time_channels] = apply_rope(unrotated, table)
+        position = self._positions[:1].clone()
+        position[:, 0] = frame
+        table = rope_table(position, self._head_dim)[..., : self._time_channels]
+        self._keys[:, :, : self._reference_tokens, :, : self._time_channels] = apply_rope(self._unrotated, table)
         self._reference_frame = frame
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from avatar.checkpoints.files import CLASS_NAME
 from avatar.checkpoints.part import parse_fields
-from avatar.denoiser.sampler import SAMPLERS
-from avatar.denoiser.schedule import flow_match_schedule, select_levels
+from avatar.denoiser.sampler import SAMPLERS, flow_match_schedule, select_levels
 from avatar.types import BLOCK_LATENTS, FRAME_RATE_HZ, FRAMES_PER_LATENT
 
 PATCH = 2  # latent rows and columns of one token

@@ -9,6 +9,7 @@ Axes: c channels, t latent frames, h w of latents, l encoder layers, d width, f 
 face motion.
 """
 
+from collections import defaultdict
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,12 +25,21 @@ from avatar.denoiser.attention import grid_size, reference_frame
 from avatar.denoiser.cache import KVCache, Prefilled, Prefills, SessionPrefill
 from avatar.denoiser.config import PATCH, NetworkConfig, is_sink_distance
 from avatar.denoiser.model import Network
-from avatar.denoiser.sampler import SAMPLERS, NoiseHistory, NoiseSource, correlated_noise, noise, sink_distance
-from avatar.denoiser.schedule import timesteps
+from avatar.denoiser.sampler import (
+    SAMPLERS,
+    NoiseHistory,
+    NoiseSource,
+    correlated_noise,
+    noise,
+    sink_distance,
+    timesteps,
+)
 from avatar.types import FACE_MOTION, Block, Conditions, Session
 
 # In latents: the side of the coarsest motion token.
 SMALLEST_SIDE = 8
+# The tensors of a block that a step reads.
+INPUTS = ("latent", "features", "heard", "face_motion", "pose")
 
 
 @dataclass(eq=False)
@@ -83,6 +93,7 @@ class Denoiser:
         self._sizes = sizes
         self._attention = attention
         self._prefills = Prefills() if prefills is None else prefills
+        self._uploader = Uploader(network.device)
         with torch.no_grad():
             self._modulation = network.embed_time(timesteps(config.schedule)[level].to(network.device).reshape(1, 1))
 
@@ -154,6 +165,10 @@ class Denoiser:
         with self._kernel():
             state.prefills.get_ahead(conditions, partial(self._prefill, state.session))
 
+    def upload(self, block: Block) -> Block:
+        """Return the block with its inputs on the network's device; optional, and ahead of `step`."""
+        return self._uploader.upload(block)
+
     @torch.no_grad()
     def step(self, block: Block, state: DenoiserState) -> Block:
         """Return the block one level cleaner; its latent (c, t, h, w) has the network's dtype and device.
@@ -175,7 +190,10 @@ class Denoiser:
     def _denoise(self, block: Block, prefilled: Prefilled, state: DenoiserState) -> Tensor:
         """Return the latent (c, t, h, w) after this level's step; the cache has a slot for the block."""
         network = self.network
-        x = self._input(block, state).to(network.device, network.dtype).unsqueeze(0)
+        block = self.upload(replace(block, latent=self._input(block, state)))
+        self._uploader.wait(block)
+        assert block.latent is not None
+        x = block.latent.to(network.dtype).unsqueeze(0)
         features = block.features if state.masks is not None else block.features.unsqueeze(0)
         features, before = self._with_preceding("features", features, state)
         audio = network.encode_audio(features, state.masks, before)
@@ -187,7 +205,7 @@ class Denoiser:
             features, before = self._with_preceding("heard", block.heard.unsqueeze(0), state)
             heard = network.encode_heard(features, preceding=before)
         if block.face_motion is not None:
-            motion = network.embed_face_motion(block.face_motion.to(network.device).unsqueeze(0))
+            motion = network.embed_face_motion(block.face_motion.unsqueeze(0))
         first_frame = self._first_frame(block)
         output = network(x, self._modulation, prefilled.text, audio, pose, first_frame, state.cache, heard, motion)
         velocity = to_velocity(output, x, prefilled.reference, self.sigma, self.config)
@@ -195,7 +213,7 @@ class Denoiser:
 
     def _with_preceding(self, name: str, features: Tensor, state: DenoiserState) -> tuple[Tensor, Tensor | None]:
         """Return features (a, l, d, f) as a batch, and the columns before them; keep those before the next block."""
-        features, before = features.to(self.network.device).unsqueeze(0), state.preceding.get(name)
+        features, before = features.unsqueeze(0), state.preceding.get(name)
         if context := self.config.audio_context_frames:
             columns = features if before is None else torch.cat([before, features], dim=-1)
             missing = max(0, context - columns.shape[-1])
@@ -227,16 +245,10 @@ class Denoiser:
 
         Returns the number of blocks.
         """
-        config, num_blocks = self.config, self.config.window_blocks + 1
-        features = torch.zeros(config.num_encoder_layers, config.audio_dim, config.frames_per_block)
-        latent = torch.zeros(config.in_dim, config.num_frames_per_block, height, width)
-        conditions = Conditions(0, latent[:, :1], torch.zeros(0, config.text_dim))
-        state = self.open(Session("warm", 0, latent[:, :1]))
-        # The step of a network that listens is timed while it does.
-        given = {"heard": features, "face_motion": torch.zeros(len(FACE_MOTION), config.frames_per_block)}
-        inputs: dict[str, Any] = {name: given[name] for name in config.inputs}
+        num_blocks = self.config.window_blocks + 1
+        state = self.open(blank_session(self.config, height, width))
         for index in range(num_blocks):
-            block = self.step(Block(index, features, latent, conditions, **inputs), state)
+            block = self.step(blank_block(self.config, index, height, width), state)
         assert block.latent is not None
         block.latent.cpu()  # waits for a GPU
         return num_blocks
@@ -299,6 +311,66 @@ class Denoiser:
             raise ValueError(f"text has {rows} tokens, the network reads at most {config.text_len}")
         if rows:
             check_shape("text", conditions.text, rows, config.text_dim)
+
+
+class Uploader:
+    """Copies the inputs of blocks to one device, those of one dtype at once.
+
+    A GPU's copies run on a stream of their own, from pinned memory: neither the host nor the GPU waits for them, and
+    those of the next block run while the block before is computed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def upload(self, block: Block) -> Block:
+        """Return the block with its inputs on the device; on a GPU they arrive later, and `wait` comes before use."""
+        names: dict[torch.dtype, list[str]] = defaultdict(list)
+        for name in INPUTS:
+            tensor = getattr(block, name)
+            if tensor is not None and tensor.device != self._device:
+                names[tensor.dtype].append(name)
+        moved: dict[str, Any] = {}
+        with torch.cuda.stream(self._stream):  # None: no effect
+            for each in names.values():
+                moved |= dict(zip(each, self._copy([getattr(block, name) for name in each]), strict=True))
+        return replace(block, **moved) if moved else block
+
+    def wait(self, block: Block) -> None:
+        """Let what is computed from now on wait for the block's inputs. The host does not wait."""
+        if self._stream is None:
+            return
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._stream)
+        for tensor in (getattr(block, name) for name in INPUTS):
+            if tensor is not None:  # its memory must not be reused before the computation has ended
+                tensor.record_stream(computing)
+
+    def _copy(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return tensors of one dtype on the device, by one copy."""
+        num_elements = [each.numel() for each in tensors]
+        host = torch.empty(sum(num_elements), dtype=tensors[0].dtype, pin_memory=self._stream is not None)
+        for part, tensor in zip(torch.split(host, num_elements), tensors, strict=True):
+            part.copy_(tensor.reshape(-1))
+        parts = torch.split(host.to(self._device, non_blocking=True), num_elements)
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def blank_session(config: NetworkConfig, height: int, width: int) -> Session:
+    """Return a session of zeros, to warm up or to measure with; height, width: of latents."""
+    return Session("warm", 0, torch.zeros(config.in_dim, 1, height, width))
+
+
+def blank_block(config: NetworkConfig, index: int, height: int, width: int) -> Block:
+    """Return a block of zeros with all inputs that the network takes, for a blank session."""
+    features = torch.zeros(config.num_encoder_layers, config.audio_dim, config.frames_per_block)
+    latent = torch.zeros(config.in_dim, config.num_frames_per_block, height, width)
+    conditions = Conditions(0, latent[:, :1], torch.zeros(0, config.text_dim))
+    # The step of a network that listens is timed while it does.
+    given = {"heard": features, "face_motion": torch.zeros(len(FACE_MOTION), config.frames_per_block)}
+    inputs: dict[str, Any] = {name: given[name] for name in config.inputs}
+    return Block(index, features, latent, conditions, **inputs)
 
 
 def to_velocity(output: Tensor, x: Tensor, reference: Tensor, sigma: float | Tensor, config: NetworkConfig) -> Tensor:

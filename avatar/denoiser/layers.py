@@ -5,12 +5,14 @@ The hidden state is (b, t, s, d) throughout; AdaLN modulation has one row per la
 Axes: b batch, c channels, t latent frames, h w of latents, s tokens of a latent frame, n tokens, d width.
 """
 
+from functools import lru_cache
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from avatar.denoiser.attention import MOTION_GROUPS, Attention, Visible
+from avatar.denoiser.attention import MOTION_GROUPS, Attention, Visible, apply_rope, multiply_add
 from avatar.denoiser.audio_injection import UpcastLinear
 from avatar.denoiser.config import PATCH, NetworkConfig
 from avatar.types import FACE_MOTION, FRAMES_PER_LATENT, MOTION_LATENTS
@@ -55,6 +57,12 @@ class FramePacker(nn.Module):
         return torch.cat(tokens[::-1], dim=1)
 
 
+@lru_cache(maxsize=16)
+def face_motion_scales(device: torch.device) -> Tensor:
+    """Return FACE_MOTION_SCALES (m, 1) on a device, where they stay."""
+    return torch.tensor(FACE_MOTION_SCALES, device=device)[:, None]
+
+
 class FaceMotionEmbedding(nn.Module):
     """Values of face motion to a residual of the hidden state, the same at all tokens of a latent frame."""
 
@@ -65,8 +73,7 @@ class FaceMotionEmbedding(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """(b, m, f) -> (b, t, 1, d)."""
-        scaled = values / torch.tensor(FACE_MOTION_SCALES, device=values.device)[:, None]
-        columns = rearrange(scaled, "b m (t p) -> b t 1 (m p)", p=FRAMES_PER_LATENT)
+        columns = rearrange(values / face_motion_scales(values.device), "b m (t p) -> b t 1 (m p)", p=FRAMES_PER_LATENT)
         embedded: Tensor = self.last(functional.silu(self.first(columns)))
         return embedded
 
@@ -82,16 +89,11 @@ def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Apply AdaLN's shift and scale, (b, t or 1, 1, d), to normed (b, t, s, d)."""
-    return normed * (1 + scale) + shift
-
-
 class Layer(nn.Module):
     """A transformer layer with AdaLN: self-attention, cross-attention to text, feed-forward network.
 
-    `project` and `forward` are two halves; between them the network applies RoPE and extends the KV cache. With
-    half-precision weights the residual stream is float32 from the first sum to the end of the layer.
+    `project` and `forward` are two halves; between them the network extends the KV cache. With half-precision weights
+    the residual stream is float32 from the first sum to the end of the layer.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -106,12 +108,18 @@ class Layer(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
         self.eps = config.eps
 
-    def project(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values (b, n, h, d) of x (b, t, s, d), without RoPE; modulation: as in `forward`."""
+    def project(self, x: Tensor, modulation: Tensor, rope_table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys, with RoPE if there is a table, and values (b, n, h, d) of x (b, t, s, d).
+
+        modulation: as in `forward`.
+        """
         shift, scale = modulation[:2].unbind()
-        normed = modulate(self.norm(x), shift, scale).to(x.dtype)
+        normed = multiply_add(self.norm(x), scale, shift, x.dtype)
         tokens = rearrange(normed, "b t s d -> b (t s) d")
-        return self.self_attn.queries(tokens), *self.self_attn.keys_values(tokens)
+        q, (k, v) = self.self_attn.queries(tokens), self.self_attn.keys_values(tokens)
+        if rope_table is None:
+            return q, k, v
+        return apply_rope(q, rope_table), apply_rope(k, rope_table), v
 
     def forward(
         self,
@@ -124,15 +132,16 @@ class Layer(nn.Module):
         """Return x (b, t, s, d) after the layer.
 
         attended: queries of x, and the keys to attend to, with RoPE; and their values. visible: attention mask.
-        text: keys and values of the text. modulation: (6, b, t or 1, 1, d), shift, scale and gate of self-attention
-        and of the feed-forward network.
+        text: keys and values of the text. modulation: (6, b, t or 1, 1, d), shift, 1 + scale and gate of
+        self-attention and of the feed-forward network.
         """
         gate1, shift2, scale2, gate2 = modulation[2:].unbind()
         dtype, t = x.dtype, x.shape[1]
-        x = x + gate1 * rearrange(self.self_attn(*attended, visible), "b (t s) d -> b t s d", t=t)
+        full = torch.promote_types(dtype, gate1.dtype)
+        x = multiply_add(rearrange(self.self_attn(*attended, visible), "b (t s) d -> b t s d", t=t), gate1, x, full)
         x = x + self.attend_to_text(x.to(dtype), text)
-        fed: Tensor = self.ffn(modulate(self.norm(x), shift2, scale2).to(dtype))
-        return (x + gate2 * fed).to(dtype)
+        fed: Tensor = self.ffn(multiply_add(self.norm(x), scale2, shift2, dtype))
+        return multiply_add(fed, gate2, x, dtype)
 
     def attend_to_text(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         """Return the residual that text adds to x (b, t, s, d), in a shape that broadcasts."""
@@ -158,9 +167,13 @@ class Head(nn.Module):
         self.eps = config.eps
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x (b, t, s, d), modulation (2, b, t or 1, 1, d) -> (b, t, s, (row column c)): the latents of each patch."""
+        """x (b, t, s, d), modulation (2, b, t or 1, 1, d) -> (b, t, s, (row column c)): the latents of each patch.
+
+        modulation: shift and 1 + scale.
+        """
         shift, scale = modulation.unbind()
-        pixels: Tensor = self.head(modulate(functional.layer_norm(x, x.shape[-1:], eps=self.eps), shift, scale))
+        normed = functional.layer_norm(x, x.shape[-1:], eps=self.eps)
+        pixels: Tensor = self.head(multiply_add(normed, scale, shift, torch.promote_types(x.dtype, scale.dtype)))
         return pixels
 
 

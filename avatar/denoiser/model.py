@@ -48,8 +48,8 @@ NOISY, REFERENCE, MOTION = range(3)
 class Modulation:
     """The AdaLN modulation of a timestep, in float32.
 
-    layers: (6, b, t, 1, d) per layer: shift, scale and gate of self-attention, then of the feed-forward network.
-    head: (2, b, t, 1, d) shift and scale. t is 1 if all latent frames share the timestep.
+    layers: (6, b, t, 1, d) per layer: shift, 1 + scale and gate of self-attention, then of the feed-forward network.
+    head: (2, b, t, 1, d) shift and 1 + scale. t is 1 if all latent frames share the timestep.
     """
 
     layers: list[Tensor]
@@ -100,7 +100,11 @@ class Network(nn.Module):
         shared = rearrange(self.time_projection(embedded), "b t (six d) -> six b t 1 d", six=6)
         rows = [rearrange(layer.modulation.to(shared.dtype), "1 six d -> six 1 1 1 d") for layer in self.layers]
         head = rearrange(self.head.modulation.to(shared.dtype), "1 two d -> two 1 1 1 d")
-        return Modulation([row + shared for row in rows], head + rearrange(embedded, "b t d -> 1 b t 1 d"))
+        head = head + rearrange(embedded, "b t d -> 1 b t 1 d")
+        # Added once for a timestep, instead of by each use of a scale.
+        one = shared.new_zeros(6, 1, 1, 1, 1)
+        one[1::3] = 1
+        return Modulation([row + shared + one for row in rows], head + one[:2])
 
     def embed_text(self, text: Tensor) -> list[KeysValues]:
         """Return the keys and values of text (b, n, d), n <= text_len, per layer.
@@ -190,19 +194,20 @@ class Network(nn.Module):
         injections = [(self.audio_injector, audio)]
         if heard is not None:
             injections.append((self.heard_injector, heard))
-        table = rope_table(block_positions(first_frame, *x.shape[-3:]).to(x.device), config.head_dim)
+        num_frames, height, width = x.shape[-3:]
+        positions = block_positions(first_frame, num_frames, height, width, x.device).to(x.device)
+        table = rope_table(positions, config.head_dim)
         hidden = self.patch_embedding(x) + self.cond_encoder(pose) + self.trainable_cond_mask.weight[NOISY]
         if face_motion is not None:
             hidden = hidden + face_motion.to(hidden.dtype)
         for i, layer in enumerate(self.layers):
-            q, k, v = layer.project(hidden, modulation.layers[i])
-            keys, values = history.extend(i, apply_rope(k, table), v)
-            attended = apply_rope(q, table), keys, values
+            q, k, v = layer.project(hidden, modulation.layers[i], table)
+            attended = q, *history.extend(i, k, v)
             hidden = layer(hidden, attended, text[i], modulation.layers[i], history.visible)
             for injector, tokens in injections:
                 if i in injector.layers:
                     hidden = hidden + injector(injector.layers.index(i), hidden, tokens)
-        return unpatchify(self.head(hidden, modulation.head), grid_size(*x.shape[-2:])[0]).to(x.dtype)
+        return unpatchify(self.head(hidden, modulation.head), grid_size(height, width)[0]).to(x.dtype)
 
 
 def with_levels(part: Part, choice: int | Sequence[float] | None) -> Part:

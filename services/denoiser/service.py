@@ -148,7 +148,8 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                 prefill=denoiser.prefill,
             )
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
-            async with aclosing(stage(self._blocks(opened, requests, chain_stream))) as blocks:
+            received = self._blocks(opened, requests, chain_stream, denoiser)
+            async with aclosing(stage(received)) as blocks:
                 async for block in blocks:
                     telemetry.block_span(
                         "denoiser", block.index, *usage.last_step, level=opened.level, parent=block.traceparent
@@ -181,11 +182,16 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             yield chain_stream
 
     async def _blocks(
-        self, opened: pb.OpenDenoise, requests: AsyncIterator[pb.DenoiseRequest], chain_stream: ChainStream | None
+        self,
+        opened: pb.OpenDenoise,
+        requests: AsyncIterator[pb.DenoiseRequest],
+        chain_stream: ChainStream | None,
+        denoiser: Denoiser,
     ) -> AsyncGenerator[Any, None]:
         """Yield the stream's blocks with their conditions, which the first block of each version carries.
 
-        Conditions that come ahead of their blocks are yielded by themselves.
+        A block's inputs are on their way to the device when it is yielded. Conditions that come ahead of their blocks
+        are yielded by themselves.
         """
         conditions: Conditions | None = None
         async with aclosing(parts(requests, "block", "prefill")) as items:
@@ -199,7 +205,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                 if conditions is None or block.head.conditions != conditions.version:
                     conditions = carried_conditions(block.head)
                 received = block_from_wire(block, conditions)
-                yield await chain_stream.receive(received) if chain_stream else received
+                yield denoiser.upload(await chain_stream.receive(received) if chain_stream else received)
 
     async def _write_sink(self, session_id: str, block: Block) -> types_pb2.Conditions:
         """Store and return the next conditions, whose sink is this block's first latent frame.

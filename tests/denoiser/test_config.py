@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from avatar.denoiser.config import NetworkConfig, base, tiny
-from avatar.denoiser.schedule import select_levels
+from avatar.denoiser.sampler import select_levels
 
 # Fields of the public checkpoint's config.json.
 PUBLIC = {

@@ -39,7 +39,7 @@ def half(network: Network, config: NetworkConfig) -> Network:
         ("blocks.1.cross_attn", HALF, HALF),
         ("blocks.1.ffn", HALF, HALF),
         ("casual_audio_encoder.encoder", FULL, FULL),
-        ("audio_injector.injector_adain_layers.0", HALF, FULL),
+        ("audio_injector.injector_adain_layers.0", HALF, HALF),
         ("audio_injector.injector.0", HALF, HALF),
         ("head", HALF, FULL),
         ("head.head", FULL, FULL),

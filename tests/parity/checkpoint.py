@@ -12,7 +12,7 @@ from avatar.checkpoints.layouts import open_part
 from avatar.checkpoints.lora import LoraAdapter
 from avatar.checkpoints.part import Part
 from avatar.denoiser.model import Network, load
-from tests.parity.dit import config_of, replay_calls
+from tests.parity.dit import Replay, config_of
 from tests.parity.goldens import Golden, Report, published
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -31,7 +31,7 @@ def dit_lora(golden: Golden, report: Report) -> None:
     merged = network.state_dict()
     for name, expected in under(tensors, "out.merged.").items():
         report.compare(name, merged[name], expected, **golden.info["tolerance"]["velocity"])
-    replay_calls(golden, report, network)
+    Replay(golden, report, network).run()
     bfloat16_merge(tensors, alpha, report)
 
 
@@ -39,7 +39,7 @@ def dit_ckpt_tiny(golden: Golden, report: Report) -> None:
     """A whole published folder with shards and index, and an adapter with another spelling of its keys."""
     checkpoint, expected = golden.folder / golden.name, golden.sibling(golden.info["golden"])
     adapter = LoraAdapter(checkpoint / ADAPTER, golden.info["lora"]["alpha"])
-    replay_calls(expected, report, load_denoiser(checkpoint, expected, adapter))
+    Replay(expected, report, load_denoiser(checkpoint, expected, adapter)).run()
 
 
 def load_denoiser(checkpoint: Path, golden: Golden, adapter: LoraAdapter) -> Network:

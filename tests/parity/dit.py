@@ -23,8 +23,7 @@ from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.layers import FramePacker, Head, Layer, timestep_embedding, unpatchify
 from avatar.denoiser.model import Network
-from avatar.denoiser.sampler import euler_step
-from avatar.denoiser.schedule import flow_match_schedule, timesteps
+from avatar.denoiser.sampler import euler_step, flow_match_schedule, timesteps
 from avatar.types import FRAMES_PER_LATENT
 from tests.parity.goldens import Golden, Report
 
@@ -38,21 +37,13 @@ NOT_EXPOSED = {"layer0.e0"}
 def run_calls(golden: Golden, report: Report, dtype: torch.dtype = torch.float32) -> None:
     """Prefill, streaming blocks and snapshots in the recorded order."""
     network = with_weights(Network(config_of(golden)), golden.tensors, "weights.")
-    replay_calls(golden, report, network.to(dtype))
+    Replay(golden, report, network.to(dtype)).run()
 
 
 def config_of(golden: Golden) -> NetworkConfig:
     frames = golden.info["layout"]["frames_per_block"]
     config = NetworkConfig.from_dict(golden.info["config"])
     return replace(config, num_frames_per_block=frames, window_latents=frames * config.window_blocks)
-
-
-def replay_calls(golden: Golden, report: Report, network: Network) -> None:
-    """Replay the calls of a golden on a network with its weights."""
-    replay = Replay(golden, report, network)
-    with torch.no_grad():
-        for call in golden.info["calls"]:
-            getattr(replay, call["kind"])(call)
 
 
 @dataclass
@@ -68,6 +59,7 @@ class Replay:
     """Replays the calls of one golden; each method is named for a kind of call."""
 
     def __init__(self, golden: Golden, report: Report, network: Network) -> None:
+        """Tolerance and `window_dtype` (as in `KVCache`) may be changed before `run`."""
         self.report, self.tensors, self.info = report, golden.tensors, golden.info
         layout, self.tolerance = golden.info["layout"], golden.info["tolerance"]
         if network.dtype == torch.bfloat16:
@@ -75,14 +67,21 @@ class Replay:
         self.frames = layout["frames_per_block"]
         self.size = layout["latent_h"], layout["latent_w"]
         self.network, self.config = network, network.config
+        self.window_dtype: torch.dtype | None = None
         self.seen = watch(self.network)
         self.levels: dict[str, Level] = {}
         self.moved: dict[str, Tensor] = {}
 
+    @torch.no_grad()
+    def run(self) -> None:
+        for call in self.info["calls"]:
+            getattr(self, call["kind"])(call)
+
     def new_cache(self, call: dict[str, Any]) -> None:
         window_latents = call["cache_blocks"] * self.config.num_frames_per_block
         config = replace(self.config, window_latents=window_latents)
-        self.levels[call["cache"]] = level = Level(KVCache(config, *self.size, dtype=self.network.dtype))
+        cache = KVCache(config, *self.size, dtype=self.network.dtype, window_dtype=self.window_dtype)
+        self.levels[call["cache"]] = level = Level(cache)
         self.report.exact("ring", level.cache.window(0)[0].shape[1], call["cache_tokens"])
         self.report.exact("conditions", len(condition_positions(*self.size)), call["cond_tokens"])
 
@@ -231,7 +230,13 @@ def grid(tokens: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def table(name: str, table: Tensor) -> dict[str, Tensor]:
-    return {f"{name}.re": table.real, f"{name}.im": table.imag}
+    cosine, sine = parts(table)
+    return {f"{name}.re": cosine, f"{name}.im": sine}
+
+
+def parts(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of each pair of channels."""
+    return table[0, ..., ::2], table[1, ..., 1::2]
 
 
 def run_rope(golden: Golden, report: Report) -> None:
@@ -246,7 +251,7 @@ def run_rope(golden: Golden, report: Report) -> None:
             if f"{key}.re" in tensors:
                 along = tensors["positions"] if axis == 0 else torch.arange(len(tensors[f"{key}.re"]))
                 positions = torch.stack([along if axis == each else along * 0 for each in range(3)], dim=-1)
-                table = rope_table(positions, head_dim)[:, first : first + len(frequency)]
+                table = rope_table(positions, head_dim)[..., 2 * first : 2 * (first + len(frequency))]
                 check_table(report, tensors, key, table)
             first += len(frequency)
     for name in tensors:
@@ -260,7 +265,7 @@ def run_rope(golden: Golden, report: Report) -> None:
             shift, height, width_, head_dim, stride = map(int, match.groups())
             frame = condition_positions(height, width_)[0, 0].item() + shift
             table = rope_table(block_positions(int(frame), 1, height, width_), head_dim)
-            check_table(report, tensors, key, table[::stride])
+            check_table(report, tensors, key, table[:, ::stride])
         elif match := re.fullmatch(r"noisy_table\.f(\d+)\.re", name):
             check_table(report, tensors, key, noisy_table(meaning[name], len(tensors[name])))
     start = re.search(r"start frame (\d+)", meaning["apply.out"])
@@ -281,8 +286,8 @@ def noisy_table(meaning: str, tokens: int) -> Tensor:
 
 
 def check_table(report: Report, tensors: dict[str, Tensor], key: str, table: Tensor) -> None:
-    report.exact(f"{key}.re", table.real.half(), tensors[f"{key}.re"])
-    report.exact(f"{key}.im", table.imag.half(), tensors[f"{key}.im"])
+    for name, part in zip(("re", "im"), parts(table), strict=True):
+        report.exact(f"{key}.{name}", part.half(), tensors[f"{key}.{name}"])
 
 
 def run_audio(golden: Golden, report: Report) -> None:
@@ -358,7 +363,8 @@ def run_misc(golden: Golden, report: Report) -> None:
         frames, rows = pixels.shape[1], grid_size(*pixels.shape[2:])[0]
         x = rearrange(tensors["in.head.x"], "b (t s) d -> b t s d", t=frames)
         shared = rearrange(tensors["in.head.e"], "t d -> 1 1 t 1 d")
-        out = head(x, rearrange(tensors["in.head.modulation"], "1 two d -> two 1 1 1 d") + shared)
+        shift, scale = rearrange(tensors["in.head.modulation"], "1 two d -> two 1 1 1 d") + shared
+        out = head(x, torch.stack([shift, 1 + scale]))
         report.compare("head", out.flatten(1, 2), tensors["out.head.tokens"], **limits)
         report.compare("unpatch", unpatchify(out, rows)[0], pixels, **limits)
         for name in (name for name in tensors if name.startswith("out.sinusoid.")):

@@ -16,8 +16,7 @@ from avatar.denoiser.cache import History, KeysValues
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
-from avatar.denoiser.sampler import clip_noise
-from avatar.denoiser.schedule import flow_match_schedule
+from avatar.denoiser.sampler import clip_noise, flow_match_schedule
 from avatar.types import FRAMES_PER_LATENT, Block, Conditions, Session
 from avatar.vae import whole_clip
 from avatar.vae.vae import Vae

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from avatar.denoiser.cache import KVCache
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network
-from avatar.denoiser.schedule import shifted
+from avatar.denoiser.sampler import shifted
 from tests.training.small import BATCHES, maker, network_of, small, small_base
 from training.batches import ClipBatch, ClipSpan, Share, draw_spans, face_motion_of, load_batch, read_span
 from training.clips import clean_estimate, frame_sigmas, predict_velocity
