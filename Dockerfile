@@ -31,7 +31,7 @@ RUN pip install --no-deps --force-reinstall .
 
 # PyPI's torch includes CUDA; the host provides the driver.
 FROM build AS build-worker-cuda
-RUN pip install --constraint requirements.lock dumb-init==1.2.5.post1 '.[worker,float8]'
+RUN pip install --constraint requirements.lock dumb-init==1.2.5.post1 '.[worker]'
 COPY avatar avatar
 RUN pip install --no-deps --force-reinstall .
 

@@ -190,7 +190,9 @@ class DenoiserSettings(WorkerSettings):
     sizes: WIDTHxHEIGHT of the videos to prepare for at the start; by default the size that the checkpoint fixes.
     attention: the attention kernel: `auto`, or torch's `math`, `flash`, `efficient` or `cudnn`.
     compile: compile the layers with torch.compile at the start; only `sizes` are served then.
-    float8: keep the weights of linear maps in float8; needs the extra `float8` and a device that has it.
+    float8: compute linear maps in float8; needs `compile`, bfloat16 and a device that has it.
+    kv_dtype: dtype of the keys and values of past blocks: `auto` for `dtype`, or `float8_e4m3fn`, which halves the
+        window's memory.
     chain: HOST:PORT where the denoisers of a chain meet, to hand latents to each other: the one of level 0 listens
         there; none where latents travel through the gateway.
     chain_backend: how a chain's latents travel: `gloo`, through the host's memory, or `nccl`, from GPU to GPU, which
@@ -206,6 +208,7 @@ class DenoiserSettings(WorkerSettings):
     attention: str = "auto"
     compile: bool = False
     float8: bool = False
+    kv_dtype: Annotated[str, _match(r"auto|float8_e4m3fn", "auto or float8_e4m3fn")] = "auto"
     chain: OptionalAddress = ""
     chain_backend: Annotated[str, _match("gloo|nccl", "gloo or nccl")] = "gloo"
 

@@ -38,6 +38,8 @@ from avatar.checkpoints.sizing import (
 )
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.cache import KVCache
+from avatar.denoiser.float8 import FLOAT8
+from avatar.denoiser.speed import kernel_of_step
 from avatar.text import model as text_model
 from avatar.vae import vae as vae_model
 from avatar.vae.picture.rule import PictureRule, Size
@@ -169,9 +171,12 @@ def inspect(
     yield f"pictures  {sizes_line(picture)}, {vae.config.frame_rate_hz} a second"
     yield ""
     width, height = picture.video_size(size or picture.fixed_size or DEFAULT_PICTURE, size)
-    yield f"memory of a denoiser at {width}x{height} in {dtype_name(network.dtype)}"
     stride = vae.codec.space_stride
-    for what, num_bytes in denoiser_memory(network, height // stride, width // stride).items():
+    latents = height // stride, width // stride
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield f"attention {kernel_of_step(config, *latents, network.dtype, device, None)} on this machine's {device.type}"
+    yield f"memory of a denoiser at {width}x{height} in {dtype_name(network.dtype)}"
+    for what, num_bytes in denoiser_memory(network, *latents).items():
         yield f"{what:40}{format_bytes(num_bytes):>10}"
     if devices:
         coder_bytes = sum(numbers(stored[name]) * bytes_each for name, bytes_each in SERVED_BYTES.items())
@@ -223,12 +228,16 @@ def open_parts(checkpoint: Path, adapter: LoraAdapter | None, decoder: Path | No
 def denoiser_memory(network: denoiser_model.Network, height: int, width: int) -> dict[str, int]:
     """Return the bytes of the weights, and of a session's state at each level, by name; height, width of latents."""
     config = network.config
-    cache = KVCache(config, height, width, dtype=network.dtype, device="meta")
+    cache, float8 = (
+        KVCache(config, height, width, dtype=network.dtype, device="meta", window_dtype=window_dtype)
+        for window_dtype in (network.dtype, FLOAT8)
+    )
     ring = config.num_layers * sum(each.nbytes for each in cache.window(0))
     text = 2 * config.num_layers * config.text_len * config.dim * network.dtype.itemsize
     return {
         "weights, shared by levels in a process": sum(each.nbytes for each in network.state_dict().values()),
         "a session and level: window of blocks": ring,
+        "  the same with AVATAR_KV_DTYPE=float8_e4m3fn": float8.num_bytes - (cache.num_bytes - ring),
         "a session and level: picture and motion": cache.num_bytes - ring,
         "a session and level: text": text,
     }

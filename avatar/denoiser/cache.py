@@ -36,6 +36,7 @@ from avatar.denoiser.attention import (
     rope_table,
 )
 from avatar.denoiser.config import NetworkConfig
+from avatar.denoiser.float8 import FLOAT8, Float8Window
 from avatar.types import Conditions, Session
 
 # Keys and values (b, n, h, d) of one layer.
@@ -72,8 +73,9 @@ class KVCache:
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        window_dtype: torch.dtype | None = None,
     ) -> None:
-        """height, width: of the latents."""
+        """height, width: of the latents. window_dtype: `dtype`, or float8 to halve the window's memory."""
         rows, columns = grid_size(height, width)
         device = torch.device(device)
         self._positions = condition_positions(height, width).to(device)
@@ -90,7 +92,15 @@ class KVCache:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         # One buffer of all layers, so that a few kernels move the reference.
-        capacity = self._sink_tokens + self._window_blocks * self._block_tokens
+        ring = self._window_blocks * self._block_tokens
+        self._float8_window = None
+        if window_dtype == FLOAT8:
+            heads = config.num_heads, config.head_dim
+            self._float8_window = Float8Window(
+                config.num_layers, batch, self._window_blocks, self._block_tokens, heads, dtype, device
+            )
+            ring = 0
+        capacity = self._sink_tokens + ring
         self._keys = buffer(capacity, config.head_dim)
         self._values = buffer(capacity, config.head_dim)
         self._unrotated = buffer(self._reference_tokens, self._time_channels)
@@ -119,7 +129,13 @@ class KVCache:
             self._move_reference(reference_frame)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
-        """Write the block's keys and values (b, n, h, d) into its slot; return views of sink and window."""
+        """Write the block's keys and values (b, n, h, d) into its slot; return sink and window.
+
+        They are views, or of a float8 window copies in the dtype of the sink.
+        """
+        if self._float8_window is not None:
+            self._float8_window.write(layer, self._slot, k, v)
+            return self._with_float8_window(layer, self._filled)
         keys, values = self._keys[layer], self._values[layer]
         end = self._sink_tokens + self._filled * self._block_tokens
         keys[:, self.current] = k
@@ -134,7 +150,10 @@ class KVCache:
 
     def window(self, layer: int) -> KeysValues:
         """Return keys and values of one layer's ring in the order of its slots, unfilled ones zero."""
-        return self._keys[layer][:, self._sink_tokens :], self._values[layer][:, self._sink_tokens :]
+        keys, values = self._keys[layer], self._values[layer]
+        if self._float8_window is not None:
+            keys, values = self._with_float8_window(layer, self._window_blocks)
+        return keys[:, self._sink_tokens :], values[:, self._sink_tokens :]
 
     @property
     def sink_tokens(self) -> int:
@@ -143,7 +162,18 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        return sum(each.nbytes for each in (self._keys, self._values, self._unrotated))
+        window = self._float8_window.num_bytes if self._float8_window else 0
+        return window + sum(each.nbytes for each in (self._keys, self._values, self._unrotated))
+
+    def _with_float8_window(self, layer: int, num_blocks: int) -> KeysValues:
+        """Return copies of a layer's sink and of the first blocks of its window."""
+        assert self._float8_window is not None
+        window = num_blocks * self._block_tokens
+        batch, sink, *heads = self._keys[layer].shape
+        keys, values = (self._keys.new_empty(batch, sink + window, *heads) for _ in range(2))
+        keys[:, :sink], values[:, :sink] = self._keys[layer], self._values[layer]
+        self._float8_window.read(layer, num_blocks, keys[:, sink:], values[:, sink:])
+        return keys, values
 
     def _move_reference(self, frame: int) -> None:
         position = self._positions[:1].clone()

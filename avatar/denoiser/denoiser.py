@@ -78,12 +78,14 @@ class Denoiser:
         sizes: Collection[tuple[int, int]] | None = None,
         attention: SDPBackend | None = None,
         prefills: Prefills | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         """Create the model of one level. ValueError if the schedule has no such level.
 
         noise: initial noise of level 0. sizes: (height, width) of the latents that are served; None: any.
         attention: the attention kernel; None: torch chooses. prefills: those of the network, which its levels share;
-        None: this level shares them with none.
+        None: this level shares them with none. kv_dtype: of the window's keys and values, the network's dtype or
+        float8; None: the network's.
         """
         if not 0 <= level < config.num_levels:
             raise ValueError(f"level must be 0 to {config.num_levels - 1}, as the schedule has it, got {level}")
@@ -91,7 +93,7 @@ class Denoiser:
         self.sigma, self.sigma_next = config.schedule[level : level + 2]
         self._noise = noise
         self._sizes = sizes
-        self._attention = attention
+        self._attention, self._kv_dtype = attention, kv_dtype
         self._prefills = Prefills() if prefills is None else prefills
         self._uploader = Uploader(network.device)
         with torch.no_grad():
@@ -124,7 +126,7 @@ class Denoiser:
         """Return a state with an empty cache. ValueError if the session does not fit the network."""
         height, width = self.check(session)
         distance = self.config.sink_distance if session.sink_distance is None else session.sink_distance
-        cache = KVCache(self.config, height, width, dtype=self.network.dtype, device=self.network.device)
+        cache = self._cache(height, width, self.network.device)
         state = DenoiserState(session, cache, distance, self._masks(session, height, width))
         state.prefills = self._prefills.join(state)
         return state
@@ -150,10 +152,13 @@ class Denoiser:
         height, width: of the latents. A prefill's sink lasts until each level has copied it; text is there twice while
         levels pass from one version to the next.
         """
-        config, network = self.config, self.network
-        cache = KVCache(config, height, width, dtype=network.dtype, device="meta")
+        config, cache = self.config, self._cache(height, width, "meta")
         tokens = cache.sink_tokens + 2 * config.text_len
-        return cache.num_bytes, 2 * config.num_layers * tokens * config.dim * network.dtype.itemsize
+        return cache.num_bytes, 2 * config.num_layers * tokens * config.dim * self.network.dtype.itemsize
+
+    def _cache(self, height: int, width: int, device: torch.device | str) -> KVCache:
+        dtype = self.network.dtype
+        return KVCache(self.config, height, width, dtype=dtype, device=device, window_dtype=self._kv_dtype)
 
     @torch.no_grad()
     def prefill(self, conditions: Conditions, state: DenoiserState) -> None:

@@ -7,6 +7,7 @@ from avatar.checkpoints.lora import LoraAdapter
 from avatar.denoiser import speed
 from avatar.denoiser.cache import Prefills
 from avatar.denoiser.denoiser import Denoiser
+from avatar.denoiser.float8 import FLOAT8
 from avatar.denoiser.model import load, with_levels
 from avatar.settings import PREFIX, DenoiserSettings
 from services.worker import device_and_dtype, naming_setting
@@ -32,6 +33,8 @@ def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> 
         attention = speed.attention_kernel(settings.attention, network)
     if settings.float8:
         with naming_setting("float8"):
+            if not settings.compile:
+                raise ValueError(f"float8 is slower than bfloat16 unless it is compiled; set {PREFIX}COMPILE=true too")
             speed.use_float8(network)
     if settings.compile:
         speed.compile_layers(network)
@@ -39,10 +42,14 @@ def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> 
     config = network.config
     if config.num_levels < config.num_trained_levels:
         logger.warning("fewer levels than the checkpoint was trained for", extra={"levels": config.levels_text})
+    for size in sizes:
+        kernel = speed.kernel_of_step(config, *size, dtype, device, attention)
+        logger.info("attention kernel", extra={"kernel": kernel, "latents": "x".join(map(str, size))})
     levels = settings.served_levels(config.num_levels)
     prefills = Prefills()
+    kv_dtype = None if settings.kv_dtype == "auto" else FLOAT8
     denoisers = {
-        level: Denoiser(network, config, level, sizes=served, attention=attention, prefills=prefills)
+        level: Denoiser(network, config, level, sizes=served, attention=attention, prefills=prefills, kv_dtype=kv_dtype)
         for level in levels
     }
     return denoisers, part.digest()

@@ -34,11 +34,13 @@ def test_memory_of_the_public_network_follows_from_its_sizes(
     """20,480 bytes a token, layer and bfloat16 pair; 4 blocks of 3 frames, conditions of 2.5 frames."""
     with torch.device("meta"):
         network = Network(base()).bfloat16()
-    weights, window, picture, text = denoiser_memory(network, height, width).values()
+    weights, window, float8_window, picture, text = denoiser_memory(network, height, width).values()
     # The cache also keeps the reference's keys without RoPE, for the channels that depend on time: 44 of 128.
     unrotated = (height // 2) * (width // 2) * 40 * 44 * 2 * 40
     assert gigabytes(weights) == pytest.approx(32.59, abs=0.005)
     assert gigabytes(window) == pytest.approx(ring, abs=0.005)
+    scales = 2 * 40 * 4 * 40 * 2  # for keys and values of each layer, block and head
+    assert float8_window == window / 2 + scales
     assert gigabytes(picture - unrotated) == pytest.approx(conditions, abs=0.005)
     assert gigabytes(text) == pytest.approx(0.42, abs=0.005)
 
@@ -56,6 +58,7 @@ def test_a_checkpoint_is_described_without_reading_its_tensors(
         "decoder   the VAE's own",
         "levels    4: sigma 1, 0.857692, 0.602151, 0.00892857, 0",
         "any of at most 288,000 pixels whose sides are multiples of 64",
+        "attention flash on this machine's cpu",
         "at 704x384 in bfloat16",
     ):
         assert line in text

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 STAGES = {name: text for text in DOCKERFILE.split("\nFROM ")[1:] for name in re.findall(r"\A\S+ AS (\S+)", text)}
 IMAGES = ("gateway", "worker-cpu", "worker-cuda")
-EXTRAS = {"gateway": ("gateway",), "worker-cpu": ("worker",), "worker-cuda": ("worker", "float8")}
+EXTRAS = {"gateway": ("gateway",), "worker-cpu": ("worker",), "worker-cuda": ("worker",)}
 
 
 def closure(*extras: str) -> set[str]:
