@@ -21,6 +21,8 @@ from avatar.errors import ConnectionLost
 HINT = "is a gateway running there? `python -m services` starts one on this machine"
 # Every player supports AAC at this rate; the encoder does not support every rate that speech may have.
 AAC_RATE_HZ = 48000
+# Raw frames carry no mark which says that a machine made them, so the film gets one: docs/operations/ai_act.md.
+MARK = "made by a machine: http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 
 def film_path(text: str) -> Path:
@@ -56,6 +58,7 @@ async def main() -> None:
             video = out.add_stream("libx264", rate=frame_rate_hz, options={"crf": "18"})
             video.width, video.height, video.pix_fmt = width, height, "yuv420p"
             audio = out.add_stream("aac", rate=AAC_RATE_HZ, layout="mono")
+            out.metadata["comment"] = MARK
             async with session.stream(audio=speech, rate_hz=rate_hz) as stream:
                 async for frame in stream.frames():
                     pixels = np.frombuffer(frame.data, np.uint8).reshape(height, width, 3)

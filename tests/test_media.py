@@ -201,6 +201,11 @@ def test_a_film_says_that_a_machine_made_it(name: str, tmp_path: Path) -> None:
         assert container.metadata["comment"] == f"made by a machine: {GENERATED}"
 
 
+def test_the_film_in_the_documentation_is_marked() -> None:
+    metadata, key_frames = marks_of_film(Path(__file__).parents[1] / "docs" / "demo.mp4")
+    assert {metadata, *key_frames} == {GENERATED}
+
+
 def test_marks_of_a_film_can_be_left_out_and_change_no_pixel(tmp_path: Path) -> None:
     marked, plain = tmp_path / "marked.mp4", tmp_path / "plain.mp4"
     frames = RNG.integers(0, 255, (30, 64, 64, 3), np.uint8)

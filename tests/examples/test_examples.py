@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import RATE_HZ, write_speech
+from tests.readers import GENERATED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -56,6 +57,7 @@ async def test_a_wav_becomes_an_mp4(gateway: str, wav: str, portrait: str, tmp_p
         times = [frame.time for frame in film.decode(video=0)]
     with av.open(str(out)) as film:
         num_samples = sum(frame.samples for frame in film.decode(audio=0))
+        assert GENERATED in film.metadata["comment"]
     assert times == pytest.approx([index / 25 for index in range(3, 48)], abs=1e-3)
     assert num_samples == pytest.approx(1.5 * 48000, abs=2048)
 

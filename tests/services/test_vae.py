@@ -40,6 +40,8 @@ from tests.vae.conftest import blocks as random_blocks
 from tests.vae.conftest import session as random_session
 
 SESSION = types.Session(id="s", width=64, height=64, motion=tensor_to_pb(torch.zeros(16, 19, 8, 8)))
+LABELLED = types.Session(label=True)
+LABELLED.MergeFrom(SESSION)
 NUM_BLOCKS = 3
 
 
@@ -59,11 +61,16 @@ async def blocks(first: int = 0) -> AsyncGenerator[types.Block, None]:
 
 
 async def frames_in(
-    target: grpc.aio.Channel, encoding: str, first: int = 0, *, per_latent: bool = False
+    target: grpc.aio.Channel,
+    encoding: str,
+    first: int = 0,
+    *,
+    per_latent: bool = False,
+    session: types.Session = SESSION,
 ) -> tuple[bytes, list[types.Frame]]:
     stage = remote_vae(target)
     opened = await stage.open(
-        pb.OpenDecode(session=SESSION, encoding=encoding, first_block=first, per_latent=per_latent)
+        pb.OpenDecode(session=session, encoding=encoding, first_block=first, per_latent=per_latent)
     )
     return opened.init_segment, [frame async for frame in stage(blocks(first))]
 
@@ -167,8 +174,8 @@ async def test_frames_leave_before_the_next_latent_frame_is_decoded(codec: str, 
 async def test_a_rebuilt_stream_gives_the_same_bytes(worker: grpc.aio.Channel, encoding: str) -> None:
     last, history = NUM_BLOCKS - 1, (await opened_in(worker, encoding)).history_blocks
     assert history < last  # the rebuilt stream starts later than the whole one
-    init, whole = await frames_in(worker, encoding)
-    again, rebuilt = await frames_in(worker, encoding, first=last - history)
+    init, whole = await frames_in(worker, encoding, session=LABELLED)
+    again, rebuilt = await frames_in(worker, encoding, first=last - history, session=LABELLED)
     assert again == init
     assert block_of(rebuilt, last) == block_of(whole, last)
 
