@@ -64,7 +64,7 @@ async def test_a_wav_becomes_an_mp4(gateway: str, wav: str, portrait: str, tmp_p
 
 async def test_a_microphone_is_interrupted(gateway: str, wav: str, portrait: str) -> None:
     printed = await run("live_microphone.py", wav, portrait, "--target", gateway, "--interrupt-after", "1")
-    assert re.search(r"^Interrupted\(.*was_speaking=True\)", printed, re.MULTILINE)
+    assert re.search(r"^Interrupted\(.*was_speaking=True", printed, re.MULTILINE)
     assert printed.count("PlaybackStarted") in (1, 2), "the interrupt may precede the first turn's first frame"
     assert printed.count("was_interrupted=True") == printed.count("was_interrupted=False") == 1
 
