@@ -17,8 +17,7 @@ class Framer:
 
     def __init__(self, options: StreamOptions) -> None:
         self._options = options
-        self._frames: list[api_types.VideoFrame] = []
-        self._num_frames = 0
+        self.drop()
 
     def add(self, frame: types_pb2.Frame, block: StartedBlock, *, is_discontinuity: bool) -> list[Item]:
         """Add a frame of a block; return the message that it completes, if any, as items.
@@ -27,31 +26,29 @@ class Framer:
         Words follow the message with their frame.
         is_discontinuity: the picture may jump before the message's first frame.
         """
-        shown = api_types.VideoFrame(
-            data=frame.data,
-            is_idle=block.turn is None,
-            is_key=frame.is_key or self._options.is_always_key,
-            num_frames=frame.num_frames or 1,
-        )
-        self._frames.append(shown)
-        self._num_frames += shown.num_frames
         is_followed = frame.is_followed and self._options.takes_chunks
-        if (is_followed or self._options.is_per_block) and not frame.is_last:
+        is_complete = frame.is_last or not (is_followed or self._options.is_per_block)
+        is_alone = is_complete and not (self._num_frames or self._options.is_per_block)
+        data, num_frames = frame.data, frame.num_frames or 1
+        # In its place: protobuf copies a message into another by serializing and parsing it.
+        shown = self._message.frame if is_alone else self._message.chunk.frames.add()
+        shown.data, shown.num_frames, shown.is_idle = data, num_frames, block.turn is None
+        shown.is_key = frame.is_key or self._options.is_always_key
+        self._num_frames += num_frames
+        self._num_bytes += len(data)
+        if not is_complete:
             return []
-        frames, num_frames = self._frames, self._num_frames
+        first = self._message.frame if is_alone else self._message.chunk.frames[0]
+        first.is_discontinuity = is_discontinuity
+        item = Item([self._message], self._num_frames, num_bytes=self._num_bytes)
         self.drop()
-        frames[0].is_discontinuity = is_discontinuity
         start = len(block.boundaries) - 1 - block.num_frames
-        start_sample, end_sample = block.boundaries[start], block.boundaries[start + num_frames]
-        if self._options.is_per_block or len(frames) > 1:
-            messages = [api.StreamAvatarResponse(chunk=api_types.VideoChunk(frames=frames))]
-        else:
-            messages = [api.StreamAvatarResponse(frame=frames[0])]
+        start_sample, end_sample = block.boundaries[start], block.boundaries[start + item.num_frames]
         if self._options.returns_audio:
             size = self._options.sample_bytes
             audio = api_types.AvatarAudio(data=block.data[start_sample * size : end_sample * size])
-            messages.insert(0, api.StreamAvatarResponse(audio=audio))
-        item = Item(messages, num_frames)
+            item.messages.insert(0, api.StreamAvatarResponse(audio=audio))
+            item.num_bytes += len(audio.data)
         if (turn := block.turn) is None:
             return [item]
         num_samples = min(block.num_samples, end_sample)
@@ -83,7 +80,7 @@ class Framer:
 
     def drop(self) -> None:
         """Forget the frames of an incomplete message."""
-        self._frames, self._num_frames = [], 0
+        self._message, self._num_frames, self._num_bytes = api.StreamAvatarResponse(), 0, 0
 
 
 def playback_started(turn: Turn) -> Item:

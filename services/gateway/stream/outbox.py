@@ -42,6 +42,7 @@ class Item:
     text: of the turn that the event ends, if it is spoken from text.
     num_delivered: samples of all that the client sent whose frames are delivered with these; None if there are none.
     first_frame: number of the next frame when the item was sent.
+    num_bytes: size of its frames and their audio; for an event, of the messages, once they are sent.
     """
 
     messages: list[api.StreamAvatarResponse]
@@ -51,6 +52,7 @@ class Item:
     num_delivered: int | None = None
     text: TurnText | None = None
     first_frame: int = 0
+    num_bytes: int = 0
 
     def is_event(self, kind: str) -> bool:
         return self.messages[0].event.WhichOneof("kind") == kind
@@ -97,7 +99,7 @@ class Outbox:
         self._is_fragmented = is_fragmented
         self._waiting: deque[Item] = deque()
         self._num_waiting_frames = 0
-        self._kept: deque[tuple[Item, int]] = deque()  # with the bytes of each
+        self._kept: deque[Item] = deque()
         self._num_kept_frames = self._num_kept_bytes = 0
         self._repeated: deque[Item] = deque()
         self._is_finished = self._is_reader_slow = False
@@ -177,7 +179,7 @@ class Outbox:
         """
         if frame > self.next_frame:
             raise InvalidField.at("open.resume.next_frame", f"{frame} was not sent yet, {self.next_frame} is the next")
-        items = [item for item, _ in self._kept]
+        items = list(self._kept)
         start = next((i for i, item in enumerate(items) if item.num_frames and item.first_frame == frame), len(items))
         if start == len(items) and frame < self.next_frame:
             raise ResumeImpossible(f"frame {frame} is no longer kept, or no message begins with it")
@@ -221,7 +223,6 @@ class Outbox:
     def _number(self, item: Item) -> None:
         """Number an item's messages and keep it; from here on it counts as sent."""
         item.first_frame = self.next_frame
-        num_bytes = 0
         for message in item.messages:
             match message.WhichOneof("part"):
                 case "frame" | "chunk" as part:
@@ -242,7 +243,6 @@ class Outbox:
                     message.interrupted.next_frame = self.next_frame
                 case "closed":
                     message.closed.num_frames = self.next_frame - FIRST_FRAME
-            num_bytes += message.ByteSize()
         self._num_waiting_frames -= item.num_frames
         if item.num_frames:
             self.last_frame_s = asyncio.get_running_loop().time()
@@ -250,17 +250,18 @@ class Outbox:
             self.num_delivered = item.num_delivered
         if item.num_frames and item.turn is not None:
             self._last_speech = (item.turn, item.num_samples)
-        self._kept.append((item, num_bytes))
+        item.num_bytes = item.num_bytes or sum(message.ByteSize() for message in item.messages)
+        self._kept.append(item)
         self._num_kept_frames += item.num_frames
-        self._num_kept_bytes += num_bytes
+        self._num_kept_bytes += item.num_bytes
         while len(self._kept) > 1 and (
             self._num_kept_frames > self._kept_frames
             or self._num_kept_bytes > self._kept_bytes
             or len(self._kept) > MAX_KEPT_ITEMS
         ):
-            oldest, oldest_bytes = self._kept.popleft()
+            oldest = self._kept.popleft()
             self._num_kept_frames -= oldest.num_frames
-            self._num_kept_bytes -= oldest_bytes
+            self._num_kept_bytes -= oldest.num_bytes
 
     def _pts_us(self) -> int:
         """Return the next frame's time on the media clock, in microseconds."""
