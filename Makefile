@@ -1,5 +1,5 @@
 # The whole interface. Every target prepares its own requirements.
-.PHONY: install protos check docs alerts test test-slow test-containers test-web test-marks chaos demo web bench
+.PHONY: install protos check docs alerts test test-slow test-containers test-web test-marks chaos demo web bench bench-gpu
 
 VENV := .venv
 PYTHON ?= python3
@@ -137,3 +137,8 @@ web: install $(if $(TTS),,$(VENV)/piper/installed)
 # Takes minutes, on an otherwise idle machine; `python -m benchmarks --only NAME` measures one of them.
 bench: install
 	python -m benchmarks
+
+# On a machine with a CUDA device, ten minutes, with random weights; torch must have CUDA:
+# make bench-gpu TORCH_INDEX=https://pypi.org/simple
+bench-gpu: install
+	python -m benchmarks.gpu

@@ -1,0 +1,82 @@
+"""Tests of benchmarks.gpu, which is made for a CUDA device: its report, and all of it with toy widths on the CPU."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.one_device.run import Run
+from benchmarks.row import Row, row
+
+
+def stored(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def test_every_row_is_written_before_the_next_and_a_failed_section_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = gpu.Report(tmp_path / "gpu.json", {"device": "none"})
+
+    def broken(_: Run) -> Iterator[Row]:
+        yield row("first", 2.0, "ms", bound=1.0)
+        assert [each["figure"] for each in stored(report.path)] == ["first"]
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+
+    def late(_: Run) -> Iterator[Row]:
+        raise AssertionError("it began")
+        yield
+
+    sections = {"broken": (broken, 0), "sound": (lambda _: iter([row("second", 1.0, "s")]), 0), "late": (late, 1e9)}
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    gpu.measure(Run(torch.device("cpu"), True, time.monotonic() + 60), report, [])
+    rows = [(each["section"], each["figure"]) for each in stored(report.path)]
+    assert [each for each in rows if "time of" not in each[1]] == [
+        ("broken", "first"),
+        ("broken", "failed"),
+        ("sound", "second"),
+        ("late", "not measured"),
+    ]
+    assert stored(report.path)[0]["ratio"] == 2.0
+    assert stored(report.path)[1]["note"] == "OutOfMemoryError: CUDA out of memory. Tried"
+
+
+def test_the_ceilings_and_the_goldens_are_measured_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run_on_cpu(tmp_path, monkeypatch, "--only", "ceilings", "goldens")
+    assert all(each["met"] for each in rows if each["section"] == "goldens" and each["target"])
+    assert sum(each["figure"].startswith("matrix product") for each in rows) == 5
+
+
+@pytest.mark.slow
+def test_it_runs_to_its_end_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run_on_cpu(tmp_path, monkeypatch)
+    assert {each["section"] for each in rows} == set(gpu.SECTIONS)
+    assert {each["section"] for each in rows if each["figure"] == "failed"} == {"float8"}, "which a CPU has not"
+    assert "not measured" not in {each["figure"] for each in rows}
+    recompilations = [each["value"] for each in rows if each["figure"].startswith("recompilations")]
+    assert recompilations == [0]
+
+
+def run_on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[dict[str, Any]]:
+    """Run the program with toy widths; return its rows."""
+    out = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--cpu", "--minutes", "60", "--out", str(out), *arguments])
+    gpu.main()
+    return stored(out)
+
+
+def test_a_machine_without_a_device_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "no CUDA device; --cpu tests the program" in capsys.readouterr().err
