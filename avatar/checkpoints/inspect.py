@@ -38,6 +38,7 @@ from avatar.checkpoints.sizing import (
 )
 from avatar.denoiser import model as denoiser_model
 from avatar.denoiser.cache import KVCache
+from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.float8 import FLOAT8
 from avatar.denoiser.speed import kernel_of_step
 from avatar.text import model as text_model
@@ -194,8 +195,9 @@ def sizing_of(
     network: denoiser_model.Network, height: int, width: int, decoder: DecoderCost, audio: Work, coder_bytes: float
 ) -> Sizing:
     """Return the sizing of videos of height x width latents. coder_bytes: as of `Sizing`."""
-    weights, *session = denoiser_memory(network, height, width).values()
-    return Sizing(network.config, height, width, weights, sum(session), decoder, audio, coder_bytes)
+    weights = sum(each.nbytes for each in network.state_dict().values())
+    memory = Denoiser(network, network.config, 0).memory(height, width)
+    return Sizing(network.config, height, width, weights, *memory, decoder, audio, coder_bytes)
 
 
 def decoder_costs(part: Part) -> DecoderCost:
@@ -226,20 +228,20 @@ def open_parts(checkpoint: Path, adapter: LoraAdapter | None, decoder: Path | No
 
 
 def denoiser_memory(network: denoiser_model.Network, height: int, width: int) -> dict[str, int]:
-    """Return the bytes of the weights, and of a session's state at each level, by name; height, width of latents."""
+    """Return the bytes of a process's weights and of a session's state, by name; height, width of latents."""
     config = network.config
     cache, float8 = (
         KVCache(config, height, width, dtype=network.dtype, device="meta", window_dtype=window_dtype)
         for window_dtype in (network.dtype, FLOAT8)
     )
     ring = config.num_layers * sum(each.nbytes for each in cache.window(0))
-    text = 2 * config.num_layers * config.text_len * config.dim * network.dtype.itemsize
+    _, shared = Denoiser(network, config, 0).memory(height, width)
     return {
         "weights, shared by levels in a process": sum(each.nbytes for each in network.state_dict().values()),
         "a session and level: window of blocks": ring,
         "  the same with AVATAR_KV_DTYPE=float8_e4m3fn": float8.num_bytes - (cache.num_bytes - ring),
         "a session and level: picture and motion": cache.num_bytes - ring,
-        "a session and level: text": text,
+        "a session: prefills, shared by its levels": shared,
     }
 
 

@@ -20,8 +20,9 @@ from avatar.denoiser.attention import MOTION_GROUPS, grid_size
 from avatar.denoiser.config import NetworkConfig
 from avatar.types import FRAME_RATE_HZ
 
-# Passes over a block's hidden state that a layer's elementwise operators make, audio injections included.
-EAGER_PASSES, COMPILED_PASSES = 140, 54
+# Passes over a block's hidden state that a layer's elementwise operators make, audio injections included: counted, and
+# estimated where torch.compile fuses them.
+EAGER_PASSES, COMPILED_PASSES = 69.4, 54
 # Widths and heights of videos to choose from; the largest is the one that the public weights are used with.
 SIZES = ((704, 384), (512, 384), (512, 320), (384, 256))
 # Bytes of a number in bfloat16.
@@ -149,7 +150,7 @@ class DecoderCost:
 
 # Wan's own decoder, and the published tiny ones.
 WAN_BASE_DIM = 96
-WAN = DecoderCost(flops=2.162e9, traffic=9.47e6, state=151_328)
+WAN = DecoderCost(flops=2.162e9, traffic=6.99e6, state=151_328)
 TINY = DecoderCost(flops=87e6, traffic=0.6e6, state=5_376)
 
 
@@ -195,8 +196,8 @@ def placements(num_devices: int, num_levels: int) -> list[Placement]:
 class Sizing:
     """A checkpoint at one size of its videos.
 
-    network_bytes: weights of the network, once a process. level_bytes: a session's memory at a level. coder_bytes:
-    weights of decoder and audio encoder.
+    network_bytes: weights of the network, once a process. level_bytes, shared_bytes: a session's memory at a level, and
+    once for all levels of a process. coder_bytes: weights of decoder and audio encoder.
     """
 
     config: NetworkConfig
@@ -204,6 +205,7 @@ class Sizing:
     width: int
     network_bytes: float
     level_bytes: float
+    shared_bytes: float
     decoder: DecoderCost = field(default_factory=DecoderCost)
     audio: Work = field(default_factory=Work)
     coder_bytes: float = 0.0
@@ -211,7 +213,8 @@ class Sizing:
     def session_bytes(self, placement: Placement) -> float:
         """Return a session's memory on a device."""
         state = self.decoder.state_bytes(self.height, self.width) if placement.has_decoder else 0.0
-        return len(placement.levels) * self.level_bytes + state
+        shared = self.shared_bytes if placement.levels else 0.0
+        return len(placement.levels) * self.level_bytes + shared + state
 
     def fixed_bytes(self, placement: Placement) -> float:
         """Return the memory that a device needs without any session."""

@@ -34,7 +34,7 @@ def test_memory_of_the_public_network_follows_from_its_sizes(
     """20,480 bytes a token, layer and bfloat16 pair; 4 blocks of 3 frames, conditions of 2.5 frames."""
     with torch.device("meta"):
         network = Network(base()).bfloat16()
-    weights, window, float8_window, picture, text = denoiser_memory(network, height, width).values()
+    weights, window, float8_window, picture, shared = denoiser_memory(network, height, width).values()
     # The cache also keeps the reference's keys without RoPE, for the channels that depend on time: 44 of 128.
     unrotated = (height // 2) * (width // 2) * 40 * 44 * 2 * 40
     assert gigabytes(weights) == pytest.approx(32.59, abs=0.005)
@@ -42,7 +42,8 @@ def test_memory_of_the_public_network_follows_from_its_sizes(
     scales = 2 * 40 * 4 * 40 * 2  # for keys and values of each layer, block and head
     assert float8_window == window / 2 + scales
     assert gigabytes(picture - unrotated) == pytest.approx(conditions, abs=0.005)
-    assert gigabytes(text) == pytest.approx(0.42, abs=0.005)
+    sink_gb = gigabytes(picture - unrotated)
+    assert gigabytes(shared) == pytest.approx(sink_gb + 2 * 0.42, abs=0.005), "a sink, and the text of two versions"
 
 
 def test_a_checkpoint_is_described_without_reading_its_tensors(

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from avatar.checkpoints import sizing
-from avatar.checkpoints.inspect import denoiser_memory, main
+from avatar.checkpoints.inspect import main, sizing_of
 from avatar.checkpoints.sizing import (
     H100,
     H200,
@@ -27,7 +27,9 @@ from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
 from avatar.runtime.admission import LIVE_SHARE
 from avatar.types import Block, Conditions, Session
+from tests.denoiser.test_step_costs import STEP
 from tests.published import ADAPTER, small
+from tests.vae.test_traffic import EXPECTED as DECODER
 
 SIZE = (48, 88)  # latents of 704x384
 # Traffic of the network and of Wan's decoder when the counts were audited (8d92bea), before both were lightened.
@@ -52,6 +54,13 @@ def test_matrix_products_attention_and_prefill_have_their_audited_shares() -> No
     assert tera(work.attention) == pytest.approx(41.1, abs=0.1)
     assert tera(prefill_work(base(), *SIZE).flops) == pytest.approx(72.1, abs=0.1)
     assert tera(WAN.work(base(), *SIZE).flops) == pytest.approx(27.4, abs=0.05)
+
+
+def test_traffic_is_that_of_the_committed_counts() -> None:
+    network_gb = STEP["traffic beside GEMM and attention, GB"]
+    assert step_work(base(), *SIZE).traffic / 1e9 == pytest.approx(network_gb, rel=0.01)
+    decoder_gb = sum(gb for name, (_, gb) in DECODER.items() if name != "convolution")
+    assert WAN.work(base(), *SIZE).traffic / 1e9 == pytest.approx(decoder_gb, rel=0.02)
 
 
 def test_operations_are_those_that_torch_counts() -> None:
@@ -87,7 +96,7 @@ def test_a_steps_time_is_the_audited_estimate(
     gpu: Gpu, compiled: bool, float8: bool, step_ms: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sizing, "EAGER_PASSES", AUDITED_PASSES)
-    level = Sizing(base(), *SIZE, 0, 0).busy_s(Placement((0,)), gpu, compiled=compiled, float8=float8)
+    level = Sizing(base(), *SIZE, 0, 0, 0).busy_s(Placement((0,)), gpu, compiled=compiled, float8=float8)
     assert 1000 * level == pytest.approx(step_ms, abs=3)
 
 
@@ -98,13 +107,13 @@ def test_frame_rates_are_the_audited_estimates(
     num_devices: int, rates: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sizing, "EAGER_PASSES", AUDITED_PASSES)
-    of_704 = Sizing(base(), *SIZE, 0, 0, AUDITED_DECODER)  # the audit left audio out
+    of_704 = Sizing(base(), *SIZE, 0, 0, 0, AUDITED_DECODER)  # the audit left audio out
     found = [of_704.frame_rate_hz(placements(num_devices, 4), H200, **speed) for speed in sizing.SPEEDS.values()]
     assert found == pytest.approx(rates, rel=0.06)
 
 
 def test_a_tiny_decoder_frees_a_single_device() -> None:
-    of_704 = Sizing(base(), *SIZE, 0, 0, TINY)
+    of_704 = Sizing(base(), *SIZE, 0, 0, 0, TINY)
     rate_hz = of_704.frame_rate_hz(placements(1, 4), H200, compiled=True, float8=True)
     assert rate_hz == pytest.approx(17.5, rel=0.06)
 
@@ -123,8 +132,7 @@ def test_levels_and_decoder_are_shared_out_over_devices() -> None:
 def public(width: int, height: int) -> Sizing:
     with torch.device("meta"):
         network = Network(base()).bfloat16()
-    weights, *session = denoiser_memory(network, height // 8, width // 8).values()
-    return Sizing(base(), height // 8, width // 8, weights, sum(session), WAN, audio_work(24, 1024), 1.5e9)
+    return sizing_of(network, height // 8, width // 8, WAN, audio_work(24, 1024), 1.5e9)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +156,7 @@ def test_live_sessions_get_the_share_of_admission_and_a_single_one_all_time(
 ) -> None:
     assert sizing.LIVE_SHARE == LIVE_SHARE
     monkeypatch.setattr(Sizing, "frame_rate_hz", lambda *_, **__: rate_hz)
-    assert Sizing(base(), *SIZE, 0, 0).live_sessions(placements(5, 4), H100) == sessions
+    assert Sizing(base(), *SIZE, 0, 0, 0).live_sessions(placements(5, 4), H100) == sessions
 
 
 def test_inspect_says_what_fits_on_devices(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
