@@ -12,23 +12,29 @@ import grpc.aio
 import pytest
 import torch
 
+from avatar.checkpoints.layouts import open_part
 from avatar.denoiser.cache import KVCache
 from avatar.denoiser.denoiser import Denoiser
+from avatar.denoiser.model import load
 from avatar.errors import NoCapacity
 from avatar.rpc.channel import channel
 from avatar.rpc.client import RemoteStage, remote_denoiser
 from avatar.rpc.codec import block_to_wire, conditions_to_pb
 from avatar.rpc.server import serving
 from avatar.rpc.wire import RelayedBlock
-from avatar.settings import DenoiserSettings
+from avatar.settings import DenoiserSettings, GatewaySettings
 from avatar.store.sessions import SessionStore
 from avatar.types import Session
 from avatar.worker.v1 import denoiser_pb2_grpc
 from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoRequest, OpenDenoise
 from services.denoiser.__main__ import build
 from services.denoiser.service import DenoiserServicer
+from services.local.suite import suite
 from services.worker import open_device_queue
+from tests.conftest import speech
 from tests.handoff.chains import blocks_of, first_conditions, message_of, random_session
+from tests.product import CLOSE, connected, finish, new_session, open_stream, pieces, speak
+from tests.refusals import refused
 
 SMALL, LARGE = (8, 8), (16, 16)
 NUM_CYCLES = 20
@@ -174,3 +180,32 @@ async def test_out_of_memory_is_no_capacity_and_frees_the_slot(
             assert opened_by == ([] if method == "open" else ["step"]), "the allocation comes before the answer"
         await until_no_streams(connection)
         assert await answers(connection) == 1
+
+
+async def test_a_client_gets_no_capacity_for_a_lack_of_memory(
+    checkpoint: Path, store: SessionStore, picture: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = load(open_part(checkpoint, "denoiser"))
+    state, shared = Denoiser(network, network.config, 0).memory(*SMALL)
+    limit = 1.5 * (network.config.num_levels * state + shared)
+    settings = GatewaySettings(listen="127.0.0.1:0")
+    async with suite(checkpoint, store, settings, memory_gb=limit / 1e9) as target, connected(target) as stub:
+        first, second = [await new_session(stub, picture) for _ in range(2)]
+        call, _ = await open_stream(stub, first.id)
+        async with refused("NO_CAPACITY"):
+            await speak(stub, second.id, speech(0.48))
+        await finish(call, [*pieces(speech(0.48)), CLOSE])
+        assert (await speak(stub, second.id, speech(0.48))).frames
+
+        num_steps = 0
+
+        def fail(*_: Any) -> None:
+            nonlocal num_steps
+            num_steps += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        third = await new_session(stub, picture)
+        monkeypatch.setattr(Denoiser, "step", fail)
+        async with refused("NO_CAPACITY"):
+            await speak(stub, third.id, speech(0.48))
+        assert num_steps == 1, "the stream is not rebuilt into the same lack"
