@@ -394,14 +394,3 @@ def check_shape(name: str, tensor: Tensor, *shape: int) -> None:
     """Raise ValueError unless the tensor has this shape; name: for the message."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-
-
-def on_host(block: Block) -> Block:
-    """Copy a block's latent into the host's memory, pinned if it comes from a GPU.
-
-    A copy from a GPU has ended when the queue's job has: the queue synchronizes.
-    """
-    if block.latent is None or not block.latent.is_cuda:
-        return block
-    pinned = torch.empty(block.latent.shape, dtype=block.latent.dtype, pin_memory=True)
-    return replace(block, latent=pinned.copy_(block.latent, non_blocking=True))

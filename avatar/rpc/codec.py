@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -102,6 +103,17 @@ def block_to_wire(block: Block) -> RelayedBlock:
     inputs = {"features": block.features, "heard": block.heard, "face_motion": block.face_motion}
     parts = [part for name, x in inputs.items() if x is not None for part in _serialized(name, x)]
     return RelayedBlock(head, parts, _latent(block))
+
+
+def on_host(block: Block) -> Block:
+    """Copy a block's latent into the host's memory, pinned if it comes from a GPU.
+
+    A copy from a GPU has ended when the queue's job has: the queue synchronizes.
+    """
+    if block.latent is None or not block.latent.is_cuda:
+        return block
+    pinned = torch.empty(block.latent.shape, dtype=block.latent.dtype, pin_memory=True)
+    return replace(block, latent=pinned.copy_(block.latent, non_blocking=True))
 
 
 def latent_to_wire(block: Block) -> RelayedBlock:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 
 from avatar import telemetry
-from avatar.denoiser.denoiser import Denoiser, on_host
+from avatar.denoiser.denoiser import Denoiser
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, ChainMember, ChainStream
 from avatar.rpc.codec import (
@@ -19,6 +19,7 @@ from avatar.rpc.codec import (
     conditions_to_pb,
     latent_to_wire,
     load_to_pb,
+    on_host,
     session_from_open,
 )
 from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
