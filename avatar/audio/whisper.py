@@ -8,7 +8,7 @@ Axes: s samples, m mel bins, t encoder frames (two mel frames each), l the input
 output of each, d width.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from avatar.audio.alignment import FRAME_SAMPLES, SAMPLE_RATE_HZ, BlockGrid
 from avatar.audio.statistics import AudioStatistics
 from avatar.checkpoints.files import save
-from avatar.checkpoints.part import Part, check_network_fields, load_weights
+from avatar.checkpoints.part import Part, known_fields, load_weights
 from avatar.types import BLOCK_LATENTS
 
 FFT_SAMPLES = 400
@@ -110,7 +110,8 @@ class Whisper(nn.Module):
 
         config = part.parse(WhisperConfig)
         with part.naming_config():
-            check_network_fields(config.network, transformers.WhisperConfig())
+            sizes = known_fields(config.network, vars(transformers.WhisperConfig()), "network.")
+            config = replace(config, network=sizes)
             encoder = cls(config, part.block_latents).to(device)
         nn.Module.to(encoder.network, dtype)  # log-mel stays float32: its powers span eight decades
         load_weights(encoder.network, part)

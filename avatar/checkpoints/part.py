@@ -7,6 +7,7 @@ Tensors pass one at a time: beside the module's own weights, at most one of them
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from avatar.checkpoints.files import read_config, read_meta_tensors, read_metadata, read_tensors, weight_files
 from avatar.checkpoints.lora import MAX_LISTED, LoraAdapter, first_few, merge
 from avatar.types import BLOCK_LATENTS
+
+logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 
@@ -62,7 +65,7 @@ class Part:
         return cls(folder, read_config(folder), tuple(weight_files(folder)))
 
     def parse(self, config: type[Config]) -> Config:
-        """Return the configuration as this dataclass. ValueError if fields are missing, unknown or invalid."""
+        """Return the configuration as this dataclass. ValueError if fields are missing or invalid."""
         with self.naming_config():
             return parse_fields(config, self.config)
 
@@ -149,16 +152,15 @@ class Part:
 
 
 def parse_fields(config: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
-    """Return the values as this dataclass. ValueError names fields that are unknown, missing or of another type.
+    """Return the values as this dataclass. ValueError names fields that are missing or of another type.
 
-    prefix: of the fields' names in the message, such as `picture.`.
+    Unknown fields are left out, and named in the log: files of other tools have some, and a part's shapes are compared
+    with its weights anyway. prefix: of the fields' names in messages, such as `picture.`.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{prefix.removesuffix('.')} must be an object with fields, got {values!r}")
     known = {each.name: each for each in fields(config)}  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - set(known)):
-        names = ", ".join(prefix + name for name in unknown)
-        raise ValueError(f"unknown field {names}; expected some of {', '.join(known)}")
+    values = known_fields(values, known, prefix)
     required = [name for name, each in known.items() if each.default is MISSING and each.default_factory is MISSING]
     if missing := [name for name in required if name not in values]:
         raise ValueError(f"missing field {', '.join(prefix + name for name in missing)}")
@@ -198,13 +200,13 @@ JSON_TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
 }
 
 
-def check_network_fields(network: Mapping[str, Any], defaults: object) -> None:
-    """Raise ValueError if a network's sizes name a field that the library's configuration does not have.
-
-    defaults: an instance of that configuration, whose classes keep unknown fields without a word.
-    """
-    if unknown := sorted(set(network) - set(vars(defaults))):
-        raise ValueError(f"unknown field {', '.join(f'network.{name}' for name in unknown)}")
+def known_fields(values: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    """Return the known fields of an object in a config.json, and name the others in the log. prefix: of their names."""
+    expected = [*known]
+    if unknown := sorted(set(values) - set(expected)):
+        names = ", ".join(prefix + name for name in unknown)
+        logger.warning("ignored unknown fields of a checkpoint: %s; known are %s", names, ", ".join(expected))
+    return {name: value for name, value in values.items() if name in expected}
 
 
 def load_weights(module: nn.Module, part: Part) -> None:

@@ -197,7 +197,7 @@ class NetworkConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "NetworkConfig":
-        """Return the configuration in a config.json. ValueError names fields that are unknown or of another network."""
+        """Return the configuration in a config.json. ValueError names fields of another network."""
         for name, value in FIXED.items():
             if values.get(name, value) != value:
                 raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported")

@@ -1,6 +1,7 @@
-"""The text encoder: a prompt's tokens through umT5's encoder; the embeddings of padding are dropped.
+"""The text encoder: a prompt's tokens through umT5's encoder.
 
-Source: umT5-XXL as Wan2.2 uses it. Axes: b batch, n tokens, d width.
+Source: umT5-XXL as Wan2.2 uses it, without the padding to 512 tokens: padding is not attended, and positions are
+relative, so a prompt's own tokens have the same embeddings. Axes: b batch, n tokens, d width.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from avatar.checkpoints.files import TOKENIZER, foreign_content, save
-from avatar.checkpoints.part import Part, check_network_fields, load_weights
+from avatar.checkpoints.part import Part, known_fields, load_weights
 from avatar.text.prompt import clean
 
-PADDING = "<pad>"
 EMBEDDING = "embed_tokens.weight"
 
 
@@ -49,15 +49,12 @@ class TextEncoder:
         """network: from `build`, with weights loaded. ValueError if the tokenizer does not fit it."""
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        padding, (vocabulary, self.width) = tokenizer.token_to_id(PADDING), network.get_parameter(EMBEDDING).shape
-        if padding is None:
-            raise ValueError(f"the tokenizer has no {PADDING}")
+        vocabulary, self.width = network.get_parameter(EMBEDDING).shape
         if tokenizer.get_vocab_size() > vocabulary:
             raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the encoder has {vocabulary}")
         if (count := len(tokenizer.encode("").ids)) != 1:
             raise ValueError(f"the tokenizer adds {count} tokens to a text, expected one at its end")
         tokenizer.enable_truncation(config.max_tokens)
-        tokenizer.enable_padding(pad_id=padding, pad_token=PADDING, length=config.max_tokens)
         self.network, self.config = network.eval().requires_grad_(False), config
         self._tokenizer = tokenizer
 
@@ -75,9 +72,8 @@ class TextEncoder:
 
         It has a row for each token of the cleaned prompt and one for the end token; tokens past max_tokens are dropped.
         """
-        tokens = self._tokenizer.encode(clean(prompt))
-        mask = torch.tensor([tokens.attention_mask])
-        return encode(self.network, torch.tensor([tokens.ids]), mask)[0, : int(mask.sum())].cpu()
+        ids = torch.tensor([self._tokenizer.encode(clean(prompt)).ids])
+        return encode(self.network, ids, torch.ones_like(ids))[0].cpu()
 
 
 @torch.no_grad()
@@ -98,8 +94,8 @@ def build(config: TextConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        check_network_fields(config.network, transformers.UMT5Config())
-        network = transformers.UMT5Config(**config.network)
+        sizes = known_fields(config.network, vars(transformers.UMT5Config()), "network.")
+        network = transformers.UMT5Config(**sizes)
     except StrictDataclassError as error:
         raise ValueError(f"network: {' '.join(str(error).split())}") from error
     with torch.device("meta"):

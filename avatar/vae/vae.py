@@ -215,7 +215,7 @@ def load(part: Part, device: torch.device | str = "cpu", dtype: torch.dtype = to
 
 
 def parse_config(fields: Mapping[str, Any]) -> VaeConfig:
-    """Return the configuration in a config.json. TypeError or ValueError if fields are missing, unknown or invalid."""
+    """Return the configuration in a config.json. TypeError or ValueError if fields are missing or invalid."""
     check = fields.get("familiar")
     nested = {
         "picture": parse_fields(PictureRule, fields.get("picture", {}), "picture."),

@@ -136,7 +136,6 @@ def test_a_folders_configuration_says_which_latents_its_file_takes(tmp_path: Pat
     [
         ({"latents": "scaled"}, "latents must be normalised or raw, got 'scaled'"),
         ({}, "neither they nor its name say which latents it takes"),
-        ({"latents": "raw", "patch": 2}, "unknown field patch"),
     ],
 )
 def test_a_configuration_that_cannot_be_used_is_refused(

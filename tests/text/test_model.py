@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, processors
+from torch.utils.flop_counter import FlopCounterMode
 
 from avatar.checkpoints.layouts import TEXT_FILE, has_text_encoder, open_part, text_name, text_sizes
 from avatar.text.model import TextConfig, TextEncoder, build, encode, load
@@ -26,18 +27,24 @@ def test_an_embedding_has_a_row_per_token_and_one_for_the_end(encoder: TextEncod
     assert encoder.embed("").shape == (1, encoder.width)
 
 
-def test_an_embedding_drops_the_rows_of_padding(encoder: TextEncoder) -> None:
+def test_an_embedding_equals_that_of_padded_tokens(encoder: TextEncoder) -> None:
     ids = torch.full((1, tiny.MAX_TOKENS), tiny.PADDING)
     tokens = tiny.tokenizer().encode(PROMPT).ids
     ids[0, : len(tokens)] = torch.tensor(tokens)
     whole = encode(encoder.network, ids, (ids != tiny.PADDING).long())
-    assert torch.equal(encoder.embed(PROMPT), whole[0, : len(tokens)])
+    torch.testing.assert_close(encoder.embed(PROMPT), whole[0, : len(tokens)], rtol=0, atol=1e-5)
 
 
-def test_padding_is_not_attended(encoder: TextEncoder) -> None:
-    """The number of padded rows changes nothing."""
-    longer = TextEncoder(encoder.network, TextConfig(network=tiny.NETWORK, max_tokens=40), tiny.tokenizer())
-    torch.testing.assert_close(longer.embed(PROMPT), encoder.embed(PROMPT), rtol=1e-5, atol=1e-5)
+def test_a_prompt_of_20_tokens_costs_a_25th_of_512() -> None:
+    encoder = TextEncoder(tiny.encoder().network, TextConfig(network=tiny.NETWORK, max_tokens=512), tiny.tokenizer())
+    cost, rows = [], []
+    for prompt in ("a " * 19, "a " * 600):
+        with FlopCounterMode(display=False) as counter:
+            rows.append(len(encoder.embed(prompt)))
+        # Without attention, whose cost is quadratic: in the public encoder it is a fiftieth of the rest.
+        cost.append(counter.get_flop_counts()["Global"][torch.ops.aten.mm])
+    assert rows == [20, 512]
+    assert 25 * cost[0] < cost[1]
 
 
 def test_a_long_prompt_is_truncated_and_keeps_its_end_token(encoder: TextEncoder) -> None:
@@ -59,10 +66,6 @@ def with_two_ends(tokenizer: Tokenizer) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A </s>", special_tokens=ends)
 
 
-def without_padding(tokenizer: Tokenizer) -> None:
-    tokenizer.model = models.Unigram([("</s>", 0.0), ("<unk>", 0.0)], unk_id=1)
-
-
 def with_more_tokens(tokenizer: Tokenizer) -> None:
     tokenizer.add_tokens([f"token{i}" for i in range(100)])
 
@@ -71,7 +74,6 @@ def with_more_tokens(tokenizer: Tokenizer) -> None:
     ("change", "words"),
     [
         (with_two_ends, "adds 2 tokens to a text, expected one at its end"),
-        (without_padding, "no <pad>"),
         (with_more_tokens, "141 tokens, the encoder has 64"),
     ],
 )
@@ -143,7 +145,7 @@ def with_text(path: Path, text: str) -> Callable[[Path], object]:
     [
         (without(Path("text/tokenizer.json")), r"no tokenizer .* expected a file .*text/tokenizer\.json"),
         (with_text(Path("text/tokenizer.json"), "{}"), r"tokenizer\.json is not a tokenizer"),
-        (with_text(Path("text/config.json"), '{"network": {}, "max_token": 3}'), "configuration in .*max_token"),
+        (with_text(Path("text/config.json"), '{"network": 3}'), "configuration in .*network must be an object"),
         (with_text(Path("text/config.json"), '{"network": {"d_model": 8}}'), r"model\.safetensors do not fit"),
     ],
 )
