@@ -73,7 +73,7 @@ def load(
     """
     part = denoiser_model.with_levels(open_part(checkpoint, "denoiser", adapter), levels)
     network = denoiser_model.load(part, dtype=dtype, device=device)
-    audio = audio_model.load(open_part(checkpoint, "audio"), dtype=dtype, device=device)
+    audio = audio_model.load(open_part(checkpoint, "audio"), device=device)
     vae = vae_model.load(open_part(checkpoint, "vae", decoder=decoder), dtype=dtype, device=device)
     return Models(audio, network, network.config, vae)
 

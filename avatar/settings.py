@@ -160,7 +160,10 @@ class WorkerSettings(Settings):
         of what is free once the weights are loaded, and on a CPU no limit.
     threads: CPU threads of one computation.
     device: the device that computes: `cpu`, `cuda`, or one of several such as `cuda:1`.
-    dtype: dtype of weights and states: float32, or bfloat16 where the device has instructions for it.
+    dtype: dtype of weights and states: float32, or bfloat16 where the device has instructions for it. The audio encoder
+        computes in float32, whatever it is.
+    sizes: WIDTHxHEIGHT of the videos that denoisers and VAE workers prepare for at the start; a picture gets the one
+        nearest to its shape. By default those of the checkpoint: `python -m avatar inspect` names them.
     """
 
     checkpoint: Path = Path("models/tiny")
@@ -169,6 +172,14 @@ class WorkerSettings(Settings):
     threads: Count = 1
     device: Annotated[str, _match(r"cpu|cuda(:\d+)?", "cpu, cuda or cuda:N")] = "cpu"
     dtype: Annotated[str, _match("float32|bfloat16", "float32 or bfloat16")] = "float32"
+    sizes: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
+
+    def video_sizes(self) -> list[tuple[int, int]]:
+        """Return the sizes as widths and heights in pixels. ValueError if one is not WIDTHxHEIGHT."""
+        found = [re.fullmatch(r"(\d+)x(\d+)", size) for size in self.sizes]
+        if not all(found):
+            raise unusable("sizes", ",".join(self.sizes), "a list such as `704x384,512x512`")
+        return [(int(each[1]), int(each[2])) for each in found if each]
 
 
 class AudioSettings(WorkerSettings):
@@ -187,7 +198,6 @@ class DenoiserSettings(WorkerSettings):
         merged already.
     adapter_alpha: alpha of a file's training (64 if it is not set); the product is scaled by alpha / rank. A folder
         states its own.
-    sizes: WIDTHxHEIGHT of the videos to prepare for at the start; by default the size that the checkpoint fixes.
     attention: the attention kernel: `auto`, or torch's `math`, `flash`, `efficient` or `cudnn`.
     compile: compile the layers with torch.compile at the start; only `sizes` are served then.
     float8: compute linear maps in float8; needs `compile`, bfloat16 and a device that has it.
@@ -204,7 +214,6 @@ class DenoiserSettings(WorkerSettings):
     schedule: Schedule = None
     adapter: OptionalPath = None
     adapter_alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    sizes: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     attention: str = "auto"
     compile: bool = False
     float8: bool = False
@@ -225,13 +234,6 @@ class DenoiserSettings(WorkerSettings):
         if unknown := [level for level in levels if not 0 <= level < num_levels]:
             raise ValueError(f"{PREFIX}LEVELS names level {unknown[0]}, the schedule has 0 to {num_levels - 1}")
         return levels
-
-    def video_sizes(self) -> list[tuple[int, int]]:
-        """Return the sizes as widths and heights in pixels. ValueError if one is not WIDTHxHEIGHT."""
-        found = [re.fullmatch(r"(\d+)x(\d+)", size) for size in self.sizes]
-        if not all(found):
-            raise unusable("sizes", ",".join(self.sizes), "a list such as `704x384,512x512`")
-        return [(int(each[1]), int(each[2])) for each in found if each]
 
 
 class VaeSettings(WorkerSettings):

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from grpc_health.v1 import health, health_pb2
 
 from avatar import telemetry
 from avatar.checkpoints.files import DTYPES, is_native
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 # Share of a GPU's memory, free once the weights are loaded, that streams may take.
 FREE_SHARE = 0.9
+# Name of a further health check: it serves if the device keeps up with one live stream, as measured at the start.
+LIVE = "live"
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 # The kernel's, and therefore the same in all containers (Linux only).
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -59,8 +63,12 @@ async def worker_process(service: str, settings: WorkerSettings) -> AsyncGenerat
             @asynccontextmanager
             async def serve(*servicers: WorkerServicer) -> AsyncGenerator[None, None]:
                 async with AsyncExitStack() as stack:
-                    server = serving(settings.listen, *servicers, drain_s=settings.drain_s, credentials=credentials)
+                    checks = health.aio.HealthServicer()
+                    server = serving(
+                        settings.listen, *servicers, drain_s=settings.drain_s, credentials=credentials, checks=checks
+                    )
                     address = await advertised_address(settings, await stack.enter_async_context(server))
+                    await checks.set(LIVE, SERVING if queue.load.session_share <= 1 else NOT_SERVING)
                     for each in servicers:
                         await stack.enter_async_context(registered(store.workers(settings.cell), address, each))
                     yield
@@ -75,7 +83,7 @@ def device_and_dtype(settings: WorkerSettings) -> tuple[torch.device, torch.dtyp
 
     ValueError if this machine has no such device.
     """
-    device, dtype = _device(settings), DTYPES[settings.dtype]
+    device, dtype = usable_device(settings), DTYPES[settings.dtype]
     if not is_native(dtype, device):
         hint = f"{PREFIX}DTYPE=float32 is many times faster here"
         logger.warning("processor without bfloat16 instructions", extra={"hint": hint})
@@ -87,7 +95,7 @@ def open_device_queue(settings: WorkerSettings) -> DeviceQueue:
     if settings.device.startswith("cuda") and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         # Read at the first allocation. Streams of several sizes would otherwise leave pieces that fit no other size.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    device, limit_gb = _device(settings), settings.memory_gb
+    device, limit_gb = usable_device(settings), settings.memory_gb
     memory = DeviceMemory(lambda: limit_gb * 1e9) if limit_gb else None
     if device.type == "cuda":
         # Its own name: the same GPU has another number in a process that sees others.
@@ -117,7 +125,8 @@ def _machine() -> str:
     return f"{uuid.getnode():x}"
 
 
-def _device(settings: WorkerSettings) -> torch.device:
+def usable_device(settings: WorkerSettings) -> torch.device:
+    """Return the settings' device. ValueError if this machine has no such device."""
     device, num_cuda = torch.device(settings.device), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= num_cuda:
         raise ValueError(f"{PREFIX}DEVICE is {settings.device!r}, this machine has {num_cuda} CUDA devices")

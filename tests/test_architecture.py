@@ -92,7 +92,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("services.address", "services.registration"),
     ),
     "services.audio": (*_WORKER, "avatar.audio"),
-    "services.denoiser": (*_WORKER, "avatar.denoiser", "avatar.handoff.chain"),
+    # The sizes to warm up for follow from the rule of pictures, which imports nothing.
+    "services.denoiser": (*_WORKER, "avatar.denoiser", "avatar.handoff.chain", "avatar.vae.picture.rule"),
     "services.text": (*_WORKER, "avatar.text"),
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.voice": (

@@ -49,6 +49,8 @@ def load(part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device
     name = part.config.get("encoder")
     if name not in ENCODERS:
         raise ValueError(f"{part.folder}: encoder is {name!r}, expected one of {', '.join(ENCODERS)}")
+    # float32 is float32: TensorFloat-32, with 10 bits of its 23, is torch's default for a GPU's convolutions.
+    torch.backends.cudnn.allow_tf32 = False
     return AudioModel(ENCODERS[name].load(part, dtype=dtype, device=device))
 
 

@@ -43,7 +43,7 @@ from avatar.denoiser.float8 import FLOAT8
 from avatar.denoiser.speed import kernel_of_step
 from avatar.text import model as text_model
 from avatar.vae import vae as vae_model
-from avatar.vae.picture.rule import PictureRule, Size
+from avatar.vae.picture.rule import PictureRule, Size, sizes_text
 from avatar.vae.vae import Vae
 
 # dtypes that weights may be stored in.
@@ -289,7 +289,8 @@ def sizes_line(rule: PictureRule) -> str:
     """Describe the video sizes."""
     if rule.fixed_size is not None:
         return "{}x{} only".format(*rule.fixed_size)
-    return f"any of at most {rule.area:,} pixels whose sides are multiples of 64"
+    free = f"any of at most {rule.area:,} pixels whose sides are multiples of 64"
+    return f"{free}; served are {sizes_text(rule.limited().all_sizes)} unless AVATAR_SIZES names others"
 
 
 def format_bytes(num_bytes: int) -> str:

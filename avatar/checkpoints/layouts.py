@@ -41,6 +41,7 @@ ROLLOUT = (
 # Frame rate and largest area of the published weights' videos. Source: the scripts of the reference implementation.
 FRAME_RATE_HZ = 25
 AREA = 720 * 400
+PICTURE = {"fit": "reference", "area": AREA}
 # Residual blocks of each of its VAE's levels.
 VAE_RES_BLOCKS = 2
 
@@ -120,7 +121,7 @@ def _vae(checkpoint: Path) -> Part:
     first = dict(read_meta_tensors(path)).get("encoder.conv1.weight")
     config = {
         "codec": "wan",
-        "picture": {"fit": "reference", "area": AREA},
+        "picture": PICTURE,
         "frame_rate_hz": FRAME_RATE_HZ,
         "network": {} if first is None else {"base_dim": len(first)},
     }

@@ -14,6 +14,7 @@ refuses a stream before it is opened, and ends none that is open.
 """
 
 import asyncio
+import logging
 import math
 import secrets
 import sys
@@ -26,6 +27,8 @@ from statistics import median_low
 
 from avatar import telemetry
 from avatar.errors import NoCapacity, SessionBusy
+
+logger = logging.getLogger(__name__)
 
 # Share of a device's time that live streams may need. The rest is for openings, prefills and offline streams. 22
 # streams of 20 ms fit (0.917), also if sleeps make a step last 20.5 ms (0.94); 23 do not (0.958).
@@ -250,7 +253,12 @@ class AdmissionControl:
         warm()
         started_ns = time.perf_counter_ns()
         num_blocks = warm()
-        self.step_times.append((time.perf_counter_ns() - started_ns) / num_blocks / 1e9)
+        step_s = (time.perf_counter_ns() - started_ns) / num_blocks / 1e9
+        self.step_times.append(step_s)
+        if step_s > self.step_times.block_s:
+            facts = {**self._labels, "step_s": round(step_s, 3), "block_s": self.step_times.block_s}
+            hint = "live streams lag: serve on a faster device, or smaller videos"
+            logger.warning("a step takes longer than its block lasts", extra={**facts, "hint": hint})
         self._report_capacity()
 
     @property

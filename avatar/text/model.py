@@ -67,6 +67,13 @@ class TextEncoder:
         save(folder, asdict(self.config), self.network, dtype)
         self._tokenizer.save(str(folder / TOKENIZER))
 
+    def warm(self) -> None:
+        """Embed a short and, on a GPU, a long prompt, so that no other has to initialise the device's libraries."""
+        is_cpu = self.network.get_parameter(EMBEDDING).device.type == "cpu"  # where a long one takes a minute
+        for num_tokens in (8,) if is_cpu else (8, self.config.max_tokens):
+            ids = torch.zeros(1, num_tokens, dtype=torch.long)
+            encode(self.network, ids, torch.ones_like(ids)).cpu()
+
     def embed(self, prompt: str) -> Tensor:
         """Return the embedding (n, d) of a prompt, 1 <= n <= max_tokens, in the encoder's dtype, on the CPU.
 

@@ -10,7 +10,7 @@ state runs from the first block to the last.
 Axes: c channels, t latent frames, f pixel frames, h w height and width of latents, H W of frames.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic
 
@@ -24,7 +24,7 @@ from avatar.vae import light
 from avatar.vae.codec import Codec, State
 from avatar.vae.out_of_distribution import OutOfDistributionCheck, picture_descriptor
 from avatar.vae.picture.reading import Picture, read_picture, to_pixels
-from avatar.vae.picture.rule import Fit, PictureRule, Size
+from avatar.vae.picture.rule import Fit, PictureRule, Size, sizes_text
 
 # Pixel frames of the still clip from which motion latents are encoded.
 MOTION_FRAMES = 1 + (MOTION_LATENTS - 1) * FRAMES_PER_LATENT
@@ -89,6 +89,16 @@ class Vae(Generic[State]):
         self.block_latents, self.block_frames = block_latents, FRAMES_PER_LATENT * block_latents
         self.history_blocks = -(-codec.history // block_latents)
 
+    def limit_sizes(self, sizes: Iterable[Size]) -> None:
+        """Make videos of these sizes only; without any of the checkpoint's own. ValueError as in `PictureRule.limited`,
+        or if the codec's stride does not divide one.
+        """
+        rule = self.config.picture.limited(tuple(sizes))
+        stride = self.codec.space_stride
+        if odd := [size for size in rule.all_sizes if size[0] % stride or size[1] % stride]:
+            raise ValueError(f"sizes must be multiples of {stride}, got {sizes_text(odd)}")
+        self.config = replace(self.config, picture=rule)
+
     def read_picture(self, data: bytes, size: Size | int | None = None, fit: Fit | None = None) -> Picture:
         """`picture.reading.read_picture` under this checkpoint's rule."""
         return read_picture(data, self.config.picture, size, fit)
@@ -134,6 +144,11 @@ class Vae(Generic[State]):
             for latent in torch.split(session.motion[None, :, :WARMUP_LATENTS], 1, dim=2):
                 self.codec.decode(latent, state.decoder)
         return state
+
+    def warm_encoder(self, width: int, height: int) -> None:
+        """Encode a blank picture of this size for as long as a codec's shapes still change."""
+        with torch.inference_mode():
+            self.codec.encode(self.still_clip(torch.zeros(height, width, 3, dtype=torch.uint8), 1 + FRAMES_PER_LATENT))
 
     def warm(self, width: int, height: int) -> int:
         """Decode WARM_BLOCKS blocks of zeros for a video of this size, and return that number."""

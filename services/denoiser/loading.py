@@ -2,14 +2,16 @@
 
 import logging
 
-from avatar.checkpoints.layouts import open_part
+from avatar.checkpoints.layouts import PICTURE, is_published, open_part
 from avatar.checkpoints.lora import LoraAdapter
+from avatar.checkpoints.part import parse_fields
 from avatar.denoiser import speed
 from avatar.denoiser.cache import Prefills
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.float8 import FLOAT8
 from avatar.denoiser.model import load, with_levels
 from avatar.settings import PREFIX, DenoiserSettings
+from avatar.vae.picture.rule import PictureRule
 from services.worker import device_and_dtype, naming_setting
 
 logger = logging.getLogger(__name__)
@@ -56,17 +58,19 @@ def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> 
 
 
 def latent_sizes(settings: DenoiserSettings) -> list[tuple[int, int]]:
-    """Return heights and widths, in latents, to warm up for: the settings' sizes, or the one that the VAE fixes.
+    """Return heights and widths, in latents, to warm up for: of the settings' sizes, or of the checkpoint's.
 
     ValueError if a size is no multiple of the VAE's stride, or if layers are compiled and there is no size.
     """
-    pictures, stride = settings.video_sizes(), SPACE_STRIDE
-    if (settings.checkpoint / "vae").is_dir():
+    pictures, stride, picture = settings.video_sizes(), SPACE_STRIDE, {}
+    if is_published(settings.checkpoint):
+        picture = PICTURE  # the VAE's file may be elsewhere
+    elif (settings.checkpoint / "vae").is_dir():
         config = open_part(settings.checkpoint, "vae").config
         stride *= config.get("network", {}).get("scale", 1)
-        rule = config.get("picture", {})
-        if not pictures and rule.get("width") and rule.get("height"):
-            pictures = [(rule["width"], rule["height"])]
+        picture = config.get("picture", {})
+    if picture and not pictures:
+        pictures = [*parse_fields(PictureRule, picture, "picture.").limited().all_sizes]
     if settings.compile and not pictures:
         raise ValueError(f"{PREFIX}COMPILE needs {PREFIX}SIZES: this checkpoint leaves the size of its videos open")
     if odd := [f"{width}x{height}" for width, height in pictures if width % stride or height % stride]:

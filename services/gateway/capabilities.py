@@ -61,5 +61,9 @@ def describe_capabilities(
         voice=bool(settings.voice),
         max_text_chars=MAX_TEXT_CHARS if settings.voice else 0,
         voice_languages=voice_languages,
+        video_formats=[
+            types.VideoFormat(width=each.width, height=each.height, frame_rate_hz=info.vae.frame_rate_hz)
+            for each in info.vae.sizes
+        ],
         **asdict(promised),
     )

@@ -14,10 +14,11 @@ from services.worker import device_and_dtype, worker_process
 
 
 def build(settings: TextSettings, store: SessionStore, queue: DeviceQueue) -> TextServicer:
-    """Build the service over the checkpoint's text encoder. ValueError if the checkpoint has none."""
+    """Build the service over the checkpoint's text encoder, and warm it up. ValueError if the checkpoint has none."""
     part = open_part(settings.checkpoint, "text")
     device, dtype = device_and_dtype(settings)
     text = model.load(part, device=device, dtype=dtype)
+    queue.submit(text.warm).result()
     return TextServicer(text, part.digest(), store, queue, settings.capacity, settings.embedding_ttl_s)
 
 

@@ -70,10 +70,11 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         vae_pb2_grpc.add_VaeServiceServicer_to_server(self, server)
 
     def warm(self) -> None:
-        """Decode blank blocks, to measure the duration of a step, if the checkpoint fixes the pictures' size."""
-        if size := self._vae.config.picture.fixed_size:
-            self._admission.measure(lambda: self._vae.warm(*size))
-            self._latent_times.append(self._admission.step_times.median_s / self._vae.block_latents)
+        """Encode and decode blank pictures of every size that is served, and measure the duration of a step."""
+        for width, height in self._vae.config.picture.all_sizes:
+            self._vae.warm_encoder(width, height)
+            self._admission.measure(partial(self._vae.warm, width, height))
+            self._latent_times.append(self._admission.step_times[-1] / self._vae.block_latents)
 
     def info(self) -> pb.VaeServiceGetInfoResponse:
         """Describe the worker as it is now."""
@@ -95,6 +96,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             latent_step_s=self._latent_times.p90_s,
             load=load_to_pb(self._queue.load),
             labels=True,
+            sizes=[pb.VideoSize(width=width, height=height) for width, height in rule.all_sizes],
         )
 
     async def GetInfo(self, request: pb.VaeServiceGetInfoRequest, context: Context) -> pb.VaeServiceGetInfoResponse:

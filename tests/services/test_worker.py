@@ -1,5 +1,7 @@
 """Tests of services.worker and services.denoiser.loading: settings of device, precision and speed."""
 
+import asyncio
+import itertools
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,17 +11,22 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from avatar import telemetry
+from avatar.audio.model import AudioModel
 from avatar.checkpoints.files import save
 from avatar.denoiser.denoiser import Denoiser
+from avatar.rpc.health import problem
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import AudioSettings, DenoiserSettings, VaeSettings
 from avatar.store.sessions import SessionStore
 from services.audio.__main__ import build as build_audio
+from services.audio.service import AudioServicer
 from services.denoiser.__main__ import build as build_denoiser
 from services.denoiser.loading import latent_sizes
 from services.denoiser.service import DenoiserServicer
+from services.local.processes import free_ports
 from services.vae.__main__ import build as build_vae
-from services.worker import num_cores, open_device_queue
+from services.worker import num_cores, open_device_queue, worker_process
 
 
 def built(checkpoint: Path, store: SessionStore, **settings: Any) -> DenoiserServicer:
@@ -99,6 +106,40 @@ async def test_a_denoisers_weights_have_its_dtype(dtype: str, checkpoint: Path, 
     assert {weight.dtype for weight in weights} == {getattr(torch, dtype)}
 
 
+async def test_audio_is_encoded_in_float32_whatever_the_dtype(checkpoint: Path) -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    with DeviceQueue() as queue, patch("services.audio.__main__.AudioServicer", wraps=AudioServicer) as made:
+        build_audio(AudioSettings(checkpoint=checkpoint, dtype="bfloat16"), queue)
+    assert {weight.dtype for weight in made.call_args.args[0].encoder.parameters()} == {torch.float32}
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(("step_s", "status"), [(0.47, ""), (0.49, "NOT_SERVING")])
+async def test_a_worker_that_is_slower_than_its_blocks_is_not_healthy_for_live(
+    step_s: float,
+    status: str,
+    checkpoint: Path,
+    redis: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(telemetry, "set_up", lambda *_: None)  # it is set up once per process
+    settings = AudioSettings(checkpoint=checkpoint, redis_url=redis, listen=f"127.0.0.1:{free_ports(1)[0]}")
+    ticks = itertools.count(0, round(step_s * 1e9))
+    async with worker_process("audio", settings) as worker:
+        with (
+            patch.object(AudioModel, "warm", return_value=1),
+            patch("avatar.runtime.admission.time.perf_counter_ns", lambda: next(ticks)),
+        ):
+            servicer = build_audio(settings, worker.queue)
+        async with worker.serving(servicer):
+            found = [await asyncio.to_thread(problem, settings.listen, name) for name in ("", "live")]
+    assert found == ["", f"{settings.listen}: {status}" if status else ""]
+    slow = [record for record in caplog.records if record.message == "a step takes longer than its block lasts"]
+    assert [vars(record)["step_s"] for record in slow] == ([step_s] if status else [])
+
+
 @pytest.mark.parametrize(
     ("dtype", "instructions", "is_logged"),
     [
@@ -117,7 +158,7 @@ async def test_a_dtype_without_instructions_of_the_processor_is_logged(
     is_logged: bool,
 ) -> None:
     with DeviceQueue() as queue, patch("torch.cpu.get_capabilities", return_value=instructions):
-        build_audio(AudioSettings(checkpoint=checkpoint, dtype=dtype), queue)
+        build_vae(VaeSettings(checkpoint=checkpoint, dtype=dtype), queue)
     hints = [getattr(record, "hint", "") for record in caplog.records]
     assert any("AVATAR_DTYPE=float32" in hint for hint in hints) == is_logged
 
