@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1.7
-# The images of the suite: targets gateway (no torch), worker-cpu and worker-cuda. The command selects the service:
-# python -m services.gateway, services.audio, services.denoiser, services.vae or services.text. Base images are pinned by
+# The images of the suite: targets gateway and voice (no torch), worker-cpu and worker-cuda. The command selects the service:
+# python -m services.gateway, services.audio, services.denoiser, services.vae, services.text or services.voice. Base images are pinned by
 # tag, packages by requirements.lock; pyproject.toml's extras list the packages of an image.
 
 FROM python:3.11.14-slim-bookworm AS build
@@ -16,6 +16,11 @@ RUN mkdir avatar && touch avatar/__init__.py
 # handlers, so SIGTERM also ends a process that imports or loads weights.
 FROM build AS build-gateway
 RUN pip install --constraint requirements.lock dumb-init==1.2.5.post1 '.[gateway]'
+COPY avatar avatar
+RUN pip install --no-deps --force-reinstall .
+
+FROM build AS build-voice
+RUN pip install --constraint requirements.lock dumb-init==1.2.5.post1 '.[voice]'
 COPY avatar avatar
 RUN pip install --no-deps --force-reinstall .
 
@@ -59,6 +64,10 @@ HEALTHCHECK --interval=3s --timeout=5s --start-period=600s --retries=5 \
 FROM runtime AS gateway
 COPY --from=build-gateway /opt/avatar /opt/avatar
 CMD ["python", "-m", "services.gateway"]
+
+FROM runtime AS voice
+COPY --from=build-voice /opt/avatar /opt/avatar
+CMD ["python", "-m", "services.voice"]
 
 FROM runtime AS worker-cpu
 COPY --from=build-worker-cpu /opt/avatar /opt/avatar

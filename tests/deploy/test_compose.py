@@ -184,7 +184,7 @@ def test_compose_accepts_trust(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("profiles", ["cpu", "gpu-1", "gpu-2", "gpu-4", "gpu-5,text", "cpu,observability"])
+@pytest.mark.parametrize("profiles", ["cpu", "gpu-1", "gpu-2", "gpu-4", "gpu-5,text", "cpu,voice", "cpu,observability"])
 def test_compose_accepts_every_profile(profiles: str) -> None:
     compose = Path(sys.executable).with_name("docker-compose")
     arguments = [part for each in profiles.split(",") for part in ("--profile", each)]

@@ -11,8 +11,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 STAGES = {name: text for text in DOCKERFILE.split("\nFROM ")[1:] for name in re.findall(r"\A\S+ AS (\S+)", text)}
-IMAGES = ("gateway", "worker-cpu", "worker-cuda")
-EXTRAS = {"gateway": ("gateway",), "worker-cpu": ("worker",), "worker-cuda": ("worker",)}
+IMAGES = ("gateway", "voice", "worker-cpu", "worker-cuda")
+EXTRAS = {"gateway": ("gateway",), "voice": ("voice",), "worker-cpu": ("worker",), "worker-cuda": ("worker",)}
 
 
 def closure(*extras: str) -> set[str]:
@@ -43,7 +43,14 @@ def test_the_gateways_image_has_no_tensor_library() -> None:
     assert "torch" in closure("worker")
 
 
-@pytest.mark.parametrize("image", ["gateway", "worker-cpu"])
+def test_the_voices_image_has_neither_torch_nor_piper() -> None:
+    names = closure("voice")
+    assert {"aiohttp", "numpy", "soxr"} <= names
+    assert names & {"torch", "transformers", "piper-tts", "onnxruntime"} == set()
+    assert "piper" not in DOCKERFILE
+
+
+@pytest.mark.parametrize("image", ["gateway", "voice", "worker-cpu"])
 def test_every_package_of_an_image_is_pinned(image: str) -> None:
     assert closure(*EXTRAS[image]) - pinned() == set()
 

@@ -189,6 +189,28 @@ def test_pods_have_minimal_privileges(overlay: str) -> None:
             assert container(deployment)[probe]["grpc"] == {"port": 7000}
 
 
+def test_the_voice_is_a_stage_like_all_others() -> None:
+    voice, text = stages("voice")["voice"], stages("gpu-5")["text"]
+    assert voice["spec"]["strategy"] == text["spec"]["strategy"]
+    own = ("args", "env", "image", "resources", "volumeMounts", "envFrom")
+    for name, value in container(text).items():
+        assert name in own or container(voice)[name] == value
+    for name, value in pod(text).items():
+        assert name in ("containers", "volumes", "securityContext") or pod(voice)[name] == value
+    assert pod(voice)["securityContext"].items() >= pod(text)["securityContext"].items()
+    settings = load(SERVICES["voice"], settings_of(environment("voice", voice)))
+    assert settings.voice_url.startswith("https://")
+    mounted = {each["mountPath"]: each["name"] for each in container(voice)["volumeMounts"]}
+    (secret,) = (each for each in pod(voice)["volumes"] if each["name"] == mounted[str(settings.voice_key.parent)])
+    assert secret["secret"]["secretName"] == "voice"
+    (address,) = load(GatewaySettings, settings_of(environment("voice", stages("voice")["gateway"]))).voice
+    service = objects("voice", "Service")[address.removesuffix(":7000")]["spec"]
+    assert service["selector"].items() <= labels_of(voice).items()
+    assert service["clusterIP"] == "None"
+    (workers,) = objects("voice", "NetworkPolicy")["workers"]["spec"]["podSelector"]["matchExpressions"]
+    assert "voice" in workers["values"]
+
+
 OF_WORKERS = {"TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA"}
 OF_THE_GATEWAY = {"TENANTS", "TLS_CERT", "TLS_KEY", "WORKER_CA", "WORKER_CERT", "WORKER_KEY"}
 
@@ -305,7 +327,7 @@ def test_only_the_gateway_is_open_to_all() -> None:
 
 def test_compose_and_kubernetes_run_the_same_images() -> None:
     composed = {service["image"] for service in COMPOSE["services"].values()}
-    for overlay in (*SUITES, "observability"):
+    for overlay in (*SUITES, "observability", "voice"):
         for deployment in objects(overlay, "Deployment").values():
             assert container(deployment)["image"] in composed
     assert container(objects("cpu", "StatefulSet")["redis"])["image"] in composed
