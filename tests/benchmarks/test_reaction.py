@@ -9,6 +9,7 @@ from avatar.checkpoints.layouts import open_part
 from avatar.denoiser.config import NetworkConfig
 from avatar.v1.avatar_service_pb2 import GetCapabilitiesResponse
 from benchmarks.pipeline.reaction import MARGIN_S, reaction_rows, with_short_blocks
+from benchmarks.voice import ENDPOINT, voice_rows
 
 TINY = Path(__file__).parents[2] / "models/tiny"
 
@@ -30,6 +31,13 @@ def test_a_deployment_that_promises_nothing_has_no_target() -> None:
     rows = reaction_rows("n", GetCapabilitiesResponse(sustained_rate=0.74), [2.0], [1.0])
     assert {(each.target, each.bound) for each in rows} == {(None, None)}
     assert "0.74" in rows[0].note
+
+
+def test_text_has_a_target_where_the_engine_takes_no_time() -> None:
+    rows = voice_rows(ENDPOINT, 0.1, [0.01] * 20, [0.2] * 20)
+    assert [each.met for each in rows] == [True, True, False, False]
+    assert [each.bound for each in rows] == [None, None, 0.1, 0.1]
+    assert {each.met for each in voice_rows("flite", 0.1, [0.01], [0.2])} == {None}
 
 
 def test_short_blocks_keep_the_window(tmp_path: Path) -> None:

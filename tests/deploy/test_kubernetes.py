@@ -198,7 +198,7 @@ def test_the_voice_is_a_stage_like_all_others() -> None:
     for name, value in pod(text).items():
         assert name in ("containers", "volumes", "securityContext") or pod(voice)[name] == value
     assert pod(voice)["securityContext"].items() >= pod(text)["securityContext"].items()
-    settings = load(SERVICES["voice"], settings_of(environment("voice", voice)))
+    settings: Any = load(SERVICES["voice"], settings_of(environment("voice", voice)))
     assert settings.voice_url.startswith("https://")
     mounted = {each["mountPath"]: each["name"] for each in container(voice)["volumeMounts"]}
     (secret,) = (each for each in pod(voice)["volumes"] if each["name"] == mounted[str(settings.voice_key.parent)])
