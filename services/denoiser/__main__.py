@@ -1,6 +1,7 @@
 """A denoiser's process: `python -m services.denoiser`."""
 
 import asyncio
+import logging
 import os
 import threading
 from contextlib import AsyncExitStack
@@ -9,12 +10,14 @@ from avatar.aio import background
 from avatar.handoff.chain import Chain, join_chain
 from avatar.rpc.server import until_stopped
 from avatar.runtime.device_queue import DeviceQueue
-from avatar.settings import DenoiserSettings, load
+from avatar.settings import PREFIX, DenoiserSettings, load
 from avatar.store.sessions import SessionStore
 from services.denoiser.loading import latent_sizes, load_denoisers
 from services.denoiser.service import DenoiserServicer
 from services.process import run
 from services.worker import naming_setting, worker_process
+
+logger = logging.getLogger(__name__)
 
 # A lost peer is noticed within 6 s, and its neighbours have ended within 10 s. Streams that wait for their caller would
 # keep them for as long as a drain takes, in vain.
@@ -26,6 +29,9 @@ def build(settings: DenoiserSettings, store: SessionStore, queue: DeviceQueue) -
     sizes = latent_sizes(settings)
     denoisers, digest = load_denoisers(settings, sizes)
     servicer = DenoiserServicer(denoisers, digest, store, queue, settings.capacity)
+    if not sizes:
+        hint = f"name the videos' sizes in {PREFIX}SIZES"
+        logger.warning("not warm: the first stream will be late", extra={"hint": hint})
     with naming_setting("sizes"):
         for size in sizes:
             queue.submit(servicer.warm, *size).result()

@@ -1,8 +1,9 @@
 """All services in one process, for development: `python -m services`.
 
 The gateway listens at AVATAR_LISTEN (127.0.0.1:7000), the workers at free ports of the loopback interface. The workers
-share one device queue, AVATAR_DEVICE and AVATAR_DTYPE. AVATAR_REDIS_URL names a Redis server to use; without it, one is
-started on a free port and ends with this process. With AVATAR_VOICE_URL or AVATAR_VOICE_COMMAND, clients may send text.
+share one device queue, AVATAR_DEVICE, AVATAR_DTYPE and AVATAR_SIZES. AVATAR_REDIS_URL names a Redis server to use;
+without it, one is started on a free port and ends with this process. With AVATAR_VOICE_URL or AVATAR_VOICE_COMMAND,
+clients may send text.
 """
 
 import os
@@ -108,7 +109,8 @@ async def main() -> None:
     telemetry.set_up("avatar", settings.log_level)
     torch.set_num_threads(1)
     models = load(DenoiserSettings, os.environ)
-    switches = {name: getattr(models, name) for name in ("adapter", "adapter_alpha", "device", "dtype", "memory_gb")}
+    names = ("adapter", "adapter_alpha", "device", "dtype", "memory_gb", "sizes")
+    switches = {name: getattr(models, name) for name in names}
     async with AsyncExitStack() as stack:
         if "AVATAR_REDIS_URL" not in os.environ:
             folder = stack.enter_context(TemporaryDirectory(prefix="avatar-redis-"))

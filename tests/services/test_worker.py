@@ -75,6 +75,17 @@ def test_a_vae_of_scale_2_has_half_as_many_latents_in_a_row(tmp_path: Path) -> N
         latent_sizes(DenoiserSettings(checkpoint=tmp_path, sizes=("72x64",)))
 
 
+async def test_a_denoiser_without_a_known_size_says_that_it_is_not_warm(
+    checkpoint: Path, store: SessionStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "denoiser").symlink_to(checkpoint / "denoiser")
+    assert built(tmp_path, store).info().step_s == 0
+    assert "not warm: the first stream will be late" in caplog.text
+    caplog.clear()
+    assert built(tmp_path, store, sizes=("64x64",)).info().step_s > 0
+    assert not caplog.text
+
+
 async def test_a_compiled_denoiser_is_warmed_up_at_every_level_for_the_checkpoints_size(
     checkpoint: Path, store: SessionStore
 ) -> None:

@@ -29,3 +29,13 @@ async def test_all_services_in_one_process_run_their_own_redis(
     await suite.main()
     assert len(during - before) == 1
     assert redis_servers() == before
+
+
+async def test_all_services_in_one_process_serve_the_sizes_of_the_settings(
+    checkpoint: Path, redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "set_up", lambda *_: None)
+    for name, value in {"CHECKPOINT": str(checkpoint), "REDIS_URL": redis, "SIZES": "512x320"}.items():
+        monkeypatch.setenv(f"AVATAR_{name}", value)
+    with pytest.raises(ValueError, match="AVATAR_SIZES: size must be 64x64, the only one of this checkpoint"):
+        await suite.main()
