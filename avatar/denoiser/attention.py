@@ -42,9 +42,11 @@ def multiply_add(x: Tensor, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
 
     Without gradients it is one kernel on a GPU, which reads and writes each number once.
     """
-    if torch.is_grad_enabled():  # torch has no gradient of results that are written to a given tensor
+    widest = torch.promote_types(torch.promote_types(x.dtype, y.dtype), z.dtype)
+    # torch has no gradient of results that are written to a given tensor.
+    if widest == dtype or torch.is_grad_enabled():
         return torch.addcmul(z, x, y).to(dtype)
-    shape = torch.broadcast_shapes(x.shape, y.shape, z.shape)  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_tensors(x, y, z)[0].shape  # type: ignore[no-untyped-call]
     return torch.addcmul(z, x, y, out=torch.empty(shape, dtype=dtype, device=x.device))
 
 
@@ -155,7 +157,7 @@ def rope_table(positions: Tensor, head_dim: int) -> Tensor:
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     """Rotate each pair of neighbouring channels of x (b, n, h, d) by a rope table (2, n, d) or (2, b, n, d)."""
     cosine, sine = table.unsqueeze(-2).unbind()
-    swapped = rearrange(rearrange(x, "... (m pair) -> ... m pair", pair=2).flip(-1), "... m pair -> ... (m pair)")
+    swapped = torch.stack([x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
     return multiply_add(swapped, sine, x * cosine, x.dtype)
 
 

@@ -11,8 +11,9 @@ from torch._dynamo.utils import counters
 from avatar.denoiser.attention import condition_positions
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
+from avatar.denoiser.float8 import quantise_linears
 from avatar.denoiser.model import Network
-from avatar.denoiser.speed import attention_kernel, compile_layers, use_float8
+from avatar.denoiser.speed import attention_kernel, compile_layers, kernel_of_step, use_float8
 from avatar.types import Conditions, Session
 from tests.denoiser.conftest import HEIGHT, WIDTH, every_length, random_block, random_network
 from tests.denoiser.test_denoiser import relative_rms
@@ -48,10 +49,16 @@ def test_compiled_equals_eager(
     assert relative_rms(answers.float(), expected.float()) <= TOLERANCE[dtype]
 
 
-def compiled_graphs(network: Network, session: Session, conditions: Conditions, backend: str) -> None:
+def compiled_graphs(
+    network: Network, session: Session, conditions: Conditions, backend: str, has_float8: bool = False
+) -> None:
     """Warm a compiled network up and stream through it; check what is compiled, and that nothing is later."""
     torch._dynamo.reset()
-    config, compiled = network.config, on(network, "cpu", torch.bfloat16)
+    compiled, uncompiled = (on(network, "cpu", torch.bfloat16) for _ in range(2))
+    config = network.config
+    if has_float8:
+        for each in (compiled, uncompiled):
+            quantise_linears(each)
     with patch("torch.compile", partial(torch.compile, backend=backend)):
         compile_layers(compiled)
         levels = [Denoiser(compiled, config, level) for level in range(2)]
@@ -65,7 +72,7 @@ def compiled_graphs(network: Network, session: Session, conditions: Conditions, 
         latents = [streamed(denoiser, session, conditions, blocks + 2) for denoiser in levels]
         assert not counters["stats"]
         assert not counters["graph_break"]
-    eager = streamed(Denoiser(on(network, "cpu", torch.bfloat16), config, 0), session, conditions, blocks + 2)
+    eager = streamed(Denoiser(uncompiled, config, 0), session, conditions, blocks + 2)
     assert relative_rms(latents[0].float(), eager.float()) <= TOLERANCE[torch.bfloat16]
 
 
@@ -80,6 +87,19 @@ def test_a_warm_denoiser_compiles_nothing_more(network: Network, session: Sessio
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch
 def test_layers_compile_to_whole_graphs(network: Network, session: Session, conditions: Conditions) -> None:
     compiled_graphs(network, session, conditions, backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch
+def test_float8_layers_compile_to_whole_graphs(network: Network, session: Session, conditions: Conditions) -> None:
+    compiled_graphs(network, session, conditions, backend="aot_eager", has_float8=True)
+
+
+@pytest.mark.parametrize("name", ["auto", "math", "flash"])
+def test_the_kernel_of_a_step_is_named(name: str, network: Network, config: NetworkConfig) -> None:
+    kernel = attention_kernel(name, network)
+    named = kernel_of_step(config, HEIGHT, WIDTH, torch.float32, torch.device("cpu"), kernel)
+    assert named == {"auto": "flash"}.get(name, name)
 
 
 def test_warm_up_covers_every_number_of_keys(network: Network, config: NetworkConfig) -> None:
@@ -108,3 +128,16 @@ def test_float8_stays_near_half_precision(config: NetworkConfig, session: Sessio
     use_float8(eighth)
     expected = streamed(Denoiser(half, config, 0), session, conditions).float()
     assert 0 < relative_rms(streamed(Denoiser(eighth, config, 0), session, conditions).float(), expected) < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_inputs_that_are_uploaded_ahead_give_equal_latents(
+    network: Network, config: NetworkConfig, session: Session, conditions: Conditions
+) -> None:
+    denoiser = Denoiser(on(network, "cuda", torch.float32), config, 1)
+    expected, state = streamed(denoiser, session, conditions), denoiser.open(session)
+    blocks = [denoiser.upload(random_block(config, index, conditions)) for index in range(NUM_BLOCKS)]
+    assert all(block.features.is_cuda for block in blocks)
+    made = [denoiser.step(block, state).latent for block in blocks]
+    assert torch.equal(torch.stack([latent.cpu() for latent in made if latent is not None]), expected)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from avatar.denoiser.attention import block_positions
 from avatar.denoiser.config import NetworkConfig, base, tiny, tiny_256
 from avatar.denoiser.denoiser import Denoiser, blank_block, blank_session
 from avatar.denoiser.layers import Layer
@@ -49,11 +50,14 @@ def operators_of_step(network: Network, level: int, size: tuple[int, int], **inp
     state = denoiser.open(replace(blank_session(config, *size), sink_distance=4))
     for index in range(config.window_blocks):
         state.cache.start_block(index, reference_frame=30)
-    blocks = [replace(blank_block(config, index, *size), **inputs) for index in (100, 101)]  # type: ignore[arg-type]
-    blocks = [replace(each, latent=each.latent.to(network.dtype)) for each in blocks if each.latent is not None]
-    denoiser.step(blocks[0], state)
+    block = replace(blank_block(config, 100, *size), **inputs)  # type: ignore[arg-type]
+    assert block.latent is not None
+    assert block.conditions is not None
+    with patch.object(network, "prefill", return_value=[]):
+        state.prefilled = denoiser._prefill(state.session, block.conditions)
+    block_positions(0, config.num_frames_per_block, *size, META)  # stays on the device after the first step
     with counted() as operators:
-        denoiser.step(blocks[1], state)
+        denoiser.step(replace(block, latent=block.latent.to(network.dtype)), state)
     return operators
 
 

@@ -56,6 +56,15 @@ async def test_a_setting_that_a_denoiser_does_not_support_stops_its_start(
         built(checkpoint, store, **settings)
 
 
+async def test_the_attention_kernel_is_logged_for_each_size(
+    checkpoint: Path, store: SessionStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "services.denoiser.loading")
+    built(checkpoint, store, sizes=("64x64",), attention="math")
+    said = [vars(record) for record in caplog.records if record.message == "attention kernel"]
+    assert [(each["kernel"], each["latents"]) for each in said] == [("math", "8x8")]
+
+
 async def test_compiling_needs_sizes_if_the_checkpoint_fixes_none(
     checkpoint: Path, store: SessionStore, tmp_path: Path
 ) -> None:
