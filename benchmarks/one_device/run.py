@@ -1,6 +1,7 @@
 """One run of `benchmarks.gpu`: its device, the time that is left, and what sections leave for later ones."""
 
 import gc
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -42,17 +43,21 @@ class Run:
     latents: list[Tensor] = field(default_factory=list)
     decoding_s: dict[tuple[int, int], float] = field(default_factory=dict)
 
-    def seconds(self, work: Callable[[], object], repeats: int = 3) -> float:
-        """Return the median time of a call, which has run once before."""
+    def seconds(self, work: Callable[[], object], calls: int = 1) -> float:
+        """Return the time of a call, which has run once before: the median of three rounds.
+
+        calls: of a round, without a wait between them; ten where a wait would take a share of the time.
+        """
         work()
         times = []
-        for _ in range(1 if self.is_toy else repeats):
+        for _ in range(1 if self.is_toy else 3):
             self.synchronize()
             started_s = time.perf_counter()
-            work()
+            for _ in range(calls):
+                work()
             self.synchronize()
-            times.append(time.perf_counter() - started_s)
-        return sorted(times)[len(times) // 2]
+            times.append((time.perf_counter() - started_s) / calls)
+        return statistics.median(times)
 
     def synchronize(self) -> None:
         """Wait until the device has nothing to do."""

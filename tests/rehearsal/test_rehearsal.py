@@ -28,7 +28,8 @@ def test_two_sessions_live_through_prompts_a_lost_worker_and_an_interruption(
     assert {each.row for each in found.work} == STAGES
     assert set(found.statuses.values()) == {0}, "all drained"
     draw(tmp_path / "timeline.png", found.work, found.events)
-    assert Image.open(tmp_path / "timeline.png").size[0] > 1000
+    with Image.open(tmp_path / "timeline.png") as timeline:
+        assert timeline.width > 1000
 
 
 def test_a_bar_is_a_blocks_step_and_a_gap_is_a_time_without_any() -> None:
@@ -52,6 +53,6 @@ def test_the_picture_has_a_row_for_each_stage(tmp_path: Path) -> None:
         Bar("vae", 0, 9 * SECOND, 10 * SECOND),
     ]
     draw(tmp_path / "timeline.png", work, [(0, "start"), (10 * SECOND, "end")])
-    picture = Image.open(tmp_path / "timeline.png").convert("RGB")
-    colours = {colour for _, colour in picture.getcolors(1 << 16) or []}
+    with Image.open(tmp_path / "timeline.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 16) or []}
     assert (0x4E, 0x79, 0xA7) in colours
