@@ -170,6 +170,8 @@ def inspect(
     correlation = f"; correlation {config.noise_correlation:g}" if config.noise_correlation else ""
     yield f"noise     deviation {config.noise_scale:g}; distilled with {config.trained_noise_scale:g}{correlation}"
     yield f"pictures  {sizes_line(picture)}, {vae.config.frame_rate_hz} a second"
+    if picture.fixed_size is None:
+        yield f"served    {sizes_text(picture.limited().all_sizes)}; AVATAR_SIZES chooses others"
     yield ""
     width, height = picture.video_size(size or picture.fixed_size or DEFAULT_PICTURE, size)
     stride = vae.codec.space_stride
@@ -289,8 +291,7 @@ def sizes_line(rule: PictureRule) -> str:
     """Describe the video sizes."""
     if rule.fixed_size is not None:
         return "{}x{} only".format(*rule.fixed_size)
-    free = f"any of at most {rule.area:,} pixels whose sides are multiples of 64"
-    return f"{free}; served are {sizes_text(rule.limited().all_sizes)} unless AVATAR_SIZES names others"
+    return f"any of at most {rule.area:,} pixels whose sides are multiples of 64"
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -59,6 +59,7 @@ def test_a_checkpoint_is_described_without_reading_its_tensors(
         "decoder   the VAE's own",
         "levels    4: sigma 1, 0.857692, 0.602151, 0.00892857, 0",
         "any of at most 288,000 pixels whose sides are multiples of 64",
+        "served    704x384, 640x448, 512x512, 448x640, 384x704; AVATAR_SIZES chooses others",
         "attention flash on this machine's cpu",
         "at 704x384 in bfloat16",
     ):

@@ -60,3 +60,15 @@ def test_the_default_is_the_published_network() -> None:
     with torch.device("meta"):
         network = WanCodec(WanConfig(), device="meta").network
     assert sum(parameter.numel() for parameter in network.parameters()) == 126_892_531
+
+
+@pytest.mark.slow
+def test_the_decoder_compiles_without_a_break_or_a_second_time() -> None:
+    codec, latents = wan_codec(), noise(1, 16, 4, 2, 3)
+    with torch.inference_mode():
+        expected = codec.decode(latents, codec.new_state())
+        options: Any = {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
+        codec.network.decoder.compile(**options)
+        torch.testing.assert_close(codec.decode(latents, codec.new_state()), expected)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            codec.decode(latents, codec.new_state())
