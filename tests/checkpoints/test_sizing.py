@@ -28,6 +28,7 @@ from avatar.denoiser.model import Network
 from avatar.runtime.admission import LIVE_SHARE
 from avatar.types import Block, Conditions, Session
 from tests.denoiser.test_step_costs import STEP
+from tests.deploy.test_compose import DEVICES, given, of
 from tests.published import ADAPTER, small
 from tests.vae.test_traffic import EXPECTED as DECODER
 
@@ -170,3 +171,14 @@ def test_inspect_says_what_fits_on_devices(published: Path, capsys: pytest.Captu
     assert float(row[5]) < float(row[6])
     with pytest.raises(SystemExit, match="1 to 5 devices, got 9"):
         main(["inspect", str(published), "--devices", "9"])
+
+
+@pytest.mark.parametrize("profile", DEVICES)
+def test_the_sizes_of_a_profile_keep_time_and_fit_in_80_gb(profile: str) -> None:
+    placed = placements(DEVICES[profile], 4)
+    (served,) = {given(service)["AVATAR_SIZES"] for service in of(profile).values() if "AVATAR_SIZES" in given(service)}
+    for size in served.split(","):
+        width, height = map(int, size.split("x"))
+        of_size = public(width, height)
+        assert LIVE_SHARE * of_size.frame_rate_hz(placed, H100) >= 25, "with the time that admission gives away"
+        assert of_size.sessions_that_fit(placed, 80e9) >= 1
