@@ -102,7 +102,7 @@ def measure(run: Run, report: Report, only: list[str]) -> None:
                     report.add(name, each)
         # Whatever a device, a driver or a missing package does: the other rows are still wanted.
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             report.add(name, row("failed", 0, "", note=reason))
         run.free()
         report.add(name, row("time of this section", time.monotonic() - started_s, "s"))
