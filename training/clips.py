@@ -91,10 +91,10 @@ def clean_estimate(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     return x - sigma * velocity
 
 
-def reference_frames(first_block: Tensor, num_blocks: int, config: NetworkConfig, distance: int) -> list[int | Tensor]:
+def reference_frames(first_block: Tensor, config: NetworkConfig, distances: Sequence[int]) -> list[int | Tensor]:
     """Return the reference's temporal position for each block of clips that start at first_block (b,): (b,) each."""
-    firsts = ((first_block + block) * config.num_frames_per_block for block in range(num_blocks))
-    return [(first + distance).clamp(min=REFERENCE_FRAME) for first in firsts]
+    firsts = ((first_block + block) * config.num_frames_per_block for block in range(len(distances)))
+    return [(first + distance).clamp(min=REFERENCE_FRAME) for first, distance in zip(firsts, distances, strict=True)]
 
 
 def encode_inputs(
@@ -129,12 +129,12 @@ def predict_velocity(
     x: Tensor,
     sigmas: Tensor,
     batch: ClipBatch,
-    distance: int,
+    distances: Sequence[int],
     is_causal: bool = True,
 ) -> Tensor:
     """Predict the velocity at noisy clips x (b, c, t, h, w) whose blocks have sigmas (b, k) in (0, 1].
 
-    batch: the clips' conditions; its latents are not used. distance: of the sink, in latent frames.
+    batch: the clips' conditions; its latents are not used. distances: of the sink from each block, in latent frames.
     is_causal: False runs the published bidirectional network: each block attends to the whole clip, the clip starts at
     frame 0, and the reference keeps the position that prefill gives it.
     """
@@ -142,7 +142,7 @@ def predict_velocity(
     text = network.embed_text(batch.text)
     conditions = network.prefill(batch.reference, batch.motion, text)
     first_block = batch.first_block if is_causal else torch.zeros_like(batch.first_block)
-    positions = reference_frames(first_block, sigmas.shape[1], config, distance) if is_causal else [REFERENCE_FRAME]
+    positions = reference_frames(first_block, config, distances) if is_causal else [REFERENCE_FRAME]
     history = ClipHistory(config, height, width, conditions, positions, is_causal)
     pose = repeat(batch.reference, "b c 1 h w -> b c t h w", t=x.shape[2])
     if config.pose == "zeros":

@@ -29,7 +29,7 @@ from training.data import StoredClip
 from training.eval.previews import load_codec, mouth_metrics, preview_rows
 from training.loop import argument_parser, overrides, run_program, update_ema
 from training.lora import LoraConfig, make_trainable, weight_dtype
-from training.losses import add_noise, dmd_gradient, dmd_loss, draw_sink_distance, exit_levels, flow_matching_loss
+from training.losses import add_noise, dmd_gradient, dmd_loss, draw_sink_distances, exit_levels, flow_matching_loss
 from training.self_forcing import BlockwiseGeneration
 from training.strategy import SINGLE, Strategy, WrappedNetwork, checkpoint_activations, join
 
@@ -166,8 +166,9 @@ class Distillation:
         self, batch: ClipBatch, exit_level: int, random: Generator
     ) -> tuple[BlockwiseGeneration, list[Tensor]]:
         """Generate clips up to the exit level: return the generation and its blocks' inputs there."""
-        distance, network = draw_sink_distance(self.config, random), self.generator.network
-        generation = self.generator(BlockwiseGeneration, network, self.config, batch, distance, self.strategy.share)
+        network, num_blocks = self.generator.network, batch.latents.shape[2] // self.config.num_frames_per_block
+        distances = draw_sink_distances(self.config, num_blocks, random)
+        generation = self.generator(BlockwiseGeneration, network, self.config, batch, distances, self.strategy.share)
         return generation, self.generator(generation.inputs, exit_level, random)
 
     def train_generator(self, batch: ClipBatch, exit_level: int, random: Generator) -> dict[str, float]:
@@ -192,10 +193,10 @@ class Distillation:
     def generator_gradient(self, generated: Tensor, batch: ClipBatch, random: Generator) -> Tensor:
         """Return the DMD gradient for generated clips, (b, c, t, h, w)."""
         sigmas, noisy, _ = self.noise_clips(generated, random)
-        distance = draw_sink_distance(self.config, random)
+        distances = draw_sink_distances(self.config, sigmas.shape[1], random)
 
         def clean(score: WrappedNetwork, batch: ClipBatch) -> Tensor:
-            velocity = self.score_velocity(score, noisy, sigmas, batch, distance)
+            velocity = self.score_velocity(score, noisy, sigmas, batch, distances)
             return clean_estimate(noisy, velocity, frame_sigmas(sigmas, self.config))
 
         real = clean(self.teacher, batch)
@@ -203,11 +204,11 @@ class Distillation:
         return dmd_gradient(generated, clean(self.critic, batch), real)
 
     def score_velocity(
-        self, score: WrappedNetwork, noisy: Tensor, sigmas: Tensor, batch: ClipBatch, distance: int
+        self, score: WrappedNetwork, noisy: Tensor, sigmas: Tensor, batch: ClipBatch, distances: Sequence[int]
     ) -> Tensor:
         """Predict the velocity at noisy clips with teacher or critic."""
         causal = self.recipe.causal_scores
-        return score(predict_velocity, score.network, self.config, noisy, sigmas, batch, distance, causal)
+        return score(predict_velocity, score.network, self.config, noisy, sigmas, batch, distances, causal)
 
     def train_critic(self, batch: ClipBatch, exit_level: int, random: Generator) -> dict[str, float]:
         """Take an optimizer step of the critic with the flow matching loss on newly generated clips."""
@@ -216,8 +217,8 @@ class Distillation:
             with torch.no_grad():
                 generated = torch.cat(self.generator(generation.outputs, inputs, exit_level), dim=2)
             sigmas, noisy, noise = self.noise_clips(generated, random)
-            distance = draw_sink_distance(self.config, random)
-            velocity = self.score_velocity(self.critic, noisy, sigmas, batch, distance)
+            distances = draw_sink_distances(self.config, sigmas.shape[1], random)
+            velocity = self.score_velocity(self.critic, noisy, sigmas, batch, distances)
         sigma = frame_sigmas(sigmas, self.config)
         loss = flow_matching_loss(velocity, noise - generated, sigma, batch.weight, self.config).mean()
         torch.autograd.backward(loss)

@@ -54,12 +54,13 @@ def add_noise_per_frame(motion: Tensor, share: Share, generator: Generator) -> T
     return add_noise(motion, share.noise(motion.shape, generator).to(motion), sigma)
 
 
-def draw_sink_distance(config: NetworkConfig, generator: Generator) -> int:
-    """Draw the sink's distance in latent frames from the range that serving uses."""
+def draw_sink_distances(config: NetworkConfig, num_blocks: int, generator: Generator) -> list[int]:
+    """Draw the sink's distance from each block, in latent frames, from the range that serving uses."""
     if isinstance(config.sink_distance, int):
-        return config.sink_distance
+        return [config.sink_distance] * num_blocks
     low, high = config.sink_distance
-    return int(torch.randint(low, high + 1, (), generator=generator))
+    distances: list[int] = torch.randint(low, high + 1, (num_blocks,), generator=generator).tolist()
+    return distances
 
 
 def flow_matching_loss(

@@ -29,7 +29,7 @@ from training.eval.previews import VALIDATION_SEED, load_codec, preview_rows
 from training.initialise import initialise
 from training.loop import argument_parser, cosine_schedule, overrides, run_program, update_ema
 from training.lora import LoraConfig, make_trainable, weight_dtype
-from training.losses import add_noise, add_noise_per_frame, draw_sigmas, draw_sink_distance, flow_matching_loss
+from training.losses import add_noise, add_noise_per_frame, draw_sigmas, draw_sink_distances, flow_matching_loss
 from training.muon import Muon
 from training.strategy import SINGLE, Strategy, checkpoint_activations, join
 
@@ -231,11 +231,11 @@ def clip_losses(network: Network, batch: ClipBatch, recipe: PretrainRecipe, rand
     num_blocks = clean.shape[2] // config.num_frames_per_block
     sigmas = share.of(draw_sigmas(len(clean) * share.world, num_blocks, config, recipe.shift, random)).to(clean)
     noise = autoregressive(share.noise(clean.shape, random), config.noise_correlation).to(clean)
-    distance = draw_sink_distance(config, random)
+    distances = draw_sink_distances(config, num_blocks, random)
     if recipe.noisy_motion:
         batch = batch.replace(motion=add_noise_per_frame(batch.motion, share, random))
     sigma = frame_sigmas(sigmas, config)
-    velocity = predict_velocity(network, config, add_noise(clean, noise, sigma), sigmas, batch, distance)
+    velocity = predict_velocity(network, config, add_noise(clean, noise, sigma), sigmas, batch, distances)
     return flow_matching_loss(velocity, noise - clean, sigma, batch.weight, config)
 
 

@@ -8,6 +8,7 @@ Source: Self-Forcing (arXiv 2506.08009).
 Axes: b batch, c channels, t latent frames, h w of latents.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,14 +49,15 @@ class DetachedHistory:
 class BlockwiseGeneration:
     """Generation of a batch of clips, block by block.
 
-    batch: the clips' conditions; all clips start at batch.first_block[0]. distance: of the sink, in latent frames.
+    batch: the clips' conditions; all clips start at batch.first_block[0]. distances: of the sink from each
+    block, in latent frames.
     share: this process's share of the batch.
     """
 
     network: Network
     config: NetworkConfig
     batch: ClipBatch
-    distance: int
+    distances: Sequence[int]
     share: Share = field(default_factory=Share)
 
     def __post_init__(self) -> None:
@@ -84,7 +86,7 @@ class BlockwiseGeneration:
         config, network, batch = self.config, self.network, self.batch
         index = int(batch.first_block[0]) + block
         first_frame = index * config.num_frames_per_block
-        cache.start_block(index, reference_frame(first_frame, self.distance))
+        cache.start_block(index, reference_frame(first_frame, self.distances[block]))
         frame_span = slice(block * config.frames_per_block, (block + 1) * config.frames_per_block)
         audio, heard, motion = encode_inputs(network, batch, frame_span)
         modulation = network.embed_time(timesteps(config.schedule)[level].to(x.device).reshape(1, 1))

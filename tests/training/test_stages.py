@@ -24,6 +24,8 @@ from training.pretrain import Pretraining, PretrainRecipe, clip_losses
 from training.self_forcing import BlockwiseGeneration
 from training.strategy import SINGLE
 
+# Of the sink, from the blocks of a clip: each block has its own.
+DISTANCES = (4, 7, 5)
 # Latent frames of a block.
 every_length = pytest.mark.parametrize("config", [1, 3], indirect=True)
 
@@ -90,7 +92,7 @@ def test_a_batch_depends_on_its_step_alone(config: NetworkConfig, prepared: list
 @every_length
 def test_generation_starts_from_the_noise_of_training(config: NetworkConfig, batch: ClipBatch) -> None:
     quarter, full = (
-        BlockwiseGeneration(network_of(each), each, batch, distance=4).inputs(0, Generator().manual_seed(0))
+        BlockwiseGeneration(network_of(each), each, batch, DISTANCES).inputs(0, Generator().manual_seed(0))
         for each in (replace(config, trained_noise_scale=0.25), replace(config, noise_scale=0.5))
     )
     assert all(torch.equal(one, 0.25 * other) for one, other in zip(quarter, full, strict=True))
@@ -100,7 +102,7 @@ def test_generation_starts_from_the_noise_of_training(config: NetworkConfig, bat
 @every_length
 def test_the_noise_of_training_is_as_correlated_as_that_of_serving(config: NetworkConfig, batch: ClipBatch) -> None:
     config = replace(config, noise_correlation=0.9)
-    generation = BlockwiseGeneration(network_of(config), config, batch, distance=4)
+    generation = BlockwiseGeneration(network_of(config), config, batch, DISTANCES)
     frames = torch.cat(generation.inputs(0, Generator().manual_seed(0)), dim=2)
     assert abs((frames[:, :, 1:] * frames[:, :, :-1]).mean().item() - 0.9) < 0.1
     one, other = (
@@ -115,8 +117,8 @@ def test_blockwise_generation_at_one_level_equals_the_whole_clip(config: Network
     network = network_of(config)
     x = torch.randn(batch.latents.shape, generator=Generator().manual_seed(1))
     sigmas = torch.full((2, 3), config.schedule[2])
-    whole = predict_velocity(network, config, x, sigmas, batch, distance=4)
-    generation = BlockwiseGeneration(network, config, batch, distance=4)
+    whole = predict_velocity(network, config, x, sigmas, batch, DISTANCES)
+    generation = BlockwiseGeneration(network, config, batch, DISTANCES)
     cache = generation.new_cache()
     blocks = [generation.velocity(part, block, 2, cache) for block, part in enumerate(x.chunk(3, dim=2))]
     torch.testing.assert_close(torch.cat(blocks, dim=2), whole, atol=1e-4, rtol=1e-4)
@@ -130,7 +132,7 @@ def test_causal_and_bidirectional_scores_agree_on_one_block(config: NetworkConfi
     }
     batch = batch.replace(**first, first_block=torch.zeros(2, dtype=torch.int64))
     x = batch.latents[:, :, : config.num_frames_per_block]
-    causal, bidirectional = (predict_velocity(network, config, x, sigmas, batch, 4, kind) for kind in (True, False))
+    causal, bidirectional = (predict_velocity(network, config, x, sigmas, batch, [4], kind) for kind in (True, False))
     torch.testing.assert_close(causal, bidirectional, atol=1e-5, rtol=1e-5)
 
 
@@ -138,11 +140,11 @@ def test_causal_and_bidirectional_scores_agree_on_one_block(config: NetworkConfi
 def test_a_bidirectional_score_sees_the_whole_clip_at_any_position(config: NetworkConfig, batch: ClipBatch) -> None:
     network, sigmas = network_of(config), torch.full((2, 3), 0.6)
     x = batch.latents.clone()
-    expected = predict_velocity(network, config, x, sigmas, batch, 4, is_causal=False)
+    expected = predict_velocity(network, config, x, sigmas, batch, DISTANCES, is_causal=False)
     elsewhere = batch.replace(first_block=batch.first_block + 40)
-    assert torch.equal(predict_velocity(network, config, x, sigmas, elsewhere, 4, is_causal=False), expected)
+    assert torch.equal(predict_velocity(network, config, x, sigmas, elsewhere, DISTANCES, is_causal=False), expected)
     x[:, :, -1] += 1
-    change = predict_velocity(network, config, x, sigmas, batch, 4, is_causal=False) - expected
+    change = predict_velocity(network, config, x, sigmas, batch, DISTANCES, is_causal=False) - expected
     assert change[:, :, : config.num_frames_per_block].abs().max() > 1e-3
 
 
@@ -187,12 +189,12 @@ def test_what_is_dropped_adds_nothing_and_what_is_swapped_does(config: NetworkCo
     x = batch.latents
 
     def predicted(batch: ClipBatch) -> Tensor:
-        return predict_velocity(network, config, x, sigmas, batch, 4)
+        return predict_velocity(network, config, x, sigmas, batch, DISTANCES)
 
     without = network_of(replace(config, heard_inject_layers=(), face_motion=False))
     shared = {name: each for name, each in network.state_dict().items() if name in without.state_dict()}
     without.load_state_dict(shared)
-    plain = predict_velocity(without, without.config, x, sigmas, batch, 4)
+    plain = predict_velocity(without, without.config, x, sigmas, batch, DISTANCES)
     torch.testing.assert_close(
         predicted(batch.replace(has_heard=torch.zeros(2), has_face_motion=torch.zeros(2))), plain
     )
@@ -231,7 +233,7 @@ def test_inputs_that_a_network_ignores_have_no_gain(
 @every_length
 def test_blockwise_accumulation_has_the_gradients_of_the_whole_graph(config: NetworkConfig, batch: ClipBatch) -> None:
     network = network_of(config)
-    generation = BlockwiseGeneration(network, config, batch, distance=4)
+    generation = BlockwiseGeneration(network, config, batch, DISTANCES)
     inputs = generation.inputs(1, Generator().manual_seed(0))
     gradient = torch.randn(batch.latents.shape, generator=Generator().manual_seed(2))
 
@@ -273,7 +275,7 @@ def test_one_pass_per_block_has_gradients_and_the_cache_has_none(
 
     monkeypatch.setattr(KVCache, "extend", recorded)
     with recorded_calls(network) as calls:
-        generation = BlockwiseGeneration(network, config, batch, distance=4)
+        generation = BlockwiseGeneration(network, config, batch, DISTANCES)
         outputs = generation.outputs(generation.inputs(exit_level, Generator().manual_seed(0)), exit_level)
     assert calls == [False] * (3 * exit_level) + [True] * 3
     assert all(each.requires_grad for each in outputs)
