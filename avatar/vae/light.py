@@ -45,6 +45,7 @@ class LightConfig:
         stay small in the latent.
     scale: factor by which the sides of patches are longer than SPACE_STRIDE pixels.
     channels: of the latents.
+    encoder_depth: residual blocks of the encoder, which runs once a session.
     """
 
     wide: int
@@ -53,9 +54,11 @@ class LightConfig:
     latent_scale: float
     scale: int = 1
     channels: int = CHANNELS
+    encoder_depth: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.wide, self.mid, self.thin, self.latent_scale, self.scale, self.channels) <= 0:
+        sizes = (self.wide, self.mid, self.thin, self.latent_scale, self.scale, self.channels, self.encoder_depth)
+        if min(sizes) <= 0:
             raise ValueError(f"a light codec's sizes and its latent scale must be positive: {self}")
 
 
@@ -73,11 +76,15 @@ class LightEncoder(nn.Module):
         self.linear = StepConv(patch, config.channels, 1)
         self.enter = StepConv(patch, config.wide, 1)
         self.middle = Residual(config.wide, memory=0)
+        self.more = nn.ModuleList(Residual(config.wide, memory) for memory in range(1, config.encoder_depth))
         self.leave = StepConv(config.wide, config.channels, 3)
 
     def forward(self, patches: Tensor) -> Tensor:
         """patches: (b, t, h, w, c p y x). Returns (b, t, h, w, channels)."""
-        steps = self.middle(self.enter(patches), Tails())
+        tails = Tails()
+        steps = self.middle(self.enter(patches), tails)
+        for block in self.more:
+            steps = block(steps, tails)
         latents: Tensor = self.linear(patches) + self.leave(functional.silu(steps))
         return latents
 

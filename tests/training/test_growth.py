@@ -16,7 +16,7 @@ from tests.training.small import small
 from training.batches import BatchConfig, load_batch
 from training.codec.__main__ import CodecRecipe, CodecRun, export
 from training.codec.crops import CropConfig, load_crops
-from training.codec.growth import add_detail, fit_outputs, grow
+from training.codec.growth import add_detail, deepen, fit_outputs, grow
 from training.data import Clip, StoredClip, read_shard, write_shard
 
 CROPS = CropConfig(batch_size=2, size=32, num_frames=9)
@@ -64,17 +64,27 @@ def test_detail_leaves_the_old_channels_and_lowers_the_error(codec: LightCodec, 
     assert error < 0.9 * before
 
 
+def test_a_deeper_encoder_gives_the_same_latents_until_it_trains(codec: LightCodec, clips: list[StoredClip]) -> None:
+    deeper, (frames, _) = deepen(codec, 3, 0), load_crops(clips, CROPS, 0, 0)
+    assert torch.equal(deeper.encode(frames), codec.encode(frames))
+    deeper.requires_grad_(True)
+    torch.autograd.backward(deeper.encode(frames).square().sum())
+    added = [weight for name, weight in deeper.encoder.more.named_parameters() if name.endswith("leave.weight")]
+    assert len(added) == 2
+    assert all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in added)
+
+
 def test_a_codec_starts_with_the_channels_of_a_finished_one(
     codec: LightCodec, clips: list[StoredClip], tmp_path: Path
 ) -> None:
     save(tmp_path, asdict(replace(vae.tiny(), network=asdict(codec.config))), codec, torch.float16)
-    recipe = CodecRecipe(steps=4, warmup=1, crops=CROPS, start=str(tmp_path), channels=18)
+    recipe = CodecRecipe(steps=4, warmup=1, crops=CROPS, start=str(tmp_path), channels=18, encoder_depth=2)
     with pytest.raises(ValueError, match="has latents of 16 channels, give --channels as many or more"):
         CodecRun(replace(recipe, channels=8), clips)
     run = CodecRun(recipe, clips)
     encoder = run.codec.encoder.linear.weight.clone()
     run.advance(clips)
-    assert run.codec.config.channels == 18
+    assert (run.codec.config.channels, run.codec.config.encoder_depth) == (18, 2)
     assert not torch.equal(run.codec.encoder.linear.weight, encoder)
 
 

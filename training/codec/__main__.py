@@ -29,7 +29,7 @@ from avatar.checkpoints.part import Part, load_weights
 from avatar.vae import light, vae
 from avatar.vae.light import LightCodec, LightConfig
 from training.codec.crops import CropConfig, load_crops
-from training.codec.growth import add_detail, fit_outputs, grow
+from training.codec.growth import add_detail, deepen, fit_outputs, grow
 from training.codec.pca_init import normalise_latents, set_principal_components, untrained_codec
 from training.codec.report import report
 from training.data import StoredClip, read_clips
@@ -44,7 +44,7 @@ SQUARED = 10.0
 SIZE = 128
 # Of codecs that are grown: a higher rate loses what growing gave them.
 GROWN_RATE, GROWN_CROPS = 3e-4, CropConfig(batch_size=2, num_frames=9)
-PLOTS = {"psnr": ("psnr", "psnr_mouth", "psnr_noisy"), "loss": ("loss", "picture", "edges", "motion")}
+PLOTS = {"psnr": ("psnr", "psnr_mouth", "psnr_noisy"), "loss": ("loss", "loss_picture", "loss_edges", "loss_motion")}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class CodecRecipe:
     neighbouring pixels, and between frames: without the latter a latent's frames, which are decoded together, jump to
     the next latent's. squared: errors are squared, which blurs less than absolute errors where detail is uncertain.
     evenness: loss weight of the spread of the channels' variances. ema_decay: per step. start: vae folder of the codec
-    to begin with. decoder_of: the same, if only its decoder is trained. scale, channels: that it is grown to.
+    to begin with. decoder_of: the same, if only its decoder is trained. scale, channels, encoder_depth: that it is
+    grown to.
     """
 
     steps: int = 20000
@@ -73,6 +74,7 @@ class CodecRecipe:
     decoder_of: str | None = None
     scale: int = 1
     channels: int = light.CHANNELS
+    encoder_depth: int = 1
     squared: bool = False
 
     def lr_at(self, step: int) -> float:
@@ -90,7 +92,8 @@ class CodecRun:
         if folder := recipe.decoder_of or recipe.start:
             self.codec = grown_codec(Path(folder), clips, recipe)
         else:
-            config = replace(light.tiny(), scale=recipe.scale, channels=recipe.channels)
+            sizes = {"scale": recipe.scale, "channels": recipe.channels, "encoder_depth": recipe.encoder_depth}
+            config = replace(light.tiny(), **sizes)
             codec = untrained_codec(config, recipe.seed)
             set_principal_components(codec, clips, recipe.crops, recipe.seed)
             self.codec = normalise_latents(codec, clips, recipe.crops, recipe.seed)
@@ -192,6 +195,8 @@ def grown_codec(folder: Path, clips: Sequence[StoredClip], recipe: CodecRecipe) 
     if recipe.scale > codec.config.scale:
         codec = grow(codec, recipe.scale)
         fit_outputs(codec, clips, recipe.crops, recipe.seed)
+    if recipe.encoder_depth > codec.config.encoder_depth:
+        codec = deepen(codec, recipe.encoder_depth, recipe.seed)
     if recipe.channels > codec.config.channels:
         codec = add_detail(codec, recipe.channels, clips, recipe.crops, recipe.seed)
     return codec
@@ -231,7 +236,8 @@ def checkpoint(
     run.num_clips = len(clips)
     run.save(out / "state.pt")
     metrics = report(run.ema, held_out, out / "sheet.png")
-    write_log(out, {"step": run.step, "clips": run.num_clips, **means, **metrics}, PLOTS)
+    losses = {name if name == "loss" else f"loss_{name}": value for name, value in means.items()}
+    write_log(out, {"step": run.step, "clips": run.num_clips, **losses, **metrics}, PLOTS)
     return clips
 
 
@@ -257,10 +263,12 @@ def main() -> None:
     parser.add_argument("--decoder-of", help="vae folder: the codec to begin with; train its decoder alone")
     parser.add_argument("--scale", type=int, default=1, help="factor by which pictures are larger than 128 pixels")
     parser.add_argument("--channels", type=int, default=light.CHANNELS, help="channels of latents (default 16)")
+    parser.add_argument("--encoder-depth", type=int, default=1, help="residual blocks of the encoder (default 1)")
     parser.add_argument("--rate", type=float, help="highest learning rate (default 0.002, for scale 2 0.0003)")
     parser.add_argument("--noise", type=float, default=CodecRecipe.noise, help="most noise on latents (default 0.2)")
     parser.add_argument("--lips", type=float, default=CropConfig.lips_gain, help="extra loss weight at the lips")
     parser.add_argument("--motion", type=float, default=CodecRecipe.motion, help="loss weight of frame differences")
+    parser.add_argument("--evenness", type=float, default=CodecRecipe.evenness, help="loss weight of even variances")
     parser.add_argument("--steps", type=int, default=CodecRecipe.steps, help="length of the whole run")
     parser.add_argument("--minutes", type=float, default=60, help="time limit; the next call resumes (default 60)")
     parser.add_argument("--save-minutes", type=float, default=4, help="time between two checkpoints (default 4)")
@@ -282,6 +290,8 @@ def main() -> None:
         decoder_of=flags.decoder_of,
         scale=flags.scale,
         channels=flags.channels,
+        encoder_depth=flags.encoder_depth,
+        evenness=flags.evenness,
         squared=flags.scale > 1,
     )
     if flags.export:

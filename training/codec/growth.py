@@ -21,7 +21,7 @@ from avatar.types import FRAMES_PER_LATENT
 from avatar.vae.conv import Tails
 from avatar.vae.light import PATCH_AXES, LightCodec, patch_sizes
 from training.codec.crops import CropConfig, load_crops
-from training.codec.pca_init import patches_of
+from training.codec.pca_init import patches_of, untrained_codec
 from training.data import StoredClip
 
 # Batches of a fit, and rounds over both outputs.
@@ -78,6 +78,18 @@ def fit_outputs(codec: LightCodec, clips: Sequence[StoredClip], crops: CropConfi
             around = neighbourhoods(decoder.features(latents, Tails()))
             pixels.add(rows(around[:, FRAMES_PER_LATENT:]), rows(left[:, FRAMES_PER_LATENT:]))
         set_output(decoder.leave, pixels.solve())
+
+
+@torch.no_grad()
+def deepen(codec: LightCodec, depth: int, seed: int) -> LightCodec:
+    """Return the same codec with an encoder of more residual blocks, which change nothing at first."""
+    deeper = LightCodec(replace(codec.config, encoder_depth=depth)).requires_grad_(False)
+    own = codec.state_dict()
+    deeper.load_state_dict({**untrained_codec(deeper.config, seed).state_dict(), **own})
+    for name, tensor in deeper.state_dict().items():
+        if name not in own and ".leave." in name:
+            tensor.zero_()
+    return deeper
 
 
 @torch.no_grad()
