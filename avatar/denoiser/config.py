@@ -259,12 +259,12 @@ def tiny() -> NetworkConfig:
 
 
 def tiny_256() -> NetworkConfig:
-    """The embedded default's successor: latents of 32 channels, blocks of 1, two levels, a listener, face motion."""
+    """The embedded default's successor: latents of 48 channels, blocks of 1, two levels, a listener, face motion."""
     return replace(
         tiny(),
-        in_dim=32,
-        out_dim=32,
-        cond_dim=32,
+        in_dim=48,
+        out_dim=48,
+        cond_dim=48,
         heard_inject_layers=(1, 3, 5, 7),
         face_motion=True,
         num_frames_per_block=1,
