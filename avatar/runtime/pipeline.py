@@ -80,7 +80,7 @@ def local(
     *,
     then: Callable[[Out], Out] | None = None,
     live_block_s: float | None = None,
-    state: State | None = None,
+    take_state: Callable[[], State] | None = None,
     prefill: Callable[[Conditions, State], None] | None = None,
 ) -> Stage[In, Out]:
     """Return a stage that runs one session's stream through a model. Its state lives exactly as long as the stream.
@@ -91,7 +91,8 @@ def local(
     its last step is that answer's. then: applied to each answer on the device's thread, before its next job starts.
     live_block_s: of a live stream, the duration of its blocks. Each item has a deadline: its `due_s`, or a block from
         now if it has none.
-    state: of the stream, if the model has opened it; otherwise it is opened on the device's thread.
+    take_state: called once, returns the stream's state, of which no other reference is left; by default the model opens
+        it on the device's thread.
     prefill: called with conditions among the items, of items to come, when the device has nothing more urgent to do.
         They are not answered, and only the latest ones count.
     """
@@ -106,28 +107,28 @@ def local(
         slots = asyncio.Semaphore(MAX_ITEMS)
 
         async def submit() -> None:
-            nonlocal state
+            state: Any = None
             last = coming = None
             try:
                 async with aclosing(items):
-                    if (opened := state) is None:
-                        opened = await queue.run(model.open, session, due_s=deadline())
-                    state = None  # the stage may outlive its stream
+                    state = take_state() if take_state else await queue.run(model.open, session, due_s=deadline())
                     await slots.acquire()
                     async for item in items:
                         if prefill is not None and isinstance(item, Conditions):
                             if coming is not None:
                                 queue.cancel(coming)
                             # Its error is not read: the first block under these conditions meets it again.
-                            coming = queue.put(prefill, item, opened)
+                            coming = queue.put(prefill, item, state)
                             continue
-                        last = queue.step(model, item, opened, deadline(item), then=then, after=last)
+                        last = queue.step(model, item, state, deadline(item), then=then, after=last)
                         jobs.put_nowait(last)
                         await slots.acquire()
             finally:
                 if coming is not None:
-                    queue.cancel(coming)  # a job that waits keeps the state
+                    queue.cancel(coming)
                 jobs.put_nowait(None)
+                # An error of `items` may be kept, and its traceback this frame, which must not keep the state.
+                state = last = coming = None
 
         async with background(submit()) as submitting:
             job = None
@@ -143,6 +144,7 @@ def local(
                 while not jobs.empty():
                     if job := jobs.get_nowait():
                         queue.cancel(job)
+                job = None  # as above
 
     return stage
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -130,7 +130,16 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             level=opened.level,
             num_bytes=self._stream_bytes(*size),
         )
-        with await accepted, self._chain_stream(opened) as chain_stream, as_invalid_field("block"):
+        with (
+            await accepted,
+            self._chain_stream(opened) as chain_stream,
+            as_invalid_field("block"),
+            ExitStack() as ending,
+        ):
+            # Allocated before the answer, so that a lack of memory refuses the stream; and beside the device's thread,
+            # whose steps may take longer than a caller waits.
+            states = [await asyncio.to_thread(denoiser.open, session)]
+            ending.callback(states.clear)  # of a stream that ends before its first item
             usage, num_blocks = StreamUsage(self._admission.step_times), 0
             updates_sink = denoiser.updates_sink(session)
             # The copy to the host belongs to the step: later, a GPU would be computing the next block.
@@ -143,9 +152,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                 usage,
                 then=then,
                 live_block_s=live_block_s,
-                # Allocated before the answer, so that a lack of memory refuses the stream; and beside the device's
-                # thread, whose steps may take longer than a caller waits.
-                state=await asyncio.to_thread(denoiser.open, session),
+                take_state=states.pop,
                 prefill=denoiser.prefill,
             )
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))

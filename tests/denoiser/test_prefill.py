@@ -1,6 +1,5 @@
 """Tests of the prefills in avatar.denoiser.cache: one prefill of a version for all levels of a network."""
 
-import gc
 import weakref
 from dataclasses import replace
 from unittest.mock import Mock
@@ -157,10 +156,8 @@ def test_a_prefill_is_freed_with_its_sessions_last_level(
     levels[0].prefill(conditions_of(blocks[0]), states[0])
     kept = weakref.ref(states[0].prefills)
     del states[0]
-    gc.collect()
     assert kept() is not None
     del states[0]
-    gc.collect()
     assert kept() is None
 
 

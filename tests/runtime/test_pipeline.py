@@ -322,3 +322,21 @@ async def test_a_newer_version_replaces_one_that_waits_and_the_end_cancels_it(qu
     await settled(queue)
     assert done in ([1], [])
     assert model.num_states == 0
+
+
+async def test_a_kept_error_of_the_items_keeps_no_state(queue: DeviceQueue) -> None:
+    model = Summing()
+
+    async def items() -> AsyncGenerator[int, None]:
+        yield 1
+        raise LookupError("the caller is gone")
+
+    gc.disable()
+    try:
+        stream = local(model, SESSION, queue)(items())
+        with pytest.raises(LookupError) as kept:
+            _ = [out async for out in stream]
+        await settled(queue)
+        assert model.num_states == 0, kept
+    finally:
+        gc.enable()
