@@ -99,6 +99,10 @@ class VoiceUnsupported(AvatarError, reason="VOICE_UNSUPPORTED", code=StatusCode.
     """The deployment has no voice."""
 
 
+class ListenUnsupported(AvatarError, reason="LISTEN_UNSUPPORTED", code=StatusCode.FAILED_PRECONDITION):
+    """The checkpoint does not listen."""
+
+
 class ConfigMismatch(AvatarError, reason="CONFIG_MISMATCH", code=StatusCode.FAILED_PRECONDITION):
     """The workers of a deployment do not match each other."""
 

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import grpc
@@ -87,6 +88,15 @@ def pieces(data: bytes, piece_bytes: int = PIECE_BYTES) -> Iterable[pb.StreamAva
     """Yield audio in pieces."""
     for start in range(0, len(data), piece_bytes):
         yield pb.StreamAvatarRequest(audio=pb.AudioPiece(data=data[start : start + piece_bytes]))
+
+
+def listening(data: bytes, heard: bytes) -> Iterable[pb.StreamAvatarRequest]:
+    """Yield audio in pieces, each behind the other person's audio of the same time."""
+    for own, other in zip_longest(pieces(data), pieces(heard)):
+        if other:
+            yield pb.StreamAvatarRequest(listen=pb.HeardAudio(data=other.audio.data))
+        if own:
+            yield own
 
 
 def say(text: str, **fields: Any) -> pb.StreamAvatarRequest:

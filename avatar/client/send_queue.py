@@ -25,7 +25,8 @@ class QueuedRequest:
 
     @property
     def num_bytes(self) -> int:
-        return REQUEST_BYTES + len(self.request.audio.data) + 4 * len(self.request.say.text)
+        audio_bytes = len(self.request.audio.data) + len(self.request.listen.data)
+        return REQUEST_BYTES + audio_bytes + 4 * len(self.request.say.text)
 
 
 class SendQueue:
@@ -65,10 +66,13 @@ class SendQueue:
         return queued.request
 
     def discard(self) -> None:
-        """Discard pending requests, and treat written ones as delivered: after an interrupt neither is needed."""
+        """Discard pending requests, and treat written ones as delivered: after an interrupt neither is needed.
+
+        What the avatar listens to stays: an interrupt does not concern it.
+        """
         for queued in self._pending:
-            queued.is_done = True
-        self._pending.clear()
+            queued.is_done = not queued.request.HasField("listen")
+        self._pending = deque(queued for queued in self._pending if not queued.is_done)
         self._written.clear()
         self._written_bytes = 0
 

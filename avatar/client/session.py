@@ -166,6 +166,7 @@ class Session:
         rate_hz: int = 16000,
         channels: Literal[1, 2] = 1,
         encoding: Encoding = "pcm16",
+        listen_rate_hz: int | None = None,
         live: bool = False,
         video: Video = "rgb24",
         quality: int = 0,
@@ -178,6 +179,8 @@ class Session:
         audio: the whole speech, in pieces of any size, pushed while the body runs; the stream is then closed.
             Without it the body pushes audio and closes the stream itself.
         rate_hz, channels, encoding: format of the audio.
+        listen_rate_hz: rate of what `Stream.listen` sends, whose channels and encoding are those of the audio; by
+            default `rate_hz`.
         live: run in real time and idle without audio; otherwise as fast as possible.
         video, quality: encoding of the frames; `Avatar.capabilities` lists the supported ones.
         per_block: receive all frames of a block in one message; iteration still yields single frames.
@@ -189,11 +192,15 @@ class Session:
         If the connection breaks, the stream resumes on a new one within the gateway's `resume_s`. A body that exits
         before all frames have arrived deletes the session, which frees its capacity at once.
         """
+        code = value_of(ENCODINGS, "encoding", encoding)
+        audio_format, heard_format = (
+            types.AudioFormat(encoding=code, rate_hz=each, num_channels=channels) if each else None
+            for each in (rate_hz, listen_rate_hz)
+        )
         opening = pb.OpenAvatar(
             session_id=self.id,
-            audio=types.AudioFormat(
-                encoding=value_of(ENCODINGS, "encoding", encoding), rate_hz=rate_hz, num_channels=channels
-            ),
+            audio=audio_format,
+            listen=heard_format,
             mode=pb.OpenAvatar.MODE_LIVE if live else pb.OpenAvatar.MODE_OFFLINE,
             output=types.VideoOutput(
                 encoding=value_of(VIDEOS, "video", video),

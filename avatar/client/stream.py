@@ -64,8 +64,10 @@ class Stream:
         self._opening = opening
         self._resume_s = limits.resume_s
         self._sample_bytes = SAMPLE_BYTES[opening.audio.encoding] * opening.audio.num_channels
-        piece_bytes = min(round(opening.audio.rate_hz * PIECE_S) * self._sample_bytes, limits.max_audio_bytes)
-        self._piece_bytes = piece_bytes - piece_bytes % self._sample_bytes
+        self._piece_bytes, self._heard_bytes = (
+            min(round(rate_hz * PIECE_S), limits.max_audio_bytes // self._sample_bytes) * self._sample_bytes
+            for rate_hz in (opening.audio.rate_hz, opening.listen.rate_hz or opening.audio.rate_hz)
+        )
         self._lead = AudioLead(opening, limits)
         self._changed = ChangeSignal()
         # Received.
@@ -94,8 +96,7 @@ class Stream:
         data: samples in the stream's format, whole ones of every channel. An interrupt drops audio that is not yet
         written. Raises ValueError for a partial sample.
         """
-        if len(data) % self._sample_bytes:
-            raise ValueError(f"audio must be whole samples of {self._sample_bytes} bytes, got {len(data)} bytes")
+        self._check_samples(data)
         num_interrupts = self._num_interrupts
         async with self._send_lock:
             for start in range(0, len(data), self._piece_bytes):
@@ -110,6 +111,10 @@ class Stream:
                     return
                 self._lead.add(num_samples)
                 await self._send(pb.StreamAvatarRequest(audio=pb.AudioPiece(data=piece)))
+
+    def _check_samples(self, data: bytes) -> None:
+        if len(data) % self._sample_bytes:
+            raise ValueError(f"audio must be whole samples of {self._sample_bytes} bytes, got {len(data)} bytes")
 
     async def say(self, text: str, *, turn: int | None = None, language: str = "") -> None:
         """Send text for the deployment's voice to speak as a turn's audio, in pieces of any size.
@@ -126,6 +131,21 @@ class Stream:
             if text and self._num_interrupts == num_interrupts:
                 self._lead.say()
                 await self._send(pb.StreamAvatarRequest(say=pb.SayText(text=text, turn=turn, language=language)))
+
+    async def listen(self, data: bytes) -> None:
+        """Send audio of the person whom the avatar talks to, of any length. Returns once it is written.
+
+        Live, send it in real time, as it is recorded, whatever else is sent meanwhile; offline, send it before the
+        audio of the same time. An interrupt does not concern it.
+
+        data: samples in the stream's format, at its `listen_rate_hz`, whole ones of every channel. Raises ValueError
+        for a partial sample. If the checkpoint does not listen, which `Avatar.capabilities` says, the stream ends with
+        ListenUnsupported.
+        """
+        self._check_samples(data)
+        for start in range(0, len(data), self._heard_bytes):
+            piece = pb.HeardAudio(data=data[start : start + self._heard_bytes])
+            await self._send(pb.StreamAvatarRequest(listen=piece))
 
     async def end_turn(self) -> None:
         """End the turn: its audio is spoken to the end without waiting for more. Later audio is another turn."""

@@ -96,7 +96,11 @@ async def _pieces(opened: pb.OpenEncode, requests: AsyncIterator[pb.EncodeReques
         async for message in messages:
             piece = piece_from_bytes(message.data, *audio_format)
             if message.heard:
-                piece = replace(piece, heard=[heard_from_pb(heard) for heard in message.heard])
+                with as_invalid_field("listen.data", InvalidAudio):
+                    heard = [heard_from_pb(each) for each in message.heard]
+                    for each in heard:
+                        check_piece(AudioPiece(each.samples, each.rate_hz))
+                piece = replace(piece, heard=heard)
             if message.HasField("completes"):
                 behind = piece_from_bytes(message.behind, *audio_format).samples
                 piece = replace(piece, completes=message.completes, behind=behind, due_s=due_s(message))

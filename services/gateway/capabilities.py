@@ -59,6 +59,7 @@ def describe_capabilities(
         free_sessions=0 if refuses_live else num_free,
         draining=is_draining,
         voice=bool(settings.voice),
+        listens=info.listens,
         max_text_chars=MAX_TEXT_CHARS if settings.voice else 0,
         voice_languages=voice_languages,
         video_formats=[

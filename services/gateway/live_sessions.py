@@ -106,7 +106,7 @@ class LiveSessions:
         session = self._sessions.get(opened.session_id)
         if session is None:
             return await self._resume_from_record(opened)
-        for name in ("audio", "mode", "output", "return_audio"):
+        for name in ("audio", "mode", "output", "return_audio", "listen"):
             given, first = getattr(opened, name), getattr(session.opened, name)
             if given and given != first and given != type(given)():
                 raise InvalidField.at(f"open.{name}", "differs from the first `open`; leave it out")

@@ -1,7 +1,7 @@
 """Options of sessions and streams, translated between the public and the worker contract."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
@@ -29,18 +29,30 @@ SINK_OPTIONS: tuple[SinkOption, ...] = get_args(SinkOption)
 
 
 @dataclass(frozen=True)
-class StreamOptions:
-    """Options of a stream, from the `open` message of its client.
-
-    encoding, rate_hz, num_channels: of the client's audio. video, quality: of the frames, in the workers' words.
-    is_per_block: a block's frames travel in one message. is_per_latent: H.264 groups frames by latent frame.
-    takes_chunks: frames that are ready together travel in one message.
-    returns_audio: frames are accompanied by their audio.
-    """
+class AudioOptions:
+    """Format of audio: the encoding in the workers' words, the rate, and 1 or 2 channels."""
 
     encoding: str
     rate_hz: int
     num_channels: int
+
+    @cached_property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample of all channels."""
+        return SAMPLE_BYTES[self.encoding] * self.num_channels
+
+
+@dataclass(frozen=True)
+class StreamOptions(AudioOptions):
+    """Options of a stream, from the `open` message of its client: the format of its audio, and others.
+
+    video, quality: of the frames, in the workers' words.
+    is_per_block: a block's frames travel in one message. is_per_latent: H.264 groups frames by latent frame.
+    takes_chunks: frames that are ready together travel in one message.
+    returns_audio: frames are accompanied by their audio.
+    other_heard: format of the other person's audio, if it is another.
+    """
+
     video: str
     quality: int = 0
     is_live: bool = False
@@ -48,11 +60,12 @@ class StreamOptions:
     is_per_latent: bool = False
     takes_chunks: bool = False
     returns_audio: bool = False
+    other_heard: AudioOptions | None = None
 
-    @cached_property
-    def sample_bytes(self) -> int:
-        """Bytes of one sample of all channels."""
-        return SAMPLE_BYTES[self.encoding] * self.num_channels
+    @property
+    def heard(self) -> AudioOptions:
+        """Format of the other person's audio."""
+        return self.other_heard or self
 
     @cached_property
     def is_always_key(self) -> bool:
@@ -67,13 +80,7 @@ class StreamOptions:
 
 def stream_options(opened: pb.OpenAvatar) -> StreamOptions:
     """Return the options of an `open` message. InvalidAudio or InvalidField if an audio or video format is unknown."""
-    audio, output = opened.audio, opened.output
-    if audio.encoding not in SAMPLE_ENCODINGS:
-        raise InvalidAudio.at("open.audio.encoding", "expected PCM16 or FLOAT32")
-    if not MIN_RATE_HZ <= audio.rate_hz <= MAX_RATE_HZ:
-        raise InvalidAudio.at("open.audio.rate_hz", f"{audio.rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
-    if audio.num_channels not in (1, 2):
-        raise InvalidAudio.at("open.audio.num_channels", f"{audio.num_channels}, expected 1 or 2")
+    audio, output = _audio_options(opened.audio, "open.audio"), opened.output
     if opened.mode not in pb.OpenAvatar.Mode.values():
         raise InvalidField.at("open.mode", f"{opened.mode} is no mode")
     video = output.encoding or types.VIDEO_ENCODING_RGB24
@@ -82,9 +89,7 @@ def stream_options(opened: pb.OpenAvatar) -> StreamOptions:
     if output.quality > MAX_QUALITY:
         raise InvalidField.at("open.output.quality", f"{output.quality}, expected 1 to {MAX_QUALITY}, or 0")
     return StreamOptions(
-        encoding=SAMPLE_ENCODINGS[audio.encoding],
-        rate_hz=audio.rate_hz,
-        num_channels=audio.num_channels,
+        **asdict(audio),
         video=VIDEO_ENCODINGS[video],
         quality=output.quality,
         is_live=opened.mode == pb.OpenAvatar.MODE_LIVE,
@@ -92,7 +97,19 @@ def stream_options(opened: pb.OpenAvatar) -> StreamOptions:
         is_per_latent=output.per_latent,
         takes_chunks=output.takes_chunks,
         returns_audio=opened.return_audio,
+        other_heard=_audio_options(opened.listen, "open.listen") if opened.HasField("listen") else None,
     )
+
+
+def _audio_options(audio: types.AudioFormat, field: str) -> AudioOptions:
+    """Return a format of audio. field: the name that errors give it. InvalidAudio if a value is out of range."""
+    if audio.encoding not in SAMPLE_ENCODINGS:
+        raise InvalidAudio.at(f"{field}.encoding", "expected PCM16 or FLOAT32")
+    if not MIN_RATE_HZ <= audio.rate_hz <= MAX_RATE_HZ:
+        raise InvalidAudio.at(f"{field}.rate_hz", f"{audio.rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
+    if audio.num_channels not in (1, 2):
+        raise InvalidAudio.at(f"{field}.num_channels", f"{audio.num_channels}, expected 1 or 2")
+    return AudioOptions(SAMPLE_ENCODINGS[audio.encoding], audio.rate_hz, audio.num_channels)
 
 
 async def set_session_options(

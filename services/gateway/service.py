@@ -297,7 +297,8 @@ class AvatarServicer(avatar_service_pb2_grpc.AvatarServiceServicer):
             await session.serve(self._opened, requests, context.write, next_frame)
             return
         options = stream_options(session.opened)
-        async with aclosing(self._quotas.metered(requests, options.rate_hz * options.sample_bytes)) as metered:
+        bytes_per_s = [each.rate_hz * each.sample_bytes for each in (options, options.heard)]
+        async with aclosing(self._quotas.metered(requests, *bytes_per_s)) as metered:
             await session.serve(self._opened, metered, context.write, next_frame)
 
     async def _receive_open(self, requests: AsyncIterator[pb.StreamAvatarRequest]) -> pb.OpenAvatar:

@@ -40,6 +40,7 @@ class SessionStages:
     block_latency_s: seconds from a block's audio to its first frame, as the workers have measured it.
     lookahead_ns: audio after a block's end that its features depend on, in nanoseconds.
     notice: why the stream will lag, in words for the client; empty if the deployment keeps up with it.
+    listens: the network takes audio of another person.
     sink_update_block: the first block under the session's own sink; None if the picture stays the sink.
     decoding: the decoder's answer to its `open`, with bytes that precede all frames and the frames' marks.
     """
@@ -51,6 +52,7 @@ class SessionStages:
     block_latency_s: float = 0.0
     lookahead_ns: int = 0
     notice: str = ""
+    listens: bool = False
     sink_update_block: int | None = None
     decoding: vae_pb2.DecodeOpened = field(default_factory=vae_pb2.DecodeOpened)
 
@@ -183,6 +185,7 @@ async def open_stages(
         info.block_latency_s(waits_for_block=options.waits_for_block),
         lookahead_ns,
         notice,
+        info.listens,
     )
     try:
         await stages.check_room(workers)

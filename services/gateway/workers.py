@@ -74,6 +74,11 @@ class DeploymentInfo:
         return list(self.vae.encodings) or ["rgb24"]
 
     @property
+    def listens(self) -> bool:
+        """True if the network takes audio of another person, or face motion, which follows it."""
+        return bool(self.denoisers[0].inputs)
+
+    @property
     def schedule(self) -> list[float]:
         """Sigma of each level, descending."""
         return list(self.denoisers[0].schedule)

@@ -1,23 +1,32 @@
 """A checkpoint that listens and takes face motion, served: the same bytes as in one process, also after a loss."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from avatar.audio.model import load
+from avatar.audio.model import AudioState, load
 from avatar.checkpoints.layouts import open_part
+from avatar.client import connect
+from avatar.errors import InvalidAudio
+from avatar.render import RenderOptions, render
+from avatar.render import load as load_models
 from avatar.rpc.channel import channel
 from avatar.rpc.client import remote_audio
 from avatar.rpc.codec import block_from_wire
 from avatar.rpc.server import serving
 from avatar.runtime.device_queue import DeviceQueue
-from avatar.settings import AudioSettings
+from avatar.settings import AudioSettings, GatewaySettings
 from avatar.store.sessions import SessionStore
-from avatar.types import AudioPiece, HeardAudio, Session
+from avatar.types import AudioPiece, Block, HeardAudio, Session
 from avatar.worker.v1 import audio_pb2 as pb
 from services.audio.__main__ import build
+from services.local.suite import suite
 from tests.conftest import speech
 from tests.services.test_recovery import breakable, half_spoken
 from tests.services.test_suite import rendered
@@ -27,17 +36,65 @@ BLOCK = 7680
 INPUTS = ("heard", "face_motion")
 
 
-async def test_losing_any_worker_changes_no_frame_of_a_moving_face(
+def samples_of(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.int16)[None] / 32768
+
+
+def rendered_listening(checkpoint: Path, picture: bytes, data: bytes, heard: bytes) -> list[bytes]:
+    """Return the frames that the models give of a person who listens, without services."""
+    models, other = load_models(checkpoint), samples_of(heard)
+    step = models.audio.step
+
+    def listen(piece: AudioPiece, state: AudioState) -> list[Block]:
+        start = state.num_samples
+        of_piece = HeardAudio(other[:, start : start + piece.samples.shape[1]], 16000, start)
+        return step(replace(piece, heard=[of_piece]), state)
+
+    models.audio.step = listen  # type: ignore[method-assign]
+    chunks = render(models, [samples_of(data)], 16000, picture, RenderOptions(seed=7))
+    return [frame.numpy().tobytes() for chunk in chunks for frame in chunk.frames]
+
+
+async def test_losing_every_worker_while_it_listens_changes_no_frame(
     listening_checkpoint: Path, store: SessionStore, picture: bytes
 ) -> None:
+    own, other = speech(SECONDS), speech(SECONDS, 2)
     async with (
-        breakable(listening_checkpoint, store, "audio", "denoisers") as broken,
-        half_spoken(broken.target, picture, speech(SECONDS), 10) as streamed,
+        breakable(listening_checkpoint, store, "audio", "denoisers", "vae") as broken,
+        half_spoken(broken.target, picture, own, 10, other) as streamed,
     ):
         for proxy in broken.proxies.values():
             proxy.cut()
-    assert streamed.pixels == rendered(listening_checkpoint, picture, speech(SECONDS), seed=7)
-    assert streamed.pixels != rendered(listening_checkpoint, picture, speech(SECONDS), seed=8)
+    assert streamed.pixels == rendered_listening(listening_checkpoint, picture, own, other)
+    assert streamed.pixels != rendered(listening_checkpoint, picture, own, seed=7)
+
+
+async def test_a_client_listens_at_a_rate_of_its_own_and_without_a_word_nothing_changes(
+    listening_checkpoint: Path, store: SessionStore, picture: bytes
+) -> None:
+    own, other = speech(1.2), speech(0.6, 2)  # at half the rate
+    silent = rendered(listening_checkpoint, picture, own, seed=7)
+    async with (
+        suite(listening_checkpoint, store, GatewaySettings(listen="127.0.0.1:0")) as target,
+        connect(target) as avatar,
+    ):
+        assert (await avatar.capabilities()).listens
+        frames = []
+        for heard in (b"", other):
+            session = await avatar.create(picture, seed=7)
+            async with session.stream(listen_rate_hz=8000) as stream:
+                await stream.listen(heard)
+                await stream.push(own)
+                await stream.close()
+                frames.append([frame.data async for frame in stream.frames()])
+        assert frames[0] == silent
+        assert frames[1] != silent
+        session = await avatar.create(picture)
+        async with session.stream(encoding="float32") as stream:
+            await stream.listen(np.full(16000, np.nan, np.float32).tobytes())
+            await stream.push(bytes(4 * 16000))
+            with pytest.raises(InvalidAudio, match=r"listen.data: audio samples must be finite"):
+                [item async for item in stream]
 
 
 @pytest.mark.parametrize("inputs", [INPUTS, ()], ids=["listening", "deaf"])
@@ -67,7 +124,7 @@ async def test_a_worker_makes_the_inputs_that_a_stream_asks_for(
 
     model = load(open_part(listening_checkpoint, "audio"))
     state = model.open(Session("a", 5, torch.zeros(0)), inputs)
-    samples = [torch.frombuffer(bytearray(each), dtype=torch.int16)[None] / 32768 for each in (own, other)]
+    samples = [samples_of(each) for each in (own, other)]
     expected = []
     for index in range(4):
         mine, heard = (each[:, index * BLOCK : (index + 1) * BLOCK] for each in samples)

@@ -17,7 +17,19 @@ from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
 from services.local.suite import gateway, suite, workers
 from tests.conftest import RATE_HZ, UnreliableHashes, speech
-from tests.product import CLOSE, Streamed, connected, finish, new_session, open_stream, pieces, read_frames, rest, send
+from tests.product import (
+    CLOSE,
+    Streamed,
+    connected,
+    finish,
+    listening,
+    new_session,
+    open_stream,
+    pieces,
+    read_frames,
+    rest,
+    send,
+)
 from tests.proxy import Proxy, proxied
 from tests.refusals import refused
 from tests.services.test_suite import SECONDS, rendered
@@ -48,8 +60,10 @@ async def breakable(checkpoint: Path, store: SessionStore, *stages: str) -> Asyn
 
 
 @asynccontextmanager
-async def half_spoken(target: str, picture: bytes, data: bytes, num_frames: int) -> AsyncGenerator[Streamed, None]:
-    """Stream speech until there are so many frames, run the body, then stream the rest.
+async def half_spoken(
+    target: str, picture: bytes, data: bytes, num_frames: int, heard: bytes = b""
+) -> AsyncGenerator[Streamed, None]:
+    """Stream speech until there are so many frames, run the body, then stream the rest. heard: what it listens to.
 
     Until the body runs, the stream is sent what those frames need but not all, so that no stage has finished by then.
     """
@@ -58,10 +72,10 @@ async def half_spoken(target: str, picture: bytes, data: bytes, num_frames: int)
         session = await new_session(stub, picture, seed=7)
         call, _ = await open_stream(stub, session.id)
         streamed = Streamed()
-        await send(call, pieces(data[:cut]))
+        await send(call, listening(data[:cut], heard[:cut]))
         await read_frames(call, streamed, num_frames)
         yield streamed
-        await finish(call, [*pieces(data[cut:]), CLOSE], streamed)
+        await finish(call, [*listening(data[cut:], heard[cut:]), CLOSE], streamed)
     assert streamed.indexes == list(range(3, 3 + len(streamed.frames))), "no frame is lost, none is repeated"
 
 

@@ -119,13 +119,18 @@ class Quotas:
                         await self._end_lease(_leases(tenant, "sessions"), claim)
 
     async def metered(
-        self, requests: AsyncIterator[pb.StreamAvatarRequest], bytes_per_s: int
+        self, requests: AsyncIterator[pb.StreamAvatarRequest], bytes_per_s: int, heard_bytes_per_s: int
     ) -> AsyncGenerator[pb.StreamAvatarRequest, None]:
-        """Pass a stream's requests on and count their audio. QuotaExceeded once the day's audio is used up."""
+        """Pass a stream's requests on and count their audio. QuotaExceeded once the day's audio is used up.
+
+        heard_bytes_per_s: of the other person's audio, which counts too.
+        """
         use_audio = self.audio_meter()
         async for request in requests:
             if request.HasField("audio"):
                 await use_audio(len(request.audio.data) / bytes_per_s)
+            elif request.HasField("listen"):
+                await use_audio(len(request.listen.data) / heard_bytes_per_s)
             yield request
 
     def audio_meter(self) -> Callable[[float], Awaitable[None]]:

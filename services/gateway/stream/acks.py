@@ -53,7 +53,7 @@ class Acks:
         last = self._pending[-1] if self._pending else None
         # Messages that end a turn stay apart: sent again together, they would end turns that are over.
         is_like_last = last is not None and last.kind == kind and last.is_open == is_open and ended_turn is None
-        is_empty = kind in ("audio", "say") and not num_samples and not is_open
+        is_empty = kind in ("audio", "say", "listen") and not num_samples and not is_open
         if last and (is_empty or (is_like_last and (is_open or last.num_samples + num_samples <= self._group_samples))):
             last.num_samples, last.num_messages = last.num_samples + num_samples, last.num_messages + 1
         else:

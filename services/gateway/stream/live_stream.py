@@ -31,6 +31,7 @@ from services.gateway.stream.acks import Acks
 from services.gateway.stream.conditions import ConditionVersions
 from services.gateway.stream.framing import Framer, playback_finished
 from services.gateway.stream.in_flight import FIRST_FRAME, BlocksInFlight, StartedBlock, Turn
+from services.gateway.stream.incoming.heard_queue import HeardQueue
 from services.gateway.stream.incoming.intake import Intake
 from services.gateway.stream.incoming.turn_speaker import TurnSpeaker
 from services.gateway.stream.outbox import Item, Outbox, notice
@@ -93,12 +94,13 @@ class LiveStream:
         turn = Turn(position.turn, num_samples=delivered, num_finished=delivered, is_started=delivered > 0)
         lookahead_samples = -(-stages.lookahead_ns * options.rate_hz // 1_000_000_000)
         pacing = LivePacing(lookahead_samples, settings.patience_s, stages.remaining_s[0])
+        heard = HeardQueue(options, self._grid, settings.live_ahead_s)
         self._speech = SpeechQueue(
-            self._grid, options.sample_bytes, self._in_flight, pacing, turn, position.num_samples, now
+            self._grid, options.sample_bytes, self._in_flight, pacing, turn, position.num_samples, now, heard.take
         )
         self.speaker: TurnSpeaker | None = None
         self._framer = Framer(options)
-        self._intake = Intake(options, settings, self._speech, self.acks, self.outbox, now)
+        self._intake = Intake(options, settings, self._speech, heard, self.acks, self.outbox, now)
         # The running statistics of the audio stage as of each admitted block.
         self._statistics: deque[bytes] = deque()
         # When the session's first frame was put into the outbox, here or at another gateway.
@@ -150,6 +152,9 @@ class LiveStream:
                 if self.speaker is None:
                     raise VoiceUnsupported("this deployment has no voice; send audio")
                 self.acks.received(kind, is_open=self.speaker.add(request.say))
+            case "listen" as kind:
+                self._intake.add_heard(request.listen.data, is_offered=self._stages.listens)
+                self.acks.received(kind)
             case "end_turn" as kind:
                 turn = self._speech.end_turn()
                 self.acks.received(kind, ended_turn=turn.number)

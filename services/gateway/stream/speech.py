@@ -10,7 +10,7 @@ follow the block: more speech, or silence.
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -51,7 +51,9 @@ class SpeechQueue:
         turn: Turn | None = None,
         num_samples: int = 0,
         now: Callable[[], float] = time.monotonic,
+        take_heard: Callable[[int, int], Sequence[audio_pb2.HeardAudio]] = lambda *_: (),
     ) -> None:
+        """take_heard: returns the other person's audio up to a number of blocks, and of samples behind them."""
         self.unfinished: deque[Turn] = deque([turn or Turn(0)])
         self.num_samples = num_samples
         self._grid = grid
@@ -59,6 +61,7 @@ class SpeechQueue:
         self._in_flight = in_flight
         self._pacing = pacing
         self._now = now
+        self._take_heard = take_heard
         self._changed = asyncio.Event()
         self._last_added_s = 0.0
         self._is_closed = False
@@ -187,7 +190,10 @@ class SpeechQueue:
                 yield self._pass_on(turn)
             elif self._is_done(turn):
                 if self._filling:
+                    heard = self._take_heard(self._next_block, len(self._filling) // self._sample_bytes)
                     self._start_filled()
+                    if heard:
+                        yield audio_pb2.AudioPiece(heard=heard)
                 return
             else:
                 self._changed.clear()
@@ -200,9 +206,10 @@ class SpeechQueue:
         data = bytes(turn.pending[:missing])
         del turn.pending[:missing]
         self._filling += data
-        if len(data) == missing:
-            self._start_filled()
-        return audio_pb2.AudioPiece(data=data)
+        if len(data) < missing:
+            return audio_pb2.AudioPiece(data=data)
+        self._start_filled()
+        return audio_pb2.AudioPiece(data=data, heard=self._take_heard(self._next_block, 0))
 
     def _fill_up(self) -> audio_pb2.AudioPiece:
         """Return silence up to the end of the block, which completes it without lookahead."""
@@ -211,7 +218,8 @@ class SpeechQueue:
             data = bytes(self._block_bytes() - len(self._filling))
             self._start_filled().is_dropped = self._is_interrupted
         self._filling_turn, self._is_interrupted = None, False
-        return audio_pb2.AudioPiece(data=data, completes=self._next_block - 1)
+        heard = self._take_heard(self._next_block, 0)
+        return audio_pb2.AudioPiece(data=data, completes=self._next_block - 1, heard=heard)
 
     def _start_filled(self) -> StartedBlock:
         """Start the block that is being filled, with silence where it is not full."""
@@ -310,4 +318,5 @@ class SpeechQueue:
             completes=self._next_block - 1,
             behind=lookahead,
             slack_s=due_s - self._pacing.remaining_s - self._now(),
+            heard=self._take_heard(self._next_block, 0),
         )

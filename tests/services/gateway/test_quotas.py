@@ -24,6 +24,7 @@ from tests.store.expiry import elapse
 ACME = Tenant("acme", max_sessions=1, max_audio_s=10.0, max_references=1)
 GLOBEX = Tenant("globex", max_sessions=1, max_audio_s=10.0)
 BYTES_PER_S = 100
+HEARD_BYTES_PER_S = 50
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ async def send_audio(quotas: Quotas, seconds: int) -> None:
             yield pb.StreamAvatarRequest(audio=pb.AudioPiece(data=bytes(BYTES_PER_S)))
         yield pb.StreamAvatarRequest(close=pb.CloseAvatar())
 
-    assert [request async for request in quotas.metered(pieces(), BYTES_PER_S)]
+    assert [request async for request in quotas.metered(pieces(), BYTES_PER_S, HEARD_BYTES_PER_S)]
 
 
 def claim(hashes: RedisHashes, session_id: str = "a", ttl_s: float = 60.0) -> Claim:
@@ -195,7 +196,7 @@ async def test_gateways_at_once_pass_the_quota_by_less_than_one_piece(usage: Ten
                 yield pb.StreamAvatarRequest(audio=pb.AudioPiece(data=bytes(70)))
 
         try:
-            async for _ in quotas.metered(pieces(), BYTES_PER_S):
+            async for _ in quotas.metered(pieces(), BYTES_PER_S, HEARD_BYTES_PER_S):
                 num_accepted += 1
         except QuotaExceeded:
             return
@@ -203,6 +204,19 @@ async def test_gateways_at_once_pass_the_quota_by_less_than_one_piece(usage: Ten
     with calling(ACME):
         await asyncio.gather(*(send(quotas) for quotas in gateways * 3))
     assert 10.0 - 0.7 * len(gateways) <= 0.7 * num_accepted < 10.0 + 0.7
+
+
+async def test_audio_that_the_avatar_listens_to_counts(usage: TenantUsage) -> None:
+    async def pieces() -> AsyncIterator[pb.StreamAvatarRequest]:
+        for _ in range(11):
+            yield pb.StreamAvatarRequest(listen=pb.HeardAudio(data=bytes(HEARD_BYTES_PER_S)))
+
+    metered = Quotas(usage).metered(pieces(), BYTES_PER_S, HEARD_BYTES_PER_S)
+    with calling(ACME):
+        for _ in range(10):
+            await anext(metered)
+        with pytest.raises(QuotaExceeded):
+            await anext(metered)
 
 
 async def test_audio_that_is_reserved_and_not_used_is_returned(usage: TenantUsage, hashes: RedisHashes) -> None:

@@ -6,7 +6,9 @@ from itertools import pairwise
 import pytest
 
 from avatar.worker.v1 import audio_pb2, types_pb2
+from services.gateway.options import StreamOptions
 from services.gateway.stream.in_flight import BlocksInFlight
+from services.gateway.stream.incoming.heard_queue import HeardQueue
 from services.gateway.stream.outbox import Outbox
 from services.gateway.stream.speech import LivePacing, SpeechQueue
 from services.gateway.stream.timeline import MediaGrid, Timeline
@@ -24,7 +26,9 @@ class SpeechAtTheClock:
         self.clock = Clock()
         self.in_flight = BlocksInFlight(1)
         self.in_flight.connected.set()
-        self.queue = SpeechQueue(GRID, 2, self.in_flight, LivePacing(LOOKAHEAD, 0.25), now=self.clock)
+        self.heard = HeardQueue(StreamOptions("pcm16", 16000, 1, "rgb24", is_live=True), GRID, max_ahead_s=1.0)
+        pacing, take_heard = LivePacing(LOOKAHEAD, 0.25), self.heard.take
+        self.queue = SpeechQueue(GRID, 2, self.in_flight, pacing, now=self.clock, take_heard=take_heard)
         self.timeline = Timeline(GRID, 0.07, self.clock)
         self.timeline.restart(0)
         self.num_blocks = 0
@@ -144,3 +148,18 @@ async def test_only_audio_that_starts_or_completes_a_block_wakes_the_stream(monk
     piece = await starting
     assert len(piece.data) == 2 * BLOCK
     await pieces.aclose()
+
+
+async def test_idle_blocks_and_speech_take_what_the_avatar_listens_to_and_an_interrupt_leaves_it() -> None:
+    speech = SpeechAtTheClock()
+    speech.heard.add(bytes(2 * 1000))
+    idle = await speech.block()
+    assert speech.is_idle
+    assert [(each.first_sample, len(each.data)) for each in idle.heard] == [(BLOCK - 1000, 2 * 1000)]
+    speech.add(BLOCK + LOOKAHEAD)
+    assert not (await speech.block()).heard, "it waits for none"
+    speech.heard.add(bytes(2 * 500))
+    speech.add(BLOCK)
+    speech.queue.interrupt()
+    [heard] = (await speech.block()).heard
+    assert (heard.first_sample, len(heard.data)) == (3 * BLOCK - 500, 2 * 500)
