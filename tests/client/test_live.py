@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from avatar.client import Audio, Frame, Item, Notice, PlaybackFinished, PlaybackStarted, Stream, connect
+from avatar.client import Audio, Frame, Item, Notice, PlaybackFinished, PlaybackStarted, Stream, WordStarted, connect
 from avatar.client import stream as client_stream
 from avatar.errors import ConnectionLost
 from avatar.store.sessions import SessionStore
 from tests.conftest import speech
 from tests.proxy import Proxy, proxied
+from tests.services.voice.fakes import ToneEngine, voice_worker
 from tests.standin import standin_gateway
 
 
@@ -229,6 +230,29 @@ async def test_requests_sent_while_the_connection_is_broken_arrive_once(store: S
         items += await until(stream, PlaybackFinished)
     assert finish(items).position_s == 2.0
     assert spoken(items) == samples(speech(1.0) + speech(1.0, seed=1))
+
+
+async def test_text_sent_while_the_connection_is_broken_is_spoken_once(store: SessionStore) -> None:
+    engine = ToneEngine()
+    async with (
+        voice_worker(store, engine) as voice,
+        live_stream(store, settings={"voice": (voice,)}) as (stream, proxy),
+        asyncio.TaskGroup() as tasks,
+    ):
+        await stream.say("Good day. I")
+        items = await until(stream, WordStarted)
+        proxy.swallow()
+        proxy.cut()
+        sending = tasks.create_task(stream.say(" am Ada."))
+        await asyncio.sleep(0.1)  # it may be written into the dead connection
+        proxy.mend()
+        await sending
+        await stream.end_turn()
+        items += await until(stream, PlaybackFinished)
+    assert finish(items).spoken == "Good day. I am Ada."
+    assert [item.word for item in items if isinstance(item, WordStarted)] == ["Good", "day.", "I", "am", "Ada."]
+    assert engine.sentences == ["Good day.", "I am Ada."]
+    assert_complete(items)
 
 
 async def test_an_interrupt_survives_a_broken_connection(store: SessionStore) -> None:

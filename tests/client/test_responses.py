@@ -2,7 +2,7 @@
 
 import pytest
 
-from avatar.client import Frame, Item, Notice, NoticeKind, connect
+from avatar.client import Frame, Item, Notice, NoticeKind, PlaybackFinished, WordStarted, connect
 from avatar.errors import AvatarError, ResumeImpossible, SessionBusy, StageLost
 from avatar.v1 import avatar_service_pb2 as pb
 from tests.client.scripted import CLOSED, Call, frames, notice, scripted
@@ -22,6 +22,21 @@ async def test_notices_are_typed_and_unknown_kinds_of_notices_and_events_are_har
     assert await items_of([going_away, notice(1, kind=99), unknown, CLOSED]) == [
         Notice(0, 0.0, NoticeKind.GOING_AWAY, "bye", 3.5, 0),
         Notice(1, 0.0, NoticeKind.UNKNOWN, "", 0.0, 0),
+    ]
+
+
+async def test_words_and_what_was_spoken_are_typed() -> None:
+    word = pb.WordStarted(turn=1, word="day.", first_char=5, position_us=250_000, is_estimated=True)
+    end = pb.PlaybackFinished(turn=1, position_us=500_000, next_frame=9, spoken="Good day.")
+    responses = [
+        pb.StreamAvatarResponse(event=pb.AvatarEvent(number=0, pts_us=370_000, word_started=word)),
+        pb.StreamAvatarResponse(event=pb.AvatarEvent(number=1, pts_us=400_000, playback_finished=end)),
+        notice(2, kind=pb.Notice.KIND_TEXT_UNSPOKEN, message="slow", reason="VOICE_FAILED", turn=0),
+    ]
+    assert await items_of([*responses, CLOSED]) == [
+        WordStarted(0, 0.37, 1, "day.", 5, 0.25, is_estimated=True),
+        PlaybackFinished(1, 0.4, 1, 0.5, was_interrupted=False, next_frame=9, spoken="Good day."),
+        Notice(2, 0.0, NoticeKind.TEXT_UNSPOKEN, "slow", 0.0, 0, "VOICE_FAILED", 0),
     ]
 
 

@@ -3,9 +3,11 @@
 import pytest
 
 from avatar.client import send_queue
-from avatar.client.send_queue import SendQueue
+from avatar.client.items import Frame, PlaybackFinished
+from avatar.client.send_queue import AudioLead, SendQueue
 from avatar.errors import ConnectionLost
 from avatar.v1 import avatar_service_pb2 as pb
+from avatar.v1 import types_pb2 as types
 
 INTERRUPT = pb.StreamAvatarRequest(interrupt=pb.InterruptAvatar())
 END = pb.StreamAvatarRequest(end_turn=pb.EndTurn())
@@ -69,3 +71,20 @@ def test_undelivered_audio_that_was_dropped_is_an_error(monkeypatch: pytest.Monk
         queue.rewind(0)
     queue.rewind(1)
     assert pending(queue) == [audio(b"cd"), audio(b"ef")]
+
+
+def test_frames_of_a_turn_of_text_show_no_audio() -> None:
+    opening = pb.OpenAvatar(audio=types.AudioFormat(rate_hz=25000), mode=pb.OpenAvatar.MODE_LIVE)
+    video = types.VideoFormat(frame_rate_hz=25)
+    lead = AudioLead(opening, pb.GetCapabilitiesResponse(video=video, block_frames=5, max_live_ahead_s=1.2))
+    lead.say()
+    lead.end_turn()
+    lead.add(25000)
+    assert not lead.has_room(1000)
+    for index in range(20):
+        lead.update(Frame(index, 0.0, b"", is_idle=False, is_key=True, num_frames=1))
+    assert not lead.has_room(1000), "they show the text"
+    lead.update(PlaybackFinished(0, 0.0, 0, 0.8, was_interrupted=False, next_frame=20))
+    assert not lead.has_room(1000)
+    lead.update(Frame(20, 0.0, b"", is_idle=False, is_key=True, num_frames=1))
+    assert lead.has_room(1000)

@@ -34,3 +34,24 @@ def test_tiny_messages_are_acknowledged_together() -> None:
         acks.received("end_turn", ended_turn=turn)
         acks.received("audio")
     assert acks.num_pending == 2 + 1 + 3
+
+
+def test_text_is_done_once_all_its_speech_is_delivered() -> None:
+    acks, position = Acks(types_pb2.Position(), group_samples=20), types_pb2.Position(turn=1)
+    for _ in range(3):
+        acks.received("say", is_open=True)
+    acks.received("say")  # one that is refused
+    acks.received("end_turn", ended_turn=0)
+    acks.received("audio", 5)
+    acks.spoken(100)
+    acks.record(position, 100)
+    assert (position.num_messages, position.num_samples) == (0, 100), "more speech may come"
+    acks.spoken(50)
+    acks.finish_text()
+    acks.record(position, 149)
+    assert (position.num_messages, position.num_message_samples) == (0, 0)
+    acks.record(position, 150)
+    assert (position.num_messages, position.num_message_samples) == (5, 150)
+    acks.record(position, 155)
+    assert position.num_messages == acks.num_messages == 6
+    assert position.num_message_samples == acks.num_samples == 155
