@@ -27,11 +27,11 @@ READY_S = 10.0
 
 
 class RecordingAudio(AudioServicer):
-    """Records session ids and the audio of all blocks, including the silence that the gateway inserts."""
+    """Records session ids, the audio of all blocks with the silence that the gateway inserts, and what is heard."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
-        self.received = bytearray()
+        self.received, self.heard = bytearray(), bytearray()
         self.sessions: list[str] = []
 
     async def Encode(
@@ -40,6 +40,7 @@ class RecordingAudio(AudioServicer):
         async def recorded() -> AsyncGenerator[audio_pb2.EncodeRequest, None]:
             async for request in requests:
                 self.received += request.piece.data
+                self.heard += b"".join(each.data for each in request.piece.heard)
                 if request.HasField("open"):
                     self.sessions.append(request.open.session_id)
                 yield request

@@ -2,10 +2,11 @@
 
     microphone, clip, text -> PendingSpeech -> stream -> Playout -> video and audio track
 
-The microphone arrives as an audio track. Everything else uses a data channel that the browser opens: binary messages
-are mono PCM16 at `RATE_HZ`, text messages are JSON objects with a `type`.
+The microphone has two uses: its audio is spoken by the avatar, or the avatar listens to it. It arrives as an audio
+track. Everything else uses a data channel that the browser opens: binary messages are mono PCM16 at `RATE_HZ`, text
+messages are JSON objects with a `type`.
 
-    from the browser  end_turn | interrupt | microphone {is_on} | text {text}
+    from the browser  end_turn | interrupt | microphone {use: speak, talk, off} | text {text}
     to the browser    state {state: idle, speaking, interrupted} | reaction {seconds} | interrupted {position_s}
                       notice {text} | ended {text}
 """
@@ -57,14 +58,17 @@ MAX_TURNS = 512
 class BrowserSession:
     """A session with one browser. Its tracks are added to `peer` at once; `run` does the rest."""
 
-    def __init__(self, peer: RTCPeerConnection, session: Session) -> None:
-        self._peer, self._session = peer, session
+    def __init__(self, peer: RTCPeerConnection, session: Session, *, listens: bool = False) -> None:
+        """listens: the deployment does, so that the microphone may be used to talk to the avatar."""
+        self._peer, self._session, self._listens = peer, session, listens
         self._channel: RTCDataChannel | None = None
         self._microphone: MediaStreamTrack | None = None
         self._connected, self._closed = asyncio.Event(), asyncio.Event()
         self._commands: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MAX_COMMANDS)
         self._pending = PendingSpeech(MAX_PENDING_S)
-        self._is_microphone_on = self._is_refusing = self._is_in_turn = False
+        self._heard = PendingSpeech(MAX_MICROPHONE_S)
+        self._microphone_use = "off"
+        self._is_refusing = self._is_in_turn = False
         # Arrival of the first piece of each turn that is not yet shown.
         self._turn_starts: deque[float] = deque(maxlen=MAX_TURNS)
         self._state = ""
@@ -100,9 +104,10 @@ class BrowserSession:
             background(self._push_speech(stream)) as pushing,
             background(self._run_commands(stream)) as commands,
             background(self._read_microphone()) as microphone,
+            background(self._push_heard(stream)) as listening,
             background(self._until_closed()) as closed,
         ):
-            tasks = {playing, pushing, commands, microphone, closed}
+            tasks = {playing, pushing, commands, microphone, listening, closed}
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
                 each.result()
@@ -124,16 +129,24 @@ class BrowserSession:
                 case None:
                     await stream.end_turn()
 
+    async def _push_heard(self, stream: Stream) -> None:
+        while True:
+            data = await self._heard.get()
+            assert isinstance(data, bytes)
+            await stream.listen(data)
+
     async def _read_microphone(self) -> None:
-        """Add the microphone's audio while it is on."""
+        """Add the microphone's audio while it is on, to what is spoken or to what the avatar listens to."""
         resample = Resampler(RATE_HZ)
         try:
             while self._microphone:
                 frame = await self._microphone.recv()
                 assert isinstance(frame, AudioFrame)
                 data = resample(frame)
-                if self._is_microphone_on and self._pending.seconds < MAX_MICROPHONE_S:
+                if self._microphone_use == "speak" and self._pending.seconds < MAX_MICROPHONE_S:
                     self._add_audio(data)
+                elif self._microphone_use == "talk" and data and not self._heard.is_full:
+                    self._heard.put(data)
         except MediaStreamError:
             pass  # the browser has removed its track
         await self._closed.wait()
@@ -143,10 +156,12 @@ class BrowserSession:
             match await self._commands.get():
                 case {"type": "interrupt"}:
                     await self._interrupt(stream)
-                case {"type": "microphone", "is_on": bool(is_on)}:
-                    if self._is_microphone_on and not is_on:
+                case {"type": "microphone", "use": "talk"} if not self._listens:
+                    self._send("notice", text="This avatar does not listen.")
+                case {"type": "microphone", "use": "speak" | "talk" | "off" as use}:
+                    if self._microphone_use == "speak" and use != "speak":
                         self._end_turn()
-                    self._is_microphone_on = is_on
+                    self._microphone_use = use
                 case {"type": "end_turn"}:
                     self._is_refusing = False
                     self._end_turn()

@@ -119,6 +119,7 @@ class PageServer:
             "rate_hz": RATE_HZ,
             "max_clip_s": MAX_PENDING_S,
             "max_text": self._limits.max_text_chars,
+            "listens": self._limits.listens,
         }
         return web.json_response(about)
 
@@ -175,7 +176,7 @@ class PageServer:
         capabilities = await self._avatar.capabilities()  # with the latest measured reaction time
         session = await self._avatar.create(offer.picture, ttl_s=SESSION_TTL_S)
         peer = RTCPeerConnection()
-        browser_session = BrowserSession(peer, session)
+        browser_session = BrowserSession(peer, session, listens=capabilities.listens)
         try:
             sdp = await answer_sdp(peer, offer.sdp)
         except BaseException:

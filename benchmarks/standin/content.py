@@ -36,11 +36,12 @@ MOOF = struct.pack(">I4s", 8 + len(MFHD) + len(TRAF), b"moof") + MFHD + TRAF
 class Content:
     """Sizes of a block's messages, as in the public 14B network at 720x400 in bfloat16.
 
-    block_latents: latent frames of a block. num_levels: of the schedule.
+    block_latents: latent frames of a block. num_levels: of the schedule. inputs: those of the network beside features.
     """
 
     block_latents: int = BLOCK_LATENTS
     num_levels: int = NUM_LEVELS
+    inputs: tuple[str, ...] = ()
 
     @property
     def block_frames(self) -> int:

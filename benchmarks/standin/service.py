@@ -172,6 +172,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             num_trained_levels=content.NUM_LEVELS,
             schedule=[1 - level / content.NUM_LEVELS for level in range(self._stage.content.num_levels)],
             block_frames=self._stage.content.block_frames,
+            inputs=self._stage.content.inputs,
             digest=DIGEST,
             capacity=self._stage.admission.capacity,
             active=self._stage.admission.active,

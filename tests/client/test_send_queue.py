@@ -56,6 +56,16 @@ def test_an_interrupt_replaces_pending_requests() -> None:
     assert pending(queue) == [INTERRUPT, audio(b"ij")]
 
 
+def test_an_interrupt_leaves_what_the_avatar_listens_to() -> None:
+    queue = SendQueue()
+    heard = pb.StreamAvatarRequest(listen=pb.HeardAudio(data=b"ab"))
+    kept = queue.add(heard)
+    queue.add(audio(b"cd"))
+    queue.add(INTERRUPT)
+    assert not kept.is_done
+    assert pending(queue) == [heard, INTERRUPT]
+
+
 def test_requests_before_an_interrupt_are_not_sent_again() -> None:
     queue = written(audio(b"abcd"), audio(b"ef"), INTERRUPT, audio(b"gh"))
     queue.rewind(1)

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from playwright.async_api import Page as Tab
 from playwright.async_api import async_playwright, expect
 
 from avatar.store.sessions import SessionStore
+from benchmarks.standin.content import PUBLIC
 from tests.web.page import ASSETS, Page, serving
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
@@ -143,11 +145,25 @@ async def test_escape_interrupts_and_the_page_says_so(page: Page) -> None:
 async def test_the_microphone_is_spoken_until_it_is_stopped(page: Page) -> None:
     async with browsing(page) as tab:
         await start(tab)
-        await tab.get_by_role("button", name="Speak into the microphone").click()
+        await tab.get_by_role("button", name="Speak through the avatar").click()
         await expect_state(tab, "Speaking")
         assert await tab.evaluate(LOUDEST) > 0.02
         await tab.get_by_role("button", name="Stop the microphone").click()
         await expect_state(tab, "Listening")
+
+
+async def test_the_avatar_listens_to_the_microphone_while_a_clip_is_spoken(store: SessionStore) -> None:
+    content = replace(PUBLIC, inputs=("heard",))
+    async with serving(store, content=content) as page, browsing(page) as tab:
+        await start(tab)
+        await tab.get_by_role("button", name="Talk to the avatar").click()
+        await tab.get_by_label("Drop an audio file here, or choose one").set_input_files(ASSETS / "speech.wav")
+        await expect_state(tab, "Speaking")
+        page.gateway.audio.heard.clear()
+        await asyncio.sleep(2)
+        assert any(page.gateway.audio.heard), "the beep of each second, while the avatar speaks"
+        await tab.get_by_role("button", name="Stop the microphone").click()
+        await expect(tab.get_by_role("button", name="Talk to the avatar")).to_have_attribute("aria-pressed", "false")
 
 
 async def test_the_page_works_by_keyboard_alone(page: Page) -> None:

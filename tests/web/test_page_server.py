@@ -5,17 +5,18 @@ import io
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
 import numpy as np
 import pytest
-from aiortc import MediaStreamTrack, RTCDataChannel, RTCPeerConnection, RTCSessionDescription
+from aiortc import AudioStreamTrack, MediaStreamTrack, RTCDataChannel, RTCPeerConnection, RTCSessionDescription
 from av import AudioFrame, VideoFrame
 
 from avatar.errors import VoiceFailed
 from avatar.store.sessions import SessionStore
+from benchmarks.standin.content import PUBLIC
 from tests.services.voice.fakes import CHAR_S
 from tests.web.page import ASSETS, MAX_PEERS, Page, serving
 from web.page_server import lag_notice
@@ -73,12 +74,17 @@ class Peer:
 
 
 @asynccontextmanager
-async def connected(page: Page, **fields: Any) -> AsyncGenerator[Peer, None]:
+async def connected(
+    page: Page, microphone: MediaStreamTrack | None = None, **fields: Any
+) -> AsyncGenerator[Peer, None]:
     connection = RTCPeerConnection()
     peer = Peer(connection, connection.createDataChannel("avatar"))
     connection.on("track", lambda track: peer.tracks.update({track.kind: track}))
     peer.channel.on("message", lambda message: peer.messages.append(json.loads(message)))
-    connection.addTransceiver("audio", "recvonly")
+    if microphone:
+        connection.addTrack(microphone)
+    else:
+        connection.addTransceiver("audio", "recvonly")
     connection.addTransceiver("video", "recvonly")
     await connection.setLocalDescription(await connection.createOffer())
     status, answer = await offer(page, {"sdp": connection.localDescription.sdp, "portrait": "portrait", **fields})
@@ -183,6 +189,24 @@ async def test_a_clip_is_spoken_with_video_and_audio(page: Page) -> None:
         assert isinstance(frame, VideoFrame)
         assert (frame.width, frame.height) == (64, 64)
         assert 0 < peer.received("reaction")[0]["seconds"] < 5
+
+
+async def test_the_microphone_may_be_what_the_avatar_listens_to(store: SessionStore) -> None:
+    async with (
+        serving(store, content=replace(PUBLIC, inputs=("heard",))) as page,
+        connected(page, AudioStreamTrack()) as peer,
+    ):
+        assert json.loads((await get(f"{page.url}/about"))[2])["listens"]
+        peer.command("microphone", use="talk")
+        await until(lambda: len(page.gateway.audio.heard) > 10_000)
+        assert not any(page.gateway.audio.received), "it is not spoken"
+        assert peer.is_in("idle")
+
+
+async def test_an_avatar_that_does_not_listen_says_so(page: Page) -> None:
+    async with connected(page) as peer:
+        peer.command("microphone", use="talk")
+        await until(lambda: peer.received("notice") == [{"type": "notice", "text": "This avatar does not listen."}])
 
 
 async def test_typed_text_is_spoken_by_the_gateways_voice(page: Page) -> None:

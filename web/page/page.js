@@ -182,10 +182,15 @@ const command = (type, fields = {}) => session?.channel.send(JSON.stringify({ ty
 
 // --- speech -------------------------------------------------------------------------------------------------------
 
-byId("microphone").addEventListener("click", () => (session.microphone ? stopMicrophone() : startMicrophone()));
+const USES = { speak: "Speak through the avatar", talk: "Talk to the avatar" }; // of the microphone
 
-async function startMicrophone() {
+for (const use of Object.keys(USES)) {
+  byId(`microphone-${use}`).addEventListener("click", () => (session.microphone?.use === use ? stopMicrophone() : startMicrophone(use)));
+}
+
+async function startMicrophone(use) {
   const own = session;
+  stopMicrophone();
   try {
     const stream = await navigator.mediaDevices.getUserMedia({ audio: { echoCancellation: true, noiseSuppression: true } });
     const [track] = stream.getAudioTracks();
@@ -194,10 +199,10 @@ async function startMicrophone() {
     const context = new AudioContext();
     const analyser = context.createAnalyser();
     context.createMediaStreamSource(stream).connect(analyser);
-    own.microphone = { stop: () => { track.stop(); context.close(); showMicrophone(false); } };
+    own.microphone = { use, stop: () => { track.stop(); context.close(); showMicrophone(); } };
     track.addEventListener("ended", () => own.microphone && stopMicrophone());
-    showMicrophone(true);
-    command("microphone", { is_on: true });
+    showMicrophone(use);
+    command("microphone", { use });
     meter(analyser, own);
   } catch (error) {
     showMessage(error.name === "NotAllowedError" ? "The browser does not allow the microphone." : `The microphone cannot be used: ${error.message}`);
@@ -209,14 +214,21 @@ function stopMicrophone() {
   const { microphone, sender } = session;
   if (!microphone) return;
   session.microphone = null;
-  command("microphone", { is_on: false });
+  command("microphone", { use: "off" });
   microphone.stop();
   sender.replaceTrack(null);
 }
 
-function showMicrophone(isOn) {
-  byId("microphone").setAttribute("aria-pressed", String(isOn));
-  byId("microphone").textContent = isOn ? "Stop the microphone" : "Speak into the microphone";
+// Ends speech from the microphone. What the avatar listens to goes on while it speaks.
+function stopSpeaking() {
+  if (session.microphone?.use === "speak") stopMicrophone();
+}
+
+function showMicrophone(inUse) {
+  for (const [use, text] of Object.entries(USES)) {
+    byId(`microphone-${use}`).setAttribute("aria-pressed", String(use === inUse));
+    byId(`microphone-${use}`).textContent = use === inUse ? "Stop the microphone" : text;
+  }
   byId("level").value = 0;
 }
 
@@ -246,7 +258,7 @@ for (const [type, isOver] of [["dragenter", true], ["dragover", true], ["draglea
 }
 
 async function speak(file) {
-  stopMicrophone();
+  stopSpeaking();
   const number = ++sendNumber;
   let samples;
   try {
@@ -289,7 +301,7 @@ byId("text-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = byId("text").value.trim();
   if (!text) return;
-  stopMicrophone();
+  stopSpeaking();
   logEvent(`Saying “${text}”`);
   command("text", { text });
   byId("text").value = "";
@@ -298,7 +310,7 @@ byId("text-form").addEventListener("submit", (event) => {
 function interrupt() {
   if (byId("interrupt").disabled) return;
   sendNumber += 1;
-  stopMicrophone();
+  stopSpeaking();
   command("interrupt");
 }
 
@@ -329,5 +341,6 @@ setInterval(async () => {
 }, METRICS_MS);
 
 addPortraits();
+byId("microphone-talk").hidden = !about.listens;
 byId("text-form").hidden = !about.max_text;
 byId("text").maxLength = about.max_text || 0;
