@@ -27,11 +27,12 @@ install: $(VENV)/installed
 
 # torch comes from its own index, in a build for CPUs: PyPI's has CUDA, which downloads 3 GB. For it, or where that index
 # cannot be reached: make install TORCH_INDEX=https://pypi.org/simple.
-$(VENV)/installed: requirements.lock pyproject.toml $(PROTOS)
+$(VENV)/installed: requirements.lock pyproject.toml protos/requirements.txt $(PROTOS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing $$(grep -c == requirements.lock) packages into $(VENV): 460 MB to download, 1.9 GB on disk, two to five minutes."
 	-@python -m pip install --quiet --no-deps --retries 1 --constraint requirements.lock --index-url $(TORCH_INDEX) torch
 	@python -m pip install --progress-bar off --requirement requirements.lock | awk '$(PROGRESS)'
+	python -m pip install --quiet --no-deps --requirement protos/requirements.txt
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 

@@ -4,12 +4,18 @@ import asyncio
 import os
 import re
 import sys
+import tomllib
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# What the client needs, each in the oldest version that it accepts.
+OLDEST = [
+    need.partition(",")[0].replace(">=", "==")
+    for need in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+]
 CLIENT = """
 import asyncio
 import sys
@@ -58,12 +64,19 @@ async def test_the_wheel_alone_is_a_client_of_a_running_suite(gateway: str, pict
 
     await run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv/bin/python"
-    await run(python, "-m", "pip", "install", "--quiet", wheel, cwd=tmp_path)
     (tmp_path / "face.png").write_bytes(picture)
-    num_frames, file = (await run(python, "-c", CLIENT, gateway, "face.png", cwd=tmp_path)).split()
-    assert num_frames == "33", "of three blocks, the first has nine"
-    assert Path(file).is_relative_to(tmp_path)
-    installed = set((await run(python, "-m", "pip", "list", "--format", "freeze", cwd=tmp_path)).splitlines())
+
+    async def installed_with(*needs: str) -> set[str]:
+        """Install the wheel, run the client and return the packages as NAME==VERSION."""
+        await run(python, "-m", "pip", "install", "--quiet", wheel, *needs, cwd=tmp_path)
+        num_frames, file = (await run(python, "-c", CLIENT, gateway, "face.png", cwd=tmp_path)).split()
+        assert num_frames == "33", "of three blocks, the first has nine"
+        assert Path(file).is_relative_to(tmp_path)
+        return set((await run(python, "-m", "pip", "list", "--format", "freeze", cwd=tmp_path)).splitlines())
+
+    assert {need for need in OLDEST if "==" in need} <= await installed_with(*OLDEST)
+    installed = await installed_with("--upgrade", "grpcio", "protobuf")
+    assert any(line.startswith("protobuf==7.") for line in installed)
     found = {line.partition("==")[0].lower().replace("_", "-") for line in installed}
     pure = {"googleapis-common-protos", "typing-extensions"}
     assert found - {"pip", "setuptools"} == {"avatar-suite", "grpcio", "protobuf", *pure}
