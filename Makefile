@@ -1,5 +1,5 @@
 # The whole interface. Every target prepares its own requirements.
-.PHONY: install protos check docs alerts test test-slow test-containers test-web test-marks chaos demo web bench bench-gpu
+.PHONY: install protos check docs alerts test test-slow test-containers test-web test-marks test-node test-go chaos demo web bench bench-gpu
 
 VENV := .venv
 PYTHON ?= python3
@@ -124,6 +124,30 @@ $(VENV)/marks: tests/vae/marks/requirements.txt | $(VENV)/installed
 $(VENV)/exiftool: | $(VENV)/installed
 	cd $(VENV) && apt-get download --quiet libimage-exiftool-perl && dpkg-deb --extract libimage-exiftool-perl_*.deb exiftool
 	rm $(VENV)/libimage-exiftool-perl_*.deb
+
+# Compiles and runs examples/node: 36 MB from npm. On Debian `apt-get install -y --no-install-recommends nodejs npm`.
+test-node: install examples/node/node_modules/installed
+	npm run --silent --prefix examples/node build
+	pytest -m node tests/examples
+
+examples/node/node_modules/installed: examples/node/package-lock.json
+	npm ci --ignore-scripts --no-audit --no-fund --prefix examples/node
+	touch $@
+
+# Compiles and runs examples/go, with Go and gRPC from Debian's packages, which are unpacked, not installed: 600 MB on disk.
+test-go: export PATH := $(CURDIR)/$(VENV)/go/usr/bin:$(PATH)
+test-go: install $(VENV)/go/installed
+	pytest -m go tests/examples
+
+# Two versions of the package protobuf fill one folder: the older is for packages that we do not use.
+$(VENV)/go/installed: | $(VENV)/installed
+	rm -rf $(VENV)/go && mkdir -p $(VENV)/go/packages
+	cd $(VENV)/go/packages && apt-get download --quiet $$(apt-cache depends --recurse --no-recommends --no-suggests \
+		--no-conflicts --no-breaks --no-replaces --no-enhances golang-go golang-google-grpc-dev protoc-gen-go protoc-gen-go-grpc \
+		| grep -E '^(golang|protoc-gen-go)' | grep -v protobuf-1-3 | sort -u)
+	for package in $(VENV)/go/packages/*.deb; do dpkg-deb --extract $$package $(VENV)/go || exit; done
+	rm -r $(VENV)/go/packages
+	touch $@
 
 # Breaks a suite at random while sessions stream: make chaos MINUTES=60 SEED=7.
 chaos: install
