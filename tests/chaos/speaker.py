@@ -73,6 +73,10 @@ class Speaker:
         """Send audio."""
         await self._stream.push(data)
 
+    async def listen(self, data: bytes) -> None:
+        """Send audio of the other person."""
+        await self._stream.listen(data)
+
     async def until(self, num_frames: int) -> None:
         """Wait for so many frames. Raises the error that ends the stream before."""
         async with asyncio.timeout(WAIT_S):
