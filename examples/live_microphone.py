@@ -1,6 +1,7 @@
-"""Stream a WAV file in real time, like a microphone, and interrupt it.
+"""Stream a WAV file in real time, like a microphone: speak through the avatar and interrupt it, or talk to it.
 
 python examples/live_microphone.py assets/speech.wav assets/portrait.png --interrupt-after 2
+python examples/live_microphone.py assets/speech.wav assets/portrait.png --talk
 """
 
 import argparse
@@ -8,6 +9,7 @@ import asyncio
 import os
 import sys
 from collections import Counter
+from collections.abc import Awaitable, Callable
 
 from avatar.client import AvatarError, Frame, Stream, channel_credentials, connect, read_wav
 from avatar.errors import ConnectionLost
@@ -16,12 +18,17 @@ HINT = "is a gateway running there? `python -m services` starts one on this mach
 PIECE_S = 0.04
 
 
+async def record(send: Callable[[bytes], Awaitable[None]], audio: bytes, rate_hz: int) -> None:
+    """Send audio in real time."""
+    piece_bytes = 2 * round(rate_hz * PIECE_S)
+    for start in range(0, len(audio), piece_bytes):
+        await send(audio[start : start + piece_bytes])
+        await asyncio.sleep(PIECE_S)
+
+
 async def speak(stream: Stream, speech: bytes, rate_hz: int) -> None:
     """Push audio in real time, then end the turn."""
-    piece_bytes = 2 * round(rate_hz * PIECE_S)
-    for start in range(0, len(speech), piece_bytes):
-        await stream.push(speech[start : start + piece_bytes])
-        await asyncio.sleep(PIECE_S)
+    await record(stream.push, speech, rate_hz)
     await stream.end_turn()
 
 
@@ -44,6 +51,7 @@ async def main() -> None:
     parser.add_argument("--tls", nargs="?", const="", metavar="CA", help="use TLS; PEM file of a private authority")
     parser.add_argument("--token", default=os.environ.get("AVATAR_TOKEN", ""), help="bearer token; or AVATAR_TOKEN")
     parser.add_argument("--interrupt-after", type=float, default=2.0, help="seconds of speech before the interrupt")
+    parser.add_argument("--talk", action="store_true", help="talk to the avatar, which listens, where it can")
     flags = parser.parse_args()
     speech, rate_hz = read_wav(flags.speech)
 
@@ -54,6 +62,10 @@ async def main() -> None:
             print(f"notice: {session.notice}")
         async with session.stream(rate_hz=rate_hz, live=True, video="jpeg") as stream, asyncio.TaskGroup() as tasks:
             tasks.create_task(print_items(stream))
+            if flags.talk:
+                await record(stream.listen, speech, rate_hz)
+                await stream.close()
+                return
             speaking = tasks.create_task(speak(stream, speech, rate_hz))
             await asyncio.sleep(flags.interrupt_after)
             speaking.cancel()

@@ -10,6 +10,9 @@ import av
 import numpy as np
 import pytest
 
+from avatar.settings import GatewaySettings
+from avatar.store.sessions import SessionStore
+from services.local.suite import suite
 from tests.conftest import RATE_HZ, write_speech
 from tests.readers import GENERATED
 
@@ -67,6 +70,19 @@ async def test_a_microphone_is_interrupted(gateway: str, wav: str, portrait: str
     assert re.search(r"^Interrupted\(.*was_speaking=True", printed, re.MULTILINE)
     assert printed.count("PlaybackStarted") in (1, 2), "the interrupt may precede the first turn's first frame"
     assert printed.count("was_interrupted=True") == printed.count("was_interrupted=False") == 1
+
+
+async def test_a_microphone_talks_to_an_avatar_that_listens(
+    listening_checkpoint: Path, store: SessionStore, wav: str, portrait: str
+) -> None:
+    async with suite(listening_checkpoint, store, GatewaySettings(listen="127.0.0.1:0")) as target:
+        printed = await run("live_microphone.py", wav, portrait, "--target", target, "--talk")
+    assert re.fullmatch(r"\{'idle': \d+\} frames in total", printed.splitlines()[-1])
+
+
+async def test_an_avatar_that_does_not_listen_is_reported(gateway: str, wav: str, portrait: str) -> None:
+    printed = await run("live_microphone.py", wav, portrait, "--target", gateway, "--talk", status=1)
+    assert printed.splitlines()[-1] == "error: this deployment's checkpoint does not listen; send no `listen`"
 
 
 async def test_many_sessions_speak_at_once(gateway: str, wav: str, portrait: str) -> None:
