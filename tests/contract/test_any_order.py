@@ -34,13 +34,14 @@ MESSAGES = {
     "nothing": pb.StreamAvatarRequest(audio=pb.AudioPiece()),
     "half a sample": pb.StreamAvatarRequest(audio=pb.AudioPiece(data=b"\1")),
     "text": say("Good day. And so on"),
+    "listen": pb.StreamAvatarRequest(listen=pb.HeardAudio(data=b"\1\0" * 4000)),
     "end": END_TURN,
     "interrupt": INTERRUPT,
     "close": CLOSE,
     "empty": pb.StreamAvatarRequest(),
     "open": opening("another"),
 }
-VALID = strategies.sampled_from(["speech", "speech", "speech", "end", "interrupt"])
+VALID = strategies.sampled_from(["speech", "speech", "speech", "listen", "end", "interrupt"])
 
 
 class Gateway:
@@ -178,8 +179,10 @@ class AnyOrder(RuleBasedStateMachine):
             await call.done_writing()
 
 
-def test_messages_in_any_order_are_answered_or_refused_and_leave_nothing_behind(checkpoint: Path, redis: str) -> None:
-    gateway = Gateway(checkpoint, redis)
+def test_messages_in_any_order_are_answered_or_refused_and_leave_nothing_behind(
+    listening_checkpoint: Path, redis: str
+) -> None:
+    gateway = Gateway(listening_checkpoint, redis)
     try:
         AnyOrder.gateway = gateway
         run_state_machine_as_test(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from redis.asyncio import Redis
 
 from avatar.audio.model import AudioState, load
 from avatar.checkpoints.layouts import open_part
@@ -69,10 +71,15 @@ async def test_losing_every_worker_while_it_listens_changes_no_frame(
     assert streamed.pixels != rendered(listening_checkpoint, picture, own, seed=7)
 
 
-async def test_a_client_listens_at_a_rate_of_its_own_and_without_a_word_nothing_changes(
-    listening_checkpoint: Path, store: SessionStore, picture: bytes
+async def test_what_is_heard_at_a_rate_of_its_own_changes_frames_and_is_in_no_log_or_record(
+    listening_checkpoint: Path,
+    store: SessionStore,
+    redis_client: Redis,
+    picture: bytes,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    own, other = speech(1.2), speech(0.6, 2)  # at half the rate
+    caplog.set_level(logging.DEBUG)
+    own, other = speech(1.2), 960 * b"overheard!"  # at half the rate
     silent = rendered(listening_checkpoint, picture, own, seed=7)
     async with (
         suite(listening_checkpoint, store, GatewaySettings(listen="127.0.0.1:0")) as target,
@@ -87,8 +94,13 @@ async def test_a_client_listens_at_a_rate_of_its_own_and_without_a_word_nothing_
                 await stream.push(own)
                 await stream.close()
                 frames.append([frame.data async for frame in stream.frames()])
-        assert frames[0] == silent
+        assert frames[0] == silent, "without another person's audio nothing changes"
         assert frames[1] != silent
+        assert caplog.records
+        assert not [each for each in caplog.records if "overheard" in str(vars(each))]
+        records = [await redis_client.dump(key) for key in await redis_client.keys()]
+        assert records
+        assert not [each for each in records if each and b"overheard" in each]
         session = await avatar.create(picture)
         async with session.stream(encoding="float32") as stream:
             await stream.listen(np.full(16000, np.nan, np.float32).tobytes())
