@@ -13,6 +13,7 @@ Times are estimates, and have not run on a GPU: counts divided by the rates of `
 Axes of sizes: height and width of latents.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -256,8 +257,10 @@ SPEEDS = {"eager": {}, "compiled": {"compiled": True}, "float8": {"compiled": Tr
 def deployment(sizings: Mapping[str, Sizing], num_devices: int, memory_bytes: float, gpu: Gpu = H100) -> Iterator[str]:
     """Yield the lines that say what fits on devices of so much memory, and the frame rates that the counts allow.
 
-    sizings: of one checkpoint, by the name of the size. ValueError as in `placements`.
+    sizings: of one checkpoint, by the name of the size. ValueError as in `placements`, or if memory is not positive.
     """
+    if not 0 < memory_bytes < math.inf:
+        raise ValueError(f"the memory of a device is a positive number of GB, got {memory_bytes / 1e9:g}")
     placed = placements(num_devices, next(iter(sizings.values())).config.num_levels)
     yield f"a pipeline on {num_devices} x {memory_bytes / 1e9:g} GB, a tenth of which stays free"
     for number, each in enumerate(placed):
@@ -265,7 +268,7 @@ def deployment(sizings: Mapping[str, Sizing], num_devices: int, memory_bytes: fl
         yield f"device {number}  {', '.join([*levels, *['decoder, audio encoder'] * each.has_decoder])}"
     yield ""
     yield f"frames a second of a session: an estimate from counts for an {gpu.name}; it has not run on a GPU"
-    yield f"{'video':10}" + "".join(f"{head:>12}" for head in ("a session", "sessions fit", "in time", *SPEEDS))
+    yield f"{'video':10}" + "".join(f"{head:>14}" for head in ("a session", "sessions fit", "in time", *SPEEDS))
     for name, sizing in sizings.items():
         session_bytes = max(sizing.session_bytes(each) for each in placed)
         cells = (
@@ -274,4 +277,4 @@ def deployment(sizings: Mapping[str, Sizing], num_devices: int, memory_bytes: fl
             str(sizing.live_sessions(placed, gpu)),
             *(f"{sizing.frame_rate_hz(placed, gpu, **speed):.1f}" for speed in SPEEDS.values()),
         )
-        yield f"{name:10}" + "".join(f"{cell:>12}" for cell in cells)
+        yield f"{name:10}" + "".join(f"{cell:>14}" for cell in cells)

@@ -173,6 +173,12 @@ def test_inspect_says_what_fits_on_devices(published: Path, capsys: pytest.Captu
         main(["inspect", str(published), "--devices", "9"])
 
 
+@pytest.mark.parametrize("memory", ["nan", "0", "-5", "inf"])
+def test_a_devices_memory_is_a_positive_number(checkpoint: Path, memory: str) -> None:
+    with pytest.raises(SystemExit, match="positive number of GB"):
+        main(["inspect", str(checkpoint), "--devices", "1", f"--memory={memory}"])
+
+
 @pytest.mark.parametrize("profile", DEVICES)
 def test_the_sizes_of_a_profile_keep_time_and_fit_in_80_gb(profile: str) -> None:
     placed = placements(DEVICES[profile], 4)
