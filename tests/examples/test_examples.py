@@ -1,4 +1,4 @@
-"""Every example, run as its docstring describes, and the program that docs/integration.md starts with."""
+"""Every example in Python, run as its docstring describes."""
 
 import asyncio
 import re
@@ -40,12 +40,8 @@ def portrait(tmp_path: Path, picture: bytes) -> str:
 
 async def run(name: str, *flags: str, status: int = 0) -> str:
     """Run an example, expect its exit status, and return its output."""
-    return await run_python(str(EXAMPLES / name), *flags, status=status)
-
-
-async def run_python(*arguments: str, status: int = 0) -> str:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        sys.executable, str(EXAMPLES / name), *flags, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     output, _ = await process.communicate()
     assert process.returncode == status, output.decode()
@@ -88,16 +84,6 @@ async def test_an_avatar_that_does_not_listen_is_reported(gateway: str, wav: str
 async def test_many_sessions_speak_at_once(gateway: str, wav: str, portrait: str) -> None:
     printed = await run("many_sessions.py", wav, portrait, "--target", gateway, "--sessions", "3")
     assert re.findall(r"session (\d): 45 frames", "\n".join(sorted(printed.splitlines()))) == ["0", "1", "2"]
-
-
-async def test_the_first_program_of_the_documentation_runs(gateway: str, wav: str, portrait: str) -> None:
-    page = (EXAMPLES.parent / "docs/integration.md").read_text(encoding="utf-8")
-    program = page.split("```python\n")[1].split("```")[0]
-    for written, here in (("assets/speech.wav", wav), ("assets/portrait.png", portrait), ("127.0.0.1:7000", gateway)):
-        assert written in program
-        program = program.replace(written, here)
-    lines = (await run_python("-c", program)).splitlines()
-    assert [line.split()[0] for line in lines] == [str(index) for index in range(3, 48)]
 
 
 async def test_a_file_that_is_no_wav_is_refused_in_a_line(portrait: str, tmp_path: Path) -> None:
