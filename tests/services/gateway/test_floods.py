@@ -27,6 +27,7 @@ from tests.standin import standin_gateway
 
 EMPTY = api.StreamAvatarRequest(audio=api.AudioPiece())
 SAMPLE = api.StreamAvatarRequest(audio=api.AudioPiece(data=b"\1\0"))
+HEARD = api.StreamAvatarRequest(listen=api.HeardAudio(data=b"\1\0"))
 SHARED = (ModuleType, type, FunctionType, BuiltinFunctionType, asyncio.AbstractEventLoop, asyncio.Task)
 # Messages that are repeated, and by how many bytes they may grow a stream: audio waits up to a limit, and a bounded
 # number of answers and ends of turns is kept for a client that resumes.
@@ -37,6 +38,8 @@ FLOODS = {
     "ends of turns": ([END_TURN], 1 << 20),
     "empty audio and interrupts": ([EMPTY, INTERRUPT], 1 << 20),
     "turns of one sample": ([SAMPLE, END_TURN], 1 << 20),
+    "one sample that is heard": ([HEARD], 1 << 20),
+    "samples, each heard and spoken": ([HEARD, SAMPLE], 1 << 21),
     "interrupted samples": ([SAMPLE, INTERRUPT], 1 << 20),
 }
 
@@ -66,6 +69,7 @@ async def grown_bytes(options: StreamOptions, messages: list[api.StreamAvatarReq
     """Return by how many bytes a flood grows a stream whose stages answer nothing, and whose client reads."""
     pipeline = Pipeline(options=options, now=asyncio.get_running_loop().time)
     stream: Any = pipeline.stream
+    stream._stages.listens = True
     async with pipeline.running():
         before = size_bytes(stream, stream._stages)
         async with background(send(stream, messages, count)) as sending:
