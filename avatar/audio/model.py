@@ -30,7 +30,7 @@ from avatar.audio.statistics import NUM_BYTES, AudioStatistics
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.audio.whisper import Whisper
 from avatar.checkpoints.part import Part
-from avatar.types import AudioPiece, Block, Session
+from avatar.types import AudioPiece, Block, HeardAudio, Session
 
 # 2.56 s: twice the right context that fills wav2vec2's positional convolution.
 MAX_RIGHT_FRAMES = 128
@@ -197,12 +197,16 @@ class AudioModel:
         for heard in piece.heard:
             state.heard.add(heard, end)
 
-    def warm(self) -> int:
-        """Encode WARM_BLOCKS blocks of faint noise, and return that number; silence may take no time."""
-        state = self.open(Session("warm", 0, torch.zeros(0)))
+    def warm(self, *, listens: bool = False) -> int:
+        """Encode WARM_BLOCKS blocks of faint noise, and return that number; silence may take no time.
+
+        listens: encode as much of the other person's audio, too.
+        """
+        state = self.open(Session("warm", 0, torch.zeros(0)), ("heard",) * listens)
         noise = 1e-3 * torch.randn(1, self.grid.samples, generator=torch.Generator().manual_seed(0))
         for index in range(WARM_BLOCKS):
-            self.step(AudioPiece(noise, SAMPLE_RATE_HZ, completes=index), state)
+            heard = HeardAudio(noise, SAMPLE_RATE_HZ, index * self.grid.samples)
+            self.step(AudioPiece(noise, SAMPLE_RATE_HZ, completes=index, heard=[heard]), state)
         return WARM_BLOCKS
 
     def _complete(self, piece: AudioPiece, index: int, state: AudioState) -> list[Block]:

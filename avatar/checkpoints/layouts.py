@@ -75,12 +75,22 @@ def block_latents(checkpoint: Path) -> int:
 
     ValueError unless they are 1 to MAX_BLOCK_LATENTS. A folder without a denoiser has blocks of BLOCK_LATENTS.
     """
-    folder = checkpoint if is_published(checkpoint) else checkpoint / "denoiser"
-    config = read_config(folder) if (folder / CONFIG).is_file() else {}
+    folder, config = _denoiser_config(checkpoint)
     stated = config.get("num_frames_per_block", BLOCK_LATENTS)
     if type(stated) is not int or not 1 <= stated <= MAX_BLOCK_LATENTS:
         raise ValueError(f"num_frames_per_block in {folder} is {stated!r}, expected 1 to {MAX_BLOCK_LATENTS}")
     return stated
+
+
+def listens(checkpoint: Path) -> bool:
+    """Return True if the checkpoint's network takes features of the other person's audio."""
+    return bool(_denoiser_config(checkpoint)[1].get("heard_inject_layers"))
+
+
+def _denoiser_config(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the denoiser's folder and its configuration, which is empty if the folder has none."""
+    folder = checkpoint if is_published(checkpoint) else checkpoint / "denoiser"
+    return folder, read_config(folder) if (folder / CONFIG).is_file() else {}
 
 
 def part_names(checkpoint: Path) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """The audio worker's process: `python -m services.audio`."""
 
 import os
+from functools import partial
 
 from avatar.audio import model
-from avatar.checkpoints.layouts import open_part
+from avatar.checkpoints.layouts import listens, open_part
 from avatar.rpc.server import until_stopped
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import AudioSettings, load
@@ -18,7 +19,7 @@ def build(settings: AudioSettings, queue: DeviceQueue) -> AudioServicer:
     # In float32, whatever the setting: in bfloat16 features differ by 2 to 3 % a layer.
     audio = model.load(part, device=usable_device(settings))
     servicer = AudioServicer(audio, part.config["encoder"], part.digest(), queue, settings.capacity)
-    queue.submit(servicer.warm).result()
+    queue.submit(partial(servicer.warm, listens=listens(settings.checkpoint))).result()
     return servicer
 
 

@@ -6,13 +6,14 @@ import logging
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from redis.asyncio import Redis
 
-from avatar.audio.model import AudioState, load
+from avatar.audio.model import WARM_BLOCKS, AudioState, load
 from avatar.checkpoints.layouts import open_part
 from avatar.client import connect
 from avatar.errors import InvalidAudio
@@ -107,6 +108,16 @@ async def test_what_is_heard_at_a_rate_of_its_own_changes_frames_and_is_in_no_lo
             await stream.push(bytes(4 * 16000))
             with pytest.raises(InvalidAudio, match=r"listen.data: audio samples must be finite"):
                 [item async for item in stream]
+
+
+@pytest.mark.parametrize("is_listening", [True, False])
+def test_a_worker_times_its_step_as_streams_take_it(
+    listening_checkpoint: Path, checkpoint: Path, is_listening: bool
+) -> None:
+    encoder = type(load(open_part(checkpoint, "audio")).encoder)
+    with DeviceQueue() as queue, patch.object(encoder, "encode", autospec=True, side_effect=encoder.encode) as encoded:
+        build(AudioSettings(checkpoint=listening_checkpoint if is_listening else checkpoint), queue)
+    assert encoded.call_count == 2 * WARM_BLOCKS * (1 + is_listening)
 
 
 @pytest.mark.parametrize("inputs", [INPUTS, ()], ids=["listening", "deaf"])
