@@ -19,6 +19,7 @@ from services.local.suite import gateway
 from tests.conftest import speech
 from tests.product import (
     CLOSE,
+    PCM16,
     Call,
     Streamed,
     Stub,
@@ -125,6 +126,9 @@ async def test_a_resumption_with_other_options_is_refused(stub: Stub, portrait: 
     async with refused("INVALID_FIELD") as refusal:
         await resume(stub, session.id, 3, mode=pb.OpenAvatar.MODE_OFFLINE)
     assert refusal.fields == ["open.mode"]
+    async with refused("INVALID_FIELD") as refusal:
+        await resume(stub, session.id, 3, listen=PCM16)
+    assert refusal.fields == ["open.listen"]
     assert (await frame(call)).index == 3
 
 

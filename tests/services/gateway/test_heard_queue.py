@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from avatar.errors import ProtocolOrder
+from avatar.errors import AvatarError, InvalidAudio, MessageTooLarge, ProtocolOrder
+from avatar.v1 import avatar_service_pb2 as api
 from services.gateway.options import AudioOptions, StreamOptions
 from services.gateway.stream.incoming.heard_queue import HeardQueue
 from services.gateway.stream.timeline import MediaGrid
+from tests.services.gateway.test_live_stream import Pipeline
 
 BLOCK = 2560
 LIVE = StreamOptions("pcm16", 16000, 1, "rgb24", is_live=True)
@@ -68,3 +70,17 @@ def test_offline_audio_lies_on_the_clock_of_the_speech() -> None:
     heard.add(4 * bytes(8000))
     with pytest.raises(ProtocolOrder, match=r"more than 1 s of `listen` wait for audio of the same time"):
         heard.add(4 * bytes(1))
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (b"\1", InvalidAudio, "listen.data: 1 bytes are no multiple of 2"),
+        (bytes(1002), MessageTooLarge, "1002 bytes of audio at once, the limit is 1000"),
+    ],
+)
+async def test_a_piece_is_limited_as_one_of_speech(data: bytes, error: type[AvatarError], message: str) -> None:
+    stream = Pipeline(options=LIVE, max_audio_bytes=1000).stream
+    stream._stages.listens = True
+    with pytest.raises(error, match=message):
+        await stream.receive(api.StreamAvatarRequest(listen=api.HeardAudio(data=data)))
