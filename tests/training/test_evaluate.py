@@ -73,9 +73,11 @@ def test_a_deadline_leaves_at_least_some_items() -> None:
 def test_the_program_prints_a_table_and_writes_its_metrics(
     run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.evaluate.QUICK", evaluate.Extent(clips=2, others=2, people=1, blocks=6))
+    monkeypatch.setattr("training.evaluate.QUICK", evaluate.Extent(clips=2, others=2, people=1, blocks=6, seeds=2))
     metrics = run("--data", str(data), "--quick", "--levels", "2", "--sheet", str(tmp_path / "sheet.png"))
-    keys = "lip_sync_r lip_sync_r_other mouth_amplitude edge_energy codec_psnr face_found drift_ratio block_ms"
+    keys = (
+        "lip_sync_r lip_sync_r_other seed_spread mouth_amplitude edge_energy codec_psnr face_found drift_ratio block_ms"
+    )
     assert [key for key in keys.split() if not isinstance(metrics[key], float)] == []
     assert metrics["codec_psnr_mouth"] is None
     assert "lip" in metrics["notes"]["codec_psnr_mouth"]
