@@ -50,7 +50,7 @@ class RecordingAudio(AudioServicer):
 
 
 class RecordingVae(VaeServicer):
-    """Records pictures, or refuses them with `refusal` if it is set. Others get the notice `notice`.
+    """Records pictures and their fits, or refuses them with `refusal` if it is set. Others get the notice `notice`.
 
     before: awaited before a picture is encoded.
     """
@@ -58,6 +58,7 @@ class RecordingVae(VaeServicer):
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
         self.pictures: list[bytes] = []
+        self.fits: list[str] = []
         self.refusal = self.notice = ""
         self.before: Callable[[Context], Awaitable[None]] | None = None
 
@@ -67,6 +68,7 @@ class RecordingVae(VaeServicer):
         if self.refusal:
             raise InvalidField.at("picture", self.refusal)
         self.pictures.append(request.picture)
+        self.fits.append(request.fit)
         if self.before:
             await self.before(context)
         response = await super().EncodeReference(request, context)

@@ -105,12 +105,7 @@ class Avatar:
         deployment's choice and are documented in CreateReferenceRequest and CreateSessionRequest. sink_distance:
         smallest and largest, in latent frames. label: draw "AI" into every frame. ValueError if there is no such fit.
         """
-        picture = portrait if isinstance(portrait, bytes) else await asyncio.to_thread(Path(portrait).read_bytes)
-        reference_request = pb.CreateReferenceRequest(
-            picture=picture, width=width, height=height, area=area, fit=value_of(FITS, "fit", fit)
-        )
-        stub = self._connection.stub
-        reference = (await self._connection.call(stub.CreateReference, reference_request, CREATE_S)).reference
+        reference = await self._reference(portrait, width, height, area, fit)
         request = pb.CreateSessionRequest(
             reference_id=reference.id, seed=seed, prompt=prompt, sink_update_block=sink_update_block, label=label
         )
@@ -120,14 +115,39 @@ class Avatar:
             request.ttl.FromMilliseconds(round(ttl_s * 1000))
         if audio_context_s is not None:
             request.audio_context.FromMilliseconds(round(audio_context_s * 1000))
-        created = await self._connection.call(stub.CreateSession, request)
+        created = await self._connection.call(self._connection.stub.CreateSession, request)
         return Session(self, self._connection, created.session, reference.notice)
+
+    async def check_portrait(
+        self,
+        portrait: bytes | str | PathLike[str],
+        *,
+        width: int = 0,
+        height: int = 0,
+        area: int = 0,
+        fit: Literal["", "cover", "reference", "face"] = "",
+    ) -> str:
+        """Return what is wrong with a portrait and what to do about it, in words; empty if nothing is.
+
+        Arguments as of `create`. InvalidField if it cannot be used at all.
+        """
+        return (await self._reference(portrait, width, height, area, fit)).notice
 
     async def session(self, session_id: str) -> "Session":
         """Return an existing session, created by this client or another."""
         session = Session(self, self._connection, types.Session(id=session_id))
         await session.refresh()
         return session
+
+    async def _reference(
+        self, portrait: bytes | str | PathLike[str], width: int, height: int, area: int, fit: str
+    ) -> types.Reference:
+        """Create a reference, or find the same one again."""
+        picture = portrait if isinstance(portrait, bytes) else await asyncio.to_thread(Path(portrait).read_bytes)
+        request = pb.CreateReferenceRequest(
+            picture=picture, width=width, height=height, area=area, fit=value_of(FITS, "fit", fit)
+        )
+        return (await self._connection.call(self._connection.stub.CreateReference, request, CREATE_S)).reference
 
     async def limits(self) -> pb.GetCapabilitiesResponse:
         """Return the capabilities, requested once and cached."""

@@ -56,7 +56,7 @@ async def test_token_prompt_and_notice_are_passed_on() -> None:
     async with scripted() as (target, gateway), connect(target, token="secret") as avatar:
         await avatar.capabilities()
         session = await avatar.create(b"face")
-        assert session.notice == "not a face"
+        assert session.notice == await avatar.check_portrait(b"face") == "not a face"
         assert await session.update(prompt="smiling") == 7
     assert session.info.prompt == "smiling"
     assert gateway.metadata["authorization"] == "Bearer secret"
