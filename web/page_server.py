@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
-import math
 from asyncio import Task, TaskGroup
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -17,7 +17,7 @@ from aiortc.sdp import SessionDescription
 from avatar.client import Avatar, AvatarError
 from avatar.errors import ConnectionLost, NoCapacity
 from avatar.v1.avatar_service_pb2 import GetCapabilitiesResponse
-from web.browser_session import MAX_PENDING_S, BrowserSession
+from web.browser_session import MAX_PENDING_S, BrowserSession, stage_of
 from web.page_requests import (
     LINGER_S,
     MAX_FIELDS,
@@ -27,13 +27,17 @@ from web.page_requests import (
     Offer,
     only_hosts,
     read_offer,
+    read_picture,
     refusal,
 )
 from web.playout import RATE_HZ
+from web.words import error_words, lag_words, places_words
 
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
+# Width and height of the page's screen before the first session, where a video can have any size.
+USUAL_SIZE = 512, 512
 MAX_SDP_BYTES = 64 << 10  # a browser's has about 5 KB
 # Bytes of an offer's form beside the picture.
 MAX_FORM_BYTES = MAX_SDP_BYTES + (16 << 10)
@@ -41,6 +45,8 @@ MEDIA = {"audio", "video", "application"}
 NEGOTIATION_S = 20.0
 # The gateway forgets a session this long after its last block, also one whose offer was cancelled.
 SESSION_TTL_S = 60.0
+# People's photos are seldom framed like a portrait.
+FIT: Literal["face"] = "face"
 # The page loads nothing from other sites and cannot be framed. Blobs are pictures that the user has selected.
 POLICY = "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 STATUS: Mapping[type[AvatarError], HTTPStatus] = {
@@ -53,7 +59,7 @@ class PageServer:
     """Serves the page and runs its sessions.
 
     portraits: selectable pictures by name. max_peers: sessions at a time. hosts: names of this server besides
-    loopback; requests for others are refused. num_peers: current sessions.
+    loopback; requests for others are refused. num_peers: current sessions. num_checks: pictures being checked.
     """
 
     def __init__(
@@ -64,7 +70,7 @@ class PageServer:
         max_peers: int,
         hosts: Collection[str] = (),
     ) -> None:
-        self.num_peers = 0
+        self.num_peers = self.num_checks = 0
         self._avatar, self._limits, self._portraits = avatar, limits, portraits
         self._max_peers, self._hosts = max_peers, hosts
         self._group, self._tasks = TaskGroup(), set[Task[None]]()
@@ -104,16 +110,21 @@ class PageServer:
         )
         app.on_response_prepare.append(_guard)
         app.router.add_get("/", _file("index.html"))
-        app.router.add_get("/page.css", _file("page.css"))
-        app.router.add_get("/page.js", _file("page.js"))
+        for path in PAGE.iterdir():
+            app.router.add_get(f"/{path.name}", _file(path.name))
         app.router.add_get("/about", self.about)
         app.router.add_get("/portraits/{name}", self.portrait)
         app.router.add_post("/offer", self.offer)
+        app.router.add_post("/picture", self.picture)
         return app
 
     async def about(self, _: web.Request) -> web.Response:
         """Return the page's settings."""
+        formats = [self._limits.video, *self._limits.video_formats]
+        width, height = next(((each.width, each.height) for each in formats if each.width), USUAL_SIZE)
         about = {
+            "width": width,
+            "height": height,
             "portraits": list(self._portraits),
             "max_picture_bytes": self._limits.max_picture_bytes,
             "rate_hz": RATE_HZ,
@@ -133,31 +144,58 @@ class PageServer:
     async def offer(self, request: web.Request) -> web.Response:
         """Start a session from a form with `sdp`, and `portrait` (a name) or `picture` (a file).
 
-        The JSON response has `sdp`, a `notice` about the picture or the machine, and the promised `reaction_s`, or
-        `error` with a reason.
+        The JSON response has `sdp`, `width` and `height` of the video, a `notice` about the machine, a
+        `picture_notice`, and the promised `reaction_s`; or `error` with a reason.
         """
+
+        async def start() -> web.Response:
+            return await self._start(request, await read_offer(request, self._portraits))
+
+        return await self._answer(request, start)
+
+    async def picture(self, request: web.Request) -> web.Response:
+        """Check a picture: a form with `picture`. The JSON response has a `picture_notice`, or `error`."""
+
+        async def check() -> web.Response:
+            return await self._check(await read_picture(request))
+
+        return await self._answer(request, check)
+
+    async def _answer(self, request: web.Request, handle: Callable[[], Awaitable[web.Response]]) -> web.Response:
+        """Handle a form of the page itself; a failure is answered in words for a person."""
         origin = request.headers.get("Origin")
         if origin and urlsplit(origin).netloc != request.host:
-            return refusal(HTTPStatus.FORBIDDEN, "Only the page itself may start a session.")
+            return refusal(HTTPStatus.FORBIDDEN, "Only the page itself may send a form.")
         try:
-            return await self._start(request, await read_offer(request, self._portraits))
+            return await handle()
         except TimeoutError:
-            response = refusal(HTTPStatus.REQUEST_TIMEOUT, f"The offer did not arrive within {REQUEST_S:g} s.")
+            response = refusal(HTTPStatus.REQUEST_TIMEOUT, f"The form did not arrive within {REQUEST_S:g} s.")
             response.force_close()
             return response
         except web.HTTPRequestEntityTooLarge:
             picture = f"a picture of at most {self._limits.max_picture_bytes >> 20} MB"
-            text = f"The offer is too large: send {picture}, in a form of at most {MAX_FIELDS} fields."
+            text = f"The form is too large: send {picture}, in a form of at most {MAX_FIELDS} fields."
             return refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
         except AvatarError as error:
-            return refusal(STATUS.get(type(error), HTTPStatus.BAD_REQUEST), str(error))
+            logger.info("a form of the page failed", extra={"reason": error.reason, **stage_of(error)})
+            return refusal(STATUS.get(type(error), HTTPStatus.BAD_REQUEST), error_words(error))
         except ValueError as error:
-            return refusal(HTTPStatus.BAD_REQUEST, f"The offer is invalid: {error}.")
+            return refusal(HTTPStatus.BAD_REQUEST, f"The form is invalid: {error}.")
+
+    async def _check(self, picture: bytes) -> web.Response:
+        """Check a picture, if not too many are being checked."""
+        if self.num_checks >= self._max_peers:
+            return refusal(HTTPStatus.SERVICE_UNAVAILABLE, places_words("Other pictures are being checked"))
+        self.num_checks += 1
+        try:
+            return web.json_response({"picture_notice": await self._avatar.check_portrait(picture, fit=FIT)})
+        finally:
+            self.num_checks -= 1
 
     async def _start(self, request: web.Request, offer: Offer) -> web.Response:
         """Start a session for a complete offer, if there is a free slot."""
         if self.num_peers >= self._max_peers:
-            text = f"All {self._max_peers} sessions are in use. Try again later."
+            text = places_words(f"All {self._max_peers} places are taken")
             return refusal(HTTPStatus.SERVICE_UNAVAILABLE, text)
         self.num_peers += 1
         self._connections.protected.add(request.protocol)
@@ -174,7 +212,7 @@ class PageServer:
         """Create a session, run it in the background, and return the answer. Raises ValueError for a bad offer."""
         check_sdp(offer.sdp)
         capabilities = await self._avatar.capabilities()  # with the latest measured reaction time
-        session = await self._avatar.create(offer.picture, ttl_s=SESSION_TTL_S)
+        session = await self._avatar.create(offer.picture, fit=FIT, ttl_s=SESSION_TTL_S)
         peer = RTCPeerConnection()
         browser_session = BrowserSession(peer, session, listens=capabilities.listens)
         try:
@@ -188,8 +226,14 @@ class PageServer:
         task = self._group.create_task(self._run(browser_session))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        notice = " ".join(filter(None, [lag_notice(capabilities.sustained_rate), session.notice]))
-        return {"sdp": sdp, "notice": notice, "reaction_s": capabilities.reaction_s}
+        return {
+            "sdp": sdp,
+            "width": session.video.width,
+            "height": session.video.height,
+            "notice": lag_words(capabilities.sustained_rate),
+            "picture_notice": session.notice,
+            "reaction_s": capabilities.reaction_s,
+        }
 
     async def _run(self, browser_session: BrowserSession) -> None:
         try:
@@ -203,17 +247,6 @@ class PageServer:
             logger.exception("a browser session failed")
         finally:
             self.num_peers -= 1
-
-
-def lag_notice(sustained_rate: float) -> str:
-    """Return what a visitor has to know of a deployment that is slower than real time; empty if it keeps up.
-
-    sustained_rate: of the capabilities; 0 if it is not known.
-    """
-    if not 0 < sustained_rate < 1:
-        return ""
-    seconds = math.ceil(100 / sustained_rate) / 10  # never the same ten
-    return f"This machine computes 10 seconds of video in {seconds:g} seconds; the picture will lag."
 
 
 def check_sdp(offered: str) -> None:

@@ -173,7 +173,7 @@ async def test_a_malformed_form_is_refused(page: Page, content_type: str, body: 
         client.post(f"{page.url}/offer", data=body) as response,
     ):
         assert (response.status, page.server.num_peers) == (400, 0)
-        assert "The offer is invalid" in (await response.json())["error"]
+        assert "The form is invalid" in (await response.json())["error"]
 
 
 async def test_many_fields_are_refused(page: Page) -> None:
