@@ -22,6 +22,11 @@ from training.data import Clip, StoredClip, read_shard, write_shard
 CROPS = CropConfig(batch_size=2, size=32, num_frames=9)
 
 
+@pytest.fixture(autouse=True)
+def few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.codec.growth.NUM_DETAIL_BATCHES", 16)
+
+
 @pytest.fixture
 def codec() -> LightCodec:
     """A small codec with random weights."""
