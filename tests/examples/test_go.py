@@ -11,6 +11,7 @@ import av
 import pytest
 
 from tests.conftest import write_speech
+from tests.proxy import proxied
 
 ROOT = Path(__file__).parents[2]
 # Debian's gRPC, 1.33, is older than these names; everything else is compiled as it is.
@@ -80,6 +81,19 @@ async def test_a_wav_becomes_h264(
     assert f"81 frames of 64 x 64, {num_resumes} resumes" in printed
     with av.open(inputs[2], mode="r", format="h264") as film:
         assert sum(1 for _ in film.decode(video=0)) == 81
+
+
+async def test_a_connection_that_is_cut_resumes(
+    program: str, gateway: str, inputs: tuple[str, str, str], tmp_path: Path
+) -> None:
+    out = Path(inputs[2])
+    speech = str(write_speech(tmp_path / "long.wav", 12))
+    async with proxied(gateway) as proxy:
+        running = asyncio.create_task(run(program, "-target", proxy.target, speech, *inputs[1:]))
+        while not running.done() and not (out.exists() and out.stat().st_size):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        proxy.cut()
+        assert "297 frames of 64 x 64, 1 resumes" in await running
 
 
 async def test_a_live_stream_is_interrupted(program: str, gateway: str, inputs: tuple[str, str, str]) -> None:

@@ -8,6 +8,7 @@ import av
 import pytest
 
 from tests.conftest import write_speech
+from tests.proxy import proxied
 
 FOLDER = Path(__file__).parents[2] / "examples/node"
 
@@ -35,12 +36,16 @@ async def run(name: str, *arguments: str, status: int = 0) -> str:
     return output.decode()
 
 
+def num_frames(path: Path) -> int:
+    with av.open(str(path), mode="r", format="h264") as film:
+        return sum(1 for _ in film.decode(video=0))
+
+
 async def test_a_wav_becomes_h264(gateway: str, inputs: tuple[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out.h264"
     printed = await run("wav_to_h264.js", *inputs, str(out), "--target", gateway, "--seed", "7")
     assert "81 frames of 64 x 64, 0 resumes" in printed
-    with av.open(str(out), mode="r", format="h264") as film:
-        assert sum(1 for _ in film.decode(video=0)) == 81
+    assert num_frames(out) == 81
 
 
 async def test_a_broken_stream_resumes_with_the_same_bytes(
@@ -53,6 +58,18 @@ async def test_a_broken_stream_resumes_with_the_same_bytes(
     printed = await run("wav_to_h264.js", *inputs, str(broken), *flags, "--break-at", "12")
     assert "81 frames of 64 x 64, 1 resumes" in printed
     assert broken.read_bytes() == whole.read_bytes()
+
+
+async def test_a_connection_that_is_cut_resumes(gateway: str, inputs: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out.h264"
+    speech = str(write_speech(tmp_path / "long.wav", 12))
+    async with proxied(gateway) as proxy:
+        running = asyncio.create_task(run("wav_to_h264.js", speech, inputs[1], str(out), "--target", proxy.target))
+        while not running.done() and not (out.exists() and out.stat().st_size):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        proxy.cut()
+        assert "297 frames of 64 x 64, 1 resumes" in await running
+    assert num_frames(out) == 297
 
 
 async def test_an_error_names_its_reason_and_field(gateway: str) -> None:
