@@ -223,7 +223,7 @@ class AdmissionControl:
     and the other live streams would need more of the device's time than there is.
 
     active: streams that are open. limit: streams of any kind at a time. step_times: of the service's steps; its streams
-    add them. stream_bytes: memory of the largest stream, 0 if that is not known. on_change: called when a stream is
+    add them. stream_bytes: memory of the smallest stream, 0 if that is not known. on_change: called when a stream is
     accepted or ends, here or at another service of the device.
     """
 
@@ -265,23 +265,28 @@ class AdmissionControl:
     def capacity(self) -> int:
         """Streams at a time: the limit, or fewer if the device could not keep up with that many live ones.
 
-        Also fewer if its memory is not enough for that many of the largest ones.
+        Also fewer if its memory is not enough for that many of the smallest ones: a larger one may be refused, and
+        must not close the worker to the others.
         """
         free = self._load.num_free_sessions * self._num_levels
         if self.stream_bytes and (free_bytes := self._load.memory.free_bytes) < math.inf:
             free = min(free, max(0, int(free_bytes // self.stream_bytes)))
         return min(self.limit, self.active + free)
 
+    def add_size(self, num_bytes: int) -> None:
+        """Count streams of this memory among those that the worker may accept."""
+        self.stream_bytes = min(self.stream_bytes or num_bytes, num_bytes)
+
     @contextmanager
     def accept(
         self, session_id: str, *, is_live: bool, max_active: int | None = None, num_bytes: int = 0
     ) -> Iterator[None]:
-        """Count a stream as active while the body runs. NoCapacity, with the worker's real numbers, if it is refused.
+        """Count a stream as active while the body runs. NoCapacity, with the worker's real numbers, if it is refused;
+        without numbers if the worker has memory for smaller streams alone.
 
         max_active: streams that the caller believes to be open at most. It then selects a worker by real numbers.
         num_bytes: memory that the stream takes at most; it is reserved.
         """
-        self.stream_bytes = max(self.stream_bytes, num_bytes)
         if self.active >= self.limit:
             raise self._full(f"all {self.limit} streams of this worker are taken")
         if is_live and not self._load.has_time_for(session_id, self.step_times):
@@ -289,10 +294,15 @@ class AdmissionControl:
         memory = self._load.memory
         if num_bytes > (free_bytes := memory.free_bytes):
             free = f"{max(0.0, free_bytes) / 1e9:.2f} GB of memory"
-            raise self._full(f"this worker's device has {free} for streams, and this one needs {num_bytes / 1e9:.2f}")
+            needed = f"{num_bytes / 1e9:.2f}"
+            refusal = self._full(f"this worker's device has {free} for streams, and this one needs {needed}")
+            if self.capacity > self.active:
+                refusal.metadata.clear()  # by its numbers the caller would try this worker again
+            raise refusal
         if max_active is not None and self.active > max_active:
             raise self._full(f"this worker has {self.active} streams, and not at most {max_active}")
         self.active += 1
+        self.add_size(num_bytes)
         telemetry.SESSIONS_ACTIVE.add(1, self._labels)
         try:
             live = self._load.live_stream(session_id, self.step_times) if is_live else nullcontext()

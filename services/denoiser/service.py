@@ -76,7 +76,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
 
     def warm(self, height: int, width: int) -> None:
         """Step every level through a session of latents of this size, and measure the duration of a step."""
-        self._admission.stream_bytes = max(self._admission.stream_bytes, self._stream_bytes(height, width))
+        self._admission.add_size(self._stream_bytes(height, width))
         for denoiser in self._denoisers.values():
             self._admission.measure(partial(denoiser.warm, height, width))
 

@@ -261,14 +261,27 @@ def test_a_stream_that_the_memory_is_not_enough_for_is_refused() -> None:
     assert load.memory.reserved_bytes == 0
 
 
+def test_a_stream_too_large_for_the_memory_leaves_the_capacity_to_smaller_ones() -> None:
+    admission = AdmissionControl(8, "denoiser", DeviceLoad(memory=DeviceMemory(lambda: 10.0)), BLOCK_S)
+    admission.add_size(4)
+    with (
+        pytest.raises(NoCapacity) as refused,
+        admission.accept("a", is_live=False, num_bytes=11),
+    ):
+        pass
+    assert refused.value.metadata == {}, "numbers that have room would make the caller try again"
+    assert admission.capacity == 2
+
+
 def test_capacity_is_the_less_of_memory_and_time() -> None:
     load = DeviceLoad(memory=DeviceMemory(lambda: 10e9))
     admission = AdmissionControl(8, "denoiser", load, BLOCK_S)
     assert admission.capacity == 8, "nothing is known of either"
-    admission.stream_bytes = 3_000_000_000
+    for num_bytes in (5_000_000_000, 3_000_000_000):
+        admission.add_size(num_bytes)
     assert admission.capacity == 3
-    with admission.accept("a", is_live=False, num_bytes=2_000_000_000):
-        assert admission.capacity == 3, "the open one, and two of the largest"
+    with admission.accept("a", is_live=False, num_bytes=4_000_000_000):
+        assert admission.capacity == 3, "the open one, and two of the smallest"
     admission.step_times.append(0.4)
     assert admission.capacity == 1
 

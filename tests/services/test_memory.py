@@ -127,6 +127,21 @@ async def test_streams_are_refused_before_they_are_opened_when_memory_is_short(
         (await opened(connection, session_of(2, SMALL))).cancel()
 
 
+async def test_a_size_that_does_not_fit_leaves_the_worker_open_to_smaller_ones(
+    checkpoint: Path, store: SessionStore
+) -> None:
+    async with denoiser(checkpoint, store) as (unlimited, _):
+        num_bytes = unlimited._stream_bytes(*SMALL)
+    limit = 2.5 * num_bytes
+    assert unlimited._stream_bytes(*LARGE) > limit
+    async with denoiser(checkpoint, store, sizes="64x64,128x128", memory_gb=limit / 1e9) as (_, connection):
+        assert await until_no_streams(connection) == 2
+        with pytest.raises(NoCapacity, match="GB of memory for streams"):
+            await opened(connection, session_of(0, LARGE))
+        assert await until_no_streams(connection) == 2
+        (await opened(connection, session_of(1, SMALL))).cancel()
+
+
 async def test_cycles_of_mixed_sizes_leave_memory_as_it_was(
     checkpoint: Path, store: SessionStore, allocator: CappedAllocator
 ) -> None:
