@@ -1,5 +1,5 @@
 # The whole interface. Every target prepares its own requirements.
-.PHONY: install protos check docs alerts test test-slow test-containers test-web test-marks test-node test-go chaos demo web bench bench-gpu
+.PHONY: install protos check docs alerts test test-slow test-containers test-web test-marks test-pipecat test-node test-go chaos demo web bench bench-gpu
 
 VENV := .venv
 PYTHON ?= python3
@@ -122,6 +122,17 @@ $(AXE): tests/web/axe/package-lock.json
 # package, which is unpacked, not installed.
 test-marks: install $(VENV)/marks $(VENV)/exiftool
 	pytest -m marks tests/vae/marks
+
+# Pipecat needs protobuf 6, so it has an environment of its own, which finds all other packages in .venv: 390 MB.
+test-pipecat: install $(VENV)/pipecat/installed
+	$(VENV)/pipecat/bin/python -m pytest -W ignore::DeprecationWarning:pipecat.audio.utils tests/integrations/test_pipecat.py
+
+SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(VENV)/pipecat/installed: tests/integrations/requirements-pipecat.txt | $(VENV)/installed
+	test -x $(VENV)/pipecat/bin/python || $(PYTHON) -m venv $(VENV)/pipecat
+	$(VENV)/pipecat/bin/python -m pip install --quiet --no-deps --requirement tests/integrations/requirements-pipecat.txt
+	python $(SITE_PACKAGES) > $$($(VENV)/pipecat/bin/python $(SITE_PACKAGES))/suite.pth
+	touch $@
 
 $(VENV)/marks: tests/vae/marks/requirements.txt | $(VENV)/installed
 	python -m pip install --quiet --no-deps --requirement tests/vae/marks/requirements.txt

@@ -1,26 +1,121 @@
-"""A session as the avatar of a LiveKit agent: a video generator for livekit-agents' AvatarRunner.
+"""The avatar of a LiveKit agent.
+
+    avatar = AvatarSession("127.0.0.1:7000", "face.png")
+    await avatar.start(session, room=ctx.room)
+    await session.start(agent, room=ctx.room)
+
+The agent itself publishes the avatar's tracks: LiveKit's AvatarRunner runs in its process, between the agent's speech
+and the room. The runner passes speech and the end of each segment to `push_audio`, and interrupts with `clear_buffer`.
+It derives playback events from the generator's output: playback starts with a segment's first audio frame, the position
+is the amount of audio so far, and playback finishes with the AudioSegmentEnd.
+
+`video_generator` alone makes a session the avatar of a runner in another process:
 
     async with video_generator(session, rate_hz=24000) as generator:
         options = avatar_options(session, rate_hz=24000)
         runner = AvatarRunner(room, audio_recv=DataStreamAudioReceiver(room), video_gen=generator, options=options)
         await runner.start()
         await runner.wait_for_complete()
-
-The runner passes speech and the end of each segment to `push_audio`, and interrupts with `clear_buffer`. It derives
-playback events from the generator's output: playback starts with a segment's first audio frame, the position is the
-amount of audio so far, and playback finishes with the AudioSegmentEnd.
 """
 
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from typing import Literal
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from os import PathLike
+from typing import Any, Literal
 
 from livekit import rtc
-from livekit.agents.voice.avatar import AudioSegmentEnd, AvatarOptions, VideoGenerator
+from livekit.agents import AgentSession
+from livekit.agents.voice import avatar
+from livekit.agents.voice.avatar import AudioSegmentEnd, AvatarOptions, AvatarRunner, QueueAudioOutput, VideoGenerator
 
-from avatar.client import Audio, Frame, Item, PlaybackFinished, Session, Stream
+from avatar.client import AvatarError, Frame, Session
+from avatar.integrations.frames import NO_ARGUMENTS, SAMPLE_BYTES, LiveFrames, created_session, live_frames
 
-SAMPLE_BYTES = 2
+logger = logging.getLogger(__name__)
+
+
+class AvatarSession(avatar.AvatarSession[Literal["error"]]):
+    """The avatar that speaks for an agent.
+
+    `metrics_collected` reports the time until the avatar's video is published, and the playback latency of each answer:
+    from its first audio to its first frame. `error` has the AvatarError by which the avatar was lost; the agent then
+    goes on without speech, as text.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        portrait: bytes | str | PathLike[str],
+        *,
+        rate_hz: int = 24000,
+        connection: Mapping[str, Any] = NO_ARGUMENTS,
+        options: Mapping[str, Any] = NO_ARGUMENTS,
+    ) -> None:
+        """Prepare an avatar; `start` connects.
+
+        target: HOST:PORT of the gateway. portrait: bytes or path of a picture. rate_hz: of the speech, which LiveKit
+        resamples. connection, options: further arguments of `connect` and of `Avatar.create`.
+        """
+        super().__init__()
+        self._open = created_session(target, portrait, connection, options)
+        self._rate_hz = rate_hz
+        self._stack = AsyncExitStack()
+
+    @property
+    def avatar_identity(self) -> str:
+        """Name of the participant that publishes the video: the agent's own."""
+        assert self._room
+        return str(self._room.local_participant.identity)
+
+    @property
+    def provider(self) -> str:
+        """Name of the provider in metrics."""
+        return "avatar-suite"
+
+    async def start(self, agent_session: AgentSession[Any], room: rtc.Room) -> None:
+        """Open the avatar's stream, publish its tracks and make it the agent's audio output.
+
+        Call it before `agent_session.start`, once. Raises the AvatarError of a gateway that refuses.
+        """
+        await super().start(agent_session, room)
+        try:
+            session = await self._stack.enter_async_context(self._open)
+            generator = await self._stack.enter_async_context(video_generator(session, rate_hz=self._rate_hz))
+            output = QueueAudioOutput(sample_rate=self._rate_hz, wait_playback_start=True)
+            options = avatar_options(session, rate_hz=self._rate_hz)
+            runner = AvatarRunner(room, audio_recv=output, video_gen=generator, options=options)
+            await runner.start()
+            self._stack.push_async_callback(runner.aclose)
+        except BaseException:
+            await self.aclose()
+            raise
+        agent_session.output.audio = output
+        self._stack.callback(agent_session.output.set_audio_enabled, False)
+        watching = asyncio.create_task(self._watch(runner, output, agent_session))
+        self._stack.callback(watching.cancel)
+
+    async def aclose(self) -> None:
+        """Delete the avatar's session. The agent goes on without speech."""
+        if self._room:
+            # The base class would remove the avatar's participant, which is the agent itself.
+            self._room.off("connection_state_changed", self._on_connection_state_changed)
+        if self._wait_avatar_join_task:
+            self._wait_avatar_join_task.cancel()
+        self._room = None
+        await self._stack.aclose()
+        await super().aclose()
+
+    async def _watch(self, runner: AvatarRunner, output: QueueAudioOutput, agent_session: AgentSession[Any]) -> None:
+        """Report the loss of the avatar, and stop waiting for its playback."""
+        try:
+            await runner.wait_for_complete()
+        except AvatarError as error:
+            logger.error("avatar lost, the agent goes on as text", extra={"reason": error.reason})
+            agent_session.output.set_audio_enabled(False)
+            output.clear_buffer()  # finishes the segment that is played
+            self.emit("error", error)
 
 
 def avatar_options(session: Session, *, rate_hz: int, channels: Literal[1, 2] = 1) -> AvatarOptions:
@@ -34,79 +129,41 @@ async def video_generator(
     session: Session, *, rate_hz: int, channels: Literal[1, 2] = 1
 ) -> AsyncGenerator["AvatarGenerator", None]:
     """Open a session's live stream as a video generator while the body runs; the session is deleted afterwards."""
-    async with session.stream(rate_hz=rate_hz, channels=channels, live=True, return_audio=True) as stream:
-        yield AvatarGenerator(stream, session, rate_hz, channels)
+    async with live_frames(session, rate_hz=rate_hz, channels=channels) as frames:
+        yield AvatarGenerator(frames, session, rate_hz, channels)
 
 
 class AvatarGenerator(VideoGenerator):
     """A live stream as a video generator. Created by `video_generator`; the runner iterates it once."""
 
-    def __init__(self, stream: Stream, session: Session, rate_hz: int, channels: int) -> None:
-        self._stream = stream
+    def __init__(self, frames: LiveFrames, session: Session, rate_hz: int, channels: int) -> None:
+        self._frames = frames
         self._video = session.video
         self._rate_hz = rate_hz
         self._channels = channels
-        self._audio = b""  # of the frames that follow
-        self._first_frame = 0  # earlier frames are cleared
-        self._num_clearing = 0
 
     async def push_audio(self, frame: rtc.AudioFrame | AudioSegmentEnd) -> None:
         """Push speech, or end the turn. Raises ValueError if the format differs from the stream's."""
         if isinstance(frame, AudioSegmentEnd):
-            await self._stream.end_turn()
+            await self._frames.stream.end_turn()
             return
         if (frame.sample_rate, frame.num_channels) != (self._rate_hz, self._channels):
             raise ValueError(
                 f"audio must have {self._rate_hz} Hz and {self._channels} channels, got {frame.sample_rate} Hz and"
                 f" {frame.num_channels}"
             )
-        await self._stream.push(bytes(frame.data.cast("b")))
+        await self._frames.stream.push(bytes(frame.data.cast("b")))
 
     async def clear_buffer(self) -> None:
         """Interrupt the speech. No earlier item is yielded any more, since the runner has stopped counting it."""
-        self._num_clearing += 1
-        try:
-            self._first_frame = (await self._stream.interrupt()).next_frame
-            self._audio = b""
-        finally:
-            self._num_clearing -= 1
+        with suppress(AvatarError):  # the stream has ended, and so has the speech; iterating raises the error
+            await self._frames.interrupt()
 
     async def __aiter__(self) -> AsyncGenerator[rtc.VideoFrame | rtc.AudioFrame | AudioSegmentEnd, None]:
-        async for item in self._stream:
-            if self._is_cleared(item):
+        async for item, audio in self._frames:
+            if not isinstance(item, Frame):
+                yield AudioSegmentEnd()
                 continue
-            match item:
-                case Audio():
-                    self._audio += item.data
-                case Frame():
-                    yield rtc.VideoFrame(
-                        self._video.width, self._video.height, rtc.VideoBufferType.RGB24, bytearray(item.data)
-                    )
-                    # A frame at a time: the synchroniser's queues hold less than a block. Idle frames have no audio.
-                    audio = self._audio_of(item)
-                    if audio and not item.is_idle and not self._is_cleared(item):
-                        num_samples = len(audio) // SAMPLE_BYTES // self._channels
-                        yield rtc.AudioFrame(audio, self._rate_hz, self._channels, num_samples)
-                case PlaybackFinished():
-                    yield AudioSegmentEnd()
-
-    def _is_cleared(self, item: Item) -> bool:
-        """Return whether an item precedes the last interrupt, or reports it."""
-        match item:
-            case Frame():
-                is_before = item.index < self._first_frame
-            case Audio():
-                is_before = round(item.pts_s * self._video.frame_rate_hz) < self._first_frame
-            case PlaybackFinished():
-                is_before = item.next_frame <= self._first_frame
-            case _:
-                return False
-        return is_before or self._num_clearing > 0
-
-    def _audio_of(self, frame: Frame) -> bytes:
-        """Remove and return a frame's audio. Frames differ by a sample where the rates do not divide evenly."""
-        rate_hz, frame_rate_hz = self._rate_hz, self._video.frame_rate_hz
-        num_samples = (frame.index + 1) * rate_hz // frame_rate_hz - frame.index * rate_hz // frame_rate_hz
-        num_bytes = num_samples * SAMPLE_BYTES * self._channels
-        audio, self._audio = self._audio[:num_bytes], self._audio[num_bytes:]
-        return audio
+            yield rtc.VideoFrame(self._video.width, self._video.height, rtc.VideoBufferType.RGB24, bytearray(item.data))
+            if audio and not self._frames.is_dropped(item):
+                yield rtc.AudioFrame(audio, self._rate_hz, self._channels, len(audio) // SAMPLE_BYTES // self._channels)

@@ -11,42 +11,57 @@ import pytest
 pytest.importorskip("livekit.agents", reason="tests/integrations/requirements-livekit.txt is not installed")
 
 from livekit import rtc
+from livekit.agents import Agent, AgentSession, MetricsCollectedEvent
+from livekit.agents.metrics.base import AvatarMetrics
+from livekit.agents.voice import avatar as livekit_avatar
 from livekit.agents.voice.avatar import AudioSegmentEnd, AvatarRunner, QueueAudioOutput, VideoGenerator
 from livekit.agents.voice.io import PlaybackFinishedEvent
 
 from avatar.client import connect
-from avatar.integrations.livekit import AvatarGenerator, avatar_options, video_generator
+from avatar.errors import AvatarError, ConnectionLost
+from avatar.integrations.livekit import AvatarGenerator, AvatarSession, avatar_options, video_generator
 from avatar.store.sessions import SessionStore
 from tests.conftest import RATE_HZ, speech
+from tests.integrations.waiting import until
 from tests.standin import standin_gateway
 
 PIECE_BYTES = 640 * 2
 
 
 class Publication:
+    def __init__(self, kind: int) -> None:
+        self.kind = kind
+
     async def wait_for_subscription(self) -> None:
         pass
 
 
-class Room:
-    """The part of a room that the runner uses: connected, and anybody may publish."""
+class Participant:
+    """The agent's participant: anybody may publish."""
+
+    identity = "agent"
+    kind = rtc.ParticipantKind.PARTICIPANT_KIND_AGENT
+
+    def __init__(self, room: "Room") -> None:
+        self._room = room
+        self.track_publications: dict[str, Publication] = {}
+
+    async def publish_track(self, track: Any, _: Any) -> Publication:
+        publication = self.track_publications[track.name] = Publication(track.kind)
+        self._room.emit("local_track_published", publication, track)
+        return publication
+
+
+class Room(rtc.EventEmitter[str]):
+    """The part of a room that the agent and the runner use; connected."""
 
     def __init__(self) -> None:
-        self.local_participant = self
-        self.tracks: list[str] = []
+        super().__init__()
+        self.local_participant = Participant(self)
+        self.remote_participants: dict[str, Any] = {}
 
     def isconnected(self) -> bool:
         return True
-
-    def on(self, *_: Any) -> None:
-        pass
-
-    def off(self, *_: Any) -> None:
-        pass
-
-    async def publish_track(self, track: Any, _: Any) -> Publication:
-        self.tracks.append(track.name)
-        return Publication()
 
 
 @asynccontextmanager
@@ -139,10 +154,97 @@ async def test_the_runner_reports_what_was_played_and_what_was_cut_off(store: Se
             after = await asyncio.wait_for(finished.get(), 20)
         finally:
             await runner.aclose()
-    assert room.tracks == ["avatar_audio", "avatar_video"]
+    assert list(room.local_participant.track_publications) == ["avatar_audio", "avatar_video"]
     assert started.qsize() == 1
     assert (whole.interrupted, cut.interrupted, after.interrupted) == (False, True, False)
     padding_s = 2 * 0.48  # of the last block, and of one more if speech arrives late
     assert 1.2 <= whole.playback_position <= 1.2 + padding_s
     assert 0 < cut.playback_position < 4
     assert 0.5 <= after.playback_position <= 0.5 + padding_s
+
+
+@asynccontextmanager
+async def agent(
+    avatar: AvatarSession, room: Room
+) -> AsyncGenerator[tuple[AgentSession[Any], list[AvatarMetrics]], None]:
+    """LiveKit's agent with an avatar, and the avatar's metrics that it collects."""
+    session: AgentSession[Any] = AgentSession()
+    collected: list[AvatarMetrics] = []
+
+    def collect(event: MetricsCollectedEvent) -> None:
+        if isinstance(event.metrics, AvatarMetrics):
+            collected.append(event.metrics)
+
+    session.on("metrics_collected", collect)
+    await avatar.start(session, room=room)  # type: ignore[arg-type]
+    try:
+        await session.start(Agent(instructions="none"))
+        yield session, collected
+    finally:
+        await session.aclose()
+        await avatar.aclose()
+
+
+async def audio_of(data: bytes) -> AsyncGenerator[rtc.AudioFrame, None]:
+    for frame in frames_of(data):
+        yield frame
+
+
+def test_the_session_has_livekits_interface() -> None:
+    assert issubclass(AvatarSession, livekit_avatar.AvatarSession)
+    expected, actual = livekit_avatar.AvatarSession.start, AvatarSession.start
+    assert list(inspect.signature(actual).parameters) == list(inspect.signature(expected).parameters)
+    assert not AvatarSession.__abstractmethods__
+
+
+async def test_an_agent_speaks_through_its_avatar_and_can_be_interrupted(store: SessionStore) -> None:
+    async with standin_gateway(store) as gateway:
+        avatar, room = AvatarSession(gateway.target, b"face", rate_hz=RATE_HZ), Room()
+        async with agent(avatar, room) as (session, metrics):
+            await asyncio.wait_for(avatar.wait_for_join(), 20)
+            assert avatar.avatar_identity == "agent"
+            assert list(room.local_participant.track_publications) == ["avatar_audio", "avatar_video"]
+            whole = session.say("A whole answer.", audio=audio_of(speech(0.4)))
+            await asyncio.wait_for(whole.wait_for_playout(), 20)
+            started = asyncio.Event()
+            assert session.output.audio
+            session.output.audio.on("playback_started", lambda _: started.set())
+            cut = session.say("An answer that is cut off.", audio=audio_of(speech(8.0)))
+            await asyncio.wait_for(started.wait(), 20)
+            session.interrupt()
+            await asyncio.wait_for(cut.wait_for_playout(), 20)
+            assert (whole.interrupted, cut.interrupted) == (False, True)
+            after = session.say("The next answer.", audio=audio_of(speech(0.5)))
+            await asyncio.wait_for(after.wait_for_playout(), 20)
+            assert gateway.num_streams == 1
+        await until(lambda: not gateway.num_streams)
+    joined, *played = metrics
+    assert joined.avatar_joined_time
+    assert joined.metadata
+    assert joined.metadata.model_provider == "avatar-suite"
+    assert len([each for each in played if each.playback_latency is not None]) >= 2
+
+
+async def test_an_agent_goes_on_as_text_when_its_avatar_is_lost(store: SessionStore) -> None:
+    lost: asyncio.Queue[AvatarError] = asyncio.Queue()
+    async with standin_gateway(store) as gateway:
+        avatar = AvatarSession(gateway.target, b"face", rate_hz=RATE_HZ)
+        avatar.on("error", lost.put_nowait)
+        async with agent(avatar, Room()) as (session, _), connect(gateway.target) as client:
+            started = asyncio.Event()
+            assert session.output.audio
+            session.output.audio.on("playback_started", lambda _: started.set())
+            speaking = session.say("An answer that is cut off.", audio=audio_of(speech(8.0)))
+            await asyncio.wait_for(started.wait(), 20)
+            await (await client.session(gateway.audio.sessions[0])).delete()
+            assert (await asyncio.wait_for(lost.get(), 20)).reason == "SESSION_NOT_FOUND"
+            await asyncio.wait_for(speaking.wait_for_playout(), 20)
+            assert not session.output.audio_enabled
+            await asyncio.wait_for(session.say("Text.", audio=audio_of(speech(0.5))).wait_for_playout(), 20)
+
+
+async def test_an_avatar_that_does_not_start_raises_its_error() -> None:
+    session: AgentSession[Any] = AgentSession()
+    with pytest.raises(ConnectionLost):
+        await AvatarSession("127.0.0.1:1", b"face").start(session, room=Room())  # type: ignore[arg-type]
+    assert session.output.audio is None

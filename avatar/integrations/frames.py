@@ -1,0 +1,96 @@
+"""Frames of a live stream, each with its audio, without those that an interrupt has dropped."""
+
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from os import PathLike
+from types import MappingProxyType
+from typing import Any, Literal
+
+from avatar.client import Audio, Frame, Item, PlaybackFinished, Session, Stream, connect
+
+SAMPLE_BYTES = 2
+NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
+
+
+@asynccontextmanager
+async def created_session(
+    target: str, portrait: bytes | str | PathLike[str], connection: Mapping[str, Any], options: Mapping[str, Any]
+) -> AsyncGenerator[Session, None]:
+    """Connect to a gateway while the body runs, and create a session. The mappings have further arguments of `connect`
+    and of `Avatar.create`."""
+    async with connect(target, **connection) as avatar:
+        yield await avatar.create(portrait, **options)
+
+
+@asynccontextmanager
+async def live_frames(
+    session: Session, *, rate_hz: int, channels: Literal[1, 2] = 1
+) -> AsyncGenerator["LiveFrames", None]:
+    """Open a session's live stream of PCM16 while the body runs; the session is deleted afterwards."""
+    async with session.stream(rate_hz=rate_hz, channels=channels, live=True, return_audio=True) as stream:
+        yield LiveFrames(stream, session.video.frame_rate_hz, rate_hz, channels)
+
+
+class LiveFrames:
+    """The frames of a live stream and its ends of turns. Created by `live_frames`; iterate it once.
+
+    A framework counts what it plays and stops counting when it interrupts, so nothing from before the interrupt may
+    follow. stream: to push audio and to end turns.
+    """
+
+    def __init__(self, stream: Stream, frame_rate_hz: int, rate_hz: int, channels: int) -> None:
+        self.stream = stream
+        self._frame_rate_hz = frame_rate_hz
+        self._rate_hz = rate_hz
+        self._channels = channels
+        self._audio = b""  # of the frames that follow
+        self._first_frame = 0  # earlier frames are dropped
+        self._num_interrupting = 0
+
+    def interrupt(self) -> Coroutine[Any, Any, None]:
+        """Drop all items at once, and return a coroutine that interrupts the speech. Then the next items follow."""
+        self._num_interrupting += 1
+        return self._interrupt()
+
+    async def _interrupt(self) -> None:
+        try:
+            self._first_frame = (await self.stream.interrupt()).next_frame
+            self._audio = b""
+        finally:
+            self._num_interrupting -= 1
+
+    async def __aiter__(self) -> AsyncGenerator[tuple[Frame | PlaybackFinished, bytes], None]:
+        """Yield frames, each with its audio, which idle frames have not, and ends of turns."""
+        async for item in self.stream:
+            if self.is_dropped(item):
+                continue
+            match item:
+                case Audio():
+                    self._audio += item.data
+                case Frame():
+                    # A frame at a time: the queues of frameworks hold less than a block. Idle frames have no audio.
+                    audio = self._audio_of(item)
+                    yield item, b"" if item.is_idle else audio
+                case PlaybackFinished():
+                    yield item, b""
+
+    def is_dropped(self, item: Item) -> bool:
+        """Return whether an item precedes the last interrupt, or reports it."""
+        match item:
+            case Frame():
+                is_before = item.index < self._first_frame
+            case Audio():
+                is_before = round(item.pts_s * self._frame_rate_hz) < self._first_frame
+            case PlaybackFinished():
+                is_before = item.next_frame <= self._first_frame
+            case _:
+                return False
+        return is_before or self._num_interrupting > 0
+
+    def _audio_of(self, frame: Frame) -> bytes:
+        """Remove and return a frame's audio. Frames differ by a sample where the rates do not divide evenly."""
+        rate_hz, frame_rate_hz = self._rate_hz, self._frame_rate_hz
+        num_samples = (frame.index + 1) * rate_hz // frame_rate_hz - frame.index * rate_hz // frame_rate_hz
+        num_bytes = num_samples * SAMPLE_BYTES * self._channels
+        audio, self._audio = self._audio[:num_bytes], self._audio[num_bytes:]
+        return audio
