@@ -2,6 +2,8 @@
 
     speech --audio--> Block (features) --denoiser 0..N-1--> Block (latent) --vae--> FrameChunk of each latent frame
 
+`load` and `render_film` make a film in two lines; `render` yields its frames.
+
 By default the frames equal the services', byte for byte. `RenderOptions` has further options, which mean the same as in
 the reference implementation of arXiv 2512.04677 (docs/reference_options.md).
 
@@ -34,6 +36,7 @@ from avatar.denoiser.config import PATCH, NetworkConfig
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import NoiseSource, clip_noise, noise
+from avatar.media import Film, read_audio, write_mp4
 from avatar.types import AudioPiece, Block, Conditions, FrameChunk, Session
 from avatar.vae import vae as vae_model
 from avatar.vae import whole_clip
@@ -59,7 +62,7 @@ class Models:
 
 
 def load(
-    checkpoint: Path,
+    checkpoint: Path | str,
     adapter: LoraAdapter | None = None,
     *,
     levels: int | None = None,
@@ -71,6 +74,7 @@ def load(
 
     levels: how many to run of those that the checkpoint was trained for; None: all. decoder: as in `open_part`.
     """
+    checkpoint = Path(checkpoint)
     part = denoiser_model.with_levels(open_part(checkpoint, "denoiser", adapter), levels)
     network = denoiser_model.load(part, dtype=dtype, device=device)
     audio = audio_model.load(open_part(checkpoint, "audio"), device=device)
@@ -141,6 +145,20 @@ def render(
         state = vae.open(session)
         for block in denoised:
             yield from vae.decode(block, state)
+
+
+def render_film(
+    models: Models, speech: Path | str, portrait: Path | str, out: Path | str, options: RenderOptions | None = None
+) -> Film:
+    """Render one person's speech and write it as a film.
+
+    speech, portrait, out: files as in `read_audio`, `read_picture` and `write_mp4`. ValueError as of these and of
+    `render`; OSError if the film cannot be written.
+    """
+    samples, rate_hz = read_audio(Path(speech))
+    chunks = render(models, [torch.from_numpy(samples)], rate_hz, Path(portrait).read_bytes(), options)
+    frames = (chunk.frames.numpy() for chunk in chunks)
+    return write_mp4(Path(out), frames, models.vae.config.frame_rate_hz, HIDDEN_FRAMES, samples, rate_hz)
 
 
 def check_actors(num_speech: int, num_masks: int) -> None:

@@ -79,7 +79,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("avatar.checkpoints.lora", "avatar.checkpoints.sizing", "avatar.denoiser", "avatar.text", "avatar.vae"),
     ),
     "avatar.checkpoints.sizing": ("avatar.denoiser", "avatar.types"),
-    "avatar.render": ("avatar.audio", "avatar.checkpoints", "avatar.denoiser", "avatar.types", "avatar.vae"),
+    "avatar.render": (
+        *("avatar.audio", "avatar.checkpoints", "avatar.denoiser", "avatar.media", "avatar.types", "avatar.vae"),
+    ),
     "avatar.__main__": (
         *("avatar.checkpoints", "avatar.media", "avatar.render", "avatar.text", "avatar.types", "avatar.vae"),
     ),

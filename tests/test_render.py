@@ -19,7 +19,7 @@ from avatar.audio.model import AudioModel
 from avatar.audio.wav2vec2 import Wav2Vec2
 from avatar.audio.whole_file import file_blocks
 from avatar.media import read_audio, read_video, write_mp4
-from avatar.render import Models, RenderOptions, load, portrait_fit, render, with_clip_frames
+from avatar.render import Models, RenderOptions, load, portrait_fit, render, render_film, with_clip_frames
 from avatar.types import FrameChunk
 from avatar.vae.marks.label import draw_label
 from avatar.vae.out_of_distribution import GRID_CELLS, OutOfDistributionCheck
@@ -186,6 +186,12 @@ def test_half_precision_is_close(checkpoint: Path, picture: bytes) -> None:
     )
     assert not torch.equal(half, full)
     assert (half - full).square().mean().sqrt() / full.std() < 0.02
+
+
+def test_a_film_is_rendered_from_files(models: Models, files: list[object]) -> None:
+    speech, _, portrait, out, *_ = map(str, files)
+    film = render_film(models, speech, portrait, out, RenderOptions(num_blocks=2))
+    assert (film.num_frames, Path(out).stat().st_size > 0) == (2 * 12 - 3, True)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
