@@ -1,6 +1,13 @@
-import numpy as np
+from pathlib import Path
 
-from training.showcase import COLUMNS, ROWS, SCALE, STRIDE, enlarge, make_strip
+import numpy as np
+import pytest
+from PIL import Image
+
+from training import showcase
+from training.showcase import COLUMNS, ROWS, SCALE, STRIDE, enlarge, make_strip, write_preview
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_a_strip_continues_in_its_second_row() -> None:
@@ -14,3 +21,23 @@ def test_enlarged_frames_keep_their_brightness() -> None:
     frames = np.full((2, 8, 8, 3), 77, np.uint8)
     assert enlarge(frames).shape == (2, 8 * SCALE, 8 * SCALE, 3)
     assert (enlarge(frames) == 77).all()
+
+
+def test_a_preview_plays_for_ever_and_says_what_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (5, 16, 16, 3), np.uint8)
+    write_preview(tmp_path / "a.webp", frames, 25)
+    with Image.open(tmp_path / "a.webp") as image:
+        assert (image.n_frames, image.info["loop"], image.size) == (5, 0, (16, 16))  # type: ignore[attr-defined]
+        assert b"trainedAlgorithmicMedia" in image.info["xmp"]
+        image.seek(1)
+        image.load()
+        assert image.info["duration"] == 40
+    monkeypatch.setattr(showcase, "PREVIEW_BYTES", 100)
+    with pytest.raises(ValueError, match="at most 100 are wanted"):
+        write_preview(tmp_path / "a.webp", frames, 25)
+
+
+def test_the_readmes_film_plays_and_is_small() -> None:
+    assert (DOCS / "demo.webp").stat().st_size <= 1_000_000
+    with Image.open(DOCS / "demo.webp") as image:
+        assert image.n_frames > 100  # type: ignore[attr-defined]
