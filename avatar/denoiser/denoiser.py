@@ -311,6 +311,9 @@ class Denoiser:
         config = self.config
         channels, _, height, width = state.session.motion.shape
         check_shape("sink", conditions.sink, channels, 1, height, width)
+        if conditions.text.ndim != 2:
+            shape = tuple(conditions.text.shape)
+            raise ValueError(f"text must have shape (n, {config.text_dim}), got {shape}")
         rows = len(conditions.text)
         if rows > config.text_len:
             raise ValueError(f"text has {rows} tokens, the network reads at most {config.text_len}")

@@ -1,6 +1,7 @@
 """Conversion of our types to messages and back. The only module that handles both tensors and messages."""
 
 import math
+import reprlib
 import sys
 import time
 from dataclasses import replace
@@ -23,6 +24,8 @@ assert sys.byteorder == "little", "tensors are sent as their bytes in memory, an
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TENSORS = (*INPUTS, "latent")
+# More than any tensor of ours has; torch stops at 64.
+MAX_AXES = 8
 SAMPLE_DTYPES = {"pcm16": torch.int16, "float32": torch.float32}
 
 
@@ -32,7 +35,10 @@ def tensor_to_pb(x: Tensor) -> pb.Tensor:
 
 
 def tensor_from_pb(message: pb.Tensor) -> Tensor:
-    """Return the tensor of a message. ValueError if its dtype is unknown or its data do not fill its shape."""
+    """Return the tensor of a message.
+
+    ValueError if its dtype is unknown, it has over MAX_AXES axes, or its data do not fill its shape.
+    """
     return _tensor(message, message.data)
 
 
@@ -40,13 +46,18 @@ def _tensor(head: pb.Tensor, elements: bytes | memoryview) -> Tensor:
     """Return the tensor of a message and its elements, which are copied."""
     dtype = DTYPES.get(head.dtype)
     if dtype is None:
-        raise ValueError(f"dtype is {head.dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype is {reprlib.repr(head.dtype)}, expected one of {', '.join(DTYPES)}")
+    if len(head.shape) > MAX_AXES:
+        raise ValueError(f"shape has {len(head.shape)} axes, expected at most {MAX_AXES}")
     shape = tuple(head.shape)
     expected = math.prod(shape) * dtype.itemsize
     if len(elements) != expected:
         raise ValueError(f"{len(elements)} bytes for shape {shape}, expected {expected}")
     if not expected:
-        return torch.empty(shape, dtype=dtype)
+        try:
+            return torch.empty(shape, dtype=dtype)
+        except RuntimeError as error:  # strides overflow, although there are no elements
+            raise ValueError(f"shape {shape} is too large") from error
     return torch.frombuffer(bytearray(elements), dtype=dtype).reshape(shape)
 
 
@@ -149,8 +160,13 @@ def _serialized(name: str, x: Tensor) -> Parts:
 
 
 def due_s(message: pb.Block | AudioPieceMessage) -> float | None:
-    """Return the deadline of a message that has just arrived, on the clock of `time.monotonic`; None without slack."""
-    return time.monotonic() + message.slack_s if message.HasField("slack_s") else None
+    """Return the deadline of a message that has just arrived, on the clock of `time.monotonic`.
+
+    None without slack, or if it is not finite: deadlines order the queue, and NaN has no place in an order.
+    """
+    return (
+        time.monotonic() + message.slack_s if math.isfinite(message.slack_s) and message.HasField("slack_s") else None
+    )
 
 
 def heard_from_pb(message: HeardAudioMessage) -> HeardAudio:
@@ -166,7 +182,7 @@ def piece_from_bytes(data: bytes, encoding: str, rate_hz: int, num_channels: int
     """
     dtype = SAMPLE_DTYPES.get(encoding)
     if dtype is None:
-        raise ValueError(f"encoding is {encoding!r}, expected one of {', '.join(SAMPLE_DTYPES)}")
+        raise ValueError(f"encoding is {reprlib.repr(encoding)}, expected one of {', '.join(SAMPLE_DTYPES)}")
     if num_channels not in (1, 2):
         raise ValueError(f"{num_channels} channels, expected 1 or 2")
     if len(data) % (dtype.itemsize * num_channels):

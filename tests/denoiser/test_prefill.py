@@ -167,3 +167,9 @@ def test_conditions_that_do_not_fit_are_refused(
     conditions = random_conditions(config, 0)
     with pytest.raises(ValueError, match="sink must have shape"):
         levels[0].prefill(replace(conditions, sink=conditions.sink[:1]), levels[0].open(session))
+
+
+def test_a_text_that_is_no_matrix_is_refused(levels: list[Denoiser], session: Session, blocks: list[Block]) -> None:
+    conditions = replace(conditions_of(blocks[0]), text=torch.zeros(()))
+    with pytest.raises(ValueError, match=r"text must have shape \(n, \d+\), got \(\)"):
+        levels[0].prefill(conditions, levels[0].open(session))

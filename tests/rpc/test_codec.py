@@ -107,10 +107,13 @@ def test_a_received_tensor_is_a_copy() -> None:
         (pb.Tensor(dtype="bfloat16", shape=[], data=b""), r"0 bytes for shape \(\), expected 2"),
         (pb.Tensor(dtype="uint8", shape=[0], data=b"a"), r"1 bytes for shape \(0,\), expected 0"),
         (pb.Tensor(dtype="uint8", shape=[2**32 - 1] * 4, data=b"a"), "1 bytes for shape"),
+        (pb.Tensor(dtype="uint8", shape=[1] * 100_000, data=b"a"), "^shape has 100000 axes, expected at most 8$"),
+        (pb.Tensor(dtype="uint8", shape=[0, *[2**32 - 1] * 4]), "too large"),
+        (pb.Tensor(dtype="x" * 100_000, shape=[1], data=b"a"), "^dtype is .{,40}, expected one of"),
         (pb.Tensor(dtype="float64", shape=[1], data=bytes(8)), "dtype is 'float64', expected one of float32, float16"),
         (pb.Tensor(), "dtype is ''"),
     ],
-    ids=["too few", "too many", "scalar", "empty", "huge", "float64", "nothing"],
+    ids=["too few", "too many", "scalar", "empty", "huge", "axes", "strides", "long", "float64", "nothing"],
 )
 def test_data_that_do_not_fill_the_shape_are_refused(message: pb.Tensor, words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -239,4 +242,5 @@ def test_slack_counts_from_the_arrival_of_a_message(monkeypatch: pytest.MonkeyPa
     assert [due_s(pb.Block(slack_s=slack_s)) for slack_s in (0.5, 0.0, -1.0)] == [100.5, 100.0, 99.0]
     assert due_s(AudioPiece(slack_s=2)) == 102
     assert block_from_wire(RelayedBlock(pb.Block(slack_s=3)), None).due_s == 103
+    assert {due_s(pb.Block(slack_s=float(odd))) for odd in ("nan", "inf", "-inf")} == {None}
     assert due_s(AudioPiece()) is block_from_wire(RelayedBlock(pb.Block()), None).due_s is None
