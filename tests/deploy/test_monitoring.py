@@ -101,7 +101,7 @@ def test_panels_have_positions_and_descriptions() -> None:
 def test_prometheus_scrapes_every_process_of_compose() -> None:
     (scrape,) = SCRAPES
     (found,) = scrape["dns_sd_configs"]
-    served = {name for profile in ("cpu", "text") for name, _ in names(profile)}
+    served = {name for profile in ("cpu", "text", "voice") for name, _ in names(profile)}
     assert set(found["names"]) == served | {"denoiser"}, "and those of chains, in Kubernetes"
     for service in (each for each in ALL.values() if "build" in each):
         assert service["environment"]["OTEL_METRICS_EXPORTER"] == "prometheus"
