@@ -117,7 +117,7 @@ class LiveStream:
 
         def finish_text(turn: Turn) -> None:
             self._speech.finish_text(turn)
-            self.acks.finish_text()
+            self.acks.finish_text(turn.number)
             self._finish_turns()
 
         add_audio = partial(self._intake.add_spoken, use_audio)
@@ -151,13 +151,14 @@ class LiveStream:
             case "say" as kind:
                 if self.speaker is None:
                     raise VoiceUnsupported("this deployment has no voice; send audio")
-                self.acks.received(kind, is_open=self.speaker.add(request.say))
+                is_open, turn = self.speaker.add(request.say), self._speech.turn
+                self.acks.received(kind, turn=turn.number if is_open else None, is_open=is_open)
             case "listen" as kind:
                 self._intake.add_heard(request.listen.data, is_offered=self._stages.listens)
                 self.acks.received(kind)
             case "end_turn" as kind:
                 turn = self._speech.end_turn()
-                self.acks.received(kind, ended_turn=turn.number)
+                self.acks.received(kind, turn=turn.number)
                 self._turn_ended()
             case "interrupt" as kind:
                 response = self.interrupt()
@@ -170,7 +171,7 @@ class LiveStream:
                 if not (self._speech.num_samples or self._speech.has_speech or self._options.is_live):
                     raise InvalidAudio.at("audio.data", "the stream was closed before any audio came")
                 turn = self._speech.close()
-                self.acks.received(kind, ended_turn=turn.number)
+                self.acks.received(kind, turn=turn.number)
                 self._turn_ended()
                 return True
             case part:
@@ -217,7 +218,7 @@ class LiveStream:
             self.outbox.put(playback_finished(turn, interrupted=True))
         if self.speaker:
             self.speaker.interrupt()
-            self.acks.finish_texts()
+        self.acks.interrupt()
         num_delivered, spoken = self.outbox.drop()
         self.outbox.num_delivered = self._speech.num_samples
         self._timeline.restart(self.outbox.next_frame)

@@ -1,5 +1,6 @@
 """Tests of services.gateway.stream.acks."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,7 @@ def test_tiny_messages_are_acknowledged_together() -> None:
         acks.received("audio")
         acks.received("interrupt")
     for turn in range(3):
-        acks.received("end_turn", ended_turn=turn)
+        acks.received("end_turn", turn=turn)
         acks.received("audio")
     assert acks.num_pending == 2 + 1 + 3
 
@@ -39,15 +40,15 @@ def test_tiny_messages_are_acknowledged_together() -> None:
 def test_text_is_done_once_all_its_speech_is_delivered() -> None:
     acks, position = Acks(types_pb2.Position(), group_samples=20), types_pb2.Position(turn=1)
     for _ in range(3):
-        acks.received("say", is_open=True)
+        acks.received("say", turn=0, is_open=True)
     acks.received("say")  # one that is refused
-    acks.received("end_turn", ended_turn=0)
+    acks.received("end_turn", turn=0)
     acks.received("audio", 5)
     acks.spoken(100)
     acks.record(position, 100)
     assert (position.num_messages, position.num_samples) == (0, 100), "more speech may come"
     acks.spoken(50)
-    acks.finish_text()
+    acks.finish_text(0)
     acks.record(position, 149)
     assert (position.num_messages, position.num_message_samples) == (0, 0)
     acks.record(position, 150)
@@ -55,3 +56,50 @@ def test_text_is_done_once_all_its_speech_is_delivered() -> None:
     acks.record(position, 155)
     assert position.num_messages == acks.num_messages == 6
     assert position.num_message_samples == acks.num_samples == 155
+
+
+def test_text_is_done_only_once_its_turn_is_over() -> None:
+    acks, position = Acks(types_pb2.Position(), group_samples=20), types_pb2.Position(turn=0)
+    acks.received("say", turn=0, is_open=True)
+    acks.spoken(100)
+    acks.received("end_turn", turn=0)
+    acks.finish_text(0)
+    acks.record(position, 100)
+    assert (position.num_messages, position.num_samples) == (0, 100)
+    position.turn = 1
+    acks.record(position, 100)
+    assert (position.num_messages, position.num_message_samples) == (2, 100)
+
+
+def test_only_the_resumed_turn_is_skipped() -> None:
+    acks = Acks(types_pb2.Position(turn=3, num_samples=150, num_message_samples=50), group_samples=20)
+    acks.received("say", turn=3, is_open=True)
+    acks.received("end_turn", turn=3)
+    assert acks.skip(4, 70) == 0, "audio after the text comes before its speech"
+    acks.received("audio", 70)
+    assert [acks.skip(3, 60), acks.skip(3, 60), acks.skip(3, 60)] == [60, 40, 0]
+
+
+@pytest.mark.parametrize("end", ["speech", "end_turn", "interrupt"])
+def test_a_resumed_turn_that_is_shorter_now_does_not_end_the_next_one_early(end: str) -> None:
+    position = types_pb2.Position(turn=3, num_samples=150, num_message_samples=50)
+    acks = Acks(position, group_samples=20)
+    if end == "speech":
+        acks.received("say", turn=3, is_open=True)
+        acks.spoken(acks.skip(3, 60))
+        acks.received("end_turn", turn=3)
+        acks.finish_text(3)
+    else:
+        acks.received("audio", acks.skip(3, 60))
+        if end == "interrupt":
+            acks.interrupt()
+            acks.received("interrupt")
+        else:
+            acks.received("end_turn", turn=3)
+    position.turn = 4
+    assert acks.skip(4, 30) == 0
+    acks.received("audio", 30)
+    acks.record(position, 150)
+    assert (position.num_messages, position.num_message_samples) == (2, 150)
+    acks.record(position, 180)
+    assert (position.num_messages, position.num_message_samples) == (3, 180)

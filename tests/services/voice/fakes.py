@@ -24,9 +24,9 @@ RATE_HZ = 16000
 CHAR_S = 0.05
 
 
-def spoken(sentence: str, rate_hz: int = RATE_HZ) -> Samples:
-    """The sound of a sentence: a tone that depends on its characters, CHAR_S each."""
-    tones = [np.full(round(CHAR_S * rate_hz), 0.1 + 0.8 * (ord(each) % 64) / 64) for each in sentence]
+def spoken(sentence: str, rate_hz: int = RATE_HZ, char_s: float = CHAR_S) -> Samples:
+    """The sound of a sentence: a tone that depends on its characters, `char_s` each."""
+    tones = [np.full(round(char_s * rate_hz), 0.1 + 0.8 * (ord(each) % 64) / 64) for each in sentence]
     return np.concatenate(tones).astype(np.float32)
 
 
@@ -37,7 +37,8 @@ def pcm16(samples: Samples) -> bytes:
 class ToneEngine:
     """Speaks with `spoken`, in parts of `part_s`, and records the sentences that it begins and all parts that it makes.
 
-    failure: raised by the next sentences, after `failure_after` parts. before: awaited before each part.
+    char_s: seconds of a character. failure: raised by the next sentences, after `failure_after` parts. before: awaited
+    before each part.
     """
 
     name = "tone"
@@ -47,6 +48,7 @@ class ToneEngine:
         self.sentences: list[str] = []
         self.spoken_languages: list[str] = []
         self.num_parts = 0
+        self.char_s = CHAR_S
         self.failure: VoiceFailed | None = None
         self.failure_after = 0
         self.before: Callable[[], Awaitable[Any]] | None = None
@@ -55,7 +57,7 @@ class ToneEngine:
     async def speak(self, sentence: str, language: str) -> AsyncGenerator[Sound, None]:
         self.sentences.append(sentence)
         self.spoken_languages.append(language)
-        samples = spoken(sentence)
+        samples = spoken(sentence, char_s=self.char_s)
         for at, start in enumerate(range(0, len(samples), self._part)):
             if self.before:
                 await self.before()

@@ -89,9 +89,8 @@ class Intake:
         """Add audio to a turn, without the samples that another gateway has delivered."""
         self.heard_s = self._now()
         self.first_audio_s = self.first_audio_s or self.heard_s
-        skip = min(self._acks.skip, len(data) // self._options.sample_bytes)
-        self._acks.skip -= skip
-        self._speech.add(data[skip * self._options.sample_bytes :], turn)
+        sample_bytes = self._options.sample_bytes
+        self._speech.add(data[self._acks.skip(turn.number, len(data) // sample_bytes) * sample_bytes :], turn)
 
     async def _wait_for_room(self, turn: Turn) -> None:
         """Wait until less audio than `audio_ahead_s`, up to the end of a turn, is ahead of the admitted blocks."""
