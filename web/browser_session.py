@@ -170,7 +170,8 @@ class BrowserSession:
                     self._is_refusing = False
                     self._end_turn()
                 case {"type": "text", "text": str(text)}:
-                    self._say(text)
+                    # JSON may hold halves of surrogate pairs, which are no text.
+                    self._say(text.encode(errors="replace").decode())
                 case {"type": str(kind)}:
                     self._send("notice", text=f"Unknown or incomplete command: {kind[:40]}.")
                 case _:

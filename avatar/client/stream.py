@@ -124,8 +124,9 @@ class Stream:
 
         turn: number of the turn that it belongs to, by default the current one; text of a turn that is over is
         discarded. language: a BCP 47 tag such as `en`, in the turn's first piece; by default the voice's. Raises
-        VoiceUnsupported if there is no voice.
+        VoiceUnsupported if there is no voice, and ValueError for half of a surrogate pair, which is no text.
         """
+        text.encode()  # the message could not carry it either, and less would be known of why
         num_interrupts = self._num_interrupts
         async with self._send_lock:
             if text and self._num_interrupts == num_interrupts:
@@ -235,7 +236,8 @@ class Stream:
         if not is_resume:
             self._next_frame = opened.session.next_frame
             self.init_segment = opened.init_segment
-            self.marks = frozenset(MARKS[mark] for mark in opened.marks if mark in MARKS)
+        # Another gateway may mark otherwise.
+        self.marks = frozenset(MARKS[mark] for mark in opened.marks if mark in MARKS)
         return opened
 
     async def _read_responses(self) -> ConnectionLost:

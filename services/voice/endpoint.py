@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 # Of bare samples whose type names no other: what OpenAI's own endpoint sends.
 PCM_RATE_HZ = 24000
+MAX_RATE_DIGITS = 6
 READ_BYTES = 16 << 10
 REASONS = {
     HTTPStatus.UNAUTHORIZED: "refuses the key",
@@ -94,8 +95,10 @@ def _reader(response: aiohttp.ClientResponse) -> PcmReader:
     rate_hz = PCM_RATE_HZ
     for part in response.headers.get("Content-Type", "").split(";")[1:]:
         name, _, value = part.strip().partition("=")
-        if name.lower() == "rate" and value.isdecimal():
-            rate_hz = int(value)
+        if name.lower() == "rate":
+            rate_hz = int(value) if value.isdecimal() and len(value) <= MAX_RATE_DIGITS else 0
+        if name.lower() == "channels" and value != "1":
+            raise VoiceFailed("the speech endpoint's sound has several channels, expected one")
     if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
         raise VoiceFailed(f"the speech endpoint's sound has {rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
     return PcmReader(rate_hz)

@@ -17,6 +17,8 @@ MIN_RATE_HZ, MAX_RATE_HZ = 8000, 192_000
 # A WAV file's chunks before its samples.
 MAX_HEADER_BYTES = 64 << 10
 PCM, EXTENSIBLE = 1, 0xFFFE
+# Programs that do not know yet how much sound follows write a size of 0 or, about, the largest one.
+UNKNOWN_SIZE = 0x7FFFF000
 # Amplitude below which a sample is silent: -40 dB.
 SILENCE = 0.01
 Samples = NDArray[np.float32]
@@ -35,14 +37,21 @@ class PcmReader:
         self._num_channels = 1
         self._is_header_read = False
         self._data = b""
+        # Bytes of samples still to come; None without a limit.
+        self._num_bytes: int | None = None
 
     def read(self, data: bytes) -> Samples:
         """Return the samples that the next bytes complete. VoiceFailed if they are not such sound."""
         self._data += data
         if not self._is_header_read and not self._read_header():
             return np.zeros(0, np.float32)
+        if self._num_bytes is not None:
+            # Other chunks may follow the samples.
+            self._data = self._data[: self._num_bytes]
         size = 2 * self._num_channels
         whole, self._data = _split(self._data, len(self._data) // size * size)
+        if self._num_bytes is not None:
+            self._num_bytes -= len(whole)
         samples = np.frombuffer(whole, "<i2").astype(np.float32).reshape(-1, self._num_channels) / 32768
         return np.asarray(samples.mean(axis=1), np.float32)
 
@@ -62,6 +71,7 @@ class PcmReader:
                 if not self.rate_hz:
                     raise VoiceFailed("the engine's WAV file has no format")
                 self._data, self._is_header_read = self._data[at + 8 :], True
+                self._num_bytes = size if 0 < size < UNKNOWN_SIZE else None
                 return True
             if len(self._data) < at + 8 + size:
                 break

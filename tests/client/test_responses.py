@@ -70,3 +70,12 @@ async def test_calls_about_a_session_name_it_for_a_router() -> None:
             assert [item async for item in stream] == []
         await session.delete()
     assert gateway.sessions == ["session"] * 3
+
+
+async def test_half_of_a_surrogate_pair_is_refused_and_the_stream_goes_on() -> None:
+    async with scripted([*frames(3), CLOSED]) as (target, _), connect(target) as avatar:
+        session = await avatar.create(b"face")
+        async with session.stream() as stream:
+            with pytest.raises(ValueError, match="surrogates not allowed"):
+                await stream.say("\ud800")
+            assert [item.index async for item in stream.frames()] == [3]

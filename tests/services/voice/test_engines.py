@@ -152,6 +152,8 @@ async def test_an_endpoint_may_name_its_rate(tmp_path: Path, kind: str) -> None:
         (200, "audio/mpeg", "sends audio/mpeg, expected audio/pcm or audio/wav"),
         (200, "audio/wav", "no WAV file"),
         (200, "audio/pcm;rate=1", "1 Hz"),
+        (200, "audio/pcm;rate=" + "9" * 5000, "0 Hz, expected 8000"),
+        (200, "audio/L16;channels=2", "several channels"),
     ],
 )
 async def test_an_endpoints_refusal_is_explained_without_the_text_and_the_key(

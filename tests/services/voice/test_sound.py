@@ -33,6 +33,12 @@ def test_a_wav_file_is_read_in_pieces_of_any_size(size: int, is_stream: bool) ->
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000])
+def test_what_follows_the_samples_of_a_wav_file_is_not_heard(size: int) -> None:
+    file = wav(PCM) + b"LIST" + struct.pack("<I", 4) + b"\xff\x7f\xff\x7f"
+    assert read(PcmReader(), file, size).tolist() == pytest.approx(SAMPLES)
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
 def test_samples_without_a_header_have_the_given_rate(size: int) -> None:
     reader = PcmReader(24000)
     assert read(reader, PCM * 3, size).tolist() == pytest.approx(SAMPLES * 3)
