@@ -102,6 +102,7 @@ async def test_no_metric_knows_a_session(gateway: str, picture: bytes, measured:
         for resource in data.resource_metrics
         for scope in resource.scope_metrics
         for metric in scope.metrics
+        if metric.name.startswith(("avatar.", "rpc."))  # libraries of other tests measure, too
     }
     for name in (
         "avatar.block.duration",
