@@ -11,7 +11,7 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# What the client needs, each in the oldest version that it accepts.
+# The client's dependencies, each in the oldest version that it accepts.
 OLDEST = [
     need.partition(",")[0].replace(">=", "==")
     for need in tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from services.local.processes import HEALTHY_S, POLL_S, Suite, free_ports
 
-# Where `make` installs Piper.
+# The interpreter of the environment into which `make` installs Piper.
 PIPER = Path(sys.prefix) / "piper/bin/python"
 
 

@@ -19,7 +19,7 @@ PAGE = (ROOT / "docs/integration.md").read_text(encoding="utf-8")
 LANGUAGES = PAGE.split("## Other languages\n")[1].split("\n## ")[0]
 SOURCES = {"ts": "examples/node/*.ts", "go": "examples/go/*.go"}
 
-# What the excerpts in Python need around them: a gateway, a portrait, and a body for `talk`.
+# Surroundings of the excerpts in Python: a gateway, a portrait, and a body for `talk`.
 PROGRAM = """
 import asyncio
 from avatar.client import *
