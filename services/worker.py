@@ -16,7 +16,8 @@ from avatar import telemetry
 from avatar.checkpoints.files import DTYPES, is_native
 from avatar.rpc.server import serving
 from avatar.rpc.tls import server_credentials
-from avatar.runtime.admission import Device, DeviceMemory
+from avatar.runtime.admission import Device
+from avatar.runtime.device_memory import DeviceMemory
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.settings import PREFIX, WorkerSettings
 from avatar.store.redis import RedisHashes

@@ -51,7 +51,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.text": _FILES,
     "avatar.vae": (*_FILES, "avatar.types"),
     # Streams.
-    "avatar.runtime.admission": ("avatar.errors", "avatar.telemetry", "avatar.types"),
+    "avatar.runtime.admission": ("avatar.errors", "avatar.runtime.device_memory", "avatar.telemetry", "avatar.types"),
     "avatar.runtime": ("avatar.aio", "avatar.runtime.admission", "avatar.types"),
     "avatar.rpc.codec": ("avatar.rpc.wire", "avatar.runtime.admission", "avatar.types", "avatar.worker"),
     "avatar.rpc.health": (),

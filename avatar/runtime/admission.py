@@ -27,6 +27,7 @@ from statistics import median_low
 
 from avatar import telemetry
 from avatar.errors import NoCapacity, SessionBusy
+from avatar.runtime.device_memory import DeviceMemory, Reservation
 
 logger = logging.getLogger(__name__)
 
@@ -76,36 +77,6 @@ class Device:
     name: str = field(default_factory=_unique_name)
     num_cores: int = 1
     num_threads: int = 1
-
-
-class DeviceMemory:
-    """Memory of a device for its streams, in bytes.
-
-    reserved_bytes: of the open streams.
-    """
-
-    def __init__(self, measure: Callable[[], float] = lambda: math.inf) -> None:
-        """measure: returns the bytes that streams may take, called while there are none; by default no limit."""
-        self.reserved_bytes = 0
-        self._measure = measure
-        self._limit_bytes = math.inf
-
-    @property
-    def free_bytes(self) -> float:
-        """Bytes that are not reserved."""
-        if not self.reserved_bytes:  # other services of the device may have loaded their weights since
-            self._limit_bytes = self._measure()
-        return self._limit_bytes - self.reserved_bytes
-
-    @contextmanager
-    def reserved(self, num_bytes: int) -> Iterator[None]:
-        """Reserve memory while the body runs."""
-        assert num_bytes <= self.free_bytes
-        self.reserved_bytes += num_bytes
-        try:
-            yield
-        finally:
-            self.reserved_bytes -= num_bytes
 
 
 class DeviceLoad:
@@ -179,12 +150,13 @@ class DeviceLoad:
 class _Stream:
     """An accepted stream.
 
-    slot: counts it until it closes. claimed_us: see `AdmissionControl.admit`. is_replaced: it ends for another stream
-    of its session.
+    slot: counts it until it closes. claimed_us: see `AdmissionControl.admit`. reservation: of its memory, while it is
+    open. is_replaced: it ends for another stream of its session.
     """
 
-    def __init__(self, slot: ExitStack, claimed_us: int) -> None:
+    def __init__(self, slot: ExitStack, claimed_us: int, reservation: Reservation) -> None:
         self.slot, self.claimed_us = slot, claimed_us
+        self.reservation: Reservation | None = reservation
         self.is_replaced = False
         self._task = asyncio.current_task()
         self._ended = asyncio.Event()
@@ -280,12 +252,12 @@ class AdmissionControl:
     @contextmanager
     def accept(
         self, session_id: str, *, is_live: bool, max_active: int | None = None, num_bytes: int = 0
-    ) -> Iterator[None]:
+    ) -> Iterator[Reservation]:
         """Count a stream as active while the body runs. NoCapacity, with the worker's real numbers, if it is refused;
         without numbers if the worker has memory for smaller streams alone.
 
         max_active: streams that the caller believes to be open at most. It then selects a worker by real numbers.
-        num_bytes: memory that the stream takes at most; it is reserved.
+        num_bytes: memory that the stream takes at most; it is reserved, and the context is its reservation.
         """
         if self.active >= self.limit:
             raise self._full(f"all {self.limit} streams of this worker are taken")
@@ -294,28 +266,30 @@ class AdmissionControl:
         memory = self._load.memory
         if num_bytes > (free_bytes := memory.free_bytes):
             free = f"{max(0.0, free_bytes) / 1e9:.2f} GB of memory"
-            needed = f"{num_bytes / 1e9:.2f}"
-            refusal = self._full(f"this worker's device has {free} for streams, and this one needs {needed}")
-            if self.capacity > self.active:
-                refusal.metadata.clear()  # by its numbers the caller would try this worker again
-            raise refusal
+            message = f"this worker's device has {free} for streams, and this one needs {num_bytes / 1e9:.2f}"
+            raise self._full(message, with_room=False)
         if max_active is not None and self.active > max_active:
             raise self._full(f"this worker has {self.active} streams, and not at most {max_active}")
         self.active += 1
         self.add_size(num_bytes)
         telemetry.SESSIONS_ACTIVE.add(1, self._labels)
+        reservation = memory.reserve(num_bytes)
         try:
             live = self._load.live_stream(session_id, self.step_times) if is_live else nullcontext()
-            with live, memory.reserved(num_bytes):
+            with live:
                 self._load.notify()
-                yield
+                yield reservation
         finally:
+            del reservation  # a traceback may keep this frame
             self.active -= 1
             telemetry.SESSIONS_ACTIVE.add(-1, self._labels)
             self._load.notify()
 
-    def _full(self, message: str) -> NoCapacity:
-        numbers = {"active": str(self.active), "capacity": str(self.capacity)}
+    def _full(self, message: str, *, with_room: bool = True) -> NoCapacity:
+        """Return a refusal. with_room: give the worker's numbers also if they have room, so the caller tries again."""
+        active, capacity = self.active, self.capacity
+        has_numbers = with_room or active >= capacity
+        numbers = {"active": str(active), "capacity": str(capacity)} if has_numbers else {}
         return NoCapacity(message, metadata=numbers, retry_s=1.0)
 
     async def admit(
@@ -327,33 +301,41 @@ class AdmissionControl:
         claimed_us: int = 0,
         level: int = 0,
         num_bytes: int = 0,
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[Reservation]:
         """Accept a session's stream at a level: the returned context's body runs it. Raises as `accept` does.
 
         claimed_us: when the caller acquired the session's claim, 0 for never. In place of a refusal, the session's
-        other stream at this level, if it has no later claim, is ended and gives its slot: its task is cancelled, and
-        its context raises SessionBusy.
+        other stream at this level, if it has no later claim and no less memory, is ended and gives its slot: its task
+        is cancelled, and its context raises SessionBusy.
         """
         slot, key = ExitStack(), (session_id, level)
         try:
             accepted = self.accept(session_id, is_live=is_live, max_active=max_active, num_bytes=num_bytes)
-            slot.enter_context(accepted)
+            reservation = slot.enter_context(accepted)
         except NoCapacity:
             former = self._streams.get(key)
             if former is None or not 0 < claimed_us >= former.claimed_us:
                 raise
+            assert former.reservation
+            if num_bytes > former.reservation.num_bytes:
+                raise
+            reservation = former.reservation
             del self._streams[key]  # before any wait: it has one slot to give
             slot = await former.replace()
-        return self._run(key, slot, claimed_us)
+        return self._run(key, slot, claimed_us, reservation)
 
     @contextmanager
-    def _run(self, key: tuple[str, int], slot: ExitStack, claimed_us: int) -> Iterator[None]:
+    def _run(
+        self, key: tuple[str, int], slot: ExitStack, claimed_us: int, reservation: Reservation
+    ) -> Iterator[Reservation]:
         with slot:
-            stream = self._streams[key] = _Stream(slot, claimed_us)
+            stream = self._streams[key] = _Stream(slot, claimed_us, reservation)
             try:
                 with stream.running():
-                    yield
+                    yield reservation
             finally:
+                stream.reservation = None
+                del reservation  # as above
                 if self._streams.get(key) is stream:
                     del self._streams[key]
 

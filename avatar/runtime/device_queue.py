@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from avatar.runtime.admission import Device, DeviceLoad, DeviceMemory
+from avatar.runtime.admission import Device, DeviceLoad
+from avatar.runtime.device_memory import DeviceMemory
 
 Out = TypeVar("Out")
 

@@ -13,6 +13,7 @@ from avatar.rpc.codec import load_to_pb
 from avatar.rpc.interceptor import Context, max_active, parts, receive_open
 from avatar.rpc.wire import RelayedBlock
 from avatar.runtime.admission import AdmissionControl
+from avatar.runtime.device_memory import Reservation
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, flatten, local
 from avatar.worker.v1 import (
@@ -57,7 +58,7 @@ class Stage:
         for _ in range(WARM_STEPS):
             self.admission.step_times.append(self.step.step_s)
 
-    def admit(self, opened: Any) -> Awaitable[AbstractContextManager[None]]:
+    def admit(self, opened: Any) -> Awaitable[AbstractContextManager[Reservation]]:
         """Accept the stream of an `open` message. NoCapacity if it is refused."""
         limits = {"max_active": max_active(opened), "claimed_us": opened.claimed_us}
         return self.admission.admit(opened.session_id, is_live=opened.is_live, **limits)

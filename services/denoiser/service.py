@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 
 from avatar import telemetry
-from avatar.denoiser.denoiser import Denoiser
+from avatar.denoiser.denoiser import Denoiser, DenoiserState
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, ChainMember, ChainStream
 from avatar.rpc.codec import (
@@ -25,6 +25,7 @@ from avatar.rpc.codec import (
 from avatar.rpc.interceptor import Context, as_invalid_field, max_active, parts, receive_open
 from avatar.rpc.wire import RelayedBlock
 from avatar.runtime.admission import AdmissionControl
+from avatar.runtime.device_memory import Reservation
 from avatar.runtime.device_queue import DeviceQueue
 from avatar.runtime.pipeline import StreamUsage, local
 from avatar.store.sessions import SessionStore
@@ -131,14 +132,15 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             num_bytes=self._stream_bytes(*size),
         )
         with (
-            await accepted,
+            await accepted as reservation,
             self._chain_stream(opened) as chain_stream,
             as_invalid_field("block"),
             ExitStack() as ending,
         ):
             # Allocated before the answer, so that a lack of memory refuses the stream; and beside the device's thread,
             # whose steps may take longer than a caller waits.
-            states = [await asyncio.to_thread(denoiser.open, session)]
+            states = [await asyncio.to_thread(_open_state, denoiser, session, reservation)]
+            del reservation  # the state keeps it
             ending.callback(states.clear)  # of a stream that ends before its first item
             usage, num_blocks = StreamUsage(self._admission.step_times), 0
             updates_sink = denoiser.updates_sink(session)
@@ -229,6 +231,13 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
         except (StoreUnavailable, SessionNotFound):  # the caller writes them to a store that is back, or was emptied
             logger.warning("sink not stored", extra={"session": telemetry.tag(session_id)})
         return conditions
+
+
+def _open_state(denoiser: Denoiser, session: Session, reservation: Reservation) -> DenoiserState:
+    """Return a session's state, which keeps its memory reserved."""
+    state = denoiser.open(session)
+    reservation.keep_for(state)
+    return state
 
 
 def carried_conditions(block: types_pb2.Block) -> Conditions:

@@ -3,13 +3,15 @@
 import asyncio
 import sys
 from contextlib import ExitStack
+from itertools import chain, repeat
 from types import SimpleNamespace
 
 import pytest
 
 from avatar.aio import background
 from avatar.errors import NoCapacity, SessionBusy
-from avatar.runtime.admission import AdmissionControl, Device, DeviceLoad, DeviceMemory, StepTimes
+from avatar.runtime.admission import AdmissionControl, Device, DeviceLoad, StepTimes
+from avatar.runtime.device_memory import DeviceMemory
 
 BLOCK_S = 0.48
 
@@ -290,9 +292,47 @@ def test_free_memory_is_measured_while_there_are_no_streams() -> None:
     free = [10.0, 8.0, 5.0]
     memory = DeviceMemory(lambda: free.pop(0))
     assert memory.free_bytes == 10
-    with memory.reserved(2):
-        assert memory.free_bytes == 6, "of the 8 before the stream"
+    assert memory.free_bytes == 8
+    reservation = memory.reserve(2)
+    assert memory.free_bytes == 6, "of the 8 before the stream"
+    del reservation
     assert memory.free_bytes == 5
+
+
+def test_memory_is_measured_once_for_a_stream() -> None:
+    free = chain([10.0], repeat(5.0))  # another process allocates in between
+    load = DeviceLoad(memory=DeviceMemory(lambda: next(free)))
+    admission = AdmissionControl(8, "denoiser", load, BLOCK_S)
+    with admission.accept("a", is_live=False, num_bytes=8):
+        assert load.memory.reserved_bytes == 8
+    assert load.memory.reserved_bytes == 0
+
+
+def test_memory_is_reserved_until_the_state_is_freed() -> None:
+    load = DeviceLoad(memory=DeviceMemory(lambda: 10.0))
+    admission = AdmissionControl(8, "denoiser", load, BLOCK_S)
+    state = {"cache"}
+    with admission.accept("a", is_live=False, num_bytes=8) as reservation:
+        reservation.keep_for(state)
+        del reservation
+    assert (admission.active, load.memory.reserved_bytes) == (0, 8)
+    del state
+    assert load.memory.reserved_bytes == 0
+
+
+async def test_a_stream_takes_over_no_slot_of_less_memory() -> None:
+    load = DeviceLoad(memory=DeviceMemory(lambda: 10.0))
+    admission = AdmissionControl(8, "denoiser", load, BLOCK_S)
+
+    async def run() -> None:
+        with await admission.admit("a", is_live=True, claimed_us=1, num_bytes=8):
+            await asyncio.Event().wait()
+
+    async with background(run()) as former:
+        await asyncio.sleep(0)
+        with pytest.raises(NoCapacity):
+            await admission.admit("a", is_live=True, claimed_us=2, num_bytes=9)
+        assert (load.memory.reserved_bytes, former.done()) == (8, False)
 
 
 async def test_a_session_that_moves_keeps_its_memory() -> None:

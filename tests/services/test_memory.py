@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 import weakref
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,6 +13,7 @@ import grpc.aio
 import pytest
 import torch
 
+from avatar.aio import background
 from avatar.checkpoints.layouts import open_part
 from avatar.denoiser.cache import KVCache
 from avatar.denoiser.denoiser import Denoiser
@@ -22,6 +24,7 @@ from avatar.rpc.client import RemoteStage, remote_denoiser
 from avatar.rpc.codec import block_to_wire, conditions_to_pb
 from avatar.rpc.server import serving
 from avatar.rpc.wire import RelayedBlock
+from avatar.runtime.device_memory import DeviceMemory
 from avatar.settings import DenoiserSettings, GatewaySettings
 from avatar.store.sessions import SessionStore
 from avatar.types import Session
@@ -111,19 +114,27 @@ async def until_no_streams(connection: grpc.aio.Channel) -> int:
             await asyncio.sleep(0.01)
 
 
+async def until_freed(memory: DeviceMemory) -> None:
+    """Wait until the states of all streams are freed; a handler's frame may outlive its stream by a moment."""
+    async with asyncio.timeout(30):
+        while memory.reserved_bytes:
+            await asyncio.sleep(0.01)
+            gc.collect()
+
+
 async def test_streams_are_refused_before_they_are_opened_when_memory_is_short(
     checkpoint: Path, store: SessionStore
 ) -> None:
     async with denoiser(checkpoint, store) as (unlimited, _):
         num_bytes = unlimited._stream_bytes(*SMALL)
-    async with denoiser(checkpoint, store, memory_gb=2.5 * num_bytes / 1e9) as (_, connection):
+    async with denoiser(checkpoint, store, memory_gb=2.5 * num_bytes / 1e9) as (servicer, connection):
         assert await until_no_streams(connection) == 2
         first, second = [await opened(connection, session_of(number, SMALL)) for number in range(2)]
         with pytest.raises(NoCapacity, match="GB of memory for streams"):
             await opened(connection, session_of(2, SMALL))
         first.cancel()
         second.cancel()
-        await until_no_streams(connection)
+        await until_freed(servicer._queue.load.memory)
         (await opened(connection, session_of(2, SMALL))).cancel()
 
 
@@ -139,6 +150,34 @@ async def test_a_size_that_does_not_fit_leaves_the_worker_open_to_smaller_ones(
         with pytest.raises(NoCapacity, match="GB of memory for streams"):
             await opened(connection, session_of(0, LARGE))
         assert await until_no_streams(connection) == 2
+        (await opened(connection, session_of(1, SMALL))).cancel()
+
+
+async def test_memory_is_reserved_while_a_cancelled_streams_step_runs(
+    checkpoint: Path, store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with denoiser(checkpoint, store) as (unlimited, _):
+        num_bytes = unlimited._stream_bytes(*SMALL)
+    is_running, may_end, step, session = threading.Event(), threading.Event(), Denoiser.step, random_session("a", 1)
+
+    def wait(*arguments: Any) -> Any:
+        is_running.set()
+        assert may_end.wait(30)
+        return step(*arguments)
+
+    async with denoiser(checkpoint, store, memory_gb=1.5 * num_bytes / 1e9) as (servicer, connection):
+        monkeypatch.setattr(Denoiser, "step", wait)
+        memory, stage = servicer._queue.load.memory, await opened(connection, session)
+        try:
+            async with background(anext(stage(block_0(session, checkpoint)))):
+                await asyncio.to_thread(is_running.wait, 30)
+            await until_no_streams(connection)
+            assert memory.reserved_bytes == num_bytes, "of the state that the step uses"
+            with pytest.raises(NoCapacity, match="GB of memory for streams"):
+                await opened(connection, session_of(1, SMALL))
+        finally:
+            may_end.set()
+        await until_freed(memory)
         (await opened(connection, session_of(1, SMALL))).cancel()
 
 
