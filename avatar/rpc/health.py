@@ -6,12 +6,13 @@ such as avatar.v1.AvatarService; without it, the server as a whole is checked.
 If AVATAR_TLS_CERT and AVATAR_TLS_KEY are set, as they are for the server, the server must present exactly this
 certificate, whatever names it is for. The check presents it too, to a server that asks for clients' certificates.
 
-Containers run this every few seconds, so it imports nothing that starts slowly: it writes the one gRPC call of
-grpc.health.v1 to a socket itself, as HTTP/2 frames.
+Containers run this file every few seconds, by `python -I -S`, so it imports nothing that starts slowly: it writes the
+one gRPC call of grpc.health.v1 to a socket itself, as HTTP/2 frames, and needs neither a package nor `socket`, whose
+import takes as long as all else.
 """
 
+import _socket
 import os
-import socket
 import sys
 
 ANSWER_S = 3.0
@@ -29,12 +30,13 @@ def problem(
     """Return why the service at HOST:PORT does not serve; empty if it does. cert, key: files of a server with TLS."""
     host, _, port = target.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_S) as plain:
-            if not cert or not key:
-                answer = _check(plain, "http", service)
-            else:
-                with _secured(plain, cert, key) as secured:
-                    answer = _check(secured, "https", service)
+        connection = _connected(host.strip("[]"), int(port))
+        try:
+            if cert and key:
+                connection = _secured(connection, cert, key)
+            answer = _check(connection, "https" if cert and key else "http", service)
+        finally:
+            connection.close()
     except (OSError, ValueError) as error:
         return f"{target}: {error}"
     if answer is None:
@@ -43,8 +45,25 @@ def problem(
     return f"{target}: {status}" if status else ""
 
 
-def _secured(plain: socket.socket, cert: str | os.PathLike[str], key: str | os.PathLike[str]) -> socket.socket:
-    import ssl  # takes as long to import as all else, and most servers are plain
+def _connected(host: str, port: int) -> _socket.socket:
+    """Return a connection to the first of the host's addresses that takes one."""
+    failure = OSError("the name has no address")
+    # As bytes, since a string would import the codec of international names.
+    for family, kind, protocol, _, address in _socket.getaddrinfo(host.encode(), port, 0, _socket.SOCK_STREAM):
+        connection = _socket.socket(family, kind, protocol)
+        connection.settimeout(ANSWER_S)
+        try:
+            connection.connect(address)
+            return connection
+        except OSError as error:
+            connection.close()
+            failure = error
+    raise failure
+
+
+def _secured(plain: _socket.socket, cert: str | os.PathLike[str], key: str | os.PathLike[str]) -> _socket.socket:
+    import socket
+    import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -52,10 +71,12 @@ def _secured(plain: socket.socket, cert: str | os.PathLike[str], key: str | os.P
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # trust the certificate itself, not its issuer
     context.load_cert_chain(cert, key)
     context.set_alpn_protocols(["h2"])
-    return context.wrap_socket(plain)
+    taken = socket.socket(fileno=plain.detach())
+    taken.settimeout(ANSWER_S)
+    return context.wrap_socket(taken)
 
 
-def _check(connection: socket.socket, scheme: str, service: str) -> bytes | None:
+def _check(connection: _socket.socket, scheme: str, service: str) -> bytes | None:
     """Return the answer's message, None if the server ends the call without one."""
     fields = {
         ":method": "POST",
@@ -75,17 +96,24 @@ def _check(connection: socket.socket, scheme: str, service: str) -> bytes | None
         + _frame(DATA, END_STREAM, 1, b"\0" + len(request).to_bytes(4, "big") + request)
     )
     message = b""
-    with connection.makefile("rb") as stream:
-        while len(head := stream.read(9)) == 9:
-            size, kind, flags, stream_id = int.from_bytes(head[:3], "big"), head[3], head[4], head[5:]
-            payload = stream.read(size)
-            if kind == DATA:
-                message += payload
-            on_call = stream_id == b"\0\0\0\x01"
-            if kind in (RST_STREAM, GOAWAY) or (on_call and kind in (DATA, HEADERS) and flags & END_STREAM):
-                break
+    while len(head := _received(connection, 9)) == 9:
+        size, kind, flags, stream_id = int.from_bytes(head[:3], "big"), head[3], head[4], head[5:]
+        payload = _received(connection, size)
+        if kind == DATA:
+            message += payload
+        on_call = stream_id == b"\0\0\0\x01"
+        if kind in (RST_STREAM, GOAWAY) or (on_call and kind in (DATA, HEADERS) and flags & END_STREAM):
+            break
     # A byte that says whether it is compressed, and four of length, come before the message.
     return message[5:] if len(message) >= 5 else None
+
+
+def _received(connection: _socket.socket, size: int) -> bytes:
+    """Return the next `size` bytes, fewer if the server closes before."""
+    data = b""
+    while len(data) < size and (piece := connection.recv(size - len(data))):
+        data += piece
+    return data
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

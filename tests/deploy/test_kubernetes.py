@@ -1,6 +1,7 @@
 """The manifests, rendered by kustomize, are valid, use existing settings, and connect to each other."""
 
 import functools
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 from avatar.settings import GatewaySettings, load
 from docs.tables import SERVICES
 from tests.deploy.test_compose import COMPOSE, given, of
+from tests.deploy.test_images import DOCKERFILE
 
 OVERLAYS = Path(__file__).parents[2] / "deploy/kubernetes/overlays"
 BIN = Path(sys.executable).parent
@@ -216,6 +218,7 @@ OF_THE_GATEWAY = {"TENANTS", "TLS_CERT", "TLS_KEY", "WORKER_CA", "WORKER_CERT", 
 
 
 def test_trust_mounts_every_file_that_a_setting_names() -> None:
+    (health_check,) = map(json.loads, re.findall(r"^    CMD (\[.*\])$", DOCKERFILE, re.MULTILINE))
     for name, deployment in stages("trust").items():
         files = {key: Path(value) for key, value in environment("trust", deployment).items() if value.startswith("/")}
         wanted = OF_THE_GATEWAY if name == "gateway" else OF_WORKERS
@@ -226,7 +229,7 @@ def test_trust_mounts_every_file_that_a_setting_names() -> None:
         assert {mounted[str(path.parent)] for path in files.values()} == secret
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             assert "grpc" not in container(deployment)[probe], "Kubernetes' own speaks no TLS"
-            assert container(deployment)[probe]["exec"]["command"][2] == "avatar.rpc.health"
+            assert container(deployment)[probe]["exec"]["command"] == health_check
 
 
 @pytest.mark.parametrize("overlay", DEVICES)

@@ -1,7 +1,8 @@
-"""Tests of avatar.rpc.health as a container runs it: as a program, against a live server."""
+"""Tests of avatar.rpc.health as a container runs it: as a file, without packages, against a live server."""
 
 import asyncio
 import sys
+from pathlib import Path
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -10,11 +11,13 @@ from avatar.rpc.server import serving
 from services.local.processes import free_ports
 from tests.rpc.conftest import Worker
 
+FILE = Path(__file__).parents[2] / "avatar/rpc/health.py"
+
 
 async def check(*arguments: str) -> tuple[int | None, str]:
     """Return the program's exit status and its output."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "avatar.rpc.health", *arguments), stderr=asyncio.subprocess.PIPE
+        *(sys.executable, "-I", "-S", str(FILE), *arguments), stderr=asyncio.subprocess.PIPE
     )
     _, output = await process.communicate()
     return process.returncode, output.decode()
