@@ -13,7 +13,7 @@ from avatar.v1 import avatar_service_pb2 as pb
 from tests.product import CLOSE, END_TURN, Streamed, Stub, connected, new_session, open_stream, pieces, rest, say, send
 from tests.services.gateway.test_turn_speaker import RATE_HZ, WAIT_S, events, returned
 from tests.services.voice.fakes import ToneEngine, pcm16, spoken, voice_worker
-from tests.standin import standin_gateways
+from tests.standin import standin_gateway, standin_gateways
 
 TEXT = "One two three four five six seven."
 NEXT = "m" * 20 + "."
@@ -78,3 +78,45 @@ async def test_nothing_is_cut_off_the_turn_after_a_resumed_one(
     next_audio = pcm16(spoken(NEXT, char_s=0.05 * speed)) if is_text else AUDIO
     assert second.position_us == len(next_audio) // 2 * 1_000_000 // RATE_HZ
     assert returned(streamed).endswith(next_audio)
+
+
+@pytest.mark.parametrize("char_s", [0.01, 0.07])
+async def test_a_sentence_that_another_worker_speaks_anew_takes_nothing_of_the_next(
+    store: SessionStore, char_s: float
+) -> None:
+    engines, lost = [ToneEngine(), ToneEngine()], asyncio.Queue[int]()
+
+    async def stop() -> None:
+        for at, each in enumerate(engines):
+            if each.num_parts == 7:  # 1.4 s of 1.7 s
+                each.num_parts, engines[1 - at].char_s = 0, char_s
+                lost.put_nowait(at)
+                await asyncio.Event().wait()
+
+    async with AsyncExitStack() as stack:
+        workers, targets = [await stack.enter_async_context(AsyncExitStack()) for _ in engines], []
+        for engine, worker in zip(engines, workers, strict=True):
+            engine.before = stop
+            targets.append(await worker.enter_async_context(voice_worker(store, engine)))
+        gateway = await stack.enter_async_context(standin_gateway(store, voice=tuple(targets)))
+        stub = await stack.enter_async_context(connected(gateway.target))
+        call, _ = await open_stream(stub, (await new_session(stub, b"picture")).id, return_audio=True)
+        await send(call, [say(f"{TEXT} {NEXT}"), END_TURN, CLOSE])
+        streamed = Streamed()
+        async with asyncio.timeout(WAIT_S):
+            at = await lost.get()
+            engines[1 - at].before = None
+            await workers[at].aclose()
+            for response in await rest(call):
+                streamed.add(response)
+    following = pcm16(spoken(NEXT, char_s=char_s))
+    # The sentence is as long as the longer one of the two: 1.4 s had come.
+    first = max(1.4, len(TEXT) * char_s)
+    (finished,) = events(streamed, "playback_finished")
+    assert returned(streamed).endswith(following)
+    assert finished.position_us == pytest.approx(first * 1e6 + len(following) / 2 / RATE_HZ * 1e6, abs=1000)
+    words = events(streamed, "word_started")
+    assert [each.word for each in words] == f"{TEXT} {NEXT}".split()
+    starts = [each.position_us for each in words]
+    assert starts == sorted(starts)
+    assert starts[-1] == pytest.approx(first * 1e6, abs=1000)

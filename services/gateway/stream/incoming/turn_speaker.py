@@ -142,7 +142,7 @@ class TurnSpeaker:
 
     async def _speak_at_a_worker(self, turn: Turn, text: TurnText) -> None:
         """Speak the rest of a turn, from the first sentence whose speech has not come to its end."""
-        first_char, base = text.num_spoken, text.spoken_samples
+        first_char, base, last_sample = text.num_spoken, text.spoken_samples, text.num_samples - 1
         worker, stream = await self._pool.open(partial(self._open_at, text.language))
         limit, is_silent = WaitLimit(), False
 
@@ -163,7 +163,7 @@ class TurnSpeaker:
                         piece = await anext(answers, None)
                     if piece is None:
                         return
-                    self._add_words(text, piece, first_char, base)
+                    self._add_words(text, piece, first_char, base, last_sample)
                     # Speech of the first sentence that another worker made before is not added again.
                     sample_bytes = self._options.sample_bytes
                     data = piece.data[max(0, text.num_samples - position) * sample_bytes :]
@@ -172,6 +172,9 @@ class TurnSpeaker:
                     if data:
                         await self._add_audio(data, turn)
                     if first_char + piece.num_chars > text.num_spoken:
+                        # Engines draw noise: the sentence may be shorter now than what was added of it before.
+                        shorter = text.num_samples - position
+                        base, position = base + shorter, position + shorter
                         text.num_spoken, text.spoken_samples = first_char + piece.num_chars, position
                         self._changed.set()
         except TimeoutError as error:
@@ -210,11 +213,16 @@ class TurnSpeaker:
                 self._changed.clear()
                 await self._changed.wait()
 
-    def _add_words(self, text: TurnText, piece: pb.SpokenPiece, first_char: int, base: int) -> None:
-        """Add the words of a piece, but none twice. first_char, base: where the stream's text and speech begin."""
+    def _add_words(self, text: TurnText, piece: pb.SpokenPiece, first_char: int, base: int, last_sample: int) -> None:
+        """Add the words of a piece, but none twice.
+
+        first_char, base: where the stream's text and speech begin. last_sample: of the speech that came before the
+        stream; words that begin there now, and had not before, begin with it.
+        """
         end_char = text.words[-1].end_char if text.words else 0
         for word in piece.words:
             start = first_char + word.first_char
             if start >= end_char:
                 end_char = start + word.num_chars
-                text.words.append(SpokenWord(base + word.first_sample, start, end_char, word.is_estimated))
+                first_sample = max(base + word.first_sample, last_sample)
+                text.words.append(SpokenWord(first_sample, start, end_char, word.is_estimated))
