@@ -7,6 +7,7 @@ Axes: b batch, k blocks, c channels, t latent frames, h w of latents; of keys an
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import repeat
@@ -31,7 +32,8 @@ class ClipHistory:
     """The history of all blocks of a clip at once, with gradients.
 
     Keys are: a copy of the reference per block, at the position for that block; motion; the clip itself. A block
-    attends to its own reference, motion, itself and the window's blocks before it.
+    attends to its own reference, motion, itself and the window's blocks before it, which may be those of another
+    version of the clip.
     Source: teacher forcing with a block-causal mask, as in CausVid (arXiv 2412.07772).
     """
 
@@ -43,10 +45,12 @@ class ClipHistory:
         conditions: Sequence[KeysValues],
         reference_frames: Sequence[int | Tensor],
         is_causal: bool = True,
+        past: Sequence[KeysValues] = (),
     ) -> None:
         """conditions: from prefill. reference_frames: the reference's frame for each block, or (b,) of them.
 
-        is_causal False: one reference for all blocks, and each attends to the whole clip.
+        is_causal False: one reference for all blocks, and each attends to the whole clip. past: keys and values, by
+        layer, of another version of the clip, whose blocks a block attends to in place of those before it.
         """
         device = conditions[0][0].device
         reference = [block_positions(frame, 1, height, width) for frame in reference_frames]
@@ -55,13 +59,15 @@ class ClipHistory:
         motion = condition_positions(height, width)[self._reference_tokens :]
         positions = torch.cat([*reference, motion.expand(*reference[0].shape[:-2], -1, -1)], dim=-2)
         self._rope_table = rope_table(positions.to(device), config.head_dim)
-        self._conditions = conditions
+        self._conditions, self._past = conditions, past
         self.visible = self._visible(config, motion_tokens=len(motion)) if is_causal else None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
         """Return all keys and values of a layer, the clip's own k, v (b, n, h, d) last."""
         condition_k, condition_v = map(self._copy_reference, self._conditions[layer])
-        return torch.cat([apply_rope(condition_k, self._rope_table), k], dim=1), torch.cat([condition_v, v], dim=1)
+        conditions = apply_rope(condition_k, self._rope_table), condition_v
+        keys, values = zip(conditions, *self._past[layer : layer + 1], (k, v), strict=True)
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
     def _copy_reference(self, x: Tensor) -> Tensor:
         reference, motion = x[:, : self._reference_tokens], x[:, self._reference_tokens :]
@@ -70,15 +76,29 @@ class ClipHistory:
     def _visible(self, config: NetworkConfig, motion_tokens: int) -> list[list[slice]]:
         reference, block = self._reference_tokens, self._reference_tokens * config.num_frames_per_block
         motion = self._blocks * reference
-        clip = motion + motion_tokens
+        past = motion + motion_tokens
+        clip = past + (self._blocks * block if self._past else 0)
         return [
             [
                 slice(i * reference, (i + 1) * reference),
-                slice(motion, clip),
-                slice(clip + max(0, i + 1 - config.window_blocks) * block, clip + (i + 1) * block),
+                slice(motion, past),
+                slice(past + max(0, i + 1 - config.window_blocks) * block, past + i * block),
+                slice(clip + i * block, clip + (i + 1) * block),
             ]
             for i in range(self._blocks)
         ]
+
+
+class KeptHistory(ClipHistory):
+    """A history that keeps the clip's own keys and values, by layer, as another version's past."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.own: list[KeysValues] = []
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
+        self.own.append((k, v))
+        return super().extend(layer, k, v)
 
 
 def frame_sigmas(sigmas: Tensor, config: NetworkConfig) -> Tensor:
@@ -138,18 +158,43 @@ def predict_velocity(
     is_causal: False runs the published bidirectional network: each block attends to the whole clip, the clip starts at
     frame 0, and the reference keeps the position that prefill gives it.
     """
-    height, width = x.shape[-2:]
+    [velocity] = predict_velocities(network, config, [(x, sigmas)], batch, distances, is_causal)
+    return velocity
+
+
+def predict_velocities(
+    network: Network,
+    config: NetworkConfig,
+    versions: Sequence[tuple[Tensor, Tensor]],
+    batch: ClipBatch,
+    distances: Sequence[int],
+    is_causal: bool = True,
+) -> list[Tensor]:
+    """Predict the velocities at versions of the same clips, each with noise and sigmas of its own.
+
+    Blocks of the first version have the blocks before them as history, those of a later version the blocks of the
+    version before it. versions: (x, sigmas), and other arguments, as in `predict_velocity`.
+    """
+    height, width = batch.reference.shape[-2:]
     text = network.embed_text(batch.text)
     conditions = network.prefill(batch.reference, batch.motion, text)
     first_block = batch.first_block if is_causal else torch.zeros_like(batch.first_block)
     positions = reference_frames(first_block, config, distances) if is_causal else [REFERENCE_FRAME]
-    history = ClipHistory(config, height, width, conditions, positions, is_causal)
-    pose = repeat(batch.reference, "b c 1 h w -> b c t h w", t=x.shape[2])
-    if config.pose == "zeros":
-        pose = torch.zeros_like(pose)
-    sigma = frame_sigmas(sigmas, config)
-    modulation = network.embed_time(1000 * sigma[:, 0, :, 0, 0])
     audio, heard, motion = encode_inputs(network, batch)
     first_frame = first_block * config.num_frames_per_block
-    output = network(x, modulation, text, audio, pose, first_frame, history, heard, motion)
-    return to_velocity(output.float(), x, batch.reference, sigma, config)
+    velocities: list[Tensor] = []
+    past: Sequence[KeysValues] = ()
+    for x, sigmas in versions:
+        # The public network's keys and values take gigabytes: they are kept only where a version follows.
+        is_last = len(velocities) + 1 == len(versions)
+        kind = ClipHistory if is_last else KeptHistory
+        history = kind(config, height, width, conditions, positions, is_causal, past)
+        pose = repeat(batch.reference, "b c 1 h w -> b c t h w", t=x.shape[2])
+        if config.pose == "zeros":
+            pose = torch.zeros_like(pose)
+        sigma = frame_sigmas(sigmas, config)
+        modulation = network.embed_time(1000 * sigma[:, 0, :, 0, 0])
+        output = network(x, modulation, text, audio, pose, first_frame, history, heard, motion)
+        velocities.append(to_velocity(output.float(), x, batch.reference, sigma, config))
+        past = history.own if isinstance(history, KeptHistory) else ()
+    return velocities
