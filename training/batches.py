@@ -94,8 +94,9 @@ class BatchConfig:
     """Composition of a batch.
 
     batch_size: clips, of all processes together. num_blocks: range of the clips' length in blocks; one length is drawn
-    per batch. lips_gain: extra loss weight at the centre of lips and eyes. audio_dropout, heard_dropout,
-    face_motion_dropout: shares of clips whose audio, audio of the other person, and face motion are dropped.
+    per batch. lips_gain: extra loss weight at the centre of lips and eyes. audio_dropout: share of clips whose audio is
+    dropped, and the other person's with it. heard_dropout: share of the others that lose the other person's alone.
+    face_motion_dropout: share of clips that lose face motion.
     start_share, near_share: share of clips placed at a stream's first block, and within its first 20; the others are
     placed log-uniformly up to last_block. same_position: all clips of a batch are placed at the same block, because
     self-forcing shares their caches. motion_from_clip: motion latents are the clip's own frames before its blocks, as
@@ -106,7 +107,7 @@ class BatchConfig:
     num_blocks: tuple[int, int] = (3, 5)
     lips_gain: float = 10.0
     audio_dropout: float = 0.1
-    heard_dropout: float = 0.2
+    heard_dropout: float = 0.1
     face_motion_dropout: float = 0.2
     start_share: float = 0.15
     near_share: float = 0.35
@@ -150,7 +151,9 @@ def draw_spans(
         start = int(rng.integers(0, max(1, available - num_blocks + 1)))
         dropouts = (batches.audio_dropout, batches.heard_dropout, batches.face_motion_dropout)
         first_block = draw_first_block(batches, rng)
-        spans.append(ClipSpan(clip, start, first_block, *(bool(rng.random() >= dropout) for dropout in dropouts)))
+        has_audio, has_heard, has_motion = (bool(rng.random() >= dropout) for dropout in dropouts)
+        # Guidance drops both audios together.
+        spans.append(ClipSpan(clip, start, first_block, has_audio, has_audio and has_heard, has_motion))
     if batches.same_position:
         spans = [dataclasses.replace(each, first_block=spans[0].first_block) for each in spans]
     return num_blocks, spans

@@ -3,7 +3,8 @@
 The generator generates clips block by block with the product's own caches. Teacher (real score) and critic (fake score)
 denoise these clips, and the generator moves from the critic's estimate towards the teacher's. One level, drawn for the
 whole batch, has gradients, and no gradient crosses the cache. The teacher uses classifier-free guidance, which the
-generator learns without its cost. Only conditions are read from the data. A stopped run resumes bit for bit.
+generator learns without its cost. A small flow matching loss on the data's own clips can keep it to them; else only
+conditions are read from the data. A stopped run resumes bit for bit.
 
 Source: Self-Forcing (arXiv 2506.08009) and Live Avatar (arXiv 2512.04677), algorithms 1 and 2.
 """
@@ -44,7 +45,9 @@ class DistillRecipe:
     classifier-free guidance. lr: of the generator. max_grad_norm: for gradient clipping. ema_decay: per generator step.
     causal_scores: teacher and critic are causal; else they attend to the whole clip. blockwise: gradient accumulation
     over blocks, with the memory of one block's graph for one more forward pass per block. checkpoint_activations: less
-    memory for a second forward pass, of critic and generator.
+    memory for a second forward pass, of critic and generator. real_weight: of the generator's flow matching loss on
+    clips of the data, at the schedule's levels. is_float32: the difference of teacher and critic loses its digits in
+    bfloat16.
     """
 
     steps: int = 400
@@ -59,6 +62,8 @@ class DistillRecipe:
     causal_scores: bool = True
     blockwise: bool = False
     checkpoint_activations: bool = False
+    real_weight: float = 0.0
+    is_float32: bool = False
     lora: LoraConfig | None = None
     seed: int = 0
     batches: BatchConfig = field(
@@ -72,9 +77,9 @@ def tiny() -> DistillRecipe:
 
 
 def tiny_256() -> DistillRecipe:
-    """Return the recipe of the embedded default's successor."""
-    batches = BatchConfig(batch_size=4, num_blocks=(12, 16), audio_dropout=0.0, same_position=True)
-    return DistillRecipe(update_ratio=5, batches=batches)
+    """Return the recipe of the embedded default's successor: 100 steps of the generator."""
+    batches = BatchConfig(batch_size=4, num_blocks=(12, 12), audio_dropout=0.0, same_position=True)
+    return DistillRecipe(steps=500, update_ratio=5, real_weight=0.25, is_float32=True, batches=batches)
 
 
 def base() -> DistillRecipe:
@@ -172,9 +177,15 @@ class Distillation:
         return generation, self.generator(generation.inputs, exit_level, random)
 
     def train_generator(self, batch: ClipBatch, exit_level: int, random: Generator) -> dict[str, float]:
-        """Take an optimizer step of the generator with the DMD loss."""
+        """Take an optimizer step of the generator with the DMD loss, and a share of the loss on clips of the data."""
         generator = self.generator
+        metrics: dict[str, float] = {}
         with self.strategy.autocast():
+            if self.recipe.real_weight:
+                with generator.accumulate_gradients(is_last=False):
+                    real_loss = self.real_loss(batch, random)
+                    torch.autograd.backward(self.recipe.real_weight * real_loss)
+                metrics["real_loss"] = float(real_loss.detach())
             generation, inputs = self.generate_inputs(batch, exit_level, random)
             with torch.set_grad_enabled(not self.recipe.blockwise):
                 generated = torch.cat(generator(generation.outputs, inputs, exit_level), dim=2)
@@ -187,7 +198,20 @@ class Distillation:
         self.optimizer_step(self.optimizer, generator)
         number = self.progress.step // self.recipe.update_ratio
         update_ema(self.ema.network, generator.network, self.recipe.ema_decay, number)
-        return {"generator_loss": float(loss.detach()), "gradient": float(gradient.abs().mean())}
+        return {**metrics, "generator_loss": float(loss.detach()), "gradient": float(gradient.abs().mean())}
+
+    def real_loss(self, batch: ClipBatch, random: Generator) -> Tensor:
+        """Return the generator's flow matching loss on clips of the data, each at one level of the schedule."""
+        config, share, clean = self.config, self.strategy.share, batch.latents
+        num_blocks = clean.shape[2] // config.num_frames_per_block
+        levels = torch.randint(config.num_levels, (len(clean) * share.world, 1), generator=random)
+        sigmas = torch.tensor(config.schedule)[share.of(levels)].expand(-1, num_blocks).to(clean)
+        noise = autoregressive(share.noise(clean.shape, random), config.noise_correlation).to(clean)
+        distances = draw_sink_distances(config, num_blocks, random)
+        sigma = frame_sigmas(sigmas, config)
+        noisy, generator = add_noise(clean, noise, sigma), self.generator
+        velocity = generator(predict_velocity, generator.network, config, noisy, sigmas, batch, distances)
+        return flow_matching_loss(velocity, noise - clean, sigma, batch.weight, config).mean()
 
     @torch.no_grad()
     def generator_gradient(self, generated: Tensor, batch: ClipBatch, random: Generator) -> Tensor:
@@ -289,7 +313,7 @@ def main() -> None:
     if flags.batch:
         recipe = replace(recipe, batches=replace(recipe.batches, batch_size=flags.batch))
     torch.set_num_threads(1)
-    strategy = join(flags.strategy)
+    strategy = join(flags.strategy, recipe.is_float32)
 
     def read_network(folder: Path) -> Network:
         return load(Part.read(folder), dtype=weight_dtype(recipe.lora)).train()

@@ -31,6 +31,7 @@ from training.eval.contact_sheets import save_plot, save_sheet
 from training.lora import LoraConfig
 from training.strategy import STRATEGIES, Strategy, WrappedNetwork, leave
 
+NETWORKS = ("tiny", "tiny_256", "base")
 # Checkpoints per preview.
 PREVIEW_INTERVAL = 4
 
@@ -68,16 +69,18 @@ class Limits:
     save_minutes: float
 
 
-def argument_parser(module: str, doc: str, steps: str) -> ArgumentParser:
-    """Return a parser with the flags that both stages share. steps: the unit of --steps."""
+def argument_parser(module: str, doc: str, steps: str, presets: Sequence[str] = NETWORKS) -> ArgumentParser:
+    """Return a parser with the flags that all stages share. steps: the unit of --steps. presets: of --preset."""
     parser = ArgumentParser(prog=f"python -m {module}", description=doc.split(":")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of shards that training.prepare wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: state, log, previews")
-    parser.add_argument("--preset", choices=("tiny", "tiny_256", "base"), default="tiny", help="recipe and network")
+    parser.add_argument("--preset", choices=presets, default="tiny", help="recipe and network")
     parser.add_argument("--steps", type=int, help=f"length of the whole run, in {steps}")
     parser.add_argument("--batch", type=int, help="clips per step, of all processes together")
     parser.add_argument("--strategy", choices=STRATEGIES, default="single", help="ddp and fsdp2 need torchrun")
-    parser.add_argument("--adapter", type=lora_config, help="RANK,ALPHA: train a LoRA adapter in place of the weights")
+    if "base" in presets:
+        adapter = "RANK,ALPHA: train a LoRA adapter in place of the weights"
+        parser.add_argument("--adapter", type=lora_config, help=adapter)
     parser.add_argument("--vae", type=Path, help="vae folder of a checkpoint, to decode previews with")
     parser.add_argument("--minutes", type=float, default=60, help="time limit; the next call resumes (default 60)")
     parser.add_argument("--save-minutes", type=float, default=5, help="time between two checkpoints (default 5)")

@@ -186,17 +186,19 @@ def checkpoint_activations(network: Network) -> Network:
     return network
 
 
-def join(kind: str) -> Strategy:
+def join(kind: str, is_float32: bool = False) -> Strategy:
     """Return this process's strategy. Kinds other than `single` join the process group that torchrun started.
 
     Each process takes one GPU where there are any. FSDP2 shards within a machine and replicates between machines.
+    is_float32: of matrix products; else bfloat16 where the device has instructions for it.
     ValueError if the kind is unknown, or if torchrun did not start this program.
     """
     if kind not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {kind!r}")
     has_gpu = torch.cuda.is_available()
+    precision = torch.float32 if is_float32 else torch.bfloat16
     if kind == "single":
-        return Strategy(kind, Share(), torch.device("cuda" if has_gpu else "cpu"))
+        return Strategy(kind, Share(), torch.device("cuda" if has_gpu else "cpu"), precision)
     if not dist.is_torchelastic_launched():
         raise ValueError(f"strategy {kind} needs torchrun: torchrun --nproc-per-node N -m ...")
     # Flags and metrics are reduced on the CPU, gradients on the network's device.
@@ -204,7 +206,7 @@ def join(kind: str) -> Strategy:
     if has_gpu:
         torch.cuda.set_device(dist.get_node_local_rank())
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
-    return strategy_of_group(kind, device, torch.bfloat16, int(os.environ["LOCAL_WORLD_SIZE"]))
+    return strategy_of_group(kind, device, precision, int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 def strategy_of_group(kind: str, device: torch.device, precision: torch.dtype, num_local: int) -> Strategy:

@@ -1,4 +1,4 @@
-"""The training loop of both stages on a small network: resuming, checkpoints, logs and previews."""
+"""The training loop of all stages on a small network: resuming, checkpoints, logs and previews."""
 
 import signal
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from avatar.denoiser.model import Network
 from avatar.vae.vae import Vae
 from tests.training.small import BATCHES, maker, small, tensors
 from training.checkpointing import Parts, Progress, restore, save
+from training.consistency import ConsistencyDistillation, ConsistencyRecipe
 from training.data import StoredClip
 from training.distill import Distillation, DistillRecipe
 from training.initialise import initialise
@@ -43,13 +44,17 @@ def distillation() -> Distillation:
     return Distillation(DistillRecipe(steps=6, update_ratio=2, batches=batches), maker(small()))
 
 
+def consistency() -> ConsistencyDistillation:
+    return ConsistencyDistillation(ConsistencyRecipe(steps=6, warmup=2, batches=BATCHES), maker(small()))
+
+
 def save_single_file(parts: Parts, progress: Progress, out: Path, _: Strategy) -> None:
     """Save a run in the format of runs from before distributed checkpoints."""
     state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
     torch.save({**state, **asdict(progress)}, out / "state.pt")
 
 
-@pytest.mark.parametrize("make_run", [pretraining, distillation])
+@pytest.mark.parametrize("make_run", [pretraining, consistency, distillation])
 def test_a_stopped_run_resumes_bit_for_bit(
     prepared: list[StoredClip], tmp_path: Path, make_run: Callable[[], Any]
 ) -> None:

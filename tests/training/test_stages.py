@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Generator, Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from avatar.denoiser.cache import KVCache
 from avatar.denoiser.config import NetworkConfig
@@ -22,7 +23,7 @@ from training.initialise import ZERO_INIT
 from training.losses import add_noise, add_noise_per_frame, dmd_gradient, dmd_loss, draw_sigmas, exit_levels
 from training.pretrain import Pretraining, PretrainRecipe, clip_losses
 from training.self_forcing import BlockwiseGeneration
-from training.strategy import SINGLE
+from training.strategy import SINGLE, Strategy
 
 # Of the sink, from the blocks of a clip: each block has its own.
 DISTANCES = (4, 7, 5)
@@ -178,6 +179,7 @@ def test_a_fifth_of_the_clips_has_no_listener_and_a_fifth_moves_freely(
     spans = [span for step in range(150) for span in draw_spans(prepared, BATCHES, config, 0, step)[1]]
     for name in ("has_heard", "has_face_motion"):
         assert 0.1 < np.mean([not getattr(span, name) for span in spans]) < 0.3
+    assert not any(span.has_heard for span in spans if not span.has_audio), "guidance drops both"
     clip = read_span(replace(spans[0], has_heard=False, has_face_motion=False), 3, BATCHES, config)
     assert (float(clip.has_heard), float(clip.has_face_motion)) == (0, 0)
     assert not clip.heard.any()
@@ -291,6 +293,23 @@ def test_the_gradient_is_zero_where_critic_and_teacher_agree(
     generated = torch.randn(batch.latents.shape, generator=Generator().manual_seed(1))
     gradient = run.generator_gradient(generated, batch, Generator().manual_seed(0))
     assert bool(gradient.any()) == (guidance > 0)
+
+
+def test_clips_of_the_data_add_their_share_to_the_generators_gradient(config: NetworkConfig, batch: ClipBatch) -> None:
+    """Critic, teacher and generator are the same network, so that the gradient of distillation alone is zero."""
+    precise = Strategy(precision=torch.float32)
+    run = Distillation(DistillRecipe(guidance=0.0, real_weight=0.25), maker(config), strategy=precise)
+    found: dict[str, Tensor] = {}
+    run.optimizer.register_step_pre_hook(lambda *_: found.update(gradients(run.generator.network)))
+    losses = run.train_generator(batch, 1, Generator().manual_seed(0))
+    again = Distillation(DistillRecipe(), maker(config), strategy=precise)
+    real = again.real_loss(batch, Generator().manual_seed(0))
+    torch.autograd.backward(0.25 * real)
+    clip_grad_norm_(again.generator.network.parameters(), 1.0)
+    assert losses["real_loss"] == pytest.approx(float(real.detach()))
+    expected = gradients(again.generator.network)
+    assert max(each.abs().max() for each in expected.values()) > 1e-3
+    torch.testing.assert_close({name: found[name] for name in expected}, expected, atol=1e-5, rtol=1e-3)
 
 
 def gaussian(mean: float) -> Callable[[Tensor, float], Tensor]:
