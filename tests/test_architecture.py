@@ -32,7 +32,7 @@ _WORKER = (
 )
 
 # The modules of avatar.checkpoints that models are loaded with.
-_FILES = ("avatar.checkpoints.files", "avatar.checkpoints.part")
+_FILES = ("avatar.checkpoints.fields", "avatar.checkpoints.files", "avatar.checkpoints.part")
 
 # Our modules that each part may import. A name stands for the module and all modules below it. A part may always import
 # its own modules. Imports under `if TYPE_CHECKING` count too.
@@ -94,7 +94,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("services.address", "services.registration"),
     ),
     "services.audio": (*_WORKER, "avatar.audio"),
-    # The sizes to warm up for follow from the rule of pictures, which imports nothing.
+    # The sizes to warm up for follow from the rule of pictures, which needs no model.
     "services.denoiser": (*_WORKER, "avatar.denoiser", "avatar.handoff.chain", "avatar.vae.picture.rule"),
     "services.text": (*_WORKER, "avatar.text"),
     "services.vae": (*_WORKER, "avatar.vae"),

@@ -3,6 +3,7 @@
 Axes: s samples, t encoder frames, l the input of the layers and the output of each, d width.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from avatar.audio.alignment import FRAME_SAMPLES, BlockGrid
+from avatar.audio.alignment import FRAME_SAMPLES, RECEPTIVE_FIELD_SAMPLES, BlockGrid
 from avatar.audio.statistics import AudioStatistics
+from avatar.checkpoints.fields import EPSILON, MAX_LAYERS, MAX_SIZE, Range, check_ranges, transformers_config
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part, load_weights
 from avatar.types import BLOCK_LATENTS
@@ -24,6 +26,14 @@ SIZES = (
     *("conv_dim", "conv_stride", "conv_kernel", "conv_bias", "feat_extract_norm", "feat_extract_activation"),
     *("num_conv_pos_embeddings", "num_conv_pos_embedding_groups", "do_stable_layer_norm"),
 )
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size", "conv_dim"), (1, MAX_SIZE)),
+    **dict.fromkeys(("num_hidden_layers", "conv_stride", "conv_kernel"), (1, MAX_LAYERS)),
+    **dict.fromkeys(("num_conv_pos_embeddings", "num_conv_pos_embedding_groups"), (1, MAX_SIZE)),
+    "layer_norm_eps": EPSILON,
+}
+# Frames of left and of right context: 30 s.
+MAX_CONTEXT_FRAMES = 1500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +52,7 @@ class Wav2Vec2Config:
     right_frames: int = 24
 
     def __post_init__(self) -> None:
-        if min(self.left_frames, self.right_frames) < 0:
-            raise ValueError(
-                f"left and right context must not be negative, got {self.left_frames} and {self.right_frames}"
-            )
+        check_ranges(vars(self), dict.fromkeys(("left_frames", "right_frames"), (0, MAX_CONTEXT_FRAMES)))
 
 
 def large() -> Wav2Vec2Config:
@@ -75,7 +82,8 @@ class Wav2Vec2(nn.Module):
         # is for training, and adds a parameter.
         ours: dict[str, Any] = {"tie_last_hidden_states": True, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
         sizes: dict[str, Any] = {name: value for name, value in config.network.items() if name in SIZES}
-        network = transformers.Wav2Vec2Config(**sizes, **ours)
+        network = transformers_config(transformers.Wav2Vec2Config, {**sizes, **ours}, RANGES)
+        check_frames(network.conv_kernel, network.conv_stride)
         self.config, self.grid = replace(config, network=sizes), BlockGrid(block_latents)
         self.network = transformers.Wav2Vec2Model(network)
         self.num_states = network.num_hidden_layers + 1
@@ -86,10 +94,10 @@ class Wav2Vec2(nn.Module):
 
     @classmethod
     def load(cls, part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "Wav2Vec2":
-        with torch.device("meta"):
-            encoder = cls(part.parse(Wav2Vec2Config), part.block_latents).to(dtype)
-        encoder.to_empty(device=device)
-        load_weights(encoder.network, part)
+        config = part.parse(Wav2Vec2Config)
+        with torch.device("meta"), part.naming_config():
+            encoder = cls(config, part.block_latents).to(dtype)
+        load_weights(encoder.network, part, device)
         return encoder
 
     @classmethod
@@ -121,3 +129,16 @@ class Wav2Vec2(nn.Module):
         states = self.network(samples.to(parameter)[None], output_hidden_states=True).hidden_states
         stacked: Tensor = rearrange(list(states), "l 1 t d -> l t d")
         return stacked.float()
+
+
+def check_frames(kernels: Sequence[int], strides: Sequence[int]) -> None:
+    """Raise ValueError unless convolutions give encoder frames of as many samples, and as often, as blocks expect."""
+    stride, field = 1, 1
+    for kernel, step in zip(kernels, strides, strict=True):
+        field += (kernel - 1) * stride
+        stride *= step
+    if (stride, field) != (FRAME_SAMPLES, RECEPTIVE_FIELD_SAMPLES):
+        raise ValueError(
+            f"network.conv_stride and conv_kernel must give frames of {RECEPTIVE_FIELD_SAMPLES} samples every "
+            f"{FRAME_SAMPLES}, got {field} every {stride}"
+        )

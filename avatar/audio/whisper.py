@@ -19,8 +19,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from avatar.audio.alignment import FRAME_SAMPLES, SAMPLE_RATE_HZ, BlockGrid
 from avatar.audio.statistics import AudioStatistics
+from avatar.checkpoints.fields import MAX_LAYERS, MAX_SIZE, Range, check_ranges, known_fields, transformers_config
 from avatar.checkpoints.files import save
-from avatar.checkpoints.part import Part, known_fields, load_weights
+from avatar.checkpoints.part import Part, load_weights
 from avatar.types import BLOCK_LATENTS
 
 FFT_SAMPLES = 400
@@ -29,6 +30,14 @@ HOP_SAMPLES = 160
 MAX_SILENCES = 16
 DYNAMIC_RANGE = 8.0
 """Decades of mel power below the peak that the encoder distinguishes."""
+# Positions of transformers' default, for 30 s, and the most that are allowed, for ten minutes.
+POSITIONS, NUM_POSITIONS, MAX_POSITIONS = "max_source_positions", 1500, 30_000
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("d_model", "encoder_attention_heads", "encoder_ffn_dim"), (1, MAX_SIZE)),
+    "encoder_layers": (1, MAX_LAYERS),
+    "num_mel_bins": (1, FFT_SAMPLES // 2),
+    POSITIONS: (1, MAX_POSITIONS),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +55,11 @@ class WhisperConfig:
     right_frames: int = 10
 
     def __post_init__(self) -> None:
-        if self.right_frames < 0:
-            raise ValueError(f"right_frames must not be negative, got {self.right_frames}")
+        check_ranges(vars(self), {"window_frames": (1, MAX_POSITIONS), "right_frames": (0, MAX_POSITIONS)})
 
     def check(self, grid: BlockGrid) -> None:
         """Raise ValueError unless the window holds a block, the frame before it and the right context."""
-        shortest, longest = grid.encoder_frames + 1 + self.right_frames, self.network["max_source_positions"]
+        shortest, longest = grid.encoder_frames + 1 + self.right_frames, self.network.get(POSITIONS, NUM_POSITIONS)
         if not shortest <= self.window_frames <= longest:
             raise ValueError(
                 f"window_frames must be {shortest} to {longest} with right_frames {self.right_frames} and blocks of "
@@ -71,21 +79,21 @@ class Whisper(nn.Module):
     def __init__(self, config: WhisperConfig, block_latents: int = BLOCK_LATENTS) -> None:
         """block_latents: latent frames of a block. ValueError if the window is too short for it."""
         super().__init__()
-        grid = BlockGrid(block_latents)
-        config.check(grid)
         # Slow to import, and only needed where an encoder runs.
         import transformers
         from transformers.audio_utils import mel_filter_bank
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        self.config, self.grid = config, grid
-        self.network = WhisperEncoder(transformers.WhisperConfig(**config.network))
+        sizes = transformers_config(transformers.WhisperConfig, config.network, RANGES)
+        self.config, self.grid = config, BlockGrid(block_latents)
+        config.check(self.grid)
+        self.network = WhisperEncoder(sizes)
         self.num_states = len(self.network.layers) + 1
         self.width = self.network.config.d_model
         self.right_frames, self.right_is_free = config.right_frames, False
         # The first mel frame of the window is centred on its encoder frame's first sample.
         self.left_samples = (
-            config.window_frames - grid.encoder_frames - config.right_frames
+            config.window_frames - self.grid.encoder_frames - config.right_frames
         ) * FRAME_SAMPLES + FFT_SAMPLES // 2
         filters = mel_filter_bank(
             num_frequency_bins=FFT_SAMPLES // 2 + 1,

@@ -24,7 +24,7 @@ from avatar.checkpoints.decoders import DECODER
 from avatar.checkpoints.files import DTYPES, TOKENIZER, save_shards
 from avatar.checkpoints.layouts import is_published, open_part, part_names
 from avatar.checkpoints.lora import ALPHA, LoraAdapter
-from avatar.checkpoints.part import MERGED, Part
+from avatar.checkpoints.part import MERGED, Part, dtype_name
 from avatar.checkpoints.sizing import (
     SIZES,
     TINY,
@@ -253,11 +253,6 @@ def dominant_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
     for tensor in tensors.values():
         numbers[tensor.dtype] += tensor.numel()
     return numbers.most_common(1)[0][0]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return `bfloat16` for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def adapter_line(part: Part, is_published_layout: bool) -> str:

@@ -7,24 +7,19 @@ Tensors pass one at a time: beside the module's own weights, at most one of them
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from avatar.checkpoints.files import read_config, read_meta_tensors, read_metadata, read_tensors, weight_files
+from avatar.checkpoints.fields import Config, parse_fields
+from avatar.checkpoints.files import CONFIG, read_config, read_meta_tensors, read_metadata, read_tensors, weight_files
 from avatar.checkpoints.lora import MAX_LISTED, LoraAdapter, first_few, merge
 from avatar.types import BLOCK_LATENTS
-
-logger = logging.getLogger(__name__)
-
-Config = TypeVar("Config")
 
 # Key of the files' metadata that names the adapter merged into the weights.
 MERGED = "merged_adapter"
@@ -75,7 +70,8 @@ class Part:
         try:
             yield
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the configuration in {self.folder}: {error}") from error
+            file = self.folder / CONFIG  # which some published parts have not
+            raise ValueError(f"the configuration in {file if file.is_file() else self.folder}: {error}") from error
 
     def meta_tensors(self) -> dict[str, Tensor]:
         """Return the stored tensors' shapes and dtypes, as meta tensors by the module's names.
@@ -151,70 +147,13 @@ class Part:
                 yield name, tensor
 
 
-def parse_fields(config: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
-    """Return the values as this dataclass. ValueError names fields that are missing or of another type.
-
-    Unknown fields are left out, and named in the log: files of other tools have some, and a part's shapes are compared
-    with its weights anyway. prefix: of the fields' names in messages, such as `picture.`.
-    """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix.removesuffix('.')} must be an object with fields, got {values!r}")
-    known = {each.name: each for each in fields(config)}  # type: ignore[arg-type]
-    values = known_fields(values, known, prefix)
-    required = [name for name, each in known.items() if each.default is MISSING and each.default_factory is MISSING]
-    if missing := [name for name in required if name not in values]:
-        raise ValueError(f"missing field {', '.join(prefix + name for name in missing)}")
-    hints = get_type_hints(config)
-    for name, value in values.items():
-        if expected := other_types(value, hints[name]):
-            raise ValueError(f"{prefix}{name} must be {expected}, got {value!r}")
-    return config(**values)
-
-
-def other_types(value: object, hint: Any) -> str:
-    """Return the JSON types that a field has by its type hint, in words, if the value is of none; else an empty string.
-
-    Hints of other types than numbers, texts, switches, objects and null are not checked.
-    """
-    choices = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    kinds = [JSON_TYPES.get(get_origin(choice) or choice) for choice in choices]
-    if any(kind is None or is_of(value, kind[1]) for kind in kinds):
-        return ""
-    return " or ".join(kind[0] for kind in kinds if kind is not None)
-
-
-def is_of(value: object, types: tuple[type, ...]) -> bool:
-    """Return True if a value of JSON has one of these types; a switch is no number."""
-    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
-
-
-# Types of fields: their name in JSON, and the classes of their values.
-JSON_TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
-    int: ("a whole number", (int,)),
-    float: ("a number", (int, float)),
-    str: ("a text", (str,)),
-    bool: ("true or false", (bool,)),
-    dict: ("an object", (Mapping,)),
-    Mapping: ("an object", (Mapping,)),
-    NoneType: ("null", (NoneType,)),
-}
-
-
-def known_fields(values: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> dict[str, Any]:
-    """Return the known fields of an object in a config.json, and name the others in the log. prefix: of their names."""
-    expected = [*known]
-    if unknown := sorted(set(values) - set(expected)):
-        names = ", ".join(prefix + name for name in unknown)
-        logger.warning("ignored unknown fields of a checkpoint: %s; known are %s", names, ", ".join(expected))
-    return {name: value for name, value in values.items() if name in expected}
-
-
-def load_weights(module: nn.Module, part: Part) -> None:
+def load_weights(module: nn.Module, part: Part, device: torch.device | str | None = None) -> None:
     """Fill every parameter and buffer of the module from the part, cast to the module's dtypes.
 
-    A module on the meta device is only compared with the part. ValueError names the files and the first few tensors
-    that are missing, unexpected, of another shape, or integers in place of floating-point numbers; it is raised before
-    any weight is read. Values are not checked.
+    A module on the meta device is allocated on `device` once it fits the part; without a device it is only compared.
+    ValueError names the files and the first few tensors that are missing, unexpected, of another shape, or integers in
+    place of floating-point numbers; it is raised before any weight is read. It also names a tensor that holds NaN or
+    infinity, when it is read.
     """
     target, found = module.state_dict(), part.meta_tensors()
     problems = {name: f"missing {name}" for name in target if name not in found}
@@ -225,7 +164,7 @@ def load_weights(module: nn.Module, part: Part) -> None:
         if name in found and found[name].shape != target[name].shape
     }
     problems |= {
-        name: f"{name} is {str(found[name].dtype).removeprefix('torch.')}, expected a floating-point dtype"
+        name: f"{name} is {dtype_name(found[name].dtype)}, expected a floating-point dtype"
         for name in target
         if name in found and target[name].is_floating_point() and not found[name].is_floating_point()
     }
@@ -233,12 +172,32 @@ def load_weights(module: nn.Module, part: Part) -> None:
         places = sorted({part.file_of(name) for name in list(problems)[:MAX_LISTED]})
         wrong = first_few([*problems.values()])
         raise ValueError(f"weights in {', '.join(places)} do not fit {type(module).__name__}: {wrong}")
+    if device is not None:
+        target = module.to_empty(device=device).state_dict()
     device = next((tensor.device for tensor in target.values()), torch.device("cpu"))
     if device.type == "meta":
         return
     for name, tensor in part.tensors(device):
         target[name].copy_(tensor)
         del tensor  # before the next one is made
+        if not is_finite(target[name]):
+            raise ValueError(
+                f"weights in {part.file_of(name)}: {name} holds NaN or infinity in {dtype_name(target[name].dtype)}, "
+                "expected finite numbers; download the file again, or choose another dtype"
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return True if a tensor holds neither NaN nor infinity, by one pass over it, without memory of its size."""
+    if not tensor.is_floating_point():
+        return True
+    # Finite numbers may add up to infinity, so only then each of them is looked at.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return `bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _file_digest(path: Path) -> bytes:

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from avatar.checkpoints.fields import EPSILON, MAX_LAYERS, MAX_SIZE, Range, check_ranges, parse_fields
 from avatar.checkpoints.files import CLASS_NAME
-from avatar.checkpoints.part import parse_fields
 from avatar.denoiser.sampler import SAMPLERS, flow_match_schedule, select_levels
-from avatar.types import BLOCK_LATENTS, FRAME_RATE_HZ, FRAMES_PER_LATENT
+from avatar.types import BLOCK_LATENTS, FRAME_RATE_HZ, FRAMES_PER_LATENT, MAX_BLOCK_LATENTS
 
 PATCH = 2  # latent rows and columns of one token
 
@@ -44,12 +44,28 @@ FIXED = {
     "add_last_motion": True,
     "slide_motion_frames": False,
 }
-# Fields that count something, of which there is at least one. The public network's largest is 13824.
-SIZES = (
-    *("in_dim", "out_dim", "cond_dim", "dim", "num_heads", "num_layers", "ffn_dim", "freq_dim"),
-    *("text_dim", "text_len", "audio_dim", "num_audio_token", "num_encoder_layers"),
-)
-MAX_SIZE = 1 << 20
+# Latent frames of a window: 2.7 minutes.
+MAX_WINDOW_LATENTS = 1 << 10
+# Of an index or a distance in blocks or frames, which have 32 bits on the wire.
+MAX_INDEX = (1 << 32) - 1
+LEAST_SIGMA = 1e-6
+# The public network's largest size is 13824.
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("in_dim", "out_dim", "cond_dim", "dim", "num_heads", "ffn_dim", "freq_dim"), (1, MAX_SIZE)),
+    **dict.fromkeys(("text_dim", "text_len", "audio_dim", "num_audio_token"), (1, MAX_SIZE)),
+    **dict.fromkeys(("num_layers", "num_encoder_layers"), (1, MAX_LAYERS)),
+    **dict.fromkeys(("audio_inject_layers", "heard_inject_layers"), (0, MAX_LAYERS)),
+    "eps": EPSILON,
+    "num_frames_per_block": (1, MAX_BLOCK_LATENTS),
+    "window_latents": (1, MAX_WINDOW_LATENTS),
+    WINDOW_BLOCKS: (1, MAX_WINDOW_LATENTS),
+    **dict.fromkeys(("schedule", "trained_schedule", "noise_scale"), (0.0, 1.0)),
+    "trained_noise_scale": (LEAST_SIGMA, 1.0),
+    "noise_correlation": (0.0, 1.0),
+    "sink_distance": (0, MAX_INDEX),
+    "sink_update_block": (1, MAX_INDEX),
+    "residual_scale": (-1e6, 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -110,38 +126,42 @@ class NetworkConfig:
     residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        sigmas, update = self.schedule, self.sink_update_block
-        for name in SIZES:
-            if not 1 <= getattr(self, name) <= MAX_SIZE:
-                raise ValueError(f"{name} must be 1 to {MAX_SIZE}, got {getattr(self, name)}")
+        check_ranges(vars(self), RANGES)
+        heads, block = 2 * self.num_heads, self.num_frames_per_block
+        trained = self.trained_schedule or self.schedule
         rules = (
-            (self.dim % 4 == 0 and self.dim % (2 * self.num_heads) == 0, "dim must be a multiple of 4 and 2 num_heads"),
+            ("dim", self.dim % 4 == 0 and self.dim % heads == 0, f"a multiple of 4 and of 2 num_heads, {heads}"),
+            ("freq_dim", self.freq_dim % 2 == 0, "even"),
             *(
-                (is_ascending((-1, *getattr(self, name), self.num_layers)), f"{name} must ascend within the layers")
+                (name, is_ascending((-1, *getattr(self, name), self.num_layers)), f"ascending, below {self.num_layers}")
                 for name in ("audio_inject_layers", "heard_inject_layers")
             ),
-            (self.num_frames_per_block > 0, "blocks must not be empty"),
-            (self.window_latents > 0, "the window must not be empty"),
             (
+                "audio_context_frames",
                 self.audio_context_frames in range(0, 65, FRAMES_PER_LATENT),
-                "audio_context_frames: multiples of 4 to 64",
+                f"a multiple of {FRAMES_PER_LATENT}, 0 to 64",
             ),
-            (self.window_latents % max(1, self.num_frames_per_block) == 0, "window_latents must be whole blocks"),
-            (len(sigmas) > 1 and is_ascending(sigmas[::-1]), "schedule must descend"),
-            (sigmas[-1:] == (0,) and sigmas[0] <= 1, "schedule must start with at most 1 and end with 0"),
-            (set(sigmas) <= set(self.trained_schedule or sigmas), "schedule must be some of trained_schedule's sigmas"),
-            (self.sampler in SAMPLERS, f"sampler must be one of {sorted(SAMPLERS)}"),
-            (0 <= self.noise_scale <= 1, "noise_scale must be 0 to 1"),
-            (0 < self.trained_noise_scale <= 1, "trained_noise_scale must be above 0, at most 1"),
-            (0 <= self.noise_correlation < 1, "noise_correlation must be 0 to below 1"),
-            (is_sink_distance(self.sink_distance), "sink_distance must be a number or (low, high)"),
-            (update is None or update > 0, "sink_update_block must be after block 0"),
-            (self.pose in ("zeros", "reference"), "pose must be zeros or reference"),
-            (self.pose == "zeros" or self.cond_dim == self.in_dim, "a reference as pose needs cond_dim = in_dim"),
-            (self.output in ("velocity", "x0_residual"), "output must be velocity or x0_residual"),
-            (self.out_dim == self.in_dim, "out_dim must be in_dim"),
+            ("window_latents", self.window_latents % block == 0, f"whole blocks of {block} latents"),
+            *(
+                (name, is_schedule(getattr(self, name)), "two or more sigmas that descend from at most 1 to 0")
+                for name in ("schedule", *["trained_schedule"] * (self.trained_schedule is not None))
+            ),
+            ("schedule", {*self.schedule} <= {*trained}, "some of trained_schedule's sigmas"),
+            ("sampler", self.sampler in SAMPLERS, f"one of {', '.join(sorted(SAMPLERS))}"),
+            ("noise_correlation", self.noise_correlation < 1, "below 1"),
+            ("sink_distance", is_sink_distance(self.sink_distance), "a number of frames or [low, high]"),
+            ("pose", self.pose in ("zeros", "reference"), "zeros or reference"),
+            (
+                "cond_dim",
+                self.pose == "zeros" or self.cond_dim == self.in_dim,
+                f"in_dim, {self.in_dim}, unless pose is zeros",
+            ),
+            ("output", self.output in ("velocity", "x0_residual"), "velocity or x0_residual"),
+            ("out_dim", self.out_dim == self.in_dim, f"in_dim, {self.in_dim}"),
         )
-        broken = [rule for holds, rule in rules if not holds]
+        broken = [
+            f"{name} must be {expected}, got {getattr(self, name)}" for name, holds, expected in rules if not holds
+        ]
         if broken:
             raise ValueError("; ".join(broken))
 
@@ -202,12 +222,10 @@ class NetworkConfig:
             if values.get(name, value) != value:
                 raise ValueError(f"{name} is {values[name]!r}; only {value!r} is supported")
         ours = {name: to_tuple(value) for name, value in values.items() if name not in IGNORED | FIXED.keys()}
-        try:
-            if WINDOW_BLOCKS in ours:
-                ours["window_latents"] = ours.pop(WINDOW_BLOCKS) * ours.get("num_frames_per_block", BLOCK_LATENTS)
-            return parse_fields(cls, ours)
-        except TypeError as error:
-            raise ValueError(f"a field of the network's config has the wrong type: {error}") from error
+        if WINDOW_BLOCKS in ours:
+            check_ranges(ours, {name: RANGES[name] for name in (WINDOW_BLOCKS, "num_frames_per_block")})
+            ours["window_latents"] = ours.pop(WINDOW_BLOCKS) * ours.get("num_frames_per_block", BLOCK_LATENTS)
+        return parse_fields(cls, ours)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for config.json, as `from_dict` reads them."""
@@ -218,9 +236,15 @@ class NetworkConfig:
 
 
 def is_sink_distance(value: int | tuple[int, ...]) -> bool:
-    """Return True for a number of frames >= 0, or a pair 0 <= low <= high."""
+    """Return True for a number of frames from 0 to MAX_INDEX, or a pair low <= high of them."""
     low, high = (value, value) if isinstance(value, int) else value if len(value) == 2 else (1, 0)
-    return 0 <= low <= high
+    return 0 <= low <= high <= MAX_INDEX
+
+
+def is_schedule(sigmas: tuple[float, ...]) -> bool:
+    """Return True for sigmas that descend to 0, from at most 1."""
+    has_ends = len(sigmas) > 1 and sigmas[-1] == 0 and LEAST_SIGMA <= sigmas[-2] <= sigmas[0] <= 1
+    return has_ends and is_ascending(sigmas[::-1])
 
 
 def is_ascending(values: tuple[float, ...]) -> bool:

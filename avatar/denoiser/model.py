@@ -231,6 +231,5 @@ def load(part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device
     """
     with torch.device("meta"), part.naming_config():
         network = Network(NetworkConfig.from_dict(part.config)).to(dtype)
-    network.to_empty(device=device)
-    load_weights(network, part)
+    load_weights(network, part, device)
     return network.eval().requires_grad_(False)

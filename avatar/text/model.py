@@ -13,11 +13,27 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from avatar.checkpoints.fields import (
+    EPSILON,
+    MAX_LAYERS,
+    MAX_SIZE,
+    Range,
+    check_ranges,
+    known_fields,
+    transformers_config,
+)
 from avatar.checkpoints.files import TOKENIZER, foreign_content, save
-from avatar.checkpoints.part import Part, known_fields, load_weights
+from avatar.checkpoints.part import Part, load_weights
 from avatar.text.prompt import clean
 
 EMBEDDING = "embed_tokens.weight"
+BUCKETS, DISTANCE = "relative_attention_num_buckets", "relative_attention_max_distance"
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", DISTANCE), (1, MAX_SIZE)),
+    "num_layers": (1, MAX_LAYERS),
+    BUCKETS: (4, MAX_SIZE),  # a quarter of them are of one position each
+    "layer_norm_epsilon": EPSILON,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +51,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         if self.encoder != "umt5":
             raise ValueError(f"encoder is {self.encoder!r}, expected 'umt5'")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        check_ranges(vars(self), {"max_tokens": (1, MAX_SIZE)})
 
 
 class TextEncoder:
@@ -98,13 +113,12 @@ def build(config: TextConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build umT5's encoder on the meta device. ValueError if transformers rejects the sizes."""
     # Slow to import, and only needed where an encoder runs.
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
 
-    try:
-        sizes = known_fields(config.network, vars(transformers.UMT5Config()), "network.")
-        network = transformers.UMT5Config(**sizes)
-    except StrictDataclassError as error:
-        raise ValueError(f"network: {' '.join(str(error).split())}") from error
+    sizes = known_fields(config.network, vars(transformers.UMT5Config()), "network.")
+    network = transformers_config(transformers.UMT5Config, sizes, RANGES)
+    buckets, distance = getattr(network, BUCKETS), getattr(network, DISTANCE)
+    if distance <= buckets // 4:
+        raise ValueError(f"network.{DISTANCE} must be above {buckets // 4}, a quarter of {BUCKETS}, got {distance}")
     with torch.device("meta"):
         # Only the encoder stack: the model around it holds the token embedding a second time.
         encoder: nn.Module = transformers.UMT5EncoderModel(network).encoder
@@ -122,8 +136,8 @@ def load(part: Part, *, dtype: torch.dtype = torch.float32, device: torch.device
             f"{part.tokenizer} {foreign_content(part.tokenizer) or f'is not a tokenizer: {error}'}"
         ) from error
     with part.naming_config():
-        network = build(config, dtype).to_empty(device=device)
-    load_weights(network, part)
+        network = build(config, dtype)
+    load_weights(network, part, device)
     try:
         return TextEncoder(network, config, tokenizer)
     except ValueError as error:

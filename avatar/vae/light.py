@@ -23,12 +23,18 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
+from avatar.checkpoints.fields import Range, check_ranges
 from avatar.types import FRAMES_PER_LATENT
 from avatar.vae.conv import Residual, StepConv, Tails
 
 CHANNELS = 16
 SPACE_STRIDE = 8
 PATCH_AXES = "(c p y x)"
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("wide", "mid", "thin", "channels"), (1, 1 << 14)),
+    **dict.fromkeys(("scale", "encoder_depth"), (1, 64)),
+    "latent_scale": (1e-6, 1e6),
+}
 
 
 def patch_sizes(scale: int = 1) -> dict[str, int]:
@@ -57,9 +63,7 @@ class LightConfig:
     encoder_depth: int = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.wide, self.mid, self.thin, self.latent_scale, self.scale, self.channels, self.encoder_depth)
-        if min(sizes) <= 0:
-            raise ValueError(f"a light codec's sizes and its latent scale must be positive: {self}")
+        check_ranges(vars(self), RANGES, "network.")
 
 
 def tiny() -> LightConfig:

@@ -16,6 +16,7 @@ from einops import reduce
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from avatar.checkpoints.fields import check_ranges
 from avatar.vae.codec import Codec
 from avatar.vae.picture.reading import to_pixels
 
@@ -44,9 +45,16 @@ class OutOfDistributionCheck:
     notice: str
 
     def __post_init__(self) -> None:
+        check_ranges(vars(self), {"limit": (0.0, 1e6)}, "familiar.")
         k = len(self.mean)
         if len(self.root) != k * (k + 1) // 2:
-            raise ValueError(f"root must have {k * (k + 1) // 2} numbers for {k} components, got {len(self.root)}")
+            expected = f"{k * (k + 1) // 2} numbers for the {k} of mean"
+            raise ValueError(f"familiar.root must have {expected}, got {len(self.root)}")
+
+    def check_fits(self, num_channels: int) -> None:
+        """Raise ValueError unless descriptors have as many components as the mean. num_channels: of latents."""
+        if len(self.mean) != (expected := GRID_CELLS**2 + num_channels):
+            raise ValueError(f"familiar.mean must have {expected} numbers, got {len(self.mean)}")
 
     def distance(self, descriptor: Tensor) -> float:
         """Return the Mahalanobis distance of a descriptor (k,) from the mean, divided by sqrt(k)."""

@@ -18,7 +18,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from avatar.checkpoints.part import Part, load_weights, parse_fields
+from avatar.checkpoints.fields import check_ranges, parse_fields
+from avatar.checkpoints.part import Part, load_weights
 from avatar.types import BLOCK_LATENTS, FRAMES_PER_LATENT, MOTION_LATENTS, Block, FrameChunk, LatentFrame, Session
 from avatar.vae import light
 from avatar.vae.codec import Codec, State
@@ -53,8 +54,7 @@ class VaeConfig:
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
-        if self.frame_rate_hz <= 0:
-            raise ValueError(f"frame_rate_hz must be positive, got {self.frame_rate_hz}")
+        check_ranges(vars(self), {"frame_rate_hz": (1, 1000)})
 
 
 def tiny() -> VaeConfig:
@@ -223,8 +223,12 @@ def load(part: Part, device: torch.device | str = "cpu", dtype: torch.dtype = to
         codec = _with_decoder(part, part.decoder, config, torch.device(device), dtype)
         # The errors of its reconstructions are not those that the check was measured with.
         return Vae(codec, replace(config, familiar=None), part.block_latents)
+    make = CODECS[config.codec]
     with part.naming_config():
-        codec, network = CODECS[config.codec](config.network, torch.device(device), dtype)
+        codec, network = make(config.network, torch.device("meta"), dtype)
+        check_fits(config, codec)
+    load_weights(network, part)  # compares shapes, before they take memory
+    codec, network = make(config.network, torch.device(device), dtype)
     load_weights(network, part)
     return Vae(codec, config, part.block_latents)
 
@@ -239,9 +243,19 @@ def parse_config(fields: Mapping[str, Any]) -> VaeConfig:
     return parse_fields(VaeConfig, {**fields, **nested})
 
 
+def check_fits(config: VaeConfig, codec: Codec[Any]) -> None:
+    """Raise ValueError if a configuration's sizes of videos, or its check of pictures, do not fit its codec."""
+    stride = codec.space_stride
+    if odd := [size for size in config.picture.all_sizes if size[0] % stride or size[1] % stride]:
+        raise ValueError(f"picture's sizes must be multiples of {stride}, got {sizes_text(odd)}")
+    if config.familiar:
+        config.familiar.check_fits(codec.channels)
+
+
 def _light(fields: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> tuple[Codec[Any], nn.Module]:
     config = parse_fields(light.LightConfig, fields, "network.")
-    codec = light.LightCodec(config).to(device, dtype).requires_grad_(False)
+    with device:
+        codec = light.LightCodec(config).to(dtype).requires_grad_(False)
     return codec, codec
 
 
@@ -263,13 +277,17 @@ def _with_decoder(
         raise ValueError(
             f"{decoder_part.folder} decodes latents of Wan's VAE, {part.folder} has those of {config.codec}"
         )
+    encoder_part = replace(part, rename=lambda name: _encoders_only(part.rename, name))
     with part.naming_config():
-        wan = WanCodec(parse_fields(WanConfig, config.network, "network."), device, dtype, encodes_only=True)
+        network = parse_fields(WanConfig, config.network, "network.")
+        check_fits(config, shapes := WanCodec(network, "meta", dtype, encodes_only=True))
+    load_weights(shapes.network, encoder_part)  # compares shapes, before they take memory
+    wan = WanCodec(network, device, dtype, encodes_only=True)
     with torch.device("meta"):
         decoder = TinyDecoder()
     decoder = decoder.to(dtype).to_empty(device=device).requires_grad_(False)
     codec = TinyDecoderCodec(wan, decoder, decoder_part.parse(TinyDecoderConfig))
-    load_weights(wan.network, replace(part, rename=lambda name: _encoders_only(part.rename, name)))
+    load_weights(wan.network, encoder_part)
     load_weights(decoder, decoder_part)
     return codec
 

@@ -2,9 +2,9 @@
 
 import logging
 
+from avatar.checkpoints.fields import check_ranges, parse_fields
 from avatar.checkpoints.layouts import PICTURE, is_published, open_part
 from avatar.checkpoints.lora import LoraAdapter
-from avatar.checkpoints.part import parse_fields
 from avatar.denoiser import speed
 from avatar.denoiser.cache import Prefills
 from avatar.denoiser.denoiser import Denoiser
@@ -16,8 +16,8 @@ from services.worker import device_and_dtype, naming_setting
 
 logger = logging.getLogger(__name__)
 
-# Pixels on a side of one latent, for a VAE of scale 1.
-SPACE_STRIDE = 8
+# Pixels on a side of one latent, for a VAE of scale 1, and the largest scale.
+SPACE_STRIDE, MAX_SCALE = 8, 64
 
 
 def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> tuple[dict[int, Denoiser], str]:
@@ -26,7 +26,7 @@ def load_denoisers(settings: DenoiserSettings, sizes: list[tuple[int, int]]) -> 
     sizes: from `latent_sizes`. ValueError names a setting that the device or the checkpoint does not support.
     """
     adapter = LoraAdapter(settings.adapter, settings.adapter_alpha) if settings.adapter else None
-    part = open_part(settings.checkpoint, "denoiser", adapter)
+    part = with_levels(open_part(settings.checkpoint, "denoiser", adapter), None)  # checks its configuration
     with naming_setting("schedule"):
         part = with_levels(part, settings.schedule)
     device, dtype = device_and_dtype(settings)
@@ -66,9 +66,12 @@ def latent_sizes(settings: DenoiserSettings) -> list[tuple[int, int]]:
     if is_published(settings.checkpoint):
         picture = PICTURE  # the VAE's file may be elsewhere
     elif (settings.checkpoint / "vae").is_dir():
-        config = open_part(settings.checkpoint, "vae").config
-        stride *= config.get("network", {}).get("scale", 1)
-        picture = config.get("picture", {})
+        part = open_part(settings.checkpoint, "vae")
+        network, picture = part.config.get("network", {}), part.config.get("picture", {})
+        with part.naming_config():
+            check_ranges(network, {"scale": (1, MAX_SCALE)}, "network.")
+            parse_fields(PictureRule, picture, "picture.")
+        stride *= network.get("scale", 1)
     if picture and not pictures:
         pictures = [*parse_fields(PictureRule, picture, "picture.").limited().all_sizes]
     if settings.compile and not pictures:

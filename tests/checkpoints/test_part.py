@@ -49,6 +49,37 @@ def test_integers_in_place_of_weights_are_refused_by_name(dtype: torch.dtype, tm
             load_weights(module, part_in(tmp_path))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])
+def test_weights_that_are_no_numbers_are_refused_by_name(value: float, tmp_path: Path) -> None:
+    """Also those that a cast makes infinite."""
+    tensors = {name: tensor.double() for name, tensor in Toy().state_dict().items()}
+    tensors["inner.1.weight"][1, 2] = value
+    tensors["counts"] = Toy().counts
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(
+        ValueError, match=f"{WEIGHTS}: inner.1.weight holds NaN or infinity in float32, expected finite"
+    ):
+        load_weights(Toy(), part_in(tmp_path))
+
+
+def test_large_numbers_whose_sum_is_infinite_are_loaded(tmp_path: Path) -> None:
+    tensors = {**Toy().state_dict(), "inner.1.weight": torch.full_like(Toy().state_dict()["inner.1.weight"], 3e38)}
+    save_file(tensors, tmp_path / WEIGHTS)
+    loaded = Toy()
+    load_weights(loaded, part_in(tmp_path))
+    assert loaded.state_dict()["inner.1.weight"].max() > 2e38
+
+
+def test_a_module_is_allocated_once_it_fits(tmp_path: Path) -> None:
+    save(tmp_path, {}, Toy(width=4, seed=1))
+    with torch.device("meta"):
+        huge, loaded = Toy(width=1 << 40), Toy(width=4)
+    with pytest.raises(ValueError, match=r"inner\.0\.weight has shape"):
+        load_weights(huge, part_in(tmp_path), "cpu")
+    load_weights(loaded, part_in(tmp_path), "cpu")
+    assert_equal(loaded, Toy(width=4, seed=1))
+
+
 def test_a_long_list_of_problems_is_shortened(tmp_path: Path) -> None:
     save_file({f"extra{i}": torch.zeros(1) for i in range(20)}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="and 19 more") as caught:

@@ -1,14 +1,20 @@
 """Tests of avatar.denoiser.config."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf, nan
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from avatar.denoiser.config import NetworkConfig, base, tiny
+from avatar.denoiser.config import NetworkConfig, base, tiny, to_tuple
 from avatar.denoiser.sampler import select_levels
+from avatar.settings import DenoiserSettings
+from services.denoiser.loading import load_denoisers
 
 # Fields of the public checkpoint's config.json.
 PUBLIC = {
@@ -87,14 +93,55 @@ def test_another_network_is_refused(name: str, value: Any) -> None:
         ({"pose": "video"}, "pose"),
         ({"cond_dim": 8}, "pose"),
         ({"output": "noise"}, "output"),
-        ({"window_latents": 0}, "window"),
-        ({"window_latents": 11}, "window_latents must be whole blocks"),
-        ({"out_dim": 8}, "out_dim"),
+        ({"window_latents": 0}, "window_latents must be 1 to 1024, got 0"),
+        ({"window_latents": 3 * 10**9}, "window_latents"),
+        ({"window_latents": 11}, "window_latents must be whole blocks of 3 latents, got 11"),
+        ({"out_dim": 8}, "out_dim must be in_dim, 16, got 8"),
+        ({"num_frames_per_block": 0}, "num_frames_per_block must be 1 to 3, got 0"),
+        ({"num_frames_per_block": 1000}, "num_frames_per_block"),
+        ({"freq_dim": 255}, "freq_dim must be even"),
+        ({"sink_distance": 10**30}, "sink_distance"),
+        ({"sink_update_block": 10**30}, "sink_update_block"),
+        ({"schedule": (1.0, 1e-320, 0.0)}, "schedule"),
+        ({"trained_schedule": (0.5, 1.0, 0.9, 0.75, 0.0)}, "trained_schedule must be two or more sigmas that descend"),
+        *(({"eps": eps}, f"eps must be .*, got {eps}") for eps in (nan, inf, -1.0, 0.0)),
+        *(({"residual_scale": scale}, "residual_scale") for scale in (nan, inf, 1e30)),
     ],
 )
 def test_contradicting_values_are_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         replace(tiny(), **change)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("audio_inject_layers", [0.5], "a list of values, each a whole number"),
+        ("audio_inject_layers", 3, "a list"),
+        ("heard_inject_layers", ["1"], "a list"),
+        ("schedule", None, "a list of values, each a finite number"),
+        ("trained_schedule", [1.0, "0"], "a list of values, each a finite number or null"),
+        ("schedule", [1.0, nan, 0.0], "a list"),
+        ("sink_distance", [4.5, 30.5], "a whole number or a list of 2 values, each a whole number"),
+        ("sink_distance", [1, 2, 3], "a whole number or a list of 2"),
+        ("sink_distance", 1e30, "a whole number or a list of 2"),
+        ("noise_scale", inf, "a finite number"),
+        ("window_blocks", 10**9, "1 to 1024"),
+        ("window_blocks", "4", "a whole number"),
+        ("window_blocks", 0, "1 to 1024"),
+    ],
+)
+def test_a_field_that_cannot_be_used_is_named_with_what_is_expected(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be {expected}.*, got {re.escape(repr(to_tuple(value)))}$"):
+        NetworkConfig.from_dict({name: value})
+
+
+def test_the_file_of_a_wrong_field_is_named_and_no_setting(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    file = folder / "denoiser/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_heads": 0}))
+    with pytest.raises(ValueError, match=rf"^the configuration in {file}: num_heads must be 1 to 1048576, got 0$"):
+        load_denoisers(DenoiserSettings(checkpoint=folder), [])
 
 
 def test_a_value_of_the_wrong_type_is_refused() -> None:
@@ -104,7 +151,7 @@ def test_a_value_of_the_wrong_type_is_refused() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("num_heads", 0), ("dim", 10**12), ("num_layers", -1)])
 def test_a_size_that_no_network_has_is_named(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"^{name} must be 1 to 1048576, got {value}$"):
+    with pytest.raises(ValueError, match=rf"^{name} must be 1 to \d+, got {value}$"):
         NetworkConfig.from_dict({name: value})
 
 

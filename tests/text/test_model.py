@@ -89,8 +89,15 @@ def test_a_tokenizer_that_does_not_fit_is_refused(encoder: TextEncoder, change: 
     ("fields", "words"),
     [
         ({"encoder": "clip"}, "encoder is 'clip'"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1"),
-        ({"network": {"d_model": "wide"}}, "network: .*d_model"),
+        ({"max_tokens": 0}, "max_tokens must be 1 to"),
+        ({"network": {"d_model": "wide"}}, r"network\.d_model must be a whole number, got 'wide'"),
+        ({"network": {"num_heads": 0}}, r"network\.num_heads must be 1 to \d+, got 0"),
+        ({"network": {"num_layers": 10**9}}, r"network\.num_layers must be 1 to 1024"),
+        ({"network": {"layer_norm_epsilon": float("nan")}}, r"network\.layer_norm_epsilon must be a finite number"),
+        ({"network": {"relative_attention_num_buckets": 1}}, "buckets must be 4 to"),
+        ({"network": {"relative_attention_max_distance": 8}}, "max_distance must be above 8, a quarter"),
+        ({"network": {"feed_forward_proj": "gated-wave"}}, "dense_act_fn must be an activation function .*'wave'"),
+        ({"network": {"dropout_rate": "much"}}, "network: .*dropout_rate"),
     ],
 )
 def test_a_config_of_another_encoder_is_refused(fields: dict[str, object], words: str) -> None:

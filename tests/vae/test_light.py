@@ -107,9 +107,9 @@ def test_the_embedded_default_has_one_and_a_half_million_parameters() -> None:
 
 
 def test_sizes_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match=r"network\.mid must be 1 to 16384, got 0"):
         LightConfig(wide=16, mid=0, thin=8, latent_scale=2.0)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match=r"network\.latent_scale must be 1e-06 to"):
         LightConfig(wide=16, mid=8, thin=8, latent_scale=0.0)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -236,12 +237,30 @@ def test_unknown_fields_of_a_config_are_ignored_and_named(tmp_path: Path, caplog
         assert f"ignored unknown fields of a checkpoint: {name}" in caplog.text
 
 
+CHECK = {"mean": [0.0] * 32, "root": [0.0] * 528, "limit": 1.0, "notice": "unlike"}
+
+
 def test_invalid_configs_are_refused(tmp_path: Path) -> None:
     good = dataclasses.asdict(tiny())
     network = good["network"]
     for change, words in (
         ({"codec": "jpeg"}, "codec must be one of light, wan, got 'jpeg'"),
-        ({"network": {**network, "wide": 0}}, "must be positive"),
+        ({"network": {**network, "wide": 0}}, "network.wide must be 1 to 16384, got 0"),
+        ({"network": {**network, "wide": 1 << 14}}, "do not fit LightCodec"),
+        ({"network": {**network, "latent_scale": nan}}, "network.latent_scale must be a finite number, got nan"),
+        ({"network": {**network, "scale": 10**9}}, "network.scale must be 1 to 64, got 1000000000"),
+        ({"codec": "wan", "network": {"base_dim": -1}}, "network.base_dim must be 1 to 16384, got -1"),
+        ({"codec": "wan", "network": {"dim_mult": 3}}, "network.dim_mult must be a list"),
+        ({"codec": "wan", "network": {"latents_std": [0.0] * 16}}, "network.latents_std must be 1e-06 to"),
+        ({"codec": "wan", "network": {"dim_mult": [1] * 64}}, "network.dim_mult must have at most 7 numbers"),
+        ({"frame_rate_hz": 0}, "config.json: frame_rate_hz must be 1 to 1000, got 0"),
+        ({"picture": {**good["picture"], "width": 10**12}}, "picture.width must be 1 to 8192"),
+        ({"picture": {**good["picture"], "width": 100}}, "picture's sizes must be multiples of 8, got 100x128"),
+        ({"picture": {"fit": "cover", "area": 100}}, "picture.area must be 8192 to"),
+        ({"picture": {"fit": "cover", "area": 10000, "sizes": 3}}, "picture.sizes must be a list"),
+        ({"familiar": {**CHECK, "mean": [0.0], "root": [1.0]}}, "familiar.mean must have 32 numbers, got 1"),
+        ({"familiar": {**CHECK, "limit": -1}}, "familiar.limit must be 0.0 to"),
+        ({"familiar": {**CHECK, "root": ["1"]}}, "familiar.root must be a list"),
         ({"network": {**network, "wide": 64}}, "do not fit LightCodec"),
         ({"picture": {"fit": "cover"}}, "either width and height or an area"),
         ({"frame_rate_hz": "25"}, "frame_rate_hz must be a whole number, got '25'"),

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from avatar.checkpoints.fields import Range, check_ranges
+
 Fit = Literal["cover", "reference", "face"]
 Size = tuple[int, int]
 
@@ -15,6 +17,8 @@ Size = tuple[int, int]
 GRID = 64
 # Large pictures in the shapes that cameras take: the sizes that are served unless others are chosen are theirs.
 USUAL_PICTURES = ((7680, 4320), (4000, 3000), (4000, 4000), (3000, 4000), (4320, 7680))
+# The least area has room for one of USUAL_PICTURES; the largest is above that of any camera.
+RANGES: dict[str, Range] = {"width": (1, 1 << 13), "height": (1, 1 << 13), "area": (2 * GRID**2, 1 << 26)}
 # Times as far that a size counts whose video has bars beside the picture.
 BAR_WEIGHT = 3.0
 
@@ -38,8 +42,7 @@ class PictureRule:
         check_fit(self.fit)
         if (self.width is None) != (self.height is None) or (self.width is None) == (self.area is None):
             raise ValueError("a picture rule has either width and height or an area")
-        if any(value is not None and value <= 0 for value in (self.width, self.height, self.area)):
-            raise ValueError(f"a picture rule's numbers must be positive: {self}")
+        check_ranges(vars(self), RANGES, "picture.")
         # JSON has lists for tuples.
         object.__setattr__(self, "sizes", tuple((width, height) for width, height in self.sizes))
         for width, height in self.sizes:

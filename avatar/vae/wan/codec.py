@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.backends import cudnn
 
+from avatar.checkpoints.fields import Range, check_ranges
 from avatar.types import FRAMES_PER_LATENT
 from avatar.vae.wan.network import AutoencoderKLWan, Slots
 
@@ -30,6 +31,14 @@ WAN_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )
 # fmt: on
+# Times that height and width of a picture are halved.
+MAX_HALVINGS = 6
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("base_dim", "z_dim"), (1, 1 << 14)),
+    **dict.fromkeys(("dim_mult", "num_res_blocks"), (1, 64)),
+    "latents_mean": (-1e6, 1e6),
+    "latents_std": (1e-6, 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -51,15 +60,19 @@ class WanConfig:
     latents_std: tuple[float, ...] = WAN_STD
 
     def __post_init__(self) -> None:
+        check_ranges(vars(self), RANGES, "network.")
         if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
             raise ValueError(
-                f"latents_mean and latents_std must have {self.z_dim} numbers, as z_dim says, "
+                f"network.latents_mean and latents_std must have {self.z_dim} numbers, as z_dim says, "
                 f"got {len(self.latents_mean)} and {len(self.latents_std)}"
             )
         halvings = len(self.dim_mult) - 1
+        if halvings > MAX_HALVINGS:
+            raise ValueError(f"network.dim_mult must have at most {MAX_HALVINGS + 1} numbers, got {halvings + 1}")
         if len(self.temperal_downsample) != halvings or 2 ** sum(self.temperal_downsample) != FRAMES_PER_LATENT:
             raise ValueError(
-                f"temperal_downsample must have {halvings} entries, two of them true, got {self.temperal_downsample}"
+                f"network.temperal_downsample must have {halvings} entries, two of them true, "
+                f"got {self.temperal_downsample}"
             )
 
 
