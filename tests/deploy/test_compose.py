@@ -82,6 +82,16 @@ def test_the_gateway_finds_every_stage(profile: str) -> None:
     assert levels == [0, 1, 2, 3], "each once, and no address has none"
 
 
+@pytest.mark.parametrize("variable", [f"AVATAR_{name}" for name in ("SIZES", "COMPILE", "FLOAT8", "KV_DTYPE")])
+@pytest.mark.parametrize("profile", DEVICES)
+def test_variables_replace_the_settings_of_denoisers(profile: str, variable: str) -> None:
+    ours = [service for name, service in of(profile).items() if name in OURS]
+    values = [str(service["environment"].get(variable, "")) for service in ours if levels_of(service)]
+    assert values
+    assert all(value.startswith(f"${{{variable}:-") for value in values)
+    assert f"`{variable}`" in (ROOT / "docs/operations/deployment.md").read_text(encoding="utf-8")
+
+
 def test_workers_can_have_replicas() -> None:
     for name in (name for name in OURS if served_by(OURS[name]) != {"gateway"}):
         assert OURS[name].keys() & {"container_name", "hostname", "ports"} == set(), name
