@@ -73,18 +73,22 @@ async def workers(
             await stack.enter_async_context(registered(store.workers(settings.cell), target, servicer))
             return target
 
-        audio = build_audio(audio_settings, queue)
-        vae = build_vae(VaeSettings(checkpoint=checkpoint, decoder=decoder, **worker), queue)
-        targets: dict[str, Any] = {"audio": (await serve(audio),), "vae": (await serve(vae),)}
+        # All are built before one serves: a model is loaded and warmed on the event loop, where everything else waits.
+        built: list[tuple[str, WorkerServicer]] = [
+            ("audio", build_audio(audio_settings, queue)),
+            ("vae", build_vae(VaeSettings(checkpoint=checkpoint, decoder=decoder, **worker), queue)),
+        ]
+        merged = {"adapter": adapter, "adapter_alpha": adapter_alpha, "schedule": settings.schedule, **worker}
         for levels in denoisers:
-            merged = {"adapter": adapter, "adapter_alpha": adapter_alpha, "schedule": settings.schedule, **worker}
-            denoiser = build_denoiser(DenoiserSettings(checkpoint=checkpoint, levels=levels, **merged), store, queue)
-            targets["denoisers"] = (*targets.get("denoisers", ()), await serve(denoiser))
+            given = DenoiserSettings(checkpoint=checkpoint, levels=levels, **merged)
+            built.append(("denoisers", build_denoiser(given, store, queue)))
         if has_text_encoder(checkpoint):
-            text = build_text(TextSettings(checkpoint=checkpoint, **worker), store, queue)
-            targets["text"] = (await serve(text),)
+            built.append(("text", build_text(TextSettings(checkpoint=checkpoint, **worker), store, queue)))
         if voice:
-            targets["voice"] = (await serve(await stack.enter_async_context(open_voice(voice))),)
+            built.append(("voice", await stack.enter_async_context(open_voice(voice))))
+        targets: dict[str, Any] = {}
+        for stage, servicer in built:
+            targets[stage] = (*targets.get(stage, ()), await serve(servicer))
         yield settings.model_copy(update=targets)
 
 
@@ -121,5 +125,6 @@ async def main() -> None:
         switches["decoder"] = load(VaeSettings, os.environ).decoder
         voice = load(VoiceSettings, os.environ)
         switches["voice"] = voice if voice.voice_url or voice.voice_command else None
-        await stack.enter_async_context(suite(models.checkpoint, store, settings, **switches))
+        target = await stack.enter_async_context(suite(models.checkpoint, store, settings, **switches))
+        print(f"ready at {target}", flush=True)
         await until_stopped()

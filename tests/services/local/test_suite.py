@@ -1,11 +1,17 @@
 """Tests of services.local.suite: the program `python -m services`."""
 
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from avatar import telemetry
+from avatar.settings import GatewaySettings
+from avatar.store.sessions import SessionStore
 from services.local import suite
 
 
@@ -15,7 +21,7 @@ def redis_servers() -> set[int]:
 
 
 async def test_all_services_in_one_process_run_their_own_redis(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, during = redis_servers(), set()
 
@@ -29,6 +35,24 @@ async def test_all_services_in_one_process_run_their_own_redis(
     await suite.main()
     assert len(during - before) == 1
     assert redis_servers() == before
+    assert re.fullmatch(r"ready at 127\.0\.0\.1:\d+\n", capsys.readouterr().out)
+
+
+async def test_all_models_are_loaded_before_a_worker_is_registered(
+    checkpoint: Path, store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading one holds the event loop; a worker's write that waits for it fails, and is logged."""
+    order: list[str] = []
+
+    def recorded(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        order.append(name)
+        return function(*arguments)
+
+    for name in ("build_audio", "build_vae", "build_denoiser", "registered"):
+        monkeypatch.setattr(suite, name, partial(recorded, name, getattr(suite, name)))
+    async with suite.workers(checkpoint, store, GatewaySettings(), denoisers=("0", "1,2")):
+        pass
+    assert order == ["build_audio", "build_vae", *["build_denoiser"] * 2, *["registered"] * 4]
 
 
 async def test_all_services_in_one_process_serve_the_sizes_of_the_settings(
