@@ -1,4 +1,4 @@
-// Talk renders a WAV file of 16-bit PCM to H.264 (Annex B):
+// Command talk renders a WAV file of 16-bit PCM to H.264 (Annex B):
 //
 //	go run . [-target HOST:PORT] [-break-at FRAME] [-interrupt-after SECONDS] speech.wav face.png out.h264
 //
@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/metadata"
 )
 
+// piecesHz is the number of pieces that a second of speech is sent in.
 const piecesHz = 25
 
 var (
@@ -43,6 +44,7 @@ func main() {
 	}
 }
 
+// talk renders a WAV file with a portrait to a file of H.264.
 func talk(speech, portrait, out string) error {
 	samples, format, err := readWav(speech)
 	if err != nil {
@@ -177,6 +179,7 @@ func readWav(path string) ([]byte, *avatarv1.AudioFormat, error) {
 	return nil, nil, errors.New(path + " is no WAV file of 16-bit PCM")
 }
 
+// min returns the smaller of two numbers; Go has it from 1.21 on.
 func min(a, b int) int {
 	if a < b {
 		return a

@@ -19,7 +19,7 @@ import (
 // retryDelay is the time between attempts to resume.
 const retryDelay = 200 * time.Millisecond
 
-// details are what the status of an error says; reason is empty if gRPC itself ended the call.
+// details is the content of an error's status; reason is empty if gRPC itself ended the call.
 type details struct {
 	reason     string
 	metadata   map[string]string
@@ -27,7 +27,7 @@ type details struct {
 	retry      time.Duration
 }
 
-// detailsOf returns the details of an error, which the metadata grpc-status-details-bin has.
+// detailsOf returns the details of an error; gRPC receives them as the metadata grpc-status-details-bin.
 func detailsOf(err error) (found details) {
 	for _, detail := range status.Convert(err).Details() {
 		switch detail := detail.(type) {
@@ -42,7 +42,7 @@ func detailsOf(err error) (found details) {
 	return found
 }
 
-// isLost returns whether an error means a lost connection, and no answer of the gateway.
+// isLost reports whether an error is a lost connection, and not an answer of the gateway.
 func isLost(err error) bool {
 	if errors.Is(err, io.EOF) {
 		return true
