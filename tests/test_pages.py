@@ -13,7 +13,7 @@ from docs.pages import COPIED, REFERENCES, ROOT, reference, site_links
 # The log names files as they were on its days.
 PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent.name != "log"]
 PAGES += [ROOT / page for page in (*COPIED, "CHANGELOG.md")]
-FOLDERS = "assets|avatar|benchmarks|deploy|docs|examples|models|protos|services|tests|training|web"
+FOLDERS = "assets|avatar|benchmarks|deploy|docs|examples|models|protos|services|tests|third_party|training|web"
 PACKAGES = {
     "api.md": (avatar_service_pb2, types_pb2),
     "workers.md": (audio_pb2, denoiser_pb2, text_pb2, vae_pb2),
