@@ -1,6 +1,7 @@
 """Command-line options of the test suite, and shared fixtures: checkpoints, Redis, audio, a picture, telemetry."""
 
 import asyncio
+import functools
 import json
 import math
 import pickle
@@ -35,12 +36,15 @@ from avatar.settings import GatewaySettings
 from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.vae import light, vae
+from avatar.vae.picture import reading
+from avatar.vae.picture.reading import Picture
 from avatar.vae.picture.rule import PictureRule
 from services.local.processes import local_redis
-from services.local.suite import suite as services_suite
+from services.local.suite import gateway as run_gateway
 from tests import published as as_published
 from tests.blocks import BLOCK_LATENTS
 from tests.text import tiny as tiny_text
+from tests.workers import workers_in_thread
 
 torch.set_num_threads(1)
 
@@ -255,11 +259,34 @@ def store(hashes: RedisHashes) -> SessionStore:
     return SessionStore(hashes)
 
 
+@pytest.fixture(scope="session")
+def shared_workers(checkpoint: Path, redis_server: str) -> Iterator[GatewaySettings]:
+    """Settings of a gateway over workers that tests of this process share."""
+    own_cell = GatewaySettings(listen="127.0.0.1:0", cell="shared")
+    with workers_in_thread(checkpoint, redis_server, own_cell) as settings:
+        yield settings
+
+
 @pytest.fixture
-async def gateway(checkpoint: Path, store: SessionStore) -> AsyncGenerator[str, None]:
-    """HOST:PORT of a gateway, with all services in this process on one device thread."""
-    async with services_suite(checkpoint, store, GatewaySettings(listen="127.0.0.1:0")) as target:
+async def gateway(shared_workers: GatewaySettings, store: SessionStore) -> AsyncGenerator[str, None]:
+    """HOST:PORT of a gateway over the shared workers, which are idle when it has stopped."""
+    async with run_gateway(store, shared_workers) as target:
         yield target
+
+
+@functools.cache
+def picture_by(program: object, *arguments: Any) -> Picture:
+    """Read a picture by a decoder's program."""
+    assert program is reading.PROGRAM
+    return reading.read_picture(*arguments)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pictures_are_read_once() -> Iterator[None]:
+    """Let checkpoints remember pictures that they have read: hundreds of sessions show the same, at 0.2 s each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae, "read_picture", lambda *arguments: picture_by(reading.PROGRAM, *arguments))
+        yield
 
 
 class Exploit:

@@ -1,52 +1,41 @@
 """Contract tests run against any gateway: `pytest tests/contract --target HOST:PORT`; else against one of their own."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
+from typing import Any
 
 import pytest
 
 from avatar.settings import GatewaySettings
-from avatar.store.redis import RedisHashes
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
-from services.local.suite import gateway as run_gateway
-from services.local.suite import workers
+from tests.certificates import Authority
 from tests.conftest import ASSETS
 from tests.contract.tenants import ACME, GLOBEX, TenantGateway, gateway_with_tenants
 from tests.product import Stub, connected
-
-WAIT_S = 30.0
+from tests.workers import workers_in_thread
 
 
 @pytest.fixture(scope="session")
-def shared_workers(checkpoint: Path, redis_server: str) -> Iterator[GatewaySettings]:
-    """Settings of a gateway over workers that all contract tests of this process share, in a thread of their own."""
-    settings, stop, thread = Future[GatewaySettings](), Event(), ThreadPoolExecutor(1)
-
-    async def serve() -> None:
-        store = SessionStore(RedisHashes(redis_server))
-        # A cell of their own: they are registered while later tests of this process read the registry of `main`.
-        own = GatewaySettings(listen="127.0.0.1:0", cell="contract")
-        async with workers(checkpoint, store, own) as given:
-            settings.set_result(given)
-            await asyncio.to_thread(stop.wait)
-        await store.aclose()
-
-    serving = thread.submit(asyncio.run, serve())
-    yield settings.result(WAIT_S)
-    stop.set()
-    serving.result(WAIT_S)
-    thread.shutdown()
-
-
-@pytest.fixture
-async def gateway(shared_workers: GatewaySettings, store: SessionStore) -> AsyncGenerator[str, None]:
-    """HOST:PORT of a gateway over the shared workers, which are idle when it has stopped."""
-    async with run_gateway(store, shared_workers) as target:
-        yield target
+def trusted_workers(
+    checkpoint: Path, redis_server: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[GatewaySettings, Authority]]:
+    """Settings of a gateway with TLS over workers that require certificates, and the authority of all of them."""
+    authority = Authority(tmp_path_factory.mktemp("authority"))
+    edge, worker, client = (authority.issue(name, "127.0.0.1") for name in ("edge", "worker", "client"))
+    settings = GatewaySettings(
+        listen="127.0.0.1:0",
+        cell="trusted",
+        redis_url=redis_server,
+        tls_cert=edge.cert,
+        tls_key=edge.key,
+        worker_ca=authority.ca,
+        worker_cert=client.cert,
+        worker_key=client.key,
+    )
+    of_workers: dict[str, Any] = {"tls_cert": worker.cert, "tls_key": worker.key, "tls_client_ca": authority.ca}
+    with workers_in_thread(checkpoint, redis_server, settings, **of_workers) as given:
+        yield given, authority
 
 
 @pytest.fixture
@@ -82,11 +71,12 @@ def quotas() -> str:
 
 @pytest.fixture
 async def tenant_gateway(
-    request: pytest.FixtureRequest, checkpoint: Path, store: SessionStore, redis: str, tmp_path: Path, quotas: str
+    request: pytest.FixtureRequest, store: SessionStore, tmp_path: Path, quotas: str
 ) -> AsyncGenerator[TenantGateway, None]:
     if request.config.getoption("--target"):
         pytest.skip("the tokens of the given gateway are unknown")
-    async with gateway_with_tenants(checkpoint, tmp_path, quotas, store, redis) as gateway:
+    settings, authority = request.getfixturevalue("trusted_workers")
+    async with gateway_with_tenants(settings, authority, tmp_path / "tenants.toml", quotas, store) as gateway:
         yield gateway
 
 

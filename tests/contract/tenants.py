@@ -7,14 +7,13 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 
 from avatar.rpc.tls import channel_credentials
 from avatar.settings import GatewaySettings
 from avatar.store.sessions import SessionStore
-from services.local.suite import suite
+from services.local.suite import gateway
 from tests.certificates import Authority
 from tests.product import Stub, connected
 
@@ -39,24 +38,10 @@ class TenantGateway:
 
 @asynccontextmanager
 async def gateway_with_tenants(
-    checkpoint: Path, folder: Path, quotas: str, store: SessionStore, redis_url: str
+    settings: GatewaySettings, authority: Authority, file: Path, quotas: str, store: SessionStore
 ) -> AsyncGenerator[TenantGateway, None]:
-    """Run a gateway with two tenants, acme with quotas. folder: of the files that it needs."""
-    tenants = folder / "tenants.toml"
+    """Run a gateway with two tenants, acme with quotas. authority: of its certificate. file: of tenants, is written."""
     acme, globex = (hashlib.sha256(token.encode()).hexdigest() for token in (ACME, GLOBEX))
-    tenants.write_text(f'[acme]\ntokens = ["{acme}"]\n{quotas}\n[globex]\ntokens = ["{globex}"]')
-    authority = Authority(folder)
-    edge, worker, client = (authority.issue(name, "127.0.0.1") for name in ("edge", "worker", "client"))
-    settings = GatewaySettings(
-        listen="127.0.0.1:0",
-        redis_url=redis_url,
-        tenants=tenants,
-        tls_cert=edge.cert,
-        tls_key=edge.key,
-        worker_ca=authority.ca,
-        worker_cert=client.cert,
-        worker_key=client.key,
-    )
-    of_workers: dict[str, Any] = {"tls_cert": worker.cert, "tls_key": worker.key, "tls_client_ca": authority.ca}
-    async with suite(checkpoint, store, settings, **of_workers) as target:
+    file.write_text(f'[acme]\ntokens = ["{acme}"]\n{quotas}\n[globex]\ntokens = ["{globex}"]')
+    async with gateway(store, settings.model_copy(update={"tenants": file})) as target:
         yield TenantGateway(target, store, channel_credentials(authority.ca))
