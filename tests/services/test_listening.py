@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -43,6 +44,7 @@ def samples_of(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.int16)[None] / 32768
 
 
+@functools.cache
 def rendered_listening(checkpoint: Path, picture: bytes, data: bytes, heard: bytes) -> list[bytes]:
     """Return the frames that the models give of a person who listens, without services."""
     models, other = load_models(checkpoint), samples_of(heard)

@@ -1,6 +1,7 @@
 """The whole suite in one process: its frames equal those that the models render alone."""
 
 import asyncio
+import functools
 import shutil
 import time
 from pathlib import Path
@@ -26,8 +27,9 @@ SECONDS = 3.0  # seven blocks: past the sink's update at block 2 and once around
 SETTINGS = GatewaySettings(listen="127.0.0.1:0")
 
 
+@functools.cache
 def rendered(checkpoint: Path, picture: bytes, data: bytes, seed: int, **options: Any) -> list[bytes]:
-    """Return the frames that the models give without services. options: of RenderOptions."""
+    """Return the frames that the models give without services; leave them as they are. options: of RenderOptions."""
     samples = torch.frombuffer(bytearray(data), dtype=torch.int16).unsqueeze(0) / 32768
     chunks = render(load(checkpoint), [samples], RATE_HZ, picture, RenderOptions(seed=seed, **options))
     return [frame.numpy().tobytes() for chunk in chunks for frame in chunk.frames]
@@ -138,7 +140,7 @@ async def test_a_suite_at_capacity_refuses_streams_until_one_ends(
 
 
 async def test_a_live_client_is_notified_when_blocks_are_made_too_slowly(
-    gateway: str, picture: bytes, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, store: SessionStore, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Denoiser.step
 
@@ -146,7 +148,7 @@ async def test_a_live_client_is_notified_when_blocks_are_made_too_slowly(
         time.sleep(0.25)  # three levels on one thread: 0.75 s for a block of 0.48 s
         return step(self, *arguments)
 
-    async with connected(gateway) as stub, asyncio.timeout(30):
+    async with suite(checkpoint, store, SETTINGS) as target, connected(target) as stub, asyncio.timeout(30):
         session = await new_session(stub, picture)
         monkeypatch.setattr(Denoiser, "step", slow)
         call, _ = await open_stream(stub, session.id, mode=pb.OpenAvatar.MODE_LIVE)
