@@ -178,11 +178,6 @@ def files(*folders: str) -> Iterator[Path]:
                 yield path
 
 
-@functools.cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
 def module_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
@@ -193,9 +188,9 @@ def imports() -> tuple[Import, ...]:
     """Return every import in our files, at any depth."""
     found = []
     for path in files(*FOLDERS):
-        tree = parsed(path)
-        for_types = {id(node) for block in ast.walk(tree) if is_for_types(block) for node in ast.walk(block)}
-        for node in ast.walk(tree):
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        for_types = {id(node) for block in nodes if is_for_types(block) for node in ast.walk(block)}
+        for node in nodes:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from avatar.vae.wan import WAN_MEAN, WAN_STD, WanCodec, WanConfig
+from tests.published import filled, vae_as_published
 from tests.vae.conftest import WAN, wan_codec
 
 
@@ -16,6 +16,8 @@ def noise(*shape: int) -> Tensor:
 
 
 def test_codec_equals_the_public_methods_of_diffusers() -> None:
+    from diffusers import AutoencoderKLWan  # takes seconds
+
     codec, frames, latents = wan_codec(), noise(1, 3, 13, 16, 24).clamp(-1, 1), noise(1, 16, 6, 2, 3)
     mean, std = (torch.tensor(table).view(1, 16, 1, 1, 1) for table in (WAN_MEAN, WAN_STD))
     theirs: Any = AutoencoderKLWan(base_dim=WAN.base_dim)  # type: ignore[no-untyped-call]
@@ -25,6 +27,16 @@ def test_codec_equals_the_public_methods_of_diffusers() -> None:
         decoded = theirs.decode(latents * std + mean).sample
         torch.testing.assert_close(codec.encode(frames), encoded, rtol=0, atol=1e-6)
         torch.testing.assert_close(codec.decode(latents, codec.new_state()).clamp(-1, 1), decoded, rtol=0, atol=1e-5)
+
+
+def test_published_names_equal_diffusers_conversion() -> None:
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    with torch.device("meta"):
+        tensors = filled(WanCodec(WanConfig(base_dim=4), device="meta").network)
+    converted = convert_wan_vae_to_diffusers(vae_as_published(tensors))  # type: ignore[no-untyped-call]
+    assert converted.keys() == tensors.keys()
+    assert all(converted[name] is tensor for name, tensor in tensors.items())
 
 
 def test_a_whole_clip_equals_its_pieces_to_the_bit() -> None:
