@@ -33,8 +33,8 @@ MEMORY_BYTES = 1 << 30
 # Every service and every kind of fault, in an order in which no test needs a process that is still restarting.
 # The other faults are slow tests.
 ONCE = [
-    *(Fault("kill", "denoiser"), Fault("kill", "gateway"), Fault("freeze", "vae"), Fault("swallow", "audio")),
-    *(Fault("cut", "denoiser"), Fault("drain", "audio"), Fault("drain", "gateway")),
+    *(Fault("kill", "denoiser"), Fault("freeze", "vae"), Fault("swallow", "audio"), Fault("cut", "denoiser")),
+    Fault("drain", "gateway"),
 ]
 ATTACKS = [fault for fault in FAULTS if fault.is_attack]
 OTHERS = [fault for fault in FAULTS if fault not in (*ONCE, *ATTACKS) and fault.service != REDIS]
@@ -63,7 +63,7 @@ async def speaker_and_processes(
         yield speaker, grown | suite.gateways_in_use()
 
 
-@pytest.mark.parametrize("kind", ["kill", "freeze"])
+@pytest.mark.parametrize("kind", ["kill", pytest.param("freeze", marks=pytest.mark.slow)])
 async def test_without_the_store_open_streams_continue_and_new_sessions_are_refused(
     suite: ChaosSuite, picture: bytes, undisturbed: Callable[[float], list[bytes]], kind: str
 ) -> None:
