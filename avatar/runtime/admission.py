@@ -9,8 +9,8 @@ add up to LIVE_SHARE at most.
 streams count towards the limit only: they use the time that is left. A session that moves to another gateway keeps its
 slots: at a full worker its new stream replaces the old one.
 
-A stream also reserves the memory that its state and its prefills take at most (`DeviceMemory`). So a lack of memory
-refuses a stream before it is opened, and ends none that is open.
+A stream of a denoiser or of a decoder also reserves the memory that its state takes at most, prefills included
+(`DeviceMemory`). So a lack of memory refuses a stream before it is opened, and ends none that is open.
 """
 
 import asyncio

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from avatar.aio import background
 from avatar.runtime.admission import StepTimes
+from avatar.runtime.device_memory import Reservation
 from avatar.runtime.device_queue import DeviceQueue, Job
 from avatar.types import Conditions, Session
 
@@ -81,6 +82,7 @@ def local(
     then: Callable[[Out], Out] | None = None,
     live_block_s: float | None = None,
     take_state: Callable[[], State] | None = None,
+    reservation: Reservation | None = None,
     prefill: Callable[[Conditions, State], None] | None = None,
 ) -> Stage[In, Out]:
     """Return a stage that runs one session's stream through a model. Its state lives exactly as long as the stream.
@@ -93,6 +95,7 @@ def local(
         now if it has none.
     take_state: called once, returns the stream's state, of which no other reference is left; by default the model opens
         it on the device's thread.
+    reservation: of the state's memory, until the state is freed.
     prefill: called with conditions among the items, of items to come, when the device has nothing more urgent to do.
         They are not answered, and only the latest ones count.
     """
@@ -112,6 +115,8 @@ def local(
             try:
                 async with aclosing(items):
                     state = take_state() if take_state else await queue.run(model.open, session, due_s=deadline())
+                    if reservation is not None:
+                        reservation.keep_for(state)
                     await slots.acquire()
                     async for item in items:
                         if prefill is not None and isinstance(item, Conditions):

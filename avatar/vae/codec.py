@@ -36,6 +36,10 @@ class Codec(Protocol[State]):
         """Return the decoder state of a new stream."""
         ...
 
+    def state_bytes(self, state: State) -> int:
+        """Return the memory of a decoder state, in bytes."""
+        ...
+
     def decode(self, latents: Tensor, state: State) -> Tensor:
         """Decode the stream's next latents (b, c, t, h, w), and update state in place.
 

@@ -29,6 +29,10 @@ class Tails:
         """True before the first step."""
         return not self._last
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.nbytes for each in self._last.values())
+
     def extend(self, layer: int, steps: Tensor) -> Tensor:
         """Return the step before each of `steps`, and keep the last of them for the layer's next call.
 

@@ -177,6 +177,9 @@ class LightCodec(nn.Module):
     def new_state(self) -> Tails:
         return Tails()
 
+    def state_bytes(self, state: Tails) -> int:
+        return state.num_bytes
+
     def decode(self, latents: Tensor, state: Tails) -> Tensor:
         # The stream's first latent stands for one frame; its patch repeats it four times, and the last is kept.
         hidden = FRAMES_PER_LATENT - 1 if state.is_fresh else 0

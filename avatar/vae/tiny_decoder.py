@@ -130,6 +130,9 @@ class TinyDecoderCodec:
     def new_state(self) -> Tails:
         return Tails(starts_at_zero=True)
 
+    def state_bytes(self, state: Tails) -> int:
+        return state.num_bytes
+
     def decode(self, latents: Tensor, state: Tails) -> Tensor:
         weight = next(self.decoder.parameters())
         taken = self._wan.raw(latents) if self._config.latents == "raw" else latents

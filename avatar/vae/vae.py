@@ -145,6 +145,11 @@ class Vae(Generic[State]):
                 self.codec.decode(latent, state.decoder)
         return state
 
+    def pixel_bytes(self) -> int:
+        """Return the memory of a session's state for each pixel of its latents, with whose number all of it grows."""
+        state = self.open(Session("memory", 0, torch.zeros(self.codec.channels, MOTION_LATENTS, 1, 1)))
+        return self.codec.state_bytes(state.decoder)
+
     def warm_encoder(self, width: int, height: int) -> None:
         """Encode a blank picture of this size for as long as a codec's shapes still change."""
         with torch.inference_mode():

@@ -8,6 +8,7 @@ the rest of the block, unless the stream is opened with `per_latent`.
 
 import asyncio
 import hashlib
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -58,6 +59,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         # A block is one step for admission, although it is decoded in several.
         self._admission = AdmissionControl(capacity, "vae", queue.load, self._block_s)
         self._latent_times = StepTimes(self._block_s / vae.block_latents)
+        self._pixel_bytes = 0  # memory of a stream's state for each pixel of its latents
         self.changed = asyncio.Event()
         self._admission.on_change = self.changed.set
         self._preparing = asyncio.Semaphore(MAX_REFERENCES)
@@ -71,7 +73,9 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
 
     def warm(self) -> None:
         """Encode and decode blank pictures of every size that is served, and measure the duration of a step."""
+        self._pixel_bytes, stride = self._vae.pixel_bytes(), self._vae.codec.space_stride
         for width, height in self._vae.config.picture.all_sizes:
+            self._admission.add_size(self._pixel_bytes * (width // stride) * (height // stride))
             self._vae.warm_encoder(width, height)
             self._admission.measure(partial(self._vae.warm, width, height))
             self._latent_times.append(self._admission.step_times[-1] / self._vae.block_latents)
@@ -166,15 +170,16 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             first = chunks[0].first_frame
             return _frames(chunks, encodings.encode(pixels, encoding, rate_hz, quality, first, is_marked=is_marked))
 
+        with as_invalid_field("open.session"):
+            session = session_from_open(opened)
         accepted = self._admission.admit(
             opened.session_id,
             is_live=opened.is_live,
             max_active=max_active(opened),
             claimed_us=opened.claimed_us,
+            num_bytes=self._pixel_bytes * math.prod(session.motion.shape[2:]),
         )
-        with await accepted, as_invalid_field("block"):
-            with as_invalid_field("open.session"):
-                session = session_from_open(opened)
+        with await accepted as reservation, as_invalid_field("block"):
             width, height = opened.session.width, opened.session.height
             loop = asyncio.get_running_loop()
             init_segment = partial(encodings.init_segment, is_marked=is_marked)
@@ -188,7 +193,10 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
             encoding_steps: list[Step] = []
             num_blocks = 0
             live_block_s = self._block_s if opened.is_live else None
-            stage = local(self._vae, session, self._queue, decoding_usage, live_block_s=live_block_s)
+            stage = local(
+                self._vae, session, self._queue, decoding_usage, live_block_s=live_block_s, reservation=reservation
+            )
+            del reservation  # the stage and the state keep it
             group: list[FrameChunk] = []
             async with aclosing(stage(self._latent_frames(opened, requests))) as chunks:
                 async for chunk in chunks:

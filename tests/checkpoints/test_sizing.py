@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from avatar.checkpoints.sizing import (
     H200,
     TINY,
     WAN,
+    DecoderCost,
     Gpu,
     Placement,
     Sizing,
@@ -27,6 +29,10 @@ from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import Network
 from avatar.runtime.admission import LIVE_SHARE
 from avatar.types import Block, Conditions, Session
+from avatar.vae.picture.rule import PictureRule
+from avatar.vae.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig
+from avatar.vae.vae import Vae, VaeConfig
+from avatar.vae.wan import WanCodec, WanConfig
 from tests.denoiser.test_step_costs import STEP
 from tests.deploy.test_compose import DEVICES, given, of
 from tests.published import ADAPTER, small
@@ -111,6 +117,17 @@ def test_frame_rates_are_the_audited_estimates(
     of_704 = Sizing(base(), *SIZE, 0, 0, 0, AUDITED_DECODER)  # the audit left audio out
     found = [of_704.frame_rate_hz(placements(num_devices, 4), H200, **speed) for speed in sizing.SPEEDS.values()]
     assert found == pytest.approx(rates, rel=0.06)
+
+
+@pytest.mark.parametrize("cost", [WAN, TINY])
+def test_a_decoders_state_is_the_one_that_its_worker_reserves(cost: DecoderCost) -> None:
+    codec: Any = WanCodec(WanConfig(), "meta", torch.bfloat16)
+    if cost == TINY:
+        with torch.device("meta"):
+            codec = TinyDecoderCodec(codec, TinyDecoder().bfloat16(), TinyDecoderConfig("normalised"))
+    rule = PictureRule("reference", width=704, height=384)
+    vae: Vae[Any] = Vae(codec, VaeConfig("wan", rule, 25, {}))
+    assert cost.state_bytes(1, 1) == vae.pixel_bytes()
 
 
 def test_a_tiny_decoder_frees_a_single_device() -> None:

@@ -1,4 +1,4 @@
-"""Memory of a device for the streams of a denoiser, with an allocator that has a cap in place of the device's."""
+"""Memory of a device for streams of denoisers and decoders; an allocator with a cap stands in for the device's."""
 
 import asyncio
 import gc
@@ -20,19 +20,23 @@ from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
 from avatar.errors import NoCapacity
 from avatar.rpc.channel import channel
-from avatar.rpc.client import RemoteStage, remote_denoiser
-from avatar.rpc.codec import block_to_wire, conditions_to_pb
+from avatar.rpc.client import RemoteStage, remote_denoiser, remote_vae
+from avatar.rpc.codec import block_to_wire, conditions_to_pb, tensor_to_pb
 from avatar.rpc.server import serving
 from avatar.rpc.wire import RelayedBlock
 from avatar.runtime.device_memory import DeviceMemory
-from avatar.settings import DenoiserSettings, GatewaySettings
+from avatar.settings import DenoiserSettings, GatewaySettings, VaeSettings
 from avatar.store.sessions import SessionStore
 from avatar.types import Session
-from avatar.worker.v1 import denoiser_pb2_grpc
+from avatar.vae.vae import Vae, VaeState
+from avatar.vae.vae import load as load_vae
+from avatar.worker.v1 import denoiser_pb2_grpc, types_pb2
 from avatar.worker.v1.denoiser_pb2 import DenoiserServiceGetInfoRequest, OpenDenoise
+from avatar.worker.v1.vae_pb2 import OpenDecode
 from services.denoiser.__main__ import build
 from services.denoiser.service import DenoiserServicer
 from services.local.suite import suite
+from services.vae.__main__ import build as build_vae
 from services.worker import open_device_queue
 from tests.conftest import speech
 from tests.handoff.chains import blocks_of, first_conditions, message_of, random_session
@@ -234,6 +238,48 @@ async def test_out_of_memory_is_no_capacity_and_frees_the_slot(
             assert opened_by == ([] if method == "open" else ["step"]), "the allocation comes before the answer"
         await until_no_streams(connection)
         assert await answers(connection) == 1
+
+
+async def test_a_decoders_state_is_reserved_before_its_stream_is_opened_and_until_it_is_freed(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    motion = tensor_to_pb(torch.zeros(16, 19, *SMALL))
+    opens = OpenDecode(session_id="a", session=types_pb2.Session(id="a", width=64, height=64, motion=motion))
+    states: list[weakref.ref[VaeState[Any]]] = []
+    open_state = Vae.open
+
+    def opening(self: Vae[Any], session: Session) -> VaeState[Any]:
+        states.append(weakref.ref(state := open_state(self, session)))
+        return state
+
+    vae = load_vae(open_part(checkpoint, "vae"))
+    state = vae.open(Session("a", 0, torch.zeros(16, 19, *SMALL)))
+    num_bytes = vae.codec.state_bytes(state.decoder)
+    assert num_bytes == vae.pixel_bytes() * SMALL[0] * SMALL[1] > 0
+    given = VaeSettings(checkpoint=checkpoint, memory_gb=1.5 * num_bytes / 1e9)
+    with open_device_queue(given) as queue:
+        servicer = build_vae(given, queue)
+        memory = queue.load.memory
+        async with serving("127.0.0.1:0", servicer) as port, channel(f"127.0.0.1:{port}") as connection:
+            assert servicer.info().capacity == 1
+            stage = remote_vae(connection)
+            await stage.open(opens)
+            assert memory.reserved_bytes == num_bytes
+            with pytest.raises(NoCapacity, match="GB of memory for streams"):
+                await remote_vae(connection).open(opens)
+            stage.cancel()
+            await until_freed(memory)
+            monkeypatch.setattr(Vae, "open", opening)
+            frames = remote_vae(connection)
+            await frames.open(opens)
+            block = types_pb2.Block(latent=tensor_to_pb(torch.zeros(16, 3, *SMALL)))
+            assert [each async for each in frames(_only(block))]
+            await until_freed(memory)
+            assert [each() for each in states] == [None]
+
+
+async def _only(block: types_pb2.Block) -> AsyncGenerator[types_pb2.Block, None]:
+    yield block
 
 
 async def test_a_client_gets_no_capacity_for_a_lack_of_memory(

@@ -125,6 +125,9 @@ class WanCodec:
     def new_state(self) -> Slots:
         return [None] * self.network.decoder.num_slots
 
+    def state_bytes(self, state: Slots) -> int:
+        return sum(each.nbytes for each in state if each is not None)
+
     def decode(self, latents: Tensor, state: Slots) -> Tensor:
         raw = self.raw(latents).to(self._dtype)
         decode, prepare = self.network.decoder, self.network.post_quant_conv
