@@ -16,6 +16,7 @@ from docs.tables import SERVICES
 from tests.deploy.test_images import STAGES
 
 ROOT = Path(__file__).parents[2]
+RUNBOOK = (ROOT / "docs/operations/runbook.md").read_text(encoding="utf-8")
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 TRUST: dict[str, Any] = yaml.safe_load((ROOT / "deploy/compose.trust.yaml").read_text(encoding="utf-8"))
 ALL: dict[str, dict[str, Any]] = COMPOSE["services"]
@@ -200,3 +201,41 @@ def test_compose_accepts_every_profile(profiles: str) -> None:
     arguments = [part for each in profiles.split(",") for part in ("--profile", each)]
     done = subprocess.run([compose, *arguments, "config", "--quiet"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_runbook_names_the_service_of_each_stage_in_every_profile() -> None:
+    table = RUNBOOK.split("<!-- services: ")[1].partition("<!-- end -->")[0]
+    profiles, *rows = [re.findall(r"`([^`]+)`", line) for line in table.splitlines() if line.startswith("| `")]
+    assert profiles == RUNNING
+    expected = []
+    for name in ("gateway", "audio", *(f"denoiser-{level}" for level in range(4)), "vae"):
+        service, _, level = name.partition("-")
+        of_stage = {profile: [each for each in of(profile) if serves(each, service, level)] for profile in RUNNING}
+        expected.append([each for (each,) in of_stage.values()])
+    assert rows == expected
+
+
+def serves(name: str, service: str, level: str) -> bool:
+    """Return whether a container runs a service, and the level if one is given."""
+    container = OURS.get(name)
+    if container is None or service not in served_by(container):
+        return False
+    return not level or int(level) in levels_of(container)
+
+
+def test_compose_commands_of_the_runbook_find_the_services() -> None:
+    commands = re.findall(r"docker compose [^`|\n]+", RUNBOOK)
+    assert len(commands) > 20
+    assert [command for command in commands if "--profile" in command] == [], "the profile is exported, once"
+    section = RUNBOOK.split("## Looking at a running suite")[1]
+    name, value = re.findall(r"^    export (\w+)=(\w+)$", section.partition("docker compose")[0], re.MULTILINE)[0]
+    compose = Path(sys.executable).with_name("docker-compose")
+    environment = {**os.environ, name: value}
+    found = subprocess.run([compose, "config", "--services"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    services = set(found.stdout.split())
+    assert services == {"redis", *of("cpu")}
+    named = {
+        match[1] for each in commands if (match := re.match(r"docker compose (?:exec|restart|config) (\S+)", each))
+    }
+    assert named >= {"redis", "gateway", "vae"}
+    assert named <= services
