@@ -28,6 +28,8 @@ PIECE_S = 0.25
 ENCODINGS = ("pcm16", "float32")
 MIN_RATE_HZ, MAX_RATE_HZ = 8000, 48000
 LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
+# Seconds without text after which a stream ends, so that turns that are not ended leave their slots to others.
+IDLE_S = 10.0
 # The longest sound of a sentence, in seconds: so much, and for each character. An engine that does not stop is broken.
 LONGEST_S, LONGEST_CHAR_S = 10.0, 0.5
 
@@ -38,9 +40,10 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
     service_name = "avatar.worker.v1.VoiceService"
     stage = "voice"
 
-    def __init__(self, engine: Engine, capacity: int) -> None:
+    def __init__(self, engine: Engine, capacity: int, idle_s: float = IDLE_S) -> None:
+        """idle_s: seconds without text after which a stream ends."""
         self._engine = engine
-        self._capacity = capacity
+        self._capacity, self._idle_s = capacity, idle_s
         self._active = 0
         self._speed = Speed()
         self.changed = asyncio.Event()
@@ -72,7 +75,7 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
         with self._slot(max_active(opened)):
             yield pb.SpeakResponse(opened=pb.SpeakOpened())
             async with background(_read(requests, sentences)) as reading:
-                while sentence := await sentences.get():
+                while sentence := await self._next(sentences, reading):
                     if sentence.spoken:
                         num_spoken += 1
                         async with aclosing(self._speak(sentence, opened.language, turn)) as pieces:
@@ -81,10 +84,18 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
                     turn.num_chars = sentence.end_char
                     yield pb.SpeakResponse(speech=pb.SpokenPiece(num_chars=turn.num_chars))
                 await asyncio.wait({reading})
-                reading.result()
-            if not num_spoken:
-                raise InvalidText.at("say.text", "nothing to speak: it has no letter or digit")
+                if not reading.cancelled():
+                    reading.result()
             yield pb.SpeakResponse(closed=Closed(num_blocks=num_spoken, busy_s=time.monotonic() - started_s))
+
+    async def _next(self, sentences: "asyncio.Queue[Sentence | None]", reading: asyncio.Task[None]) -> Sentence | None:
+        """Return the next sentence; None at the end of the text, or after `idle_s`, which ends the reading of text."""
+        try:
+            async with asyncio.timeout(self._idle_s):
+                return await sentences.get()
+        except TimeoutError:
+            reading.cancel()
+            return None
 
     async def _speak(self, sentence: Sentence, language: str, turn: "_Turn") -> AsyncGenerator[pb.SpokenPiece, None]:
         """Yield a sentence's speech and words. Raises the engine's VoiceFailed."""

@@ -49,11 +49,11 @@ FIRST_FRAME = 3
 
 @asynccontextmanager
 async def talking(
-    store: SessionStore, engine: ToneEngine | None = None, **settings: Any
+    store: SessionStore, engine: ToneEngine | None = None, voice: dict[str, Any] | None = None, **settings: Any
 ) -> AsyncGenerator[tuple[Stub, str], None]:
-    """A gateway with a voice, and the id of a session. settings: of the gateway."""
+    """A gateway with a voice, and the id of a session. voice: as of `voice_worker`. settings: of the gateway."""
     async with (
-        voice_worker(store, engine or ToneEngine()) as worker,
+        voice_worker(store, engine or ToneEngine(), **(voice or {})) as worker,
         standin_gateway(store, voice=(worker,), **settings) as gateway,
         connected(gateway.target) as stub,
     ):
@@ -264,6 +264,26 @@ async def test_a_turn_has_audio_or_text(store: SessionStore) -> None:
             async with refused("PROTOCOL_ORDER"):
                 await stream(stub, [opening(session), *requests, CLOSE])
             session = (await new_session(stub, b"picture")).id
+
+
+async def test_a_turn_that_is_not_ended_leaves_its_voice_to_others_and_goes_on(store: SessionStore) -> None:
+    engine = ToneEngine()
+    async with talking(store, engine, {"capacity": 1, "idle_s": 0.1}) as (stub, session):
+        first, _ = await open_stream(stub, session, mode=LIVE)
+        await send(first, [say("Good day. And")])
+        await until(first, "word_started")
+        other = await stream(stub, [opening((await new_session(stub, b"picture")).id), say(TEXT), END_TURN, CLOSE])
+        assert [each.spoken for each in events(other, "playback_finished")] == [TEXT]
+        await send(first, [say(" then more. ")])
+        word = await until(first, "word_started")
+        while word.word != "more.":
+            word = await until(first, "word_started")
+        await send(first, [END_TURN])
+        assert (await until(first, "playback_finished")).spoken == "Good day. And then more. "
+        await send(first, [say("... "), say("Ada."), END_TURN])
+        assert (await until(first, "playback_finished")).spoken == "... Ada."
+        await finish(first)
+    assert engine.sentences == ["Good day.", *SENTENCES, "And then more.", "Ada."]
 
 
 async def test_the_engine_makes_no_more_than_is_needed_soon(store: SessionStore) -> None:

@@ -17,7 +17,7 @@ from avatar.rpc.server import serving
 from avatar.store.sessions import SessionStore
 from services.registration import registered
 from services.voice.engines import Sound
-from services.voice.service import VoiceServicer
+from services.voice.service import IDLE_S, VoiceServicer
 from services.voice.sound import Samples
 
 RATE_HZ = 16000
@@ -68,9 +68,11 @@ class ToneEngine:
 
 
 @asynccontextmanager
-async def voice_worker(store: SessionStore, engine: Any, capacity: int = 8) -> AsyncGenerator[str, None]:
+async def voice_worker(
+    store: SessionStore, engine: Any, capacity: int = 8, idle_s: float = IDLE_S
+) -> AsyncGenerator[str, None]:
     """HOST:PORT of a voice worker over an engine, registered in the store."""
-    servicer = VoiceServicer(engine, capacity)
+    servicer = VoiceServicer(engine, capacity, idle_s)
     async with serving("127.0.0.1:0", servicer) as port:
         target = f"127.0.0.1:{port}"
         async with registered(store.workers("main"), target, servicer):

@@ -3,8 +3,8 @@
     SayText -> TurnSpeaker.add -> Turn.text -> voice worker -> the turn's audio
 
 Turns are spoken one after the other, each by a stream of its own at a worker, which gets the text as it arrives. The
-worker gets no more of it while the turn has enough speech. If a worker is lost, another one speaks the turn on from the
-sentence that was not complete.
+worker gets no more of it while the turn has enough speech. If a worker is lost, or has ended the stream since no text
+came for a while, another stream speaks the turn on from the sentence that was not complete.
 """
 
 import asyncio
@@ -124,7 +124,7 @@ class TurnSpeaker:
         try:
             while True:
                 try:
-                    await self._speak_at_a_worker(turn, turn.text)
+                    await self._speak_all(turn, turn.text)
                     break
                 except (NoCapacity, StageLost) as error:
                     attempt = 1 if turn.text.num_samples > num_samples else attempt + 1
@@ -140,8 +140,24 @@ class TurnSpeaker:
             self._report(error, turn.number)
         self._finish_text(turn)
 
+    async def _speak_all(self, turn: Turn, text: TurnText) -> None:
+        """Speak the rest of a turn, by one stream after another: workers end those that get no text for a while."""
+        before: tuple[int, int, bool] | None = None
+        while (is_speakable := _is_speakable(text.text[text.num_spoken :])) or not turn.has_end:
+            now = len(text.text), text.num_spoken, turn.has_end
+            if is_speakable and now != before:
+                before = now
+                await self._speak_at_a_worker(turn, text)
+            elif turn.has_end:
+                raise StageLost("voice: a worker ended a turn early", metadata={"stage": "voice"}, retry_s=1.0)
+            else:  # the text is spoken up to a sentence without an end
+                self._changed.clear()
+                await self._changed.wait()
+        if not _is_speakable(text.text):
+            raise InvalidText.at("say.text", "nothing to speak: it has no letter or digit")
+
     async def _speak_at_a_worker(self, turn: Turn, text: TurnText) -> None:
-        """Speak the rest of a turn, from the first sentence whose speech has not come to its end."""
+        """Speak a turn, from the first sentence whose speech is not complete, until the worker ends the stream."""
         first_char, base, last_sample = text.num_spoken, text.spoken_samples, text.num_samples - 1
         worker, stream = await self._pool.open(partial(self._open_at, text.language))
         limit, is_silent = WaitLimit(), False
@@ -226,3 +242,7 @@ class TurnSpeaker:
                 end_char = start + word.num_chars
                 first_sample = max(base + word.first_sample, last_sample)
                 text.words.append(SpokenWord(first_sample, start, end_char, word.is_estimated))
+
+
+def _is_speakable(text: str) -> bool:
+    return any(map(str.isalnum, text))
