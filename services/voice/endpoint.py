@@ -52,7 +52,8 @@ class Endpoint:
 
     async def __aenter__(self) -> "Endpoint":
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout_s, sock_read=self._timeout_s)
-        self._session = aiohttp.ClientSession(timeout=timeout)
+        # Turns are limited by the worker's capacity; more would wait in aiohttp's pool, and count as slow.
+        self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
         return self
 
     async def __aexit__(self, *_: object) -> None:

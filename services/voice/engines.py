@@ -1,9 +1,12 @@
 """Speech engines behind one interface, and the one that runs a command."""
 
 import asyncio
+import math
 import os
 import shlex
+import shutil
 import signal
+import stat
 import tempfile
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from avatar.errors import VoiceFailed
+from avatar.settings import unusable
 from services.voice.sound import PcmReader, Samples
 
 # A sentence's sound: no command writes more, unless something is wrong.
@@ -55,12 +59,10 @@ class Command:
     name = "command"
 
     def __init__(self, command: str, languages: Sequence[str], timeout_s: float) -> None:
-        """timeout_s: for one sentence. ValueError if the command lacks `{text}` or `{wav}`."""
+        """timeout_s: for one sentence. ValueError if the command lacks `{text}` or `{wav}`, or cannot be run."""
         self.languages = languages
-        self._parts = shlex.split(command)
         self._timeout_s = timeout_s
-        if missing := [name for name in ("{text}", "{wav}") if not any(name in part for part in self._parts)]:
-            raise ValueError(f"the speech command must contain {' and '.join(missing)}, got {command!r}")
+        self._parts = _parts(command)
 
     async def speak(self, sentence: str, language: str) -> AsyncGenerator[Sound, None]:
         """Yield a sentence's whole sound. Raises VoiceFailed."""
@@ -94,6 +96,19 @@ class Command:
             raise VoiceFailed(f"the speech command ended with status {status}")
 
 
+def _parts(command: str) -> list[str]:
+    """Return the parts of a command line. ValueError if it cannot speak."""
+    try:
+        parts = shlex.split(command)
+    except ValueError as error:
+        raise unusable("voice_command", command, f"balanced quotes ({error})") from error
+    if missing := [name for name in ("{text}", "{wav}") if not any(name in part for part in parts)]:
+        raise unusable("voice_command", command, f"{' and '.join(missing)}, as in `flite -t {{text}} -o {{wav}}`")
+    if not shutil.which(parts[0]):
+        raise unusable("voice_command", command, f"a program in the path; there is no executable {parts[0]!r}")
+    return parts
+
+
 def _filled(part: str, values: dict[str, str]) -> str:
     """Return a part of a command with its placeholders filled; text is never searched for placeholders."""
     for name in ("{wav}", "{words}", "{language}"):
@@ -105,14 +120,30 @@ def _read(wav: Path, words: Path) -> Sound:
     """Read a command's files. VoiceFailed if there is no such sound."""
     reader = PcmReader()
     try:
-        if wav.stat().st_size > MAX_FILE_BYTES:
-            raise VoiceFailed(f"the speech command wrote more than {MAX_FILE_BYTES >> 20} MB")
-        samples = reader.read(wav.read_bytes())
-        words_s = [float(line) for line in words.read_text().split()] if words.exists() else []
-    except OSError as error:
+        samples = reader.read(_contents(wav))
+    except FileNotFoundError as error:
         raise VoiceFailed("the speech command wrote no WAV file") from error
-    except ValueError as error:
-        raise VoiceFailed("the speech command wrote times of words that are no numbers") from error
     if not reader.rate_hz:
         raise VoiceFailed("the speech command wrote no WAV file")
+    words_s: list[float] = []
+    with suppress(FileNotFoundError):
+        try:
+            words_s = [float(line) for line in _contents(words).split()]
+        except ValueError as error:
+            raise VoiceFailed("the speech command wrote times of words that are no numbers") from error
+    if not all(0 <= each < math.inf for each in words_s):
+        raise VoiceFailed("the speech command wrote times of words that are not seconds from the sentence's start")
     return Sound(samples, reader.rate_hz, is_last=True, words_s=words_s)
+
+
+def _contents(path: Path) -> bytes:
+    """Return the content of a command's file. VoiceFailed if it is none, such as a pipe, which may never end."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise VoiceFailed(f"the speech command made {path.name} no regular file")
+        if found.st_size > MAX_FILE_BYTES:
+            raise VoiceFailed(f"the speech command wrote more than {MAX_FILE_BYTES >> 20} MB")
+        return path.read_bytes()
+    except PermissionError as error:
+        raise VoiceFailed(f"the speech command made {path.name} unreadable") from error

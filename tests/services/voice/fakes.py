@@ -80,7 +80,10 @@ async def voice_worker(
 
 
 class FakeEndpoint:
-    """An OpenAI-compatible speech endpoint. It answers with `answer`, and records requests and their keys."""
+    """An OpenAI-compatible speech endpoint, which records requests and their keys.
+
+    part_bytes, pause_s: size of the parts of its sound, and the pause before each but the first.
+    """
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -90,6 +93,7 @@ class FakeEndpoint:
         self.body: bytes | None = None
         self.after_first_part: asyncio.Event | None = None
         self.is_cut_short = False
+        self.part_bytes, self.pause_s = 1 << 20, 0.0
 
     async def speech(self, request: web.Request) -> web.StreamResponse:
         body = json.loads(await request.read())
@@ -108,7 +112,9 @@ class FakeEndpoint:
             assert request.transport
             request.transport.close()
             return response
-        await response.write(data[4801:])
+        for start in range(4801, len(data), self.part_bytes):
+            await asyncio.sleep(self.pause_s)
+            await response.write(data[start : start + self.part_bytes])
         return response
 
     @asynccontextmanager

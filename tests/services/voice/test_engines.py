@@ -19,6 +19,7 @@ from services.voice.sound import Samples
 from tests.services.voice.fakes import COMMAND, FakeEndpoint, command, spoken
 
 KEY = "sk-secret"
+WRITE_WORDS = "\nopen(path.replace('speech.wav', 'words.txt'), 'w').write('{}')"
 
 
 async def speak(engine: Engine, text: str, language: str = "") -> Samples:
@@ -50,7 +51,13 @@ async def test_a_command_gets_the_language_and_may_say_the_times_of_words(tmp_pa
         ("", "no WAV file"),
         ("import sys; open(sys.argv[2], 'w').write('Hello, this is no sound')", "no WAV file"),
         ("import sys; open(sys.argv[2], 'w').write('RIFF')", "no WAV file"),
-        (COMMAND + "\nopen(path.replace('speech.wav', 'words.txt'), 'w').write('soon')", "no numbers"),
+        ("import os, sys; os.mkfifo(sys.argv[2])", "speech.wav no regular file"),
+        ("import os, sys; os.symlink('/dev/zero', sys.argv[2])", "speech.wav no regular file"),
+        (COMMAND + "\nimport os; os.mkfifo(path.replace('speech.wav', 'words.txt'))", "words.txt no regular file"),
+        (COMMAND + WRITE_WORDS.format("soon"), "no numbers"),
+        (COMMAND + WRITE_WORDS.format("nan"), "not seconds"),
+        (COMMAND + WRITE_WORDS.format("-0.5"), "not seconds"),
+        (COMMAND + WRITE_WORDS.format("inf"), "not seconds"),
     ],
 )
 async def test_a_command_that_makes_no_sound_fails(tmp_path: Path, program: str, message: str) -> None:
@@ -58,9 +65,13 @@ async def test_a_command_that_makes_no_sound_fails(tmp_path: Path, program: str,
         await speak(Command(command(tmp_path, program), (), 10), "Hello.")
 
 
-async def test_a_command_that_cannot_be_run_fails() -> None:
+async def test_a_command_that_can_no_longer_be_run_fails(tmp_path: Path) -> None:
+    program = tmp_path / "speak"
+    program.touch(mode=0o700)
+    engine = Command(f"{program} {{text}} {{wav}}", (), 10)
+    program.unlink()
     with pytest.raises(VoiceFailed, match="cannot be run: No such file"):
-        await speak(Command("/nowhere/speak {text} {wav}", (), 10), "Hello.")
+        await speak(engine, "Hello.")
 
 
 async def test_a_command_that_takes_too_long_fails(tmp_path: Path) -> None:
@@ -96,10 +107,23 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("line", ["flite", "flite -t {text}", "flite -o {wav}"])
-def test_a_command_needs_its_placeholders(line: str) -> None:
-    with pytest.raises(ValueError, match="must contain"):
-        Command(line, (), 10)
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("true", "{text} and {wav}"),
+        ("true -t {text}", "{wav}"),
+        ("true -o {wav}", "{text}"),
+        (" ", "{text} and {wav}"),
+        ("true '{text} {wav}", "balanced quotes"),
+        ("/nowhere/speak {text} {wav}", "there is no executable '/nowhere/speak'"),
+        ("/etc/passwd {text} {wav}", "there is no executable"),
+    ],
+)
+async def test_a_command_that_cannot_speak_is_refused_at_the_start(line: str, expected: str) -> None:
+    with pytest.raises(ValueError, match="AVATAR_VOICE_COMMAND is") as refusal:
+        async with open_voice(VoiceSettings(voice_command=line)):
+            pass
+    assert expected in str(refusal.value)
 
 
 @asynccontextmanager
@@ -177,6 +201,24 @@ async def test_an_endpoint_that_stops_or_is_slow_fails(tmp_path: Path) -> None:
         fake.is_cut_short = True
         with pytest.raises(VoiceFailed, match="fails: Client"):
             await speak(engine, "Hello.")
+
+
+async def test_an_endpoint_may_take_longer_than_the_timeout_if_it_goes_on(tmp_path: Path) -> None:
+    async with endpoint(tmp_path, timeout_s=0.6) as (engine, fake):
+        fake.part_bytes, fake.pause_s = 800, 0.06
+        started_s = time.monotonic()
+        assert len(await speak(engine, "Hello.")) == len(spoken("Hello.", 24000))
+        assert time.monotonic() - started_s > 0.6
+
+
+async def test_an_endpoint_speaks_more_turns_than_a_pool_of_connections_has(tmp_path: Path) -> None:
+    async with endpoint(tmp_path) as (engine, fake), asyncio.timeout(20):
+        fake.after_first_part = asyncio.Event()
+        speaking = [asyncio.ensure_future(speak(engine, "Hello.")) for _ in range(101)]
+        while len(fake.requests) < len(speaking):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        fake.after_first_part.set()
+        await asyncio.gather(*speaking)
 
 
 async def test_an_endpoint_that_is_not_there_fails() -> None:
