@@ -16,7 +16,17 @@ import grpc.aio
 
 from avatar.aio import background
 from avatar.client.connection import Connection
-from avatar.client.items import Audio, Frame, Interrupted, Item, interrupted_from_pb, items_from_pb
+from avatar.client.items import (
+    Audio,
+    Frame,
+    Interrupted,
+    Item,
+    PlaybackFinished,
+    PlaybackStarted,
+    WordStarted,
+    interrupted_from_pb,
+    items_from_pb,
+)
 from avatar.client.send_queue import AudioLead, SendQueue
 from avatar.errors import (
     AvatarError,
@@ -76,6 +86,8 @@ class Stream:
         self._failure: Exception | None = None
         self._next_frame = 0
         self._next_event = 0
+        # Turn and place in it of the last event of each kind.
+        self._last_places: dict[type[Item], tuple[int, int]] = {}
         self._last_audio_s = -1.0
         # Sent, one request at a time.
         self._send_lock = asyncio.Lock()
@@ -219,7 +231,7 @@ class Stream:
         opening = pb.OpenAvatar()
         opening.CopyFrom(self._opening)
         if is_resume:
-            opening.resume.next_frame = self._next_frame
+            opening.resume.next_frame, opening.resume.next_event = self._next_frame, self._next_event
         try:
             async with asyncio.timeout(OPEN_S):
                 await self._call.write(pb.StreamAvatarRequest(open=opening))
@@ -292,6 +304,12 @@ class Stream:
                 if item.number < self._next_event:
                     return False
                 self._next_event = item.number + 1
+                if isinstance(item, PlaybackStarted | PlaybackFinished | WordStarted):
+                    # Another gateway repeats what its record does not have, under new numbers.
+                    place = item.turn, item.first_char if isinstance(item, WordStarted) else 0
+                    if place <= self._last_places.get(type(item), (-1, 0)):
+                        return False
+                    self._last_places[type(item)] = place
         self._lead.update(item)
         return True
 

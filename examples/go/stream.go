@@ -179,7 +179,7 @@ func (s *stream) next(ctx context.Context) (*avatarv1.StreamAvatarResponse, erro
 func (s *stream) resume(ctx context.Context) error {
 	s.cancel()
 	for end := time.Now().Add(s.resumeFor); ; time.Sleep(retryDelay) {
-		_, err := s.open(ctx, &avatarv1.ResumeAvatar{NextFrame: s.nextFrame})
+		_, err := s.open(ctx, &avatarv1.ResumeAvatar{NextFrame: s.nextFrame, NextEvent: s.nextEvent})
 		if err == nil {
 			s.numResumes++
 			return nil

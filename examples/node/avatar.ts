@@ -153,7 +153,7 @@ export class Stream {
   ) {}
 
   /** Open the stream, or with a position open it again and send what the gateway did not receive. */
-  async open(resume?: { next_frame: number }): Promise<void> {
+  async open(resume?: { next_frame: number; next_event: number }): Promise<void> {
     const metadata = new grpc.Metadata();
     metadata.set("avatar-session", this.opening.session_id!);
     this.call = this.client.StreamAvatar(metadata);
@@ -225,7 +225,7 @@ export class Stream {
   private async resume(): Promise<void> {
     for (const end = Date.now() + this.resumeMs; ; await sleep(RETRY_MS)) {
       try {
-        await this.open({ next_frame: this.nextFrame });
+        await this.open({ next_frame: this.nextFrame, next_event: this.nextEvent });
         this.numResumes += 1;
         return;
       } catch (error) {

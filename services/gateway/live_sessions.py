@@ -276,19 +276,22 @@ def _start(opened: pb.OpenAvatar, options: StreamOptions, record: SessionRecord)
     if position.is_closed:
         raise SessionClosed(f"the stream of session {session.id!r} has ended; create another session")
     if opened.HasField("resume"):
-        _advance(position, opened.resume.next_frame, session, options)
+        _advance(position, opened.resume, session, options)
     elif position.opened and (position.next_block or position.next_frame > FIRST_FRAME):
         raise SessionClosed(f"a stream of session {session.id!r} was open; resume it")
     return position
 
 
-def _advance(position: types_pb2.Position, next_frame: int, session: types_pb2.Session, options: StreamOptions) -> None:
-    """Move a record to the client's next frame: the client may have received more frames than were recorded.
+def _advance(
+    position: types_pb2.Position, resume: pb.ResumeAvatar, session: types_pb2.Session, options: StreamOptions
+) -> None:
+    """Move a record to the client's next frame and event: the client may have received more than was recorded.
 
     Offline, every frame shows speech, which need not be sent again. Live, frames may have been idle.
     """
-    missed = max(0, next_frame - position.next_frame) if not options.is_live else 0
+    missed = max(0, resume.next_frame - position.next_frame) if not options.is_live else 0
     num_samples = missed * options.rate_hz // session.frame_rate_hz
-    position.next_frame = next_frame
+    position.next_frame = resume.next_frame
+    position.next_event = max(position.next_event, resume.next_event)
     position.num_samples += num_samples
     position.num_turn_samples += num_samples

@@ -21,7 +21,8 @@ class ScriptedGateway(pb_grpc.AvatarServiceServicer):
 
     A call without `closed` ends early, like a lost connection; so do all calls after the last of the script.
 
-    metadata: of the last GetCapabilities. sessions: named for a router by calls about a session.
+    opened: the messages that opened streams. metadata: of the last GetCapabilities. sessions: named for a router by
+    calls about a session.
     """
 
     service_name = "avatar.v1.AvatarService"
@@ -30,6 +31,7 @@ class ScriptedGateway(pb_grpc.AvatarServiceServicer):
         self.calls = list(calls)
         self.metadata: dict[str, str] = {}
         self.sessions: list[str] = []
+        self.opened: list[pb.OpenAvatar] = []
 
     def add_to(self, server: Any) -> None:
         pb_grpc.add_AvatarServiceServicer_to_server(self, server)
@@ -60,6 +62,7 @@ class ScriptedGateway(pb_grpc.AvatarServiceServicer):
     ) -> AsyncGenerator[pb.StreamAvatarResponse, None]:
         self._record_session(context)
         opened: pb.OpenAvatar = await receive_open(requests)
+        self.opened.append(opened)
         call = self.calls.pop(0) if self.calls else ConnectionLost("the script has ended")
         if isinstance(call, AvatarError):
             raise call

@@ -2,7 +2,7 @@
 
 import pytest
 
-from avatar.client import Frame, Item, Notice, NoticeKind, PlaybackFinished, WordStarted, connect
+from avatar.client import Frame, Item, Notice, NoticeKind, PlaybackFinished, PlaybackStarted, WordStarted, connect
 from avatar.errors import AvatarError, ResumeImpossible, SessionBusy, StageLost
 from avatar.v1 import avatar_service_pb2 as pb
 from tests.client.scripted import CLOSED, Call, frames, notice, scripted
@@ -45,6 +45,33 @@ async def test_a_gateway_that_cannot_resume_yet_is_asked_again(refusal: type[Ava
     """It has not noticed the broken connection, or has not found its workers."""
     items = await items_of(frames(3, 4, 5), refusal("not yet"), refusal("not yet"), [*frames(5, 6), CLOSED])
     assert [item.index for item in items if isinstance(item, Frame)] == [3, 4, 5, 6]
+
+
+async def test_what_another_gateway_repeats_about_a_turn_arrives_once_and_what_is_new_arrives() -> None:
+    started = [
+        pb.AvatarEvent(number=0, playback_started=pb.PlaybackStarted(turn=0)),
+        pb.AvatarEvent(number=1, word_started=pb.WordStarted(turn=0, word="Good")),
+        pb.AvatarEvent(number=2, word_started=pb.WordStarted(turn=0, word="day.", first_char=5)),
+    ]
+    first = [pb.StreamAvatarResponse(event=event) for event in started]
+    for event in started:
+        event.number += 3
+    started += [
+        pb.AvatarEvent(number=6, word_started=pb.WordStarted(turn=0, word="Ada.", first_char=10)),
+        pb.AvatarEvent(number=7, playback_finished=pb.PlaybackFinished(turn=0)),
+        pb.AvatarEvent(number=8, word_started=pb.WordStarted(turn=1, word="And")),
+    ]
+    async with (
+        scripted(first, [*(pb.StreamAvatarResponse(event=event) for event in started), CLOSED]) as (target, gateway),
+        connect(target) as avatar,
+    ):
+        session = await avatar.create(b"face")
+        async with session.stream(live=True) as stream:
+            items = [item async for item in stream]
+    words = [item.word for item in items if isinstance(item, WordStarted)]
+    assert words == ["Good", "day.", "Ada.", "And"]
+    assert [type(item) for item in items if not isinstance(item, WordStarted)] == [PlaybackStarted, PlaybackFinished]
+    assert [each.resume.next_event for each in gateway.opened] == [0, 3]
 
 
 async def test_frames_that_are_no_longer_kept_end_the_stream() -> None:

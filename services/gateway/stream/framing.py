@@ -63,6 +63,12 @@ class Framer:
         turn.is_started = True
         return [playback_started(turn), *items]
 
+    def finish_turn(self, turn: Turn) -> list[Item]:
+        """Return the event that a turn has ended, after its words that had no frame: another gateway showed theirs."""
+        words = turn.text.shown_until(turn.num_samples + 1) if turn.text and not turn.text.is_cut else ()
+        left = [self._word(turn, word, word.start, word.start) for word in words]
+        return [*left, playback_finished(turn, interrupted=False)]
+
     def _word(self, turn: Turn, word: SpokenWord, start: int, end: int) -> Item:
         """Return the event that a word begins. start, end: samples of the turn's audio that the frames show."""
         assert turn.text

@@ -30,7 +30,7 @@ class SpokenWord:
 class TurnText:
     """The text of one turn, and how much of it the voice has spoken.
 
-    language: empty for the voice's default. first_sample: of the turn's audio that is not delivered yet.
+    language: empty for the voice's default. first_sample: of the turn's audio whose words are to be shown.
     words: those whose audio has come, in order. num_spoken: characters whose audio has come, to the end of a sentence.
     spoken_samples: samples up to there. num_samples: samples that have come, the delivered ones too.
     is_over: no more audio comes. is_cut: it is over before its end.

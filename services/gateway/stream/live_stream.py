@@ -371,7 +371,7 @@ class LiveStream:
         """Finish turns in order, up to the first that has not ended or has frames still to come."""
         unfinished = self._speech.unfinished
         while unfinished and unfinished[0].is_over:
-            self.outbox.put(playback_finished(unfinished.popleft(), interrupted=False))
+            self.outbox.put(*self._framer.finish_turn(unfinished.popleft()))
 
     def _stage_rebuilt(self, stage: FailoverStage[Any, Any], index: int) -> None:
         """Record a stage's first block after a loss. Before the session's first frame there is nothing to jump."""

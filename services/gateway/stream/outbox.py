@@ -140,10 +140,10 @@ class Outbox:
             self._has_space.clear()
             await self._has_space.wait()
 
-    def put(self, item: Item) -> None:
-        """Send an item after all that are waiting."""
-        self._num_waiting_frames += item.num_frames
-        self._waiting.append(item)
+    def put(self, *items: Item) -> None:
+        """Send items after all that are waiting."""
+        self._num_waiting_frames += sum(item.num_frames for item in items)
+        self._waiting.extend(items)
         self._has_items.set()
 
     def drop(self) -> tuple[int, str]:

@@ -75,6 +75,9 @@ async def test_nothing_is_cut_off_the_turn_after_a_resumed_one(
     assert (stopped.is_set(), num_done) == (True, 0)
     first, second = events(streamed, "playback_finished")
     assert (first.spoken, second.spoken) == (TEXT, NEXT if is_text else "")
+    # The client may lack words of the seconds before.
+    words = [each.word for each in events(streamed, "word_started") if each.turn == 0]
+    assert words == TEXT.split()
     next_audio = pcm16(spoken(NEXT, char_s=0.05 * speed)) if is_text else AUDIO
     assert second.position_us == len(next_audio) // 2 * 1_000_000 // RATE_HZ
     assert returned(streamed).endswith(next_audio)

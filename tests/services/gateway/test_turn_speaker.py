@@ -347,7 +347,8 @@ async def test_another_gateway_goes_on_with_a_turn(store: SessionStore) -> None:
             before.add(await answer(call))
         next_frame = before.frames[-1].index + 1
         after = Streamed()
-        again, opened = await open_stream(there, session.id, resume=pb.ResumeAvatar(next_frame=next_frame))
+        resume = pb.ResumeAvatar(next_frame=next_frame, next_event=90)
+        again, opened = await open_stream(there, session.id, resume=resume)
         assert opened.num_messages == 0
         await send(again, [say(text), END_TURN])
         await finish(again, streamed=after)
@@ -357,8 +358,10 @@ async def test_another_gateway_goes_on_with_a_turn(store: SessionStore) -> None:
     assert finished.position_us == pytest.approx(len(sound(*SENTENCES)) / 2 / RATE_HZ * 1e6, abs=1000)
     words = [each.first_char for each in events(after, "word_started")]
     assert words == sorted(set(words))
-    assert words[0] > 0
     assert text[words[-1] :] == "speak."
+    had = {each.first_char for each in events(before, "word_started")}
+    assert len(had | {*words}) == len(text.split())
+    assert [each.number for each in after.events] == list(range(90, 90 + len(after.events)))
 
 
 async def test_spoken_text_counts_against_the_tenants_audio(store: SessionStore, redis: str, tmp_path: Path) -> None:

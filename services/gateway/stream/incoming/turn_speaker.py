@@ -32,6 +32,8 @@ SpeakStage: TypeAlias = RemoteStage[pb.TextPiece, pb.SpokenPiece]
 # Text that a worker gets beyond the sentences whose speech is complete: more than a sentence, so that it is never idle,
 # and little, since gRPC would keep minutes of speech on the way, and engines cost money.
 AHEAD_CHARS = 300
+# Words of a turn that another gateway began are repeated from so many seconds before the end of what it delivered.
+WORDS_AGAIN_S = 2.0
 # Attempts to go on with a turn that brought no new speech, and the pause before the second one, which doubles.
 MAX_ATTEMPTS, PAUSE_S = 5, 0.2
 
@@ -71,7 +73,9 @@ class TurnSpeaker:
         except InvalidText as error:
             self._report(error, turn.number)
             return False
-        turn.text = turn.text or TurnText(say.language, turn.num_samples)
+        if not turn.text:
+            # Of a turn that another gateway began, the client may lack the latest words.
+            turn.text = TurnText(say.language, turn.num_samples - round(WORDS_AGAIN_S * self._options.rate_hz))
         if turn.text.is_over:  # the voice has failed
             return False
         turn.text.text += say.text
