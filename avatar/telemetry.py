@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -108,6 +109,19 @@ def set_up(service: str, log_level: str, environ: Mapping[str, str] = os.environ
             readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
     if readers:
         metrics.set_meter_provider(MeterProvider(resource=resource, metric_readers=readers))
+
+
+def shut_down(within_s: float) -> None:
+    """Export the spans and metrics that wait, and stop exporting. What takes longer than `within_s` seconds is lost."""
+
+    def export() -> None:
+        for provider in (trace.get_tracer_provider(), metrics.get_meter_provider()):
+            if hasattr(provider, "shutdown"):
+                provider.shutdown()
+
+    exporting = threading.Thread(target=export, daemon=True)
+    exporting.start()
+    exporting.join(within_s)
 
 
 def _serve_metrics(environ: Mapping[str, str]) -> Any:

@@ -8,8 +8,11 @@ import sys
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
+from avatar import telemetry
 from avatar.errors import StageLost
 
+# Longest time to export what telemetry still has, at the end of a process.
+EXPORT_S = 1.0
 DESCRIPTION = (
     "Run until SIGTERM or SIGINT. Settings are environment variables, AVATAR_*, which are listed in "
     "docs/operations/settings.md."
@@ -29,11 +32,18 @@ def run(main: Callable[..., Coroutine[Any, Any, None]], services: Collection[str
     if services:
         parser.add_argument("services", nargs="+", choices=services, metavar="SERVICE", help=", ".join(services))
     chosen = vars(parser.parse_args()).values()
+    status = 0
     try:
         asyncio.run(main(*chosen))
+        telemetry.shut_down(EXPORT_S)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except StageLost as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        logging.shutdown()
-        os._exit(1)  # torch's own end of the process may wait for the lost peer
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is closed. The interpreter's own end takes up to a second of CPU time with torch, which is many seconds on a
+    # busy machine, and may wait for a lost peer.
+    os._exit(status)

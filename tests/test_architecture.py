@@ -87,7 +87,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     # Processes. Nobody imports them.
     "services.address": ("avatar.settings",),
-    "services.process": ("avatar.errors",),
+    "services.process": ("avatar.errors", "avatar.telemetry"),
     "services.registration": ("avatar.aio", "avatar.errors", "avatar.rpc.server", "avatar.store", "avatar.worker"),
     "services.worker": (
         *("avatar.checkpoints", "avatar.rpc", "avatar.runtime", "avatar.settings", "avatar.store", "avatar.telemetry"),

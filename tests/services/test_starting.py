@@ -1,4 +1,4 @@
-"""Tests of services.process: arguments, a setting or a checkpoint that cannot be used end the start in a few lines."""
+"""Tests of services.process: a start that fails ends in a few lines, and a process that is done ends at once."""
 
 import os
 import subprocess
@@ -65,3 +65,31 @@ def test_the_usage_names_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "services.gateway", "-h"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.startswith("usage: python -m services.gateway [-h]\n")
+
+
+# Its provider exports more slowly than the process waits, or at once.
+ENDING = """
+import atexit, logging, sys, time
+from opentelemetry import trace
+from services.process import run
+
+class Provider(trace.NoOpTracerProvider):
+    def shutdown(self):
+        time.sleep(float(DELAY_S))
+        print("exported")
+
+async def main():
+    trace.set_tracer_provider(Provider())
+    logging.basicConfig(level="INFO", format="%(message)s")
+    atexit.register(print, "the interpreter ends")
+    logging.info("stopped")
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize(("delay_s", "exported"), [("0", "exported\n"), ("3600", "")])
+def test_a_process_that_is_done_exports_and_ends_without_the_interpreters_teardown(delay_s: str, exported: str) -> None:
+    program = [sys.executable, "-c", ENDING.replace("DELAY_S", delay_s)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, exported, "stopped\n")
