@@ -34,7 +34,7 @@ from tests.services.event_time import CONFIG, DIGEST, PREFILL_S, SIDE, STEP_S
 NUM_LEVELS = 4
 NUM_BLOCKS = 32
 BLOCK_BYTES = 2 * 16000 * 4 // 25
-# The prompt is changed when this block has been decoded.
+# The prompt is changed when this block has been decoded, or when each from this one on has.
 PROMPT_BLOCK = 10
 EPSILON_S = 1e-3
 SESSION = types_pb2.Session(id="a", frame_rate_hz=25, block_frames=4)
@@ -69,7 +69,8 @@ class Decoder:
     stage, lost_at_s, on_rebuilt = "vae", -math.inf, None
     closed = types_pb2.Closed()
 
-    def __init__(self) -> None:
+    def __init__(self, changes_often: bool) -> None:
+        self.changes_often = changes_often
         self.ended_s: list[float] = []
         self.num_prefills = 0
         self.stream: LiveStream | None = None
@@ -81,20 +82,23 @@ class Decoder:
                 latent = tensor_from_pb(block.to_pb().latent)
                 self.ended_s.append(latent[0].max().item())
                 self.num_prefills = int(latent[1].max())
-                if block.index == PROMPT_BLOCK:
+                if block.index == PROMPT_BLOCK or (self.changes_often and block.index > PROMPT_BLOCK):
                     assert self.stream
                     self.prompt_block = await self.stream.versions.change(self._write)
                 yield types_pb2.Frame(block=block.index, is_last=True)
 
     async def _write(self, newest: int, version: int) -> types_pb2.Conditions:
         assert self.stream
-        assert version == newest + 1
+        assert self.changes_often or version == newest + 1
         sink = tensor_from_pb(self.stream.versions.known[-1].sink)
         return conditions_to_pb(Conditions(version, sink, torch.full((1, CONFIG.text_dim), self.ended_s[-1])))
 
 
-async def decoded(targets: Sequence[str], block_s: float = 0.0) -> Decoder:
-    """Return the decoder of a session whose levels are at these addresses; its audio comes a block every block_s."""
+async def decoded(targets: Sequence[str], block_s: float = 0.0, *, changes_often: bool = False) -> Decoder:
+    """Return the decoder of a session whose levels are at these addresses; its audio comes a block every block_s.
+
+    changes_often: the prompt is changed with every block, and not once.
+    """
 
     async def get_info(connection: Any) -> Any:
         stub = denoiser_pb2_grpc.DenoiserServiceStub(connection)
@@ -111,7 +115,7 @@ async def decoded(targets: Sequence[str], block_s: float = 0.0) -> Decoder:
             connector.session = serialize_session(denoiser_pb2.OpenDenoise, SESSION, motion)
             levels.append(FailoverStage(connector, TIMEOUTS))
             await levels[-1].open()
-        decoder = Decoder()
+        decoder = Decoder(changes_often)
         stages = SessionStages(
             cast(Any, Encoder(block_s)),
             levels,
@@ -164,6 +168,18 @@ async def test_levels_of_one_process_share_a_prefill(store: SessionStore) -> Non
         denoiser = event_time.servicer([*range(NUM_LEVELS)], store, queue)
         async with serving("127.0.0.1:0", denoiser) as port:
             check(await decoded([f"127.0.0.1:{port}"], block_s), block_s, NUM_LEVELS * STEP_S)
+
+
+async def test_a_prompt_for_every_block_leaves_each_version_one_prefill(store: SessionStore) -> None:
+    """One process in real time: a block's steps and a prefill."""
+    block_s = NUM_LEVELS * STEP_S + PREFILL_S
+    with DeviceQueue() as queue:
+        denoiser = event_time.servicer([*range(NUM_LEVELS)], store, queue)
+        async with serving("127.0.0.1:0", denoiser) as port:
+            decoder = await decoded([f"127.0.0.1:{port}"], block_s, changes_often=True)
+    gaps_s = [after - before for before, after in pairwise(decoder.ended_s)]
+    assert max(gaps_s) <= block_s + PREFILL_S + EPSILON_S, gaps_s
+    assert decoder.num_prefills <= 2 + NUM_BLOCKS - PROMPT_BLOCK, "the picture's, the sink update's, one a prompt"
 
 
 @pytest.mark.slow

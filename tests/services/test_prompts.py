@@ -104,8 +104,8 @@ async def test_a_prompt_changes_in_mid_stream_at_the_returned_block_and_the_new_
     changed = await change(stub, session.id, PROMPT)
     # A version that no block was made under yet is replaced.
     prompted = await store.conditions(session.id, 1 if changed.first_block == 2 else 2)
-    pixels = (await finish(call, [*pieces(speech(1.92)), CLOSE])).pixels
-    unchanged = (await speak(stub, plain.id, speech(1.92) * 2)).pixels[1:]
+    pixels = (await finish(call, [*pieces(speech(1.92) * 2), CLOSE])).pixels
+    unchanged = (await speak(stub, plain.id, speech(1.92) * 3)).pixels[1:]
     same = 12 * changed.first_block - 4
     assert changed.first_block >= 2, "the sink is updated at block 2, and the prompt is added to it"
     assert pixels[:same] == unchanged[:same]

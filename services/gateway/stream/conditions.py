@@ -5,7 +5,8 @@ block 0's, which the last level writes; the gateway writes a version for each ne
 block 0 and the sink's update waits for it, and is combined with the new sink.
 
 A version reaches the levels as soon as it is known, so that they prefill it ahead, and again with the first block that
-is made under it.
+is made under it. The next one takes over once that block has passed all levels: levels of one process share a prefill,
+and with two versions between them each would replace the other's.
 """
 
 import asyncio
@@ -20,15 +21,21 @@ class ConditionVersions:
 
     position: where the session starts or resumes. conditions: the version that its next block is made under.
     sink_update_block: the first block made under the sink's update; None if the picture stays the sink.
+    max_blocks: blocks that are admitted and not denoised, at most.
     next_block: index of the next block to admit. on_added: called with each version that is added.
     """
 
     def __init__(
-        self, position: types_pb2.Position, conditions: types_pb2.Conditions, sink_update_block: int | None
+        self,
+        position: types_pb2.Position,
+        conditions: types_pb2.Conditions,
+        sink_update_block: int | None,
+        max_blocks: int,
     ) -> None:
         self.next_block = position.next_block
         self.on_added: Callable[[types_pb2.Conditions], None] = lambda _: None
-        self._sink_update_block = sink_update_block
+        self._sink_update_block, self._max_blocks = sink_update_block, max_blocks
+        self._num_denoised = position.next_block
         # (first block, version), ascending.
         self._in_force = [(self.next_block, position.conditions)]
         if position.coming_conditions:
@@ -87,7 +94,8 @@ class ConditionVersions:
         raise AssertionError("the versions in force start at the position's next block")
 
     def finish(self, index: int) -> None:
-        """Record that a block is denoised. Once block 0 is, the last level has written the sink's update."""
+        """Record that a block is denoised, in order. Once block 0 is, the last level has written the sink's update."""
+        self._num_denoised = index + 1
         if index == 0:
             if self._sink_update_block is not None:
                 self._in_force.append((self._sink_update_block, self._first_version + 1))
@@ -99,11 +107,11 @@ class ConditionVersions:
         self._sink_is_written.set()
 
     async def change(self, write: Callable[[int, int], Awaitable[types_pb2.Conditions]]) -> int:
-        """Put a new version in force and return the first block made under it.
+        """Put a new version in force, at the next block that can be, and return the first block made under it.
 
         write: writes the new version, given the numbers of the newest version and of the new one, and returns it. Both
-        are the same if no block was made under the newest version: it is replaced, so that any number of changes
-        between two blocks keeps one version. SessionClosed if the stream has ended.
+        are the same if no block was made under the newest version: it is replaced, so that of any number of changes
+        ahead of its first block the last one counts. SessionClosed if the stream has ended.
         """
         while True:
             if self._is_sink_awaited():
@@ -116,8 +124,10 @@ class ConditionVersions:
                 first_block, newest = self._in_force[-1]
                 if self.next_block > first_block:
                     self.add(await write(newest, newest + 1))
-                    self._in_force.append((self.next_block, newest + 1))
-                    return self.next_block
+                    has_passed = first_block < self._num_denoised
+                    changed_block = max(self.next_block, 0 if has_passed else first_block + self._max_blocks)
+                    self._in_force.append((changed_block, newest + 1))
+                    return changed_block
                 replaced = await write(newest, newest)
                 if self.next_block <= first_block:  # no block was admitted in the meantime
                     self.add(replaced)

@@ -74,7 +74,6 @@ class LiveStream:
         """
         self.position = position
         self.advanced = asyncio.Event()
-        self.versions = ConditionVersions(position, conditions, stages.sink_update_block)
         self.acks = Acks(position, round(ACK_S * options.rate_hz))
         self._stages, self._options = stages, options
         self._grid = MediaGrid(options.rate_hz, session.frame_rate_hz, session.block_frames)
@@ -90,6 +89,7 @@ class LiveStream:
             is_fragmented=options.video == "fmp4",
         )
         self._in_flight = BlocksInFlight(num_stages=len(stages.remaining_s) - 1)
+        self.versions = ConditionVersions(position, conditions, stages.sink_update_block, self._in_flight.num_slots)
         delivered = position.num_turn_samples
         turn = Turn(position.turn, num_samples=delivered, num_finished=delivered, is_started=delivered > 0)
         lookahead_samples = -(-stages.lookahead_ns * options.rate_hz // 1_000_000_000)

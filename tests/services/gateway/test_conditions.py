@@ -8,7 +8,7 @@ from tests.services.gateway.clock import settled
 
 
 async def test_a_prompt_waits_for_the_sinks_update_and_is_combined_with_it() -> None:
-    versions, written = ConditionVersions(types_pb2.Position(), types_pb2.Conditions(), sink_update_block=3), []
+    versions, written = ConditionVersions(types_pb2.Position(), types_pb2.Conditions(), 3, max_blocks=8), []
 
     async def write(newest: int, version: int) -> types_pb2.Conditions:
         written.append((newest, version))
@@ -32,7 +32,7 @@ async def test_a_prompt_waits_for_the_sinks_update_and_is_combined_with_it() -> 
 
 
 async def test_prompts_between_two_blocks_replace_one_another() -> None:
-    versions, written = ConditionVersions(types_pb2.Position(), types_pb2.Conditions(), None), []
+    versions, written = ConditionVersions(types_pb2.Position(), types_pb2.Conditions(), None, max_blocks=8), []
 
     async def write(newest: int, version: int) -> types_pb2.Conditions:
         written.append((newest, version))
@@ -41,12 +41,39 @@ async def test_prompts_between_two_blocks_replace_one_another() -> None:
     async def write_late(newest: int, version: int) -> types_pb2.Conditions:
         if newest == version:
             await versions.admit(types_pb2.Block())
+            versions.finish(1)
         return await write(newest, version)
 
     await versions.admit(types_pb2.Block())
+    versions.finish(0)
     assert [await versions.change(write) for _ in range(3)] == [1, 1, 1]
     assert written == [(0, 1), (1, 1), (1, 1)]
     assert await versions.change(write_late) == 2, "block 1 was admitted while its version was written"
     await versions.admit(block := types_pb2.Block())
     assert (block.index, block.conditions, list(block.carried.text.shape)) == (2, 2, [5])
     assert [each.version for each in versions.known] == [0, 1, 2]
+
+
+async def test_a_version_takes_over_once_the_one_before_has_passed_all_levels() -> None:
+    versions = ConditionVersions(types_pb2.Position(), types_pb2.Conditions(), None, max_blocks=3)
+
+    async def write(_: int, version: int) -> types_pb2.Conditions:
+        return types_pb2.Conditions(version=version)
+
+    await versions.admit(types_pb2.Block())
+    assert await versions.change(write) == 3, "at block 3 at the latest, since three blocks are on their way at most"
+    assert await versions.change(write) == 3
+    versions.finish(0)
+    admitted = [types_pb2.Block() for _ in range(3)]
+    for block in admitted:
+        await versions.admit(block)
+    assert [block.conditions for block in admitted] == [0, 0, 1]
+    assert await versions.change(write) == 6
+    for index in range(1, 4):
+        versions.finish(index)
+    await versions.admit(types_pb2.Block())
+    assert await versions.change(write) == 6, "it is replaced: its block is promised"
+    while versions.next_block < 8:
+        await versions.admit(types_pb2.Block())
+        versions.finish(versions.next_block - 1)
+    assert await versions.change(write) == 8
