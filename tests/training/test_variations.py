@@ -17,6 +17,7 @@ from training.eval import variations
 from training.eval.behaviour import behaviour_metrics
 from training.eval.held_out import ClipScores, RenderedClip, held_out_metrics, score
 from training.eval.inference import Models
+from training.eval.readers.face_curves import FaceCurves
 from training.eval.readers.identity import Identity
 from training.eval.readers.landmarks import Landmarks
 from training.eval.robustness import LongSession, identity_of, session_metrics
@@ -64,6 +65,7 @@ def test_the_others_voice_may_not_change_lips_that_speak_at_once(
     metric = variations.without_the_other(MODELS, clips, scores_of(clips, flashes(curve())), LANDMARKS)
     assert metric.value is not None
     assert metric.value > 0.3
+    assert metric.note.startswith("1.00 with, ")
     alone = variations.without_the_other(MODELS, clips[:1], scores_of(clips[:1], flashes(curve())), LANDMARKS)
     assert alone.value is None
 
@@ -82,6 +84,28 @@ def test_seeds_that_change_the_lips_have_a_range(tmp_path: Path, monkeypatch: py
     assert spread(0) < 1e-6
     assert spread(2) > 0.2
     assert variations.with_seeds(MODELS, clips, scores, LANDMARKS, 1, np.inf)["seed_spread"].value is None
+
+
+@pytest.mark.parametrize(("differs", "low", "high"), [(0, 0, 1e-6), (1, 0.2, 2)])
+def test_heads_that_move_alike_with_every_seed_have_no_diversity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, differs: int, low: float, high: float
+) -> None:
+    [clip] = clips_of(tmp_path, "speak")
+    [own] = scores_of([clip], flashes(curve()))
+    assert own.behaviour is not None
+    curves = own.behaviour.rendered
+
+    def moving(seed: int) -> FaceCurves:
+        return replace(curves, head=np.stack([curve(seed=differs * seed), curve(seed=9)], 1).astype(np.float32))
+
+    seeds = iter((1, 2))
+    own = replace(own, behaviour=replace(own.behaviour, rendered=moving(0)))
+    monkeypatch.setattr(variations, "face_curves", lambda *_: moving(next(seeds)))
+    rendered = RenderedClip(flashes(curve()), clip.frames(), clip.frames()[0], None)
+    monkeypatch.setattr(variations, "render_clip", lambda *_: rendered)
+    diversity = variations.with_seeds(MODELS, [clip], [own], LANDMARKS, 3, np.inf)["head_diversity"].value
+    assert diversity is not None
+    assert low <= diversity < high
 
 
 def test_curves_of_other_frames_end_with_the_clip(tmp_path: Path) -> None:

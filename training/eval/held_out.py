@@ -11,7 +11,7 @@ import numpy as np
 from avatar.vae.vae import HIDDEN_FRAMES
 from training.data import StoredClip
 from training.eval.behaviour import Behaviour, behaviour_metrics
-from training.eval.inference import Audio, Models, Pixels, render_frames
+from training.eval.inference import Audio, Models, Pixels, render_frames, render_session
 from training.eval.metrics import (
     Metric,
     corners,
@@ -40,6 +40,7 @@ class RenderedClip:
     rendered, truth: (f, H, W, 3). reference: (H, W, 3), the session's picture.
     jaw: (f,) true opening of the jaw, or None if it is unknown.
     clip: the true clip, or None for other audio. first_frame: number of the first frame in the stream.
+    given: (m, f) face motion that the network was given for the frames; None if it takes none.
     """
 
     rendered: Pixels
@@ -49,6 +50,7 @@ class RenderedClip:
     clip: StoredClip | None = None
     first_frame: int = 0
     block_frames: int = 0
+    given: Floats | None = None
 
 
 def audio_of(clip: StoredClip) -> Audio:
@@ -67,27 +69,28 @@ def render_clip(models: Models, clip: StoredClip, seed: int = 0, *, is_heard: bo
     is_heard: False leaves out the audio of the other person.
     """
     reference = models.picture(np.array(clip.array("reference")))
-    rendered = render_clip_frames(models, reference, clip, seed, is_heard=is_heard)
+    rendered, given = render_clip_session(models, reference, clip, seed, is_heard=is_heard)
     truth = clip.frames(slice(-len(rendered), None))
     if truth.shape != rendered.shape:
         truth = np.stack([models.picture(frame) for frame in truth])
     jaw = np.array(clip.array("jaw")[-len(rendered) :]) if clip.has("jaw") else None
     first_frame = clip.info["lead_frames"] + clip.num_frames - len(rendered)
-    return RenderedClip(rendered, truth, reference, jaw, clip, first_frame, models.block_frames)
+    return RenderedClip(rendered, truth, reference, jaw, clip, first_frame, models.block_frames, given)
 
 
-def render_clip_frames(
+def render_clip_session(
     models: Models, reference: Pixels, clip: StoredClip, seed: int = 0, *, is_heard: bool = True
-) -> Pixels:
-    """Render any person with a clip's audio: the frames (f, H, W, 3) at the times of the clip's.
+) -> tuple[Pixels, Floats | None]:
+    """Render any person with a clip's audio: the frames (f, H, W, 3) at the times of the clip's, and face motion.
 
     A stream's first HIDDEN_FRAMES frames are never shown, so a clip without audio before its frames returns fewer.
     """
     lead, end = clip.info["lead_frames"], clip.info["lead_frames"] + clip.num_frames
     num_blocks = -(-end // models.block_frames)
     other = other_of(clip) if is_heard else None
-    frames = render_frames(models, reference, audio_of(clip), num_blocks, other, seed)
-    return frames[max(0, lead - HIDDEN_FRAMES) : end - HIDDEN_FRAMES]
+    frames, given = render_session(models, reference, audio_of(clip), num_blocks, other, seed)
+    span = slice(max(0, lead - HIDDEN_FRAMES), end - HIDDEN_FRAMES)
+    return frames[span], None if given is None else given[:, span]
 
 
 def render_speech(models: Models, reference: Pixels, audio: Audio) -> RenderedClip:
@@ -147,7 +150,7 @@ def score(
             curves = face_curves(points, clip.rendered, eyes)
             true_curves = face_curves(true_points, clip.truth, eyes)
             if curves is not None and true_curves is not None:
-                behaviour = Behaviour(curves, true_curves, clip.clip, clip.first_frame, clip.block_frames)
+                behaviour = Behaviour(curves, true_curves, clip.clip, clip.first_frame, clip.block_frames, clip.given)
     if jaw is None:
         jaw = openings[1] if openings else np.zeros(len(clip.truth), np.float32)
     return ClipScores(

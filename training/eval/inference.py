@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from avatar import render
 from avatar.render import DenoisingLoop
 from avatar.types import AudioPiece, Block, Conditions, HeardAudio, Session
+from avatar.vae.vae import HIDDEN_FRAMES
 from training.data import AUDIO_RATE_HZ
 
 Pixels = NDArray[np.uint8]
@@ -59,12 +61,14 @@ class SessionRenderer:
     """One session, rendered block by block.
 
     costs_s: CPU seconds of this thread for each piece or block, by stage; hardly affected by other load.
+    face_motion: of each block, (m, f), that the audio stage gave to the network; empty if it takes none.
     """
 
     def __init__(self, models: Models, reference: Pixels, seed: int = 0) -> None:
         """reference: (H, W, 3) of the video's size."""
         self.models = models
         self.costs_s: dict[str, list[float]] = {}
+        self.face_motion: list[Tensor] = []
         motion = models.vae.encode_picture(torch.from_numpy(np.array(reference)))
         session = Session("evaluation", seed, motion)
         conditions = Conditions(0, motion[:, :1], torch.zeros(0, 0))
@@ -76,6 +80,7 @@ class SessionRenderer:
         """Yield the frames (f, H, W, 3) of each block that the audio pieces complete."""
         for piece in pieces:
             for block in self._timed("audio", self.models.audio.step, piece, self._audio_state):
+                self.face_motion += [] if block.face_motion is None else [block.face_motion]
                 yield self._timed("decode", self._decode, self._timed("levels", self._levels.step, block))
 
     def _decode(self, block: Block) -> Pixels:
@@ -115,8 +120,20 @@ def render_frames(
 
     num_blocks: stop after so many blocks. other: as in `pieces`.
     """
-    blocks = SessionRenderer(models, reference, seed).render(pieces(audio, models.block_samples, other))
-    return np.concatenate([*islice(blocks, num_blocks)])
+    frames, _ = render_session(models, reference, audio, num_blocks, other, seed)
+    return frames
+
+
+def render_session(
+    models: Models, reference: Pixels, audio: Audio, num_blocks: int | None, other: Audio | None, seed: int
+) -> tuple[Pixels, Audio | None]:
+    """Render as `render_frames`; return the frames, and the face motion (m, f) that was given for them, if any."""
+    session = SessionRenderer(models, reference, seed)
+    frames = np.concatenate([*islice(session.render(pieces(audio, models.block_samples, other)), num_blocks)])
+    if not session.face_motion:
+        return frames, None
+    given = torch.cat(session.face_motion, dim=1).numpy()
+    return frames, given[:, HIDDEN_FRAMES : HIDDEN_FRAMES + len(frames)]
 
 
 def until(items: Iterable[Item], deadline: float, least: int = 3) -> Iterator[Item]:

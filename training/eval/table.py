@@ -14,7 +14,8 @@ from training.eval.metrics import Metric
 NEEDS_TRUTH = (
     *("lip_sync_r", "lip_sync_r_other", "overlap_r_change", "best_lag_frames", "mouth_amplitude", "inner_lips"),
     *("closure_recall", "mouth_silent", "mouth_listening", "blinks", "head_motion", "border_motion"),
-    *("head_smoothness", "listening_r", "listening_r_other", "flicker", "identity_margin", "seed_spread"),
+    *("head_smoothness", "head_rotation", "motion_followed", "listening_r", "listening_r_other", "response"),
+    *("response_latency", "flicker", "identity_margin", "seed_spread"),
     *("head_diversity", "codec_psnr", "codec_psnr_mouth", "codec_lip_sync_r", "codec_mouth_amplitude"),
     *("codec_edge_energy", "codec_sharpness", "codec_flicker"),
 )
@@ -46,9 +47,13 @@ TABLE = (
     Row("head_motion", "head motion / truth", 2, ".85 to 1.15", 0.7, 1.3),
     Row("border_motion", "head motion at block borders / inside", 2, "1.15", high=1.3),
     Row("head_smoothness", "autocorrelation of the head at .5 s", 2),
+    Row("head_rotation", "head rotation / truth", 2, ".85 to 1.15", 0.7, 1.3),
+    Row("motion_followed", "lids and head against what is given, r", 2),
     Row("head_diversity", "head, deviation over seeds / in time", 2),
     Row("listening_r", "nods and brows while listening, r", 2, ".45", low=0.3),
     Row("listening_r_other", "the same with another clip's audio", 2, "below .10", high=0.15),
+    Row("response", "nods after the other's phrases / truth", 2, "1"),
+    Row("response_latency", "their peak after a phrase's end, s", 2, ".3 to 1", 0.3, 1.1),
     Row("edge_energy", "edge energy / truth", 2, ".9 to 1.1", 0.85, 1.2),
     Row("sharpness", "sharpness / truth", 2),
     Row("flicker", "second differences in time / truth", 2, "1.15", high=1.3),

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from training.data import StoredClip
 from training.eval.behaviour import NO_FACES, Behaviour, listening_metric
-from training.eval.held_out import ClipScores, render_clip, render_clip_frames, rendered_opening
+from training.eval.held_out import ClipScores, render_clip, render_clip_session, rendered_opening
 from training.eval.inference import Models, until
 from training.eval.metrics import Metric, correlation, mean_metric
 from training.eval.readers.eyes import EyeReader
@@ -38,7 +38,7 @@ def with_other_audio(
         if own.openings is None or landmarks is None:
             continue
         reference = models.picture(np.array(clip.array("reference")))
-        frames = render_clip_frames(models, reference, next_of_kind(clip, clips))
+        frames, _ = render_clip_session(models, reference, next_of_kind(clip, clips))
         points = landmarks.points(frames)
         opening = rendered_opening(points)
         count = min(len(opening), len(own.jaw))
@@ -69,12 +69,16 @@ def without_the_other(
     models: Models, clips: Sequence[StoredClip], scores: Sequence[ClipScores], landmarks: Landmarks | None
 ) -> Metric:
     """Return how far lip sync r changes by the other person's audio, in clips in which both speak at once."""
-    changes = []
+    pairs = []
     for clip, own in zip(clips, scores, strict=True):
         if clip.info.get("kind") == "overlap" and clip.is_heard and own.openings is not None and landmarks is not None:
             opening = rendered_opening(landmarks.points(render_clip(models, clip, is_heard=False).rendered))
-            changes.append(correlation(own.openings[0], own.jaw) - correlation(opening, own.jaw))
-    return mean_metric(changes) if changes else Metric(None, "no clip in which both speak at once")
+            pairs.append((correlation(own.openings[0], own.jaw), correlation(opening, own.jaw)))
+    if not pairs:
+        return Metric(None, "no clip in which both speak at once")
+    given, alone = np.mean(pairs, axis=0)
+    change = mean_metric([one - other for one, other in pairs])
+    return replace(change, note=f"{given:.2f} with, {alone:.2f} without the other's audio {change.note}".rstrip())
 
 
 def with_seeds(
