@@ -34,9 +34,10 @@ from training.eval.inference import Models
 from training.eval.readers.landmarks import Landmarks
 from training.eval.robustness import drift_metric, long_session, to_mono_16k
 from training.evaluate import SPEECH, available, evenly_spaced
+from training.pretrain import SECOND_SIGMAS
 
 METRICS = (
-    *("lip_sync_r", "mouth_amplitude", "head_motion", "edge_energy", "flicker"),
+    *("lip_sync_r", "mouth_amplitude", "head_motion", "border_motion", "edge_energy", "flicker"),
     *("drift_ratio", "block_passes"),
 )
 # Of the row `correlated noise`.
@@ -93,6 +94,15 @@ class CleanCache(DenoisingLoop):
         return result
 
 
+class LastHistory(DenoisingLoop):
+    """All levels share the last one's cache: it writes over what earlier levels wrote of a block."""
+
+    def __init__(self, network: Network, config: NetworkConfig, session: Session, conditions: Conditions) -> None:
+        super().__init__(network, config, session, conditions)
+        for state in self.states:
+            state.cache = self.states[-1].cache
+
+
 @dataclass(frozen=True)
 class Variant:
     """A rule to evaluate.
@@ -121,12 +131,21 @@ class Variant:
 
 
 def variants(schedule: tuple[float, ...]) -> dict[str, Variant]:
-    """Return all rows for a checkpoint with this schedule. Rows with fewer levels use a subset of its sigmas."""
+    """Return all rows for a checkpoint with this schedule.
+
+    Rows of levels use a subset of its sigmas; for two levels, other second ones, to choose between before distillation.
+    """
     *sigmas, end = schedule
+    levels: dict[str, Variant] = {}
+    if len(sigmas) > 2:
+        levels["3 levels"] = Variant("without the second", (*sigmas[:1], *sigmas[2:], end))
+        levels["2 levels"] = Variant("the first and the third", (*sigmas[:3:2], end))
+    elif len(sigmas) == 2:
+        others = [sigma for sigma in SECOND_SIGMAS if sigma != sigmas[1]]
+        levels |= {f"sigma {sigma:g}": Variant("of the second level", (sigmas[0], sigma, end)) for sigma in others}
     return {
-        "as it ships": Variant("four levels, noisy cache per level, fixed sink"),
-        "3 levels": Variant("without the second", (*sigmas[:1], *sigmas[2:], end)),
-        "2 levels": Variant("the first and the third", (*sigmas[:3:2], end)),
+        "as it ships": Variant("noisy cache per level, fixed sink"),
+        **levels,
         "all noise": Variant("blocks start from noise of standard deviation 1, as in training", noise_scale=1.0),
         "no noise": Variant("blocks start from zeros", noise_scale=0.0),
         "correlated noise": Variant(
@@ -134,6 +153,7 @@ def variants(schedule: tuple[float, ...]) -> dict[str, Variant]:
             noise_scale=1.0,
             noise_correlation=CORRELATION,
         ),
+        "last level's history": Variant("all levels share the last one's cache", denoising_loop=LastHistory),
         "clean cache": Variant("one clean cache, one more pass per block", denoising_loop=CleanCache),
         "sink update": Variant("block 0's first latent is the sink from block 4 on", sink_update_block=4),
         "no sink": Variant("no block attends to the picture", denoising_loop=NoSink),
@@ -166,9 +186,10 @@ def row(models: Models, clips: Sequence[StoredClip], extent: Extent) -> dict[str
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Format the rows as Markdown."""
-    lines = ["| rule | r | amplitude | head | edges | flicker | drift | passes | about |", "|" + " --- |" * 9]
+    titles = ("rule", "r", "amplitude", "head", "borders", "edges", "flicker", "drift", "passes", "about")
+    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
     for name, values in rows.items():
-        cells = ["-" if values[key] is None else f"{values[key]:.2f}" for key in METRICS[:-1]]
+        cells = ["-" if values.get(key) is None else f"{values[key]:.2f}" for key in METRICS[:-1]]
         lines.append(f"| {name} | {' | '.join(cells)} | {values['block_passes']} | {values['about']} |")
     return "\n".join(lines)
 

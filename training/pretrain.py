@@ -9,6 +9,7 @@ A stopped run resumes from its last checkpoint bit for bit; clips that arrive me
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from avatar.denoiser.sampler import autoregressive
 from avatar.vae.vae import Vae
 from training.batches import BatchConfig, ClipBatch, Share, load_batch
 from training.checkpointing import Progress
-from training.clips import frame_sigmas, predict_velocities
+from training.clips import frame_sigmas, predict_velocities, predict_velocity
 from training.data import StoredClip
 from training.eval.previews import VALIDATION_SEED, load_codec, preview_rows
 from training.initialise import initialise
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # Held-out clips of the validation loss, and of the gains of inputs.
 NUM_VALIDATION_CLIPS, NUM_GAIN_CLIPS = 24, 12
+# Second sigmas of a network of two levels, to choose between.
+SECOND_SIGMAS = (0.3, 0.4, 0.5)
 # From this step on, a network that an input makes no better by this share of the loss has become deaf to it.
 GATE_STEP, MIN_GAIN = 400, 0.002
 
@@ -186,11 +189,30 @@ class Pretraining:
         return {"loss": float(loss.detach())}
 
     def validate(self, held_out: Sequence[StoredClip]) -> dict[str, float]:
-        """Return the EMA's loss on held-out clips, always the same clips at the same levels, and the inputs' gains."""
+        """Return the EMA's loss on held-out clips, always the same clips at the same levels, and the inputs' gains.
+
+        For a network of two levels, also what two passes explain by the sigma of the second.
+        """
         batches = self.recipe.batches
         count = max(1, NUM_VALIDATION_CLIPS // batches.batch_size)
         loss = self._held_out_loss(held_out, batches, count)
-        return {"held_out_loss": loss, **self._gains(held_out)}
+        sigmas = SECOND_SIGMAS if self.config.num_levels == 2 else ()
+        explained = {f"r2_at_{sigma:g}": self._explained(held_out, sigma) for sigma in sigmas}
+        return {"held_out_loss": loss, **explained, **self._gains(held_out)}
+
+    @torch.no_grad()
+    def _explained(self, held_out: Sequence[StoredClip], sigma: float) -> float:
+        """Return `explained_share` of held-out clips whose inputs are all given. sigma: of the second pass."""
+        strategy, shares = self.strategy, []
+        batches = replace(self.recipe.batches, audio_dropout=0.0, heard_dropout=0.0, face_motion_dropout=0.0)
+        for number in range(max(1, NUM_GAIN_CLIPS // batches.batch_size)):
+            batch = load_batch(held_out, batches, self.config, VALIDATION_SEED, number, strategy.share)
+            random = Generator().manual_seed(number)
+            with strategy.autocast():
+                network = self.ema.network
+                given = (network, batch.to(strategy.device), (self.config.schedule[0], sigma), random, strategy.share)
+                shares.append(self.ema(explained_share, *given))
+        return float(torch.stack(shares).mean())
 
     def _gains(self, held_out: Sequence[StoredClip]) -> dict[str, float]:
         """Return how much the loss rises, as a share of it, where each clip gets another clip's input, by input.
@@ -254,6 +276,21 @@ def clip_losses(network: Network, batch: ClipBatch, recipe: PretrainRecipe, rand
         for velocity, (noise, sigma, _) in zip(velocities, versions, strict=True)
     ]
     return torch.stack(losses).mean(0)
+
+
+def explained_share(
+    network: Network, batch: ClipBatch, sigmas: tuple[float, ...], random: Generator, share: Share
+) -> Tensor:
+    """Return the share of the clips' motion (R^2 about each clip's mean) that passes from noise at sigmas explain."""
+    config, clean = network.config, batch.latents
+    num_blocks = clean.shape[2] // config.num_frames_per_block
+    x = autoregressive(share.noise(clean.shape, random), config.noise_correlation).to(clean)
+    distances = draw_sink_distances(config, num_blocks, random)
+    for sigma, following in pairwise((*sigmas, 0.0)):
+        level = torch.full((len(clean), num_blocks), sigma).to(clean)
+        x = x + (following - sigma) * predict_velocity(network, config, x, level, batch, distances)
+    error, motion = x - clean, clean - clean.mean(2, keepdim=True)
+    return 1 - (error**2 * batch.weight).sum() / (motion**2 * batch.weight).sum()
 
 
 def main() -> None:

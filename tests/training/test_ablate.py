@@ -12,7 +12,7 @@ from avatar.render import DenoisingLoop
 from avatar.types import Block, Conditions, Session
 from tests.training.small import noisy_clip
 from training import ablate
-from training.ablate import CleanCache, NoPicture, NoSink, variants
+from training.ablate import CleanCache, LastHistory, NoPicture, NoSink, variants
 from training.data import write_shard
 from training.eval import inference
 from training.eval.inference import Models
@@ -57,6 +57,18 @@ def test_a_clean_cache_changes_blocks_after_the_first(models: Models) -> None:
     noisy, clean = latents_with(models, DenoisingLoop), latents_with(models, CleanCache)
     assert torch.equal(noisy[0], clean[0])
     assert not torch.equal(noisy[1], clean[1])
+
+
+def test_the_last_levels_history_changes_blocks_after_the_first(models: Models) -> None:
+    own, last = latents_with(models, DenoisingLoop), latents_with(models, LastHistory)
+    assert torch.equal(own[0], last[0])
+    assert not torch.equal(own[1], last[1])
+
+
+def test_two_levels_are_compared_with_other_second_ones() -> None:
+    rows = variants((1.0, 0.4, 0.0))
+    schedules = {name: row.schedule for name, row in rows.items() if row.schedule}
+    assert schedules == {"sigma 0.3": (1.0, 0.3, 0.0), "sigma 0.5": (1.0, 0.5, 0.0)}
 
 
 def test_fewer_levels_are_a_subset_of_the_checkpoints() -> None:

@@ -21,7 +21,7 @@ from training.data import StoredClip
 from training.distill import Distillation, DistillRecipe, accumulate_blockwise
 from training.initialise import ZERO_INIT
 from training.losses import add_noise, add_noise_per_frame, dmd_gradient, dmd_loss, draw_sigmas, exit_levels
-from training.pretrain import Pretraining, PretrainRecipe, clip_losses
+from training.pretrain import Pretraining, PretrainRecipe, clip_losses, explained_share
 from training.self_forcing import BlockwiseGeneration
 from training.strategy import SINGLE, Strategy
 
@@ -230,6 +230,29 @@ def test_inputs_that_a_network_ignores_have_no_gain(
     assert found["heard_gain"] == 0
     assert found["features_gain"] != 0
     assert "an input is ignored: heard_gain is 0.0000" in caplog.text
+
+
+def test_two_passes_explain_the_motion_that_the_network_predicts(
+    config: NetworkConfig, prepared: list[StoredClip], batch: ClipBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pretraining, "_held_out_loss", lambda *_: 1.0)
+    monkeypatch.setattr("training.pretrain.NUM_GAIN_CLIPS", 2)
+    two = replace(config, schedule=(1.0, 0.4, 0.0))
+    found = Pretraining(PretrainRecipe(batches=BATCHES), maker(two)).validate(prepared)
+    assert {name for name in found if name.startswith("r2")} == {"r2_at_0.3", "r2_at_0.4", "r2_at_0.5"}
+    assert found["r2_at_0.3"] != found["r2_at_0.5"]
+
+    def explained(share: float) -> float:
+        """Return what a network explains that predicts a share of the motion about each clip's mean."""
+        mean = batch.latents.mean(2, keepdim=True)
+        predicted = mean + share * (batch.latents - mean)
+        velocity = lambda _network, _config, x, sigmas, *_: (x - predicted) / frame_sigmas(sigmas, config)  # noqa: E731
+        monkeypatch.setattr("training.pretrain.predict_velocity", velocity)
+        return float(explained_share(network_of(config), batch, (1.0, 0.4), Generator().manual_seed(0), Share()))
+
+    assert explained(1.0) == pytest.approx(1)
+    assert explained(0.5) == pytest.approx(0.75)
+    assert explained(0.0) == pytest.approx(0, abs=1e-5)
 
 
 @every_length
