@@ -10,15 +10,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from avatar.failover import discovery
 from avatar.failover.placement import MAX_ATTEMPTS, Tries, WorkerLoad, pause_s, retry_s, scarcest
+from avatar.failover.pool import DOUBT_S
+from avatar.store.registry import STALE_S
 from benchmarks.fleet.content import STAGES
 from benchmarks.fleet.events import Clock, Process, Signal
 from benchmarks.pipeline.metrics import percentile
 from benchmarks.row import Row, row
+from services import registration
 
-# As in the product: services/registration.py, avatar/store/registry.py, avatar/failover/discovery.py.
-WRITE_S, HEARTBEAT_S, STALE_S = 0.02, 0.8, 1.8
-READ_EVERY_S, SETTLE_S, APART_S = 0.5, 0.02, 0.05
 # Assumed: a call to Redis; one way to a worker, of which one in SLOW_EVERY is slow; a client's way to another gateway.
 REDIS_S = 0.002
 WAY_S, SLOW_WAY_S, SLOW_EVERY = (0.001, 0.004), (0.02, 0.08), 50
@@ -120,7 +121,7 @@ class Gateway:
         self._clock = clock
         self._wanted: Signal | None = None
         self._read_s = 0.0
-        clock.start(self._read_forever(rng.uniform(0, READ_EVERY_S)))
+        clock.start(self._read_forever(rng.uniform(0, discovery.READ_EVERY_S)))
 
     def alive(self, stage: str) -> list[View]:
         """Return the workers of a stage that it has not found to be lost."""
@@ -129,15 +130,18 @@ class Gateway:
     def room(self, stage: str) -> float:
         return sum(view.load.room(is_live=True) for view in self.alive(stage))
 
-    def refresh(self) -> Process:
-        """Wait for a read that begins from now on, and that all share who ask meanwhile."""
+    def refresh(self, *, settled: bool = False) -> Process:
+        """Wait for a read as `Discovery.refresh` does."""
+        if settled:
+            yield discovery.SETTLE_S
+        elif self._clock.now_s - self._read_s < discovery.FRESH_S:
+            return
         if self._wanted is None:
             self._wanted = Signal()
             self._clock.start(self._read_wanted(self._wanted))
         yield self._wanted
 
     def _read_wanted(self, wanted: Signal) -> Process:
-        yield max(SETTLE_S, self._read_s + APART_S - self._clock.now_s)
         self._wanted = None
         yield from self._read()
         wanted.set()
@@ -146,19 +150,25 @@ class Gateway:
         yield phase_s
         while self.is_alive:
             yield from self._read()
-            yield READ_EVERY_S
+            yield discovery.READ_EVERY_S
 
     def _read(self) -> Process:
+        self._read_s = self._clock.now_s
         yield REDIS_S / 2
         read = [(view, view.worker.registered) for views in self.views.values() for view in views]
         gone = {view for view, _ in read if not view.worker.is_registered}
         yield REDIS_S / 2
         for view, active in read:
             if view in gone:
-                view.is_lost = True  # it is asked directly, and does not answer
+                self._doubt(view)
             elif not view.is_lost:
                 view.load.report(active, view.worker.capacity)
-        self._read_s = self._clock.now_s
+
+    def _doubt(self, view: View) -> None:
+        """Ask a worker that the registry no longer has: it does not answer."""
+        if not view.load.is_doubtful:
+            view.load.is_registered, view.load.is_doubtful = False, True
+            self._clock.at(self._clock.now_s + DOUBT_S, lambda: setattr(view, "is_lost", True))
 
 
 class Simulation:
@@ -239,7 +249,7 @@ class Simulation:
         tries = Tries(lambda: gateway.alive(stage), self._rng, is_live=True)
         while True:
             if tries.needs_news:
-                yield from gateway.refresh()
+                yield from gateway.refresh(settled=True)
             if (chosen := tries.next()) is None:
                 return None
             view, bound = chosen
@@ -275,7 +285,7 @@ class Simulation:
             self._clock.start(self._write(worker))
 
     def _write(self, worker: Worker) -> Process:
-        yield WRITE_S
+        yield registration.SETTLE_S
         worker.is_written = True
         active = worker.active
         yield REDIS_S / 2
@@ -292,7 +302,7 @@ class Simulation:
 
     def _lose_worker(self, worker: Worker) -> None:
         worker.is_alive = False
-        gone_s = self._clock.now_s + STALE_S - self._rng.uniform(0, HEARTBEAT_S)
+        gone_s = self._clock.now_s + STALE_S - self._rng.uniform(0, registration.HEARTBEAT_S)
         self._clock.at(gone_s, lambda: setattr(worker, "is_registered", False))
         for session in self._sessions:
             for stage, view in session.streams.items():
