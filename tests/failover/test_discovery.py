@@ -30,7 +30,7 @@ ONE, TWO, THREE = "127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"
 class Fleet:
     """The registry that a test writes, a pool that reads it, and the questions that the pool asks.
 
-    silent: targets that do not answer questions; others answer with `answer`.
+    silent: targets that do not answer questions, which end after silent_s; others answer with `answer`.
     """
 
     def __init__(self, hashes: RedisHashes, targets: list[str]) -> None:
@@ -40,6 +40,7 @@ class Fleet:
         self.pool._rng = FirstChoice()
         self.asked: list[str] = []
         self.silent: set[str] = set()
+        self.silent_s = 0.05
         self.answer = pb.AudioServiceGetInfoResponse(capacity=4, digest="asked")
 
     async def write(self, target: str, active: int = 0, capacity: int = 4) -> None:
@@ -50,7 +51,7 @@ class Fleet:
     async def _get_info(self, connection: Any) -> pb.AudioServiceGetInfoResponse:
         self.asked.append(connection)
         if connection in self.silent:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(self.silent_s)
             raise grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, grpc.aio.Metadata(), grpc.aio.Metadata())
         return self.answer
 
@@ -108,6 +109,15 @@ async def test_a_worker_without_a_state_is_asked_and_delays_no_other(hashes: Red
         assert THREE not in fleet.asked
         await fleet.write(ONE)
         await until(lambda: fleet.worker(ONE).load.is_registered)
+
+
+async def test_workers_are_asked_beside_one_that_does_not_answer(hashes: RedisHashes) -> None:
+    fleet = Fleet(hashes, [ONE, TWO, THREE])
+    fleet.silent.add(ONE)
+    fleet.silent_s = 3600.0
+    async with fleet.running():
+        await until(lambda: sorted(targets_of(fleet.pool)) == [TWO, THREE])
+        assert fleet.asked.count(ONE) == 1, "its question is still open"
 
 
 async def test_a_worker_that_writes_no_more_is_silent_only_if_it_does_not_answer(hashes: RedisHashes) -> None:
