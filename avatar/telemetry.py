@@ -26,8 +26,8 @@ _tracer = trace.get_tracer("avatar")
 _meter = metrics.get_meter("avatar")
 _propagator = TraceContextTextMapPropagator()
 
-# A block is 0.48 s of video: a stage that takes longer is slower than real time. Streams last minutes.
-BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.48, 0.75, 1, 1.5, 2.5, 5, 10, 20, 30, 60, 600)
+# A block is 0.16, 0.32 or 0.48 s of video: a stage that takes longer is slower than real time. Streams last minutes.
+BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.16, 0.2, 0.32, 0.48, 0.75, 1, 1.5, 2.5, 5, 10, 20, 30, 60, 600)
 
 
 def _durations(name: str, description: str) -> metrics.Histogram:
@@ -38,6 +38,7 @@ def _durations(name: str, description: str) -> metrics.Histogram:
 # `target` (an address in the settings), and those of the RPC conventions; never a session's id. Whoever counts by
 # `reason` or `stage` starts each of its series at 0: Prometheus sees no rate in a series that starts at 1.
 BLOCK_DURATION = _durations("avatar.block.duration", "Computing one block at one stage")
+BLOCK_VIDEO = _meter.create_gauge("avatar.block.video", "s", "Duration of the video of one block, from the decoder")
 BLOCK_WAIT = _durations("avatar.block.queue_wait", "Waiting time of one block for its stage's device")
 SESSIONS_ACTIVE = _meter.create_up_down_counter("avatar.session.active", "{session}", "Streams open at a service")
 SESSIONS_CAPACITY = _meter.create_up_down_counter("avatar.session.capacity", "{session}", "Streams a worker takes")

@@ -56,6 +56,7 @@ class VaeServicer(vae_pb2_grpc.VaeServiceServicer):
         self._digest = digest
         self._queue = queue
         self._block_s = vae.block_frames / vae.config.frame_rate_hz
+        telemetry.BLOCK_VIDEO.set(self._block_s)
         # A block is one step for admission, although it is decoded in several.
         self._admission = AdmissionControl(capacity, "vae", queue.load, self._block_s)
         self._latent_times = StepTimes(self._block_s / vae.block_latents)
