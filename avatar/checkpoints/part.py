@@ -173,7 +173,10 @@ def load_weights(module: nn.Module, part: Part, device: torch.device | str | Non
         wrong = first_few([*problems.values()])
         raise ValueError(f"weights in {', '.join(places)} do not fit {type(module).__name__}: {wrong}")
     if device is not None:
-        target = module.to_empty(device=device).state_dict()
+        # As Module.to_empty, whose torch.empty_like imports sympy, for half a CPU-second of a worker's start.
+        target = module._apply(  # type: ignore[no-untyped-call]
+            lambda each: torch.empty(each.shape, dtype=each.dtype, device=device)
+        ).state_dict()
     device = next((tensor.device for tensor in target.values()), torch.device("cpu"))
     if device.type == "meta":
         return

@@ -65,7 +65,10 @@ class Network(nn.Module):
         self.config = config
         self.patch_embedding = PatchEmbedding(config.in_dim, dim, 1, PATCH)
         self.cond_encoder = PatchEmbedding(config.cond_dim, dim, 1, PATCH)
-        self.trainable_cond_mask = nn.Embedding(3, dim)
+        # Not drawn on the meta device: there, drawing imports torch's compiler, for a CPU-second of a start.
+        self.trainable_cond_mask = nn.Embedding(3, dim, _weight=torch.empty(3, dim))
+        if not self.trainable_cond_mask.weight.is_meta:
+            self.trainable_cond_mask.reset_parameters()
         self.frame_packer = FramePacker(config)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
