@@ -324,7 +324,8 @@ class GatewaySettings(Settings):
     voice: Addresses = ()
     schedule: Schedule = None
     stall_s: Seconds = 2.0
-    rebuild_s: Seconds = 30.0
+    # A worker on two cores with a load of 14 took up to 35 s to start again: 2.5 to 5 CPU-seconds.
+    rebuild_s: Seconds = 60.0
     session_ttl_s: Seconds = 300.0
     reference_ttl_s: Seconds = 86400.0
     audio_ahead_s: Seconds = 4.0
