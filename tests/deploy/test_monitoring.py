@@ -21,6 +21,7 @@ SCRAPES = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text(encodi
 # Series that Prometheus and its client add: one for each scraped process, and each process's own resources.
 FOREIGN = {"up", "process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"}
 FOREIGN |= {"process_start_time_seconds"}
+KEYWORDS = {"unless", "group_left", "group", "sum", "max", "and", "or", "offset"}
 FOREIGN_LABELS = {"job", "instance", "worker", "le"}
 
 
@@ -55,8 +56,8 @@ def named_in(expression: str) -> tuple[set[str], set[str]]:
     grouped = re.findall(r"(?:by|ignoring|on|without) \(([^)]*)\)", expression)
     labels = {label for part in braces for label in re.findall(r"(\w+)\s*[=!]~?", re.sub(r'"[^"]*"', "", part))}
     labels |= {label.strip() for part in grouped for label in part.split(",") if label}
-    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|(?:by|ignoring|on|without) \([^)]*\)|\b\w+\s*\(", " ", expression)
-    words = set(re.findall(r"\b[a-z]\w*", bare)) - {"unless", "group_left", "group", "sum", "max", "and"}
+    bare = re.sub(r"\"[^\"]*\"|\{[^}]*\}|\[[^\]]*\]|(?:by|ignoring|on|without) \([^)]*\)|\b\w+\s*\(", " ", expression)
+    words = set(re.findall(r"\b[a-z]\w*", bare)) - KEYWORDS
     return words, labels
 
 
@@ -87,6 +88,12 @@ def test_every_alert_is_tested() -> None:
     tested = yaml.safe_load((DEPLOY / "prometheus/alerts_test.yml").read_text(encoding="utf-8"))["tests"]
     fired = {each["alertname"] for test in tested for each in test["alert_rule_test"] if each["exp_alerts"]}
     assert fired == {rule["alert"] for rule in RULES}
+
+
+def test_series_of_rule_tests_begin_absent() -> None:
+    tests = yaml.safe_load((DEPLOY / "prometheus/alerts_test.yml").read_text(encoding="utf-8"))["tests"]
+    series = [each for test in tests for each in test["input_series"]]
+    assert [each["series"] for each in series if not re.match(r"_x[1-9]", each["values"])] == []
 
 
 def test_panels_have_positions_and_descriptions() -> None:
