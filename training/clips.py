@@ -118,11 +118,12 @@ def reference_frames(first_block: Tensor, config: NetworkConfig, distances: Sequ
 
 
 def encode_inputs(
-    network: Network, batch: ClipBatch, frames: slice = slice(None)
+    network: Network, batch: ClipBatch, frames: slice = slice(None), *, is_whole: bool = False
 ) -> tuple[AudioTokens, AudioTokens | None, Tensor | None]:
     """Return what a network takes of a span of pixel frames: its own and the other's audio tokens, and face motion.
 
     A clip without one of the last two computes it too, so that all weights have gradients, and adds nothing of it.
+    is_whole: audio is encoded as one, as by the published bidirectional network, and not block by block.
     """
     context, first = network.config.audio_context_frames, frames.start or 0
 
@@ -134,10 +135,11 @@ def encode_inputs(
         missing = context - before.shape[-1]
         return torch.cat([before[..., :1].expand(*before.shape[:-1], missing), before], dim=-1)
 
-    audio = network.encode_audio(batch.features[..., frames], preceding=preceding(batch.features))
+    together = batch.features.shape[-1] if is_whole else None
+    audio = network.encode_audio(batch.features[..., frames], None, preceding(batch.features), together)
     heard = motion = None
     if "heard" in network.config.inputs:
-        heard = network.encode_heard(batch.heard[..., frames], batch.has_heard, preceding(batch.heard))
+        heard = network.encode_heard(batch.heard[..., frames], batch.has_heard, preceding(batch.heard), together)
     if "face_motion" in network.config.inputs:
         motion = network.embed_face_motion(batch.face_motion[..., frames], batch.has_face_motion)
     return audio, heard, motion
@@ -155,8 +157,8 @@ def predict_velocity(
     """Predict the velocity at noisy clips x (b, c, t, h, w) whose blocks have sigmas (b, k) in (0, 1].
 
     batch: the clips' conditions; its latents are not used. distances: of the sink from each block, in latent frames.
-    is_causal: False runs the published bidirectional network: each block attends to the whole clip, the clip starts at
-    frame 0, and the reference keeps the position that prefill gives it.
+    is_causal: False runs the published bidirectional network: each block attends to the whole clip and its audio, the
+    clip starts at frame 0, and the reference keeps the position that prefill gives it.
     """
     [velocity] = predict_velocities(network, config, [(x, sigmas)], batch, distances, is_causal)
     return velocity
@@ -180,7 +182,7 @@ def predict_velocities(
     conditions = network.prefill(batch.reference, batch.motion, text)
     first_block = batch.first_block if is_causal else torch.zeros_like(batch.first_block)
     positions = reference_frames(first_block, config, distances) if is_causal else [REFERENCE_FRAME]
-    audio, heard, motion = encode_inputs(network, batch)
+    audio, heard, motion = encode_inputs(network, batch, is_whole=not is_causal)
     first_frame = first_block * config.num_frames_per_block
     velocities: list[Tensor] = []
     past: Sequence[KeysValues] = ()

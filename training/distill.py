@@ -30,7 +30,15 @@ from training.data import StoredClip
 from training.eval.previews import load_codec, mouth_metrics, preview_rows
 from training.loop import argument_parser, overrides, run_program, update_ema
 from training.lora import LoraConfig, make_trainable, weight_dtype
-from training.losses import add_noise, dmd_gradient, dmd_loss, draw_sink_distances, exit_levels, flow_matching_loss
+from training.losses import (
+    add_noise,
+    dmd_gradient,
+    dmd_loss,
+    draw_level_distances,
+    draw_sink_distances,
+    exit_levels,
+    flow_matching_loss,
+)
 from training.self_forcing import BlockwiseGeneration
 from training.strategy import SINGLE, Strategy, WrappedNetwork, checkpoint_activations, join
 
@@ -172,7 +180,7 @@ class Distillation:
     ) -> tuple[BlockwiseGeneration, list[Tensor]]:
         """Generate clips up to the exit level: return the generation and its blocks' inputs there."""
         network, num_blocks = self.generator.network, batch.latents.shape[2] // self.config.num_frames_per_block
-        distances = draw_sink_distances(self.config, num_blocks, random)
+        distances = draw_level_distances(self.config, num_blocks, random)
         generation = self.generator(BlockwiseGeneration, network, self.config, batch, distances, self.strategy.share)
         return generation, self.generator(generation.inputs, exit_level, random)
 

@@ -63,6 +63,11 @@ def draw_sink_distances(config: NetworkConfig, num_blocks: int, generator: Gener
     return distances
 
 
+def draw_level_distances(config: NetworkConfig, num_blocks: int, generator: Generator) -> list[list[int]]:
+    """Draw the sink's distance at each level from each block: every level draws its own when served."""
+    return [draw_sink_distances(config, num_blocks, generator) for _ in range(config.num_levels)]
+
+
 def flow_matching_loss(
     predicted: Tensor, velocity: Tensor, sigma: Tensor, weight: Tensor, config: NetworkConfig
 ) -> Tensor:

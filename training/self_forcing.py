@@ -49,15 +49,15 @@ class DetachedHistory:
 class BlockwiseGeneration:
     """Generation of a batch of clips, block by block.
 
-    batch: the clips' conditions; all clips start at batch.first_block[0]. distances: of the sink from each
-    block, in latent frames.
+    batch: the clips' conditions; all clips start at batch.first_block[0]. distances: of the sink, in latent frames, at
+    each level from each block.
     share: this process's share of the batch.
     """
 
     network: Network
     config: NetworkConfig
     batch: ClipBatch
-    distances: Sequence[int]
+    distances: Sequence[Sequence[int]]
     share: Share = field(default_factory=Share)
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class BlockwiseGeneration:
         config, network, batch = self.config, self.network, self.batch
         index = int(batch.first_block[0]) + block
         first_frame = index * config.num_frames_per_block
-        cache.start_block(index, reference_frame(first_frame, self.distances[block]))
+        cache.start_block(index, reference_frame(first_frame, self.distances[level][block]))
         frame_span = slice(block * config.frames_per_block, (block + 1) * config.frames_per_block)
         audio, heard, motion = encode_inputs(network, batch, frame_span)
         modulation = network.embed_time(timesteps(config.schedule)[level].to(x.device).reshape(1, 1))

@@ -139,31 +139,46 @@ class Network(nn.Module):
         return conditions
 
     def encode_audio(
-        self, features: Tensor, mask: Tensor | None = None, preceding: Tensor | None = None
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        preceding: Tensor | None = None,
+        num_together: int | None = None,
     ) -> AudioTokens:
         """Return the audio tokens of whole blocks.
 
         features: (b, a, l, d, f). mask: (b, a, t, s, 1) weight of each actor's audio at each token; required if a > 1.
         preceding: (b, a, l, d, audio_context_frames) columns before them; None at a stream's start.
+        num_together: columns that see each other; None: a block's, as in a stream.
         """
         assert mask is not None or features.shape[1] == 1, "several actors need a mask"
-        return self._tokens(self.casual_audio_encoder, features, mask, preceding)
+        return self._tokens(self.casual_audio_encoder, features, mask, preceding, num_together)
 
     def encode_heard(
-        self, features: Tensor, is_given: Tensor | None = None, preceding: Tensor | None = None
+        self,
+        features: Tensor,
+        is_given: Tensor | None = None,
+        preceding: Tensor | None = None,
+        num_together: int | None = None,
     ) -> AudioTokens:
         """Return the audio tokens of what is heard from the other person, of whole blocks.
 
         features: (b, 1, l, d, f). is_given: (b,) 0 for clips without a listener, whose features are ignored; None: all.
-        preceding: as in `encode_audio`; None also where nobody was heard before.
+        preceding: as in `encode_audio`; None also where nobody was heard before. num_together: as in `encode_audio`.
         """
         mask = None if is_given is None else rearrange(is_given, "b -> b 1 1 1 1")
-        return self._tokens(self.heard_audio_encoder, features, mask, preceding)
+        return self._tokens(self.heard_audio_encoder, features, mask, preceding, num_together)
 
     def _tokens(
-        self, encoder: CausalAudioEncoder, features: Tensor, mask: Tensor | None, preceding: Tensor | None
+        self,
+        encoder: CausalAudioEncoder,
+        features: Tensor,
+        mask: Tensor | None,
+        preceding: Tensor | None,
+        num_together: int | None,
     ) -> AudioTokens:
-        audio = encoder.blocks(features, self.config.frames_per_block, self.config.audio_context_frames, preceding)
+        num_together = num_together or self.config.frames_per_block
+        audio = encoder.blocks(features, num_together, self.config.audio_context_frames, preceding)
         return AudioTokens(audio.local, audio.overall, mask)
 
     def embed_face_motion(self, values: Tensor, is_given: Tensor | None = None) -> Tensor:

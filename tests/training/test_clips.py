@@ -36,7 +36,7 @@ def test_a_version_has_the_history_of_levels_that_share_the_last_ones_cache(
     of_copy, of_x = predict_velocities(network, config, versions, batch, DISTANCES)
     torch.testing.assert_close(of_copy, predict_velocity(network, config, *versions[0], batch, DISTANCES))
 
-    generation = BlockwiseGeneration(network, config, batch, DISTANCES)
+    generation = BlockwiseGeneration(network, config, batch, [DISTANCES] * config.num_levels)
     cache, blocks = generation.new_cache(), []
     for block, parts in enumerate(zip(x.chunk(3, dim=2), copy.chunk(3, dim=2), strict=True)):
         blocks.append(generation.velocity(parts[0], block, 0, cache))

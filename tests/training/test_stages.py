@@ -16,17 +16,26 @@ from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import shifted
 from tests.training.small import BATCHES, maker, network_of, small, small_base
 from training.batches import ClipBatch, ClipSpan, Share, draw_spans, face_motion_of, load_batch, read_span
-from training.clips import clean_estimate, frame_sigmas, predict_velocity
+from training.clips import clean_estimate, encode_inputs, frame_sigmas, predict_velocity
 from training.data import StoredClip
 from training.distill import Distillation, DistillRecipe, accumulate_blockwise
 from training.initialise import ZERO_INIT
-from training.losses import add_noise, add_noise_per_frame, dmd_gradient, dmd_loss, draw_sigmas, exit_levels
+from training.losses import (
+    add_noise,
+    add_noise_per_frame,
+    dmd_gradient,
+    dmd_loss,
+    draw_level_distances,
+    draw_sigmas,
+    exit_levels,
+)
 from training.pretrain import Pretraining, PretrainRecipe, clip_losses, explained_share
 from training.self_forcing import BlockwiseGeneration
 from training.strategy import SINGLE, Strategy
 
 # Of the sink, from the blocks of a clip: each block has its own.
 DISTANCES = (4, 7, 5)
+LEVEL_DISTANCES = [DISTANCES] * 4
 # Latent frames of a block.
 every_length = pytest.mark.parametrize("config", [1, 3], indirect=True)
 
@@ -93,7 +102,7 @@ def test_a_batch_depends_on_its_step_alone(config: NetworkConfig, prepared: list
 @every_length
 def test_generation_starts_from_the_noise_of_training(config: NetworkConfig, batch: ClipBatch) -> None:
     quarter, full = (
-        BlockwiseGeneration(network_of(each), each, batch, DISTANCES).inputs(0, Generator().manual_seed(0))
+        BlockwiseGeneration(network_of(each), each, batch, LEVEL_DISTANCES).inputs(0, Generator().manual_seed(0))
         for each in (replace(config, trained_noise_scale=0.25), replace(config, noise_scale=0.5))
     )
     assert all(torch.equal(one, 0.25 * other) for one, other in zip(quarter, full, strict=True))
@@ -103,7 +112,7 @@ def test_generation_starts_from_the_noise_of_training(config: NetworkConfig, bat
 @every_length
 def test_the_noise_of_training_is_as_correlated_as_that_of_serving(config: NetworkConfig, batch: ClipBatch) -> None:
     config = replace(config, noise_correlation=0.9)
-    generation = BlockwiseGeneration(network_of(config), config, batch, DISTANCES)
+    generation = BlockwiseGeneration(network_of(config), config, batch, LEVEL_DISTANCES)
     frames = torch.cat(generation.inputs(0, Generator().manual_seed(0)), dim=2)
     assert abs((frames[:, :, 1:] * frames[:, :, :-1]).mean().item() - 0.9) < 0.1
     one, other = (
@@ -119,7 +128,7 @@ def test_blockwise_generation_at_one_level_equals_the_whole_clip(config: Network
     x = torch.randn(batch.latents.shape, generator=Generator().manual_seed(1))
     sigmas = torch.full((2, 3), config.schedule[2])
     whole = predict_velocity(network, config, x, sigmas, batch, DISTANCES)
-    generation = BlockwiseGeneration(network, config, batch, DISTANCES)
+    generation = BlockwiseGeneration(network, config, batch, LEVEL_DISTANCES)
     cache = generation.new_cache()
     blocks = [generation.velocity(part, block, 2, cache) for block, part in enumerate(x.chunk(3, dim=2))]
     torch.testing.assert_close(torch.cat(blocks, dim=2), whole, atol=1e-4, rtol=1e-4)
@@ -135,6 +144,27 @@ def test_causal_and_bidirectional_scores_agree_on_one_block(config: NetworkConfi
     x = batch.latents[:, :, : config.num_frames_per_block]
     causal, bidirectional = (predict_velocity(network, config, x, sigmas, batch, [4], kind) for kind in (True, False))
     torch.testing.assert_close(causal, bidirectional, atol=1e-5, rtol=1e-5)
+
+
+def test_a_bidirectional_score_hears_the_clip_as_a_whole(config: NetworkConfig, batch: ClipBatch) -> None:
+    """Eight columns before a block are all that its tokens depend on."""
+    alone, network = (network_of(replace(config, audio_context_frames=each)) for each in (0, 8))
+    whole, blocks = (encode_inputs(alone, batch, is_whole=each)[0].local for each in (True, False))
+    expected = encode_inputs(network, batch)[0].local
+    torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(blocks, expected, atol=1e-3)
+
+
+@every_length
+def test_each_level_has_sink_distances_of_its_own(config: NetworkConfig, batch: ClipBatch) -> None:
+    network = network_of(config)
+    near, far = (
+        torch.cat(BlockwiseGeneration(network, config, batch, distances).inputs(2, Generator().manual_seed(0)), dim=2)
+        for distances in (LEVEL_DISTANCES, [DISTANCES, (40, 40, 40), DISTANCES, DISTANCES])
+    )
+    assert not torch.equal(near, far)
+    drawn = draw_level_distances(small_base(), 7, Generator().manual_seed(0))
+    assert len({tuple(each) for each in drawn}) == small_base().num_levels
 
 
 @every_length
@@ -258,7 +288,7 @@ def test_two_passes_explain_the_motion_that_the_network_predicts(
 @every_length
 def test_blockwise_accumulation_has_the_gradients_of_the_whole_graph(config: NetworkConfig, batch: ClipBatch) -> None:
     network = network_of(config)
-    generation = BlockwiseGeneration(network, config, batch, DISTANCES)
+    generation = BlockwiseGeneration(network, config, batch, LEVEL_DISTANCES)
     inputs = generation.inputs(1, Generator().manual_seed(0))
     gradient = torch.randn(batch.latents.shape, generator=Generator().manual_seed(2))
 
@@ -300,7 +330,7 @@ def test_one_pass_per_block_has_gradients_and_the_cache_has_none(
 
     monkeypatch.setattr(KVCache, "extend", recorded)
     with recorded_calls(network) as calls:
-        generation = BlockwiseGeneration(network, config, batch, DISTANCES)
+        generation = BlockwiseGeneration(network, config, batch, LEVEL_DISTANCES)
         outputs = generation.outputs(generation.inputs(exit_level, Generator().manual_seed(0)), exit_level)
     assert calls == [False] * (3 * exit_level) + [True] * 3
     assert all(each.requires_grad for each in outputs)

@@ -22,7 +22,7 @@ from avatar.vae.vae import Vae
 from training.batches import BatchConfig, draw_spans, load_batch
 from training.data import StoredClip
 from training.eval.metrics import correlation, sharpness
-from training.losses import draw_sink_distances
+from training.losses import draw_level_distances
 from training.self_forcing import BlockwiseGeneration
 from training.strategy import Strategy, WrappedNetwork
 
@@ -126,7 +126,7 @@ def decoded_pair(
     batch = load_batch(held_out, batches, config, VALIDATION_SEED, 0).to(strategy.device)
     random, last = Generator().manual_seed(0), config.num_levels - 1
     with strategy.autocast():
-        distances = draw_sink_distances(config, batches.num_blocks[0], random)
+        distances = draw_level_distances(config, batches.num_blocks[0], random)
         generation = wrapped(BlockwiseGeneration, wrapped.network, config, batch, distances)
         generated = torch.cat(wrapped(generation.outputs, wrapped(generation.inputs, last, random), last), dim=2)
     return (
