@@ -161,5 +161,5 @@ def test_a_checkpoint_keeps_its_inputs(listener: Network, listening: NetworkConf
 
 
 def test_layers_of_the_listeners_injector_must_ascend(config: NetworkConfig) -> None:
-    with pytest.raises(ValueError, match="heard_inject_layers must ascend within the layers"):
+    with pytest.raises(ValueError, match="heard_inject_layers must be ascending"):
         replace(config, heard_inject_layers=(2, 1))
