@@ -1,6 +1,7 @@
-"""Tasks that run while the body of an `async with` runs, or to their end, and limits on waits."""
+"""Tasks that run while the body of an `async with` runs, or to their end, attempts without end, and limits on waits."""
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
@@ -37,6 +38,56 @@ async def uncancelled(coroutine: Coroutine[Any, Any, Result]) -> Result:
         if not task.cancelled():
             task.exception()  # nobody else reads it
         raise
+
+
+class Attempts:
+    """Attempts at something that a loop tries for ever. An error in one is logged, and the loop goes on:
+
+        while True:
+            with attempts:
+                await write()
+            await asyncio.sleep(1)
+
+    Of equal errors in a row only the first one is logged.
+    """
+
+    def __init__(
+        self,
+        logger: logging.Logger,
+        failed: str,
+        succeeded: str,
+        expected: type[Exception] | tuple[type[Exception], ...] = (),
+        **extra: str,
+    ) -> None:
+        """failed, succeeded: messages of the first failure, and of the first success after it. expected: errors that
+        are no defect of our code, which has a traceback. extra: fields of the log.
+        """
+        self._logger, self._failed, self._succeeded = logger, failed, succeeded
+        self._expected, self._extra = expected, extra
+        self._failure: type[BaseException] | None = None  # of the last attempt
+
+    @property
+    def has_failed(self) -> bool:
+        """True if the last attempt has failed."""
+        return self._failure is not None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        failure, self._failure = self._failure, kind
+        if error is None:
+            if failure:
+                self._logger.info(self._succeeded, extra=self._extra)
+            return False
+        if not isinstance(error, Exception):  # a cancellation
+            return False
+        if kind is not failure:
+            is_expected = isinstance(error, self._expected)
+            level = logging.WARNING if is_expected else logging.ERROR
+            extra = {**self._extra, "problem": str(error)}
+            self._logger.log(level, self._failed, extra=extra, exc_info=None if is_expected else error)
+        return True
 
 
 class WaitLimit:

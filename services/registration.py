@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol
 
-from avatar.aio import background
+from avatar.aio import Attempts, background
 from avatar.errors import StoreUnavailable
 from avatar.rpc.server import Servicer
 from avatar.store.registry import WorkerRegistry
@@ -45,22 +45,14 @@ async def registered(registry: WorkerRegistry, address: str, servicer: WorkerSer
 
 async def _write_forever(registry: WorkerRegistry, address: str, servicer: WorkerServicer) -> None:
     """Write the worker's state at every heartbeat, and soon after every change."""
-    failure: type[Exception] | None = None
+    attempts = Attempts(
+        logger, "worker not registered", "worker registered again", expected=StoreUnavailable, address=address
+    )
     while True:
         servicer.changed.clear()
-        try:
-            await registry.write(WorkerState(address=address, **{servicer.stage: servicer.info()}))
-            if failure:
-                logger.info("worker registered again", extra={"address": address})
-            failure = None
         # Not only StoreUnavailable: an error in our code must not end the streams, which need no registry.
-        except Exception as error:
-            if type(error) is not failure:
-                unforeseen = not isinstance(error, StoreUnavailable)
-                level = logging.ERROR if unforeseen else logging.WARNING
-                extra = {"address": address, "problem": str(error)}
-                logger.log(level, "worker not registered", extra=extra, exc_info=unforeseen)
-            failure = type(error)
+        with attempts:
+            await registry.write(WorkerState(address=address, **{servicer.stage: servicer.info()}))
         with suppress(TimeoutError):
             async with asyncio.timeout(HEARTBEAT_S):
                 await servicer.changed.wait()

@@ -2,11 +2,12 @@
 
 import asyncio
 import gc
+import logging
 from typing import Any
 
 import pytest
 
-from avatar.aio import WaitLimit, background
+from avatar.aio import Attempts, WaitLimit, background
 
 WAIT_S = 10.0
 
@@ -140,3 +141,29 @@ async def test_many_short_waits_set_one_timer(monkeypatch: pytest.MonkeyPatch) -
             limit.set(WAIT_S)
             await asyncio.sleep(0)
     assert len(timers) == 1
+
+
+def test_attempts_log_the_first_error_of_its_kind_and_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    attempts = Attempts(logging.getLogger("a"), "not written", "written again", expected=TimeoutError, address="b")
+    for error in (TimeoutError("late"), TimeoutError("later"), KeyError("own"), None, None):
+        with attempts:
+            if error:
+                raise error
+    logged = [(each.levelname, each.message, each.address, bool(each.exc_info)) for each in caplog.records]  # type: ignore[attr-defined]
+    assert logged == [
+        ("WARNING", "not written", "b", False),
+        ("ERROR", "not written", "b", True),
+        ("INFO", "written again", "b", False),
+    ]
+
+
+async def test_attempts_end_with_their_task() -> None:
+    async def run() -> None:
+        while True:
+            with Attempts(logging.getLogger("a"), "", ""):
+                await asyncio.sleep(WAIT_S)
+
+    async with background(run()) as task:
+        await asyncio.sleep(0)
+    assert task.cancelled()

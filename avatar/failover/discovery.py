@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from avatar.aio import background
+from avatar.aio import Attempts, background
 from avatar.errors import StoreUnavailable
 from avatar.worker.v1.discovery_pb2 import WorkerStates
 
@@ -34,7 +34,12 @@ class Discovery:
         self._waiting: list[asyncio.Future[None]] = []
         self._is_wanted = asyncio.Event()
         self._read_s = -math.inf
-        self._failure: type[Exception] | None = None  # of the last read
+        self._attempts = Attempts(
+            logger,
+            "registry of workers not read; the last states hold",
+            "registry of workers read again",
+            expected=StoreUnavailable,
+        )
 
     def follow(self, stage: str, take: Callable[[Mapping[str, Any]], None]) -> None:
         """Call `take` after every read with the stage's workers: address -> answer to GetInfo."""
@@ -44,7 +49,7 @@ class Discovery:
     async def running(self) -> AsyncGenerator[None, None]:
         """Read the registry once, and then while the body runs. If it cannot be read yet, all workers are asked."""
         await self._read_once()
-        if self._failure:
+        if self._attempts.has_failed:
             self._hand_out(WorkerStates())
         try:
             async with background(self._read_forever()):
@@ -78,20 +83,10 @@ class Discovery:
         self._is_wanted.clear()
         started_s = time.monotonic()
         try:
-            states = await self._read()
-            self._hand_out(states)
-            if self._failure:
-                logger.info("registry of workers read again")
-            self._failure = None
-        # Not only StoreUnavailable: the gateways of a cell read the same bytes, so an error in our code would end all
-        # of them together, with their streams, which need no registry.
-        except Exception as error:
-            if type(error) is not self._failure:
-                unforeseen = not isinstance(error, StoreUnavailable)
-                level = logging.ERROR if unforeseen else logging.WARNING
-                text, extra = "registry of workers not read; the last states hold", {"problem": str(error)}
-                logger.log(level, text, extra=extra, exc_info=unforeseen)
-            self._failure = type(error)
+            # Not only StoreUnavailable: the gateways of a cell read the same bytes, so an error in our code would end
+            # all of them together, with their streams, which need no registry.
+            with self._attempts:
+                self._hand_out(await self._read())
         finally:
             self._read_s = started_s
             _wake(waiting)

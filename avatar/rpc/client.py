@@ -89,6 +89,8 @@ class RemoteStage(Generic[Item, Answer]):
         async with background(self._feed(items)) as feeding:
             try:
                 while (response := await self._call.read()) is not grpc.aio.EOF:
+                    if response is None:
+                        raise self._unreadable()
                     if isinstance(response, RelayedBlock):
                         yield cast(Answer, response)
                         continue
@@ -153,10 +155,17 @@ class RemoteStage(Generic[Item, Answer]):
             raise self._error(error) from error
         if response is grpc.aio.EOF:
             raise self._ended_early()
+        if response is None:
+            raise self._unreadable()
         return response
 
     def _error(self, error: grpc.aio.AioRpcError) -> AvatarError:
         return stage_error(self.stage, self._status.instead_of(error))
+
+    def _unreadable(self) -> StageFailed:
+        """Return the error of an answer that cannot be parsed, for which grpc.aio logs the reason and returns None."""
+        text = f"{self.stage} answered with bytes that are no message; do the gateway and its workers have one version?"
+        return StageFailed(text, metadata={"stage": self.stage})
 
     def _ended_early(self) -> StageLost:
         return StageLost(f"{self.stage}: {ENDED_EARLY}", metadata={"stage": self.stage}, retry_s=1.0)

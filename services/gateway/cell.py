@@ -23,7 +23,7 @@ import grpc.aio
 from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2
 
-from avatar.aio import background
+from avatar.aio import Attempts, background
 from avatar.errors import AvatarError, Draining, NotStreaming, StoreUnavailable
 from avatar.rpc.channel import channel
 from avatar.rpc.interceptor import Context
@@ -96,9 +96,11 @@ class Cell:
             yield
 
     async def _read_forever(self) -> None:
+        attempts = Attempts(logger, "drain of the cell not read", "drain of the cell read again", cell=self.here.cell)
         while True:
             await asyncio.sleep(READ_EVERY_S)
-            await self.read()
+            with attempts:
+                await self.read()
 
     async def forward(self, method: str, request: Message, place: Place | None, context: Context) -> Any:
         """Return another gateway's response to a unary call about a session; raise the error that it ends with.

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from types import TracebackType
 
 from avatar import telemetry
+from avatar.aio import Attempts
 from avatar.errors import REASONS, ConnectionLost, InvalidField, NoCapacity, SessionClosed, StoreUnavailable
 from avatar.rpc.status import reason_of
 from avatar.settings import GatewaySettings
@@ -250,8 +251,9 @@ class LiveSessions:
 
         Without the store they look for themselves, three times in CLAIM_TTL_S.
         """
+        attempts = Attempts(logger, "changes not followed", "changes followed again", expected=StoreUnavailable)
         while True:
-            with suppress(StoreUnavailable):
+            with attempts:
                 async with aclosing(self._store.changes()) as changes:
                     async for session_id in changes:
                         for claim in self._claims.get(session_id, ()):

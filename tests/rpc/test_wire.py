@@ -1,8 +1,14 @@
+from collections.abc import AsyncGenerator
 from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 from google.protobuf.message import DecodeError
 
+from avatar.errors import StageFailed
+from avatar.rpc.channel import channel
+from avatar.rpc.client import remote_audio
 from avatar.rpc.wire import (
     LATENT,
     RelayedBlock,
@@ -11,8 +17,9 @@ from avatar.rpc.wire import (
     serialize_part,
     serialize_session,
 )
-from avatar.worker.v1 import denoiser_pb2, vae_pb2
+from avatar.worker.v1 import audio_pb2, denoiser_pb2, vae_pb2
 from avatar.worker.v1.types_pb2 import Block, Session, Tensor
+from tests.rpc.conftest import OPENED, Source
 
 RESPONSE = denoiser_pb2.DenoiseResponse
 BLOCK = RESPONSE.DESCRIPTOR.fields_by_name["block"]
@@ -149,3 +156,29 @@ def test_bytes_that_are_no_block_are_refused() -> None:
     ):
         with pytest.raises(DecodeError):
             parse_part(damaged, RESPONSE, BLOCK)
+
+
+@pytest.mark.parametrize("answers", [[], [OPENED.SerializeToString()]], ids=["opened", "block"])
+async def test_an_answer_that_cannot_be_parsed_is_a_failure_of_its_stage(answers: list[bytes]) -> None:
+    async def encode(_: Any, __: Any) -> AsyncGenerator[bytes, None]:
+        for answer in [*answers, b"\xff\xff"]:
+            yield answer
+
+    async def first_block() -> None:
+        async with channel(f"127.0.0.1:{port}") as connection:
+            stage = remote_audio(connection)
+            await stage.open(audio_pb2.OpenEncode(session_id="a"))
+            await anext(stage(Source([], ...).stream()))
+
+    service = audio_pb2.DESCRIPTOR.services_by_name["AudioService"].full_name
+    handlers: dict[str, Any] = {"Encode": grpc.stream_stream_rpc_method_handler(encode)}
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        with pytest.raises(StageFailed, match="audio answered with bytes that are no message") as caught:
+            await first_block()
+        assert caught.value.metadata == {"stage": "audio"}
+    finally:
+        await server.stop(None)

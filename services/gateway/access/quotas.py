@@ -5,17 +5,20 @@ its stream renews both. Audio is reserved in the store before it is used, about 
 """
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
-from avatar.aio import background
+from avatar.aio import Attempts, background
 from avatar.errors import QuotaExceeded, StoreUnavailable
 from avatar.store.claims import CLAIM_TTL_S, CLOSED_TTL_S, Claim
 from avatar.store.usage import TenantUsage
 from avatar.v1 import avatar_service_pb2 as pb
 from services.gateway.access.tenants import Tenant, caller
+
+logger = logging.getLogger(__name__)
 
 DAY_S = 86400.0
 SAVE_S = CLAIM_TTL_S / 3
@@ -145,9 +148,10 @@ class Quotas:
 
     async def keep(self) -> None:
         """Save every few seconds, for ever; later if the store cannot be reached."""
+        attempts = Attempts(logger, "usage not saved", "usage saved again", expected=StoreUnavailable)
         while True:
             await asyncio.sleep(SAVE_S)
-            with suppress(StoreUnavailable):
+            with attempts:
                 await self.save()
 
     async def save(self) -> None:

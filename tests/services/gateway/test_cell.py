@@ -24,6 +24,7 @@ from avatar.store.claims import Place
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
+from services.gateway import cell as module
 from services.gateway.cell import Cell, main
 from services.local.processes import free_ports
 from tests.certificates import Authority
@@ -295,3 +296,22 @@ async def test_the_command_names_its_setting_where_redis_cannot_be_reached(
     with pytest.raises(SystemExit):
         await run_command(monkeypatch, "show", "east")
     assert "AVATAR_REDIS_URL" in capsys.readouterr().err
+
+
+async def test_an_unforeseen_error_does_not_end_the_reading_of_the_drain(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read, num_calls = asyncio.Event(), 0
+
+    async def fail_once(_: Cell) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise KeyError("own")
+        read.set()
+
+    monkeypatch.setattr(module, "READ_EVERY_S", 0.0)
+    monkeypatch.setattr(Cell, "read", fail_once)
+    async with Cell(GatewaySettings(), store.workers("main")).serving("here:1"), asyncio.timeout(30):
+        await read.wait()
+    assert [each.message for each in caplog.records if each.levelname == "ERROR"] == ["drain of the cell not read"]

@@ -334,3 +334,22 @@ async def test_without_tenants_the_store_is_not_used(
     async with quotas.streaming(claim(hashes)):
         await quotas.save()
     await quotas.release_session("a")
+
+
+async def test_an_unforeseen_error_does_not_end_the_saving(
+    usage: TenantUsage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved, num_calls = asyncio.Event(), 0
+
+    async def save(_: Quotas) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise KeyError("own")
+        saved.set()
+
+    monkeypatch.setattr(module, "SAVE_S", 0.0)
+    monkeypatch.setattr(Quotas, "save", save)
+    async with open_quotas(usage), asyncio.timeout(30):
+        await saved.wait()
+    assert [each.message for each in caplog.records if each.levelname == "ERROR"] == ["usage not saved"]
