@@ -71,7 +71,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "avatar.client": (
         *("avatar.aio", "avatar.errors", "avatar.rpc.channel", "avatar.rpc.status", "avatar.rpc.tls", "avatar.v1"),
     ),
-    "avatar.integrations": ("avatar.client",),
+    "avatar.integrations": ("avatar.aio", "avatar.client"),
     # Files and the command line.
     "avatar.media": ("avatar.audio", "avatar.vae"),
     "avatar.checkpoints.inspect": (

@@ -7,7 +7,9 @@
 The agent itself publishes the avatar's tracks: LiveKit's AvatarRunner runs in its process, between the agent's speech
 and the room. The runner passes speech and the end of each segment to `push_audio`, and interrupts with `clear_buffer`.
 It derives playback events from the generator's output: playback starts with a segment's first audio frame, the position
-is the amount of audio so far, and playback finishes with the AudioSegmentEnd.
+is the amount of audio so far, and playback finishes with the AudioSegmentEnd. With its first frame the runner publishes
+the tracks, and takes no other before somebody has subscribed: until then speech waits, as LiveKit's own output lets it,
+and idle frames are dropped.
 
 `video_generator` alone makes a session the avatar of a runner in another process:
 
@@ -141,21 +143,34 @@ class AvatarGenerator(VideoGenerator):
         self._video = session.video
         self._rate_hz = rate_hz
         self._channels = channels
+        self._num_cleared = 0
 
     async def push_audio(self, frame: rtc.AudioFrame | AudioSegmentEnd) -> None:
-        """Push speech, or end the turn. Raises ValueError if the format differs from the stream's."""
+        """Push speech, or end the turn, once the runner takes frames: somebody has subscribed then.
+
+        Speech that is cleared meanwhile is dropped. Raises ValueError if the format differs from the stream's.
+        """
+        if isinstance(frame, rtc.AudioFrame):
+            self._check_format(frame)
+        num_cleared = self._num_cleared
+        await self._frames.until_taken()
+        if self._num_cleared > num_cleared:
+            return
         if isinstance(frame, AudioSegmentEnd):
             await self._frames.stream.end_turn()
-            return
+        else:
+            await self._frames.stream.push(bytes(frame.data.cast("b")))
+
+    def _check_format(self, frame: rtc.AudioFrame) -> None:
         if (frame.sample_rate, frame.num_channels) != (self._rate_hz, self._channels):
             raise ValueError(
                 f"audio must have {self._rate_hz} Hz and {self._channels} channels, got {frame.sample_rate} Hz and"
                 f" {frame.num_channels}"
             )
-        await self._frames.stream.push(bytes(frame.data.cast("b")))
 
     async def clear_buffer(self) -> None:
         """Interrupt the speech. No earlier item is yielded any more, since the runner has stopped counting it."""
+        self._num_cleared += 1
         with suppress(AvatarError):  # the stream has ended, and so has the speech; iterating raises the error
             await self._frames.interrupt()
 

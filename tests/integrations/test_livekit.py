@@ -18,6 +18,7 @@ from livekit.agents.voice.avatar import AudioSegmentEnd, AvatarRunner, QueueAudi
 from livekit.agents.voice.io import PlaybackFinishedEvent
 
 from avatar.client import connect
+from avatar.client import stream as client_stream
 from avatar.errors import AvatarError, ConnectionLost
 from avatar.integrations.livekit import AvatarGenerator, AvatarSession, avatar_options, video_generator
 from avatar.store.sessions import SessionStore
@@ -29,11 +30,12 @@ PIECE_BYTES = 640 * 2
 
 
 class Publication:
-    def __init__(self, kind: int) -> None:
+    def __init__(self, kind: int, subscribed: asyncio.Event) -> None:
         self.kind = kind
+        self._subscribed = subscribed
 
     async def wait_for_subscription(self) -> None:
-        pass
+        await self._subscribed.wait()
 
 
 class Participant:
@@ -47,16 +49,19 @@ class Participant:
         self.track_publications: dict[str, Publication] = {}
 
     async def publish_track(self, track: Any, _: Any) -> Publication:
-        publication = self.track_publications[track.name] = Publication(track.kind)
+        publication = self.track_publications[track.name] = Publication(track.kind, self._room.subscribed)
         self._room.emit("local_track_published", publication, track)
         return publication
 
 
 class Room(rtc.EventEmitter[str]):
-    """The part of a room that the agent and the runner use; connected."""
+    """The part of a room that the agent and the runner use; connected. subscribed: set once a person subscribes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_person: bool = True) -> None:
         super().__init__()
+        self.subscribed = asyncio.Event()
+        if has_person:
+            self.subscribed.set()
         self.local_participant = Participant(self)
         self.remote_participants: dict[str, Any] = {}
 
@@ -78,6 +83,11 @@ def frames_of(data: bytes) -> list[rtc.AudioFrame]:
     return [rtc.AudioFrame(piece, RATE_HZ, 1, len(piece) // 2) for piece in pieces]
 
 
+async def push(generator: AvatarGenerator, *frames: rtc.AudioFrame | AudioSegmentEnd) -> None:
+    for frame in frames:
+        await generator.push_audio(frame)
+
+
 async def test_the_generator_has_livekits_interface() -> None:
     assert issubclass(AvatarGenerator, VideoGenerator)
     for name in ("push_audio", "clear_buffer", "__aiter__"):
@@ -87,10 +97,8 @@ async def test_the_generator_has_livekits_interface() -> None:
 
 async def test_speech_comes_out_with_its_frames_and_ends_with_its_segment(store: SessionStore) -> None:
     audio, num_video, num_audio = b"", 0, 0
-    async with generating(store) as (generator, _):
-        for frame in frames_of(speech(1.2)):
-            await generator.push_audio(frame)
-        await generator.push_audio(AudioSegmentEnd())
+    async with generating(store) as (generator, _), asyncio.TaskGroup() as tasks:
+        tasks.create_task(push(generator, *frames_of(speech(1.2)), AudioSegmentEnd()))
         async for item in generator:
             match item:
                 case rtc.VideoFrame():
@@ -109,8 +117,7 @@ async def test_speech_comes_out_with_its_frames_and_ends_with_its_segment(store:
 
 async def test_no_audio_of_a_cleared_frame_follows_it(store: SessionStore) -> None:
     async with generating(store) as (generator, _), asyncio.TaskGroup() as tasks:
-        for frame in frames_of(speech(2.0)):
-            await generator.push_audio(frame)
+        tasks.create_task(push(generator, *frames_of(speech(2.0))))
         items = aiter(generator)
         while not isinstance(await anext(items), rtc.AudioFrame):
             pass
@@ -161,6 +168,37 @@ async def test_the_runner_reports_what_was_played_and_what_was_cut_off(store: Se
     assert 1.2 <= whole.playback_position <= 1.2 + padding_s
     assert 0 < cut.playback_position < 4
     assert 0.5 <= after.playback_position <= 0.5 + padding_s
+
+
+async def test_speech_waits_for_the_first_subscriber(store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_stream, "MAX_QUEUED_ITEMS", 4)
+    output, room = QueueAudioOutput(sample_rate=RATE_HZ, wait_playback_start=True), Room(has_person=False)
+    finished: asyncio.Queue[PlaybackFinishedEvent] = asyncio.Queue()
+    output.on("playback_finished", finished.put_nowait)
+    async with standin_gateway(store, max_unread_s=0.5) as gateway, connect(gateway.target) as client:
+        session = await client.create(b"face")
+        async with video_generator(session, rate_hz=RATE_HZ) as generator:
+            options = avatar_options(session, rate_hz=RATE_HZ)
+            runner = AvatarRunner(room, audio_recv=output, video_gen=generator, options=options)  # type: ignore[arg-type]
+            await runner.start()
+            try:
+                for frame in frames_of(speech(8.0)):
+                    await output.capture_frame(frame)
+                output.flush()
+                await until(lambda: generator._frames.stream._next_frame > 40)
+                output.clear_buffer()
+                assert (await asyncio.wait_for(finished.get(), 20)).interrupted
+                for frame in frames_of(speech(0.2, seed=1)):
+                    await output.capture_frame(frame)
+                output.flush()
+                assert not gateway.audio.received.strip(b"\0")
+                room.subscribed.set()
+                whole = await asyncio.wait_for(finished.get(), 20)
+            finally:
+                await runner.aclose()
+    assert not whole.interrupted
+    assert whole.playback_position >= 0.2
+    assert bytes(gateway.audio.received).lstrip(b"\0").startswith(speech(0.2, seed=1).lstrip(b"\0"))
 
 
 @asynccontextmanager

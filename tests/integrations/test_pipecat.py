@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from loguru import logger
 from pipecat.frames.frames import (
     BotStoppedSpeakingFrame,
@@ -31,6 +32,8 @@ from pipecat.transports.base_output import BaseOutputTransport
 from pipecat.transports.base_transport import TransportParams
 from pipecat.workers.runner import WorkerRunner
 
+from avatar.client import stream as client_stream
+from avatar.integrations import frames as integration
 from avatar.integrations.pipecat import AvatarVideoService
 from avatar.store.sessions import SessionStore
 from tests.conftest import speech
@@ -112,11 +115,31 @@ class Sink(FrameProcessor):
         return [frame for frame in self.frames if isinstance(frame, kind)]
 
 
+class Gate(FrameProcessor):
+    """Takes no second image before it is opened, and lets whoever pushes frames wait."""
+
+    def __init__(self) -> None:
+        super().__init__(enable_direct_mode=True)
+        self.opened = asyncio.Event()
+        self.pts: list[int] = []
+
+    async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+        await super().process_frame(frame, direction)
+        if isinstance(frame, OutputImageRawFrame):
+            assert frame.pts
+            self.pts.append(frame.pts)
+            await self.opened.wait()
+        await self.push_frame(frame, direction)
+
+
 @asynccontextmanager
-async def bot(target: str) -> AsyncGenerator[tuple[PipelineWorker, Output, Sink], None]:
-    """Run a bot of the service and an output while the body runs, which ends with an EndFrame."""
+async def bot(target: str, *between: FrameProcessor) -> AsyncGenerator[tuple[PipelineWorker, Output, Sink], None]:
+    """Run a bot of the service and an output while the body runs, which ends with an EndFrame.
+
+    between: processors between the two.
+    """
     output, sink = Output(), Sink()
-    pipeline = Pipeline([AvatarVideoService(target, b"face"), output, sink])
+    pipeline = Pipeline([AvatarVideoService(target, b"face"), *between, output, sink])
     params = PipelineParams(audio_out_sample_rate=RATE_HZ)
     worker = PipelineWorker(pipeline, params=params, cancel_on_idle_timeout=False, enable_rtvi=False)
     has_started = asyncio.Event()
@@ -212,6 +235,25 @@ async def test_an_interruption_drops_speech_and_what_waits_for_it(store: Session
     assert len(sink.of(TTSStoppedFrame)) == 1
     assert len(sink.of(BotStoppedSpeakingFrame)) == 2
     assert output.num_images
+
+
+async def test_a_pipeline_that_takes_no_frames_for_long_goes_on_with_the_newest(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_stream, "MAX_QUEUED_ITEMS", 4)
+    monkeypatch.setattr(integration, "HELD_S", 1.0)
+    gate = Gate()
+    async with standin_gateway(store, max_unread_s=0.5) as gateway:
+        async with bot(gateway.target, gate) as (worker, output, _):
+            await until(lambda: gate.pts)
+            frames = gate.previous._frames
+            await until(lambda: frames.stream._next_frame > 40)
+            gate.opened.set()
+            await until(lambda: len(gate.pts) > 2)
+            await worker.queue_frames(answer(0.5))
+        assert output.played.count(1000) == RATE_HZ // 2
+    assert gate.pts[1] - gate.pts[0] >= 1e9, "what is older has been dropped"
+    assert gate.pts[2] - gate.pts[1] == 40_000_000
 
 
 async def test_an_end_waits_for_the_speech_and_a_cancel_does_not(store: SessionStore) -> None:
