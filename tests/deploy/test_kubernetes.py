@@ -83,9 +83,10 @@ def settings_of(variables: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name.startswith("AVATAR_")}
 
 
-@pytest.mark.parametrize("overlay", [path.name for path in OVERLAYS.iterdir()])
-def test_every_object_matches_kubernetes_schema(overlay: str, tmp_path: Path) -> None:
-    assert_valid(rendered(overlay), tmp_path)
+def test_every_object_matches_kubernetes_schema(tmp_path: Path) -> None:
+    """Overlays share most of their objects."""
+    distinct = {each for path in OVERLAYS.iterdir() for each in rendered(path.name).split("\n---\n")}
+    assert_valid("\n---\n".join(sorted(distinct)), tmp_path)
 
 
 def assert_valid(text: str, folder: Path) -> None:

@@ -23,10 +23,10 @@ PRELOADED = [
 ]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def preloaded_forkserver(request: pytest.FixtureRequest) -> None:
-    """Start the server that forks the processes of tests; it loads its modules while other tests run."""
-    if any(item.path.stem in STARTS_PROCESSES for item in request.session.items):
+    """Start the server that forks the processes of a file's tests, with the modules that they need."""
+    if request.path.stem in STARTS_PROCESSES:
         forkserver.set_forkserver_preload(PRELOADED)
         forkserver.ensure_running()
 
