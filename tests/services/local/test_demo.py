@@ -3,11 +3,22 @@
 import json
 import runpy
 import sys
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
 
+from avatar.settings import GatewaySettings
+from avatar.store.redis import RedisHashes
+from avatar.store.sessions import SessionStore
+from services.local import launch
+from services.local.launch import launched
+from services.local.processes import Suite, free_ports, start_redis, until_healthy
+from services.local.suite import suite
 from tests.conftest import ASSETS, write_speech
 from tests.services.voice.fakes import command
 
@@ -33,9 +44,33 @@ def frame_times(path: Path) -> list[float]:
         return [float(frame.time) for frame in video.decode(video=0) if frame.time is not None]
 
 
+@asynccontextmanager
+async def in_this_process(
+    checkpoint: Path, folder: Path, *, report: Callable[[str], object], **_: Any
+) -> AsyncGenerator[Suite, None]:
+    """Stand in for `launched`, without processes of its own but Redis."""
+    folder.mkdir()
+    [port] = free_ports(1)
+    async with Suite(folder, f"redis://127.0.0.1:{port}", {}) as processes:
+        await start_redis(processes, port)
+        await until_healthy(processes)
+        store = SessionStore(RedisHashes(processes.redis_url))
+        async with suite(checkpoint, store, GatewaySettings(listen="127.0.0.1:0")) as target:
+            report("gateway")
+            yield replace(processes, targets={"gateway": target})
+        await store.aclose()
+
+
+@pytest.mark.parametrize("launcher", [in_this_process, pytest.param(launched, marks=pytest.mark.slow)])
 def test_the_demo_makes_a_video_and_prints_measurements(
-    one_level: Path, wav: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    launcher: Any,
+    one_level: Path,
+    wav: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(launch, "launched", launcher)
     monkeypatch.delenv("AVATAR_REDIS_URL", raising=False)
     files = ("--speech", wav, "--portrait", PORTRAIT, "--checkpoint", one_level, "--out", tmp_path)
     run(monkeypatch, DEMO, *files)
