@@ -5,6 +5,7 @@ import inspect
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -12,6 +13,7 @@ pytest.importorskip("livekit.agents", reason="tests/integrations/requirements-li
 
 from livekit import rtc
 from livekit.agents import Agent, AgentSession, MetricsCollectedEvent
+from livekit.agents.ipc.mock_room import create_mock_room
 from livekit.agents.metrics.base import AvatarMetrics
 from livekit.agents.voice import avatar as livekit_avatar
 from livekit.agents.voice.avatar import AudioSegmentEnd, AvatarRunner, QueueAudioOutput, VideoGenerator
@@ -261,6 +263,30 @@ async def test_an_agent_speaks_through_its_avatar_and_can_be_interrupted(store: 
     assert joined.metadata
     assert joined.metadata.model_provider == "avatar-suite"
     assert len([each for each in played if each.playback_latency is not None]) >= 2
+
+
+async def test_the_lines_of_the_readme_give_an_agent_in_a_room_an_avatar(store: SessionStore) -> None:
+    room = create_mock_room()
+    published: list[str] = []
+
+    async def publish_track(track: Any, _: Any) -> Any:
+        published.append(track.name)
+        return create_autospec(rtc.LocalTrackPublication, instance=True)
+
+    room.local_participant.publish_track = publish_track
+    session: AgentSession[Any] = AgentSession()
+    async with standin_gateway(store) as gateway:
+        avatar = AvatarSession(gateway.target, b"face", rate_hz=RATE_HZ)
+        try:
+            await avatar.start(session, room=room)
+            await session.start(Agent(instructions="none"), room=room)
+            answer = session.say("An answer.", audio=audio_of(speech(0.4)))
+            await asyncio.wait_for(answer.wait_for_playout(), 20)
+        finally:
+            await session.aclose()
+            await avatar.aclose()
+        assert speech(0.4) in gateway.audio.received
+    assert published == ["avatar_audio", "avatar_video"], "the agent has no output of its own in the room"
 
 
 async def test_an_agent_goes_on_as_text_when_its_avatar_is_lost(store: SessionStore) -> None:
