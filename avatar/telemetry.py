@@ -50,6 +50,9 @@ WORKERS = _meter.create_gauge(
     "avatar.worker.answering", "{worker}", "Workers that answer at an address of the settings"
 )
 TEXT_DURATION = _durations("avatar.text.duration", "Embedding one prompt, or reading it from the store")
+TEXT_UNSPOKEN = _meter.create_counter(
+    "avatar.text.unspoken", "{turn}", "Turns whose text was not spoken to its end, and refused text, by reason"
+)
 VOICE_LATENCY = _durations("avatar.voice.latency", "From a sentence to its first sound")
 TIME_TO_FIRST_FRAME = _durations("avatar.time_to_first_frame", "From the first audio to the first frame")
 RPC_DURATION = _durations("rpc.server.call.duration", "Duration of inbound calls")

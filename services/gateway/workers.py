@@ -12,7 +12,8 @@ from typing import Any
 
 import grpc.aio
 
-from avatar.errors import AvatarError, ConfigMismatch, PromptUnsupported, StageLost
+from avatar import telemetry
+from avatar.errors import REASONS, AvatarError, ConfigMismatch, PromptUnsupported, StageLost
 from avatar.failover.discovery import Discovery
 from avatar.failover.pool import ANSWER_S, WorkerPool
 from avatar.rpc.client import stage_error
@@ -154,6 +155,10 @@ class Workers:
             if settings.voice
             else None
         )
+
+        if self.voice:
+            for reason in REASONS:
+                telemetry.TEXT_UNSPOKEN.add(0, {"reason": reason})
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator["Workers", None]:

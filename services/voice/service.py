@@ -32,6 +32,7 @@ LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 IDLE_S = 10.0
 # The longest sound of a sentence, in seconds: so much, and for each character. An engine that does not stop is broken.
 LONGEST_S, LONGEST_CHAR_S = 10.0, 0.5
+LABELS = {"service": "voice"}
 
 
 class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
@@ -46,6 +47,7 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
         self._capacity, self._idle_s = capacity, idle_s
         self._active = 0
         self._speed = Speed()
+        telemetry.SESSIONS_CAPACITY.add(capacity, LABELS)
         self.changed = asyncio.Event()
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -149,16 +151,15 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
         if self._active >= self._capacity or (limit is not None and self._active > limit):
             numbers = {"active": str(self._active), "capacity": str(self._capacity)}
             raise NoCapacity(f"this worker speaks {self._active} turns", metadata=numbers, retry_s=1.0)
-        labels = {"service": "voice"}
         self._active += 1
         self.changed.set()
-        telemetry.SESSIONS_ACTIVE.add(1, labels)
+        telemetry.SESSIONS_ACTIVE.add(1, LABELS)
         try:
             yield
         finally:
             self._active -= 1
             self.changed.set()
-            telemetry.SESSIONS_ACTIVE.add(-1, labels)
+            telemetry.SESSIONS_ACTIVE.add(-1, LABELS)
 
 
 class _Turn:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from avatar.errors import VoiceFailed
 from avatar.settings import MAX_TEXT_CHARS
@@ -209,13 +210,31 @@ async def test_text_up_to_the_limit_is_accepted_and_markup_is_text(store: Sessio
     assert engine.sentences == ['<break time="9s"/>Hi.', "a" * 10]
 
 
-async def test_a_failing_engine_ends_the_turn_and_not_the_stream(store: SessionStore) -> None:
+def unspoken(measured: InMemoryMetricReader) -> dict[str, int]:
+    """The number of turns whose text was not spoken, by reason."""
+    data = measured.get_metrics_data()
+    assert data is not None
+    return {
+        str((point.attributes or {})["reason"]): point.value
+        for resource in data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+        if metric.name == "avatar.text.unspoken"
+        for point in metric.data.data_points
+    }
+
+
+async def test_a_failing_engine_ends_the_turn_and_not_the_stream(
+    store: SessionStore, measured: InMemoryMetricReader
+) -> None:
     engine = ToneEngine()
     engine.failure, engine.failure_after = VoiceFailed("the speech endpoint refuses the key (status 401)"), 1
     async with talking(store, engine) as (stub, session):
+        before = unspoken(measured)
         call, _ = await open_stream(stub, session, mode=LIVE)
         await send(call, [say(TEXT)])
         notice = await until(call, "notice")
+        assert unspoken(measured) == {**before, "VOICE_FAILED": before["VOICE_FAILED"] + 1}
         assert (notice.kind, notice.reason, notice.turn) == (pb.Notice.KIND_TEXT_UNSPOKEN, "VOICE_FAILED", 0)
         assert notice.message == "the speech endpoint refuses the key (status 401)"
         engine.failure = None

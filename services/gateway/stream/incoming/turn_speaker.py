@@ -14,6 +14,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeAlias
 
+from avatar import telemetry
 from avatar.aio import WaitLimit, background
 from avatar.errors import AvatarError, InvalidText, NoCapacity, ProtocolOrder, QuotaExceeded, StageLost
 from avatar.failover.pool import Worker, WorkerPool
@@ -96,6 +97,7 @@ class TurnSpeaker:
             raise InvalidText.at("say.text", message)
 
     def _report(self, error: AvatarError, turn: int) -> None:
+        telemetry.TEXT_UNSPOKEN.add(1, {"reason": error.reason})
         message = error.message.removeprefix("voice: ")
         self._outbox.put(notice(api.Notice.KIND_TEXT_UNSPOKEN, message, reason=error.reason, turn=turn))
 
@@ -197,11 +199,12 @@ class TurnSpeaker:
                         base, position = base + shorter, position + shorter
                         text.num_spoken, text.spoken_samples = first_char + piece.num_chars, position
                         self._changed.set()
-        except TimeoutError as error:
-            raise StageLost("voice: a worker does not answer", metadata={"stage": "voice"}, retry_s=1.0) from error
-        except StageLost:
+        except (StageLost, TimeoutError) as error:
             worker.mark_lost()
-            raise
+            telemetry.STREAMS_REBUILT.add(1, {"stage": "voice"})
+            if isinstance(error, StageLost):
+                raise
+            raise StageLost("voice: a worker does not answer", metadata={"stage": "voice"}, retry_s=1.0) from error
         finally:
             worker.on_silence.discard(give_up)
             worker.load.num_own -= 1
