@@ -71,7 +71,7 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
     ) -> AsyncGenerator[pb.SpeakResponse, None]:
         opened: pb.OpenSpeak = await receive_open(requests)
         stream_format = _stream_format(opened)
-        self._check_language(opened.language)
+        language = self._language(opened.language)
         sentences: asyncio.Queue[Sentence | None] = asyncio.Queue()  # bounded by MAX_TEXT_CHARS
         turn, num_spoken, started_s = _Turn(stream_format), 0, time.monotonic()
         with self._slot(max_active(opened)):
@@ -80,7 +80,7 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
                 while sentence := await self._next(sentences, reading):
                     if sentence.spoken:
                         num_spoken += 1
-                        async with aclosing(self._speak(sentence, opened.language, turn)) as pieces:
+                        async with aclosing(self._speak(sentence, language, turn)) as pieces:
                             async for piece in pieces:
                                 yield pb.SpeakResponse(speech=piece)
                     turn.num_chars = sentence.end_char
@@ -88,6 +88,8 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
                 await asyncio.wait({reading})
                 if not reading.cancelled():
                     reading.result()
+            if num_spoken and not turn.num_samples:
+                raise self._failed("the speech engine made no sound: it may not speak the language or script")
             yield pb.SpeakResponse(closed=Closed(num_blocks=num_spoken, busy_s=time.monotonic() - started_s))
 
     async def _next(self, sentences: "asyncio.Queue[Sentence | None]", reading: asyncio.Task[None]) -> Sentence | None:
@@ -128,29 +130,42 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
             if is_first:
                 raise VoiceFailed("the speech engine made no sound")
         except VoiceFailed as error:
-            logger.warning("speech failed", extra={"engine": self._engine.name, "problem": error.message})
-            raise
+            raise self._failed(error.message) from error
         for piece in pieces(turn.format.encode(resample.finish())):
             yield piece
-        yield turn.piece(b"", start, words.finish((turn.num_samples - start) / turn.format.rate_hz))
+        if turn.num_samples > start:
+            yield turn.piece(b"", start, words.finish((turn.num_samples - start) / turn.format.rate_hz))
 
-    def _check_language(self, language: str) -> None:
-        """Raise InvalidText unless the engine speaks the language, or another region's of the same."""
+    def _failed(self, problem: str) -> VoiceFailed:
+        """Return the engine's failure, and log it."""
+        logger.warning("speech failed", extra={"engine": self._engine.name, "problem": problem})
+        return VoiceFailed(problem)
+
+    def _language(self, language: str) -> str:
+        """Return the engine's tag of a language, or else of the same in another region. InvalidText if it has none."""
         if not language:
-            return
+            return ""
         if not LANGUAGE.fullmatch(language):
             raise InvalidText.at("say.language", f"{language[:40]!r} is no BCP 47 tag, such as `en` or `pt-BR`")
-        known = {each.lower() for each in self._engine.languages}
-        if known and not known & {language.lower(), language.lower().partition("-")[0]}:
-            expected = ", ".join(self._engine.languages)
-            raise InvalidText.at("say.language", f"{language} is not spoken here, only {expected}")
+        known = self._engine.languages
+        if not known:
+            return language
+        wanted = language.lower()
+        for found in known:
+            if found.lower() == wanted:
+                return found
+        for found in known:
+            if found.lower().partition("-")[0] == wanted.partition("-")[0]:
+                return found
+        raise InvalidText.at("say.language", f"{language} is not spoken here, only {', '.join(known)}")
 
     @contextmanager
     def _slot(self, limit: int | None) -> Iterator[None]:
         """Count a stream while the body runs. NoCapacity, with the worker's real numbers, if it is refused."""
         if self._active >= self._capacity or (limit is not None and self._active > limit):
             numbers = {"active": str(self._active), "capacity": str(self._capacity)}
-            raise NoCapacity(f"this worker speaks {self._active} turns", metadata=numbers, retry_s=1.0)
+            taken = f"{self._active} of the {self._capacity} turns of this worker are taken"
+            raise NoCapacity(taken, metadata=numbers, retry_s=1.0)
         self._active += 1
         self.changed.set()
         telemetry.SESSIONS_ACTIVE.add(1, LABELS)

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from avatar.errors import VoiceFailed
 from avatar.settings import MAX_TEXT_CHARS
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
@@ -181,25 +179,15 @@ async def test_text_of_a_turn_that_is_over_is_discarded(store: SessionStore) -> 
     assert events(streamed, "notice") == []
 
 
-REFUSED = (
-    (say(""), "say.text: it is empty"),
-    (say("x" * (MAX_TEXT_CHARS + 1)), "10001 characters in turns that are not over, at most 10000 are accepted"),
-    (say("Later.", turn=99), "turn 99 has not begun, the current one is 2"),
-    (say("...", language="en"), "nothing to speak"),
-    (say("Guten Tag.", language="de"), "de is not spoken here, only en"),
-    (say("Hello.", language="--help"), "is no BCP 47 tag"),
-)
-
-
-async def test_text_that_cannot_be_spoken_is_reported_and_the_stream_goes_on(store: SessionStore) -> None:
-    async with talking(store, ToneEngine(["en"])) as (stub, session):
-        requests = [each for request, _ in REFUSED for each in (request, END_TURN)]
-        streamed = await stream(stub, [opening(session), *requests, say("Good day."), END_TURN, CLOSE])
-    notices = {each.turn: each for each in events(streamed, "notice")}
-    for turn, (_, message) in enumerate(REFUSED):
-        assert (notices[turn].kind, notices[turn].reason) == (pb.Notice.KIND_TEXT_UNSPOKEN, "INVALID_TEXT")
-        assert message in notices[turn].message
-    assert [each.spoken for each in events(streamed, "playback_finished")] == [""] * len(REFUSED) + ["Good day."]
+async def test_a_language_is_spoken_in_the_region_that_the_engine_has(store: SessionStore) -> None:
+    engine = ToneEngine(["en-US", "pt-BR"])
+    async with talking(store, engine) as (stub, session):
+        requests = [
+            each for tag in ("en", "EN-us", "en-AU", "pt") for each in (say("Good day.", language=tag), END_TURN)
+        ]
+        streamed = await stream(stub, [opening(session), *requests, CLOSE])
+    assert events(streamed, "notice") == []
+    assert engine.spoken_languages == ["en-US", "en-US", "en-US", "pt-BR"]
 
 
 async def test_text_up_to_the_limit_is_accepted_and_markup_is_text(store: SessionStore) -> None:
@@ -208,64 +196,6 @@ async def test_text_up_to_the_limit_is_accepted_and_markup_is_text(store: Sessio
     async with talking(store, engine) as (stub, session):
         await stream(stub, [opening(session), say(text), END_TURN, CLOSE])
     assert engine.sentences == ['<break time="9s"/>Hi.', "a" * 10]
-
-
-def unspoken(measured: InMemoryMetricReader) -> dict[str, int]:
-    """The number of turns whose text was not spoken, by reason."""
-    data = measured.get_metrics_data()
-    assert data is not None
-    return {
-        str((point.attributes or {})["reason"]): point.value
-        for resource in data.resource_metrics
-        for scope in resource.scope_metrics
-        for metric in scope.metrics
-        if metric.name == "avatar.text.unspoken"
-        for point in metric.data.data_points
-    }
-
-
-async def test_a_failing_engine_ends_the_turn_and_not_the_stream(
-    store: SessionStore, measured: InMemoryMetricReader
-) -> None:
-    engine = ToneEngine()
-    engine.failure, engine.failure_after = VoiceFailed("the speech endpoint refuses the key (status 401)"), 1
-    async with talking(store, engine) as (stub, session):
-        before = unspoken(measured)
-        call, _ = await open_stream(stub, session, mode=LIVE)
-        await send(call, [say(TEXT)])
-        notice = await until(call, "notice")
-        assert unspoken(measured) == {**before, "VOICE_FAILED": before["VOICE_FAILED"] + 1}
-        assert (notice.kind, notice.reason, notice.turn) == (pb.Notice.KIND_TEXT_UNSPOKEN, "VOICE_FAILED", 0)
-        assert notice.message == "the speech endpoint refuses the key (status 401)"
-        engine.failure = None
-        await send(call, [say("More of it."), END_TURN, say("Good day."), END_TURN])
-        first = await until(call, "playback_finished")
-        assert (first.position_us, TEXT.startswith(first.spoken)) == (200_000, True)
-        assert (await until(call, "playback_finished")).spoken == "Good day."
-        await finish(call)
-    assert "More of it." not in engine.sentences
-
-
-async def test_an_offline_stream_whose_voice_fails_ends_as_one_without_audio(store: SessionStore) -> None:
-    engine = ToneEngine()
-    engine.failure = VoiceFailed("broken")
-    async with talking(store, engine) as (stub, session):
-        call, _ = await open_stream(stub, session)
-        await send(call, [say(TEXT), END_TURN, CLOSE])
-        streamed = Streamed()
-        for response in await rest(call):
-            streamed.add(response)
-    assert [each.reason for each in events(streamed, "notice")] == ["VOICE_FAILED"]
-    assert streamed.frames == []
-
-
-async def test_a_deployment_without_a_voice_refuses_text(store: SessionStore) -> None:
-    async with standin_gateway(store) as gateway, connected(gateway.target) as stub:
-        capabilities = await stub.GetCapabilities(pb.GetCapabilitiesRequest())
-        assert (capabilities.voice, capabilities.max_text_chars) == (False, 0)
-        session = await new_session(stub, b"picture")
-        async with refused("VOICE_UNSUPPORTED"):
-            await stream(stub, [opening(session.id), say(TEXT), CLOSE])
 
 
 async def test_capabilities_describe_the_voice(store: SessionStore) -> None:

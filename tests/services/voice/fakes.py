@@ -4,7 +4,7 @@ import asyncio
 import json
 import shlex
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ def pcm16(samples: Samples) -> bytes:
 class ToneEngine:
     """Speaks with `spoken`, in parts of `part_s`, and records the sentences that it begins and all parts that it makes.
 
-    char_s: seconds of a character. failure: raised by the next sentences, after `failure_after` parts. before: awaited
-    before each part.
+    char_s: seconds of a character. mute: sentences that it makes no sound of. failure: raised by the next sentences,
+    after `failure_after` parts. before: awaited before each part.
     """
 
     name = "tone"
@@ -49,6 +49,7 @@ class ToneEngine:
         self.spoken_languages: list[str] = []
         self.num_parts = 0
         self.char_s = CHAR_S
+        self.mute: Collection[str] = ()
         self.failure: VoiceFailed | None = None
         self.failure_after = 0
         self.before: Callable[[], Awaitable[Any]] | None = None
@@ -57,6 +58,9 @@ class ToneEngine:
     async def speak(self, sentence: str, language: str) -> AsyncGenerator[Sound, None]:
         self.sentences.append(sentence)
         self.spoken_languages.append(language)
+        if sentence in self.mute:
+            yield Sound(np.zeros(0, np.float32), RATE_HZ, is_last=True)
+            return
         samples = spoken(sentence, char_s=self.char_s)
         for at, start in enumerate(range(0, len(samples), self._part)):
             if self.before:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from avatar import telemetry
 from avatar.aio import WaitLimit, background
-from avatar.errors import AvatarError, InvalidText, NoCapacity, ProtocolOrder, QuotaExceeded, StageLost
+from avatar.errors import AvatarError, InvalidText, NoCapacity, ProtocolOrder, QuotaExceeded, StageLost, VoiceFailed
 from avatar.failover.pool import Worker, WorkerPool
 from avatar.rpc.client import RemoteStage, remote_voice
 from avatar.settings import MAX_TEXT_CHARS
@@ -98,7 +98,9 @@ class TurnSpeaker:
 
     def _report(self, error: AvatarError, turn: int) -> None:
         telemetry.TEXT_UNSPOKEN.add(1, {"reason": error.reason})
-        message = error.message.removeprefix("voice: ")
+        message = error.message
+        if isinstance(error, InvalidText | VoiceFailed):  # others are the worker's, and say so
+            message = message.removeprefix("voice: ")
         self._outbox.put(notice(api.Notice.KIND_TEXT_UNSPOKEN, message, reason=error.reason, turn=turn))
 
     def end_turn(self) -> None:
