@@ -31,7 +31,7 @@ from web.page_requests import (
     refusal,
 )
 from web.playout import RATE_HZ
-from web.words import error_words, lag_words, places_words
+from web.words import form_words, lag_words, places_words
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class PageServer:
             return refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
         except AvatarError as error:
             logger.info("a form of the page failed", extra={"reason": error.reason, **stage_of(error)})
-            return refusal(STATUS.get(type(error), HTTPStatus.BAD_REQUEST), error_words(error))
+            return refusal(STATUS.get(type(error), HTTPStatus.BAD_REQUEST), form_words(error))
         except ValueError as error:
             return refusal(HTTPStatus.BAD_REQUEST, f"The form is invalid: {error}.")
 

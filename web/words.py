@@ -4,6 +4,7 @@ The gateway's own messages name workers, fields and limits; they are for those w
 """
 
 import math
+import re
 
 from avatar.client import AvatarError, Notice, NoticeKind
 from avatar.errors import (
@@ -29,6 +30,13 @@ NOTICES = {
     NoticeKind.AUDIO_REFUSED: "More speech came than can wait, and a part of it was dropped. Send less at a time.",
     NoticeKind.SLOW_READER: "This browser does not keep up with the video. Close other pages.",
 }
+# By a part of the refusal. Other refusals name numbers that a person understands.
+PICTURE_FAULTS = {
+    "damaged": "it is damaged",
+    "too large": "it is too large",
+    "too long to decode": "it takes too long to open",
+    "too narrow": "it is too narrow",
+}
 
 
 def error_words(error: AvatarError) -> str:
@@ -49,8 +57,19 @@ def error_words(error: AvatarError) -> str:
 
 def picture_words(description: str) -> str:
     """Return what is wrong with a picture. description: the gateway's, such as `too small: 8x8, expected ...; ...`."""
-    fault = "damaged" if description.startswith("damaged") else description.partition(";")[0]
-    return f"This picture cannot be used: it is {fault}. Choose another one."
+    fault = description.partition(";")[0]
+    if re.match(r"not a |too small: \d|too large: (\d|at most)", fault):
+        words = f"it is {fault}"
+    else:
+        words = next((words for part, words in PICTURE_FAULTS.items() if part in description), "")
+    return f"This picture cannot be used{words and ': '}{words}. Choose another one."
+
+
+def form_words(error: AvatarError) -> str:
+    """Return why a picture cannot be checked, or a session not be created, before it needs a place."""
+    if isinstance(error, NoCapacity):
+        return places_words("The picture cannot be read, because the server is busy", error.retry_s)
+    return error_words(error)
 
 
 def places_words(fault: str, retry_s: float | None = None) -> str:

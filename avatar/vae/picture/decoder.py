@@ -318,8 +318,7 @@ def pillow_errors() -> Iterator[None]:
         except UnidentifiedImageError as error:
             raise ValueError(f"not a {NAMES} picture; send the bytes of such a file") from error
         except Image.DecompressionBombError as error:
-            accepted = f"at most {MAX_PIXELS // 10**6} megapixels are accepted"
-            raise ValueError(f"too large: {accepted}: {error}") from error
+            raise ValueError(f"too large: at most {MAX_PIXELS // 10**6} megapixels are accepted") from error
         except MemoryError as error:
             raise ValueError(
                 f"too large: it needs more than {MEMORY_BYTES >> 20} MiB of memory to decode; send a smaller one"
