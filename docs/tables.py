@@ -14,7 +14,7 @@ from opentelemetry import metrics
 
 from avatar import settings, telemetry
 from avatar.checkpoints.inspect import sizing_of
-from avatar.checkpoints.sizing import H100, SIZES, SPEEDS, WAN, audio_work, placements
+from avatar.checkpoints.sizing import H100, SIZES, SPEEDS, WAN, audio_work, in_brackets, placements
 from avatar.denoiser.config import base
 from avatar.denoiser.model import Network
 from avatar.settings import PREFIX, Settings
@@ -114,13 +114,17 @@ def devices_table() -> str:
         placed = placements(num_devices, network.config.num_levels)
         for width, height in SIZES:
             sizing = sizing_of(network, height // 8, width // 8, WAN, audio_work(24, 1024), CODER_BYTES)
+            both = sizing, sizing.with_float8_window()
             rates = [sizing.frame_rate_hz(placed, H100, **speed) for speed in SPEEDS.values()]
             lines.append(
                 [
                     f"{num_devices}",
                     f"{width}x{height}",
-                    f"{max(sizing.session_bytes(each) for each in placed) / 1e9:.1f}",
-                    *(f"{sizing.sessions_that_fit(placed, memory * 1e9)}" for memory in MEMORIES_GB),
+                    in_brackets(*(f"{max(map(each.session_bytes, placed)) / 1e9:.1f}" for each in both)),
+                    *(
+                        in_brackets(*(f"{each.sessions_that_fit(placed, memory * 1e9)}" for each in both))
+                        for memory in MEMORIES_GB
+                    ),
                     *(f"**{rate:.0f}**" if rate >= FRAME_RATE_HZ else f"{rate:.0f}" for rate in rates),
                 ]
             )

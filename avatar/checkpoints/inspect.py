@@ -199,7 +199,8 @@ def sizing_of(
     """Return the sizing of videos of height x width latents. coder_bytes: as of `Sizing`."""
     weights = sum(each.nbytes for each in network.state_dict().values())
     memory = Denoiser(network, network.config, 0).memory(height, width)
-    return Sizing(network.config, height, width, weights, *memory, decoder, audio, coder_bytes)
+    float8_bytes, _ = Denoiser(network, network.config, 0, kv_dtype=FLOAT8).memory(height, width)
+    return Sizing(network.config, height, width, weights, *memory, decoder, audio, coder_bytes, float8_bytes)
 
 
 def decoder_costs(part: Part) -> DecoderCost:

@@ -15,7 +15,7 @@ Axes of sizes: height and width of latents.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from avatar.denoiser.attention import MOTION_GROUPS, grid_size
 from avatar.denoiser.config import NetworkConfig
@@ -24,8 +24,9 @@ from avatar.types import FRAME_RATE_HZ
 # Passes over a block's hidden state that a layer's elementwise operators make, audio injections included: counted, and
 # estimated where torch.compile fuses them.
 EAGER_PASSES, COMPILED_PASSES = 69.4, 54
-# Widths and heights of videos to choose from; the largest is the one that the public weights are used with.
-SIZES = ((704, 384), (512, 384), (512, 320), (384, 256))
+# Widths and heights of videos to choose from; the largest is the one that the public weights are used with. An upright
+# video costs what it costs lying.
+SIZES = ((704, 384), (512, 512), (512, 384), (448, 448), (512, 320), (320, 320), (384, 256))
 # Bytes of a number in bfloat16.
 BF16 = 2
 # Launches, copies to the device and waits of a step that nothing hides.
@@ -198,7 +199,8 @@ class Sizing:
     """A checkpoint at one size of its videos.
 
     network_bytes: weights of the network, once a process. level_bytes, shared_bytes: a session's memory at a level, and
-    once for all levels of a process. coder_bytes: weights of decoder and audio encoder.
+    once for all levels of a process. coder_bytes: weights of decoder and audio encoder. float8_level_bytes: a session's
+    memory at a level with a float8 window (AVATAR_KV_DTYPE).
     """
 
     config: NetworkConfig
@@ -210,6 +212,11 @@ class Sizing:
     decoder: DecoderCost = field(default_factory=DecoderCost)
     audio: Work = field(default_factory=Work)
     coder_bytes: float = 0.0
+    float8_level_bytes: float = 0.0
+
+    def with_float8_window(self) -> "Sizing":
+        """Return the sizing of sessions with a float8 window."""
+        return replace(self, level_bytes=self.float8_level_bytes)
 
     def session_bytes(self, placement: Placement) -> float:
         """Return a session's memory on a device."""
@@ -254,6 +261,17 @@ class Sizing:
 SPEEDS = {"eager": {}, "compiled": {"compiled": True}, "float8": {"compiled": True, "float8": True}}
 
 
+# Below the table of `deployment`.
+LEGEND = (
+    "",
+    "a session, GB   its memory on the fullest device, in 10^9 bytes; in brackets with AVATAR_KV_DTYPE=float8_e4m3fn",
+    "sessions fit    by memory, at a time; in brackets likewise",
+    f"in time         live sessions that keep {FRAME_RATE_HZ} a second, eager, in {LIVE_SHARE} of a device's time;",
+    "                one that is alone may have all of it",
+    "eager, compiled, float8   frames a second of one session; float8 is of matrix products, and compiled too",
+)
+
+
 def deployment(sizings: Mapping[str, Sizing], num_devices: int, memory_bytes: float, gpu: Gpu = H100) -> Iterator[str]:
     """Yield the lines that say what fits on devices of so much memory, and the frame rates that the counts allow.
 
@@ -268,13 +286,19 @@ def deployment(sizings: Mapping[str, Sizing], num_devices: int, memory_bytes: fl
         yield f"device {number}  {', '.join([*levels, *['decoder, audio encoder'] * each.has_decoder])}"
     yield ""
     yield f"frames a second of a session: an estimate from counts for an {gpu.name}; it has not run on a GPU"
-    yield f"{'video':10}" + "".join(f"{head:>14}" for head in ("a session", "sessions fit", "in time", *SPEEDS))
+    yield f"{'video':10}" + "".join(f"{head:>14}" for head in ("a session, GB", "sessions fit", "in time", *SPEEDS))
     for name, sizing in sizings.items():
-        session_bytes = max(sizing.session_bytes(each) for each in placed)
+        both = sizing, sizing.with_float8_window()
         cells = (
-            f"{session_bytes / 1e9:.2f} GB",
-            str(sizing.sessions_that_fit(placed, memory_bytes)),
+            in_brackets(*(f"{max(map(each.session_bytes, placed)) / 1e9:.1f}" for each in both)),
+            in_brackets(*(str(each.sessions_that_fit(placed, memory_bytes)) for each in both)),
             str(sizing.live_sessions(placed, gpu)),
             *(f"{sizing.frame_rate_hz(placed, gpu, **speed):.1f}" for speed in SPEEDS.values()),
         )
         yield f"{name:10}" + "".join(f"{cell:>14}" for cell in cells)
+    yield from LEGEND
+
+
+def in_brackets(value: str, float8: str) -> str:
+    """Return a value, and in brackets the one with a float8 window."""
+    return f"{value} ({float8})"

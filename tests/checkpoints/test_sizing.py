@@ -1,5 +1,6 @@
 """Tests of avatar.checkpoints.sizing: its counts are those of the network, and those that were audited."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from avatar.vae.picture.rule import PictureRule
 from avatar.vae.tiny_decoder import TinyDecoder, TinyDecoderCodec, TinyDecoderConfig
 from avatar.vae.vae import Vae, VaeConfig
 from avatar.vae.wan import WanCodec, WanConfig
+from services.local.processes import ROOT
 from tests.denoiser.test_step_costs import STEP
 from tests.deploy.test_compose import DEVICES, given, of
 from tests.published import ADAPTER, small
@@ -53,6 +55,37 @@ def tera(flops: float) -> float:
 )
 def test_a_step_of_the_public_network_has_its_audited_operations(width: int, height: int, flops: float) -> None:
     assert tera(step_work(base(), height // 8, width // 8).flops) == pytest.approx(flops, abs=0.1)
+
+
+@pytest.mark.parametrize(("width", "height"), sizing.SIZES)
+def test_an_upright_video_costs_what_it_costs_lying(width: int, height: int) -> None:
+    lying, upright = public(width, height), public(height, width)
+    assert step_work(base(), height // 8, width // 8) == step_work(base(), width // 8, height // 8)
+    for each in ((0, 1, 2, 3), (0,), ()):
+        placement = Placement(each, has_decoder=True)
+        assert lying.session_bytes(placement) == upright.session_bytes(placement)
+
+
+def test_the_sizes_of_profiles_are_in_the_guides_table() -> None:
+    served = {
+        tuple(map(int, size.split("x")))
+        for profile in DEVICES
+        for service in of(profile).values()
+        for size in given(service).get("AVATAR_SIZES", "").split(",")
+        if size
+    }
+    assert {max(size, size[::-1]) for size in served} <= {*sizing.SIZES}
+
+
+def test_the_benchmark_expects_a_levels_memory_by_its_cache() -> None:
+    """That of the sizing guide: a state of a level has no text, which its session's levels share."""
+    with torch.device("meta"):
+        network = Network(base()).bfloat16()
+    state_bytes, _ = Denoiser(network, network.config, 1).memory(*SIZE)
+    text = f"{state_bytes / 1e9:.2f}"
+    (row,) = re.findall(r"^\| `memory` .*$", (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f" {text} GB each" in row
+    assert f"| **a session and level** | **{text}**" in (ROOT / "docs/operations/sizing.md").read_text(encoding="utf-8")
 
 
 def test_matrix_products_attention_and_prefill_have_their_audited_shares() -> None:
@@ -184,8 +217,10 @@ def test_inspect_says_what_fits_on_devices(published: Path, capsys: pytest.Captu
     assert "device 1  levels 2, 3, decoder, audio encoder" in lines
     assert any("an estimate from counts for an H100; it has not run on a GPU" in line for line in lines)
     (row,) = (line.split() for line in lines if line.startswith("704x384 "))
-    assert len(row) == 8
-    assert float(row[5]) < float(row[6])
+    assert len(row) == 9
+    assert float(row[6]) < float(row[7])
+    for column in ("a session, GB", "sessions fit", "in time", "eager", "compiled", "float8"):
+        assert column in "\n".join(lines[-5:]), "explained below the table"
     with pytest.raises(SystemExit, match="1 to 5 devices, got 9"):
         main(["inspect", str(published), "--devices", "9"])
 
