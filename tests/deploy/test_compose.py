@@ -167,6 +167,22 @@ def test_the_dockerfile_builds_every_image(name: str) -> None:
         assert f'version = "{OURS[name]["image"].partition(":")[2]}"' in file.read()
 
 
+def test_no_registry_is_asked_for_our_images() -> None:
+    assert {name: service["pull_policy"] for name, service in OURS.items()} == dict.fromkeys(OURS, "build")
+
+
+def test_gateways_wait_for_weights_of_devices() -> None:
+    waits = {profile: given(gateway_of(profile)).get("AVATAR_REBUILD_S") for profile in RUNNING}
+    assert waits == {"cpu": None, **dict.fromkeys(DEVICES, "300")}
+
+
+def test_redis_refuses_before_it_is_killed() -> None:
+    redis = ALL["redis"]
+    options = dict(zip(redis["command"][1::2], redis["command"][2::2], strict=True))
+    assert options["--maxmemory-policy"] == "noeviction"
+    assert int(options["--maxmemory"].removesuffix("gb")) < int(redis["mem_limit"].removesuffix("g"))
+
+
 def test_mounted_files_exist() -> None:
     volumes = [volume for service in ALL.values() for volume in service.get("volumes", [])]
     folders = {volume.partition(":")[0] for volume in volumes if volume.startswith(".")}
