@@ -25,28 +25,41 @@ from tests.chaos.speaker import speaking
 from tests.chaos.suite import GATEWAYS, REDIS, WORKERS, ChaosSuite, chaos_suite
 from tests.conftest import ASSETS, speech, write_checkpoint
 from tests.services.test_suite import rendered
+from tests.services.voice.fakes import command, spoken_by
 
 PORTRAIT, LOGS = ASSETS / "portrait.png", ROOT / "out/chaos"
-PIECE_BYTES, PIECE_S = 3840, 0.12
+PIECE_BYTES = 3840
 SPEECH_S = 14.4
+# Spoken in 14 s.
+SENTENCES = [f"This is number {number} of my sentences." for number in range(8)]
 SEEDS = range(3)
+# Of every four sessions, the one that sends text.
+TEXT_NUMBER = 2
 # Ranges of the duration of a fault and of the pause after it, in seconds; in a pause the store is restored completely.
 FAULT_S, PAUSE_S = (0.5, 10.0), (4.0, 8.0)
 
 
 async def stream_sessions(
-    suite: ChaosSuite, report: Report, expected: list[list[bytes]], number: int, until_s: float
+    suite: ChaosSuite,
+    report: Report,
+    pieces: Sequence[bytes | str],
+    expected: list[list[bytes]],
+    number: int,
+    until_s: float,
 ) -> None:
-    """Stream one session after another at the pace of speech. Sessions of odd numbers are live."""
+    """Stream one session after another at the pace of speech. Sessions of odd numbers are live.
+
+    pieces: of audio or text. expected: frames of each seed without faults.
+    """
     picture, live, draw = PORTRAIT.read_bytes(), number % 2 == 1, random.Random(number)
     while time.monotonic() < until_s:
         started_s, seed, is_open = time.monotonic(), draw.choice(SEEDS), False
         try:
             async with speaking(suite.target, picture, seed=seed, live=live) as speaker:
-                is_open, data = True, speech(SPEECH_S)
-                for start in range(0, len(data), PIECE_BYTES):
-                    await speaker.say(data[start : start + PIECE_BYTES])
-                    await asyncio.sleep(PIECE_S)
+                is_open = True
+                for piece in pieces:
+                    await speaker.say(piece)
+                    await asyncio.sleep(SPEECH_S / len(pieces))
                 await speaker.finish()
                 report.add_session(speaker, started_s, None if live else expected[seed])
         except (AvatarError, TimeoutError) as error:
@@ -80,13 +93,18 @@ async def run(folder: Path, minutes: float, seed: int, num_sessions: int, faults
     """Run sessions and faults over a small checkpoint of random weights; return the report."""
     checkpoint, report = folder / "checkpoint", Report()
     write_checkpoint(checkpoint)
-    expected = [rendered(checkpoint, PORTRAIT.read_bytes(), speech(SPEECH_S), each) for each in SEEDS]
+    data, portrait = speech(SPEECH_S), PORTRAIT.read_bytes()
+    spoken = await spoken_by(command(folder), *SENTENCES)
+    of_audio, of_text = [[rendered(checkpoint, portrait, each, seed) for seed in SEEDS] for each in (data, spoken)]
+    audio = [data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES)]
+    text = [f"{word} " for word in " ".join(SENTENCES).split()]
     shutil.rmtree(LOGS, ignore_errors=True)
     async with chaos_suite(checkpoint, LOGS) as suite:
         until_s = time.monotonic() + 60 * minutes
         async with asyncio.TaskGroup() as tasks:
             for number in range(num_sessions):
-                tasks.create_task(stream_sessions(suite, report, expected, number, until_s))
+                pieces, expected = (text, of_text) if number % 4 == TEXT_NUMBER else (audio, of_audio)
+                tasks.create_task(stream_sessions(suite, report, pieces, expected, number, until_s))
             tasks.create_task(inject_faults(suite, report, faults, random.Random(seed), until_s))
         try:
             await suite.until_idle()
@@ -102,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="of the faults")
-    parser.add_argument("--sessions", type=int, default=4, help="concurrent ones; every other one is live")
+    parser.add_argument("--sessions", type=int, default=4, help="every other one is live, one in four sends text")
     parser.add_argument("--only", default="", help="faults to inject, such as `kill` or `freeze vae`; by default all")
     flags = parser.parse_args()
     faults = [fault for fault in FAULTS if flags.only in str(fault)]

@@ -69,9 +69,12 @@ class Speaker:
         times = [frame.time_s for frame in self.received]
         return max((b - a for a, b in pairwise(times) if b > start_s and a < end_s), default=0.0)
 
-    async def say(self, data: bytes) -> None:
-        """Send audio."""
-        await self._stream.push(data)
+    async def say(self, speech: bytes | str) -> None:
+        """Send audio or text."""
+        if isinstance(speech, str):
+            await self._stream.say(speech)
+        else:
+            await self._stream.push(speech)
 
     async def listen(self, data: bytes) -> None:
         """Send audio of the other person."""

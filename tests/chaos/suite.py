@@ -14,8 +14,9 @@ from redis.asyncio import Redis
 from services.local.processes import Suite, free_ports, start_redis, until_healthy
 from tests.proxy import Proxy, proxied
 from tests.services.local.test_launch import active_streams
+from tests.services.voice.fakes import command
 
-WORKERS = {stage: (f"{stage}-0", f"{stage}-1") for stage in ("audio", "denoiser", "vae")}
+WORKERS = {stage: (f"{stage}-0", f"{stage}-1") for stage in ("audio", "denoiser", "vae", "voice")}
 GATEWAYS = ("gateway-0", "gateway-1")
 REDIS = "redis"
 # A draining process ends its streams after a second. The stall timeout is long, so that a worker of a busy machine does
@@ -44,6 +45,11 @@ class ChaosSuite:
     def target(self) -> str:
         """Both gateways as one address: a client falls back to the second."""
         return "ipv4:" + ",".join(self.proxies[name].target for name in GATEWAYS)
+
+    @property
+    def voice_command(self) -> str:
+        """The command that speaks at the voice workers."""
+        return command(self.suite.folder)
 
     async def start(self, name: str) -> None:
         """Start a process. The log of an earlier one of this name is kept under its process id."""
@@ -102,13 +108,15 @@ class ChaosSuite:
         """Return the settings of a worker or a gateway."""
         own = {"AVATAR_LISTEN": self.suite.targets[name], "AVATAR_REDIS_URL": self.suite.redis_url}
         if name not in GATEWAYS:
-            return {**own, "AVATAR_CHECKPOINT": str(self.checkpoint.absolute()), **WORKER}
+            voice = {"AVATAR_VOICE_COMMAND": self.voice_command} if name in WORKERS["voice"] else {}
+            return {**own, "AVATAR_CHECKPOINT": str(self.checkpoint.absolute()), **WORKER, **voice}
         through = {stage: ",".join(self.proxies[worker].target for worker in WORKERS[stage]) for stage in WORKERS}
         return {
             **own,
             "AVATAR_AUDIO": through["audio"],
             "AVATAR_DENOISERS": through["denoiser"],
             "AVATAR_VAE": through["vae"],
+            "AVATAR_VOICE": through["voice"],
             **GATEWAY,
         }
 

@@ -21,6 +21,7 @@ from tests.chaos.speaker import Speaker, distance, num_frames, speaking
 from tests.chaos.suite import REDIS, ChaosSuite, chaos_suite
 from tests.conftest import speech
 from tests.services.test_suite import rendered
+from tests.services.voice.fakes import spoken_by
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -37,7 +38,13 @@ ONCE = [
     Fault("drain", "gateway"),
 ]
 ATTACKS = [fault for fault in FAULTS if fault.is_attack]
-OTHERS = [fault for fault in FAULTS if fault not in (*ONCE, *ATTACKS) and fault.service != REDIS]
+OTHERS = [fault for fault in FAULTS if fault not in (*ONCE, *ATTACKS) and fault.service not in (REDIS, "voice")]
+SENTENCES = ("Good day to you all.", "My name is Ada.", "I go on.")
+VOICE = [
+    pytest.param(fault, marks=[] if fault.kind == "kill" else [pytest.mark.slow], id=str(fault))
+    for fault in FAULTS
+    if fault.service == "voice"
+]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -135,6 +142,23 @@ async def test_sessions_of_a_lost_process_continue_at_another_and_others_are_not
         assert abs(num_frames(NUM_BLOCKS) - len(speaker.received)) <= MAX_UNREAD_FRAMES
     else:
         assert speaker.pixels == undisturbed(SECONDS)
+
+
+@pytest.mark.parametrize("fault", VOICE)
+async def test_text_goes_on_at_another_voice_worker(
+    suite: ChaosSuite, checkpoint: Path, picture: bytes, fault: Fault
+) -> None:
+    await suite.until_healthy(fault.service)
+    audio = await spoken_by(suite.voice_command, *SENTENCES)
+    async with speaker_and_processes(suite, picture) as (speaker, _):
+        await speaker.say(f"{SENTENCES[0]} ")
+        await speaker.until(num_frames(1))
+        name = next(name for name, count in (await suite.active()).items() if count and name.startswith("voice"))
+        async with fault.at(suite, name):
+            await speaker.say(" ".join(SENTENCES[1:]))
+            await speaker.finish()
+    assert (speaker.num_lost, speaker.num_repeated, speaker.jumps) == (0, 0, [])
+    assert speaker.pixels == rendered(checkpoint, picture, audio, SEED)
 
 
 @pytest.mark.slow

@@ -2,14 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from avatar.client import Audio, Frame, PlaybackFinished, Stream, WordStarted, connect
 from avatar.settings import GatewaySettings, VoiceSettings
 from avatar.store.sessions import SessionStore
 from services.local.suite import suite
-from services.voice.engines import Command
-from tests.services.voice.fakes import command
+from tests.services.voice.fakes import command, spoken_by
 
 TEXT = "Good day. I am Ada."
 
@@ -35,10 +32,7 @@ async def test_text_gives_the_frames_that_its_speech_gives(
 ) -> None:
     line = command(tmp_path)
     voice = VoiceSettings(voice_command=line)
-    speech = b""
-    for sentence in ("Good day.", "I am Ada."):
-        async for sound in Command(line, (), 10).speak(sentence, ""):
-            speech += np.round(sound.samples * 32767).astype("<i2").tobytes()
+    speech = await spoken_by(line, "Good day.", "I am Ada.")
     async with (
         suite(checkpoint, store, GatewaySettings(listen="127.0.0.1:0"), voice=voice) as target,
         connect(target) as avatar,

@@ -14,7 +14,16 @@ import pytest
 import pytest_asyncio
 
 from avatar.rpc.channel import channel
-from avatar.worker.v1 import audio_pb2, audio_pb2_grpc, denoiser_pb2, denoiser_pb2_grpc, vae_pb2, vae_pb2_grpc
+from avatar.worker.v1 import (
+    audio_pb2,
+    audio_pb2_grpc,
+    denoiser_pb2,
+    denoiser_pb2_grpc,
+    vae_pb2,
+    vae_pb2_grpc,
+    voice_pb2,
+    voice_pb2_grpc,
+)
 from docs.tables import instruments
 from services.local.launch import launched
 from services.local.processes import Suite
@@ -55,6 +64,7 @@ async def active_streams(suite: Suite) -> dict[str, int]:
         "audio": (audio_pb2_grpc.AudioServiceStub, audio_pb2.AudioServiceGetInfoRequest()),
         "denoiser": (denoiser_pb2_grpc.DenoiserServiceStub, denoiser_pb2.DenoiserServiceGetInfoRequest()),
         "vae": (vae_pb2_grpc.VaeServiceStub, vae_pb2.VaeServiceGetInfoRequest()),
+        "voice": (voice_pb2_grpc.VoiceServiceStub, voice_pb2.VoiceServiceGetInfoRequest()),
     }
     active = {}
     for name, target in suite.targets.items():

@@ -16,7 +16,7 @@ from avatar.errors import VoiceFailed
 from avatar.rpc.server import serving
 from avatar.store.sessions import SessionStore
 from services.registration import registered
-from services.voice.engines import Sound
+from services.voice.engines import Command, Sound
 from services.voice.service import IDLE_S, VoiceServicer
 from services.voice.sound import Samples
 
@@ -69,6 +69,12 @@ class ToneEngine:
                 raise self.failure
             self.num_parts += 1
             yield Sound(samples[start : start + self._part], RATE_HZ)
+
+
+async def spoken_by(line: str, *sentences: str) -> bytes:
+    """The sound of sentences by a command line, as PCM16."""
+    engine = Command(line, (), 10)
+    return b"".join([pcm16(sound.samples) for each in sentences async for sound in engine.speak(each, "")])
 
 
 @asynccontextmanager
