@@ -186,9 +186,9 @@ demo: install $(if $(TEXT),$(if $(TTS),,$(VENV)/piper/installed))
 	python -m services.local.demo --speech "$(SPEECH)" --portrait "$(PORTRAIT)" $(if $(LEVELS),--levels $(LEVELS)) \
 		$(if $(C2PA),--c2pa $(C2PA)) --text "$$DEMO_TEXT" --tts "$(TTS)"
 
-# The page in the browser. Piper speaks what is typed, or TTS='flite -t {text} -o {wav}'.
+# The page in the browser. Piper speaks what is typed, or TTS='flite -t {text} -o {wav}'. LABEL=1 draws "AI" into frames.
 web: install $(if $(TTS),,$(VENV)/piper/installed)
-	python -m services.local.browser_demo --listen "$(LISTEN)" --tts "$(TTS)"
+	python -m services.local.browser_demo --listen "$(LISTEN)" --tts "$(TTS)" $(if $(LABEL),--label)
 
 # Takes minutes, on an otherwise idle machine; `python -m benchmarks --only NAME` measures one of them.
 bench: install

@@ -62,6 +62,11 @@ class RecordingVae(VaeServicer):
         self.refusal = self.notice = ""
         self.before: Callable[[Context], Awaitable[None]] | None = None
 
+    def info(self) -> vae_pb2.VaeServiceGetInfoResponse:
+        info = super().info()
+        info.labels = True  # sessions may have one; it draws none
+        return info
+
     async def EncodeReference(
         self, request: vae_pb2.EncodeReferenceRequest, context: Context
     ) -> vae_pb2.EncodeReferenceResponse:

@@ -1,6 +1,6 @@
 """Serve a browser page for a gateway.
 
-python -m web --target 127.0.0.1:7000 [--listen 127.0.0.1:8080] [--allow-host NAME]
+python -m web --target 127.0.0.1:7000 [--listen 127.0.0.1:8080] [--allow-host NAME] [--label]
 """
 
 import argparse
@@ -27,6 +27,7 @@ async def main() -> None:
         "--allow-host", action="append", default=[], metavar="NAME", help="serve the page under this name, too"
     )
     parser.add_argument("--max-peers", type=int, default=4, help="sessions at a time")
+    parser.add_argument("--label", action="store_true", help='draw "AI" into every frame')
     flags = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     host, _, port = flags.listen.rpartition(":")
@@ -37,7 +38,7 @@ async def main() -> None:
     credentials = None if flags.tls is None else channel_credentials(flags.tls)
     async with connect(flags.target, credentials=credentials, token=flags.token) as avatar:
         limits = await avatar.capabilities()
-        server = PageServer(avatar, limits, portraits(ASSETS), flags.max_peers, hosts)
+        server = PageServer(avatar, limits, portraits(ASSETS), flags.max_peers, hosts, label=flags.label)
         async with server.serving(host.strip("[]"), int(port)) as address:
             print(f"the page is at {address}", flush=True)
             await asyncio.Event().wait()

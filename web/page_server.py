@@ -60,6 +60,7 @@ class PageServer:
 
     portraits: selectable pictures by name. max_peers: sessions at a time. hosts: names of this server besides
     loopback; requests for others are refused. num_peers: current sessions. num_checks: pictures being checked.
+    label: draw "AI" into every frame.
     """
 
     def __init__(
@@ -69,10 +70,12 @@ class PageServer:
         portraits: Mapping[str, Path],
         max_peers: int,
         hosts: Collection[str] = (),
+        *,
+        label: bool = False,
     ) -> None:
         self.num_peers = self.num_checks = 0
         self._avatar, self._limits, self._portraits = avatar, limits, portraits
-        self._max_peers, self._hosts = max_peers, hosts
+        self._max_peers, self._hosts, self._label = max_peers, hosts, label
         self._group, self._tasks = TaskGroup(), set[Task[None]]()
 
     @asynccontextmanager
@@ -212,7 +215,7 @@ class PageServer:
         """Create a session, run it in the background, and return the answer. Raises ValueError for a bad offer."""
         check_sdp(offer.sdp)
         capabilities = await self._avatar.capabilities()  # with the latest measured reaction time
-        session = await self._avatar.create(offer.picture, fit=FIT, ttl_s=SESSION_TTL_S)
+        session = await self._avatar.create(offer.picture, fit=FIT, ttl_s=SESSION_TTL_S, label=self._label)
         peer = RTCPeerConnection()
         browser_session = BrowserSession(peer, session, listens=capabilities.listens)
         try:

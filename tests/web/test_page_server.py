@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import re
+import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -14,11 +16,13 @@ import pytest
 from aiortc import AudioStreamTrack, MediaStreamTrack, RTCDataChannel, RTCPeerConnection, RTCSessionDescription
 from av import AudioFrame, VideoFrame
 
+from avatar.aio import background
 from avatar.errors import VoiceFailed
 from avatar.store.sessions import SessionStore
 from benchmarks.standin.content import PUBLIC
 from tests.services.voice.fakes import CHAR_S
 from tests.web.page import ASSETS, MAX_PEERS, Page, serving
+from web.__main__ import main
 from web.playout import RATE_HZ
 
 PICTURE = (ASSETS / "portraits/2.png").read_bytes()
@@ -173,6 +177,23 @@ async def test_an_uploaded_picture_reaches_the_gateway(page: Page) -> None:
     async with connected(page, picture=PICTURE):
         pass
     assert page.gateway.vae.pictures == [PICTURE]
+
+
+async def test_the_page_labels_its_sessions_on_request(
+    page: Page, store: SessionStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["web", "--target", page.gateway.target, "--listen", "127.0.0.1:0", "--label"]
+    monkeypatch.setattr(sys, "argv", command)
+    printed: list[str] = []
+    async with background(main()) as running:
+        while not printed:
+            await asyncio.sleep(0.02)
+            assert not running.done(), running.exception()
+            printed = re.findall(r"http://\S+", capsys.readouterr().out)
+        for url in (page.url, *printed):
+            async with connected(replace(page, url=url)) as peer:
+                await until(lambda: peer.is_in("idle"))
+    assert [(await store.session(each)).label for each in page.gateway.audio.sessions] == [False, True]
 
 
 async def test_sessions_are_bounded_and_free_again_when_a_browser_leaves(page: Page) -> None:
