@@ -154,11 +154,25 @@ def test_stage_2_is_watched_by_the_mouths_that_it_generates(
     share, amplitude = shares
     truth = torch.rand(6, 48, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 0.5
     truth *= torch.linspace(0.2, 1, 48)[:, None, None, None]
-    monkeypatch.setattr("training.eval.previews.decoded_pair", lambda *_: (truth, share * truth))
+    portraits = torch.zeros(6, 3, 64, 64)
+    monkeypatch.setattr("training.eval.previews.decoded_clips", lambda *_: (truth, share * truth, portraits))
     metrics = run.validate(prepared)
     assert metrics["mouth_amplitude"] == pytest.approx(amplitude, abs=0.02)
     assert metrics["sharpness"] == pytest.approx(amplitude, abs=0.02)
     assert metrics["lips_r"] == pytest.approx(float(share > 0), abs=1e-3)
+
+
+def test_a_still_portrait_does_not_speak_because_the_lips_place_moves(
+    prepared: list[StoredClip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = distillation()
+    run.codec = cast(Vae[Any], SimpleNamespace(codec=FirstChannels()))
+    portraits = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 0.5
+    still = portraits[:, None].expand(-1, 48, -1, -1, -1)
+    truth = still * torch.linspace(0.2, 1, 48)[:, None, None, None]
+    monkeypatch.setattr("training.eval.previews.decoded_clips", lambda *_: (truth, still, portraits))
+    metrics = run.validate(prepared)
+    assert (metrics["lips_r"], metrics["mouth_amplitude"]) == (0, 0)
 
 
 class FirstChannels:

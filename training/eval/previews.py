@@ -28,7 +28,14 @@ from training.strategy import Strategy, WrappedNetwork
 
 VALIDATION_SEED = 1 << 20
 # People in a preview, blocks of each, and frames from one picture to the next.
-BATCHES = BatchConfig(batch_size=3, num_blocks=(3, 3), audio_dropout=0.0, same_position=True)
+BATCHES = BatchConfig(
+    batch_size=3,
+    num_blocks=(3, 3),
+    audio_dropout=0.0,
+    heard_dropout=0.0,
+    face_motion_dropout=0.0,
+    same_position=True,
+)
 STRIDE = 4
 # People whose mouths are measured, and pixel frames of each. Half the height and width of the box around the lips, by
 # the picture's height.
@@ -54,8 +61,8 @@ def preview_rows(
     """
     if codec is None:
         return []
-    pairs = zip(*decoded_pair(wrapped, config, held_out, BATCHES, codec, strategy), strict=True)
-    return [row[::STRIDE] for pair in pairs for row in pair]
+    truth, generated, _ = decoded_clips(wrapped, config, held_out, BATCHES, codec, strategy)
+    return [row[::STRIDE] for pair in zip(truth, generated, strict=True) for row in pair]
 
 
 @torch.no_grad()
@@ -68,20 +75,22 @@ def mouth_metrics(
 ) -> dict[str, float]:
     """Return lips_r, mouth_amplitude and sharpness of generated mouths against the true ones, without landmarks.
 
-    Mouths are compared by the darkness around the lips, which an open mouth raises: r of the curves, the ratio of their
-    deviations, and of sharpness in the whole picture. The same on every process. Empty without a codec or known lips.
+    Mouths are compared by the darkness around the true lips, which an open mouth raises, less that in the still
+    portrait, on which the moving place alone changes it: r of the curves, the ratio of their deviations, and of
+    sharpness in the whole picture. The same on every process. Empty without a codec or known lips.
     """
     labelled = [clip for clip in held_out if clip.has("lips")]
     if codec is None or not labelled:
         return {}
     batches = replace(BATCHES, batch_size=NUM_MOUTHS, num_blocks=(MOUTH_FRAMES // config.frames_per_block,) * 2)
-    truth, generated = decoded_pair(wrapped, config, labelled, batches, codec, strategy)
+    truth, generated, portraits = decoded_clips(wrapped, config, labelled, batches, codec, strategy)
     num_blocks, spans = draw_spans(labelled, batches, config, VALIDATION_SEED, 0)
     curves, sharp = [], []
-    for span, *pair in zip(spans, truth, generated, strict=True):
+    for span, portrait, *pair in zip(spans, portraits, truth, generated, strict=True):
         first = span.start * config.frames_per_block
         lips = np.array(span.clip.array("lips")[first : first + num_blocks * config.frames_per_block])
-        curves.append([darkness(frames, lips) for frames in pair])
+        still = darkness(portrait[None].expand_as(pair[0]), lips)
+        curves.append([darkness(frames, lips) - still for frames in pair])
         sharp.append([sharpness(to_bytes(frames)) for frames in pair])
     deviations = np.array([[curve.std() for curve in pair] for pair in curves]).sum(0)
     true_sharpness, own_sharpness = np.array(sharp).sum(0)
@@ -114,15 +123,18 @@ def to_bytes(frames: Tensor) -> NDArray[np.uint8]:
 
 
 @torch.no_grad()
-def decoded_pair(
+def decoded_clips(
     wrapped: WrappedNetwork,
     config: NetworkConfig,
     held_out: Sequence[StoredClip],
     batches: BatchConfig,
     codec: Vae[Any],
     strategy: Strategy,
-) -> tuple[Tensor, Tensor]:
-    """Return the frames (b, f, 3, h, w) of a batch of clips, and those that the network generates for them."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the frames (b, f, 3, h, w) of a batch of clips, those that the network generates for them, and portraits.
+
+    Portraits are (b, 3, h, w).
+    """
     batch = load_batch(held_out, batches, config, VALIDATION_SEED, 0).to(strategy.device)
     random, last = Generator().manual_seed(0), config.num_levels - 1
     with strategy.autocast():
@@ -132,6 +144,7 @@ def decoded_pair(
     return (
         decode_frames(batch.latents, batch.reference, codec),
         decode_frames(generated, batch.reference, codec),
+        decode_frames(batch.reference, batch.reference, codec)[:, -1],
     )
 
 
