@@ -10,6 +10,7 @@ neighbouring channels of a head. height, width: of latents.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -100,8 +101,8 @@ class Attention(nn.Module):
         """Attend from q to k and v, (b, n, h, d) each, under the mask `visible`; returns the output (b, n, d)."""
         if visible is None:
             return self.project(attend(q, k, v))
-        shares = q.chunk(len(visible), dim=1)
-        attended = [attend(share, *select(spans, k, v)) for share, spans in zip(shares, visible, strict=True)]
+        shares = zip(q.chunk(len(visible), dim=1), select(visible, k), select(visible, v), strict=True)
+        attended = [attend(*share) for share in shares]
         return self.project(torch.cat(attended, dim=1))
 
     def project(self, attended: Tensor) -> Tensor:
@@ -110,9 +111,19 @@ class Attention(nn.Module):
         return projected
 
 
-def select(spans: Sequence[slice], *tokens: Tensor) -> list[Tensor]:
-    """Concatenate the spans of tokens (b, n, h, d), for each tensor."""
-    return [torch.cat([each[:, span] for span in spans], dim=1) for each in tokens]
+def select(visible: Visible, tokens: Tensor) -> list[Tensor]:
+    """Concatenate the spans of tokens (b, n, h, d) that each share of the queries sees.
+
+    The tokens are split once: the gradient of every slice would be as large as all tokens.
+    """
+    ends = {edge for spans in visible for span in spans for edge in (span.start, span.stop)}
+    edges = sorted({0, tokens.shape[1], *ends})
+    pieces = torch.split(tokens, [stop - start for start, stop in pairwise(edges)], dim=1)
+    numbers = {edge: number for number, edge in enumerate(edges)}
+    return [
+        torch.cat([piece for span in spans for piece in pieces[numbers[span.start] : numbers[span.stop]]], dim=1)
+        for spans in visible
+    ]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
