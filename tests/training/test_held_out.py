@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from avatar.vae.picture.rule import PictureRule
 from tests.conftest import ASSETS
 from tests.training.small import BrightMouths, face, noisy_clip
 from tests.training.test_metrics import curve
@@ -41,6 +43,18 @@ def test_rendered_frames_are_compared_with_true_frames_of_their_time(checkpoint:
     assert later.jaw is not None
     assert start.jaw is not None
     assert start.jaw[0] == 3
+
+
+def test_a_picture_of_the_videos_size_stays_as_it_is() -> None:
+    def refuse(_: bytes) -> None:
+        raise TimeoutError
+
+    vae = SimpleNamespace(config=SimpleNamespace(picture=PictureRule("face", width=8, height=8)), read_picture=refuse)
+    models = cast(inference.Models, SimpleNamespace(vae=vae))
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    np.testing.assert_array_equal(inference.Models.picture(models, image), image)
+    with pytest.raises(TimeoutError):
+        inference.Models.picture(models, image[:6])
 
 
 def test_mouths_and_heads_are_measured_in_distances_between_the_eyes() -> None:
