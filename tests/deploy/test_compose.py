@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from avatar.settings import load
+from avatar.settings import DenoiserSettings, load
 from docs.tables import SERVICES
 from tests.deploy.test_images import STAGES
 
@@ -91,6 +91,13 @@ def test_variables_replace_the_settings_of_denoisers(profile: str, variable: str
     assert values
     assert all(value.startswith(f"${{{variable}:-") for value in values)
     assert f"`{variable}`" in (ROOT / "docs/operations/deployment.md").read_text(encoding="utf-8")
+
+
+def test_one_device_can_run_fewer_levels_by_a_variable() -> None:
+    (device,) = (each for name, each in of("gpu-1").items() if name in OURS and levels_of(each))
+    assert device["environment"]["AVATAR_SCHEDULE"] == "${AVATAR_SCHEDULE:-}"
+    assert load(DenoiserSettings, given(device)).schedule is None
+    assert load(DenoiserSettings, {**given(device), "AVATAR_SCHEDULE": "2"}).served_levels(2) == [0, 1]
 
 
 def test_workers_can_have_replicas() -> None:
