@@ -1,6 +1,7 @@
 """Tests of the programs of a first visit: the demo, and the command that renders a clip without transport."""
 
 import json
+import re
 import runpy
 import sys
 from collections.abc import AsyncGenerator, Callable
@@ -46,7 +47,7 @@ def frame_times(path: Path) -> list[float]:
 
 @asynccontextmanager
 async def in_this_process(
-    checkpoint: Path, folder: Path, *, report: Callable[[str], object], **_: Any
+    checkpoint: Path, folder: Path, *, levels: int, report: Callable[[str], object], **_: Any
 ) -> AsyncGenerator[Suite, None]:
     """Stand in for `launched`, without processes of its own but Redis."""
     folder.mkdir()
@@ -55,16 +56,17 @@ async def in_this_process(
         await start_redis(processes, port)
         await until_healthy(processes)
         store = SessionStore(RedisHashes(processes.redis_url))
-        async with suite(checkpoint, store, GatewaySettings(listen="127.0.0.1:0")) as target:
+        settings = GatewaySettings(listen="127.0.0.1:0", schedule=levels)
+        async with suite(checkpoint, store, settings) as target:
             report("gateway")
             yield replace(processes, targets={"gateway": target})
         await store.aclose()
 
 
 @pytest.mark.parametrize("launcher", [in_this_process, pytest.param(launched, marks=pytest.mark.slow)])
-def test_the_demo_makes_a_video_and_prints_measurements(
+def test_the_demo_makes_a_video_with_fewer_levels_and_prints_measurements(
     launcher: Any,
-    one_level: Path,
+    checkpoint: Path,
     wav: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -72,13 +74,13 @@ def test_the_demo_makes_a_video_and_prints_measurements(
 ) -> None:
     monkeypatch.setattr(launch, "launched", launcher)
     monkeypatch.delenv("AVATAR_REDIS_URL", raising=False)
-    files = ("--speech", wav, "--portrait", PORTRAIT, "--checkpoint", one_level, "--out", tmp_path)
-    run(monkeypatch, DEMO, *files)
+    files = ("--speech", wav, "--portrait", PORTRAIT, "--checkpoint", checkpoint, "--out", tmp_path)
+    run(monkeypatch, DEMO, *files, "--levels", "2")
     measured = json.loads((tmp_path / "demo.json").read_text())
     assert (measured["num_frames"], measured["first_frame"]) == (57, 3)
-    assert [stage["num_blocks"] for stage in measured["stages"]] == [5] * 3
+    assert [stage["num_blocks"] for stage in measured["stages"]] == [5] * 4
     assert measured["reaction"]["median_s"] > measured["stages"][-1]["mean_step_s"]
-    assert (measured["num_levels"], measured["num_trained_levels"]) == (1, 1)
+    assert (measured["num_levels"], measured["num_trained_levels"]) == (2, 3)
     assert frame_times(tmp_path / "demo.mp4") == pytest.approx([index / 25 for index in range(3, 60)])
     output = "".join(capsys.readouterr())
     for words in (
@@ -89,9 +91,10 @@ def test_the_demo_makes_a_video_and_prints_measurements(
         "busy",
         "mean step",
         "vae",
-        "reaction, live",
     ):
         assert words in output
+    assert re.search(r"^denoising levels +2   of the 3 trained$", output, re.MULTILINE)
+    assert re.search(r"^reaction, live +\d+\.\d\d s \((promised \d+\.\d\d s|not promised: .+)\)$", output, re.MULTILINE)
 
 
 def test_the_demo_runs_at_most_the_checkpoints_levels(
