@@ -20,6 +20,7 @@ from avatar.denoiser.config import NetworkConfig, base
 from avatar.denoiser.denoiser import Denoiser, DenoiserState
 from avatar.denoiser.model import Network
 from avatar.types import Block, Conditions, Session
+from benchmarks.one_device.phases import phase_times
 from benchmarks.one_device.run import Run, fill
 from benchmarks.row import Row, row
 
@@ -189,7 +190,7 @@ def step_rows(run: Run, name: str, target_ms: float | None, **speed: bool) -> It
 
 
 def eager(run: Run) -> Iterator[Row]:
-    """Yield the time of an eager step, of prefill, and of the kernels of one block."""
+    """Yield the time of an eager step, of prefill, of a step's phases, and of the kernels of one block."""
     yield from step_rows(run, "eager", EAGER_MS)
     network, size = run.network, run.sizes[0]
     stream = Stream(run, [Denoiser(network, network.config, 1)], size)
@@ -204,8 +205,17 @@ def eager(run: Run) -> Iterator[Row]:
     yield row("keys and values of a text", 1000 * run.seconds(lambda: network.embed_text(rows)), "ms")
     features = stream.features.to(run.device)[None, None]
     yield row("audio tokens of a block", 1000 * run.seconds(lambda: network.encode_audio(features)), "ms")
-    stream.times(network.config.window_blocks + 1)
+    stream.times(network.config.window_blocks + 2)
+    yield from _phases(run, stream)
     yield from _profile(run, stream)
+
+
+def _phases(run: Run, stream: Stream) -> Iterator[Row]:
+    """Yield the time of each phase of a step with a full window, beside that of the whole step."""
+    (level,), (state,) = stream.levels, stream.states
+    times = phase_times(run, level, stream.block(stream.config.window_blocks + 2), state)
+    for name, seconds in times.items():
+        yield row(f"phase of a step: {name}", 1000 * seconds, "ms", bound=1000 * times["all"])
 
 
 def _profile(run: Run, stream: Stream) -> Iterator[Row]:
@@ -214,7 +224,7 @@ def _profile(run: Run, stream: Stream) -> Iterator[Row]:
 
     is_cuda = run.device.type == "cuda"
     activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
-    index = stream.config.window_blocks + 1
+    index = stream.config.window_blocks + 3
     run.synchronize()
     with profile(activities=[activity]) as profiled:
         stream.step(index)

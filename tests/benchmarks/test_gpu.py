@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from avatar.denoiser.denoiser import Denoiser
 from benchmarks import gpu
+from benchmarks.one_device.denoiser import Stream, build
+from benchmarks.one_device.phases import phase_times
 from benchmarks.one_device.run import Run
 from benchmarks.row import Row, row
 
@@ -55,6 +58,20 @@ def test_the_ceilings_and_the_goldens_are_measured_on_a_cpu(tmp_path: Path, monk
     shapes = "64x64x64", "64x32x32", "64x32x64", "64x64x32"
     expected = {f"matrix product {shape}, {dtype}" for shape in shapes for dtype in ("bfloat16", "float8")}
     assert products == expected
+
+
+def test_the_phases_of_a_step_add_up_to_it_and_leave_the_network_as_it_was() -> None:
+    run = Run(torch.device("cpu"), True, time.monotonic() + 60)
+    network = build(run)
+    level = Denoiser(network, network.config, 1)
+    stream = Stream(run, [level], (8, 16))
+    latent = stream.step(0)
+    found = phase_times(run, level, stream.block(1), stream.states[0])
+    assert {"self-attention and its output", "feed-forward network", "audio injections"} < found.keys()
+    assert sum(found.values()) == pytest.approx(2 * found["all"])
+    assert min(found.values()) >= 0
+    assert not any("forward" in vars(each) or "project" in vars(each) for each in network.modules())
+    assert torch.equal(Stream(run, [level], (8, 16)).step(0), latent)
 
 
 @pytest.mark.slow
