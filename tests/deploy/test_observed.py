@@ -89,7 +89,7 @@ async def test_autoscaling_sees_every_stage(observed: ObservedSuite) -> None:
 def measured(expression: str) -> str:
     """Return an expression without what a healthy suite does not fulfil: comparisons, and absence."""
     expression = expression.replace("$__rate_interval", f"{RATE_S}s").replace("absent(", "(")
-    return re.sub(r"(==|>|<) *[\d.]+", "", expression)
+    return re.sub(r"[=<>]+(?= on )", "+", re.sub(r"(==|>|<) *[\d.]+", "", expression))
 
 
 async def test_the_receiver_gets_each_block_as_one_trace_of_all_stages(observed: ObservedSuite, picture: bytes) -> None:
