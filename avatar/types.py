@@ -125,6 +125,7 @@ class Block:
     statistics: of the audio stage after this block, for a stream that is resumed after it.
     heard: (l, d, f) float32 features of what is heard from the other person; None where nobody is heard.
     face_motion: (m, f) float32 values in the order of `FACE_MOTION`; None: the network moves the face by itself.
+    noise: (c, t, h, w) float32 noise that level 0 starts from, drawn ahead of its step; None: the step draws it.
     """
 
     index: int
@@ -137,6 +138,7 @@ class Block:
     statistics: bytes = b""
     heard: Tensor | None = None
     face_motion: Tensor | None = None
+    noise: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

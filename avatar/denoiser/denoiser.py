@@ -38,8 +38,7 @@ from avatar.types import FACE_MOTION, Block, Conditions, Session
 
 # In latents: the side of the coarsest motion token.
 SMALLEST_SIDE = 8
-# The tensors of a block that a step reads.
-INPUTS = ("latent", "features", "heard", "face_motion", "pose")
+INPUTS = ("noise", "latent", "features", "heard", "face_motion", "pose")  # tensors of a block that a step reads
 
 
 @dataclass(eq=False)
@@ -50,8 +49,7 @@ class DenoiserState:
     masks: (1, a, t, n, 1), the session's, for every token of a block.
     prefills: the session's, shared with its other levels. prefilled: of the version whose sink is in the cache; None
     before the first block. next_index: index of the next block; None before the first.
-    preceding: the last columns of `features` and `heard` that the next block is encoded with.
-    noise: of level 0.
+    preceding: the last columns of `features` and `heard` that the next block is encoded with. noise: of level 0.
     """
 
     session: Session
@@ -170,6 +168,15 @@ class Denoiser:
         with self._kernel():
             state.prefills.get_ahead(conditions, partial(self._prefill, state.session))
 
+    def with_noise(self, block: Block, session: Session, history: NoiseHistory) -> Block:
+        """Return the block with the noise that level 0 starts from; optional, and ahead of `upload`.
+
+        history: of the stream, updated in place.
+        """
+        frames, correlation = self.config.num_frames_per_block, self.config.noise_correlation
+        initial = correlated_noise(self._noise, session, block.index, frames, correlation, history)
+        return replace(block, noise=self.config.noise_scale * initial, latent=None)
+
     def upload(self, block: Block) -> Block:
         """Return the block with its inputs on the network's device; optional, and ahead of `step`."""
         return self._uploader.upload(block)
@@ -195,10 +202,13 @@ class Denoiser:
     def _denoise(self, block: Block, prefilled: Prefilled, state: DenoiserState) -> Tensor:
         """Return the latent (c, t, h, w) after this level's step; the cache has a slot for the block."""
         network = self.network
-        block = self.upload(replace(block, latent=self._input(block, state)))
+        if self.level == 0 and block.noise is None:
+            block = self.with_noise(block, state.session, state.noise)
+        block = self.upload(block)
         self._uploader.wait(block)
-        assert block.latent is not None
-        x = block.latent.to(network.dtype).unsqueeze(0)
+        start = block.latent if self.level else block.noise
+        assert start is not None
+        x = start.to(network.dtype).unsqueeze(0)
         features = block.features if state.masks is not None else block.features.unsqueeze(0)
         features, before = self._with_preceding("features", features, state)
         audio = network.encode_audio(features, state.masks, before)
@@ -225,15 +235,6 @@ class Denoiser:
             first = columns[..., :1].expand(*columns.shape[:-1], missing)
             state.preceding[name] = torch.cat([first, columns[..., -context:]], dim=-1)
         return features, before
-
-    def _input(self, block: Block, state: DenoiserState) -> Tensor:
-        """Return this level's input latent (c, t, h, w): noise at level 0, else the block's latent."""
-        if self.level == 0:
-            frames, correlation = self.config.num_frames_per_block, self.config.noise_correlation
-            initial = correlated_noise(self._noise, state.session, block.index, frames, correlation, state.noise)
-            return self.config.noise_scale * initial
-        assert block.latent is not None
-        return block.latent
 
     def _first_frame(self, block: Block) -> int:
         return block.index * self.config.num_frames_per_block

@@ -11,6 +11,7 @@ import grpc.aio
 
 from avatar import telemetry
 from avatar.denoiser.denoiser import Denoiser, DenoiserState
+from avatar.denoiser.sampler import NoiseHistory
 from avatar.errors import ConfigMismatch, SessionNotFound, StoreUnavailable
 from avatar.handoff.chain import Chain, ChainMember, ChainStream
 from avatar.rpc.codec import (
@@ -158,7 +159,7 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                 prefill=denoiser.prefill,
             )
             yield pb.DenoiseResponse(opened=self._opened(denoiser, session))
-            received = self._blocks(opened, requests, chain_stream, denoiser)
+            received = self._blocks(opened, session, requests, chain_stream, denoiser)
             async with aclosing(stage(received)) as blocks:
                 async for block in blocks:
                     telemetry.block_span(
@@ -194,16 +195,18 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
     async def _blocks(
         self,
         opened: pb.OpenDenoise,
+        session: Session,
         requests: AsyncIterator[pb.DenoiseRequest],
         chain_stream: ChainStream | None,
         denoiser: Denoiser,
     ) -> AsyncGenerator[Any, None]:
         """Yield the stream's blocks with their conditions, which the first block of each version carries.
 
-        A block's inputs are on their way to the device when it is yielded. Conditions that come ahead of their blocks
-        are yielded by themselves.
+        A block's inputs, level 0's noise among them, are on their way to the device when it is yielded. Conditions that
+        come ahead of their blocks are yielded by themselves.
         """
         conditions: Conditions | None = None
+        noise = NoiseHistory()
         async with aclosing(parts(requests, "block", "prefill")) as items:
             async for item in items:
                 if isinstance(item, types_pb2.Conditions):
@@ -215,7 +218,12 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                 if conditions is None or block.head.conditions != conditions.version:
                     conditions = carried_conditions(block.head)
                 received = block_from_wire(block, conditions)
-                yield denoiser.upload(await chain_stream.receive(received) if chain_stream else received)
+                if chain_stream:
+                    received = await chain_stream.receive(received)
+                if denoiser.level == 0:
+                    # Beside the event loop: the first correlated noise of a stream is computed from many blocks before.
+                    received = await asyncio.to_thread(denoiser.with_noise, received, session, noise)
+                yield denoiser.upload(received)
 
     async def _write_sink(self, session_id: str, block: Block) -> types_pb2.Conditions:
         """Store and return the next conditions, whose sink is this block's first latent frame.

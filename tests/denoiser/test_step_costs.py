@@ -13,6 +13,7 @@ from avatar.denoiser.config import NetworkConfig, base, tiny, tiny_256
 from avatar.denoiser.denoiser import Denoiser, blank_block, blank_session
 from avatar.denoiser.layers import Layer
 from avatar.denoiser.model import Network
+from avatar.denoiser.sampler import NoiseHistory
 from tests.operators import Operators, counted
 
 # A step of the public network at 704x384 in bfloat16: level 1, a full window, the sink moves. Change a figure here only
@@ -40,10 +41,12 @@ def public_network() -> Network:
     return on_meta(base())
 
 
-def operators_of_step(network: Network, level: int, size: tuple[int, int], **inputs: Tensor) -> Operators:
+def operators_of_step(
+    network: Network, level: int, size: tuple[int, int], is_ahead: bool = False, **inputs: Tensor
+) -> Operators:
     """Return the operators of a step with a full window, whose sink is not where it was a block ago.
 
-    The latent comes from a level before in the network's dtype, as in serving.
+    The latent comes from a level before in the network's dtype, as in serving. is_ahead: inputs come before the step.
     """
     config = network.config
     denoiser = Denoiser(network, config, level)
@@ -56,8 +59,12 @@ def operators_of_step(network: Network, level: int, size: tuple[int, int], **inp
     with patch.object(network, "prefill", return_value=[]):
         state.prefilled = denoiser._prefill(state.session, block.conditions)
     block_positions(0, config.num_frames_per_block, *size, META)  # stays on the device after the first step
+    block = replace(block, latent=block.latent.to(network.dtype))
+    if is_ahead:
+        drawn = denoiser.with_noise(block, state.session, NoiseHistory()) if level == 0 else block
+        block = denoiser.upload(drawn)
     with counted() as operators:
-        denoiser.step(replace(block, latent=block.latent.to(network.dtype)), state)
+        denoiser.step(block, state)
     return operators
 
 
@@ -99,9 +106,11 @@ def test_a_step_with_every_input_copies_at_most_three_times_and_never_waits(leve
     short = {"num_layers": 2, "audio_inject_layers": (0,), "heard_inject_layers": (1,)}
     config = replace(tiny_256(), pose="zeros", **short)  # type: ignore[arg-type]
     pose = torch.zeros(config.cond_dim, config.num_frames_per_block, 16, 16, dtype=torch.float16)
-    operators = operators_of_step(on_meta(config), level, (16, 16), pose=pose)
+    network = on_meta(config)
+    operators = operators_of_step(network, level, (16, 16), pose=pose)
     assert 1 <= len(operators.copies) <= 3
     assert not operators.syncs
+    assert not operators_of_step(network, level, (16, 16), is_ahead=True, pose=pose).copies
 
 
 @pytest.mark.parametrize("wait", ["item", "cpu", "tolist", "nonzero", "__bool__"])

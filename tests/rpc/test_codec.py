@@ -19,6 +19,7 @@ from avatar.rpc.codec import (
     conditions_to_pb,
     due_s,
     latent_to_wire,
+    on_host,
     piece_from_bytes,
     session_from_pb,
     tensor_from_pb,
@@ -29,6 +30,7 @@ from avatar.store.packing import ITEM_BYTES
 from avatar.types import Block, Conditions
 from avatar.worker.v1 import types_pb2 as pb
 from avatar.worker.v1.audio_pb2 import AudioPiece, OpenEncode
+from tests.standin_gpu import placed, stand_in_gpu
 
 Sent = TypeVar("Sent", bound=Message)
 SHAPES = [(), (1,), (0,), (3, 0, 2), (2, 3, 4, 5)]
@@ -201,6 +203,20 @@ def test_a_denoiser_answers_with_the_latent_alone() -> None:
     assert (arrived.index, arrived.traceparent) == (7, "00-ab-cd-01")
     assert arrived.features.numel() == 0
     assert_same(arrived.latent, block.latent)
+
+
+def test_a_latent_leaves_the_gpu_for_pinned_memory_without_a_wait() -> None:
+    latent = randn(16, 3, 8, 8)
+    with stand_in_gpu() as gpu:
+        arrived = on_host(Block(0, randn(1, 2, 12), placed(latent.clone(), "gpu"))).latent
+        assert arrived is not None
+        assert not arrived.is_cuda
+        (copy,) = gpu.to_host
+    assert copy.is_pinned
+    assert not copy.is_waited_for
+    assert_same(arrived, latent)
+    on_cpu = Block(0, randn(1, 2, 12), latent)
+    assert on_host(on_cpu) is on_cpu
 
 
 def test_integers_are_scaled_by_their_full_range() -> None:

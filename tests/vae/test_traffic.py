@@ -11,6 +11,7 @@ from avatar.types import BLOCK_LATENTS
 from avatar.vae.vae import to_bytes
 from avatar.vae.wan import WanCodec, WanConfig
 from tests.operators import Operators, counted
+from tests.standin_gpu import placed, stand_in_gpu
 
 GB = 1e9
 # Of a block: calls, and traffic in GB. diffusers' decoder has 1,339 operators and 243 GB.
@@ -75,3 +76,14 @@ def test_frames_leave_the_device_once_as_bytes_in_their_order(order: torch.memor
         assert to_bytes(decoded[0]).shape == (4, 16, 24, 3)
     (sent,) = departures.tensors
     assert (sent.dtype, sent.shape, sent.is_contiguous()) == (torch.uint8, (4, 16, 24, 3), True)
+
+
+def test_bytes_leave_the_gpu_once_into_pinned_memory() -> None:
+    frames = torch.rand(3, 4, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with stand_in_gpu() as gpu:
+        arrived = to_bytes(placed(frames.clone(), "gpu"))
+        assert not arrived.is_cuda
+        (copy,) = gpu.to_host
+    assert copy.is_pinned
+    assert copy.is_waited_for, "the caller reads them at once"
+    assert torch.equal(arrived, to_bytes(frames))
