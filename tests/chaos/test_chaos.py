@@ -40,11 +40,7 @@ ONCE = [
 ATTACKS = [fault for fault in FAULTS if fault.is_attack]
 OTHERS = [fault for fault in FAULTS if fault not in (*ONCE, *ATTACKS) and fault.service not in (REDIS, "voice")]
 SENTENCES = ("Good day to you all.", "My name is Ada.", "I go on.")
-VOICE = [
-    pytest.param(fault, marks=[] if fault.kind == "kill" else [pytest.mark.slow], id=str(fault))
-    for fault in FAULTS
-    if fault.service == "voice"
-]
+VOICE = [fault for fault in FAULTS if fault.service == "voice"]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -144,7 +140,8 @@ async def test_sessions_of_a_lost_process_continue_at_another_and_others_are_not
         assert speaker.pixels == undisturbed(SECONDS)
 
 
-@pytest.mark.parametrize("fault", VOICE)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", VOICE, ids=str)
 async def test_text_goes_on_at_another_voice_worker(
     suite: ChaosSuite, checkpoint: Path, picture: bytes, fault: Fault
 ) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from avatar.rpc.client import remote_voice
 from avatar.settings import MAX_TEXT_CHARS
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import types_pb2 as types
+from services.gateway.stream.incoming import turn_speaker
 from tests.product import (
     CLOSE,
     END_TURN,
@@ -233,6 +235,31 @@ async def test_a_turn_that_is_not_ended_leaves_its_voice_to_others_and_goes_on(s
         assert (await until(first, "playback_finished")).spoken == "... Ada."
         await finish(first)
     assert engine.sentences == ["Good day.", *SENTENCES, "And then more.", "Ada."]
+
+
+async def test_streams_that_end_while_a_turn_waits_for_room_lose_and_repeat_nothing(
+    store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def counted(channel: Any) -> Any:
+        opened.append(channel)
+        return remote_voice(channel)
+
+    monkeypatch.setattr(turn_speaker, "remote_voice", counted)
+    monkeypatch.setattr(turn_speaker, "AHEAD_CHARS", 14)
+    engine = ToneEngine()
+    engine.char_s = 0.02
+    sentences = [f"{'a' * 10}{number}." for number in range(3)]
+    async with talking(store, engine, {"idle_s": 0.05}, audio_ahead_s=0.05) as (stub, session):
+        call, _ = await open_stream(stub, session, mode=LIVE, return_audio=True)
+        await send(call, [say(" ".join(sentences)), END_TURN])
+        streamed = Streamed()
+        await until(call, "playback_finished", streamed)
+        await finish(call, streamed=streamed)
+    assert len(opened) > 1
+    assert returned(streamed) == b"".join(pcm16(spoken(each, char_s=0.02)) for each in sentences)
+    assert [each.word for each in events(streamed, "word_started")] == sentences
 
 
 async def test_the_engine_makes_no_more_than_is_needed_soon(store: SessionStore) -> None:
