@@ -163,7 +163,7 @@ def variants(schedule: tuple[float, ...]) -> dict[str, Variant]:
 
 @dataclass(frozen=True)
 class Extent:
-    """Size of a row: held-out clips, and people with sessions of so many blocks."""
+    """Size of a row: held-out clips, and people with sessions of so many blocks of 480 ms."""
 
     clips: int
     people: int
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--stage1", type=Path, help="denoiser folder of the network before stage 2, for one more row")
     parser.add_argument("--clips", type=int, default=8, help="held-out clips per row (default 8)")
     parser.add_argument("--people", type=int, default=1, help="people with long sessions per row (default 1)")
-    parser.add_argument("--blocks", type=int, default=60, help="length of a long session (default 60, 29 s)")
+    parser.add_argument("--blocks", type=int, default=60, help="length of a long session, 480 ms each (default 60)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="evaluate only these rows")
     parser.add_argument("--json", type=Path, default=Path("out/ablation.json"), help="file that keeps the rows")
     flags = parser.parse_args()

@@ -62,9 +62,10 @@ class Extent:
     """Size of an evaluation.
 
     clips: held-out clips. others: of those, clips that are also rendered with another clip's audio. people, blocks:
-    number and length of long sessions. session_s: time limit of a long session. at_a_time: long sessions in parallel.
-    limit_s: time limit of the clips; on a busy machine fewer of them are evaluated. levels: how many to run of
-    those that the checkpoint was trained for; None: all. seeds: with which clips are rendered. eye_reader: its file.
+    number of long sessions, and their length in blocks of 480 ms. session_s: time limit of a long session. at_a_time:
+    long sessions in parallel. limit_s: time limit of the clips; on a busy machine fewer of them are evaluated. levels:
+    how many to run of those that the checkpoint was trained for; None: all. seeds: with which clips are rendered.
+    eye_reader: its file.
     """
 
     clips: int

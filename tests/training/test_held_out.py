@@ -134,6 +134,11 @@ def test_a_session_that_leaves_its_reference_drifts() -> None:
     assert drift_metric([leaving, [2.0] * 40], 12).value == pytest.approx(1.25)
 
 
+def test_drift_compares_as_much_media_whatever_the_blocks_length() -> None:
+    leaving = [*[2.0] * 60, *[3.0] * 30, *[4.0] * 30]
+    assert drift_metric([leaving[::3]], 12).value == drift_metric([leaving], 4).value == 2
+
+
 def test_a_long_session_repeats_its_audio(checkpoint: Path, clips: list[StoredClip]) -> None:
     reference = np.array(clips[0].array("reference"))
     assert len(long_session(inference.load(checkpoint), reference, audio_of(clips[0]), 9).distances) == 9

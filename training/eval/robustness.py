@@ -22,13 +22,13 @@ from training.eval.readers.identity import Identity
 from training.eval.readers.landmarks import Floats, Landmarks
 from training.synthetic.motion.lips import loudness
 
-# Blocks at the start and at the end of a session that drift compares.
+# Blocks of MEDIA_S at the start and at the end of a session that drift compares.
 END_BLOCKS = 10
 # With more sessions, only the worst ratio is listed.
 MAX_LISTED = 4
 # A block costs less before the caches are full.
 WARMUP_BLOCKS, TIMED_BLOCKS = 4, 8
-# Media whose cost is reported, for blocks of every length.
+# Media whose cost is reported, and the unit of a session's length, for blocks of every length.
 MEDIA_S = 0.48
 DTYPES = {"block_ms": torch.bfloat16, "block_ms_float32": torch.float32}
 
@@ -67,6 +67,11 @@ class LongSession:
     identity: float | None = None
 
 
+def blocks_of(num_media: int, block_frames: int) -> int:
+    """Return the number of blocks in so many times MEDIA_S of media, rounded. block_frames: pixel frames of a block."""
+    return round(num_media * MEDIA_S * FRAME_RATE_HZ / block_frames)
+
+
 def long_session(
     models: Models,
     reference: Pixels,
@@ -77,15 +82,17 @@ def long_session(
 ) -> LongSession:
     """Render a long session with repeated audio, and measure how far it leaves the reference.
 
-    deadline: seconds of time.monotonic; after it no block is started, except the first 2 * END_BLOCKS.
+    num_blocks: its length, in blocks of MEDIA_S. deadline: seconds of time.monotonic; after it no block is started,
+    except those of the first 2 * END_BLOCKS.
     """
+    num_blocks, ends = (blocks_of(each, models.block_frames) for each in (num_blocks, END_BLOCKS))
     block = models.block_samples
     *whole, _ = pieces(audio[: len(audio) // block * block], block)
     assert whole, "audio must fill a block"
     blocks = islice(SessionRenderer(models, reference).render(cycle(whole)), num_blocks)
     progress = tqdm(blocks, "long session", num_blocks, unit="block", mininterval=5)
-    distances, last = [], deque[Pixels](maxlen=END_BLOCKS)
-    for frames in until(progress, deadline, least=2 * END_BLOCKS):
+    distances, last = [], deque[Pixels](maxlen=ends)
+    for frames in until(progress, deadline, least=2 * ends):
         distances.append(distance(frames, reference))
         last.append(frames[-1])
     return LongSession(distances, identity_of(np.stack(last), reference, *readers))
@@ -116,7 +123,7 @@ def session_metrics(sessions: Sequence[LongSession], block_frames: int) -> dict[
 def drift_metric(sessions: Sequence[Sequence[float]], block_frames: int) -> Metric:
     """Return the distance of the last blocks over that of the first, mean over sessions of distances per block."""
     num_blocks = min(map(len, sessions))
-    ends = min(END_BLOCKS, num_blocks // 2)
+    ends = min(blocks_of(END_BLOCKS, block_frames), num_blocks // 2)
     if not ends:
         return Metric(None, "too short to drift")
     ratios = [float(np.mean(each[-ends:]) / np.mean(each[:ends])) for each in sessions]
