@@ -176,7 +176,7 @@ class LiveSession:
             await self._store.close(claim, self.session, self.stream.record_position())
 
     async def _renew(self, claim: Claim, latents: Latents) -> None:
-        """Write the position after every block; renew the claim and the lease of the latents.
+        """Write the position when it is due; renew the claim and the lease of the latents.
 
         A running stream survives the loss of its store: the workers have all that they need. Once the store is back,
         what it has lost is written again. Raises SessionNotFound if the session was deleted, SessionBusy if another
@@ -240,6 +240,7 @@ class _Record:
         self.is_behind = self.was_away = False
         self._store, self._claim, self._session, self._latents = store, claim, session, latents
         self._tried_s, self._has_stalled = time.monotonic(), False
+        self._next_block = 0
         self._leased_s, self._leased_for_s = -math.inf, 0.0
 
     async def write(self, stream: LiveStream) -> None:
@@ -249,6 +250,8 @@ class _Record:
         self._has_stalled |= now_s - self._tried_s > CLAIM_TTL_S
         self._tried_s = now_s
         position, versions = stream.record_position(), stream.versions.known
+        next_block = position.next_block  # of a position that goes on changing
+        self.is_behind |= next_block > self._next_block
         outcome = Outcome.EXPIRED
         if not self.was_away:
             numbers = [each.version for each in versions]
@@ -259,6 +262,7 @@ class _Record:
             )
         if outcome is Outcome.DONE:
             self.is_behind = self.was_away = self._has_stalled = False
+            self._next_block = next_block
             await self._lease_latents(now_s)
 
     async def _lease_latents(self, now_s: float) -> None:

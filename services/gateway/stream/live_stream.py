@@ -48,14 +48,15 @@ MAX_STARTED_BLOCKS = 16
 ACK_S = 0.02
 # Acknowledgements are settled once more than this many wait: blocks, which settle them otherwise, may take a while.
 MAX_PENDING_ACKS = 500
+# The position is written after so many seconds of speech: a client that resumes elsewhere gets as much again.
+RECORD_S = 0.48
 
 
 class LiveStream:
     """The pipeline of one session.
 
-    position: the session's record; `record_position` updates it. advanced: set when a block is finished.
-    speaker: speaks text; None if the deployment has no voice.
-    max_silent_s: limit on `silent_s`; 0 if there is none.
+    position: the session's record; `record_position` updates it. advanced: set when it is to be written.
+    speaker: speaks text; None if the deployment has no voice. max_silent_s: limit on `silent_s`; 0 if there is none.
     """
 
     def __init__(
@@ -75,9 +76,8 @@ class LiveStream:
         self.position = position
         self.advanced = asyncio.Event()
         self.acks = Acks(position, round(ACK_S * options.rate_hz))
-        self._stages, self._options = stages, options
+        self._stages, self._options, self._now = stages, options, now
         self._grid = MediaGrid(options.rate_hz, session.frame_rate_hz, session.block_frames)
-        self._now = now
         self.max_silent_s = settings.silent_s * (LIVE_SILENT_FACTOR if options.is_live else 1)
         self._timeline = Timeline(self._grid, stages.block_latency_s, now)
         self.outbox = Outbox(
@@ -109,8 +109,7 @@ class LiveStream:
         is_rebuilt = position.opened and position.next_frame > FIRST_FRAME
         self._rebuilt: set[int] = {position.next_block} if is_rebuilt else set()
         self._last_rebuilt: int | None = None
-        self._is_discontinuity = False
-        self._has_first_frame = False
+        self._is_discontinuity = self._has_first_frame = False
 
     def take_text(self, pool: WorkerPool[Any], use_audio: Callable[[float], Awaitable[None]]) -> None:
         """Accept text, which workers of a pool speak. use_audio: counts the seconds of its audio."""
@@ -341,8 +340,7 @@ class LiveStream:
     async def _deliver(self, frame: types_pb2.Frame) -> None:
         """Put a frame, or all frames of its block, into the outbox; nothing of a block that was dropped."""
         block = self._in_flight.admitted[0]
-        if self._rebuilt:
-            self._note_discontinuity(frame.block)
+        self._note_discontinuity(frame.block)
         is_message = frame.is_last or not self._options.is_per_block
         if is_message and not (block.has_frames or block.is_dropped):
             block.has_frames = True
@@ -362,7 +360,10 @@ class LiveStream:
         self._in_flight.finish(index)
         self.position.next_block = index + 1
         self.position.statistics = self._statistics.popleft()
-        self.advanced.set()
+        # Silence changes nothing that a resume depends on: the client names its next frame.
+        is_needed = self.acks.num_pending or self.outbox.next_event > self.position.next_event
+        if is_needed and index % max(1, round(RECORD_S / self._grid.block_s)) == 0:
+            self.advanced.set()
         if block.turn and not block.is_dropped:
             block.turn.num_finished += block.num_samples
             self._finish_turns()
@@ -396,5 +397,4 @@ class LiveStream:
         if self._options.is_live:
             self._timeline.block_arrived(self.outbox.end_frame, now_s - block.started_s, block.start_late_s)
             if self._timeline.num_late == LATE_BLOCKS:
-                message = "frames are delivered later than they are due"
-                self.outbox.put(notice(api.Notice.KIND_DEGRADED, message))
+                self.outbox.put(notice(api.Notice.KIND_DEGRADED, "frames are delivered later than they are due"))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from redis.asyncio import Redis
 from redis.asyncio.client import Monitor
 
+from avatar.store.claims import CLAIM_TTL_S
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.worker.v1 import types_pb2
-from tests.product import Stub, connected, open_stream
+from benchmarks.standin.content import Content
+from tests.product import Stub, connected, finish, frame, new_session, open_stream, pieces, send
 from tests.refusals import refused
 from tests.standin import standin_gateway
 
@@ -79,6 +82,30 @@ async def test_no_call_of_a_client_makes_more_calls_to_redis(store: SessionStore
         assert await commands_about({"face", second}, redis_client, monitor) == OPEN
         await stub.GetSession(pb.GetSessionRequest(session_id=first), timeout=10)
         assert await commands_about({"face", first}, redis_client, monitor) == GET_SESSION
+
+
+async def test_a_position_is_written_after_480_ms_of_speech_and_seldom_in_silence(
+    store: SessionStore, redis_client: Redis
+) -> None:
+    content = Content(block_latents=1)
+    async with standin_gateway(store, content=content) as gateway, connected(gateway.target) as stub:
+        session = await new_session(stub, b"picture")
+        async with redis_client.monitor() as monitor:
+            call, _ = await open_stream(stub, session.id, mode=pb.OpenAvatar.MODE_LIVE)
+            await commands_about(set(), redis_client, monitor)
+            started_s = time.monotonic()
+
+            async def num_writes_until(block: int) -> int:
+                while (await frame(call)).index < block * content.block_frames:
+                    pass
+                return len(await commands_about({session.id}, redis_client, monitor))
+
+            await send(call, pieces(bytes(6 * content.block_bytes())))
+            in_speech, in_silence = await num_writes_until(9), await num_writes_until(18)
+            num_renewals = (time.monotonic() - started_s) / (CLAIM_TTL_S / 3)
+            assert 2 <= in_speech <= 5 + num_renewals
+            assert in_silence <= 1 + num_renewals
+            await finish(call)
 
 
 async def test_a_refusal_reads_no_latents(store: SessionStore, redis_client: Redis) -> None:

@@ -165,6 +165,7 @@ async def test_a_take_over_that_fails_after_it_has_the_slots_gives_them_back(sto
             last = await frame(call)
             async with refused("STAGE_FAILED"):
                 await resumed(there, session.id, last.index + 1)
+            await send(call, pieces(bytes(3 * 15360)))
             async with asyncio.timeout(WAIT_S):
                 block = (await store.position(session.id)).next_block
                 while (await store.position(session.id)).next_block < block + 2:
@@ -212,6 +213,7 @@ async def test_a_time_to_live_is_set_at_any_gateway(store: SessionStore) -> None
         await frame(call)
         session.ttl.FromSeconds(777)
         await there.UpdateSession(pb.UpdateSessionRequest(session=session, update_mask=FieldMask(paths=["ttl"])))
+        await send(call, pieces(bytes(3 * 15360)))
         before = (await store.position(session.id)).next_block
         async with asyncio.timeout(WAIT_S):
             while (await store.position(session.id)).next_block < before + 2:
@@ -277,6 +279,7 @@ async def test_in_a_full_store_streams_continue_and_move_and_new_ones_are_refuse
             assert "the session store is full" in refusal.message
             async with refused("STORE_UNAVAILABLE"):
                 await here.CreateSession(pb.CreateSessionRequest(reference_id=session.reference_id))
+            await send(call, pieces(bytes(3 * 15360)))
             before, last = (await store.position(session.id)).next_block, await frame(call)
             async with asyncio.timeout(WAIT_S):
                 while (await store.position(session.id)).next_block < before + 2:
