@@ -5,8 +5,14 @@
 
 FROM python:3.11.14-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_PYTHON=/opt/avatar/bin/python
-WORKDIR /src
 RUN python -m venv --without-pip /opt/avatar
+# The base image comes without the standard library's bytecode, and a read-only root would compile it at every start.
+# Compiled here, so that no command runs in an image's own layers, where a build's mounts would leave empty files.
+WORKDIR /usr/local/lib/python3.11
+RUN python -m compileall -q -x 'site-packages|ensurepip|idlelib|lib2to3|pydoc_data|turtledemo' . \
+    && mkdir /bytecode \
+    && find . -path ./site-packages -prune -o -name '*.pyc' -exec cp --parents -t /bytecode {} +
+WORKDIR /src
 COPY pyproject.toml requirements.lock README.md LICENSE ./
 COPY protos protos
 # An empty package has the same dependencies, which a change of the code then does not install again.
@@ -47,8 +53,7 @@ ENV MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP
     PATH=/opt/avatar/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
     AVATAR_LISTEN=0.0.0.0:7000
-# The base image comes without the standard library's bytecode, and a read-only root would compile it at every start.
-RUN python -m compileall -q -x 'site-packages|ensurepip|idlelib|lib2to3|pydoc_data|turtledemo' /usr/local/lib/python3.11
+COPY --from=build /bytecode /usr/local/lib/python3.11
 WORKDIR /app
 # Readable for the user below, whatever the umask of the checkout was.
 COPY --chmod=755 services services

@@ -1,4 +1,4 @@
-"""The Dockerfile pins every package, and the gateway's image has no tensor library. It is never built here."""
+"""The Dockerfile pins every package, and the gateway's image has no tensor library. tests.containers builds it."""
 
 import re
 from importlib import metadata
@@ -62,6 +62,11 @@ def test_an_image_is_built_with_the_lock_and_its_extras(image: str) -> None:
     assert f"COPY --from=build-{image} " in STAGES[image]
     assert "USER 10001:10001" in STAGES["runtime"]
     assert STAGES[image].startswith("runtime AS")
+
+
+@pytest.mark.parametrize("image", ["runtime", "gateway", "voice", "worker-cpu"])
+def test_no_command_writes_to_an_images_own_layers(image: str) -> None:
+    assert "\nRUN " not in STAGES[image], "what a build mounts, such as a machine's pip.conf, would leave empty files"
 
 
 def test_images_have_the_launchers_allocator_settings() -> None:
