@@ -192,12 +192,17 @@ async def test_a_language_is_spoken_in_the_region_that_the_engine_has(store: Ses
     assert engine.spoken_languages == ["en-US", "en-US", "en-US", "pt-BR"]
 
 
-async def test_text_up_to_the_limit_is_accepted_and_markup_is_text(store: SessionStore) -> None:
-    engine = ToneEngine(part_s=60)
-    text = '<break time="9s"/>Hi. ' + "a" * 10
+async def test_text_up_to_the_limit_is_spoken_and_markup_is_text(store: SessionStore) -> None:
+    engine = ToneEngine()
+    engine.char_s = 0.0005
+    first = '<break time="9s"/>Hi.'
+    text = f"{first} ".ljust(MAX_TEXT_CHARS, "a")
     async with talking(store, engine) as (stub, session):
-        await stream(stub, [opening(session), say(text), END_TURN, CLOSE])
-    assert engine.sentences == ['<break time="9s"/>Hi.', "a" * 10]
+        streamed = await stream(stub, [opening(session), say(text), END_TURN, CLOSE])
+    (finished,) = events(streamed, "playback_finished")
+    assert finished.spoken == text
+    assert engine.sentences[0] == first
+    assert len("".join(engine.sentences)) == MAX_TEXT_CHARS - len(" ")
 
 
 async def test_capabilities_describe_the_voice(store: SessionStore) -> None:
