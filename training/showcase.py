@@ -21,8 +21,8 @@ from avatar.vae.vae import HIDDEN_FRAMES
 ASSETS = Path(__file__).parents[1] / "assets"
 # Pictures of the strip, and frames from one to the next.
 ROWS, COLUMNS, STRIDE = 2, 8, 6
-# The film is enlarged, because players show 128 pixels small or blurred.
-SCALE = 2
+# Frames are enlarged to about this height, because players show small films small or blurred.
+HEIGHT = 256
 # Quality of the preview, 0 to 100: a person's lips are sharp, and nine seconds take less than PREVIEW_BYTES.
 QUALITY = 80
 PREVIEW_BYTES = 1_000_000
@@ -35,8 +35,11 @@ def make_strip(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def enlarge(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Scale frames to SCALE times the height and width."""
-    size = (SCALE * frames.shape[2], SCALE * frames.shape[1])
+    """Scale frames (f, h, w, 3) by the whole number that brings them nearest to HEIGHT without passing it."""
+    scale = HEIGHT // frames.shape[1]
+    if scale < 2:
+        return frames
+    size = (scale * frames.shape[2], scale * frames.shape[1])
     return np.stack([np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames])
 
 

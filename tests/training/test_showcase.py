@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from training import showcase
-from training.showcase import COLUMNS, ROWS, SCALE, STRIDE, enlarge, make_strip, write_preview
+from training.showcase import COLUMNS, ROWS, STRIDE, enlarge, make_strip, write_preview
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -17,10 +17,11 @@ def test_a_strip_continues_in_its_second_row() -> None:
     assert (strip[0, 6, 0], strip[4, 0, 0]) == (STRIDE, STRIDE * COLUMNS)
 
 
-def test_enlarged_frames_keep_their_brightness() -> None:
-    frames = np.full((2, 8, 8, 3), 77, np.uint8)
-    assert enlarge(frames).shape == (2, 8 * SCALE, 8 * SCALE, 3)
-    assert (enlarge(frames) == 77).all()
+@pytest.mark.parametrize(("side", "shown"), [(64, 256), (100, 200), (128, 256), (256, 256), (400, 400)])
+def test_small_frames_are_enlarged_and_keep_their_brightness(side: int, shown: int) -> None:
+    enlarged = enlarge(np.full((2, side, side, 3), 77, np.uint8))
+    assert enlarged.shape == (2, shown, shown, 3)
+    assert (enlarged == 77).all()
 
 
 def test_a_preview_plays_for_ever_and_says_what_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
