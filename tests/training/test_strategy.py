@@ -47,6 +47,21 @@ def test_two_stopped_processes_resume_bit_for_bit(both: list[dict[str, Any]]) ->
     assert [mine["resumes"] for mine in both] == [True, True]
 
 
+@pytest.mark.slow
+def test_shards_in_bfloat16_have_nearly_the_gradients_of_float32(
+    alone: dict[str, Any], latents: Path, tmp_path: Path
+) -> None:
+    """They are equal on a processor without bfloat16, for which the strategy computes in float32."""
+    both = two_processes.run_on_two(two_processes.train_and_resume, "fsdp2", latents, tmp_path, torch.bfloat16)
+    for mine in both:
+        for stage in ("stage 1", "stage 2: critic"):
+            ours, theirs = (torch.cat([each.flatten() for each in run[stage]]) for run in (mine, alone))
+            assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.98
+        assert mine["loss"] == pytest.approx(alone["loss"], rel=0.02)
+        assert all(each.isfinite().all() for each in mine["stage 2"])
+        assert mine["resumes"]
+
+
 def test_shares_of_a_batch_add_up_to_the_batch(prepared: list[StoredClip]) -> None:
     shares = Share(), Share(0, 2), Share(1, 2)
     whole, *parts = (load_batch(prepared, BATCHES, small(), 0, 3, share) for share in shares)

@@ -120,17 +120,19 @@ def train_and_resume(strategy: Strategy, clips: Sequence[StoredClip], root: Path
     return {**train_both_stages(strategy, clips), "resumes": resumes(strategy, clips, root)}
 
 
-def run_on_two(task: Task, kind: str, latents: Path, folder: Path) -> list[dict[str, Any]]:
-    """Run a task on two processes under a strategy and return their results."""
-    arguments = (task, kind, latents, folder)
+def run_on_two(
+    task: Task, kind: str, latents: Path, folder: Path, precision: torch.dtype = torch.float32
+) -> list[dict[str, Any]]:
+    """Run a task on two processes under a strategy and return their results. precision: as of the strategy."""
+    arguments = (task, kind, latents, folder, precision)
     start_processes(process, arguments, nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{kind}-{rank}.pt") for rank in range(2)]
 
 
-def process(rank: int, task: Task, kind: str, latents: Path, folder: Path) -> None:
+def process(rank: int, task: Task, kind: str, latents: Path, folder: Path, precision: torch.dtype) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{kind}-rendezvous", rank=rank, world_size=2)
-    strategy = strategy_of_group(kind, torch.device("cpu"), torch.float32, num_local=2)
+    strategy = strategy_of_group(kind, torch.device("cpu"), precision, num_local=2)
     results = task(strategy, read_clips(latents, "train"), folder / kind)
     torch.save(results, folder / f"{kind}-{rank}.pt")
     dist.destroy_process_group()
