@@ -28,6 +28,7 @@ from tests.rehearsal.timeline import Bar, bars
 
 SIDE = 64  # of the videos, in pixels
 NUM_BLOCKS, BLOCK_FRAMES = 20, 12
+NUM_FITTING = 2.5  # sessions in a device's memory: a third one is refused
 LIMIT_S = 600.0
 # Processes by name: the services of each, and its levels.
 LAYOUTS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
@@ -66,10 +67,14 @@ class Rehearsal:
     async def start(self, name: str) -> None:
         """Start a process of the layout, or start it again."""
         services, levels = LAYOUTS[self.layout][name]
-        module = ("services.device", *services) if name == "device" else (f"services.{services[0]}",)
+        module: tuple[str, ...] = ("services.device", *services) if name == "device" else (f"services.{services[0]}",)
         settings = {"AVATAR_CHECKPOINT": str(self.checkpoint), "AVATAR_LEVELS": levels or "all"}
         settings |= {"AVATAR_ADAPTER": str(self.checkpoint / ADAPTER), "AVATAR_SIZES": f"{SIDE}x{SIDE}"}
-        settings["AVATAR_MEMORY_GB"] = str(memory_gb(self.checkpoint, 4 if levels == "all" else 1))
+        state, shared = stream_bytes(self.checkpoint)
+        if name == "device":
+            module = ("tests.capped_allocator", str(int(NUM_FITTING * 4 * state)), *module)
+        else:
+            settings["AVATAR_MEMORY_GB"] = str(NUM_FITTING * (state + shared) / 1e9)
         await self._start(name, module, settings)
 
     async def start_gateway(self) -> None:
@@ -87,13 +92,12 @@ class Rehearsal:
         await self.suite.start(name, sys.executable, "-m", *module, **common, **settings)
 
 
-def memory_gb(checkpoint: Path, num_levels: int) -> float:
-    """Return the memory of two and a half sessions in a process of so many levels: the cap that refuses a third."""
+def stream_bytes(checkpoint: Path) -> tuple[int, int]:
+    """Return the bytes of a session's state at a level, and of what levels of one process share."""
     config = NetworkConfig.from_dict(open_part(checkpoint, "denoiser").config)
     with torch.device("meta"):
         network = Network(config)
-    state, shared = Denoiser(network, config, 0).memory(SIDE // 8, SIDE // 8)
-    return 2.5 * (num_levels * state + shared) / 1e9
+    return Denoiser(network, config, 0).memory(SIDE // 8, SIDE // 8)
 
 
 @asynccontextmanager

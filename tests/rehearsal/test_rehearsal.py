@@ -11,6 +11,10 @@ from tests.rehearsal.suite import LAYOUTS, NUM_BLOCKS, run
 from tests.rehearsal.timeline import Bar, bars, draw, longest_gap_s
 
 SECOND = 10**9
+# The longest is that of the killed process, until it has loaded its weights again and is warm.
+LONGEST_GAP_S = 180
+# By an allocator with a cap, and by the arithmetic of AVATAR_MEMORY_GB.
+REFUSALS = {"one-device": "has no memory left", "four-levels": "of memory for streams"}
 STAGES = {"audio", *(f"denoiser-{level}" for level in range(4)), "vae", "encode"}
 
 
@@ -24,9 +28,10 @@ def test_two_sessions_live_through_prompts_a_lost_worker_and_an_interruption(
     for streamed in (first, second):
         assert streamed.indexes == list(range(3, 3 + len(streamed.frames))), "no frame is lost, none is repeated"
     assert len(first.frames) >= 12 * NUM_BLOCKS - 3
-    assert "of memory for streams" in found.refusal
+    assert REFUSALS[layout] in found.refusal
     assert {each.row for each in found.work} == STAGES
     assert set(found.statuses.values()) == {0}, "all drained"
+    assert longest_gap_s(found.work, found.work[0].start_ns, found.work[-1].end_ns) < LONGEST_GAP_S
     draw(tmp_path / "timeline.png", found.work, found.events)
     with Image.open(tmp_path / "timeline.png") as timeline:
         assert timeline.width > 1000

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 
 from avatar.aio import background
 from avatar.checkpoints.layouts import open_part
-from avatar.denoiser.cache import KVCache
 from avatar.denoiser.denoiser import Denoiser
 from avatar.denoiser.model import load
 from avatar.errors import NoCapacity
@@ -38,6 +37,7 @@ from services.denoiser.service import DenoiserServicer
 from services.local.suite import suite
 from services.vae.__main__ import build as build_vae
 from services.worker import open_device_queue
+from tests.capped_allocator import CappedAllocator
 from tests.conftest import speech
 from tests.handoff.chains import blocks_of, first_conditions, message_of, random_session
 from tests.product import CLOSE, connected, finish, new_session, open_stream, pieces, speak
@@ -47,36 +47,11 @@ SMALL, LARGE = (8, 8), (16, 16)
 NUM_CYCLES = 20
 
 
-class CappedAllocator:
-    """Counts the bytes of all caches that live. Over the cap, it refuses one as torch does on a GPU."""
-
-    def __init__(self, cap: float) -> None:
-        self.cap = cap
-        self.allocated = 0
-
-    def allocate(self, cache: KVCache) -> None:
-        num_bytes = cache.num_bytes
-        if self.allocated + num_bytes > self.cap:
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {num_bytes} bytes")
-        self.allocated += num_bytes
-        weakref.finalize(cache, self._free, num_bytes)
-
-    def _free(self, num_bytes: int) -> None:
-        self.allocated -= num_bytes
-
-
 @pytest.fixture
-def allocator(monkeypatch: pytest.MonkeyPatch) -> CappedAllocator:
+def allocator() -> Iterator[CappedAllocator]:
     allocator = CappedAllocator(float("inf"))
-    initialise = KVCache.__init__
-
-    def capped(self: KVCache, *arguments: Any, **options: Any) -> None:
-        initialise(self, *arguments, **options)
-        if options.get("device") != "meta":
-            allocator.allocate(self)
-
-    monkeypatch.setattr(KVCache, "__init__", capped)
-    return allocator
+    with allocator.installed():
+        yield allocator
 
 
 @asynccontextmanager
