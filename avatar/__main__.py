@@ -51,7 +51,6 @@ def main() -> None:
         inspect.main(sys.argv[1:])
         return
     flags = parser().parse_args()
-    torch.set_num_threads(flags.threads)
     try:
         film = make_film(flags)
     except (ValueError, OSError) as error:
@@ -74,7 +73,15 @@ def make_film(flags: argparse.Namespace) -> Film:
     adapter = LoraAdapter(flags.adapter) if flags.adapter else None
     make_folder(flags.out.parent)
     dtype, device = DTYPES[flags.dtype], flags.device
-    models = load(flags.checkpoint, adapter, levels=flags.levels, decoder=flags.decoder, dtype=dtype, device=device)
+    models = load(
+        flags.checkpoint,
+        adapter,
+        levels=flags.levels,
+        decoder=flags.decoder,
+        dtype=dtype,
+        device=device,
+        threads=flags.threads,
+    )
     if models.config.num_levels < models.config.num_trained_levels:
         print(f"levels: {models.config.levels_text}")
     options = render_options(flags, models)

@@ -69,11 +69,15 @@ def load(
     decoder: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    threads: int = 1,
 ) -> Models:
     """Load the models of a checkpoint folder. ValueError if a config or weights do not fit, or there are fewer levels.
 
     levels: how many to run of those that the checkpoint was trained for; None: all. decoder: as in `open_part`.
+    threads: CPU threads of torch from now on. Several wait for each other at every small step: on two busy cores the
+    embedded default took six times as much CPU time.
     """
+    torch.set_num_threads(threads)
     checkpoint = Path(checkpoint)
     part = denoiser_model.with_levels(open_part(checkpoint, "denoiser", adapter), levels)
     network = denoiser_model.load(part, dtype=dtype, device=device)
