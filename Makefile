@@ -114,7 +114,8 @@ test: install $(VENV)/evaluation $(VENV)/deployment $(VENV)/livekit
 test-slow: install $(VENV)/envoy $(VENV)/words $(VENV)/piper/installed
 	pytest -m slow --timeout 1800
 
-# Builds the gateway's image, starts it and calls it, as root on Debian; FULL=1 all images and docker-compose.yml: minutes.
+# Builds the gateway's image, starts it and calls it, as root on Debian; FULL=1: all images but worker-cuda, and
+# docker-compose.yml, for minutes.
 test-containers: install $(VENV)/deployment
 	python -m tests.containers $(if $(FULL),--full)
 

@@ -36,7 +36,8 @@ def make_python_image(engine: Engine) -> None:
     engine.run("chroot", root, "ldconfig")
     engine.run("chroot", root, "/usr/local/bin/python", "-m", "ensurepip")
     (root / "usr/local/bin/pip").symlink_to("pip3")
-    _import(engine, root, f"docker.io/library/{name}")
+    engine.base_image = f"docker.io/library/{name}"
+    _import(engine, root, engine.base_image)
 
 
 def _copy_python(folder: Path) -> None:

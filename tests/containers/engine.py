@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import mkdtemp
 from types import MappingProxyType
+
+from tests.containers.isolation import FOLDER, run, use_own_places
 
 PACKAGES = ("podman", "buildah", "runc", "catatonit", "netavark", "aardvark-dns", "debootstrap", "iproute2", "iptables")
 NAMESPACE = "avatar-containers"
@@ -40,10 +41,14 @@ runroot = "{folder}/run"
 
 
 class Engine:
-    """Runs podman, buildah and docker-compose with a folder and a network namespace of their own."""
+    """Runs podman, buildah and docker-compose with a folder and a network namespace of their own.
+
+    base_image: name of the image that the Dockerfile begins from, once it is made.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.base_image = ""
         self.socket = folder / "podman.sock"
         (folder / "containers.conf").write_text(CONTAINERS.format(folder=folder), encoding="utf-8")
         (folder / "storage.conf").write_text(STORAGE.format(folder=folder), encoding="utf-8")
@@ -115,22 +120,17 @@ class Engine:
 
 @contextmanager
 def engine() -> Iterator[Engine]:
-    """Run an engine while the body runs; afterwards end its containers and delete all that it wrote."""
-    folder = Path(mkdtemp(prefix="avatar-containers-", dir="/var/tmp"))
-    folder.chmod(0o755)
-    _run("ip", "netns", "add", NAMESPACE)
-    made = Engine(folder)
+    """Run an engine while the body runs, in an isolated run, with which all that it started ends."""
+    use_own_places()
+    run("ip", "netns", "add", NAMESPACE)
+    made = Engine(FOLDER)
     try:
         made.run("ip", "link", "set", "lo", "up")
         made.run("sysctl", "-q", "-w", "net.ipv4.ip_forward=1")
         with _service(made), _health_checks(made):
             yield made
     finally:
-        made.podman("rm", "--all", "--force", "--time", "0", is_checked=False)
-        made.podman("image", "umount", "--all", is_checked=False)
-        made.podman("network", "prune", "--force", is_checked=False)
-        _run("ip", "netns", "delete", NAMESPACE)
-        _delete(folder)
+        made.podman("rm", "--all", "--force", "--time", "0", is_checked=False)  # and their cgroups
 
 
 @contextmanager
@@ -171,31 +171,6 @@ def _health_checks(made: Engine) -> Iterator[None]:
         thread.join()
 
 
-def _delete(folder: Path) -> None:
-    """Delete a folder and what is mounted in it. Podman may still be writing about containers that just ended."""
-    for tries_left in reversed(range(10)):
-        try:
-            for mount in _mounts_below(folder):
-                _run("umount", "--lazy", mount)
-            shutil.rmtree(folder)
-            return
-        except OSError:
-            if not tries_left:
-                raise
-            time.sleep(1)
-
-
-def _mounts_below(folder: Path) -> list[str]:
-    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-    return sorted((each for each in mounts if each.startswith(f"{folder}/")), reverse=True)
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
-
-
 def missing() -> str:
     """Return why containers cannot run here, empty if they can; install Debian's packages where they are missing."""
     if os.geteuid() != 0:
@@ -205,7 +180,7 @@ def missing() -> str:
     if not shutil.which("apt-get"):
         return "needs podman, buildah, runc and debootstrap, and there is no apt-get to install them"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    _run("apt-get", "update", "-qq")
+    run("apt-get", "update", "-qq")
     subprocess.run(
         ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES],
         env=environment,

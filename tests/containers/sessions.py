@@ -1,4 +1,4 @@
-"""Stream sessions at the pace of speech: `python -m tests.containers.sessions HOST:PORT [--sessions 2]`.
+"""Stream sessions at the pace of speech: `python -m tests.containers.sessions HOST:PORT [--sessions 2] [--speech 7.2]`.
 
 Prints "streaming" when every session has its first frame, and exits with status 1 if a frame is lost or repeated.
 """
@@ -16,9 +16,9 @@ PIECE_BYTES, PIECE_S = 3840, 0.12
 SPEECH_S = 7.2
 
 
-async def speak(speaker: Speaker) -> None:
+async def speak(speaker: Speaker, seconds: float) -> None:
     """Speak at the pace of speech, until all frames are there."""
-    data = speech(SPEECH_S)
+    data = speech(seconds)
     for start in range(0, len(data), PIECE_BYTES):
         await speaker.say(data[start : start + PIECE_BYTES])
         await asyncio.sleep(PIECE_S)
@@ -29,6 +29,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("target", help="HOST:PORT of the gateway")
     parser.add_argument("--sessions", type=int, default=2)
+    parser.add_argument("--speech", type=float, default=SPEECH_S, help="seconds")
     flags = parser.parse_args()
     portrait = (ASSETS / "portrait.png").read_bytes()
     try:
@@ -37,7 +38,7 @@ async def main() -> None:
                 await stack.enter_async_context(speaking(flags.target, portrait, seed=seed, live=False))
                 for seed in range(flags.sessions)
             ]
-            speaking_all = [tasks.create_task(speak(speaker)) for speaker in speakers]
+            speaking_all = [tasks.create_task(speak(speaker, flags.speech)) for speaker in speakers]
             for speaker in speakers:
                 await speaker.until(1)
             print("streaming", flush=True)
