@@ -9,7 +9,7 @@ import pickle
 import shutil
 import wave
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
@@ -213,13 +213,20 @@ def write_speech(path: Path, seconds: float, seed: int = 0) -> Path:
     return path
 
 
+@contextmanager
+def redis_in(folder: Path) -> Iterator[str]:
+    """Run a Redis server while the body runs; gives its URL."""
+    with asyncio.Runner() as runner:
+        server = local_redis(folder)
+        yield runner.run(server.__aenter__())
+        runner.run(server.__aexit__(None, None, None))
+
+
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a Redis server that all tests of this process share."""
-    with asyncio.Runner() as runner:
-        server = local_redis(tmp_path_factory.mktemp("redis"))
-        yield runner.run(server.__aenter__())
-        runner.run(server.__aexit__(None, None, None))
+    with redis_in(tmp_path_factory.mktemp("redis")) as url:
+        yield url
 
 
 @pytest.fixture
