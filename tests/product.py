@@ -1,7 +1,8 @@
 """A minimal client for tests, over the public contract alone."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, TypeAlias
@@ -115,7 +116,8 @@ async def stream(stub: Stub, requests: Iterable[pb.StreamAvatarRequest], timeout
     status = CallStatus(call)
     first, *others = requests
     try:
-        await call.write(first)
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # reading raises the call's status
+            await call.write(first)
         await answer(call)  # audio may be sent once the stream is open
         async with background(_send_all(call, others)):
             return await finish(call, ())
@@ -164,7 +166,7 @@ async def finish(
 
 async def answer(call: Call) -> pb.StreamAvatarResponse:
     """Return the next message of a call. Raises AioRpcError if it ends in an error."""
-    response = await call.read()
+    response = await anext(aiter(call), None)
     assert isinstance(response, pb.StreamAvatarResponse), "the stream has ended"
     return response
 
@@ -178,7 +180,4 @@ async def frame(call: Call) -> types.VideoFrame:
 
 async def rest(call: Call) -> list[pb.StreamAvatarResponse]:
     """Return all remaining messages of a call. Raises AioRpcError if it ends in an error."""
-    responses = []
-    while isinstance(response := await call.read(), pb.StreamAvatarResponse):
-        responses.append(response)
-    return responses
+    return [response async for response in call]

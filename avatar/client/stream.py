@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TypeAlias
 
 import grpc.aio
@@ -234,13 +234,14 @@ class Stream:
             opening.resume.next_frame, opening.resume.next_event = self._next_frame, self._next_event
         try:
             async with asyncio.timeout(OPEN_S):
-                await self._call.write(pb.StreamAvatarRequest(open=opening))
+                with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # reading raises the call's status
+                    await self._call.write(pb.StreamAvatarRequest(open=opening))
                 await self._call.initial_metadata()  # reading swallows a cancellation until they are there
-                response = await self._call.read()
+                response = await anext(aiter(self._call), None)
         except TimeoutError as error:
             self._call.cancel()
             raise ConnectionLost(f"the gateway did not open a stream in {OPEN_S:g} s") from error
-        except (grpc.aio.AioRpcError, asyncio.CancelledError, asyncio.InvalidStateError) as error:
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
             raise self._call_error(error) from error
         if not isinstance(response, pb.StreamAvatarResponse):
             raise ConnectionLost(ENDED_EARLY)
@@ -255,7 +256,9 @@ class Stream:
     async def _read_responses(self) -> ConnectionLost:
         """Read until the call ends, and return the lost connection. Raises any other error of the gateway."""
         try:
-            while isinstance(response := await self._call.read(), pb.StreamAvatarResponse):
+            async for response in self._call:
+                if not isinstance(response, pb.StreamAvatarResponse):  # it cannot be parsed
+                    break
                 self._receive(response)
                 self._changed.notify()
                 await self._changed.wait_until(
@@ -270,9 +273,8 @@ class Stream:
 
     def _call_error(self, problem: BaseException) -> AvatarError:
         """Return the error that ended the call. Re-raises CancelledError if this task was cancelled, not the call."""
-        task = asyncio.current_task()
-        if isinstance(problem, asyncio.CancelledError) and task and task.cancelling():
-            raise problem
+        if (task := asyncio.current_task()) and task.cancelling():  # grpc.aio swallows it while a call starts
+            raise asyncio.CancelledError from problem
         own = problem if isinstance(problem, grpc.aio.AioRpcError) else None
         ended = self._status.instead_of(own) if own else self._status.ended
         return error_of(ended) if ended else ConnectionLost(ENDED_EARLY)

@@ -68,7 +68,8 @@ class RemoteStage(Generic[Item, Answer]):
         is_open = False
         try:
             async with asyncio.timeout(OPEN_S):
-                await self._write(b"".join(serialize_field(self._open, message, session)))
+                with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # reading raises the call's status
+                    await self._call.write(b"".join(serialize_field(self._open, message, session)))
                 # Reading would wait for these too, and swallow a cancellation meanwhile (grpc.aio awaits a task there).
                 await self._call.initial_metadata()
                 opened = (await self._read()).opened
@@ -88,7 +89,7 @@ class RemoteStage(Generic[Item, Answer]):
         """
         async with background(self._feed(items)) as feeding:
             try:
-                while (response := await self._call.read()) is not grpc.aio.EOF:
+                async for response in self._call:
                     if response is None:
                         raise self._unreadable()
                     if isinstance(response, RelayedBlock):
@@ -123,9 +124,9 @@ class RemoteStage(Generic[Item, Answer]):
 
     async def _until_ended(self) -> None:
         """Wait a moment for the call's status. The worker would count a call without it as cancelled."""
-        with suppress(TimeoutError, grpc.aio.AioRpcError):
+        with suppress(TimeoutError, StopAsyncIteration, grpc.aio.AioRpcError):
             async with asyncio.timeout(END_S):
-                await self._call.read()
+                await anext(aiter(self._call))
 
     async def _feed(self, items: AsyncGenerator[Item, None]) -> None:
         try:
@@ -133,28 +134,22 @@ class RemoteStage(Generic[Item, Answer]):
                 async for item in items:
                     is_ahead = isinstance(item, types_pb2.Conditions)
                     field = self._prefill if is_ahead else self._item
-                    await self._write(b"".join(serialize_field(field, item)))
-            await self._write(self._request(close={}).SerializeToString())
+                    await self._call.write(b"".join(serialize_field(field, item)))
+            await self._call.write(self._request(close={}).SerializeToString())
             await self._call.done_writing()
         except BaseException:
-            self.cancel()
+            self.cancel()  # does nothing after a failed write: the call has ended, and reading raises its status
             raise
-
-    async def _write(self, request: bytes) -> None:
-        try:
-            await self._call.write(request)
-        except asyncio.InvalidStateError:  # the call has ended; reading raises its status
-            await self._read()
-        except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
 
     async def _read(self) -> Any:
         try:
-            response = await self._call.read()
+            response = await anext(aiter(self._call))
+        except StopAsyncIteration:
+            raise self._ended_early() from None
         except grpc.aio.AioRpcError as error:
+            if (task := asyncio.current_task()) and task.cancelling():  # grpc.aio swallows it while a call starts
+                raise asyncio.CancelledError from error
             raise self._error(error) from error
-        if response is grpc.aio.EOF:
-            raise self._ended_early()
         if response is None:
             raise self._unreadable()
         return response

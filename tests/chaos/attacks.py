@@ -112,7 +112,7 @@ async def hostile_stream(stub: Stub) -> AsyncGenerator[Call, None]:
 
 
 async def _read(call: Call) -> None:
-    while isinstance(await call.read(), pb.StreamAvatarResponse):
+    async for _ in call:
         pass
 
 

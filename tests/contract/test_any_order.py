@@ -76,7 +76,7 @@ class Gateway:
 async def read(call: Any) -> grpc.StatusCode:
     """Read a call to its end; return its status."""
     try:
-        while isinstance(await call.read(), pb.StreamAvatarResponse):
+        async for _ in call:
             pass
     except grpc.aio.AioRpcError as error:
         return error.code()

@@ -43,7 +43,7 @@ class Client:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def read(self) -> None:
-        while isinstance(response := await self.call.read(), pb.StreamAvatarResponse):
+        async for response in self.call:
             self.streamed.add(response)
             part = response.WhichOneof("part")
             self.parts.append(response.event.WhichOneof("kind") or "" if part == "event" else part or "")

@@ -173,7 +173,7 @@ async def test_clients_are_notified_when_the_gateway_stops(
     streamed = Streamed()
 
     async def read(call: Call) -> None:
-        while isinstance(response := await call.read(), pb.StreamAvatarResponse):
+        async for response in call:
             streamed.add(response)
             if response.event.HasField("notice"):
                 await call.write(CLOSE)

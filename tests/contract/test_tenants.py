@@ -26,7 +26,7 @@ from avatar.v1 import avatar_service_pb2 as pb
 from tests.blocks import FIRST_FRAME, end_frame
 from tests.conftest import speech
 from tests.contract.tenants import ACME, TenantGateway
-from tests.product import PCM16, Stub, new_reference, new_session, open_stream, opening, speak, stream
+from tests.product import PCM16, Stub, answer, new_reference, new_session, open_stream, opening, speak, stream
 from tests.refusals import Refusal, refused
 
 METHODS: list[MethodDescriptor] = list(pb.DESCRIPTOR.services_by_name["AvatarService"].methods)
@@ -184,7 +184,7 @@ async def test_a_stream_of_another_tenant_can_neither_be_interrupted_nor_resumed
     async with refused("SESSION_NOT_FOUND"):
         await globex.Interrupt(pb.InterruptRequest(session_id=session.id), timeout=10)
     assert await acme.Interrupt(pb.InterruptRequest(session_id=session.id), timeout=10)
-    assert isinstance(await streaming.read(), pb.StreamAvatarResponse)
+    assert await answer(streaming)
     streaming.cancel()
 
 

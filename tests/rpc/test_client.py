@@ -160,16 +160,18 @@ async def test_an_unusable_block_is_not_the_clients_fault(
     assert str(error) == ("block: it is NaN" if is_request else "audio: block: it is NaN")
 
 
+@pytest.mark.parametrize("num_unread", [0, 20])  # answers before it, which may be unread yet when a write fails
 async def test_a_refusal_arrives_whole_while_more_is_being_written(
-    worker: Worker, connection: grpc.aio.Channel
+    worker: Worker, connection: grpc.aio.Channel, num_unread: int
 ) -> None:
     async def refusing(requests: Requests, _: Context) -> Responses:
         await receive_open(requests)
-        yield OPENED
+        for response in (OPENED, *[block(0)] * num_unread):
+            yield response
         raise InvalidAudio.at("audio.data", "it is NaN")
 
     worker.encode = refusing
-    for _ in range(30):
+    for _ in range(50):
         with pytest.raises(InvalidAudio, match="it is NaN"):
             await indexes((await opened(connection))(Source(range(100)).stream()))
 

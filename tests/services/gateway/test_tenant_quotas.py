@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from avatar.store.sessions import SessionStore
 from avatar.v1 import avatar_service_pb2 as pb
-from tests.product import CLOSE, Stub, connected, opening, rest
+from tests.product import CLOSE, Stub, answer, connected, opening, rest
 from tests.refusals import refused
 from tests.standin import StandInGateway, standin_gateway
 
@@ -59,7 +59,7 @@ async def test_records_stay_within_the_quota_whatever_a_client_does(
                 call = stub.StreamAvatar(**AS_ACME)
                 await call.write(opening(session.id, mode=LIVE))
                 if turn % 2:  # and then it gives way to the next one
-                    await call.read()
+                    await answer(call)
                     await call.write(CLOSE)
                     await rest(call)
                     continue
@@ -94,7 +94,7 @@ async def test_a_session_whose_stream_has_ended_gives_way_to_a_new_one(
             await stub.CreateSession(request, **AS_ACME)
         call = stub.StreamAvatar(**AS_ACME)
         await call.write(opening(first.id, mode=LIVE))
-        await call.read()
+        await answer(call)
         async with refused("QUOTA_EXCEEDED"):
             await stub.CreateSession(request, **AS_ACME)
         await call.write(CLOSE)
