@@ -32,7 +32,7 @@ from training.eval.previews import load_codec, mouth_metrics, preview_rows
 from training.loop import argument_parser, cosine_schedule, overrides, run_program, update_ema
 from training.lora import LoraConfig
 from training.losses import MIN_SIGMA, add_noise, draw_sink_distances, flow_matching_loss
-from training.strategy import SINGLE, Strategy, WrappedNetwork, join
+from training.strategy import SINGLE, Strategy, WrappedNetwork, compile_layers, join
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, required=True, help="denoiser folder that stage 1 exported")
     parser.add_argument("--guidance", type=float, help="scale of the teacher's classifier-free guidance")
     parser.add_argument("--rate", type=float, help="learning rate")
+    parser.add_argument("--compile", action="store_true", help="compile the layers: faster after a slow start")
     flags = parser.parse_args()
     recipe = replace(PRESETS[flags.preset](), **overrides(steps=flags.steps, guidance=flags.guidance, lr=flags.rate))
     if flags.batch:
@@ -181,7 +182,8 @@ def main() -> None:
     strategy = join(flags.strategy, recipe.is_float32)
 
     def make_network() -> Network:
-        return load(Part.read(flags.start)).train()
+        network = load(Part.read(flags.start)).train()
+        return compile_layers(network) if flags.compile else network
 
     run = ConsistencyDistillation(recipe, make_network, strategy, load_codec(flags.vae, strategy.device))
     run_program(run, flags)

@@ -33,7 +33,7 @@ from training.loop import argument_parser, cosine_schedule, overrides, run_progr
 from training.lora import LoraConfig, make_trainable, weight_dtype
 from training.losses import add_noise, add_noise_per_frame, draw_sigmas, draw_sink_distances, flow_matching_loss
 from training.muon import Muon
-from training.strategy import SINGLE, Strategy, checkpoint_activations, join
+from training.strategy import SINGLE, Strategy, checkpoint_activations, compile_layers, join
 
 logger = logging.getLogger(__name__)
 
@@ -296,6 +296,7 @@ def explained_share(
 def main() -> None:
     parser = argument_parser("training.pretrain", __doc__ or "", steps="optimizer steps")
     parser.add_argument("--start", type=Path, help="denoiser folder with the initial weights of a new run")
+    parser.add_argument("--compile", action="store_true", help="compile the layers: faster after a slow start")
     flags = parser.parse_args()
     network_config, preset = PRESETS[flags.preset]
     recipe = replace(preset(), **overrides(steps=flags.steps, lora=flags.adapter))
@@ -308,10 +309,11 @@ def main() -> None:
 
     def make_network() -> Network:
         if flags.start:
-            return load(Part.read(flags.start), dtype=weight_dtype(recipe.lora)).train()
-        network = Network(network_config())
-        initialise(network, recipe.seed)
-        return network
+            network = load(Part.read(flags.start), dtype=weight_dtype(recipe.lora)).train()
+        else:
+            network = Network(network_config())
+            initialise(network, recipe.seed)
+        return compile_layers(network) if flags.compile else network
 
     strategy = join(flags.strategy)
     run_program(Pretraining(recipe, make_network, strategy, load_codec(flags.vae, strategy.device)), flags)
