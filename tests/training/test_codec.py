@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from avatar.checkpoints.part import Part
 from avatar.vae import light, vae
@@ -133,6 +134,23 @@ def test_a_constant_error_has_no_motion_term(clips: list[StoredClip], monkeypatc
         assert float(terms["picture"]) > 0.1
 
 
+def test_blur_has_a_detail_term_and_displacement_nearly_none(
+    clips: list[StoredClip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = untrained_codec(light.tiny(), 0)
+    frames, weights = load_crops(clips, CROPS, 0, 0)
+    results = {
+        "same": frames,
+        "moved": frames.roll(1, -1),
+        "blurred": functional.avg_pool3d(frames, (1, 3, 3), 1, (0, 1, 1)),
+    }
+    detail = {}
+    for name, result in results.items():
+        monkeypatch.setattr(codec, "decode", lambda *_, result=result: result)
+        detail[name] = float(loss_terms(codec, frames, weights, RECIPE, torch.Generator())["detail"])
+    assert detail["same"] == 0 < detail["moved"] < 0.5 * detail["blurred"]
+
+
 def test_a_stopped_run_resumes_bit_for_bit(clips: list[StoredClip], tmp_path: Path) -> None:
     run = CodecRun(RECIPE, clips)
     run.advance(clips)
@@ -175,7 +193,7 @@ def test_the_export_is_loaded_by_the_product_and_its_decoder_trains_alone(data: 
     assert report(before, read_clips(data, "held_out"))["psnr"] == pytest.approx(metrics["psnr"], abs=1e-6)
     assert metrics["step"] == 1
 
-    decoder_recipe = replace(RECIPE, steps=2, decoder_of=str(tmp_path / "vae"))
+    decoder_recipe = replace(RECIPE, steps=2, decoder_of=str(tmp_path / "vae"), channels=light.CHANNELS // 2)
     train(data, tmp_path / "second", decoder_recipe, LIMITS)
     export(data, tmp_path / "second", decoder_recipe, tmp_path / "better")
     after = vae.load(Part.read(tmp_path / "better")).codec

@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from avatar.checkpoints.files import save
@@ -55,6 +57,7 @@ class CodecRecipe:
     noise, drawn for each crop, in units of their standard deviation. edges, motion: loss weights of differences between
     neighbouring pixels, and between frames: without the latter a latent's frames, which are decoded together, jump to
     the next latent's. squared: errors are squared, which blurs less than absolute errors where detail is uncertain.
+    detail: loss weight of the sharpness of small areas, which every error of single pixels makes too low.
     evenness: loss weight of the spread of the channels' variances. ema_decay: per step. start: vae folder of the codec
     to begin with. decoder_of: the same, if only its decoder is trained. scale, channels, encoder_depth: that it is
     grown to.
@@ -67,6 +70,7 @@ class CodecRecipe:
     evenness: float = 5e-3
     edges: float = 0.3
     motion: float = 0.5
+    detail: float = 0.0
     ema_decay: float = 0.999
     seed: int = 0
     crops: CropConfig = field(default_factory=CropConfig)
@@ -139,7 +143,13 @@ class CodecRun:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr_at(self.step)
         terms = loss_terms(self.codec, frames, pixel_weights, recipe, torch.Generator().manual_seed(self.step))
-        weights = {"picture": 1.0, "edges": recipe.edges, "motion": recipe.motion, "spread": recipe.evenness}
+        weights = {
+            "picture": 1.0,
+            "edges": recipe.edges,
+            "motion": recipe.motion,
+            "spread": recipe.evenness,
+            "detail": recipe.detail,
+        }
         loss = torch.stack([weight * terms[name] for name, weight in weights.items()]).sum()
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -161,7 +171,8 @@ def loss_terms(
 
     weights: (b, 1, f, h, w) of each pixel's error. picture: absolute plus twice the squared error. edges, motion:
     absolute error of differences between neighbouring pixels, and between frames. With `recipe.squared` all three are
-    SQUARED times the squared error. spread: mean square of the channels' log variances around their mean.
+    SQUARED times the squared error. spread: mean square of the channels' log variances around their mean. detail:
+    absolute error of `sharpness_map`.
     """
 
     def size(error: Tensor) -> Tensor:
@@ -179,7 +190,18 @@ def loss_terms(
         "edges": size(error.diff(dim=-1)).mean() + size(error.diff(dim=-2)).mean(),
         "motion": size(error.diff(dim=2)).mean(),
         "spread": (logs - logs.mean()).pow(2).mean(),
+        "detail": (sharpness_map(result.float()) - sharpness_map(frames)).abs().mean(),
     }
+
+
+def sharpness_map(frames: Tensor) -> Tensor:
+    """Return the mean absolute Laplacian of the brightness in squares of 8 pixels, which overlap by half.
+
+    frames: (b, 3, f, h, w).
+    """
+    grey = rearrange(frames.mean(1), "b f h w -> (b f) 1 h w")
+    neighbours = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
+    return functional.avg_pool2d((neighbours - 4 * grey[..., 1:-1, 1:-1]).abs(), 8, 4)
 
 
 def grown_codec(folder: Path, clips: Sequence[StoredClip], recipe: CodecRecipe) -> LightCodec:
@@ -190,7 +212,7 @@ def grown_codec(folder: Path, clips: Sequence[StoredClip], recipe: CodecRecipe) 
     codec = vae.load(Part.read(folder)).codec
     if not isinstance(codec, LightCodec):
         raise ValueError(f"{folder} holds another codec; only the light codec is trained here")
-    if codec.config.channels > recipe.channels:
+    if codec.config.channels > recipe.channels and not recipe.decoder_of:
         raise ValueError(f"{folder} has latents of {codec.config.channels} channels, give --channels as many or more")
     if recipe.scale > codec.config.scale:
         codec = grow(codec, recipe.scale)
@@ -268,6 +290,9 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=CodecRecipe.noise, help="most noise on latents (default 0.2)")
     parser.add_argument("--lips", type=float, default=CropConfig.lips_gain, help="extra loss weight at the lips")
     parser.add_argument("--motion", type=float, default=CodecRecipe.motion, help="loss weight of frame differences")
+    parser.add_argument(
+        "--detail", type=float, default=CodecRecipe.detail, help="loss weight of small areas' sharpness"
+    )
     parser.add_argument("--evenness", type=float, default=CodecRecipe.evenness, help="loss weight of even variances")
     parser.add_argument("--steps", type=int, default=CodecRecipe.steps, help="length of the whole run")
     parser.add_argument("--minutes", type=float, default=60, help="time limit; the next call resumes (default 60)")
@@ -284,6 +309,7 @@ def main() -> None:
         steps=flags.steps,
         lr=flags.rate or (GROWN_RATE if flags.scale > 1 else CodecRecipe.lr),
         motion=flags.motion,
+        detail=flags.detail,
         noise=flags.noise,
         crops=replace(crops, lips_gain=flags.lips),
         start=flags.start,
