@@ -86,14 +86,17 @@ def make_film(flags: argparse.Namespace) -> Film:
         print(f"levels: {models.config.levels_text}")
     options = render_options(flags, models)
     chunks = render(models, list(map(torch.from_numpy, speech)), rate_hz, picture, options)
-    frames = pixels(tqdm(chunks, unit="chunk"), has_label=flags.label)
+    grid = models.audio.grid
+    num_blocks = grid.num_blocks(max(samples.shape[-1] for samples in speech), rate_hz)
+    num_blocks = min(num_blocks, options.num_blocks or num_blocks)
+    shown = with_progress(chunks, grid.frames * num_blocks - HIDDEN_FRAMES)
     frame_rate_hz = models.vae.config.frame_rate_hz
     if not flags.marks:
         print("the film carries no machine-readable marks")
     with logging_redirect_tqdm():
         return write_mp4(
             flags.out,
-            frames,
+            pixels(shown, has_label=flags.label),
             frame_rate_hz,
             HIDDEN_FRAMES,
             mix(speech),
@@ -101,6 +104,14 @@ def make_film(flags: argparse.Namespace) -> Film:
             is_marked=flags.marks,
             signer=signer,
         )
+
+
+def with_progress(chunks: Iterable[FrameChunk], num_frames: int) -> Iterator[FrameChunk]:
+    """Yield chunks, and show on stderr how many of their frames there have been."""
+    with tqdm(total=num_frames, unit="frame") as progress:
+        for chunk in chunks:
+            yield chunk
+            progress.update(len(chunk.frames))
 
 
 def pixels(chunks: Iterable[FrameChunk], *, has_label: bool) -> Iterator[NDArray[np.uint8]]:

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from avatar.audio import model as audio_model
-from avatar.audio.alignment import SAMPLE_RATE_HZ
 from avatar.audio.model import AudioModel
 from avatar.audio.resample import check_piece
 from avatar.audio.whole_file import file_blocks
@@ -251,8 +250,7 @@ def encode_speech(
     else:
         streams = [file_blocks(audio.encoder, samples, rate_hz, clip_frames(config)) for samples in padded]
     # Features of a file fill whole clips; the video ends with the block in which the speech ends.
-    num_blocks = -(-num_samples * SAMPLE_RATE_HZ // (rate_hz * audio.grid.samples))
-    for blocks in islice(zip(*streams, strict=True), num_blocks):
+    for blocks in islice(zip(*streams, strict=True), audio.grid.num_blocks(num_samples, rate_hz)):
         features = [block.features for block in blocks]
         yield blocks[0] if session.masks is None else replace(blocks[0], features=torch.stack(features))
 

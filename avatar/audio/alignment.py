@@ -48,6 +48,10 @@ class BlockGrid:
         """Samples of a block, at 16 kHz."""
         return self.encoder_frames * FRAME_SAMPLES
 
+    def num_blocks(self, num_samples: int, rate_hz: int) -> int:
+        """Return how many blocks hold so many samples at a rate; the last one may be partly empty."""
+        return -(-num_samples * SAMPLE_RATE_HZ // (rate_hz * self.samples))
+
     def window_end(self, index: int, right_frames: int) -> int:
         """Return the sample at which block `index`'s window ends (exclusive): the block needs all samples before it.
 

@@ -60,7 +60,9 @@ def main(arguments: Sequence[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     inspecting = commands.add_parser("inspect", help="describe a checkpoint and check that it is complete")
     inspecting.add_argument("--size", type=read_size, metavar="WxH", help="picture size for the memory table")
-    inspecting.add_argument("--dtype", choices=STORED, help="dtype that the network is served in (default: as stored)")
+    inspecting.add_argument(
+        "--dtype", choices=STORED, help="dtype that the network is served in (default: as stored, float32 for float16)"
+    )
     inspecting.add_argument("--levels", type=int, help="fewer levels than the checkpoint was trained for")
     inspecting.add_argument(
         "--devices", type=int, metavar="N", help="say what fits on N devices, and how fast it can be"
@@ -140,14 +142,14 @@ def inspect(
     """Yield the lines that describe a checkpoint. ValueError if a name or a shape in it is wrong.
 
     size: (width, height) of the picture for the memory table; None for the checkpoint's own size, or a 16:9 picture.
-    dtype: that the network is served in; None for the one that most of its weights are stored in. levels: of fewer than
-    the checkpoint was trained for. decoder: as in `open_part`. devices: their number and the memory of each, in
-    bytes, to say what fits there; None: say nothing of them.
+    dtype: that the network is served in; None for the one that most of its weights are stored in, float32 for float16.
+    levels: of fewer than the checkpoint was trained for. decoder: as in `open_part`. devices: their number and the
+    memory of each, in bytes, to say what fits there; None: say nothing of them.
     """
     parts = open_parts(checkpoint, adapter, decoder)
     parts["denoiser"] = denoiser_model.with_levels(parts["denoiser"], levels)
     stored = {name: part.meta_tensors() for name, part in parts.items()}
-    audio, network, vae, text = build_models(parts, dtype or dominant_dtype(stored["denoiser"]))
+    audio, network, vae, text = build_models(parts, dtype or served_dtype(stored["denoiser"]))
     config, picture = network.config, vae.config.picture
     layout = "as published" if is_published(checkpoint) else "in our layout"
     yield f"{checkpoint}: {layout}, every name and shape in place"
@@ -179,8 +181,10 @@ def inspect(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield f"attention {kernel_of_step(config, *latents, network.dtype, device, None)} on this machine's {device.type}"
     yield f"memory of a denoiser at {width}x{height} in {dtype_name(network.dtype)}"
-    for what, num_bytes in denoiser_memory(network, *latents).items():
-        yield f"{what:40}{format_bytes(num_bytes):>10}"
+    memory = denoiser_memory(network, *latents)
+    widest = max(map(len, memory))
+    for what, num_bytes in memory.items():
+        yield f"{what:{widest}}{format_bytes(num_bytes):>11}"
     if devices:
         coder_bytes = sum(numbers(stored[name]) * bytes_each for name, bytes_each in SERVED_BYTES.items())
         coders = decoder_costs(parts["vae"]), audio_costs(audio), coder_bytes
@@ -248,12 +252,13 @@ def denoiser_memory(network: denoiser_model.Network, height: int, width: int) ->
     }
 
 
-def dominant_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
-    """Return the dtype that most of the numbers have."""
+def served_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
+    """Return the dtype that most of the numbers have; float32 if it is not one that services compute in."""
     numbers: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         numbers[tensor.dtype] += tensor.numel()
-    return numbers.most_common(1)[0][0]
+    [(stored, _)] = numbers.most_common(1)
+    return stored if stored in DTYPES.values() else torch.float32
 
 
 def adapter_line(part: Part, is_published_layout: bool) -> str:

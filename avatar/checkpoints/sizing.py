@@ -290,13 +290,18 @@ def deployment(sizings: Mapping[str, Sizing], num_devices: int, memory_bytes: fl
     for name, sizing in sizings.items():
         both = sizing, sizing.with_float8_window()
         cells = (
-            in_brackets(*(f"{max(map(each.session_bytes, placed)) / 1e9:.1f}" for each in both)),
+            in_brackets(*(gigabytes(max(map(each.session_bytes, placed))) for each in both)),
             in_brackets(*(str(each.sessions_that_fit(placed, memory_bytes)) for each in both)),
             str(sizing.live_sessions(placed, gpu)),
             *(f"{sizing.frame_rate_hz(placed, gpu, **speed):.1f}" for speed in SPEEDS.values()),
         )
         yield f"{name:10}" + "".join(f"{cell:>14}" for cell in cells)
     yield from LEGEND
+
+
+def gigabytes(num_bytes: float) -> str:
+    """Format bytes as a number of GB, with a decimal place, or two digits if it is less than 1."""
+    return f"{num_bytes / 1e9:.1f}" if num_bytes >= 1e9 else f"{num_bytes / 1e9:.2g}"
 
 
 def in_brackets(value: str, float8: str) -> str:

@@ -58,3 +58,9 @@ def test_interpolation_is_the_limit_of_the_rule_for_files() -> None:
     whole = whole_file.bucket(whole_file.to_grid(ramp))[: 12 * 10, 0, 0]
     blocks = [interpolate(ramp[:, : 24 * (index + 1)], index, GRID)[0, 0] for index in range(10)]
     torch.testing.assert_close(torch.cat(blocks), whole, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(("num_samples", "rate_hz", "expected"), [(1, 8000, 1), (7680, 16000, 1), (7681, 16000, 2)])
+def test_blocks_hold_all_samples(num_samples: int, rate_hz: int, expected: int) -> None:
+    assert GRID.num_blocks(num_samples, rate_hz) == expected
+    assert GRID.num_blocks(3 * num_samples, 3 * rate_hz) == expected
