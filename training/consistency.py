@@ -23,6 +23,7 @@ from avatar.checkpoints.part import Part
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network, load
 from avatar.denoiser.sampler import autoregressive, shifted
+from avatar.denoiser.speed import compile_layers
 from avatar.vae.vae import Vae
 from training.batches import BatchConfig, ClipBatch, load_batch
 from training.checkpointing import Progress
@@ -32,7 +33,7 @@ from training.eval.previews import load_codec, mouth_metrics, preview_rows
 from training.loop import argument_parser, cosine_schedule, overrides, run_program, update_ema
 from training.lora import LoraConfig
 from training.losses import MIN_SIGMA, add_noise, draw_sink_distances, flow_matching_loss
-from training.strategy import SINGLE, Strategy, WrappedNetwork, compile_layers, join
+from training.strategy import SINGLE, Strategy, WrappedNetwork, join
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,9 @@ def main() -> None:
 
     def make_network() -> Network:
         network = load(Part.read(flags.start)).train()
-        return compile_layers(network) if flags.compile else network
+        if flags.compile:
+            compile_layers(network)
+        return network
 
     run = ConsistencyDistillation(recipe, make_network, strategy, load_codec(flags.vae, strategy.device))
     run_program(run, flags)

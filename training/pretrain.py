@@ -22,6 +22,7 @@ from avatar.denoiser import config as configs
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.model import Network, load
 from avatar.denoiser.sampler import autoregressive
+from avatar.denoiser.speed import compile_layers
 from avatar.vae.vae import Vae
 from training.batches import BatchConfig, ClipBatch, Share, load_batch
 from training.checkpointing import Progress
@@ -33,7 +34,7 @@ from training.loop import argument_parser, cosine_schedule, overrides, run_progr
 from training.lora import LoraConfig, make_trainable, weight_dtype
 from training.losses import add_noise, add_noise_per_frame, draw_sigmas, draw_sink_distances, flow_matching_loss
 from training.muon import Muon
-from training.strategy import SINGLE, Strategy, checkpoint_activations, compile_layers, join
+from training.strategy import SINGLE, Strategy, checkpoint_activations, join
 
 logger = logging.getLogger(__name__)
 
@@ -313,7 +314,9 @@ def main() -> None:
         else:
             network = Network(network_config())
             initialise(network, recipe.seed)
-        return compile_layers(network) if flags.compile else network
+        if flags.compile:
+            compile_layers(network)
+        return network
 
     strategy = join(flags.strategy)
     run_program(Pretraining(recipe, make_network, strategy, load_codec(flags.vae, strategy.device)), flags)

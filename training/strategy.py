@@ -186,17 +186,6 @@ def checkpoint_activations(network: Network) -> Network:
     return network
 
 
-def compile_layers(network: Network, backend: str = "inductor") -> Network:
-    """Compile the halves of each layer, which takes a C++ compiler, a minute or two at the start, and fixed shapes.
-
-    Steps of stage 1 of the embedded network take 15 % less (one thread, AVX-512 with bfloat16).
-    """
-    for layer in network.layers:
-        for half in ("project", "forward"):
-            setattr(layer, half, torch.compile(getattr(layer, half), dynamic=False, backend=backend))
-    return network
-
-
 def join(kind: str, is_float32: bool = False) -> Strategy:
     """Return this process's strategy. Kinds other than `single` join the process group that torchrun started.
 

@@ -1,6 +1,5 @@
-"""Two gloo processes train as one does, with DDP and FSDP2, and compiled layers as others."""
+"""Two gloo processes train as one does, with DDP and FSDP2."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,10 @@ import pytest
 import torch
 
 from tests.training import two_processes
-from tests.training.small import BATCHES, maker, small
+from tests.training.small import BATCHES, small
 from training.batches import Share, load_batch
 from training.data import StoredClip
-from training.pretrain import Pretraining, PretrainRecipe
-from training.strategy import Strategy, compile_layers, join
+from training.strategy import Strategy, join
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +90,3 @@ def test_a_device_without_bfloat16_computes_in_float32(monkeypatch: pytest.Monke
         with strategy.autocast():
             product = torch.ones(2, 2) @ torch.ones(2, 2)
         assert strategy.precision == product.dtype == expected
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own code
-def test_compiled_layers_learn_the_same(prepared: list[StoredClip]) -> None:
-    config = replace(small(), num_frames_per_block=1)
-    recipe = PretrainRecipe(steps=4, copied_history=0.5, batches=BATCHES)
-    eager = Pretraining(recipe, maker(config))
-    compiled = Pretraining(recipe, lambda: compile_layers(maker(config)(), "eager"))
-    losses = [[run.advance(prepared)["loss"] for _ in range(3)] for run in (eager, compiled)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-    assert compiled.wrapped.network.state_dict().keys() == eager.wrapped.network.state_dict().keys()
