@@ -122,7 +122,7 @@ async def stream(stub: Stub, requests: Iterable[pb.StreamAvatarRequest], timeout
         async with background(_send_all(call, others)):
             return await finish(call, ())
     except grpc.aio.AioRpcError as error:
-        raise status.instead_of(error) from None
+        raise await status.instead_of(error) from None
 
 
 async def _send_all(call: Call, requests: Iterable[pb.StreamAvatarRequest]) -> None:

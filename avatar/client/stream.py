@@ -242,7 +242,7 @@ class Stream:
             self._call.cancel()
             raise ConnectionLost(f"the gateway did not open a stream in {OPEN_S:g} s") from error
         except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
-            raise self._call_error(error) from error
+            raise await self._call_error(error) from error
         if not isinstance(response, pb.StreamAvatarResponse):
             raise ConnectionLost(ENDED_EARLY)
         opened = response.opened
@@ -265,18 +265,17 @@ class Stream:
                     lambda: len(self._items) < MAX_QUEUED_ITEMS or not self._is_iterated or self._is_interrupting
                 )
         except (grpc.aio.AioRpcError, asyncio.CancelledError) as problem:
-            error = self._call_error(problem)
+            error = await self._call_error(problem)
             if not isinstance(error, ConnectionLost):
                 raise error from problem
             return error
         return ConnectionLost(ENDED_EARLY)
 
-    def _call_error(self, problem: BaseException) -> AvatarError:
-        """Return the error that ended the call. Re-raises CancelledError if this task was cancelled, not the call."""
-        if (task := asyncio.current_task()) and task.cancelling():  # grpc.aio swallows it while a call starts
-            raise asyncio.CancelledError from problem
+    async def _call_error(self, problem: BaseException) -> AvatarError:
+        """Return the error that ended the call. Raises CancelledError if this task was cancelled, not the call."""
+        _raise_if_cancelled(problem)
         own = problem if isinstance(problem, grpc.aio.AioRpcError) else None
-        ended = self._status.instead_of(own) if own else self._status.ended
+        ended = await self._status.instead_of(own) if own else self._status.ended
         return error_of(ended) if ended else ConnectionLost(ENDED_EARLY)
 
     def _receive(self, response: pb.StreamAvatarResponse) -> None:
@@ -324,7 +323,7 @@ class Stream:
                 self._changed.notify()
                 await self._call.write(request)
             except (grpc.aio.AioRpcError, asyncio.CancelledError, asyncio.InvalidStateError) as problem:
-                self._call_error(problem)
+                _raise_if_cancelled(problem)
                 return
 
     async def _resume(self, lost: ConnectionLost) -> None:
@@ -396,3 +395,9 @@ class ChangeSignal:
         """Wait until a predicate is true."""
         while not predicate():
             await self._event.wait()
+
+
+def _raise_if_cancelled(problem: BaseException) -> None:
+    """Raise CancelledError if this task was cancelled, not the call: grpc.aio swallows it while a call starts."""
+    if (task := asyncio.current_task()) and task.cancelling():
+        raise asyncio.CancelledError from problem

@@ -107,7 +107,7 @@ class RemoteStage(Generic[Item, Answer]):
                             yield getattr(response, self._answer)
                 raise self._ended_early()
             except grpc.aio.AioRpcError as error:
-                raise self._error(error) from error
+                raise await self._error(error) from error
             except asyncio.CancelledError:
                 # A failure of `items` cancels the call, not this task. Distinguish it from a cancellation of this task.
                 task = asyncio.current_task()
@@ -149,13 +149,13 @@ class RemoteStage(Generic[Item, Answer]):
         except grpc.aio.AioRpcError as error:
             if (task := asyncio.current_task()) and task.cancelling():  # grpc.aio swallows it while a call starts
                 raise asyncio.CancelledError from error
-            raise self._error(error) from error
+            raise await self._error(error) from error
         if response is None:
             raise self._unreadable()
         return response
 
-    def _error(self, error: grpc.aio.AioRpcError) -> AvatarError:
-        return stage_error(self.stage, self._status.instead_of(error))
+    async def _error(self, error: grpc.aio.AioRpcError) -> AvatarError:
+        return stage_error(self.stage, await self._status.instead_of(error))
 
     def _unreadable(self) -> StageFailed:
         """Return the error of an answer that cannot be parsed, for which grpc.aio logs the reason and returns None."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from avatar.errors import DOMAIN, REASONS, AvatarError, ConnectionLost, MessageT
 
 ENDED_EARLY = "the stream ended before all was answered"
 FAILED_WRITE = "Internal error from Core"  # what grpc.aio makes of a write on a call that the peer has ended
+# The peer's status comes right behind its last message.
+STATUS_S = 1.0
 # A status travels in the trailers, twice; over 16 KB they are dropped. Its text may repeat what a client sent.
 MAX_TEXT = 1000
 # Initial metadata of a worker that begins to work on a client's input, which may end the worker.
@@ -126,17 +129,26 @@ class CallStatus:
 
     def __init__(self, call: Any) -> None:
         self.ended: grpc.aio.AioRpcError | None = None
-        call.add_done_callback(self._record)
+        self._has_ended = asyncio.Event()
+        call.add_done_callback(self._record)  # called again if the peer's status follows a failed write
 
-    def instead_of(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
-        """Return the peer's own error for one that reading raised."""
-        return self.ended if self.ended and error.details() == FAILED_WRITE else error
+    async def instead_of(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+        """Return the peer's own error for one that reading raised: it may come a moment after the last message."""
+        if error.details() != FAILED_WRITE:
+            return error
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STATUS_S):
+                await self._has_ended.wait()
+        return self.ended or error
 
     def _record(self, call: Any) -> None:
         code, details, trailing = (_finished(each) for each in (call.code(), call.details(), call.trailing_metadata()))
+        if details == FAILED_WRITE:
+            return
         if code is grpc.StatusCode.OK:  # it is read only if more was to be written or read
             details = ENDED_EARLY
         self.ended = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
+        self._has_ended.set()
 
 
 def _finished(coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -1,6 +1,8 @@
 """Tests of avatar.rpc.status: an error's way to a status and back."""
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -8,8 +10,9 @@ import pytest
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
+from avatar.aio import background
 from avatar.errors import REASONS, AvatarError, ConnectionLost, MessageTooLarge, NoCapacity, StageLost
-from avatar.rpc.status import error_of, reason_of, status_of
+from avatar.rpc.status import FAILED_WRITE, CallStatus, error_of, reason_of, status_of
 
 
 def received(code: grpc.StatusCode, text: str, trailing: tuple[tuple[str, str | bytes], ...]) -> AvatarError:
@@ -74,3 +77,55 @@ def test_the_reason_of_an_error_is_found_in_groups_of_groups() -> None:
     assert reason_of(ExceptionGroup("", [KeyError("a"), OSError()])) == "INTERNAL"
     assert reason_of(asyncio.CancelledError()) == "CONNECTION_LOST"
     assert reason_of(AvatarError("ours")) == "INTERNAL"
+
+
+class EndingCall:
+    """A call of grpc.aio as CallStatus sees it. A later status replaces an earlier one, as after a failed write."""
+
+    def __init__(self) -> None:
+        self._record: Callable[[], None] = lambda: None
+        self._status = (grpc.StatusCode.OK, "")
+
+    def add_done_callback(self, record: Callable[["EndingCall"], None]) -> None:
+        self._record = partial(record, self)
+
+    async def code(self) -> grpc.StatusCode:
+        return self._status[0]
+
+    async def details(self) -> str:
+        return self._status[1]
+
+    async def trailing_metadata(self) -> grpc.aio.Metadata:
+        return grpc.aio.Metadata()
+
+    def end(self, code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
+        """End with a status; return the error that reading raises."""
+        self._status = (code, details)
+        self._record()
+        return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_the_peers_status_counts_instead_of_a_failed_write(is_first: bool) -> None:
+    """Also where it comes behind the failed write and the last message."""
+    call = EndingCall()
+    status = CallStatus(call)
+    if is_first:
+        call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, "quota")
+    error = call.end(grpc.StatusCode.INTERNAL, FAILED_WRITE)
+
+    async def follow() -> None:
+        await asyncio.sleep(0.01)
+        call.end(grpc.StatusCode.RESOURCE_EXHAUSTED, "quota")
+
+    async with background(follow()):
+        ended = await status.instead_of(error)
+    assert (ended.code(), ended.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "quota")
+
+
+async def test_a_failed_write_counts_where_no_status_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("avatar.rpc.status.STATUS_S", 0.01)
+    call = EndingCall()
+    status = CallStatus(call)
+    error = call.end(grpc.StatusCode.INTERNAL, FAILED_WRITE)
+    assert await status.instead_of(error) is error
