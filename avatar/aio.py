@@ -1,9 +1,9 @@
-"""Tasks that run while the body of an `async with` runs, or to their end, attempts without end, and limits on waits."""
+"""Tasks that run beside a body or to their end, attempts without end, limits on waits, and a signal of changes."""
 
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, TypeVar
@@ -152,3 +152,20 @@ class WaitLimit:
         else:
             self._is_over = True
             self._waiting.cancel()
+
+
+class ChangeSignal:
+    """Wakes tasks that wait for a predicate to become true. Unlike asyncio.Condition, `notify` needs no lock."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def notify(self) -> None:
+        """Wake all waiting tasks to evaluate their predicate."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait_until(self, predicate: Callable[[], object]) -> None:
+        """Wait until a predicate is true."""
+        while not predicate():
+            await self._event.wait()

@@ -8,13 +8,13 @@ have already arrived.
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from contextlib import nullcontext, suppress
 from typing import TypeAlias
 
 import grpc.aio
 
-from avatar.aio import background
+from avatar.aio import ChangeSignal, background
 from avatar.client.connection import Connection
 from avatar.client.items import (
     Audio,
@@ -378,23 +378,6 @@ class Stream:
     def _fail(self, failure: Exception) -> None:
         self._failure = self._failure or failure
         self._changed.notify()
-
-
-class ChangeSignal:
-    """Wakes tasks that wait for a predicate to become true. Unlike asyncio.Condition, `notify` needs no lock."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-
-    def notify(self) -> None:
-        """Wake all waiting tasks to evaluate their predicate."""
-        self._event.set()
-        self._event = asyncio.Event()
-
-    async def wait_until(self, predicate: Callable[[], object]) -> None:
-        """Wait until a predicate is true."""
-        while not predicate():
-            await self._event.wait()
 
 
 def _raise_if_cancelled(problem: BaseException) -> None:

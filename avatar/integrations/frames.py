@@ -8,9 +8,8 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any, Literal
 
-from avatar.aio import background
+from avatar.aio import ChangeSignal, background
 from avatar.client import Audio, Frame, Item, PlaybackFinished, Session, Stream, connect
-from avatar.client.stream import ChangeSignal
 
 SAMPLE_BYTES = 2
 # Video that is held for whoever takes the frames. Three blocks arrive early where speech follows idle frames.
