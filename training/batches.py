@@ -23,8 +23,8 @@ from training.data import StoredClip
 
 # Pixels on a side of a latent, in clips that do not say.
 SPACE_STRIDE = 8
-# The truth of synthetic people that face motion is made of, in its order.
-FACE_MOTION_TRUTH = ("blink", "pose", "gaze")
+# The truth of synthetic people that face motion is made of.
+FACE_MOTION_TRUTH = ("blink", "pose", "gaze", "reference_pose")
 
 
 @dataclass(frozen=True)
@@ -213,10 +213,11 @@ def read_span(span: ClipSpan, num_blocks: int, batches: BatchConfig, config: Net
 def face_motion_of(clip: StoredClip) -> Tensor:
     """Return the face motion (m, f) of a clip, from the truth about it.
 
-    The portrait's pose is about the mean of its clip's, which stands for it: values are relative to the portrait.
+    Poses are relative to the reference's. Relative to the clip's mean, they would not say where the head is, and the
+    network ignored them.
     """
-    blink, pose, gaze = (np.array(clip.array(name), np.float32) for name in FACE_MOTION_TRUTH)
-    return torch.from_numpy(np.concatenate([blink[None], (pose - pose.mean(0)).T, gaze.T]))
+    blink, pose, gaze, reference_pose = (np.array(clip.array(name), np.float32) for name in FACE_MOTION_TRUTH)
+    return torch.from_numpy(np.concatenate([blink[None], (pose - reference_pose).T, gaze.T]))
 
 
 def load_batch(

@@ -11,6 +11,7 @@
         jaw, blink, brow, smile  (f,) 0 to 1: open jaw, closed lids, raised brows, smile
         gap                      (f,) height of the opening between the inner lips in pixels
         pose                     (f, 3) pitch (positive looks down), yaw (positive to the right), roll in radians
+        reference_pose           (3,) the pose in the reference
         gaze                     (f, 2) direction of the eyes in radians, right and up of the viewer
         nod                      (f,) radians of pitch that answer the other
         speaking                 (f, 2) 0 or 1: a phrase of the person, of the other

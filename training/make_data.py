@@ -82,12 +82,14 @@ def make_clip(
     motion, photo = performance.motion, photo_of(rng, renderer.size, number, not is_held_out)
     renderer.set_face(Face(head, person_of(head, number)))
     drawn = [renderer.draw(*frame) for frame in list(motion.frames())[span]]
-    [portrait] = [renderer.draw(*frame) for frame in portrait_of(motion, head.shape_names, rng).frames()]
+    at_rest = portrait_of(motion, head.shape_names, rng)
+    [portrait] = [renderer.draw(*frame) for frame in at_rest.frames()]
     # The person reacts to what the network does not hear: it learns to do without.
     is_dropped = bool(rng.random() < DROPPED) and not is_held_out and kind != "speak"
     assert len(dialogue.person.samples) == len(dialogue.other.samples) == total_frames * FRAME_SAMPLES
     arrays: dict[str, NDArray[Any]] = {
         "reference": photo.develop(portrait.pixels, num_frames),
+        "reference_pose": at_rest.turn[0].astype(np.float32),
         "sound": (dialogue.person.samples * 32767).astype(np.int16),
         "other": (dialogue.other.samples * (0 if is_dropped else 32767)).astype(np.int16),
         "lips": np.array([picture.lips for picture in drawn], np.float32),

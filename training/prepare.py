@@ -45,6 +45,7 @@ from training.synthetic.speech.augment_audio import augment_audio
 MIRRORED = {
     **dict.fromkeys(("jaw", "blink", "brow", "smile", "gap", "nod", "speaking"), (1,)),
     "pose": (1, -1, -1),
+    "reference_pose": (1, -1, -1),
     "gaze": (-1, 1),
 }
 

@@ -52,6 +52,7 @@ def prepared_clip(number: int) -> Clip:
         "lips": rng.uniform(20, 40, (48, 2)).astype(np.float32),
         "blink": rng.uniform(0, 1, 48).astype(np.float32),
         "pose": (0.1 + rng.normal(0, 0.1, (48, 3))).astype(np.float32),
+        "reference_pose": rng.normal(0, 0.1, 3).astype(np.float32),
         "gaze": rng.normal(0, 0.1, (48, 2)).astype(np.float32),
     }
     return Clip(f"{number:08d}", arrays, {"person": number, "lead_frames": 0})

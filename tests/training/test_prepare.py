@@ -91,9 +91,19 @@ def test_frames_and_truth_are_averaged_down_together(tmp_path: Path) -> None:
 
 
 def test_a_mirrored_head_turns_and_looks_the_other_way() -> None:
-    truth = {"pose": np.array([(0.1, 0.2, 0.3)]), "gaze": np.array([(0.4, 0.5)]), "blink": np.array([0.6])}
+    truth = {
+        "pose": np.array([(0.1, 0.2, 0.3)]),
+        "reference_pose": np.array((0.3, 0.2, 0.1)),
+        "gaze": np.array([(0.4, 0.5)]),
+        "blink": np.array([0.6]),
+    }
     mirrored = {name: array.tolist() for name, array in mirror(truth, 64).items()}
-    assert mirrored == {"pose": [[0.1, -0.2, -0.3]], "gaze": [[-0.4, 0.5]], "blink": [0.6]}
+    assert mirrored == {
+        "pose": [[0.1, -0.2, -0.3]],
+        "reference_pose": [0.3, -0.2, -0.1],
+        "gaze": [[-0.4, 0.5]],
+        "blink": [0.6],
+    }
 
 
 def test_recoloured_people_keep_the_order_of_their_channels() -> None:

@@ -193,13 +193,14 @@ def test_motion_can_be_the_frames_before_the_blocks(config: NetworkConfig, prepa
     assert levels.min() < 0.5 < levels.max()
 
 
-def test_face_motion_is_relative_to_the_portrait(config: NetworkConfig, prepared: list[StoredClip]) -> None:
+def test_poses_of_face_motion_are_relative_to_the_reference(config: NetworkConfig, prepared: list[StoredClip]) -> None:
     span = ClipSpan(prepared[0], start=1, first_block=0)
     clip = read_span(span, 3, BATCHES, config)
     assert clip.face_motion.shape == (6, 36)
     whole = face_motion_of(prepared[0])
     assert torch.equal(clip.face_motion, whole[:, 12:])
-    torch.testing.assert_close(whole[1:4].mean(1), torch.zeros(3), atol=1e-6, rtol=0)
+    pose, reference_pose = (np.array(prepared[0].array(name)) for name in ("pose", "reference_pose"))
+    assert torch.equal(whole[1:4], torch.from_numpy(pose - reference_pose).T)
     assert torch.equal(whole[0], torch.from_numpy(np.array(prepared[0].array("blink"))))
 
 
