@@ -220,17 +220,16 @@ class Pretraining:
 
         An input without a gain is ignored: behind an encoder that learns nothing, an injector learns nothing either.
         """
-        batches = replace(self.recipe.batches, audio_dropout=0.0, heard_dropout=0.0, face_motion_dropout=0.0)
-        if batches.batch_size // self.strategy.share.world < 2:
+        whole = replace(self.recipe.batches, audio_dropout=0.0, heard_dropout=0.0, face_motion_dropout=0.0)
+        if whole.batch_size // self.strategy.share.world < 2:
             return {}
-        count = max(1, NUM_GAIN_CLIPS // batches.batch_size)
-        own, *swapped = (
-            self._held_out_loss(held_out, batches, count, name) for name in (None, "features", *self.config.inputs)
-        )
-        gains = {
-            f"{name}_gain": loss / own - 1
-            for name, loss in zip(("features", *self.config.inputs), swapped, strict=True)
-        }
+        count = max(1, NUM_GAIN_CLIPS // whole.batch_size)
+        gains = {}
+        for name in ("features", *self.config.inputs):
+            # Face motion shows most of what the other's voice causes.
+            batches = replace(whole, face_motion_dropout=1.0) if name == "heard" else whole
+            own, swapped = (self._held_out_loss(held_out, batches, count, each) for each in (None, name))
+            gains[f"{name}_gain"] = swapped / own - 1
         if self.progress.step >= GATE_STEP:
             for name, gain in gains.items():
                 if gain < MIN_GAIN:
