@@ -155,8 +155,8 @@ async def test_a_session_continues_at_another_gateway(
     assert streamed.indexes == list(range(3, 3 + len(streamed.frames)))
     assert jumps(streamed) == [next_frame]
     assert streamed.closed.num_frames == len(streamed.frames), "those of both gateways"
-    # Frames that the first gateway sent and the client did not read are not made again.
-    assert 0 <= 13 * 12 - (3 + len(streamed.frames)) <= 48
+    # Frames that the first gateway sent and the client did not read are not made again: more, if the client is slow.
+    assert 80 < len(streamed.frames) <= 13 * 12 - 3
     whole = rendered(checkpoint, picture, speech(2 * SECONDS), seed=7, sink_update_block=sink_update_block)
     assert streamed.pixels[:80] == whole[:80]
     assert state == types.Session.STATE_CLOSED
@@ -213,6 +213,12 @@ async def test_a_store_that_is_emptied_between_two_blocks_is_restored(
         session = await new_session(stub, picture, seed=7)
         call, _ = await open_stream(stub, session.id)
         await redis_client.flushdb()
-        streamed = await finish(call, [*pieces(speech(SECONDS)), CLOSE])
+        streamed = Streamed()
+        await send(call, pieces(speech(SECONDS)))
+        await read_frames(call, streamed, 12)
+        async with asyncio.timeout(20):
+            while not await redis_client.exists(f"avatar:session:{{{session.id}}}"):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)  # it happens in the gateway: there is no event to wait for
+        await finish(call, [CLOSE], streamed)
         assert (await store.session(session.id)).seed == 7
     assert streamed.pixels == rendered(checkpoint, picture, speech(SECONDS), seed=7)
