@@ -22,7 +22,7 @@ from typing import NamedTuple, Self
 
 from avatar.errors import AvatarError, SessionBusy, SessionClosed, SessionNotFound
 from avatar.store.packing import pack_position
-from avatar.store.redis import IN_FULL_STORE, NOW, RedisHashes, flat, to_ms
+from avatar.store.redis import RedisHashes, flat, to_ms
 from avatar.worker.v1 import types_pb2 as pb
 
 # A gateway renews the claims of its streams about three times in this time; if it dies, its sessions are free after it.
@@ -68,10 +68,7 @@ NOWHERE = Place()
 
 # KEYS of every script: the claim, the session's record. ARGV begins with the holder and CLAIM_TTL_S in milliseconds.
 
-_ACQUIRE = (
-    IN_FULL_STORE
-    + NOW
-    + """
+_ACQUIRE = """
 if redis.call('EXISTS', KEYS[2]) == 0 then return {1} end
 local ttl = redis.call('HGET', KEYS[2], 'ttl')
 local holder = redis.call('HGET', KEYS[1], 'holder')
@@ -88,11 +85,8 @@ redis.call('PEXPIRE', KEYS[1], ARGV[2])
 if outcome == 6 then redis.call('PUBLISH', ARGV[4], ARGV[5]) end
 return {outcome, ttl, time[1] * 1000000 + time[2], redis.call('HGETALL', KEYS[2])}
 """
-)
 # ARGV[3], ARGV[4]: channel, session id. ARGV[5]: the position, or nothing.
-_COMMIT = (
-    IN_FULL_STORE
-    + """
+_COMMIT = """
 if redis.call('HGET', KEYS[1], 'holder') ~= ARGV[1] then return 3 end
 if redis.call('EXISTS', KEYS[2]) == 0 then return 1 end
 if redis.call('HEXISTS', KEYS[2], 'closed') == 1 then return 2 end
@@ -101,13 +95,9 @@ if redis.call('HDEL', KEYS[1], 'previous', 'previous_until') > 0 then redis.call
 if ARGV[5] then redis.call('HSET', KEYS[2], 'position', ARGV[5]) end
 return 0
 """
-)
 # ARGV[3]: the position, or an empty string to write nothing. ARGV from 4: the versions of the conditions in use, newest
 # last; older ones that are not among them are deleted. The last level may have written one that is newer.
-_RENEW = (
-    IN_FULL_STORE
-    + NOW
-    + """
+_RENEW = """
 local holder = redis.call('HGET', KEYS[1], 'holder')
 if not holder then return {4} end
 if holder ~= ARGV[1] then
@@ -133,12 +123,9 @@ if ARGV[3] ~= '' then
 end
 return {0, ttl}
 """
-)
 # KEYS[3]: the mark of a deleted session. ARGV[3]: the record's time to live in milliseconds. ARGV[4]: '0' if a record
 # that is missing stays so. ARGV from 5: names and values.
-_RESTORE = (
-    IN_FULL_STORE
-    + """
+_RESTORE = """
 local holder = redis.call('HGET', KEYS[1], 'holder')
 if holder and holder ~= ARGV[1] then
     return redis.call('HGET', KEYS[1], 'previous') == ARGV[1] and 5 or 3
@@ -153,11 +140,8 @@ for i = 5, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
 redis.call('PEXPIRE', KEYS[2], redis.call('HGET', KEYS[2], 'ttl'))
 return 0
 """
-)
 # ARGV[3]: the position. ARGV[4]: CLOSED_TTL_S in milliseconds.
-_CLOSE = (
-    IN_FULL_STORE
-    + """
+_CLOSE = """
 local holder = redis.call('HGET', KEYS[1], 'holder')
 if holder and holder ~= ARGV[1] then return 3 end
 if redis.call('EXISTS', KEYS[2]) == 0 then return 1 end
@@ -172,12 +156,8 @@ if redis.call('HSETNX', KEYS[2], 'closed', 1) == 1 then
 end
 return 0
 """
-)
 # ARGV[3], ARGV[4]: channel, session id.
-_RELEASE = (
-    IN_FULL_STORE
-    + NOW
-    + """
+_RELEASE = """
 local previous = redis.call('HGET', KEYS[1], 'previous')
 if previous == ARGV[1] then redis.call('HDEL', KEYS[1], 'previous', 'previous_until') end
 if redis.call('HGET', KEYS[1], 'holder') ~= ARGV[1] then return 0 end
@@ -190,7 +170,6 @@ if previous and until_ms > now then
 end
 return 0
 """
-)
 
 
 class Claim:

@@ -21,12 +21,7 @@ from avatar.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
-# First line of a script that may run in a full store: it frees memory, or writes a few bytes for a session that exists.
-# Without it, a full store (maxmemory) refuses a script that writes.
-IN_FULL_STORE = "#!lua flags=allow-oom\n"
-# First line of a script that writes nothing, which a full store runs, too.
-READS_ONLY = "#!lua flags=no-writes\n"
-# Lua: the server's time in milliseconds. Gateways' clocks may differ.
+# Lua that every script begins with: the server's time in milliseconds, since gateways' clocks may differ.
 NOW = """
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -74,15 +69,27 @@ class RedisHashes:
         async with self._call():
             return max(0, await self._redis.pttl(key)) / 1000
 
-    async def run(self, script: str, keys: Sequence[str], args: Sequence[Any], *, is_logged: bool = True) -> Any:
+    async def run(
+        self,
+        script: str,
+        keys: Sequence[str],
+        args: Sequence[Any],
+        *,
+        flags: str = "allow-oom",
+        is_logged: bool = True,
+    ) -> Any:
         """Run a script, which is atomic, and return its result. All keys have one hash tag.
 
+        script: Lua, in which `time` is the result of TIME, and `now` the same time in milliseconds since 1970.
+        flags: of the script. `allow-oom`: a full store (maxmemory) runs it, too, since it frees memory or writes a few
+            bytes for a session that exists. `no-writes`: it writes nothing. Empty: a full store refuses it.
         is_logged: log failures; a caller that repeats the script for ever logs them itself.
         """
-        if script not in self._scripts:
-            self._scripts[script] = self._redis.register_script(script)
+        code = f"#!lua flags={flags}\n{NOW}{script}"
+        if code not in self._scripts:
+            self._scripts[code] = self._redis.register_script(code)
         async with self._call(is_logged=is_logged):
-            return await self._scripts[script](keys=keys, args=args)
+            return await self._scripts[code](keys=keys, args=args)
 
     async def messages(self, channel: str) -> AsyncGenerator[str, None]:
         """Yield the messages that scripts publish from now on, for ever."""

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 from avatar.errors import ReferenceNotFound
 from avatar.store.claims import key
 from avatar.store.packing import pack, unpack
-from avatar.store.redis import CALL_S, IN_FULL_STORE, NOW, RedisHashes, limited, to_ms
+from avatar.store.redis import CALL_S, RedisHashes, limited, to_ms
 from avatar.worker.v1 import types_pb2 as pb
 
 # A lease is longer than what it is for by this time, in which whoever holds it renews it.
@@ -23,10 +23,8 @@ LEASE_MARGIN_S = 60.0
 OF_REFERENCE = "reference"
 
 # Lua: keep the latents until the last lease ends. KEYS[1], KEYS[2]: latents, leases.
-_PRUNE = """
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
-"""
 _EXPIRE = """
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
 local last = redis.call('ZREVRANGE', KEYS[2], 0, 0, 'WITHSCORES')
 if last[2] then
     redis.call('PEXPIREAT', KEYS[1], last[2])
@@ -36,23 +34,16 @@ else
 end
 """
 # ARGV: name of the lease, milliseconds. Return 0 if there are no latents.
-_LEASE = (
-    IN_FULL_STORE
-    + NOW
-    + """
+_LEASE = f"""
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[1])
+{_EXPIRE}
+return 1
 """
-    + _PRUNE
-    + _EXPIRE
-    + "return 1"
-)
-_RELEASE = IN_FULL_STORE + NOW + "redis.call('ZREM', KEYS[2], ARGV[1])" + _PRUNE + _EXPIRE
+_RELEASE = "redis.call('ZREM', KEYS[2], ARGV[1])" + _EXPIRE
 # KEYS[3]: the reference, or none. ARGV: name of the lease, its milliseconds, motion, sink; with KEYS[3], the reference,
 # its milliseconds to live and `counted_as`. Return the former `counted_as`.
-_PUT = (
-    NOW
-    + """
+_PUT = f"""
 redis.call('HSET', KEYS[1], 'motion', ARGV[3], 'sink', ARGV[4])
 redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[1])
 local former = false
@@ -61,24 +52,17 @@ if KEYS[3] then
     redis.call('HSET', KEYS[3], 'reference', ARGV[5], 'counted_as', ARGV[7])
     redis.call('PEXPIRE', KEYS[3], ARGV[6])
 end
+{_EXPIRE}
+return former or ''
 """
-    + _PRUNE
-    + _EXPIRE
-    + "return former or ''"
-)
 # KEYS[3]: the reference. ARGV[1]: name of its lease. Return `counted_as`, nothing if there is no such reference.
-_DELETE = (
-    IN_FULL_STORE
-    + """
+_DELETE = f"""
 local counted_as = redis.call('HGET', KEYS[3], 'counted_as')
 if redis.call('DEL', KEYS[3]) == 0 then return false end
+redis.call('ZREM', KEYS[2], ARGV[1])
+{_EXPIRE}
+return counted_as or ''
 """
-    + NOW
-    + "redis.call('ZREM', KEYS[2], ARGV[1])"
-    + _PRUNE
-    + _EXPIRE
-    + "return counted_as or ''"
-)
 
 
 @dataclass(frozen=True)
@@ -114,7 +98,7 @@ class References:
         constants.ClearField("sink")
         keys = [*_latents_keys(reference.id), key("reference", reference.id)]
         args = [OF_REFERENCE, to_ms(ttl_s), pack(reference.motion), pack(reference.sink)]
-        former: bytes = await self._hashes.run(_PUT, keys, [*args, pack(constants), to_ms(ttl_s), counted_as])
+        former: bytes = await self._hashes.run(_PUT, keys, [*args, pack(constants), to_ms(ttl_s), counted_as], flags="")
         return former.decode()
 
     async def get(self, reference_id: str) -> pb.Reference:
@@ -158,7 +142,7 @@ class References:
         """Lease the latents, and write them if the store has lost them."""
         if not await self.lease(reference_id, name, ttl_s):
             args = [name, to_ms(ttl_s + LEASE_MARGIN_S), pack(pb.Tensor.FromString(latents.motion)), pack(latents.sink)]
-            await self._hashes.run(_PUT, _latents_keys(reference_id), args)
+            await self._hashes.run(_PUT, _latents_keys(reference_id), args, flags="")
 
     async def release(self, reference_id: str, name: str) -> None:
         """End a lease; the latents are deleted with the last one."""

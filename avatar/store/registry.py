@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from google.protobuf.message import DecodeError
 
 from avatar.store.claims import key
-from avatar.store.redis import IN_FULL_STORE, NOW, READS_ONLY, RedisHashes, to_ms
+from avatar.store.redis import RedisHashes, to_ms
 from avatar.worker.v1.discovery_pb2 import WorkerState, WorkerStates
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,7 @@ MAX_NAME_CHARS = 100
 # KEYS of every script: the states, the times of their last writes.
 
 # ARGV: CELL_TTL_S in milliseconds; names of entries and states.
-_WRITE = (
-    IN_FULL_STORE
-    + NOW
-    + """
+_WRITE = """
 for i = 2, #ARGV, 2 do
     redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
     redis.call('ZADD', KEYS[2], now, ARGV[i])
@@ -43,13 +40,9 @@ end
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 redis.call('PEXPIRE', KEYS[2], ARGV[1])
 """
-)
-_REMOVE = IN_FULL_STORE + "redis.call('HDEL', KEYS[1], ARGV[1]) redis.call('ZREM', KEYS[2], ARGV[1])"
+_REMOVE = "redis.call('HDEL', KEYS[1], ARGV[1]) redis.call('ZREM', KEYS[2], ARGV[1])"
 # ARGV[1]: STALE_S in milliseconds.
-_READ = (
-    IN_FULL_STORE
-    + NOW
-    + """
+_READ = """
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now - ARGV[1])) do
     redis.call('HDEL', KEYS[1], name)
     redis.call('ZREM', KEYS[2], name)
@@ -63,14 +56,13 @@ if redis.call('HLEN', KEYS[1]) ~= redis.call('ZCARD', KEYS[2]) then
 end
 return {redis.call('HLEN', KEYS[1]), table.concat(redis.call('HVALS', KEYS[1]))}
 """
-)
-_READ_EACH = READS_ONLY + "return redis.call('HGETALL', KEYS[1])"
+_READ_EACH = "return redis.call('HGETALL', KEYS[1])"
 # ARGV[1]: DRAINED or OPEN.
-_MARK = IN_FULL_STORE + "redis.call('SET', KEYS[1], ARGV[1])"
+_MARK = "redis.call('SET', KEYS[1], ARGV[1])"
 # ARGV[1]: DRAINED. Only a store that lost its data has no mark of a cell that was drained: the end of a drain leaves
 # OPEN, which this does not replace.
-_KEEP_DRAINED = IN_FULL_STORE + "redis.call('SET', KEYS[1], ARGV[1], 'NX') return redis.call('GET', KEYS[1])"
-_READ_MARK = READS_ONLY + "return redis.call('GET', KEYS[1])"
+_KEEP_DRAINED = "redis.call('SET', KEYS[1], ARGV[1], 'NX') return redis.call('GET', KEYS[1])"
+_READ_MARK = "return redis.call('GET', KEYS[1])"
 DRAINED, OPEN = b"drained", b"open"
 
 
@@ -106,8 +98,9 @@ class WorkerRegistry:
 
         was_drained: as of the caller's last read. A store that lost its data since then gets the mark again.
         """
-        script = _KEEP_DRAINED if was_drained else _READ_MARK
-        return bool(await self._hashes.run(script, self._drained, [DRAINED], is_logged=False) == DRAINED)
+        script, flags = (_KEEP_DRAINED, "allow-oom") if was_drained else (_READ_MARK, "no-writes")
+        mark = await self._hashes.run(script, self._drained, [DRAINED], flags=flags, is_logged=False)
+        return bool(mark == DRAINED)
 
     async def read(self) -> WorkerStates:
         """Return the states of all workers that have written theirs lately.
@@ -119,7 +112,7 @@ class WorkerRegistry:
         # short may take the start of the next one for its own, so that fewer workers are found.
         states, skipped = _parsed(joined), set[bytes]()
         if states is None or len(states.workers) != num_entries:
-            entries = await self._hashes.run(_READ_EACH, self._keys, [], is_logged=False)
+            entries = await self._hashes.run(_READ_EACH, self._keys, [], flags="no-writes", is_logged=False)
             states = WorkerStates()
             for name, serialized in zip(entries[::2], entries[1::2], strict=True):
                 state = _parsed(serialized)

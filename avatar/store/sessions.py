@@ -22,7 +22,7 @@ from google.protobuf.message import Message
 from avatar.errors import StateCorrupt, StoreUnavailable
 from avatar.store.claims import CHANGES, CLOSED_TTL_S, NOWHERE, Claim, Outcome, Place, key, no_session, refusal
 from avatar.store.packing import pack, pack_position, unpack
-from avatar.store.redis import IN_FULL_STORE, READS_ONLY, RedisHashes, flat, to_ms
+from avatar.store.redis import RedisHashes, flat, to_ms
 from avatar.store.references import Latents, References, no_reference
 from avatar.store.registry import WorkerRegistry
 from avatar.store.usage import TenantUsage
@@ -38,54 +38,36 @@ _CHECK = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 1 end
 if redis.call('HEXISTS', KEYS[1], 'closed') == 1 then return 2 end
 """
-_UPDATE = (
-    IN_FULL_STORE
-    + _CHECK
-    + """
+_UPDATE = f"""{_CHECK}
 for i = 1, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 return 0
 """
-)
 # KEYS[2]: the claim. ARGV[1]: the position as it was read. ARGV[2]: a field to delete.
-_UPDATE_IDLE = (
-    IN_FULL_STORE
-    + _CHECK
-    + """
+_UPDATE_IDLE = f"""{_CHECK}
 if redis.call('EXISTS', KEYS[2]) == 1 then return 3 end
 if redis.call('HGET', KEYS[1], 'position') ~= ARGV[1] then return 7 end
 redis.call('HDEL', KEYS[1], ARGV[2])
 for i = 3, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 return 0
 """
-)
-_SET_TTL = (
-    IN_FULL_STORE
-    + _CHECK
-    + """
+_SET_TTL = f"""{_CHECK}
 redis.call('HSET', KEYS[1], 'ttl', ARGV[1])
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return 0
 """
-)
 # KEYS[2]: the mark. ARGV: its milliseconds to live, channel, session id.
-_DELETE = (
-    IN_FULL_STORE
-    + """
+_DELETE = """
 if redis.call('DEL', KEYS[1]) == 0 then return 1 end
 redis.call('SET', KEYS[2], 1, 'PX', ARGV[1])
 redis.call('PUBLISH', ARGV[2], ARGV[3])
 return 0
 """
-)
-_DELETE_CLOSED = IN_FULL_STORE + "return redis.call('HEXISTS', KEYS[1], 'closed') == 1 and redis.call('DEL', KEYS[1])"
+_DELETE_CLOSED = "return redis.call('HEXISTS', KEYS[1], 'closed') == 1 and redis.call('DEL', KEYS[1])"
 # KEYS[2]: the claim. Return the record's milliseconds to live, the claim's holder, and the values of STATUS_FIELDS.
-_STATUS = (
-    READS_ONLY
-    + """
+_STATUS = """
 local fields = redis.call('HMGET', KEYS[1], unpack(ARGV))
 return {redis.call('PTTL', KEYS[1]), redis.call('HGET', KEYS[2], 'holder'), fields}
 """
-)
 STATUS_FIELDS = ("session", "position", "ttl", "closed")
 
 
@@ -186,7 +168,7 @@ class SessionStore:
     async def status(self, session_id: str) -> SessionStatus:
         """Return a session's status."""
         keys = [key("session", session_id), key("claim", session_id)]
-        ttl_ms, holder, values = await self._hashes.run(_STATUS, keys, STATUS_FIELDS)
+        ttl_ms, holder, values = await self._hashes.run(_STATUS, keys, STATUS_FIELDS, flags="no-writes")
         record = SessionRecord(session_id, dict(zip(STATUS_FIELDS, values, strict=True)))
         return SessionStatus(record.session, record.position, Place.of((holder or b"").decode()), ttl_ms / 1000)
 

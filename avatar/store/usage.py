@@ -9,15 +9,12 @@ Gateways of two versions count together during an upgrade, so the keys keep thei
 from enum import IntEnum
 
 from avatar.store.claims import key
-from avatar.store.redis import IN_FULL_STORE, NOW, READS_ONLY, RedisHashes, to_ms
+from avatar.store.redis import RedisHashes, to_ms
 
 # Lease the name ARGV[1] for ARGV[2] milliseconds: return a Lease. Refused if ARGV[3], unless empty, others are leased
 # already. A lease that exists is renewed, unless ARGV[4] is 1. The lease of ARGV[5] ends first. The set expires with
 # its last lease.
-_LEASE = (
-    IN_FULL_STORE
-    + NOW
-    + """
+_LEASE = """
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
 redis.call('ZREM', KEYS[1], ARGV[5])
 local is_leased = redis.call('ZSCORE', KEYS[1], ARGV[1])
@@ -26,23 +23,17 @@ if not is_leased or ARGV[4] == '0' then redis.call('ZADD', KEYS[1], now + ARGV[2
 redis.call('PEXPIREAT', KEYS[1], redis.call('ZREVRANGE', KEYS[1], 0, 0, 'WITHSCORES')[2])
 return is_leased and 1 or 2
 """
-)
-_NAMES = READS_ONLY + "return redis.call('ZRANGE', KEYS[1], 0, -1)"
-_RELEASE = IN_FULL_STORE + "return redis.call('ZREM', KEYS[1], ARGV[1])"
+_NAMES = "return redis.call('ZRANGE', KEYS[1], 0, -1)"
+_RELEASE = "return redis.call('ZREM', KEYS[1], ARGV[1])"
 # Add ARGV[1] to a counter that expires after ARGV[2] milliseconds; return its value.
-_ADD = (
-    IN_FULL_STORE
-    + """
+_ADD = """
 local value = redis.call('INCRBYFLOAT', KEYS[1], ARGV[1])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return value
 """
-)
 # Add up to ARGV[1], at least ARGV[3], and return how much was added: nothing if the counter has reached the limit
 # ARGV[4], or lacks less than a sum of decimals may be wrong by.
-_TAKE = (
-    IN_FULL_STORE
-    + """
+_TAKE = """
 local left = tonumber(ARGV[4]) - tonumber(redis.call('GET', KEYS[1]) or '0')
 if left < 1e-6 then return '0' end
 local taken = math.min(tonumber(ARGV[1]), math.max(left, tonumber(ARGV[3])))
@@ -50,7 +41,6 @@ redis.call('INCRBYFLOAT', KEYS[1], taken)
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return string.format('%.17g', taken)
 """
-)
 
 
 class Lease(IntEnum):
@@ -86,7 +76,7 @@ class TenantUsage:
 
     async def names(self, leases: str) -> list[str]:
         """Return the names in a set, the one whose lease ends first in front."""
-        names: list[bytes] = await self._hashes.run(_NAMES, [key("held", leases)], [])
+        names: list[bytes] = await self._hashes.run(_NAMES, [key("held", leases)], [], flags="no-writes")
         return [name.decode() for name in names]
 
     async def release(self, leases: str, name: str) -> None:
