@@ -286,23 +286,6 @@ class AudioModel:
         return block
 
 
-@dataclass(frozen=True)
-class ResumedAudioModel:
-    """An audio model whose `open` resumes a stream: a StreamingModel with the arguments of `AudioModel.resume`."""
-
-    model: AudioModel
-    first_block: int
-    first_answer: int
-    statistics: bytes
-    inputs: Collection[str] = ()
-
-    def open(self, session: Session) -> AudioState:
-        return self.model.resume(session, self.first_block, self.first_answer, self.statistics, self.inputs)
-
-    def step(self, piece: AudioPiece, state: AudioState) -> list[Block]:
-        return self.model.step(piece, state)
-
-
 def interpolate(states: Tensor, index: int, grid: BlockGrid) -> Tensor:
     """Interpolate encoder states to the pixel frames of block `index`: features (l, d, f).
 

@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 
 from avatar import telemetry
-from avatar.audio.model import AudioModel, ResumedAudioModel
+from avatar.audio.model import AudioModel
 from avatar.audio.resample import check_piece
 from avatar.errors import InvalidAudio
 from avatar.rpc.codec import audio_session_from_pb, block_to_wire, due_s, heard_from_pb, load_to_pb, piece_from_bytes
@@ -78,10 +78,11 @@ class AudioServicer(audio_pb2_grpc.AudioServiceServicer):
         with await accepted, as_invalid_field("audio.data", InvalidAudio):
             yield pb.EncodeResponse(opened=pb.EncodeOpened(history_s=self._audio.history_s))
             usage, num_blocks = StreamUsage(self._admission.step_times), 0
-            resumed_at = opened.first_block, opened.first_answer, opened.statistics
-            model = ResumedAudioModel(self._audio, *resumed_at, opened.inputs)
+            session = audio_session_from_pb(opened)
+            start = opened.first_block, opened.first_answer, opened.statistics, opened.inputs
             live_block_s = self._audio.grid.duration_s if opened.is_live else None
-            stage = local(model, audio_session_from_pb(opened), self._queue, usage, live_block_s=live_block_s)
+            resume = partial(self._audio.resume, session, *start)
+            stage = local(self._audio, session, self._queue, usage, live_block_s=live_block_s, take_state=resume)
             async with aclosing(flatten(stage(_pieces(opened, requests)))) as blocks:
                 async for block in blocks:
                     span = telemetry.block_span("audio", block.index, *usage.last_step, link=opened.traceparent)
