@@ -4,8 +4,7 @@ A connector owns the replay and the `open` message of its stream. It selects wor
 them from the first block of the replay, and hands the answer to the replay, which keeps as much as that worker needs.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from avatar.errors import StageLost
@@ -33,18 +32,28 @@ class OpenStream(Protocol[Item_contra, Answer_co]):
     def cancel(self) -> None: ...
 
 
-class StageConnector(ABC, Generic[Item, Answer]):
+class StageConnector(Generic[Item, Answer]):
     """Opens one session's stream at a worker of its stage, always of the checkpoint of the first worker.
 
-    stage: name that errors carry. replay: the items that rebuild the stream. session: the field of that name of the
-    `open` message, from `serialize_session`; empty for a stage that needs none. It is kept, so that a stream is opened
-    again without the session store.
+    stage: name that errors carry. replay: the items that rebuild the stream. stream_at: returns a stream at the worker,
+    not open yet. serves: returns whether a worker of this description serves the stream. session: the field of that
+    name of the `open` message, from `serialize_session`; empty for a stage that needs none. It is kept, so that a
+    stream is opened again without the session store.
     """
 
-    def __init__(self, stage: str, pool: WorkerPool[Any], replay: Replay[Item, Answer], message: Any) -> None:
+    def __init__(
+        self,
+        stage: str,
+        pool: WorkerPool[Any],
+        replay: Replay[Item, Answer],
+        message: Any,
+        stream_at: Callable[[Worker[Any]], OpenStream[Item, Answer]],
+        serves: Callable[[Any], bool],
+    ) -> None:
         """message: the stream's `open` message, in which the replay sets the start."""
         self.stage = stage
         self.replay = replay
+        self.stream_at, self.serves = stream_at, serves
         self.session: Parts = ()
         self._former = ""
         self._pool = pool
@@ -78,14 +87,6 @@ class StageConnector(ABC, Generic[Item, Answer]):
         """Return whether workers serve the stream, all are known to be full, and none has a slot of the session."""
         return not self._former and self._pool.is_full(self._is_candidate, is_live=self._message.is_live)
 
-    def serves(self, info: Any) -> bool:  # noqa: ARG002
-        """Return whether a worker of this description serves the stream. By default every worker of the pool does."""
-        return True
-
-    @abstractmethod
-    def stream_at(self, worker: Worker[Any]) -> OpenStream[Item, Answer]:
-        """Return a stream at the worker, not open yet."""
-
     def _is_candidate(self, info: Any) -> bool:
         return self.serves(info) and self._digest in (None, info.digest)
 
@@ -102,91 +103,73 @@ class StageConnector(ABC, Generic[Item, Answer]):
         return stream, opened
 
 
-class AudioConnector(StageConnector[audio_pb2.AudioPiece, RelayedBlock]):
-    """Connector of the audio stage, at workers with blocks of the session's length."""
+def audio_connector(
+    pool: WorkerPool[Any], message: audio_pb2.OpenEncode, replay: AudioReplay, block_frames: int
+) -> StageConnector[audio_pb2.AudioPiece, RelayedBlock]:
+    """Return the connector of the audio stage, at workers with blocks of the session's length."""
 
-    def __init__(
-        self, pool: WorkerPool[Any], message: audio_pb2.OpenEncode, replay: AudioReplay, block_frames: int
-    ) -> None:
-        super().__init__("audio", pool, replay, message)
-        self._block_frames = block_frames
+    def serves(info: audio_pb2.AudioServiceGetInfoResponse) -> bool:
+        return info.block_frames == block_frames
 
-    def serves(self, info: audio_pb2.AudioServiceGetInfoResponse) -> bool:
-        return info.block_frames == self._block_frames
-
-    def stream_at(self, worker: Worker[Any]) -> OpenStream[audio_pb2.AudioPiece, RelayedBlock]:
-        return remote_audio(worker.channel)
+    return StageConnector("audio", pool, replay, message, lambda worker: remote_audio(worker.channel), serves)
 
 
-class LevelConnector(StageConnector[Relayable, RelayedBlock]):
-    """Connector of one denoising level, that of the message."""
+def level_connector(
+    pool: WorkerPool[Any], message: denoiser_pb2.OpenDenoise, digest: str, next_block: int = 0
+) -> StageConnector[Relayable, RelayedBlock]:
+    """Return the connector of one denoising level, that of the message.
 
-    def __init__(
-        self,
-        pool: WorkerPool[Any],
-        message: denoiser_pb2.OpenDenoise,
-        digest: str,
-        next_block: int = 0,
-    ) -> None:
-        """digest: of the network that all levels of the session share."""
-        super().__init__(f"denoiser-{message.level}", pool, BlockReplay(next_block), message)
-        self._level, self._network = message.level, digest
+    digest: of the network that all levels of the session share.
+    """
+    level, replay = message.level, BlockReplay(next_block)
 
-    def serves(self, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
-        return self._level in info.levels and info.digest == self._network
+    def serves(info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
+        return level in info.levels and info.digest == digest
 
-    def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, RelayedBlock]:
-        return remote_denoiser(worker.channel, self._level)
+    def stream_at(worker: Worker[Any]) -> OpenStream[Relayable, RelayedBlock]:
+        return remote_denoiser(worker.channel, level)
+
+    return StageConnector(f"denoiser-{level}", pool, replay, message, stream_at, serves)
 
 
-class ChainConnector(StageConnector[Relayable, RelayedBlock]):
-    """Connector of all levels at the workers of one chain.
+def chain_connector(
+    pool: WorkerPool[Any], message: denoiser_pb2.OpenDenoise, digest: str, num_levels: int, next_block: int = 0
+) -> StageConnector[Relayable, RelayedBlock]:
+    """Return the connector of all levels at the workers of one chain.
 
-    The worker of level 0 stands for its chain, since a chain is lost as a whole.
+    The worker of level 0 stands for its chain, since a chain is lost as a whole. digest: of the network.
     """
 
-    def __init__(
-        self,
-        pool: WorkerPool[Any],
-        message: denoiser_pb2.OpenDenoise,
-        digest: str,
-        num_levels: int,
-        next_block: int = 0,
-    ) -> None:
-        super().__init__("denoiser", pool, BlockReplay(next_block), message)
-        self._network, self._num_levels = digest, num_levels
+    def serves(info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
+        return bool(info.chain) and 0 in info.levels and info.digest == digest
 
-    def serves(self, info: denoiser_pb2.DenoiserServiceGetInfoResponse) -> bool:
-        return bool(info.chain) and 0 in info.levels and info.digest == self._network
-
-    def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, RelayedBlock]:
+    def stream_at(worker: Worker[Any]) -> OpenStream[Relayable, RelayedBlock]:
         assert worker.info is not None
         name = worker.info.chain
-        members = self._pool.answering(lambda info: info.chain == name)
+        members = pool.answering(lambda info: info.chain == name)
         channels = {level: member.channel for member, info in members for level in info.levels}
-        if len(channels) < self._num_levels:
+        if len(channels) < num_levels:
             raise StageLost(f"denoiser: not all of chain {name} answer", metadata={"stage": "denoiser"}, retry_s=1.0)
-        return RemoteChain([channels[level] for level in range(self._num_levels)])
+        return RemoteChain([channels[level] for level in range(num_levels)])
+
+    return StageConnector("denoiser", pool, BlockReplay(next_block), message, stream_at, serves)
 
 
-class VaeConnector(StageConnector[Relayable, types_pb2.Frame]):
-    """Connector of the decoder, at workers with blocks of the session's length; it answers a block with its frames."""
+def vae_connector(
+    pool: WorkerPool[Any],
+    message: vae_pb2.OpenDecode,
+    block_frames: int,
+    next_block: int = 0,
+    *,
+    has_label: bool = False,
+) -> StageConnector[Relayable, types_pb2.Frame]:
+    """Return the connector of the decoder, at workers with blocks of the session's length.
 
-    def __init__(
-        self,
-        pool: WorkerPool[Any],
-        message: vae_pb2.OpenDecode,
-        block_frames: int,
-        next_block: int = 0,
-        *,
-        has_label: bool = False,
-    ) -> None:
-        """has_label: the frames show a label, which workers of earlier versions do not draw."""
-        super().__init__("vae", pool, BlockReplay(next_block), message)
-        self._block_frames, self._has_label = block_frames, has_label
+    It answers a block with its frames. has_label: they show a label, which workers of earlier versions do not draw.
+    """
 
-    def serves(self, info: vae_pb2.VaeServiceGetInfoResponse) -> bool:
-        return info.block_frames == self._block_frames and (info.labels or not self._has_label)
+    def serves(info: vae_pb2.VaeServiceGetInfoResponse) -> bool:
+        return info.block_frames == block_frames and (info.labels or not has_label)
 
-    def stream_at(self, worker: Worker[Any]) -> OpenStream[Relayable, types_pb2.Frame]:
-        return remote_vae(worker.channel)
+    replay = BlockReplay(next_block)
+    return StageConnector("vae", pool, replay, message, lambda worker: remote_vae(worker.channel), serves)

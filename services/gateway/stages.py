@@ -10,7 +10,7 @@ from typing import Any
 
 from avatar import telemetry
 from avatar.errors import ConfigMismatch, InvalidField, NoCapacity
-from avatar.failover.connector import AudioConnector, ChainConnector, LevelConnector, StageConnector, VaeConnector
+from avatar.failover.connector import StageConnector, audio_connector, chain_connector, level_connector, vae_connector
 from avatar.failover.placement import MAX_ATTEMPTS, pause_s, retry_s, scarcest
 from avatar.failover.replay import AudioReplay
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
@@ -144,7 +144,7 @@ async def open_stages(
     if options.is_live:
         notice = await _rate_notice(workers, settings, session.id, info, is_resumed=bool(position.opened))
     lookahead_ns = _lookahead_ns(session, info.audio)
-    audio = AudioConnector(
+    audio = audio_connector(
         workers.audio,
         audio_pb2.OpenEncode(
             session_id=session.id,
@@ -170,7 +170,7 @@ async def open_stages(
         unmarked=not settings.marks,
     )
     denoisers = _denoisers(workers, info, session.id, options, position.next_block)
-    vae = VaeConnector(workers.vae, video, info.block_frames, position.next_block, has_label=session.label)
+    vae = vae_connector(workers.vae, video, info.block_frames, position.next_block, has_label=session.label)
     connectors: list[StageConnector[Any, Any]] = [audio, *denoisers, vae]
     formers = chain(position.workers, repeat(""))
     for connector, former in zip(connectors, formers, strict=False):
@@ -203,15 +203,15 @@ async def open_stages(
 
 def _denoisers(
     workers: Workers, info: DeploymentInfo, session_id: str, options: StreamOptions, next_block: int
-) -> list[ChainConnector] | list[LevelConnector]:
+) -> list[StageConnector[Relayable, RelayedBlock]]:
     """Return a connector for each level, or one for all of them if their workers form chains."""
     levels = [
         denoiser_pb2.OpenDenoise(session_id=session_id, level=level, is_live=options.is_live)
         for level in range(len(info.denoisers))
     ]
     if info.is_chained:
-        return [ChainConnector(workers.denoisers, levels[0], info.digest, len(levels), next_block)]
-    return [LevelConnector(workers.denoisers, level, info.digest, next_block) for level in levels]
+        return [chain_connector(workers.denoisers, levels[0], info.digest, len(levels), next_block)]
+    return [level_connector(workers.denoisers, level, info.digest, next_block) for level in levels]
 
 
 async def _rate_notice(

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from avatar.errors import NoCapacity, StageLost
-from avatar.failover.connector import AudioConnector, ChainConnector, LevelConnector, VaeConnector
+from avatar.failover.connector import audio_connector, chain_connector, level_connector, vae_connector
 from avatar.failover.pool import Worker as PoolWorker
 from avatar.failover.pool import WorkerPool
 from avatar.failover.replay import AudioReplay
@@ -25,7 +25,7 @@ async def test_a_stream_is_opened_again_at_a_worker_of_the_same_checkpoint_only(
         for worker, digest in zip(found, "ab", strict=True):
             worker.info = partial(pb.AudioServiceGetInfoResponse, digest=digest, capacity=4, block_frames=12)
         async with pooled(*found) as pool:
-            connector = AudioConnector(pool, pb.OpenEncode(), AudioReplay(2, 16000, 0.48, 0.2, b""), 12)
+            connector = audio_connector(pool, pb.OpenEncode(), AudioReplay(2, 16000, 0.48, 0.2, b""), 12)
             first, stream, _ = await connector.connect()
             stream.cancel()
             (again,) = (each for each in found if each.target == first.target)
@@ -40,7 +40,7 @@ async def test_a_stream_is_opened_again_at_a_worker_of_the_same_checkpoint_only(
 
 
 def test_a_level_is_opened_at_workers_that_serve_it() -> None:
-    connector = LevelConnector(WorkerPool("denoiser", [], no_info), OpenDenoise(level=1), "x")
+    connector = level_connector(WorkerPool("denoiser", [], no_info), OpenDenoise(level=1), "x")
     assert connector.stage == "denoiser-1"
     infos = [
         DenoiserServiceGetInfoResponse(levels=levels, digest=digest) for levels in ([0], [0, 1]) for digest in "xy"
@@ -52,14 +52,14 @@ def test_frames_with_a_label_are_decoded_by_workers_that_draw_it() -> None:
     pool, message = WorkerPool("vae", [], no_info), OpenDecode()
     earlier = VaeServiceGetInfoResponse(block_frames=12)
     present = VaeServiceGetInfoResponse(block_frames=12, labels=True)
-    assert [VaeConnector(pool, message, 12).serves(info) for info in (earlier, present)] == [True, True]
-    labelled = VaeConnector(pool, message, 12, has_label=True)
+    assert [vae_connector(pool, message, 12).serves(info) for info in (earlier, present)] == [True, True]
+    labelled = vae_connector(pool, message, 12, has_label=True)
     assert [labelled.serves(info) for info in (earlier, present)] == [False, True]
 
 
 async def test_a_chain_whose_levels_do_not_all_answer_is_lost() -> None:
     pool = WorkerPool("denoiser", [], no_info)
-    connector = ChainConnector(pool, OpenDenoise(), "x", num_levels=2)
+    connector = chain_connector(pool, OpenDenoise(), "x", num_levels=2)
     head: PoolWorker[DenoiserServiceGetInfoResponse] = PoolWorker("127.0.0.1:1")
     info = DenoiserServiceGetInfoResponse(levels=[0], chain="c", digest="x")
     head.update(info)

@@ -3,13 +3,11 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 
 from avatar.errors import InvalidAudio, NoCapacity, StageFailed, StageLost
-from avatar.failover.connector import OpenStream, StageConnector
-from avatar.failover.pool import Worker as PoolWorker
+from avatar.failover.connector import StageConnector
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.client import remote_audio
 from avatar.rpc.interceptor import Context, parts, receive_open
@@ -57,18 +55,14 @@ class NumberedReplay:
         return answer.index
 
 
-class NumberedConnector(StageConnector[pb.AudioPiece, RelayedBlock]):
-    """Opens `numbered`'s streams at any worker."""
-
-    def stream_at(self, worker: PoolWorker[Any]) -> OpenStream[pb.AudioPiece, RelayedBlock]:
-        return remote_audio(worker.channel)
-
-
 @asynccontextmanager
 async def opened_stage(found: list[Worker], timeouts: FailoverTimeouts = PATIENT) -> AsyncGenerator[Stage, None]:
     """A stage whose stream is open at the first of these workers that takes it."""
     async with pooled(*found) as pool:
-        connector = NumberedConnector("audio", pool, NumberedReplay(), pb.OpenEncode(session_id="a"))
+        message, replay = pb.OpenEncode(session_id="a"), NumberedReplay()
+        connector = StageConnector(
+            "audio", pool, replay, message, lambda worker: remote_audio(worker.channel), lambda _: True
+        )
         stage = FailoverStage(connector, timeouts)
         await stage.open()
         yield stage

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from avatar.aio import background
-from avatar.failover.connector import LevelConnector
+from avatar.failover.connector import level_connector
 from avatar.failover.pool import WorkerPool
 from avatar.failover.stage import FailoverStage, FailoverTimeouts
 from avatar.rpc.codec import conditions_to_pb, tensor_from_pb, tensor_to_pb
@@ -111,7 +111,7 @@ async def decoded(targets: Sequence[str], block_s: float = 0.0, *, changes_often
         levels = []
         for number in range(NUM_LEVELS):
             opened = denoiser_pb2.OpenDenoise(session_id=SESSION.id, level=number)
-            connector = LevelConnector(pool, opened, DIGEST)
+            connector = level_connector(pool, opened, DIGEST)
             connector.session = serialize_session(denoiser_pb2.OpenDenoise, SESSION, motion)
             levels.append(FailoverStage(connector, TIMEOUTS))
             await levels[-1].open()
