@@ -119,17 +119,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "services": (),
     "training": ("avatar",),
     "web.playout": ("avatar.client",),
-    "web.resampler": (),
     "web.pending_speech": ("web.playout",),
     "web.page_requests": (),
     "web.words": ("avatar.client", "avatar.errors"),
-    "web.browser_session": (
-        *("avatar.aio", "avatar.client", "web.pending_speech", "web.playout", "web.resampler", "web.words"),
-    ),
+    "web.browser_session": ("avatar.aio", "avatar.client", "web.pending_speech", "web.playout", "web.words"),
     "web": (
         *("avatar.client", "avatar.errors", "avatar.v1"),
-        *("web.browser_session", "web.page_requests", "web.pending_speech", "web.playout", "web.resampler"),
-        "web.words",
+        *("web.browser_session", "web.page_requests", "web.pending_speech", "web.playout", "web.words"),
     ),
     # Benchmarks measure the suite from outside, and only start its processes.
     "benchmarks": ("avatar", "services.local", "services.registration"),

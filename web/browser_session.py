@@ -23,7 +23,7 @@ from typing import Any
 
 from aiortc import MediaStreamTrack, RTCDataChannel, RTCPeerConnection
 from aiortc.mediastreams import MediaStreamError
-from av import AudioFrame
+from av import AudioFrame, AudioResampler
 
 from avatar.aio import background
 from avatar.client import (
@@ -40,7 +40,6 @@ from avatar.client import (
 )
 from web.pending_speech import PendingSpeech
 from web.playout import RATE_HZ, SAMPLE_BYTES, AudioTrack, Playout, VideoTrack
-from web.resampler import Resampler
 from web.words import error_words, notice_words
 
 logger = logging.getLogger(__name__)
@@ -141,12 +140,13 @@ class BrowserSession:
 
     async def _read_microphone(self) -> None:
         """Add the microphone's audio while it is on, to what is spoken or to what the avatar listens to."""
-        resample = Resampler(RATE_HZ)
+        resampler = AudioResampler(format="s16", layout="mono", rate=RATE_HZ)
         try:
             while self._microphone:
                 frame = await self._microphone.recv()
                 assert isinstance(frame, AudioFrame)
-                data = resample(frame)
+                pieces = resampler.resample(frame)
+                data = b"".join(bytes(each.planes[0])[: each.samples * SAMPLE_BYTES] for each in pieces)
                 if self._microphone_use == "speak" and self._pending.seconds < MAX_MICROPHONE_S:
                     self._add_audio(data)
                 elif self._microphone_use == "talk" and data and not self._heard.is_full:
