@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from os import PathLike
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from avatar.aio import ChangeSignal, background
 from avatar.client import Audio, Frame, Item, PlaybackFinished, Session, Stream, connect
@@ -28,12 +28,10 @@ async def created_session(
 
 
 @asynccontextmanager
-async def live_frames(
-    session: Session, *, rate_hz: int, channels: Literal[1, 2] = 1
-) -> AsyncGenerator["LiveFrames", None]:
-    """Open a session's live stream of PCM16 while the body runs; the session is deleted afterwards."""
-    async with session.stream(rate_hz=rate_hz, channels=channels, live=True, return_audio=True) as stream:
-        frames = LiveFrames(stream, session.video.frame_rate_hz, rate_hz, channels)
+async def live_frames(session: Session, *, rate_hz: int) -> AsyncGenerator["LiveFrames", None]:
+    """Open a session's live stream of mono PCM16 while the body runs; the session is deleted afterwards."""
+    async with session.stream(rate_hz=rate_hz, live=True, return_audio=True) as stream:
+        frames = LiveFrames(stream, session.video.frame_rate_hz, rate_hz)
         async with background(frames.receive()) as frames.receiving:
             yield frames
 
@@ -49,11 +47,10 @@ class LiveFrames:
 
     receiving: asyncio.Task[None]
 
-    def __init__(self, stream: Stream, frame_rate_hz: int, rate_hz: int, channels: int) -> None:
+    def __init__(self, stream: Stream, frame_rate_hz: int, rate_hz: int) -> None:
         self.stream = stream
         self._frame_rate_hz = frame_rate_hz
         self._rate_hz = rate_hz
-        self._channels = channels
         self._audio = b""  # of the frames that follow
         self._held: deque[tuple[Frame | PlaybackFinished, bytes]] = deque()
         self._changed = ChangeSignal()
@@ -136,6 +133,6 @@ class LiveFrames:
         """Remove and return a frame's audio. Frames differ by a sample where the rates do not divide evenly."""
         rate_hz, frame_rate_hz = self._rate_hz, self._frame_rate_hz
         num_samples = (frame.index + 1) * rate_hz // frame_rate_hz - frame.index * rate_hz // frame_rate_hz
-        num_bytes = num_samples * SAMPLE_BYTES * self._channels
+        num_bytes = num_samples * SAMPLE_BYTES
         audio, self._audio = self._audio[:num_bytes], self._audio[num_bytes:]
         return audio

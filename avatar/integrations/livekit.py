@@ -120,29 +120,26 @@ class AvatarSession(avatar.AvatarSession[Literal["error"]]):
             self.emit("error", error)
 
 
-def avatar_options(session: Session, *, rate_hz: int, channels: Literal[1, 2] = 1) -> AvatarOptions:
+def avatar_options(session: Session, *, rate_hz: int) -> AvatarOptions:
     """Return the formats of a session's frames and of the audio that is pushed to it, for AvatarRunner."""
     video = session.video
-    return AvatarOptions(video.width, video.height, video.frame_rate_hz, rate_hz, channels)
+    return AvatarOptions(video.width, video.height, video.frame_rate_hz, rate_hz, audio_channels=1)
 
 
 @asynccontextmanager
-async def video_generator(
-    session: Session, *, rate_hz: int, channels: Literal[1, 2] = 1
-) -> AsyncGenerator["AvatarGenerator", None]:
+async def video_generator(session: Session, *, rate_hz: int) -> AsyncGenerator["AvatarGenerator", None]:
     """Open a session's live stream as a video generator while the body runs; the session is deleted afterwards."""
-    async with live_frames(session, rate_hz=rate_hz, channels=channels) as frames:
-        yield AvatarGenerator(frames, session, rate_hz, channels)
+    async with live_frames(session, rate_hz=rate_hz) as frames:
+        yield AvatarGenerator(frames, session, rate_hz)
 
 
 class AvatarGenerator(VideoGenerator):
     """A live stream as a video generator. Created by `video_generator`; the runner iterates it once."""
 
-    def __init__(self, frames: LiveFrames, session: Session, rate_hz: int, channels: int) -> None:
+    def __init__(self, frames: LiveFrames, session: Session, rate_hz: int) -> None:
         self._frames = frames
         self._video = session.video
         self._rate_hz = rate_hz
-        self._channels = channels
         self._num_cleared = 0
 
     async def push_audio(self, frame: rtc.AudioFrame | AudioSegmentEnd) -> None:
@@ -162,9 +159,9 @@ class AvatarGenerator(VideoGenerator):
             await self._frames.stream.push(bytes(frame.data.cast("b")))
 
     def _check_format(self, frame: rtc.AudioFrame) -> None:
-        if (frame.sample_rate, frame.num_channels) != (self._rate_hz, self._channels):
+        if (frame.sample_rate, frame.num_channels) != (self._rate_hz, 1):
             raise ValueError(
-                f"audio must have {self._rate_hz} Hz and {self._channels} channels, got {frame.sample_rate} Hz and"
+                f"audio must have {self._rate_hz} Hz and 1 channels, got {frame.sample_rate} Hz and"
                 f" {frame.num_channels}"
             )
 
@@ -181,4 +178,4 @@ class AvatarGenerator(VideoGenerator):
                 continue
             yield rtc.VideoFrame(self._video.width, self._video.height, rtc.VideoBufferType.RGB24, bytearray(item.data))
             if audio and not self._frames.is_dropped(item):
-                yield rtc.AudioFrame(audio, self._rate_hz, self._channels, len(audio) // SAMPLE_BYTES // self._channels)
+                yield rtc.AudioFrame(audio, self._rate_hz, 1, len(audio) // SAMPLE_BYTES)
