@@ -249,11 +249,9 @@ class Sizing:
         busiest_s = max(self.busy_s(each, gpu, compiled=compiled, float8=float8) for each in placed)
         return self.config.frames_per_block / busiest_s
 
-    def live_sessions(
-        self, placed: Sequence[Placement], gpu: Gpu, *, compiled: bool = False, float8: bool = False
-    ) -> int:
+    def live_sessions(self, placed: Sequence[Placement], gpu: Gpu) -> int:
         """Return the sessions that the devices keep up with; one that is alone gets all of their time."""
-        rate_hz = self.frame_rate_hz(placed, gpu, compiled=compiled, float8=float8)
+        rate_hz = self.frame_rate_hz(placed, gpu)
         return max(int(LIVE_SHARE * rate_hz / FRAME_RATE_HZ), int(rate_hz >= FRAME_RATE_HZ))
 
 
