@@ -206,5 +206,5 @@ async def _answers(redis: Redis) -> bool:
     return True
 
 
-def _last_lines(log: Path, count: int = 20) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
+def _last_lines(log: Path) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
