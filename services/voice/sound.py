@@ -49,7 +49,8 @@ class PcmReader:
             # Other chunks may follow the samples.
             self._data = self._data[: self._num_bytes]
         size = 2 * self._num_channels
-        whole, self._data = _split(self._data, len(self._data) // size * size)
+        end = len(self._data) // size * size
+        whole, self._data = self._data[:end], self._data[end:]
         if self._num_bytes is not None:
             self._num_bytes -= len(whole)
         samples = np.frombuffer(whole, "<i2").astype(np.float32).reshape(-1, self._num_channels) / 32768
@@ -143,7 +144,3 @@ def trailing_silence_s(samples: Samples, rate_hz: int) -> float:
     """Return the seconds after the last of (s,) samples that is not silent."""
     loud = np.flatnonzero(np.abs(samples) > SILENCE)
     return float(len(samples) - 1 - loud[-1]) / rate_hz if len(loud) else 0.0
-
-
-def _split(data: bytes, at: int) -> tuple[bytes, bytes]:
-    return data[:at], data[at:]
