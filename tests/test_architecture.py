@@ -66,7 +66,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *("avatar.aio", "avatar.errors", "avatar.handoff.client", "avatar.rpc", "avatar.telemetry", "avatar.worker"),
     ),
     "avatar.handoff.chain": ("avatar.errors", "avatar.types"),
-    "avatar.handoff.client": ("avatar.aio", "avatar.rpc.client", "avatar.rpc.wire", "avatar.worker"),
+    "avatar.handoff.client": (
+        *("avatar.aio", "avatar.rpc.client", "avatar.rpc.status", "avatar.rpc.wire", "avatar.worker"),
+    ),
     # Used by product teams.
     "avatar.client": (
         *("avatar.aio", "avatar.errors", "avatar.rpc.channel", "avatar.rpc.status", "avatar.rpc.tls", "avatar.v1"),

@@ -10,6 +10,7 @@ import grpc.aio
 
 from avatar.aio import background
 from avatar.rpc.client import Relayable, remote_denoiser
+from avatar.rpc.status import root_cause
 from avatar.rpc.wire import Parts, RelayedBlock
 from avatar.worker.v1 import denoiser_pb2 as pb
 from avatar.worker.v1 import types_pb2
@@ -51,7 +52,7 @@ class RemoteChain:
                     opening = tasks.create_task(stage.open(level_message, session))
         except BaseException as error:
             self.cancel()
-            raise _first(error) from None
+            raise root_cause(error) from None
         opened: pb.DenoiseOpened = opening.result()
         return opened
 
@@ -98,7 +99,7 @@ class RemoteChain:
             try:
                 await running
             except BaseExceptionGroup as error:
-                raise _first(error) from None
+                raise root_cause(error) from None
 
     def cancel(self) -> None:
         """End the streams at once; does nothing if they have ended."""
@@ -109,8 +110,3 @@ class RemoteChain:
 async def _until_none(items: asyncio.Queue[Queued | None]) -> AsyncGenerator[Queued, None]:
     while (item := await items.get()) is not None:
         yield item
-
-
-def _first(error: BaseException) -> BaseException:
-    """Return the first error of a task group; the others failed because it did."""
-    return error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
