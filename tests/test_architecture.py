@@ -101,8 +101,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "services.text": (*_WORKER, "avatar.text"),
     "services.vae": (*_WORKER, "avatar.vae"),
     "services.voice": (
-        *("avatar.aio", "avatar.errors", "avatar.rpc", "avatar.settings", "avatar.store", "avatar.telemetry"),
-        *("avatar.worker", "services.address", "services.process", "services.registration"),
+        *("avatar.aio", "avatar.errors", "avatar.rpc", "avatar.runtime.admission", "avatar.settings", "avatar.store"),
+        *("avatar.telemetry", "avatar.worker", "services.address", "services.process", "services.registration"),
     ),
     "services.gateway": (
         *("avatar.aio", "avatar.errors", "avatar.failover", "avatar.handoff.client", "avatar.rpc"),

@@ -5,14 +5,15 @@ import logging
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 
 import grpc.aio
 
 from avatar import telemetry
 from avatar.aio import background
-from avatar.errors import InvalidAudio, InvalidText, NoCapacity, VoiceFailed
+from avatar.errors import InvalidAudio, InvalidText, VoiceFailed
 from avatar.rpc.interceptor import Context, max_active, parts, receive_open
+from avatar.runtime.admission import AdmissionControl, DeviceLoad
 from avatar.settings import MAX_TEXT_CHARS
 from avatar.worker.v1 import voice_pb2 as pb
 from avatar.worker.v1 import voice_pb2_grpc
@@ -32,7 +33,6 @@ LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 IDLE_S = 10.0
 # The longest sound of a sentence, in seconds: so much, and for each character. An engine that does not stop is broken.
 LONGEST_S, LONGEST_CHAR_S = 10.0, 0.5
-LABELS = {"service": "voice"}
 
 
 class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
@@ -44,11 +44,12 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
     def __init__(self, engine: Engine, capacity: int, idle_s: float = IDLE_S) -> None:
         """idle_s: seconds without text after which a stream ends."""
         self._engine = engine
-        self._capacity, self._idle_s = capacity, idle_s
-        self._active = 0
+        self._idle_s = idle_s
         self._speed = Speed()
-        telemetry.SESSIONS_CAPACITY.add(capacity, LABELS)
+        # Without steps that are timed, the limit alone counts.
+        self._admission = AdmissionControl(capacity, "voice", DeviceLoad(), PIECE_S)
         self.changed = asyncio.Event()
+        self._admission.on_change = self.changed.set
 
     def add_to(self, server: grpc.aio.Server) -> None:
         voice_pb2_grpc.add_VoiceServiceServicer_to_server(self, server)
@@ -59,8 +60,8 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
             engine=self._engine.name,
             languages=self._engine.languages,
             max_chars=MAX_TEXT_CHARS,
-            capacity=self._capacity,
-            active=self._active,
+            capacity=self._admission.capacity,
+            active=self._admission.active,
         )
 
     async def GetInfo(self, request: pb.VoiceServiceGetInfoRequest, context: Context) -> pb.VoiceServiceGetInfoResponse:
@@ -74,7 +75,7 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
         language = self._language(opened.language)
         sentences: asyncio.Queue[Sentence | None] = asyncio.Queue()  # bounded by MAX_TEXT_CHARS
         turn, num_spoken, started_s = _Turn(stream_format), 0, time.monotonic()
-        with self._slot(max_active(opened)):
+        with self._admission.accept("", is_live=False, max_active=max_active(opened)):
             yield pb.SpeakResponse(opened=pb.SpeakOpened())
             async with background(_read(requests, sentences)) as reading:
                 while sentence := await self._next(sentences, reading):
@@ -158,23 +159,6 @@ class VoiceServicer(voice_pb2_grpc.VoiceServiceServicer):
             if found.lower().partition("-")[0] == wanted.partition("-")[0]:
                 return found
         raise InvalidText.at("say.language", f"{language} is not spoken here, only {', '.join(known)}")
-
-    @contextmanager
-    def _slot(self, limit: int | None) -> Iterator[None]:
-        """Count a stream while the body runs. NoCapacity, with the worker's real numbers, if it is refused."""
-        if self._active >= self._capacity or (limit is not None and self._active > limit):
-            numbers = {"active": str(self._active), "capacity": str(self._capacity)}
-            taken = f"{self._active} of the {self._capacity} turns of this worker are taken"
-            raise NoCapacity(taken, metadata=numbers, retry_s=1.0)
-        self._active += 1
-        self.changed.set()
-        telemetry.SESSIONS_ACTIVE.add(1, LABELS)
-        try:
-            yield
-        finally:
-            self._active -= 1
-            self.changed.set()
-            telemetry.SESSIONS_ACTIVE.add(-1, LABELS)
 
 
 class _Turn:
