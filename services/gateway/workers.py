@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import grpc.aio
+from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
 
 from avatar import telemetry
 from avatar.errors import REASONS, AvatarError, ConfigMismatch, PromptUnsupported, StageLost
@@ -23,16 +25,13 @@ from avatar.settings import GatewaySettings
 from avatar.store.registry import WorkerRegistry
 from avatar.worker.v1 import (
     audio_pb2,
-    audio_pb2_grpc,
     denoiser_pb2,
-    denoiser_pb2_grpc,
     text_pb2,
     text_pb2_grpc,
     types_pb2,
     vae_pb2,
     vae_pb2_grpc,
     voice_pb2,
-    voice_pb2_grpc,
 )
 
 ENCODE_S = 60.0
@@ -129,32 +128,15 @@ class Workers:
         self._described: tuple[tuple[int, int, int], DeploymentInfo] | None = None
         credentials = worker_credentials(settings.worker_ca, settings.worker_cert, settings.worker_key)
 
-        def pool(stage: str, targets: Sequence[str], stub: Any, request: Any) -> WorkerPool[Any]:
-            async def get_info(connection: grpc.aio.Channel) -> Any:
-                return await stub(connection).GetInfo(request, timeout=ANSWER_S)
+        def pool(stage: str, targets: Sequence[str], file: FileDescriptor) -> WorkerPool[Any]:
+            method = file.services_by_name[f"{stage.capitalize()}Service"].methods_by_name["GetInfo"]
+            return WorkerPool(stage, targets, partial(_get_info, method), credentials, self._discovery)
 
-            return WorkerPool(stage, targets, get_info, credentials, self._discovery)
-
-        self.audio = pool(
-            "audio", settings.audio, audio_pb2_grpc.AudioServiceStub, audio_pb2.AudioServiceGetInfoRequest()
-        )
-        self.denoisers = pool(
-            "denoiser",
-            settings.denoisers,
-            denoiser_pb2_grpc.DenoiserServiceStub,
-            denoiser_pb2.DenoiserServiceGetInfoRequest(),
-        )
-        self.vae = pool("vae", settings.vae, vae_pb2_grpc.VaeServiceStub, vae_pb2.VaeServiceGetInfoRequest())
-        self.text = (
-            pool("text", settings.text, text_pb2_grpc.TextServiceStub, text_pb2.TextServiceGetInfoRequest())
-            if settings.text
-            else None
-        )
-        self.voice = (
-            pool("voice", settings.voice, voice_pb2_grpc.VoiceServiceStub, voice_pb2.VoiceServiceGetInfoRequest())
-            if settings.voice
-            else None
-        )
+        self.audio = pool("audio", settings.audio, audio_pb2.DESCRIPTOR)
+        self.denoisers = pool("denoiser", settings.denoisers, denoiser_pb2.DESCRIPTOR)
+        self.vae = pool("vae", settings.vae, vae_pb2.DESCRIPTOR)
+        self.text = pool("text", settings.text, text_pb2.DESCRIPTOR) if settings.text else None
+        self.voice = pool("voice", settings.voice, voice_pb2.DESCRIPTOR) if settings.voice else None
 
         if self.voice:
             for reason in REASONS:
@@ -278,6 +260,13 @@ class Workers:
         response = await _call(self.vae, vae_pb2_grpc.VaeServiceStub, "EncodeReference", request, ENCODE_S)
         reference: types_pb2.Reference = response.reference
         return reference
+
+
+async def _get_info(method: MethodDescriptor, channel: grpc.aio.Channel) -> Any:
+    """Return the answer of the worker at the end of a channel to its service's GetInfo."""
+    path = f"/{method.containing_service.full_name}/{method.name}"
+    request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+    return await channel.unary_unary(path, request.SerializeToString, response.FromString)(request(), timeout=ANSWER_S)
 
 
 async def _call(pool: WorkerPool[Any], stub: Any, method: str, request: Any, limit_s: float) -> Any:
