@@ -80,6 +80,11 @@ async def proxied(server: str) -> AsyncGenerator[Proxy, None]:
     try:
         yield proxy
     finally:
-        listener.close()
+        # Python 3.11 leaves a connection open that is accepted in the moment before its listener closes.
+        for listening in listener.sockets:
+            asyncio.get_running_loop().remove_reader(listening)
         proxy.mend()
+        proxy.leave()
+        await asyncio.sleep(0)
+        listener.close()
         await listener.wait_closed()
