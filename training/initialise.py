@@ -12,7 +12,7 @@ from avatar.denoiser.model import Network
 
 # Weights that `initialise` sets to zero.
 ZERO_INIT = re.compile(
-    r"(time_projection\.1|cross_attn\.o|injector\.\d+\.o|adain_layers\.\d+\.linear|head\.head|face_motion_embedding\.last)\.weight"
+    r"(time_projection\.1|cross_attn\.o|injector\.\d+\.o|adain_layers\.\d+\.linear|head\.head|face_motion_embedding\.last|warps\.gates)\.weight"
 )
 # Weights of maps from latents, and to the channels of a patch of latents.
 FROM_LATENTS = re.compile(r"(patch_embedding|cond_encoder|frame_packer\.\w+)\.weight")
@@ -24,8 +24,8 @@ def initialise(network: Network, seed: int) -> None:
     """Initialise a network's weights.
 
     Everything that adds to the hidden state starts at zero (the layers' gates, the output of text, audio and face
-    motion), and so does the head: an `x0_residual` network starts as the still reference. Other maps preserve variance
-    (Xavier).
+    motion), and so do the head and the gates of warps: an `x0_residual` network starts as the still reference. Other
+    maps preserve variance (Xavier).
     Source: adaLN-Zero of DiT (arXiv 2212.09748).
     """
     generator = torch.Generator().manual_seed(seed)

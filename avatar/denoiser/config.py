@@ -46,6 +46,7 @@ FIXED = {
 }
 # Latent frames of a window: 2.7 minutes.
 MAX_WINDOW_LATENTS = 1 << 10
+MAX_WARPS = 1 << 8
 # Of an index or a distance in blocks or frames, which have 32 bits on the wire.
 MAX_INDEX = (1 << 32) - 1
 LEAST_SIGMA = 1e-6
@@ -56,6 +57,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("num_layers", "num_encoder_layers"), (1, MAX_LAYERS)),
     **dict.fromkeys(("audio_inject_layers", "heard_inject_layers"), (0, MAX_LAYERS)),
     "eps": EPSILON,
+    "num_warps": (0, MAX_WARPS),
     "num_frames_per_block": (1, MAX_BLOCK_LATENTS),
     "window_latents": (1, MAX_WINDOW_LATENTS),
     WINDOW_BLOCKS: (1, MAX_WINDOW_LATENTS),
@@ -78,6 +80,7 @@ class NetworkConfig:
     audio_inject_layers: ascending indexes of the layers after which audio is injected.
     heard_inject_layers: those after which audio of the other person is injected; none: the network does not listen.
     face_motion: the network takes values of face motion.
+    num_warps: maps of the reference that the output mixes, to move its texture; 0: none.
     audio_context_frames: columns of features before a block that its audio tokens see. Tokens of 8 are those of the
         whole stream; without any, blocks are encoded independently.
     """
@@ -99,6 +102,7 @@ class NetworkConfig:
 
     heard_inject_layers: tuple[int, ...] = ()
     face_motion: bool = False
+    num_warps: int = 0
     audio_context_frames: int = 0
     num_encoder_layers: int = 25
     num_frames_per_block: int = BLOCK_LATENTS
@@ -157,6 +161,11 @@ class NetworkConfig:
                 f"in_dim, {self.in_dim}, unless pose is zeros",
             ),
             ("output", self.output in ("velocity", "x0_residual"), "velocity or x0_residual"),
+            (
+                "num_warps",
+                not self.num_warps or (self.output == "x0_residual" and self.pose == "reference"),
+                "0 unless output is x0_residual and pose is reference",
+            ),
             ("out_dim", self.out_dim == self.in_dim, f"in_dim, {self.in_dim}"),
         )
         broken = [
@@ -291,6 +300,7 @@ def tiny_256() -> NetworkConfig:
         cond_dim=48,
         heard_inject_layers=(1, 3, 5, 7),
         face_motion=True,
+        num_warps=24,
         num_frames_per_block=1,
         window_latents=8,
         audio_context_frames=8,

@@ -177,6 +177,28 @@ class Head(nn.Module):
         return pixels
 
 
+class Warps(nn.Module):
+    """Local maps of the reference, mixed at each latent by gates of the hidden state.
+
+    They move the reference's texture. It has nearly as many numbers in a patch as the hidden state, so what moved
+    through the hidden state alone would be blurred.
+    """
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.maps = nn.Conv2d(config.out_dim, config.num_warps * config.out_dim, 3, padding=1, bias=False)
+        self.gates = UpcastLinear(config.dim, config.num_warps * PATCH * PATCH)
+        self.eps = config.eps
+
+    def forward(self, x: Tensor, reference: Tensor) -> Tensor:
+        """Hidden state x (b, t, s, d) and reference (b, c, h, w) -> (b, c, t, h, w)."""
+        maps = rearrange(self.maps(reference), "b (m c) h w -> b h w m c", c=reference.shape[1])
+        normed = functional.layer_norm(x, x.shape[-1:], eps=self.eps)
+        gates = unpatchify(self.gates(normed), reference.shape[-2] // PATCH)
+        mixed: Tensor = rearrange(gates, "b m t h w -> b h w t m").to(maps.dtype) @ maps
+        return rearrange(mixed, "b h w t c -> b c t h w")
+
+
 def unpatchify(pixels: Tensor, rows: int) -> Tensor:
     """Arrange the head's patches (b, t, s, (row column c)) to latents (b, c, t, h, w); rows: of tokens."""
     return rearrange(pixels, "b t (h w) (p q c) -> b c t (h p) (w q)", h=rows, p=PATCH, q=PATCH)

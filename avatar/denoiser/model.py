@@ -36,6 +36,7 @@ from avatar.denoiser.layers import (
     Head,
     Layer,
     PatchEmbedding,
+    Warps,
     timestep_embedding,
     unpatchify,
 )
@@ -84,6 +85,8 @@ class Network(nn.Module):
         if config.face_motion:
             self.face_motion_embedding = FaceMotionEmbedding(config)
         self.head = Head(config)
+        if config.num_warps:
+            self.warps = Warps(config)
 
     @property
     def layers(self) -> list[Layer]:
@@ -225,7 +228,10 @@ class Network(nn.Module):
             for injector, tokens in injections:
                 if i in injector.layers:
                     hidden = hidden + injector(injector.layers.index(i), hidden, tokens)
-        return unpatchify(self.head(hidden, modulation.head), grid_size(height, width)[0]).to(x.dtype)
+        output = unpatchify(self.head(hidden, modulation.head), grid_size(height, width)[0])
+        if config.num_warps:
+            output = output + self.warps(hidden, pose[:, :, 0])
+        return output.to(x.dtype)
 
 
 def with_levels(part: Part, choice: int | Sequence[float] | None) -> Part:

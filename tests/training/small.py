@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = {
 
 def small() -> NetworkConfig:
     """Return the embedded default's configuration at toy size, with a listener and face motion."""
-    return replace(tiny(), **SIZES, heard_inject_layers=(1,), face_motion=True, audio_context_frames=8)
+    return replace(tiny(), **SIZES, heard_inject_layers=(1,), face_motion=True, num_warps=2, audio_context_frames=8)
 
 
 def small_base() -> NetworkConfig:
