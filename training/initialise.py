@@ -57,6 +57,9 @@ def copy_weights(network: Network, part: Part) -> int:
         elif TO_LATENTS.fullmatch(name):
             patches = rearrange(tensor, "(patch c) ... -> patch c ...", patch=PATCH**2)
             tensor = rearrange(pad_channels(patches, len(mine) // PATCH**2), "patch c ... -> (patch c) ...")
+        elif name == "warps.maps.weight":
+            maps = rearrange(pad_channels(tensor, mine.shape[1]), "(m c) ... -> m c ...", c=tensor.shape[1])
+            tensor = rearrange(pad_channels(maps, mine.shape[1]), "m c ... -> (m c) ...")
         if tensor.shape == mine.shape:
             mine.copy_(tensor)
             count += 1
