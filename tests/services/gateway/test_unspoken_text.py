@@ -84,13 +84,13 @@ def unspoken(measured: InMemoryMetricReader) -> dict[str, float]:
     data = measured.get_metrics_data()
     assert data is not None
     return {
-        str((point.attributes or {})["reason"]): point.value
+        str(point.attributes["reason"]): point.value
         for resource in data.resource_metrics
         for scope in resource.scope_metrics
         for metric in scope.metrics
         if metric.name == "avatar.text.unspoken"
         for point in metric.data.data_points
-        if isinstance(point, NumberDataPoint)
+        if isinstance(point, NumberDataPoint) and point.attributes  # a test of all metrics counts without a reason
     }
 
 
