@@ -46,7 +46,7 @@ async def test_a_killed_worker_raises_an_alert_until_it_is_back(observed: Observ
 
     vae, audio = observed.suite.processes["vae"], list(pieces(speech(2.0)))
     await observed.scraped()
-    assert await observed.firing("AvatarWorkerGone") == []
+    await until(is_over)  # a worker that answered late raised it at the start
     async with connected(observed.suite.gateway) as stub:
         session = await new_session(stub, picture)
         call = stub.StreamAvatar(timeout=STREAM_S)
