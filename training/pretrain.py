@@ -9,6 +9,7 @@ A stopped run resumes from its last checkpoint bit for bit; clips that arrive me
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -224,12 +225,12 @@ class Pretraining:
         if whole.batch_size // self.strategy.share.world < 2:
             return {}
         count = max(1, NUM_GAIN_CLIPS // whole.batch_size)
+        loss = cache(lambda batches, swapped: self._held_out_loss(held_out, batches, count, swapped))
         gains = {}
         for name in ("features", *self.config.inputs):
             # Face motion shows most of what the other's voice causes.
             batches = replace(whole, face_motion_dropout=1.0) if name == "heard" else whole
-            own, swapped = (self._held_out_loss(held_out, batches, count, each) for each in (None, name))
-            gains[f"{name}_gain"] = swapped / own - 1
+            gains[f"{name}_gain"] = loss(batches, name) / loss(batches, None) - 1
         if self.progress.step >= GATE_STEP:
             for name, gain in gains.items():
                 if gain < MIN_GAIN:
