@@ -145,6 +145,14 @@ def encode_inputs(
     return audio, heard, motion
 
 
+def moved_reference(
+    network: Network, batch: ClipBatch, audio: AudioTokens, heard: AudioTokens | None, frames: slice = slice(None)
+) -> Tensor:
+    """Return the references of clips as their network moves them over a span of pixel frames, (b, c, t, h, w)."""
+    values = batch.face_motion[..., frames] if "face_motion" in network.config.inputs else None
+    return network.move(batch.reference, audio, heard, values, batch.has_face_motion)
+
+
 def predict_velocity(
     network: Network,
     config: NetworkConfig,
@@ -183,6 +191,7 @@ def predict_velocities(
     first_block = batch.first_block if is_causal else torch.zeros_like(batch.first_block)
     positions = reference_frames(first_block, config, distances) if is_causal else [REFERENCE_FRAME]
     audio, heard, motion = encode_inputs(network, batch, is_whole=not is_causal)
+    reference = moved_reference(network, batch, audio, heard)
     first_frame = first_block * config.num_frames_per_block
     velocities: list[Tensor] = []
     past: Sequence[KeysValues] = ()
@@ -191,12 +200,10 @@ def predict_velocities(
         is_last = len(velocities) + 1 == len(versions)
         kind = ClipHistory if is_last else KeptHistory
         history = kind(config, height, width, conditions, positions, is_causal, past)
-        pose = repeat(batch.reference, "b c 1 h w -> b c t h w", t=x.shape[2])
-        if config.pose == "zeros":
-            pose = torch.zeros_like(pose)
+        pose = torch.zeros_like(x) if config.pose == "zeros" else reference.expand_as(x)
         sigma = frame_sigmas(sigmas, config)
         modulation = network.embed_time(1000 * sigma[:, 0, :, 0, 0])
         output = network(x, modulation, text, audio, pose, first_frame, history, heard, motion)
-        velocities.append(to_velocity(output.float(), x, batch.reference, sigma, config))
+        velocities.append(to_velocity(output.float(), x, reference, sigma, config))
         past = history.own if isinstance(history, KeptHistory) else ()
     return velocities

@@ -12,7 +12,7 @@ from avatar.denoiser.model import Network
 
 # Weights that `initialise` sets to zero.
 ZERO_INIT = re.compile(
-    r"(time_projection\.1|cross_attn\.o|injector\.\d+\.o|adain_layers\.\d+\.linear|head\.head|face_motion_embedding\.last|warps\.gates)\.weight"
+    r"(time_projection\.1|cross_attn\.o|injector\.\d+\.o|adain_layers\.\d+\.linear|head\.head|face_motion_embedding\.last|mover\.last)\.weight"
 )
 # Weights of maps from latents, and to the channels of a patch of latents.
 FROM_LATENTS = re.compile(r"(patch_embedding|cond_encoder|frame_packer\.\w+)\.weight")
@@ -24,8 +24,8 @@ def initialise(network: Network, seed: int) -> None:
     """Initialise a network's weights.
 
     Everything that adds to the hidden state starts at zero (the layers' gates, the output of text, audio and face
-    motion), and so do the head and the gates of warps: an `x0_residual` network starts as the still reference. Other
-    maps preserve variance (Xavier).
+    motion), and so do the head and the mover: an `x0_residual` network starts as the still reference. Other maps
+    preserve variance (Xavier).
     Source: adaLN-Zero of DiT (arXiv 2212.09748).
     """
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +37,8 @@ def initialise(network: Network, seed: int) -> None:
         elif name.startswith("trainable") or name.endswith("padding_tokens"):
             nn.init.normal_(weight, std=0.02, generator=generator)
         else:
-            nn.init.xavier_uniform_(weight.flatten(1), generator=generator)
+            for matrix in weight if name == "mover.maps" else [weight]:
+                nn.init.xavier_uniform_(matrix.flatten(1), generator=generator)
 
 
 @torch.no_grad()
@@ -57,9 +58,6 @@ def copy_weights(network: Network, part: Part) -> int:
         elif TO_LATENTS.fullmatch(name):
             patches = rearrange(tensor, "(patch c) ... -> patch c ...", patch=PATCH**2)
             tensor = rearrange(pad_channels(patches, len(mine) // PATCH**2), "patch c ... -> (patch c) ...")
-        elif name == "warps.maps.weight":
-            maps = rearrange(pad_channels(tensor, mine.shape[1]), "(m c) ... -> m c ...", c=tensor.shape[1])
-            tensor = rearrange(pad_channels(maps, mine.shape[1]), "m c ... -> (m c) ...")
         if tensor.shape == mine.shape:
             mine.copy_(tensor)
             count += 1

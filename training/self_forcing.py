@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from einops import repeat
 from torch import Generator, Tensor
 
 from avatar.denoiser.attention import reference_frame
@@ -22,7 +21,7 @@ from avatar.denoiser.denoiser import to_velocity
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import SAMPLERS, autoregressive, timesteps
 from training.batches import ClipBatch, Share
-from training.clips import encode_inputs
+from training.clips import encode_inputs, moved_reference
 
 
 class DetachedHistory:
@@ -61,13 +60,11 @@ class BlockwiseGeneration:
     share: Share = field(default_factory=Share)
 
     def __post_init__(self) -> None:
-        network, batch, config = self.network, self.batch, self.config
+        network, batch = self.network, self.batch
         with torch.no_grad():
             self._text = network.embed_text(batch.text)
             conditions = network.prefill(batch.reference, batch.motion, self._text)
         self._conditions = conditions
-        pose = repeat(batch.reference, "b c 1 h w -> b c t h w", t=config.num_frames_per_block)
-        self._pose = torch.zeros_like(pose) if config.pose == "zeros" else pose
 
     @property
     def num_blocks(self) -> int:
@@ -90,9 +87,11 @@ class BlockwiseGeneration:
         frame_span = slice(block * config.frames_per_block, (block + 1) * config.frames_per_block)
         audio, heard, motion = encode_inputs(network, batch, frame_span)
         modulation = network.embed_time(timesteps(config.schedule)[level].to(x.device).reshape(1, 1))
+        reference = moved_reference(network, batch, audio, heard, frame_span)
+        pose = torch.zeros_like(x) if config.pose == "zeros" else reference.expand_as(x)
         history = DetachedHistory(cache)
-        output = network(x, modulation, self._text, audio, self._pose, first_frame, history, heard, motion)
-        return to_velocity(output.float(), x, batch.reference, config.schedule[level], config)
+        output = network(x, modulation, self._text, audio, pose, first_frame, history, heard, motion)
+        return to_velocity(output.float(), x, reference, config.schedule[level], config)
 
     def clean(self, x: Tensor, block: int, level: int, cache: KVCache) -> Tensor:
         """Return the network's clean estimate of a block from its input x at a level."""

@@ -37,6 +37,7 @@ from avatar.denoiser.attention import (
 )
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.float8 import FLOAT8, Float8Window
+from avatar.denoiser.layers import Texture
 from avatar.types import Conditions, Session
 
 # Keys and values (b, n, h, d) of one layer.
@@ -187,13 +188,15 @@ class KVCache:
 class Prefilled:
     """The result of prefill for one version of a session's conditions.
 
-    reference: (1, c, 1, h, w) float32. pose: (1, c, t, h, w) default pose input. text: keys and values per layer.
+    reference: (1, c, 1, h, w) float32. pose: (1, c, t, h, w) default pose input. texture: of the
+    reference, for a network with a mover. text: keys and values per layer.
     sink: keys (without RoPE) and values of the condition tokens per layer; None once every level has them in its cache.
     """
 
     conditions: Conditions
     reference: Tensor
     pose: Tensor
+    texture: Texture | None
     text: list[KeysValues]
     sink: list[KeysValues] | None
 

@@ -80,7 +80,7 @@ class NetworkConfig:
     audio_inject_layers: ascending indexes of the layers after which audio is injected.
     heard_inject_layers: those after which audio of the other person is injected; none: the network does not listen.
     face_motion: the network takes values of face motion.
-    num_warps: maps of the reference that the output mixes, to move its texture; 0: none.
+    num_warps: maps by which face motion moves the reference before the network; 0: the reference stays still.
     audio_context_frames: columns of features before a block that its audio tokens see. Tokens of 8 are those of the
         whole stream; without any, blocks are encoded independently.
     """
@@ -163,8 +163,8 @@ class NetworkConfig:
             ("output", self.output in ("velocity", "x0_residual"), "velocity or x0_residual"),
             (
                 "num_warps",
-                not self.num_warps or (self.output == "x0_residual" and self.pose == "reference"),
-                "0 unless output is x0_residual and pose is reference",
+                not self.num_warps or (self.face_motion and self.output == "x0_residual" and self.pose == "reference"),
+                "0 unless face_motion is true, output is x0_residual and pose is reference",
             ),
             ("out_dim", self.out_dim == self.in_dim, f"in_dim, {self.in_dim}"),
         )
@@ -300,7 +300,7 @@ def tiny_256() -> NetworkConfig:
         cond_dim=48,
         heard_inject_layers=(1, 3, 5, 7),
         face_motion=True,
-        num_warps=24,
+        num_warps=32,
         num_frames_per_block=1,
         window_latents=8,
         audio_context_frames=8,

@@ -5,8 +5,7 @@
 Every level has its own KV cache: a block attends to earlier blocks at its own noise level, never to finished ones. So
 levels can run in separate processes, and data flows one way (timestep-forcing pipeline parallelism, arXiv 2512.04677).
 
-Axes: c channels, t latent frames, h w of latents, l encoder layers, d width, f pixel frames, m values of
-face motion.
+Axes: c channels, t latent frames, h w of latents, l encoder layers, d width, f pixel frames, m face motion.
 """
 
 from collections import defaultdict
@@ -24,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from avatar.denoiser.attention import grid_size, reference_frame
 from avatar.denoiser.cache import KVCache, Prefilled, Prefills, SessionPrefill
 from avatar.denoiser.config import PATCH, NetworkConfig, is_sink_distance
+from avatar.denoiser.layers import texture_channels
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import (
     SAMPLERS,
@@ -147,12 +147,13 @@ class Denoiser:
     def memory(self, height: int, width: int) -> tuple[int, int]:
         """Return the bytes of a session's state at this level, and of what its levels share: prefills.
 
-        height, width: of the latents. A prefill's sink lasts until each level has copied it; text is there twice while
-        levels pass from one version to the next.
+        height, width: of the latents. A prefill's sink lasts until each level has copied it; text and texture are there
+        twice while levels pass from one version to the next.
         """
         config, cache = self.config, self._cache(height, width, "meta")
         tokens = cache.sink_tokens + 2 * config.text_len
-        return cache.num_bytes, 2 * config.num_layers * tokens * config.dim * self.network.dtype.itemsize
+        numbers = 2 * config.num_layers * tokens * config.dim + 2 * texture_channels(config) * height * width
+        return cache.num_bytes, numbers * self.network.dtype.itemsize
 
     def _cache(self, height: int, width: int, device: torch.device | str) -> KVCache:
         dtype = self.network.dtype
@@ -212,18 +213,20 @@ class Denoiser:
         features = block.features if state.masks is not None else block.features.unsqueeze(0)
         features, before = self._with_preceding("features", features, state)
         audio = network.encode_audio(features, state.masks, before)
-        pose = prefilled.pose if block.pose is None else block.pose.to(x).unsqueeze(0)
-        heard = motion = None
+        heard = None
         if block.heard is None:
             state.preceding.pop("heard", None)
         else:
             features, before = self._with_preceding("heard", block.heard.unsqueeze(0), state)
             heard = network.encode_heard(features, preceding=before)
-        if block.face_motion is not None:
-            motion = network.embed_face_motion(block.face_motion.unsqueeze(0))
+        values = None if block.face_motion is None else block.face_motion.unsqueeze(0)
+        motion = None if values is None else network.embed_face_motion(values)
+        reference = network.move(prefilled.reference, audio, heard, values, texture=prefilled.texture)
+        pose = prefilled.pose if prefilled.texture is None else reference.to(x.dtype)
+        pose = pose if block.pose is None else block.pose.to(x).unsqueeze(0)
         first_frame = self._first_frame(block)
         output = network(x, self._modulation, prefilled.text, audio, pose, first_frame, state.cache, heard, motion)
-        velocity = to_velocity(output, x, prefilled.reference, self.sigma, self.config)
+        velocity = to_velocity(output, x, reference, self.sigma, self.config)
         return SAMPLERS[self.config.sampler](x, velocity, self.sigma, self.sigma_next)[0]
 
     def _with_preceding(self, name: str, features: Tensor, state: DenoiserState) -> tuple[Tensor, Tensor | None]:
@@ -268,7 +271,7 @@ class Denoiser:
         pose = repeat(reference.to(network.dtype), "b c 1 h w -> b c t h w", t=config.num_frames_per_block)
         if config.pose == "zeros":
             pose = torch.zeros_like(pose)
-        return Prefilled(conditions, reference, pose, text, sink)
+        return Prefilled(conditions, reference, pose, network.read_texture(reference), text, sink)
 
     def _kernel(self) -> AbstractContextManager[None]:
         """Return the context of the attention kernel."""
@@ -283,13 +286,9 @@ class Denoiser:
         if block.conditions is None:
             raise ValueError(f"block {block.index} has no conditions; they are attached when a block is admitted")
         actors = () if state.session.masks is None else (len(state.session.masks),)
-        check_shape(
-            "features", block.features, *actors, config.num_encoder_layers, config.audio_dim, config.frames_per_block
-        )
-        taken = {
-            "heard": (config.num_encoder_layers, config.audio_dim, config.frames_per_block),
-            "face_motion": (len(FACE_MOTION), config.frames_per_block),
-        }
+        columns = config.num_encoder_layers, config.audio_dim, config.frames_per_block
+        check_shape("features", block.features, *actors, *columns)
+        taken = {"heard": columns, "face_motion": (len(FACE_MOTION), config.frames_per_block)}
         for name, shape in taken.items():
             given = getattr(block, name)
             if given is not None:
@@ -383,7 +382,7 @@ def blank_block(config: NetworkConfig, index: int, height: int, width: int) -> B
 
 
 def to_velocity(output: Tensor, x: Tensor, reference: Tensor, sigma: float | Tensor, config: NetworkConfig) -> Tensor:
-    """Convert the network's output at x to a velocity; output, x, result: (b, c, t, h, w), reference: (b, c, 1, h, w).
+    """Convert the network's output at x (b, c, t, h, w) to a velocity. reference: (b, c, t or 1, h, w).
 
     sigma: noise level of x, or of each frame, in a shape that broadcasts; in (0, 1].
     With residual output F, x0 = reference + residual_scale F and velocity = (x - x0) / sigma.

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,8 +35,9 @@ from avatar.denoiser.layers import (
     FramePacker,
     Head,
     Layer,
+    Mover,
     PatchEmbedding,
-    Warps,
+    Texture,
     timestep_embedding,
     unpatchify,
 )
@@ -86,7 +87,7 @@ class Network(nn.Module):
             self.face_motion_embedding = FaceMotionEmbedding(config)
         self.head = Head(config)
         if config.num_warps:
-            self.warps = Warps(config)
+            self.mover = Mover(config)
 
     @property
     def layers(self) -> list[Layer]:
@@ -192,6 +193,38 @@ class Network(nn.Module):
         embedded: Tensor = self.face_motion_embedding(values)
         return embedded if is_given is None else embedded * rearrange(is_given, "b -> b 1 1 1")
 
+    def read_texture(self, reference: Tensor) -> Texture | None:
+        """Return what `move` needs of references (b, c, 1, h, w); None for a network without a mover."""
+        return self.mover.read(reference[:, :, 0].to(self.dtype)) if self.config.num_warps else None
+
+    def move(
+        self,
+        reference: Tensor,
+        audio: AudioTokens,
+        heard: AudioTokens | None = None,
+        values: Tensor | None = None,
+        is_given: Tensor | None = None,
+        texture: Texture | None = None,
+    ) -> Tensor:
+        """Return the reference (b, c, 1, h, w) as speech and face motion move it, (b, c, t, h, w).
+
+        A network without a mover returns the reference. audio, heard: as in `forward`. values: (b, m, f) of face
+        motion. is_given: (b,) 0 for clips whose values are ignored; None: all. texture: of the reference, if it was
+        read before.
+        """
+        texture = texture or self.read_texture(reference)
+        if texture is None:
+            return reference
+        embedded = self.mover.embed(audio, heard, values, is_given)
+        changes: list[Tensor] = [self.mover(texture, each) for each in embedded.unbind(1)]
+        if audio.mask is None:
+            return reference + changes[0]
+        # Each actor's share of the picture moves with that actor's audio.
+        rows, columns = grid_size(*reference.shape[-2:])
+        shares = rearrange(audio.mask.to(self.dtype), "b a t (h w) 1 -> a b 1 t h w", h=rows, w=columns)
+        shares = repeat(shares, "a b 1 t h w -> a b 1 t (h p) (w q)", p=PATCH, q=PATCH)
+        return reference + (torch.stack(changes) * shares).sum(0)
+
     def forward(
         self,
         x: Tensor,
@@ -228,10 +261,7 @@ class Network(nn.Module):
             for injector, tokens in injections:
                 if i in injector.layers:
                     hidden = hidden + injector(injector.layers.index(i), hidden, tokens)
-        output = unpatchify(self.head(hidden, modulation.head), grid_size(height, width)[0])
-        if config.num_warps:
-            output = output + self.warps(hidden, pose[:, :, 0])
-        return output.to(x.dtype)
+        return unpatchify(self.head(hidden, modulation.head), grid_size(height, width)[0]).to(x.dtype)
 
 
 def with_levels(part: Part, choice: int | Sequence[float] | None) -> Part:

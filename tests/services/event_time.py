@@ -86,6 +86,9 @@ class SimulatedNetwork:
         shape = 1, len(condition_positions(SIDE, SIDE)), self.config.num_heads, self.config.head_dim
         return [(torch.zeros(shape), torch.zeros(shape))]
 
+    def read_texture(self, _: Tensor) -> None:
+        """A simulated network has no mover."""
+
 
 class SimulatedDenoiser(Denoiser):
     """A level on a simulated network."""

@@ -70,8 +70,10 @@ def network_of(config: NetworkConfig) -> Network:
     network = Network(config)
     generator = Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in network.named_parameters():
+            # The mover multiplies its weights, and its convolutions add hundreds of products.
+            scale = 0.03 if name.startswith("mover") else 0.3
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return network
 
 

@@ -89,7 +89,7 @@ def test_the_listening_encoder_goes_on_from_the_speaking_one_to_nods(
 
 
 def test_weights_of_another_network_are_copied_where_they_fit(network: Network, tmp_path: Path) -> None:
-    plain = Network(replace(small(), heard_inject_layers=(), face_motion=False, ffn_dim=64))
+    plain = Network(replace(small(), heard_inject_layers=(), face_motion=False, num_warps=0, ffn_dim=64))
     initialise(plain, 1)
     save(tmp_path, plain.config.to_dict(), plain)
     before = {name: each.clone() for name, each in network.state_dict().items()}
@@ -102,7 +102,8 @@ def test_weights_of_another_network_are_copied_where_they_fit(network: Network, 
 
 def test_latents_of_more_channels_change_nothing_at_first(tmp_path: Path) -> None:
     plain, wider = (
-        Network(replace(small(), in_dim=channels, out_dim=channels, cond_dim=channels)) for channels in (4, 6)
+        Network(replace(small(), num_warps=0, in_dim=channels, out_dim=channels, cond_dim=channels))
+        for channels in (4, 6)
     )
     plain.load_state_dict(network_of(plain.config).state_dict())
     initialise(wider, 0)
