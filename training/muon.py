@@ -1,4 +1,4 @@
-"""Muon: an optimizer for the matrices inside layers.
+"""Muon: an optimizer for the matrices inside layers, of linear maps and convolutions.
 
 Axes: k matrices of one shape, m n their rows and columns.
 """
@@ -33,17 +33,19 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Update every matrix that has a gradient; matrices of one shape are orthogonalised in one batch."""
+        """Update every weight that has a gradient; matrices of one shape are orthogonalised in one batch."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    by_shape[matrix.shape].append(matrix)
-            for shape, matrices in by_shape.items():
-                scale = 0.2 * math.sqrt(max(shape)) * group["lr"]
-                directions = orthogonalise(torch.stack([self._momentum(matrix) for matrix in matrices]))
-                for matrix, direction in zip(matrices, directions, strict=True):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=scale)
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    by_shape[weight.shape].append(weight)
+            for weights in by_shape.values():
+                momenta = torch.cat([as_matrices(self._momentum(weight)) for weight in weights])
+                scale = 0.2 * math.sqrt(max(momenta.shape[1:])) * group["lr"]
+                directions = orthogonalise(momenta).chunk(len(weights))
+                for weight, direction in zip(weights, directions, strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.sub_(direction.view_as(weight), alpha=scale)
 
     def _momentum(self, matrix: nn.Parameter) -> Tensor:
         state, gradient = self.state[matrix], matrix.grad
@@ -52,6 +54,11 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
         return gradient.lerp(state["momentum_buffer"], MOMENTUM)
+
+
+def as_matrices(weight: Tensor) -> Tensor:
+    """Return a matrix, a stack of them (k, m, n) or the kernel (m, c, h, w) of a convolution as (k, m, n)."""
+    return weight if weight.ndim == 3 else weight.flatten(1)[None]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

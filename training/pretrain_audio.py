@@ -2,9 +2,9 @@
 
 Stage 1 then starts from it with `--start runs/audio`. Trained by stage 1 alone, the encoder collapsed to a constant: at
 first its tokens carry nothing that helps, and suppressing their variation lowers the loss before any layer uses them.
-Here it is trained together with a linear head from its tokens to the opening of the jaw, on clips where that is known;
-the head is then discarded. The encoder of what is heard, of a network that listens, begins as a copy of it and learns
-the nods and brows that answer the other person.
+Here it is trained together with a linear head from its tokens to the opening of the jaw, on clips where that is known.
+The encoder of what is heard, of a network that listens, begins as a copy of it and learns the nods and brows that
+answer the other person. The heads become the first values that the mover reads, if the network has one.
 
 Axes: b batch, l encoder layers, d width, f pixel frames, t latent frames, n tokens, p frames of a latent frame, e
 curves.
@@ -55,8 +55,8 @@ def train_encoder(
     steps: int,
     seed: int,
     lesson: Lesson = SPEAKING,
-) -> list[float]:
-    """Train an audio encoder in place; return the loss of each step, relative to the curves' variance.
+) -> tuple[list[float], nn.Linear]:
+    """Train an audio encoder in place; return the loss of each step, relative to the curves' variance, and the head.
 
     ValueError if no clip has the features and the truth.
     """
@@ -87,7 +87,7 @@ def train_encoder(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
-    return losses
+    return losses, head
 
 
 @torch.no_grad()
@@ -109,6 +109,14 @@ def curve_loss(head: nn.Linear, tokens: AudioTokens, curves: Tensor) -> Tensor:
     return functional.mse_loss(predicted, target) / scaled.var((0, 2)).mean()
 
 
+@torch.no_grad()
+def set_rows(layer: nn.Linear, head: nn.Linear) -> None:
+    """Set the first outputs of a linear map to those of a head."""
+    count = head.out_features
+    layer.weight[:count] = head.weight
+    layer.bias[:count] = head.bias
+
+
 def pretrain(
     network: Network, clips: Sequence[StoredClip], steps: int, seed: int, is_new: bool = True
 ) -> dict[str, float]:
@@ -119,11 +127,17 @@ def pretrain(
     encoder = network.casual_audio_encoder
     if is_new:
         centre_features(encoder, [clip for clip in clips if clip.has("features")][:NUM_CENTRING_CLIPS])
-    losses = {"jaw": train_encoder(encoder, network.config, clips, steps, seed)}
+    has_mover = network.config.num_warps > 0
+    losses = {}
+    losses["jaw"], head = train_encoder(encoder, network.config, clips, steps, seed)
+    if has_mover:
+        set_rows(network.mover.audio, head)
     if "heard" in network.config.inputs:
         network.heard_audio_encoder.load_state_dict(encoder.state_dict())
         heard = network.heard_audio_encoder
-        losses["nods and brows"] = train_encoder(heard, network.config, clips, steps, seed + 1, LISTENING)
+        losses["nods and brows"], head = train_encoder(heard, network.config, clips, steps, seed + 1, LISTENING)
+        if has_mover:
+            set_rows(network.mover.heard, head)
     return {name: 1 - sum(each[-20:]) / len(each[-20:]) for name, each in losses.items()}
 
 

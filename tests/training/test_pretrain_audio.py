@@ -9,8 +9,9 @@ import torch
 from avatar.checkpoints.files import save
 from avatar.checkpoints.part import Part
 from avatar.denoiser.denoiser import Denoiser
+from avatar.denoiser.layers import spoken
 from avatar.denoiser.model import Network
-from avatar.types import Block, Conditions, Session
+from avatar.types import FRAMES_PER_LATENT, Block, Conditions, Session
 from tests.training.small import network_of, small
 from training.data import Clip, StoredClip, read_clips, write_shard
 from training.initialise import copy_weights, initialise
@@ -47,7 +48,7 @@ def test_the_encoder_learns_the_jaw_and_its_tokens_keep_varying(network: Network
     others = {name: each.clone() for name, each in network.named_parameters() if "casual" not in name}
     encoder, config = network.casual_audio_encoder, network.config
     centre_features(encoder, talking)
-    losses = train_encoder(encoder, config, talking, 60, seed=0)
+    losses, _ = train_encoder(encoder, config, talking, 60, seed=0)
     assert sum(losses[-5:]) / 5 < 0.4
     features = torch.from_numpy(np.array(talking[0].array("features"))).float()[None, None]
     local = network.encode_audio(features).local[..., :-1, :]
@@ -86,6 +87,12 @@ def test_the_listening_encoder_goes_on_from_the_speaking_one_to_nods(
         for name in speaking
     ]
     assert sum(close) / len(close) > 0.5
+    # The mover's first values are the heads' curves.
+    features, jaw = (torch.from_numpy(np.array(talking[0].array(name))).float() for name in ("features", "jaw"))
+    with torch.no_grad():
+        values = network.mover.audio(spoken(network.encode_audio(features[None, None])))
+    read = values[0, 0, :, :FRAMES_PER_LATENT].flatten()
+    assert torch.corrcoef(torch.stack([read, jaw]))[0, 1] > 0.7
 
 
 def test_weights_of_another_network_are_copied_where_they_fit(network: Network, tmp_path: Path) -> None:
