@@ -21,6 +21,8 @@ from avatar.types import FACE_MOTION, FRAMES_PER_LATENT, MOTION_LATENTS
 from training.codec.crops import eyes_of, lips_weight
 from training.data import StoredClip
 
+# The first channels of a latent hold what is coarse, those that a grown codec added hold detail.
+NUM_COARSE_CHANNELS = 16
 # Pixels on a side of a latent, in clips that do not say.
 SPACE_STRIDE = 8
 # The truth of synthetic people that face motion is made of.
@@ -55,7 +57,7 @@ class ClipBatch:
     latents: (b, c, t, h, w). reference: (b, c, 1, h, w). motion: (b, c, t, h, w) latents before the clip, oldest first:
     the still portrait, or the clip's own earlier frames. features: (b, 1, l, d, f); zeros where audio is dropped.
     text: (b, n, d); zeros without a prompt. first_block: (b,) int64 index in a stream of each clip's first block.
-    weight: (b, 1, t, h, w) of mean 1, weight of each latent's error in the loss.
+    weight: (b, 1, t, h, w), or by channel (b, c, t, h, w), of mean 1: weight of each latent's error in the loss.
     heard: (b, 1, l, d, f) features of the other person. face_motion: (b, m, f). has_heard, has_face_motion: (b,) 0
     where they are dropped or not known. Both inputs are (b, 0) for a network that does not take them.
     """
@@ -94,9 +96,10 @@ class BatchConfig:
     """Composition of a batch.
 
     batch_size: clips, of all processes together. num_blocks: range of the clips' length in blocks; one length is drawn
-    per batch. lips_gain: extra loss weight at the centre of lips and eyes. audio_dropout: share of clips whose audio is
-    dropped, and the other person's with it. heard_dropout: share of the others that lose the other person's alone.
-    face_motion_dropout: share of clips that lose face motion.
+    per batch. lips_gain: extra loss weight at the centre of lips and eyes. detail_weight: loss weight of channels of
+    detail by that of the others. At 0 the network leaves them as its mover gives them: it would blur what it cannot
+    foresee. audio_dropout: share of clips whose audio is dropped, and the other person's with it. heard_dropout: share
+    of the others that lose the other person's alone. face_motion_dropout: share of clips that lose face motion.
     start_share, near_share: share of clips placed at a stream's first block, and within its first 20; the others are
     placed log-uniformly up to last_block. same_position: all clips of a batch are placed at the same block, because
     self-forcing shares their caches. motion_from_clip: motion latents are the clip's own frames before its blocks, as
@@ -106,6 +109,7 @@ class BatchConfig:
     batch_size: int = 6
     num_blocks: tuple[int, int] = (3, 5)
     lips_gain: float = 10.0
+    detail_weight: float = 1.0
     audio_dropout: float = 0.1
     heard_dropout: float = 0.1
     face_motion_dropout: float = 0.2
@@ -188,6 +192,10 @@ def read_span(span: ClipSpan, num_blocks: int, batches: BatchConfig, config: Net
             eyes = eyes_of(lips, pose, height * stride)
         pixels = lips_weight(lips, height * stride, width * stride, batches.lips_gain, eyes=eyes)
         weight = functional.avg_pool2d(pixels, stride)
+    if batches.detail_weight != 1:
+        channels = torch.ones(len(latents), 1, 1, 1)
+        channels[NUM_COARSE_CHANNELS:] = batches.detail_weight
+        weight = weight * channels / channels.mean()
     heard = moved = torch.zeros(0)
     has_heard = span.has_heard and clip.has("heard")
     if "heard" in config.inputs:

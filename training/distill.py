@@ -86,7 +86,7 @@ def tiny() -> DistillRecipe:
 
 def tiny_256() -> DistillRecipe:
     """Return the recipe of the embedded default's successor: 100 steps of the generator."""
-    batches = BatchConfig(batch_size=4, num_blocks=(12, 12), audio_dropout=0.0, same_position=True)
+    batches = BatchConfig(4, (12, 12), detail_weight=0.0, audio_dropout=0.0, same_position=True)
     return DistillRecipe(steps=500, update_ratio=5, real_weight=0.25, is_float32=True, batches=batches)
 
 

@@ -73,7 +73,7 @@ def flow_matching_loss(
 ) -> Tensor:
     """Return the weighted mean squared error of each clip, (b,).
 
-    predicted, velocity: (b, c, t, h, w). sigma: of each frame, (b, 1, t, 1, 1). weight: (b, 1, t, h, w).
+    predicted, velocity: (b, c, t, h, w). sigma: of each frame, (b, 1, t, 1, 1). weight: as in `ClipBatch`.
     For a network that predicts x0, the error is that of x0 at weight 1 / (sigma^2 + 0.3): in velocity, the cleanest
     levels would dominate the loss.
     """
@@ -95,6 +95,6 @@ def dmd_gradient(generated: Tensor, fake: Tensor, real: Tensor) -> Tensor:
 def dmd_loss(generated: Tensor, gradient: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """Return a scalar whose gradient for `generated` is `weight * gradient` over the number of elements.
 
-    weight: (b, 1, t, h, w) of mean 1.
+    weight: as in `ClipBatch`.
     """
     return 0.5 * ((generated.float() - (generated - gradient).detach().float()).square() * weight).mean()

@@ -8,7 +8,7 @@ from torch import Generator
 
 from avatar.denoiser.config import NetworkConfig
 from tests.training.small import BATCHES, network_of, small
-from training.batches import ClipBatch, Share, load_batch
+from training.batches import ClipBatch, ClipSpan, Share, load_batch, read_span
 from training.clips import predict_velocities, predict_velocity
 from training.data import StoredClip
 from training.pretrain import PRESETS, PretrainRecipe, clip_losses
@@ -68,3 +68,13 @@ def test_the_window_is_full_in_enough_of_the_blocks_trained(preset: str, least: 
     before = network().window_blocks - 1
     shares = [(count - before) / count for count in range(low, high + 1)]
     assert sum(shares) / len(shares) > least
+
+
+def test_channels_of_detail_weigh_less(
+    config: NetworkConfig, monkeypatch: pytest.MonkeyPatch, prepared: list[StoredClip]
+) -> None:
+    monkeypatch.setattr("training.batches.NUM_COARSE_CHANNELS", 3)
+    span = ClipSpan(prepared[0], 0, 0)
+    plain, weighted = (read_span(span, 3, replace(BATCHES, detail_weight=each), config).weight for each in (1, 0.2))
+    torch.testing.assert_close(weighted[3:] / weighted[:1], torch.full_like(weighted[:1], 0.2))
+    torch.testing.assert_close(weighted.mean(0, keepdim=True), plain)
