@@ -148,7 +148,7 @@ def encode_inputs(
 def moved_reference(
     network: Network, batch: ClipBatch, audio: AudioTokens, heard: AudioTokens | None, frames: slice = slice(None)
 ) -> Tensor:
-    """Return the references of clips as their network moves them over a span of pixel frames, (b, c, t, h, w)."""
+    """Return the references of clips as their network moves them over a span of pixel frames, (b, c, t or 1, h, w)."""
     values = batch.face_motion[..., frames] if "face_motion" in network.config.inputs else None
     return network.move(batch.reference, audio, heard, values, batch.has_face_motion)
 

@@ -31,7 +31,7 @@ from training.clips import clean_estimate, frame_sigmas, predict_velocity
 from training.data import StoredClip
 from training.eval.previews import load_codec, mouth_metrics, preview_rows
 from training.loop import argument_parser, cosine_schedule, overrides, run_program, update_ema
-from training.lora import LoraConfig
+from training.lora import LoraConfig, make_trainable
 from training.losses import MIN_SIGMA, add_noise, draw_sink_distances, flow_matching_loss
 from training.strategy import SINGLE, Strategy, WrappedNetwork, join
 
@@ -69,7 +69,7 @@ def tiny() -> ConsistencyRecipe:
 def tiny_256() -> ConsistencyRecipe:
     """Return the recipe of the embedded default's successor."""
     recipe = ConsistencyRecipe()
-    return replace(recipe, batches=replace(recipe.batches, num_blocks=(12, 12)))
+    return replace(recipe, batches=replace(recipe.batches, num_blocks=(12, 12), detail_weight=0.0))
 
 
 PRESETS = {"tiny": tiny, "tiny_256": tiny_256}
@@ -95,11 +95,12 @@ class ConsistencyDistillation:
         """make_network: returns a new network with the weights of stage 1. codec: for previews."""
         self.recipe, self.steps, self.strategy, self.codec = recipe, recipe.steps, strategy, codec
         self.progress = Progress()
-        self.network = strategy.wrap(make_network().requires_grad_(True))
+        self.network = strategy.wrap(make_trainable(make_network(), recipe.lora, recipe.seed))
         self.ema, self.teacher = (strategy.wrap(make_network().requires_grad_(False)) for _ in range(2))
         self.config = self.network.network.config
         self.path = path_sigmas(self.config, recipe)
-        self.optimizer = torch.optim.AdamW(self.network.network.parameters(), recipe.lr, (0.9, 0.99), weight_decay=0.01)
+        trainable = [each for each in self.network.network.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, recipe.lr, (0.9, 0.99), weight_decay=0.01)
         self.parts: Mapping[str, nn.Module | Optimizer] = {
             "network": self.network.network,
             "average": self.ema.network,

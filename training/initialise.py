@@ -12,7 +12,7 @@ from avatar.denoiser.model import Network
 
 # Weights that `initialise` sets to zero.
 ZERO_INIT = re.compile(
-    r"(time_projection\.1|cross_attn\.o|injector\.\d+\.o|adain_layers\.\d+\.linear|head\.head|face_motion_embedding\.last|mover\.last)\.weight"
+    r"(time_projection\.1|cross_attn\.o|injector\.\d+\.o|adain_layers\.\d+\.linear|head\.head|face_motion_embedding\.last|mover\.leave)\.weight"
 )
 # Weights of maps from latents, and to the channels of a patch of latents.
 FROM_LATENTS = re.compile(r"(patch_embedding|cond_encoder|frame_packer\.\w+)\.weight")
@@ -37,8 +37,7 @@ def initialise(network: Network, seed: int) -> None:
         elif name.startswith("trainable") or name.endswith("padding_tokens"):
             nn.init.normal_(weight, std=0.02, generator=generator)
         else:
-            for matrix in weight if name == "mover.maps" else [weight]:
-                nn.init.xavier_uniform_(matrix.flatten(1), generator=generator)
+            nn.init.xavier_uniform_(weight.flatten(1), generator=generator)
 
 
 @torch.no_grad()

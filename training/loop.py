@@ -69,10 +69,15 @@ class Limits:
     save_minutes: float
 
 
-def argument_parser(module: str, doc: str, steps: str, presets: Sequence[str] = NETWORKS) -> ArgumentParser:
-    """Return a parser with the flags that all stages share. steps: the unit of --steps. presets: of --preset."""
+def argument_parser(
+    module: str, doc: str, steps: str, presets: Sequence[str] = NETWORKS, shards_of: str = "training.prepare"
+) -> ArgumentParser:
+    """Return a parser with the flags that all stages share.
+
+    steps: the unit of --steps. presets: of --preset. shards_of: the program that writes --data.
+    """
     parser = ArgumentParser(prog=f"python -m {module}", description=doc.split(":")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of shards that training.prepare wrote")
+    parser.add_argument("--data", type=Path, required=True, help=f"folder of shards that {shards_of} wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: state, log, previews")
     parser.add_argument("--preset", choices=presets, default="tiny", help="recipe and network")
     parser.add_argument("--steps", type=int, help=f"length of the whole run, in {steps}")

@@ -17,6 +17,8 @@ from avatar.denoiser.model import Network
 # Source: the training configuration of Live Avatar.
 TARGETS = r".*\.([qkvo]|ffn\.[02])"
 PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.default\.weight")
+# Parts of a network with a mover that are pretrained.
+PRETRAINED = ("mover.", "mouth.", "brows.", "casual_audio_encoder.", "heard_audio_encoder.")
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,15 @@ def weight_dtype(lora: LoraConfig | None) -> torch.dtype:
 
 
 def make_trainable(network: Network, lora: LoraConfig | None, seed: int) -> Network:
-    """Enable gradients in place: of a new LoRA adapter whose product is zero, or without one of all weights."""
+    """Enable gradients in place: of a new LoRA adapter whose product is zero, or without one of all weights.
+
+    A network with a mover keeps it, and the audio encoders that move mouth and brows, as they were pretrained.
+    """
     network.requires_grad_(lora is None)
+    if network.config.mover:
+        for name, parameter in network.named_parameters():
+            if name.startswith(PRETRAINED):
+                parameter.requires_grad_(False)
     if lora is not None:
         # Imported here, because it takes seconds and most runs have no adapter.
         import peft

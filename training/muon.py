@@ -1,4 +1,4 @@
-"""Muon: an optimizer for the matrices inside layers, of linear maps and convolutions.
+"""Muon: an optimizer for the matrices inside layers, and for the kernels of convolutions as matrices.
 
 Axes: k matrices of one shape, m n their rows and columns.
 """
@@ -33,19 +33,18 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Update every weight that has a gradient; matrices of one shape are orthogonalised in one batch."""
+        """Update every matrix that has a gradient; matrices of one shape are orthogonalised in one batch."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    by_shape[weight.shape].append(weight)
-            for weights in by_shape.values():
-                momenta = torch.cat([as_matrices(self._momentum(weight)) for weight in weights])
-                scale = 0.2 * math.sqrt(max(momenta.shape[1:])) * group["lr"]
-                directions = orthogonalise(momenta).chunk(len(weights))
-                for weight, direction in zip(weights, directions, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.sub_(direction.view_as(weight), alpha=scale)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    by_shape[matrix.shape].append(matrix)
+            for shape, matrices in by_shape.items():
+                scale = 0.2 * math.sqrt(max(shape[0], shape[1:].numel())) * group["lr"]
+                momenta = [self._momentum(matrix).flatten(1) for matrix in matrices]
+                directions = orthogonalise(torch.stack(momenta))
+                for matrix, direction in zip(matrices, directions, strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction.view(shape), alpha=scale)
 
     def _momentum(self, matrix: nn.Parameter) -> Tensor:
         state, gradient = self.state[matrix], matrix.grad
@@ -54,11 +53,6 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
         return gradient.lerp(state["momentum_buffer"], MOMENTUM)
-
-
-def as_matrices(weight: Tensor) -> Tensor:
-    """Return a matrix, a stack of them (k, m, n) or the kernel (m, c, h, w) of a convolution as (k, m, n)."""
-    return weight if weight.ndim == 3 else weight.flatten(1)[None]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

@@ -39,8 +39,6 @@ from training.strategy import SINGLE, Strategy, checkpoint_activations, join
 
 logger = logging.getLogger(__name__)
 
-# Parts that training.pretrain_audio and training.pretrain_mover train.
-PRETRAINED = ("casual_audio_encoder", "heard_audio_encoder", "mover")
 # Held-out clips of the validation loss, and of the gains of inputs.
 NUM_VALIDATION_CLIPS, NUM_GAIN_CLIPS = 24, 12
 # Second sigmas of a network of two levels, to choose between.
@@ -55,17 +53,16 @@ class PretrainRecipe:
 
     steps: of the whole run; learning rates follow half a cosine to a hundredth. muon_lr: of Muon, for the matrices of
     layers. lr: of AdamW, for the other weights, or for all with muon_lr 0. audio_lr: of AdamW for the audio injectors,
-    if it differs. pretrained_lr: of AdamW for the audio encoders and the mover, if they were pretrained. shift: of
-    sigmas from the whole range. ema_decay: per step. noisy_motion: noise each motion frame to a level of its own.
-    copied_history: share of the steps whose blocks have a copy of the clip at the schedule's last level as history, as
-    where all levels share the last one's cache. checkpoint_activations: less memory for a second forward pass.
+    if it differs. shift: of sigmas from the whole range. ema_decay: per step. noisy_motion: noise each motion frame to
+    a level of its own. copied_history: share of the steps whose blocks have a copy of the clip at the schedule's last
+    level as history, as where all levels share the last one's cache. checkpoint_activations: less memory for a second
+    forward pass.
     """
 
     steps: int = 1300
     muon_lr: float = 4e-3
     lr: float = 2e-3
     audio_lr: float | None = None
-    pretrained_lr: float | None = None
     warmup: int = 50
     shift: float = 3.0
     ema_decay: float = 0.998
@@ -87,7 +84,7 @@ def tiny_256() -> PretrainRecipe:
 
     The window is full in two fifths of the blocks trained.
     """
-    return PretrainRecipe(steps=4000, pretrained_lr=2e-4, copied_history=0.5, batches=BatchConfig(num_blocks=(12, 12)))
+    return PretrainRecipe(steps=4000, copied_history=0.2, batches=BatchConfig(num_blocks=(12, 12), detail_weight=0.0))
 
 
 def base() -> PretrainRecipe:
@@ -121,22 +118,22 @@ PRESETS: dict[str, tuple[Callable[[], NetworkConfig], Callable[[], PretrainRecip
 def make_optimizers(network: Network, recipe: PretrainRecipe) -> dict[str, Optimizer]:
     """Return Muon for the matrices inside layers and AdamW for the other trainable weights, by checkpoint name."""
     matrices: list[nn.Parameter] = []
-    groups: dict[float, list[nn.Parameter]] = {recipe.lr: []}
+    audio: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         is_layer_matrix = name.startswith(("blocks", "audio_injector", "heard_injector")) and parameter.ndim == 2
         if not parameter.requires_grad:
             continue
         if is_layer_matrix and recipe.muon_lr:
             matrices.append(parameter)
+        elif recipe.audio_lr and name.startswith("audio_injector"):
+            audio.append(parameter)
         else:
-            lr = recipe.lr
-            if name.startswith("audio_injector"):
-                lr = recipe.audio_lr or lr
-            elif name.startswith(PRETRAINED):
-                lr = recipe.pretrained_lr or lr
-            groups.setdefault(lr, []).append(parameter)
-    adamw: list[dict[str, Any]] = [{"params": each, "lr": lr} for lr, each in groups.items()]
-    optimizers: dict[str, Optimizer] = {"adamw": torch.optim.AdamW(adamw, betas=(0.9, 0.98), weight_decay=0.01)}
+            others.append(parameter)
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if audio:
+        groups.append({"params": audio, "lr": recipe.audio_lr})
+    optimizers: dict[str, Optimizer] = {"adamw": torch.optim.AdamW(groups, recipe.lr, (0.9, 0.98), weight_decay=0.01)}
     if matrices:
         optimizers = {"muon": Muon(matrices, recipe.muon_lr, weight_decay=0.01), **optimizers}
     return optimizers

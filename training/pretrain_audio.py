@@ -4,7 +4,8 @@ Stage 1 then starts from it with `--start runs/audio`. Trained by stage 1 alone,
 first its tokens carry nothing that helps, and suppressing their variation lowers the loss before any layer uses them.
 Here it is trained together with a linear head from its tokens to the opening of the jaw, on clips where that is known.
 The encoder of what is heard, of a network that listens, begins as a copy of it and learns the nods and brows that
-answer the other person. The heads become the first values that the mover reads, if the network has one.
+answer the other person. The heads tell the mover, if the network has one, how far the mouth is open and the brows are
+raised.
 
 Axes: b batch, l encoder layers, d width, f pixel frames, t latent frames, n tokens, p frames of a latent frame, e
 curves.
@@ -110,11 +111,11 @@ def curve_loss(head: nn.Linear, tokens: AudioTokens, curves: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def set_rows(layer: nn.Linear, head: nn.Linear) -> None:
-    """Set the first outputs of a linear map to those of a head."""
-    count = head.out_features
-    layer.weight[:count] = head.weight
-    layer.bias[:count] = head.bias
+def set_head(layer: nn.Linear, head: nn.Linear, truth: str, clips: Sequence[StoredClip]) -> None:
+    """Set a linear map to the last outputs of a head, which are multiples of a curve's deviation."""
+    deviation = float(np.mean([clip.array(truth).std() for clip in clips if clip.has(truth)]))
+    layer.weight.copy_(deviation * head.weight[-layer.out_features :])
+    layer.bias.copy_(deviation * head.bias[-layer.out_features :])
 
 
 def pretrain(
@@ -127,17 +128,16 @@ def pretrain(
     encoder = network.casual_audio_encoder
     if is_new:
         centre_features(encoder, [clip for clip in clips if clip.has("features")][:NUM_CENTRING_CLIPS])
-    has_mover = network.config.num_warps > 0
     losses = {}
     losses["jaw"], head = train_encoder(encoder, network.config, clips, steps, seed)
-    if has_mover:
-        set_rows(network.mover.audio, head)
+    if network.config.mover:
+        set_head(network.mouth, head, "jaw", clips)
     if "heard" in network.config.inputs:
         network.heard_audio_encoder.load_state_dict(encoder.state_dict())
         heard = network.heard_audio_encoder
         losses["nods and brows"], head = train_encoder(heard, network.config, clips, steps, seed + 1, LISTENING)
-        if has_mover:
-            set_rows(network.mover.heard, head)
+        if network.config.mover:
+            set_head(network.brows, head, "brow", clips)
     return {name: 1 - sum(each[-20:]) / len(each[-20:]) for name, each in losses.items()}
 
 

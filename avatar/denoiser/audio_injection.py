@@ -36,6 +36,11 @@ class AudioTokens:
     overall: Tensor
     mask: Tensor | None = None
 
+    @property
+    def flat(self) -> Tensor:
+        """All tokens of a latent frame but the padding token, and its overall vector: (b, a, t, (n d))."""
+        return torch.cat([self.local[..., :-1, :].flatten(-2), self.overall], dim=-1)
+
 
 class UpcastLinear(nn.Linear):
     """A linear map computed in the input's dtype, whatever the dtype of its weights."""

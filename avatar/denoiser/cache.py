@@ -37,8 +37,8 @@ from avatar.denoiser.attention import (
 )
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.float8 import FLOAT8, Float8Window
-from avatar.denoiser.layers import Texture
 from avatar.types import Conditions, Session
+from avatar.vae.mover import Texture
 
 # Keys and values (b, n, h, d) of one layer.
 KeysValues = tuple[Tensor, Tensor]

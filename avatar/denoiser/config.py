@@ -13,6 +13,7 @@ from avatar.checkpoints.fields import EPSILON, MAX_LAYERS, MAX_SIZE, Range, chec
 from avatar.checkpoints.files import CLASS_NAME
 from avatar.denoiser.sampler import SAMPLERS, flow_match_schedule, select_levels
 from avatar.types import BLOCK_LATENTS, FRAME_RATE_HZ, FRAMES_PER_LATENT, MAX_BLOCK_LATENTS
+from avatar.vae.light import LightConfig
 
 PATCH = 2  # latent rows and columns of one token
 
@@ -46,7 +47,6 @@ FIXED = {
 }
 # Latent frames of a window: 2.7 minutes.
 MAX_WINDOW_LATENTS = 1 << 10
-MAX_WARPS = 1 << 8
 # Of an index or a distance in blocks or frames, which have 32 bits on the wire.
 MAX_INDEX = (1 << 32) - 1
 LEAST_SIGMA = 1e-6
@@ -57,7 +57,6 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("num_layers", "num_encoder_layers"), (1, MAX_LAYERS)),
     **dict.fromkeys(("audio_inject_layers", "heard_inject_layers"), (0, MAX_LAYERS)),
     "eps": EPSILON,
-    "num_warps": (0, MAX_WARPS),
     "num_frames_per_block": (1, MAX_BLOCK_LATENTS),
     "window_latents": (1, MAX_WINDOW_LATENTS),
     WINDOW_BLOCKS: (1, MAX_WINDOW_LATENTS),
@@ -80,7 +79,8 @@ class NetworkConfig:
     audio_inject_layers: ascending indexes of the layers after which audio is injected.
     heard_inject_layers: those after which audio of the other person is injected; none: the network does not listen.
     face_motion: the network takes values of face motion.
-    num_warps: maps by which face motion moves the reference before the network; 0: the reference stays still.
+    mover: sizes of the codec between whose halves a mover moves the reference, which is the pose input and what the
+        output adds to; None: the reference stays still.
     audio_context_frames: columns of features before a block that its audio tokens see. Tokens of 8 are those of the
         whole stream; without any, blocks are encoded independently.
     """
@@ -102,7 +102,7 @@ class NetworkConfig:
 
     heard_inject_layers: tuple[int, ...] = ()
     face_motion: bool = False
-    num_warps: int = 0
+    mover: LightConfig | None = None
     audio_context_frames: int = 0
     num_encoder_layers: int = 25
     num_frames_per_block: int = BLOCK_LATENTS
@@ -162,9 +162,11 @@ class NetworkConfig:
             ),
             ("output", self.output in ("velocity", "x0_residual"), "velocity or x0_residual"),
             (
-                "num_warps",
-                not self.num_warps or (self.face_motion and self.output == "x0_residual" and self.pose == "reference"),
-                "0 unless face_motion is true, output is x0_residual and pose is reference",
+                "mover",
+                self.mover is None
+                or (self.face_motion, self.output, self.pose, self.mover.channels)
+                == (True, "x0_residual", "reference", self.in_dim),
+                f"null, or of {self.in_dim} channels beside face_motion true, output x0_residual and pose reference",
             ),
             ("out_dim", self.out_dim == self.in_dim, f"in_dim, {self.in_dim}"),
         )
@@ -234,13 +236,16 @@ class NetworkConfig:
         if WINDOW_BLOCKS in ours:
             check_ranges(ours, {name: RANGES[name] for name in (WINDOW_BLOCKS, "num_frames_per_block")})
             ours["window_latents"] = ours.pop(WINDOW_BLOCKS) * ours.get("num_frames_per_block", BLOCK_LATENTS)
+        if ours.get("mover"):
+            ours["mover"] = parse_fields(LightConfig, ours["mover"], "mover.")
         return parse_fields(cls, ours)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for config.json, as `from_dict` reads them."""
         fields = asdict(self)
-        if self.trained_schedule is None:
-            del fields["trained_schedule"]
+        for name in ("trained_schedule", "mover"):
+            if fields[name] is None:
+                del fields[name]
         return {"_class_name": CLASS_NAME, **fields}
 
 
@@ -300,7 +305,7 @@ def tiny_256() -> NetworkConfig:
         cond_dim=48,
         heard_inject_layers=(1, 3, 5, 7),
         face_motion=True,
-        num_warps=32,
+        mover=LightConfig(wide=128, mid=64, thin=24, latent_scale=2.0, scale=2, channels=48, encoder_depth=3),
         num_frames_per_block=1,
         window_latents=8,
         audio_context_frames=8,

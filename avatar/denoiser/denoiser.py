@@ -23,7 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from avatar.denoiser.attention import grid_size, reference_frame
 from avatar.denoiser.cache import KVCache, Prefilled, Prefills, SessionPrefill
 from avatar.denoiser.config import PATCH, NetworkConfig, is_sink_distance
-from avatar.denoiser.layers import texture_channels
 from avatar.denoiser.model import Network
 from avatar.denoiser.sampler import (
     SAMPLERS,
@@ -152,7 +151,9 @@ class Denoiser:
         """
         config, cache = self.config, self._cache(height, width, "meta")
         tokens = cache.sink_tokens + 2 * config.text_len
-        numbers = 2 * config.num_layers * tokens * config.dim + 2 * texture_channels(config) * height * width
+        numbers = 2 * config.num_layers * tokens * config.dim
+        if config.mover:
+            numbers += 2 * self.network.mover.texture_numbers(height, width)
         return cache.num_bytes, numbers * self.network.dtype.itemsize
 
     def _cache(self, height: int, width: int, device: torch.device | str) -> KVCache:

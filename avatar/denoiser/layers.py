@@ -1,12 +1,10 @@
-"""The network's parts: embeddings of latents and timesteps, the mover, the transformer layer, the head.
+"""The network's parts: embeddings of latents and timesteps, the transformer layer, the head.
 
 The hidden state is (b, t, s, d) throughout; AdaLN modulation has one row per latent frame, or one for all of them.
 
-Axes: b batch, a actors, c channels, m maps or values of face motion, t latent frames, f pixel frames, h w of latents,
-s tokens of a latent frame, n tokens, d width.
+Axes: b batch, c channels, t latent frames, h w of latents, s tokens of a latent frame, n tokens, d width.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,16 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from avatar.denoiser.attention import MOTION_GROUPS, Attention, Visible, apply_rope, multiply_add
-from avatar.denoiser.audio_injection import AudioTokens, UpcastLinear
+from avatar.denoiser.audio_injection import UpcastLinear
 from avatar.denoiser.config import PATCH, NetworkConfig
 from avatar.types import FACE_MOTION, FRAMES_PER_LATENT, MOTION_LATENTS
 
 # Divisors that bring values of face motion to about one: the range of lids, and usual deviations of angles.
 FACE_MOTION_SCALES = (1.0, 0.1, 0.15, 0.05, 0.15, 0.1)
-# Channels of the mover, and the values of a latent that it reads from audio tokens.
-MOVER_DIM, AUDIO_VALUES = 128, 16
-# Latents on a side that a map reads: a head that turns moves by two.
-MAP_SIDE = 5
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -82,91 +76,6 @@ class FaceMotionEmbedding(nn.Module):
         columns = rearrange(values / face_motion_scales(values.device), "b m (t p) -> b t 1 (m p)", p=FRAMES_PER_LATENT)
         embedded: Tensor = self.last(functional.silu(self.first(columns)))
         return embedded
-
-
-@dataclass(frozen=True, eq=False)
-class Texture:
-    """A reference as the mover reads it.
-
-    maps: (b, h, w, m, c), each a local linear map of it. features: (b, d, h, w).
-    """
-
-    maps: Tensor
-    features: Tensor
-
-
-def texture_channels(config: NetworkConfig) -> int:
-    """Return the numbers that a texture has for each latent of a reference."""
-    return config.num_warps * config.out_dim + MOVER_DIM if config.num_warps else 0
-
-
-class Mover(nn.Module):
-    """Moves the reference as face motion and speech say, before the network, which adds what is missing.
-
-    A reference is read once, to a texture. At each latent, gates mix local maps of it, which move it, and a residual
-    adds what it does not show. A patch of the reference has nearly as many numbers as the hidden state of a small
-    network: what its layers alone moved was blurred, and took them many more steps to learn.
-    """
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__()
-        channels, dim, width = config.out_dim, MOVER_DIM, (config.num_audio_token + 1) * config.dim
-        self.maps = nn.Parameter(torch.zeros(config.num_warps, channels, channels * MAP_SIDE**2))
-        self.first = nn.Conv2d(channels, dim, 5, padding=2)
-        self.second = nn.Conv2d(dim, dim, 3, padding=1)
-        self.audio = nn.Linear(width, AUDIO_VALUES)
-        self.embed_audio = nn.Linear(AUDIO_VALUES, dim)
-        if config.heard_inject_layers:
-            self.heard = nn.Linear(width, AUDIO_VALUES)
-            self.embed_heard = nn.Linear(AUDIO_VALUES + 1, dim, bias=False)
-        self.embed_face_motion = nn.Linear(FRAMES_PER_LATENT * len(FACE_MOTION) + 1, dim, bias=False)
-        self.factors = nn.Linear(dim, 4 * dim)
-        self.third = nn.Conv2d(dim, dim, 3, padding=1)
-        self.last = nn.Conv2d(dim, config.num_warps + channels, 1)
-
-    def read(self, reference: Tensor) -> Texture:
-        """Read a reference (b, c, h, w), once for all blocks."""
-        kernels = rearrange(self.maps, "m c (d p q) -> (m c) d p q", p=MAP_SIDE, q=MAP_SIDE)
-        maps = functional.conv2d(reference, kernels, padding=MAP_SIDE // 2)
-        maps = rearrange(maps, "b (m c) h w -> b h w m c", c=reference.shape[1])
-        return Texture(maps, functional.gelu(self.second(functional.gelu(self.first(reference)))))
-
-    def embed(
-        self, audio: AudioTokens, heard: AudioTokens | None, values: Tensor | None, is_given: Tensor | None
-    ) -> Tensor:
-        """Return the embedding (b, a, t, d) of what moves each actor; arguments as in `Network.move`."""
-        embedded: Tensor = self.embed_audio(self.audio(spoken(audio)))
-        if heard is not None:
-            is_heard = None if heard.mask is None else heard.mask.flatten()
-            embedded = embedded + self.embed_heard(flagged(self.heard(spoken(heard)), is_heard))
-        if values is not None:
-            scaled = values / face_motion_scales(values.device)
-            columns = rearrange(scaled, "b m (t p) -> b 1 t (m p)", p=FRAMES_PER_LATENT)
-            embedded = embedded + self.embed_face_motion(flagged(columns, is_given).to(embedded.dtype))
-        return embedded
-
-    def forward(self, texture: Texture, embedded: Tensor) -> Tensor:
-        """Texture of references and an embedding (b, t, d) -> the change of each latent frame (b, c, t, h, w)."""
-        num_frames, channels = embedded.shape[1], texture.maps.shape[-1]
-        factors = rearrange(self.factors(functional.gelu(embedded)), "b t (four d) -> four b t d 1 1", four=4)
-        x = functional.gelu(multiply_add(texture.features.unsqueeze(1), 1 + factors[0], factors[1], embedded.dtype))
-        x = rearrange(self.third(rearrange(x, "b t d h w -> (b t) d h w")), "(b t) d h w -> b t d h w", t=num_frames)
-        x = functional.gelu(multiply_add(x, 1 + factors[2], factors[3], x.dtype))
-        mixed = rearrange(self.last(rearrange(x, "b t d h w -> (b t) d h w")), "(b t) n h w -> b h w t n", t=num_frames)
-        gates, residual = mixed.split((mixed.shape[-1] - channels, channels), dim=-1)
-        change: Tensor = gates @ texture.maps + residual
-        return rearrange(change, "b h w t c -> b c t h w")
-
-
-def flagged(values: Tensor, is_given: Tensor | None) -> Tensor:
-    """Append a 1 to the values (b, a, t, n) of each latent; all are 0 for clips whose is_given (b,) is 0."""
-    with_flag = functional.pad(values, (0, 1), value=1.0)
-    return with_flag if is_given is None else with_flag * rearrange(is_given.to(values.dtype), "b -> b 1 1 1")
-
-
-def spoken(audio: AudioTokens) -> Tensor:
-    """Return the local tokens, without the padding token, and overall vectors of latent frames, (b, a, t, (n d))."""
-    return torch.cat([audio.local[..., :-1, :].flatten(-2), audio.overall], dim=-1)
 
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:

@@ -35,12 +35,12 @@ from avatar.denoiser.layers import (
     FramePacker,
     Head,
     Layer,
-    Mover,
     PatchEmbedding,
-    Texture,
     timestep_embedding,
     unpatchify,
 )
+from avatar.types import FACE_MOTION, FRAMES_PER_LATENT
+from avatar.vae.mover import Mover, Texture
 
 # Rows of the token type embedding `trainable_cond_mask`.
 NOISY, REFERENCE, MOTION = range(3)
@@ -86,8 +86,11 @@ class Network(nn.Module):
         if config.face_motion:
             self.face_motion_embedding = FaceMotionEmbedding(config)
         self.head = Head(config)
-        if config.num_warps:
-            self.mover = Mover(config)
+        if config.mover:
+            self.mover = Mover(config.mover)
+            self.mouth = nn.Linear((config.num_audio_token + 1) * config.dim, FRAMES_PER_LATENT)
+            if config.heard_inject_layers:
+                self.brows = nn.Linear((config.num_audio_token + 1) * config.dim, FRAMES_PER_LATENT)
 
     @property
     def layers(self) -> list[Layer]:
@@ -195,8 +198,9 @@ class Network(nn.Module):
 
     def read_texture(self, reference: Tensor) -> Texture | None:
         """Return what `move` needs of references (b, c, 1, h, w); None for a network without a mover."""
-        return self.mover.read(reference[:, :, 0].to(self.dtype)) if self.config.num_warps else None
+        return self.mover.read(reference[:, :, 0]) if self.config.mover else None
 
+    @torch.no_grad()
     def move(
         self,
         reference: Tensor,
@@ -206,24 +210,34 @@ class Network(nn.Module):
         is_given: Tensor | None = None,
         texture: Texture | None = None,
     ) -> Tensor:
-        """Return the reference (b, c, 1, h, w) as speech and face motion move it, (b, c, t, h, w).
+        """Return the reference (b, c, 1, h, w) as speech and face motion move it, (b, c, t, h, w), without gradients.
 
-        A network without a mover returns the reference. audio, heard: as in `forward`. values: (b, m, f) of face
-        motion. is_given: (b,) 0 for clips whose values are ignored; None: all. texture: of the reference, if it was
-        read before.
+        A network without a mover returns the reference. audio, heard: as in `forward`; they open the mouth and raise
+        the brows. values: (b, m, f) of face motion; None: the head and the eyes stay as in the reference. is_given:
+        (b,) 0 for clips whose values are ignored; None: all. texture: of the reference, if it was read before.
         """
         texture = texture or self.read_texture(reference)
         if texture is None:
             return reference
-        embedded = self.mover.embed(audio, heard, values, is_given)
-        changes: list[Tensor] = [self.mover(texture, each) for each in embedded.unbind(1)]
+        mouths = rearrange(self.mouth(audio.flat), "b a t p -> b a 1 (t p)").float().clamp(0, 1)
+        brows = torch.zeros_like(mouths[:, 0])
+        if heard is not None:
+            raised = self.brows(heard.flat) if heard.mask is None else self.brows(heard.flat) * heard.mask[..., 0]
+            brows = rearrange(raised, "b 1 t p -> b 1 (t p)").float().clamp(0, 1)
+        if values is None:
+            values = mouths.new_zeros(len(mouths), len(FACE_MOTION), mouths.shape[-1])
+        elif is_given is not None:
+            values = values * rearrange(is_given, "b -> b 1 1")
+        moved: list[Tensor] = [
+            self.mover(texture, torch.cat([values, mouth, brows], dim=1)) for mouth in mouths.unbind(1)
+        ]
         if audio.mask is None:
-            return reference + changes[0]
+            return moved[0].to(reference)
         # Each actor's share of the picture moves with that actor's audio.
         rows, columns = grid_size(*reference.shape[-2:])
-        shares = rearrange(audio.mask.to(self.dtype), "b a t (h w) 1 -> a b 1 t h w", h=rows, w=columns)
+        shares = rearrange(audio.mask, "b a t (h w) 1 -> a b 1 t h w", h=rows, w=columns)
         shares = repeat(shares, "a b 1 t h w -> a b 1 t (h p) (w q)", p=PATCH, q=PATCH)
-        return reference + (torch.stack(changes) * shares).sum(0)
+        return reference + ((torch.stack(moved).to(reference) - reference) * shares).sum(0)
 
     def forward(
         self,

@@ -162,11 +162,14 @@ class LightCodec(nn.Module):
         return self.decode(self.encode(frames), self.new_state())
 
     def encode(self, frames: Tensor) -> Tensor:
-        frames = frames.to(self.mean)
         first = repeat(frames[:, :, :1], "b c 1 h w -> b c p h w", p=FRAMES_PER_LATENT)
         whole = 1 + (frames.shape[2] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
+        return self.encode_steps(torch.cat([first, frames[:, :, 1:whole]], dim=2))
+
+    def encode_steps(self, frames: Tensor) -> Tensor:
+        """Return the latents (b, c, t, h, w) of frames (b, 3, 4 t, H, W) that do not begin with a still one."""
         patches = rearrange(
-            torch.cat([first, frames[:, :, 1:whole]], dim=2),
+            frames.to(self.mean),
             f"b c (t p) (h y) (w x) -> b t h w {PATCH_AXES}",
             **patch_sizes(self.config.scale),
         )

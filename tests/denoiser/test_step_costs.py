@@ -104,7 +104,7 @@ def test_an_added_cast_is_counted() -> None:
 @pytest.mark.parametrize("level", [0, 1])
 def test_a_step_with_every_input_copies_at_most_three_times_and_never_waits(level: int) -> None:
     short = {"num_layers": 2, "audio_inject_layers": (0,), "heard_inject_layers": (1,)}
-    config = replace(tiny_256(), pose="zeros", num_warps=0, **short)  # type: ignore[arg-type]
+    config = replace(tiny_256(), pose="zeros", mover=None, **short)  # type: ignore[arg-type]
     pose = torch.zeros(config.cond_dim, config.num_frames_per_block, 16, 16, dtype=torch.float16)
     network = on_meta(config)
     operators = operators_of_step(network, level, (16, 16), pose=pose)

@@ -170,6 +170,12 @@ class StandIn:
     def encode_audio(self, features: Tensor, *_: Tensor | None) -> float:
         return mean(features)
 
+    def read_texture(self, _: Tensor) -> None:
+        """This network has no mover."""
+
+    def move(self, reference: Tensor, *_: object, **__: object) -> Tensor:
+        return reference
+
     def prefill(self, reference: Tensor, motion: Tensor, _: float) -> list[KeysValues]:
         height, width = reference.shape[-2:]
         rows, columns = grid_size(height, width)

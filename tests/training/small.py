@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from avatar.denoiser.config import NetworkConfig, base, tiny
 from avatar.denoiser.model import Network
+from avatar.vae.light import LightConfig
 from training.batches import BatchConfig
 from training.data import Clip, write_shard
 
@@ -32,9 +33,12 @@ SIZES: dict[str, Any] = {
 }
 
 
+CODEC = LightConfig(wide=8, mid=8, thin=8, latent_scale=1.0, channels=4)
+
+
 def small() -> NetworkConfig:
     """Return the embedded default's configuration at toy size, with a listener and face motion."""
-    return replace(tiny(), **SIZES, heard_inject_layers=(1,), face_motion=True, num_warps=2, audio_context_frames=8)
+    return replace(tiny(), **SIZES, heard_inject_layers=(1,), face_motion=True, mover=CODEC, audio_context_frames=8)
 
 
 def small_base() -> NetworkConfig:
@@ -71,8 +75,8 @@ def network_of(config: NetworkConfig) -> Network:
     generator = Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            # The mover multiplies its weights, and its convolutions add hundreds of products.
-            scale = 0.03 if name.startswith("mover") else 0.3
+            # Pictures of a codec with large weights are black or white, wherever they are moved.
+            scale = 0.05 if name.startswith("mover") else 0.3
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return network
 

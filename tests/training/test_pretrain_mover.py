@@ -1,66 +1,112 @@
 """Tests of the mover's pretraining."""
 
-from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from avatar.checkpoints.files import save
 from avatar.denoiser.model import Network
-from tests.training.small import small
-from training.batches import BatchConfig
-from training.data import StoredClip
+from avatar.vae.light import LightCodec
+from tests.training.conftest import synthetic_clip
+from tests.training.small import CODEC, small
+from training.data import Clip, StoredClip, read_clips, write_shard
 from training.initialise import initialise
-from training.pretrain import PretrainRecipe
-from training.pretrain import make_optimizers as stage_1_optimizers
-from training.pretrain_mover import MoverPretraining, MoverRecipe
+from training.lora import make_trainable
+from training.pretrain_mover import MoverPretraining, MoverRecipe, make_network, read_frames
 
-BATCHES = BatchConfig(4, (3, 3), audio_dropout=0.0, heard_dropout=0.0, face_motion_dropout=0.0)
+RECIPE = MoverRecipe(steps=60, warmup=1, ema_decay=0.8, num_clips=4, num_frames=2)
 
 
-def new_network() -> Network:
+def moving_clip(number: int) -> Clip:
+    """A disc that moves up and down, as face motion says in its pitch; the reference shows it where pitch is 0."""
+    clip = synthetic_clip(number, side=64)
+    rows, columns = np.mgrid[0:64, 0:64]
+    pitch = 0.1 * np.sin(np.arange(21) + number)
+
+    def picture(shift: float) -> np.ndarray:
+        disc = np.hypot(rows - 32 - shift, columns - 32) < 12
+        return np.where(disc[..., None], 220, 40).astype(np.uint8).repeat(3, -1)
+
+    arrays = {
+        **clip.arrays,
+        "frames": np.stack([picture(60 * each) for each in pitch]),
+        "reference": picture(0),
+        "pose": np.stack([pitch, 0 * pitch, 0 * pitch], 1).astype(np.float32),
+        "reference_pose": np.zeros(3, np.float32),
+        "blink": np.zeros(21, np.float32),
+        "gaze": np.zeros((21, 2), np.float32),
+        "brow": np.zeros(21, np.float32),
+    }
+    return Clip(clip.name, arrays, clip.info)
+
+
+@pytest.fixture
+def moving(tmp_path: Path) -> list[StoredClip]:
+    write_shard(tmp_path / "train" / "000000.tar", [moving_clip(number) for number in range(4)])
+    return read_clips(tmp_path, "train")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """A denoiser folder as the audio encoders' pretraining writes it."""
+    network = audio_network()
+    save(tmp_path / "audio", network.config.to_dict(), network)
+    return tmp_path / "audio"
+
+
+def audio_network() -> Network:
     network = Network(small())
-    initialise(network, 0)
+    initialise(network, 1)
+    torch.nn.init.normal_(network.mouth.weight, generator=torch.Generator().manual_seed(2))
     return network
 
 
-def trained(clips: Sequence[StoredClip], steps: int) -> tuple[MoverPretraining, list[float]]:
-    run = MoverPretraining(MoverRecipe(steps=steps, warmup=1, ema_decay=0.8, batches=BATCHES), new_network)
-    return run, [run.advance(clips)["loss"] for _ in range(steps)]
+def codec() -> LightCodec:
+    torch.manual_seed(3)
+    return LightCodec(CODEC)
 
 
-def test_the_mover_learns_and_other_weights_stay(prepared: list[StoredClip]) -> None:
-    run, losses = trained(prepared, 40)
-    assert losses[-1] < 0.8 * losses[0]
-    before, after = new_network().state_dict(), run.network.network.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+def test_the_mover_learns_where_the_head_is_and_other_weights_stay(moving: list[StoredClip], start: Path) -> None:
+    run = MoverPretraining(RECIPE, lambda: make_network(start, codec()))
+    before = run.validate(moving)
+    assert before["psnr"] == pytest.approx(before["psnr_still"])
+    for _ in range(RECIPE.steps):
+        run.advance(moving)
+    assert run.validate(moving)["psnr"] > before["psnr"] + 2
+    first, after = make_network(start, codec()).state_dict(), run.network.network.state_dict()
+    changed = {name for name in first if not torch.equal(first[name], after[name])}
     assert changed
-    assert all(name.startswith("mover.") for name in changed)
+    assert all(name.startswith("mover.") and not name.startswith("mover.codec") for name in changed)
+    assert len(run.preview(moving)) == 2 * 4
 
 
-def test_held_out_figures_are_of_the_average(prepared: list[StoredClip]) -> None:
-    run, _ = trained(prepared, 40)
-    start = MoverPretraining(run.recipe, new_network).validate(prepared)
-    figures = run.validate(prepared)
-    assert set(figures) == {"explained", "features_gain", "heard_gain", "face_motion_gain"}
-    assert figures["explained"] > start["explained"]
-    assert start["face_motion_gain"] == 0
-    assert run.preview(prepared) == []
+def test_a_network_gets_the_codec_and_keeps_its_other_weights(start: Path) -> None:
+    network, before = make_network(start, codec()), audio_network()
+    assert network.config.mover == CODEC
+    for name, weight in codec().state_dict().items():
+        assert torch.equal(network.mover.codec.state_dict()[name], weight)
+    assert torch.equal(network.mouth.weight, before.mouth.weight)
+
+
+def test_frames_have_the_values_of_their_moments(moving: list[StoredClip]) -> None:
+    clip = moving[1]
+    frames = read_frames(clip, [3, 17])
+    assert frames.pictures.shape == (1, 3, 2, 32, 32)
+    assert frames.references.shape == (1, 3, 64, 64)
+    torch.testing.assert_close(frames.values[0, 1], torch.from_numpy(np.array(clip.array("pose")[[3, 17], 0])))
+    torch.testing.assert_close(frames.values[0, -2], torch.from_numpy(np.array(clip.array("jaw")[[3, 17]])))
 
 
 def test_a_network_without_a_mover_is_refused() -> None:
-    with pytest.raises(ValueError, match="the network has no mover: its num_warps is 0"):
-        MoverPretraining(MoverRecipe(), lambda: Network(replace(small(), num_warps=0)))
+    with pytest.raises(ValueError, match="the network has no mover"):
+        MoverPretraining(RECIPE, lambda: Network(replace(small(), mover=None)))
 
 
-def test_stage_1_trains_what_was_pretrained_at_a_rate_of_its_own() -> None:
-    network = new_network()
-    optimizers = stage_1_optimizers(network, PretrainRecipe(lr=1e-3, pretrained_lr=1e-4))
-    groups = [group for each in optimizers.values() for group in each.param_groups]
-    rates = {id(weight): group["lr"] for group in groups for weight in group["params"]}
-    slow = {name for name, weight in network.named_parameters() if rates[id(weight)] == 1e-4}
-    assert slow == {
-        name
-        for name, _ in network.named_parameters()
-        if name.startswith(("mover.", "casual_audio_encoder.", "heard_audio_encoder."))
-    }
+def test_later_stages_keep_what_was_pretrained() -> None:
+    network = make_trainable(Network(small()), None, 0)
+    kept = ("mover.", "mouth.", "brows.", "casual_audio_encoder.", "heard_audio_encoder.")
+    for name, weight in network.named_parameters():
+        assert weight.requires_grad != name.startswith(kept), name
