@@ -7,6 +7,7 @@ k blocks, n text tokens, m values of face motion.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +61,7 @@ class ClipBatch:
     weight: (b, 1, t, h, w), or by channel (b, c, t, h, w), of mean 1: weight of each latent's error in the loss.
     heard: (b, 1, l, d, f) features of the other person. face_motion: (b, m, f). has_heard, has_face_motion: (b,) 0
     where they are dropped or not known. Both inputs are (b, 0) for a network that does not take them.
+    moved: (b, c, t, h, w) the references as a network's mover moves them; None: each pass computes them.
     """
 
     latents: Tensor
@@ -73,22 +75,23 @@ class ClipBatch:
     has_heard: Tensor
     face_motion: Tensor
     has_face_motion: Tensor
+    moved: Tensor | None = None
 
     def unconditional(self) -> "ClipBatch":
-        """Drop both audios and text, for classifier-free guidance. Reference and face motion stay."""
+        """Drop both audios and text, for classifier-free guidance. Reference, moved or not, and face motion stay."""
         dropped = {name: torch.zeros_like(getattr(self, name)) for name in ("features", "text", "has_heard")}
         return self.replace(**dropped)
 
     def swapped(self, name: str) -> "ClipBatch":
         """Return the batch with each clip's `features`, `heard` or `face_motion` replaced by the next clip's."""
         names = (name,) if name == "features" else (name, f"has_{name}")
-        return self.replace(**{each: getattr(self, each).roll(1, 0) for each in names})
+        return self.replace(moved=None, **{each: getattr(self, each).roll(1, 0) for each in names})
 
-    def replace(self, **values: Tensor) -> "ClipBatch":
+    def replace(self, **values: Any) -> "ClipBatch":
         return dataclasses.replace(self, **values)
 
     def to(self, device: torch.device) -> "ClipBatch":
-        return self.replace(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        return self.replace(**{name: each.to(device) for name, each in vars(self).items() if each is not None})
 
 
 @dataclass(frozen=True)
@@ -241,4 +244,5 @@ def load_batch(
         raise ValueError(f"a batch of {batches.batch_size} clips cannot be shared by {share.world} processes")
     num_blocks, spans = draw_spans(clips, batches, config, seed, step)
     each = [read_span(span, num_blocks, batches, config) for span in spans[share.rank :: share.world]]
-    return ClipBatch(**{name: torch.stack([vars(clip)[name] for clip in each]) for name in vars(each[0])})
+    names = [name for name, value in vars(each[0]).items() if value is not None]
+    return ClipBatch(**{name: torch.stack([vars(clip)[name] for clip in each]) for name in names})

@@ -25,6 +25,7 @@ from avatar.denoiser.cache import KeysValues
 from avatar.denoiser.config import NetworkConfig
 from avatar.denoiser.denoiser import to_velocity
 from avatar.denoiser.model import Network
+from avatar.types import FRAMES_PER_LATENT
 from training.batches import ClipBatch
 
 
@@ -149,8 +150,18 @@ def moved_reference(
     network: Network, batch: ClipBatch, audio: AudioTokens, heard: AudioTokens | None, frames: slice = slice(None)
 ) -> Tensor:
     """Return the references of clips as their network moves them over a span of pixel frames, (b, c, t or 1, h, w)."""
+    if batch.moved is not None:
+        start, stop, _ = frames.indices(batch.features.shape[-1])
+        return batch.moved[:, :, start // FRAMES_PER_LATENT : stop // FRAMES_PER_LATENT]
     values = batch.face_motion[..., frames] if "face_motion" in network.config.inputs else None
     return network.move(batch.reference, audio, heard, values, batch.has_face_motion)
+
+
+@torch.no_grad()
+def with_moved(network: Network, batch: ClipBatch) -> ClipBatch:
+    """Return the batch with its references moved once, for all networks that have the same mover."""
+    audio, heard, _ = encode_inputs(network, batch)
+    return batch.replace(moved=moved_reference(network, batch, audio, heard))
 
 
 def predict_velocity(

@@ -27,7 +27,7 @@ from avatar.denoiser.speed import compile_layers
 from avatar.vae.vae import Vae
 from training.batches import BatchConfig, ClipBatch, load_batch
 from training.checkpointing import Progress
-from training.clips import clean_estimate, frame_sigmas, predict_velocity
+from training.clips import clean_estimate, frame_sigmas, predict_velocity, with_moved
 from training.data import StoredClip
 from training.eval.previews import load_codec, mouth_metrics, preview_rows
 from training.loop import argument_parser, cosine_schedule, overrides, run_program, update_ema
@@ -127,6 +127,8 @@ class ConsistencyDistillation:
     def loss(self, batch: ClipBatch, random: Generator) -> Tensor:
         """Return the loss of clips, each at a step of the path of its own."""
         share, clean, config = self.strategy.share, batch.latents, self.config
+        if config.mover:
+            batch = self.teacher(with_moved, self.teacher.network, batch)
         num_blocks = clean.shape[2] // config.num_frames_per_block
         drawn = torch.randint(len(self.path) - 1, (len(clean) * share.world, 1), generator=random)
         steps = share.of(drawn).expand(-1, num_blocks)

@@ -25,7 +25,7 @@ from avatar.denoiser.sampler import autoregressive, shifted
 from avatar.vae.vae import Vae
 from training.batches import BatchConfig, ClipBatch, load_batch
 from training.checkpointing import Progress
-from training.clips import clean_estimate, frame_sigmas, predict_velocity
+from training.clips import clean_estimate, frame_sigmas, predict_velocity, with_moved
 from training.data import StoredClip
 from training.eval.previews import load_codec, mouth_metrics, preview_rows
 from training.loop import argument_parser, overrides, run_program, update_ema
@@ -161,6 +161,8 @@ class Distillation:
         random = Generator().manual_seed((recipe.seed + 1) << 32 | step)
         batch = load_batch(clips, recipe.batches, self.config, recipe.seed + 2, step, self.strategy.share)
         batch = batch.to(self.strategy.device)
+        if self.config.mover:
+            batch = self.teacher(with_moved, self.teacher.network, batch)
         exit_level = self.draw_exit_level(random)
         metrics: dict[str, float] = {}
         if step % recipe.update_ratio == recipe.update_ratio - 1:

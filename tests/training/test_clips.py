@@ -9,7 +9,7 @@ from torch import Generator
 from avatar.denoiser.config import NetworkConfig
 from tests.training.small import BATCHES, network_of, small
 from training.batches import ClipBatch, ClipSpan, Share, load_batch, read_span
-from training.clips import predict_velocities, predict_velocity
+from training.clips import predict_velocities, predict_velocity, with_moved
 from training.data import StoredClip
 from training.pretrain import PRESETS, PretrainRecipe, clip_losses
 from training.self_forcing import BlockwiseGeneration
@@ -78,3 +78,20 @@ def test_channels_of_detail_weigh_less(
     plain, weighted = (read_span(span, 3, replace(BATCHES, detail_weight=each), config).weight for each in (1, 0.2))
     torch.testing.assert_close(weighted[3:] / weighted[:1], torch.full_like(weighted[:1], 0.2))
     torch.testing.assert_close(weighted.mean(0, keepdim=True), plain)
+
+
+def test_references_that_were_moved_before_change_nothing(config: NetworkConfig, batch: ClipBatch) -> None:
+    network, sigmas = network_of(config), torch.full((2, 3), 0.6)
+    moved = with_moved(network, batch)
+    assert moved.moved is not None
+    assert moved.swapped("features").moved is None
+    plain, again = (
+        predict_velocity(network, config, batch.latents, sigmas, each, DISTANCES) for each in (batch, moved)
+    )
+    torch.testing.assert_close(again, plain)
+    streams = [BlockwiseGeneration(network, config, each, [DISTANCES] * config.num_levels) for each in (batch, moved)]
+    plain, again = (torch.cat(each.inputs(1, Generator().manual_seed(1)), dim=2) for each in streams)
+    torch.testing.assert_close(again, plain)
+    # An empty `moved` is not moved again: it is what the networks begin from.
+    other = predict_velocity(network, config, batch.latents, sigmas, moved.replace(moved=0 * moved.moved), DISTANCES)
+    assert not torch.allclose(other, predict_velocity(network, config, batch.latents, sigmas, batch, DISTANCES))

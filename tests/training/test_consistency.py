@@ -64,7 +64,7 @@ class Gains(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = CONFIG
+        self.config = replace(CONFIG, mover=None)
         sigma = path_sigmas(CONFIG, RECIPE)
         # The best estimates where clean latents are standard normal; at sigma 1, nothing.
         self.gains = nn.Parameter((1 - sigma) / ((1 - sigma) ** 2 + sigma**2))
