@@ -126,6 +126,7 @@ class Block:
     heard: (l, d, f) float32 features of what is heard from the other person; None where nobody is heard.
     face_motion: (m, f) float32 values in the order of `FACE_MOTION`; None: the network moves the face by itself.
     noise: (c, t, h, w) float32 noise that level 0 starts from, drawn ahead of its step; None: the step draws it.
+    moved: (c, t, h, w) the reference as an earlier level moved it; None: a network with a mover moves it itself.
     """
 
     index: int
@@ -139,6 +140,7 @@ class Block:
     heard: Tensor | None = None
     face_motion: Tensor | None = None
     noise: Tensor | None = None
+    moved: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

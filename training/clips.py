@@ -23,8 +23,7 @@ from avatar.denoiser.attention import (
 from avatar.denoiser.audio_injection import AudioTokens
 from avatar.denoiser.cache import KeysValues
 from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.denoiser import to_velocity
-from avatar.denoiser.model import Network
+from avatar.denoiser.model import Network, to_velocity
 from avatar.types import FRAMES_PER_LATENT
 from training.batches import ClipBatch
 

@@ -17,8 +17,7 @@ from torch import Generator, Tensor
 from avatar.denoiser.attention import reference_frame
 from avatar.denoiser.cache import KeysValues, KVCache
 from avatar.denoiser.config import NetworkConfig
-from avatar.denoiser.denoiser import to_velocity
-from avatar.denoiser.model import Network
+from avatar.denoiser.model import Network, to_velocity
 from avatar.denoiser.sampler import SAMPLERS, autoregressive, timesteps
 from training.batches import ClipBatch, Share
 from training.clips import encode_inputs, moved_reference

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from avatar.denoiser.attention import grid_size, reference_frame
 from avatar.denoiser.cache import KVCache, Prefilled, Prefills, SessionPrefill
 from avatar.denoiser.config import PATCH, NetworkConfig, is_sink_distance
-from avatar.denoiser.model import Network
+from avatar.denoiser.model import Network, to_velocity
 from avatar.denoiser.sampler import (
     SAMPLERS,
     NoiseHistory,
@@ -37,7 +37,8 @@ from avatar.types import FACE_MOTION, Block, Conditions, Session
 
 # In latents: the side of the coarsest motion token.
 SMALLEST_SIDE = 8
-INPUTS = ("noise", "latent", "features", "heard", "face_motion", "pose")  # tensors of a block that a step reads
+# Tensors of a block that a step reads.
+INPUTS = ("noise", "latent", "moved", "features", "heard", "face_motion", "pose")
 
 
 @dataclass(eq=False)
@@ -199,10 +200,14 @@ class Denoiser:
             state.next_index = block.index + 1
             distance = sink_distance(state.session, block.index, self.level, state.sink_distance)
             state.cache.start_block(block.index, reference_frame(self._first_frame(block), distance))
-            return replace(block, latent=self._denoise(block, state.prefilled, state))
+            latent, moved = self._denoise(block, state.prefilled, state)
+            return replace(block, latent=latent, moved=None if self.is_last else moved)
 
-    def _denoise(self, block: Block, prefilled: Prefilled, state: DenoiserState) -> Tensor:
-        """Return the latent (c, t, h, w) after this level's step; the cache has a slot for the block."""
+    def _denoise(self, block: Block, prefilled: Prefilled, state: DenoiserState) -> tuple[Tensor, Tensor | None]:
+        """Return the latent (c, t, h, w) after this level's step, and the moved reference of a network with a mover.
+
+        The cache has a slot for the block.
+        """
         network = self.network
         if self.level == 0 and block.noise is None:
             block = self.with_noise(block, state.session, state.noise)
@@ -222,13 +227,17 @@ class Denoiser:
             heard = network.encode_heard(features, preceding=before)
         values = None if block.face_motion is None else block.face_motion.unsqueeze(0)
         motion = None if values is None else network.embed_face_motion(values)
-        reference = network.move(prefilled.reference, audio, heard, values, texture=prefilled.texture)
-        pose = prefilled.pose if prefilled.texture is None else reference.to(x.dtype)
-        pose = pose if block.pose is None else block.pose.to(x).unsqueeze(0)
+        reference, pose, moved = prefilled.reference, prefilled.pose, block.moved
+        if prefilled.texture is not None:
+            if moved is None:
+                moved = network.move(reference, audio, heard, values, texture=prefilled.texture).to(x.dtype)[0]
+            reference = pose = moved.to(x.dtype).unsqueeze(0)
+        elif block.pose is not None:
+            pose = block.pose.to(x).unsqueeze(0)
         first_frame = self._first_frame(block)
         output = network(x, self._modulation, prefilled.text, audio, pose, first_frame, state.cache, heard, motion)
         velocity = to_velocity(output, x, reference, self.sigma, self.config)
-        return SAMPLERS[self.config.sampler](x, velocity, self.sigma, self.sigma_next)[0]
+        return SAMPLERS[self.config.sampler](x, velocity, self.sigma, self.sigma_next)[0], moved
 
     def _with_preceding(self, name: str, features: Tensor, state: DenoiserState) -> tuple[Tensor, Tensor | None]:
         """Return features (a, l, d, f) as a batch, and the columns before them; keep those before the next block."""
@@ -300,6 +309,8 @@ class Denoiser:
             if config.pose != "zeros":
                 raise ValueError("this checkpoint's pose input carries the reference; it takes no pose video")
             check_shape("pose", block.pose, config.cond_dim, config.num_frames_per_block, height, width)
+        if block.moved is not None and config.mover:
+            check_shape("moved", block.moved, channels, config.num_frames_per_block, height, width)
         if self.level:
             if block.latent is None:
                 raise ValueError(f"block {block.index} has no latent; level {self.level} continues the level before it")
@@ -380,18 +391,6 @@ def blank_block(config: NetworkConfig, index: int, height: int, width: int) -> B
     given = {"heard": features, "face_motion": torch.zeros(len(FACE_MOTION), config.frames_per_block)}
     inputs: dict[str, Any] = {name: given[name] for name in config.inputs}
     return Block(index, features, latent, conditions, **inputs)
-
-
-def to_velocity(output: Tensor, x: Tensor, reference: Tensor, sigma: float | Tensor, config: NetworkConfig) -> Tensor:
-    """Convert the network's output at x (b, c, t, h, w) to a velocity. reference: (b, c, t or 1, h, w).
-
-    sigma: noise level of x, or of each frame, in a shape that broadcasts; in (0, 1].
-    With residual output F, x0 = reference + residual_scale F and velocity = (x - x0) / sigma.
-    """
-    if config.output == "velocity":
-        return output
-    clean = reference + config.residual_scale * output
-    return ((x - clean) / sigma).to(x.dtype)
 
 
 def check_shape(name: str, tensor: Tensor, *shape: int) -> None:

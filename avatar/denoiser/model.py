@@ -278,6 +278,18 @@ class Network(nn.Module):
         return unpatchify(self.head(hidden, modulation.head), grid_size(height, width)[0]).to(x.dtype)
 
 
+def to_velocity(output: Tensor, x: Tensor, reference: Tensor, sigma: float | Tensor, config: NetworkConfig) -> Tensor:
+    """Convert the network's output at x (b, c, t, h, w) to a velocity. reference: (b, c, t or 1, h, w).
+
+    sigma: noise level of x, or of each frame, in a shape that broadcasts; in (0, 1].
+    With residual output F, x0 = reference + residual_scale F and velocity = (x - x0) / sigma.
+    """
+    if config.output == "velocity":
+        return output
+    clean = reference + config.residual_scale * output
+    return ((x - clean) / sigma).to(x.dtype)
+
+
 def with_levels(part: Part, choice: int | Sequence[float] | None) -> Part:
     """Return a denoiser part that runs fewer levels than its weights were trained for; its digest is another one.
 

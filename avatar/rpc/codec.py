@@ -5,11 +5,12 @@ import reprlib
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from avatar.rpc.wire import INPUTS, Parts, RelayedBlock, serialize_tensor
+from avatar.rpc.wire import INPUTS, PASSED_ON, Parts, RelayedBlock, serialize_tensor
 from avatar.runtime.admission import DeviceLoad
 from avatar.types import AudioPiece, Block, Conditions, HeardAudio, Session
 from avatar.worker.v1 import types_pb2 as pb
@@ -23,7 +24,7 @@ assert sys.byteorder == "little", "tensors are sent as their bytes in memory, an
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TENSORS = (*INPUTS, "latent")
+TENSORS = (*INPUTS, *PASSED_ON)
 # More than any tensor of ours has; torch stops at 64.
 MAX_AXES = 8
 SAMPLE_DTYPES = {"pcm16": torch.int16, "float32": torch.float32}
@@ -117,18 +118,21 @@ def block_to_wire(block: Block) -> RelayedBlock:
 
 
 def on_host(block: Block) -> Block:
-    """Copy a block's latent into the host's memory, pinned if it comes from a GPU.
+    """Copy what a block passes on into the host's memory, pinned if it comes from a GPU.
 
     A copy from a GPU has ended when the queue's job has: the queue synchronizes.
     """
-    if block.latent is None or not block.latent.is_cuda:
-        return block
-    pinned = torch.empty(block.latent.shape, dtype=block.latent.dtype, pin_memory=True)
-    return replace(block, latent=pinned.copy_(block.latent, non_blocking=True))
+    copies: dict[str, Any] = {}
+    for name in PASSED_ON:
+        tensor: Tensor | None = getattr(block, name)
+        if tensor is not None and tensor.is_cuda:
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            copies[name] = pinned.copy_(tensor, non_blocking=True)
+    return replace(block, **copies) if copies else block
 
 
 def latent_to_wire(block: Block) -> RelayedBlock:
-    """Return a denoiser's answer: the latent alone, since the caller keeps the inputs; none if it was handed over."""
+    """Return a denoiser's answer: what is passed on, less what was handed over, since the caller keeps the inputs."""
     return RelayedBlock(pb.Block(index=block.index, traceparent=block.traceparent), latent=_latent(block))
 
 
@@ -147,11 +151,13 @@ def block_from_wire(block: RelayedBlock, conditions: Conditions | None) -> Block
         due_s=due_s(block.head),
         heard=tensors.get("heard"),
         face_motion=tensors.get("face_motion"),
+        moved=tensors.get("moved"),
     )
 
 
 def _latent(block: Block) -> Parts:
-    return () if block.latent is None else _serialized("latent", block.latent)
+    tensors = {name: getattr(block, name) for name in PASSED_ON}
+    return [part for name, x in tensors.items() if x is not None for part in _serialized(name, x)]
 
 
 def _serialized(name: str, x: Tensor) -> Parts:

@@ -23,7 +23,10 @@ MAX_VARINT_BYTES = 10
 # Fields of a block that a denoiser reads beside its latent.
 INPUTS: tuple[Literal["features", "heard", "face_motion"], ...] = ("features", "heard", "face_motion")
 FIELDS = types_pb2.Block.DESCRIPTOR.fields_by_name
+# Those that a level passes on to the next.
+PASSED_ON: tuple[Literal["latent", "moved"], ...] = ("latent", "moved")
 INPUT_NUMBERS, LATENT = {FIELDS[name].number for name in INPUTS}, FIELDS["latent"].number
+PASSED_NUMBERS = {FIELDS[name].number for name in PASSED_ON}
 ELEMENTS = types_pb2.Tensor.DESCRIPTOR.fields_by_name["data"].number
 MOTION = types_pb2.Session.DESCRIPTOR.fields_by_name["motion"].number
 
@@ -32,7 +35,8 @@ MOTION = types_pb2.Session.DESCRIPTOR.fields_by_name["motion"].number
 class RelayedBlock:
     """A block with its tensors serialized.
 
-    head: the message without inputs and latent. inputs, latent: those fields as their serialized parts.
+    head: the message without its tensors. inputs: those of a denoiser, as their serialized parts. latent: the latent,
+    and the moved reference if there is one.
     due_s: deadline of the stage that it is sent to, on the clock of `time.monotonic`; None without one.
     index: of the block.
     """
@@ -53,7 +57,7 @@ class RelayedBlock:
         inputs: list[bytes | memoryview] = []
         latent: list[bytes | memoryview] = []
         for number, part in _fields(memoryview(data)):
-            (inputs if number in INPUT_NUMBERS else latent if number == LATENT else head).append(part)
+            (inputs if number in INPUT_NUMBERS else latent if number in PASSED_NUMBERS else head).append(part)
         return cls(types_pb2.Block.FromString(b"".join(head)), inputs, latent)
 
     def to_pb(self) -> types_pb2.Block:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from avatar.denoiser.attention import condition_positions
 from avatar.denoiser.config import NetworkConfig, tiny
-from avatar.denoiser.denoiser import Denoiser, to_velocity
-from avatar.denoiser.model import Network
+from avatar.denoiser.denoiser import Denoiser
+from avatar.denoiser.model import Network, to_velocity
 from avatar.denoiser.sampler import noise
 from avatar.types import Block, Conditions, Session
 from tests.denoiser.conftest import (

@@ -98,6 +98,27 @@ def test_an_untrained_network_gives_the_moved_reference(
     torch.testing.assert_close(latent, moved, rtol=1e-4, atol=1e-4)
 
 
+def test_later_levels_take_the_reference_that_the_first_moved(
+    moving: NetworkConfig, session: Session, conditions: Conditions
+) -> None:
+    network = random_network(moving)
+    block = replace(random_block(moving, 0, conditions), face_motion=values(3, moving.frames_per_block)[0])
+    first, second, last = (Denoiser(network, moving, level) for level in (0, 1, moving.num_levels - 1))
+    passed = first.step(block, first.open(session))
+    assert passed.moved is not None
+    assert passed.moved.shape == conditions.sink.expand(-1, moving.num_frames_per_block, -1, -1).shape
+    again = second.step(replace(passed, moved=None), second.open(session))
+    taken = second.step(passed, second.open(session))
+    for ours, theirs in ((taken.latent, again.latent), (taken.moved, again.moved)):
+        torch.testing.assert_close(ours, theirs)
+    other = second.step(replace(passed, moved=0 * passed.moved), second.open(session))
+    assert taken.latent is not None
+    assert not torch.allclose(taken.latent, other.latent)
+    assert last.step(passed, last.open(session)).moved is None
+    with pytest.raises(ValueError, match="moved must have shape"):
+        second.step(replace(passed, moved=passed.moved[:, :, 1:]), second.open(session))
+
+
 @pytest.mark.parametrize(
     "change",
     [{"output": "velocity"}, {"pose": "zeros"}, {"face_motion": False}, {"mover": replace(CODEC, channels=8)}],

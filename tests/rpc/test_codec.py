@@ -188,6 +188,14 @@ def test_inputs_of_a_listening_network_arrive() -> None:
     assert (plain.heard, plain.face_motion) == (None, None)
 
 
+def test_a_moved_reference_arrives_with_the_latent() -> None:
+    block = Block(1, randn(5, 8, 12), randn(4, 3, 3, 2), moved=randn(4, 3, 3, 2).bfloat16())
+    for message in (block_to_wire(block), latent_to_wire(block)):
+        arrived = block_from_wire(arrived_as(message), None)
+        assert_same(arrived.latent, block.latent)
+        assert_same(arrived.moved, block.moved)
+
+
 def test_a_block_that_is_not_admitted_names_no_conditions() -> None:
     message = arrived_as(block_to_wire(Block(1, randn(5, 8, 12))))
     assert message.head.conditions == 0

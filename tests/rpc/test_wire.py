@@ -62,6 +62,13 @@ def test_inputs_leave_the_head_and_those_that_are_not_given_are_not_sent() -> No
     assert not arrived.HasField("face_motion")
 
 
+def test_a_moved_reference_is_passed_on_with_the_latent() -> None:
+    sent = RelayedBlock.from_bytes(Block(index=1, features=tensor(9, 1)).SerializeToString())
+    answer = RelayedBlock.from_bytes(Block(index=1, latent=tensor(9, 2), moved=tensor(9, 3)).SerializeToString())
+    request = Block.FromString(b"".join(sent.with_latent(answer.latent).parts()))
+    assert (request.features, request.latent, request.moved) == (tensor(9, 1), tensor(9, 2), tensor(9, 3))
+
+
 def test_a_block_that_was_sent_does_not_change_afterwards() -> None:
     first = RelayedBlock.from_bytes(Block(index=1, features=tensor(9, 1)).SerializeToString())
     second = first.with_latent(serialize_field(LATENT, tensor(9, 2)))

@@ -111,13 +111,13 @@ class SimulatedDenoiser(Denoiser):
         given = block.features if block.latent is None else block.latent[0]
         return max(given.max().item(), self._ended_s.get(state, 0.0))
 
-    def _denoise(self, block: Block, prefilled: Prefilled, state: DenoiserState) -> Tensor:
+    def _denoise(self, block: Block, prefilled: Prefilled, state: DenoiserState) -> tuple[Tensor, None]:
         ready_s = max(self._ready_s(block, state), prefilled.text[0][0].item())
         self._ended_s[state] = end_s = self._simulated.run(ready_s, STEP_S)
         before = 0.0 if block.latent is None else block.latent[1].max().item()
         latent = torch.full((2, 1, SIDE, SIDE), end_s)
         latent[1] = max(before, self._simulated.num_prefills)
-        return latent
+        return latent, None
 
 
 def servicer(levels: list[int], store: SessionStore, queue: DeviceQueue) -> DenoiserServicer:
