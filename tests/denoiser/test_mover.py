@@ -113,6 +113,7 @@ def test_later_levels_take_the_reference_that_the_first_moved(
         torch.testing.assert_close(ours, theirs)
     other = second.step(replace(passed, moved=0 * passed.moved), second.open(session))
     assert taken.latent is not None
+    assert other.latent is not None
     assert not torch.allclose(taken.latent, other.latent)
     assert last.step(passed, last.open(session)).moved is None
     with pytest.raises(ValueError, match="moved must have shape"):
