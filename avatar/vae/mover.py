@@ -13,6 +13,7 @@ H W of pictures.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from einops import rearrange, repeat
@@ -29,6 +30,12 @@ NUM_VALUES = len(FACE_MOTION) + 2
 WIDTH = 128
 # Sides, in pixels, of the squares that have a flow and a paint of their own, and of those that features see.
 FLOW_PIXELS, FEATURE_PIXELS = 4, 16
+
+
+@lru_cache(maxsize=16)
+def value_scales(device: torch.device) -> Tensor:
+    """Return VALUE_SCALES (m,) on a device, where they stay."""
+    return torch.tensor(VALUE_SCALES, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +98,7 @@ class Mover(nn.Module):
     def show(self, texture: Texture, values: Tensor) -> Tensor:
         """Return the frames (b, 3, f, H, W) with these values (b, m, f), of the size of the texture's picture."""
         num_frames = values.shape[2]
-        scales = torch.tensor(VALUE_SCALES, device=values.device)
-        rows = rearrange(values, "b m f -> (b f) m") / scales
+        rows = rearrange(values, "b m f -> (b f) m") / value_scales(values.device)
         factors = rearrange(self.values(rows.to(texture.features.dtype)), "n (six d) -> six n d 1 1", six=6)
         x = functional.gelu(
             repeat(texture.features, "b d h w -> (b f) d h w", f=num_frames) * (1 + factors[0]) + factors[1]
@@ -103,7 +109,7 @@ class Mover(nn.Module):
         size = texture.picture.shape[-2:]
         fields = functional.interpolate(fields, size=size, mode="bilinear", align_corners=False)
         # Flow is in units of FEATURE_PIXELS; a picture is 2 wide and 2 high.
-        flow = rearrange(fields[:, :2], "n two h w -> n h w two") * (2 / torch.tensor(x.shape[:-3:-1], device=x.device))
+        flow = torch.stack([fields[:, axis] * (2 / x.shape[-1 - axis]) for axis in range(2)], dim=-1)
         still = functional.affine_grid(torch.eye(2, 3, device=x.device)[None], [1, 1, *size], align_corners=False)
         pictures = repeat(texture.picture.float(), "b c h w -> (b f) c h w", f=num_frames)
         moved = functional.grid_sample(pictures, still + flow, padding_mode="border", align_corners=False)
