@@ -113,6 +113,16 @@ def test_a_step_with_every_input_copies_at_most_three_times_and_never_waits(leve
     assert not operators_of_step(network, level, (16, 16), is_ahead=True, pose=pose).copies
 
 
+def test_a_mover_copies_nothing_and_never_waits() -> None:
+    short = {"num_layers": 2, "audio_inject_layers": (0,), "heard_inject_layers": (1,)}
+    still, moving = (replace(tiny_256(), mover=mover, **short) for mover in (None, tiny_256().mover))  # type: ignore[arg-type]
+    operators_of_step(on_meta(moving), 0, (16, 16))  # the first puts constants on the device
+    before, after = (operators_of_step(on_meta(config), 0, (16, 16)) for config in (still, moving))
+    assert after.num_casts > before.num_casts
+    assert len(after.copies) == len(before.copies)
+    assert not after.syncs
+
+
 @pytest.mark.parametrize("wait", ["item", "cpu", "tolist", "nonzero", "__bool__"])
 def test_a_sync_is_counted(wait: str) -> None:
     x = torch.empty((), device=META)
