@@ -50,7 +50,7 @@ class MoverRecipe:
     few frames of each. lips_gain: extra loss weight at the centre of lips and eyes.
     """
 
-    steps: int = 4000
+    steps: int = 2800
     muon_lr: float = 6e-3
     lr: float = 2e-3
     warmup: int = 50
@@ -73,6 +73,9 @@ class Frames:
     references: Tensor
     values: Tensor
     weights: Tensor
+
+    def to(self, device: torch.device) -> "Frames":
+        return Frames(**{name: each.to(device) for name, each in vars(self).items()})
 
 
 def read_frames(clip: StoredClip, indexes: Sequence[int], lips_gain: float = 0.0) -> Frames:
@@ -148,14 +151,15 @@ class MoverPretraining:
             clip = clips[int(rng.integers(len(clips)))]
             drawn.append((clip, rng.choice(clip.num_frames, recipe.num_frames, replace=False).tolist()))
         each = [read_frames(clip, indexes, recipe.lips_gain) for clip, indexes in drawn[share.rank :: share.world]]
-        return Frames(**{name: torch.cat([vars(one)[name] for one in each]) for name in vars(each[0])})
+        whole = Frames(**{name: torch.cat([vars(one)[name] for one in each]) for name in vars(each[0])})
+        return whole.to(self.strategy.device)
 
     @torch.no_grad()
     def validate(self, held_out: Sequence[StoredClip]) -> dict[str, float]:
         """Return the PSNR (dB) of frames of held-out clips that the EMA shows, and of the still reference."""
         moved, still = [], []
         for clip in held_out:
-            frames = read_frames(clip, range(0, clip.num_frames, VALIDATION_STRIDE))
+            frames = read_frames(clip, range(0, clip.num_frames, VALIDATION_STRIDE)).to(self.strategy.device)
             shown = self.ema(show, self.ema.network, frames)
             moved.append(((shown - frames.pictures) ** 2).mean())
             small = functional.avg_pool2d(frames.references, SHRINK)[:, :, None]
@@ -170,8 +174,9 @@ class MoverPretraining:
         """Return rows of frames (n, 3, h, w): held-out clips, and below each the reference as the EMA moves it."""
         rows = []
         for clip in held_out[:NUM_PREVIEW_CLIPS]:
-            frames = read_frames(clip, range(0, clip.num_frames, VALIDATION_STRIDE // 2))
-            rows += [each[0].transpose(0, 1) for each in (frames.pictures, self.ema(show, self.ema.network, frames))]
+            frames = read_frames(clip, range(0, clip.num_frames, VALIDATION_STRIDE // 2)).to(self.strategy.device)
+            pair = frames.pictures, self.ema(show, self.ema.network, frames)
+            rows += [each[0].transpose(0, 1).cpu() for each in pair]
         return rows
 
 
@@ -184,12 +189,12 @@ def show(network: Network, frames: Frames) -> Tensor:
 
 def picture_loss(shown: Tensor, frames: Frames) -> Tensor:
     """Return the sum of weighted absolute errors at several scales, so that what is far off has a gradient, too."""
-    total = torch.zeros(())
+    losses = []
     for power in range(NUM_SCALES):
         window = (1, 2**power, 2**power)
         small = [functional.avg_pool3d(each, window) for each in (shown, frames.pictures, frames.weights)]
-        total = total + ((small[0] - small[1]).abs() * small[2]).mean()
-    return total
+        losses.append(((small[0] - small[1]).abs() * small[2]).mean())
+    return torch.stack(losses).sum()
 
 
 def make_network(start: Path, codec: LightCodec) -> Network:
