@@ -40,7 +40,7 @@ from tests.refusals import refused
 LIVE = pb.OpenAvatar.MODE_LIVE
 # Options of a channel that buffers little before its client reads.
 SMALL = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
-TIMEOUTS = {"resume_s": 2.0, "max_unread_s": 0.5}
+TIMEOUTS = {"resume_s": 2.0, "max_unread_s": 1.0}
 
 
 @pytest.fixture
