@@ -169,7 +169,7 @@ class LightCodec(nn.Module):
     def encode_steps(self, frames: Tensor) -> Tensor:
         """Return the latents (b, c, t, h, w) of frames (b, 3, 4 t, H, W) that do not begin with a still one."""
         patches = rearrange(
-            frames.to(self.mean),
+            frames.to(self.encoder.linear.weight),
             f"b c (t p) (h y) (w x) -> b t h w {PATCH_AXES}",
             **patch_sizes(self.config.scale),
         )
@@ -186,6 +186,6 @@ class LightCodec(nn.Module):
     def decode(self, latents: Tensor, state: Tails) -> Tensor:
         # The stream's first latent stands for one frame; its patch repeats it four times, and the last is kept.
         hidden = FRAMES_PER_LATENT - 1 if state.is_fresh else 0
-        raw = latents.to(self.mean) * self.config.latent_scale + self.mean
+        raw = (latents.to(self.mean) * self.config.latent_scale + self.mean).to(self.decoder.linear.weight)
         frames: Tensor = self.decoder(rearrange(raw, "b c t h w -> b t h w c").contiguous(), state)
         return frames[:, :, hidden:]
