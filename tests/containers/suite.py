@@ -30,7 +30,7 @@ def check_suite(made: Engine) -> None:
         with step("a film from outside") as notes:
             notes.append(make_film(made))
         with step("one of two replicas of a level killed under sessions") as notes:
-            compose(made, "up", "--detach", "--no-build", "--wait", "--scale", "denoiser-2=2")
+            compose(made, "up", "--detach", "--no-build", "--wait", "--scale", "denoiser-1=2")
             notes.append(check_kill(made))
         with step("one worker again, under sessions") as notes:
             notes.append(check_restart(made))
@@ -98,7 +98,7 @@ def outcome(process: subprocess.Popen[str]) -> str:
 
 def check_kill(made: Engine) -> str:
     """Kill a replica of a level that has sessions, which continue at the other one."""
-    (gateway,), replicas = made.running("gateway"), made.running("denoiser-2")
+    (gateway,), replicas = made.running("gateway"), made.running("denoiser-1")
     assert len(replicas) == 2, replicas
     before = metric(made, gateway, "avatar_stream_rebuilt_total")
     with streaming() as sessions:

@@ -23,6 +23,8 @@ ALL: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: service for name, service in ALL.items() if "build" in service}
 DEVICES = {"gpu-1": 1, "gpu-2": 2, "gpu-4": 4, "gpu-5": 5}
 RUNNING = ["cpu", *DEVICES]
+# Levels by profile: the embedded default's, and the public 14B network's.
+LEVELS = {"cpu": 2, **dict.fromkeys(DEVICES, 4)}
 
 
 def of(profile: str) -> dict[str, dict[str, Any]]:
@@ -80,7 +82,7 @@ def test_the_gateway_finds_every_stage(profile: str) -> None:
     assert "vae" in served_by(found[environment["AVATAR_VAE"].removesuffix(":7000")])
     denoisers = [found[address.removesuffix(":7000")] for address in environment["AVATAR_DENOISERS"].split(",")]
     levels = [level for denoiser in denoisers for level in sorted(levels_of(denoiser))]
-    assert levels == [0, 1, 2, 3], "each once, and no address has none"
+    assert levels == list(range(LEVELS[profile])), "each once, and no address has none"
 
 
 @pytest.mark.parametrize("variable", [f"AVATAR_{name}" for name in ("SIZES", "COMPILE", "FLOAT8", "KV_DTYPE")])
@@ -228,22 +230,31 @@ def test_compose_accepts_every_profile(profiles: str) -> None:
 
 def test_the_runbook_names_the_service_of_each_stage_in_every_profile() -> None:
     table = RUNBOOK.split("<!-- services: ")[1].partition("<!-- end -->")[0]
-    profiles, *rows = [re.findall(r"`([^`]+)`", line) for line in table.splitlines() if line.startswith("| `")]
-    assert profiles == RUNNING
-    expected = []
-    for name in ("gateway", "audio", *(f"denoiser-{level}" for level in range(4)), "vae"):
-        service, _, level = name.partition("-")
-        of_stage = {profile: [each for each in of(profile) if serves(each, service, level)] for profile in RUNNING}
-        expected.append([each for (each,) in of_stage.values()])
+    heading, _, *rows = [line[2:-2].split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    stages: dict[str, tuple[str, int | None]] = {"gateway": ("gateway", None), "audio": ("audio", None)}
+    stages |= {f"level {level}": ("denoiser", level) for level in range(max(LEVELS.values()))}
+    stages |= {"decoder": ("vae", None)}
+    expected = [[stage, *(named(profile, *which) for profile in RUNNING)] for stage, which in stages.items()]
+    assert heading == ["stage", *(f"`{profile}`" for profile in RUNNING)]
     assert rows == expected
 
 
-def serves(name: str, service: str, level: str) -> bool:
+def named(profile: str, service: str, level: int | None) -> str:
+    """Return the table's cell for the container of a profile that runs a service, and the level if one is given."""
+    found = [each for each in of(profile) if serves(each, service, level)]
+    if level is not None and level >= LEVELS[profile]:
+        assert found == []
+        return "none"
+    (name,) = found
+    return f"`{name}`"
+
+
+def serves(name: str, service: str, level: int | None) -> bool:
     """Return whether a container runs a service, and the level if one is given."""
     container = OURS.get(name)
     if container is None or service not in served_by(container):
         return False
-    return not level or int(level) in levels_of(container)
+    return level is None or level in levels_of(container)
 
 
 def test_compose_commands_of_the_runbook_find_the_services() -> None:
@@ -260,5 +271,6 @@ def test_compose_commands_of_the_runbook_find_the_services() -> None:
     named = {
         match[1] for each in commands if (match := re.match(r"docker compose (?:exec|restart|config) (\S+)", each))
     }
-    assert named >= {"redis", "gateway", "vae"}
+    named |= set(re.findall(r"(?:--scale |avatar\.rpc\.health )([a-z][\w-]*)[=:]", RUNBOOK))
+    assert named >= {"redis", "gateway", "vae", "denoiser-1"}
     assert named <= services

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from docs.tables import PAGES, instruments
-from tests.deploy.test_compose import ALL, names
+from tests.deploy.test_compose import ALL, RUNNING, names, of
 from tests.services.test_tracing import LABELS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -108,8 +108,12 @@ def test_panels_have_positions_and_descriptions() -> None:
 def test_prometheus_scrapes_every_process_of_compose() -> None:
     (scrape,) = SCRAPES
     (found,) = scrape["dns_sd_configs"]
-    served = {name for profile in ("cpu", "text", "voice") for name, _ in names(profile)}
-    assert set(found["names"]) == served | {"denoiser"}, "and those of chains, in Kubernetes"
+    served = set()
+    for profile in (*RUNNING, "text", "voice"):
+        for service in (each for each in of(profile).values() if "build" in each):
+            (name,) = (each for each, owner in names(profile) if owner is service and each in found["names"])
+            served.add(name)
+    assert sorted(found["names"]) == sorted(served | {"denoiser"}), "and those of chains, in Kubernetes"
     for service in (each for each in ALL.values() if "build" in each):
         assert service["environment"]["OTEL_METRICS_EXPORTER"] == "prometheus"
         assert service["environment"]["OTEL_EXPORTER_PROMETHEUS_HOST"] == "0.0.0.0"
