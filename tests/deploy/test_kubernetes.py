@@ -13,13 +13,13 @@ import yaml
 
 from avatar.settings import GatewaySettings, load
 from docs.tables import SERVICES
-from tests.deploy.test_compose import COMPOSE, given, of
+from tests.deploy.test_compose import COMPOSE, LEVELS, given, of
 from tests.deploy.test_images import DOCKERFILE
 
 OVERLAYS = Path(__file__).parents[2] / "deploy/kubernetes/overlays"
 BIN = Path(sys.executable).parent
-LEVELS = [f"denoiser-{level}" for level in range(4)]
-STAGES = {"gateway", "audio", *LEVELS, "vae"}
+# Of the overlay cpu; the others have processes with a device.
+STAGES = {"gateway", "audio", *(f"denoiser-{level}" for level in range(LEVELS["cpu"])), "vae"}
 # Processes with a device by overlay, and the levels of each; the last one has decoder and audio.
 DEVICES = {
     "gpu-1": {"vae": "all"},
