@@ -9,7 +9,7 @@ import yaml
 
 from deploy import deletion_cost
 from docs.tables import PAGES
-from tests.deploy.test_compose import COMPOSE
+from tests.deploy.test_compose import COMPOSE, gateway_of, given, of
 from tests.deploy.test_kubernetes import (
     GUIDE,
     OVERLAYS,
@@ -150,6 +150,16 @@ def test_the_guides_entrance_leads_to_the_gateway(tmp_path: Path) -> None:
     (port,) = service["spec"]["ports"]
     (rule,) = objects("cpu", "NetworkPolicy")["gateway"]["spec"]["ingress"]
     assert rule == {"ports": [{"port": port["targetPort"]}]}
+
+
+def test_the_guides_examples_name_what_is_there() -> None:
+    (composed,) = re.findall(r"--profile cpu up --scale ([\w-]+)=", GUIDE)
+    (deployed,) = re.findall(r"scale deployment ([\w-]+) --replicas", GUIDE)
+    assert (composed in of("cpu"), deployed in stages("cpu")) == (True, True)
+    (second,) = re.findall(r"((?:AVATAR_\w+=\S+[\s\\]+)+)python -m services\.gateway\n", GUIDE)
+    own = {"AVATAR_LISTEN": "0.0.0.0:7100"}
+    first = {key: value for key, value in given(gateway_of("cpu")).items() if key.startswith("AVATAR_")}
+    assert dict(re.findall(r"(\w+)=(\S+)", second)).items() <= (first | own).items()
 
 
 def test_the_runbook_names_what_is_there() -> None:
