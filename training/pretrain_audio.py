@@ -111,9 +111,15 @@ def curve_loss(head: nn.Linear, tokens: AudioTokens, curves: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def set_head(layer: nn.Linear, head: nn.Linear, truth: str, clips: Sequence[StoredClip]) -> None:
-    """Set a linear map to the last outputs of a head, which are multiples of a curve's deviation."""
-    deviation = float(np.mean([clip.array(truth).std() for clip in clips if clip.has(truth)]))
+def set_head(layer: nn.Linear, head: nn.Linear, lesson: Lesson, clips: Sequence[StoredClip]) -> None:
+    """Set a linear map to a head's outputs for the lesson's last curve, which are multiples of its deviation.
+
+    The deviation is that of all clips together, as in the loss: the mean of each clip's is smaller, since in many of
+    them a mouth stays shut.
+    """
+    truth = lesson.truth[-1]
+    known = [clip for clip in clips if clip.has(lesson.features) and clip.has(truth)]
+    deviation = float(np.concatenate([clip.array(truth) for clip in known]).std())
     layer.weight.copy_(deviation * head.weight[-layer.out_features :])
     layer.bias.copy_(deviation * head.bias[-layer.out_features :])
 
@@ -131,13 +137,13 @@ def pretrain(
     losses = {}
     losses["jaw"], head = train_encoder(encoder, network.config, clips, steps, seed)
     if network.config.mover:
-        set_head(network.mouth, head, "jaw", clips)
+        set_head(network.mouth, head, SPEAKING, clips)
     if "heard" in network.config.inputs:
         network.heard_audio_encoder.load_state_dict(encoder.state_dict())
         heard = network.heard_audio_encoder
         losses["nods and brows"], head = train_encoder(heard, network.config, clips, steps, seed + 1, LISTENING)
         if network.config.mover:
-            set_head(network.brows, head, "brow", clips)
+            set_head(network.brows, head, LISTENING, clips)
     return {name: 1 - sum(each[-20:]) / len(each[-20:]) for name, each in losses.items()}
 
 

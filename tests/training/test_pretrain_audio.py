@@ -14,7 +14,7 @@ from avatar.types import Block, Conditions, Session
 from tests.training.small import network_of, small
 from training.data import Clip, StoredClip, read_clips, write_shard
 from training.initialise import copy_weights, initialise
-from training.pretrain_audio import centre_features, pretrain, train_encoder
+from training.pretrain_audio import SPEAKING, centre_features, pretrain, set_head, train_encoder
 
 
 def talking_clip(number: int) -> Clip:
@@ -92,6 +92,18 @@ def test_the_listening_encoder_goes_on_from_the_speaking_one_to_nods(
         read = network.mouth(network.encode_audio(features[None, None]).flat).flatten()
     assert torch.corrcoef(torch.stack([read, jaw]))[0, 1] > 0.7
     assert 0.5 < read.std() / jaw.std() < 1.3
+
+
+def test_a_silent_clip_does_not_shrink_the_mouths_movement(tmp_path: Path) -> None:
+    silent = talking_clip(1)
+    silent.arrays["jaw"] = np.zeros_like(silent.arrays["jaw"])
+    write_shard(tmp_path / "train" / "000000.tar", [talking_clip(0), silent])
+    clips = read_clips(tmp_path, "train")
+    head, layer = torch.nn.Linear(3, 8), torch.nn.Linear(3, 4)
+    set_head(layer, head, SPEAKING, clips)
+    deviation = float(np.concatenate([clip.array("jaw") for clip in clips]).std())
+    torch.testing.assert_close(layer.weight, deviation * head.weight[-4:])
+    torch.testing.assert_close(layer.bias, deviation * head.bias[-4:])
 
 
 def test_weights_of_another_network_are_copied_where_they_fit(network: Network, tmp_path: Path) -> None:
