@@ -27,7 +27,7 @@ from avatar.vae import vae
 from avatar.vae.light import LightCodec
 from training.batches import face_motion_of
 from training.checkpointing import Progress
-from training.codec.crops import eyes_of, lips_weight
+from training.codec.crops import eyes_of, lips_weight, recolour
 from training.data import StoredClip
 from training.initialise import copy_weights, initialise
 from training.loop import argument_parser, cosine_schedule, overrides, run_program, update_ema
@@ -37,6 +37,8 @@ from training.strategy import SINGLE, Strategy, join
 
 # Pictures are compared at half their sides, and at halves of these: what is coarse shows large shifts, too.
 SHRINK, NUM_SCALES = 2, 4
+# Signs of the mover's values in a mirrored picture: yaw, roll and gaze to the right change theirs.
+MIRRORED = (1, 1, -1, -1, -1, 1, 1, 1)
 # Frames of each held-out clip that are measured, and shown in a preview of the first clips.
 VALIDATION_STRIDE, NUM_PREVIEW_CLIPS = 24, 4
 
@@ -89,6 +91,22 @@ def read_frames(clip: StoredClip, indexes: Sequence[int], lips_gain: float = 0.0
     small = functional.avg_pool3d(to_signed(pictures), (1, SHRINK, SHRINK))
     reference = to_signed(np.array(clip.array("reference"))[None])[:, 0]
     return Frames(small[None], reference[None], values[None], weights[None])
+
+
+def augment(frames: Frames, rng: np.random.Generator) -> Frames:
+    """Recolour the frames of one clip, and mirror half of all clips."""
+    seed = int(rng.integers(1 << 32))
+    pictures, references = (
+        recolour(each, np.random.default_rng(seed)) for each in (frames.pictures[0], frames.references.transpose(0, 1))
+    )
+    frames = replace(frames, pictures=pictures[None], references=references.transpose(0, 1))
+    return mirror(frames) if rng.random() < 0.5 else frames
+
+
+def mirror(frames: Frames) -> Frames:
+    """Mirror frames, with their values."""
+    flipped = {name: getattr(frames, name).flip(-1) for name in ("pictures", "references", "weights")}
+    return Frames(**flipped, values=frames.values * frames.values.new_tensor(MIRRORED)[:, None])
 
 
 def to_signed(pictures: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
@@ -149,8 +167,11 @@ class MoverPretraining:
         drawn = []
         for _ in range(recipe.num_clips):
             clip = clips[int(rng.integers(len(clips)))]
-            drawn.append((clip, rng.choice(clip.num_frames, recipe.num_frames, replace=False).tolist()))
-        each = [read_frames(clip, indexes, recipe.lips_gain) for clip, indexes in drawn[share.rank :: share.world]]
+            drawn.append(
+                (clip, rng.choice(clip.num_frames, recipe.num_frames, replace=False).tolist(), rng.spawn(1)[0])
+            )
+        mine = drawn[share.rank :: share.world]
+        each = [augment(read_frames(clip, indexes, recipe.lips_gain), own) for clip, indexes, own in mine]
         whole = Frames(**{name: torch.cat([vars(one)[name] for one in each]) for name in vars(each[0])})
         return whole.to(self.strategy.device)
 

@@ -9,13 +9,22 @@ import torch
 
 from avatar.checkpoints.files import save
 from avatar.denoiser.model import Network
+from avatar.types import FACE_MOTION
 from avatar.vae.light import LightCodec
 from tests.training.conftest import synthetic_clip
 from tests.training.small import CODEC, small
 from training.data import Clip, StoredClip, read_clips, write_shard
 from training.initialise import initialise
 from training.lora import make_trainable
-from training.pretrain_mover import MoverPretraining, MoverRecipe, make_network, read_frames
+from training.pretrain_mover import (
+    MIRRORED,
+    MoverPretraining,
+    MoverRecipe,
+    augment,
+    make_network,
+    mirror,
+    read_frames,
+)
 
 RECIPE = MoverRecipe(steps=60, warmup=1, ema_decay=0.8, num_clips=4, num_frames=2)
 
@@ -98,6 +107,27 @@ def test_frames_have_the_values_of_their_moments(moving: list[StoredClip]) -> No
     assert frames.references.shape == (1, 3, 64, 64)
     torch.testing.assert_close(frames.values[0, 1], torch.from_numpy(np.array(clip.array("pose")[[3, 17], 0])))
     torch.testing.assert_close(frames.values[0, -2], torch.from_numpy(np.array(clip.array("jaw")[[3, 17]])))
+
+
+def test_a_mirrored_head_turns_to_the_other_side(moving: list[StoredClip]) -> None:
+    frames = read_frames(moving[1], [3, 17], lips_gain=5.0)
+    other = mirror(frames)
+    for name in ("pictures", "references", "weights"):
+        assert torch.equal(getattr(other, name).flip(-1), getattr(frames, name))
+    turned = {name for name, sign in zip((*FACE_MOTION, "jaw", "brow"), MIRRORED, strict=True) if sign < 0}
+    assert turned == {"yaw", "roll", "gaze_right"}
+    assert torch.equal(other.values[:, 1], frames.values[:, 1])
+    assert torch.equal(mirror(other).values, frames.values)
+
+
+def test_a_clip_is_recoloured_with_its_reference(moving: list[StoredClip]) -> None:
+    frames = read_frames(moving[1], [3, 17])
+    seen = [augment(frames, np.random.default_rng(seed)) for seed in range(16)]
+    for each in seen:
+        # The disc and the ground are the same two colours in pictures and in the reference.
+        assert each.pictures.amax((0, 2, 3, 4)) == pytest.approx(each.references.amax((0, 2, 3)))
+        assert each.pictures.amin((0, 2, 3, 4)) == pytest.approx(each.references.amin((0, 2, 3)))
+        assert not torch.equal(each.references, frames.references)
 
 
 def test_a_network_without_a_mover_is_refused() -> None:
