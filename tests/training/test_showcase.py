@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from training import showcase
-from training.showcase import COLUMNS, ROWS, STRIDE, enlarge, make_strip, write_preview
+from training.data import AUDIO_RATE_HZ
+from training.showcase import COLUMNS, ROWS, STRIDE, cut_into_turns, make_strip, shrink, write_preview
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -17,11 +18,22 @@ def test_a_strip_continues_in_its_second_row() -> None:
     assert (strip[0, 6, 0], strip[4, 0, 0]) == (STRIDE, STRIDE * COLUMNS)
 
 
-@pytest.mark.parametrize(("side", "shown"), [(64, 256), (100, 200), (128, 256), (256, 256), (400, 400)])
-def test_small_frames_are_enlarged_and_keep_their_brightness(side: int, shown: int) -> None:
-    enlarged = enlarge(np.full((2, side, side, 3), 77, np.uint8))
-    assert enlarged.shape == (2, shown, shown, 3)
-    assert (enlarged == 77).all()
+@pytest.mark.parametrize(("side", "shown"), [(64, 64), (100, 100), (256, 100)])
+def test_large_frames_shrink_and_keep_their_brightness(side: int, shown: int) -> None:
+    small = shrink(np.full((2, side, 2 * side, 3), 77, np.uint8), 100)
+    assert small.shape == (2, shown, 2 * shown, 3)
+    assert (small == 77).all()
+
+
+def test_turns_begin_in_pauses() -> None:
+    samples = np.random.default_rng(0).normal(0, 0.1, 6 * AUDIO_RATE_HZ).astype(np.float32)
+    for pause_s in (1.5, 4.0):
+        samples[round((pause_s - 0.2) * AUDIO_RATE_HZ) : round((pause_s + 0.2) * AUDIO_RATE_HZ)] = 0
+    turns = cut_into_turns(samples, 3)
+    assert [turn.start / AUDIO_RATE_HZ for turn in turns] == pytest.approx([0, 1.5, 4.0], abs=0.15)
+    assert [turn.stop for turn in turns] == [*(turn.start for turn in turns[1:]), len(samples)]
+    with pytest.raises(ValueError, match=r"6.0 s of speech are too short for 6 turns"):
+        cut_into_turns(samples, 6)
 
 
 def test_a_preview_plays_for_ever_and_says_what_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
