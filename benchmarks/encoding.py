@@ -12,7 +12,7 @@ from benchmarks.row import Row, row
 from benchmarks.standin.content import PUBLIC
 
 NUM_BLOCKS, FRAME_RATE_HZ = 15, 25
-SIDE = 128
+SIDE = 256
 PORTRAIT = Path(__file__).parents[1] / "assets" / "portrait.png"
 
 

@@ -39,7 +39,7 @@ class Sizes:
         return asdict(self)
 
 
-# The embedded default at 128x128, and the public 14B network at 720x400; frames are JPEG.
+# A small network at 128x128, and the public 14B network at 720x400; frames are JPEG.
 SIZES = {"tiny": Sizes(27_648, 12_288, 3_100), "14B": Sizes(614_400, 432_000, 45_000)}
 
 

@@ -1,26 +1,24 @@
 """Reaction of a live stream and the gateway's promise: a click from a microphone, and a sentence that is sent at once.
 
-Over stand-in stages of 20 ms, each a process, and over the embedded default, all services in one process. Its network
-is trained for blocks of 480 ms, and costs with blocks of 160 ms what one costs that is trained for them. Values are
+Over stand-in stages of 20 ms, each a process, and over the embedded default, all services in one process. Values are
 wall time from the sending of the piece that carries the sound to the arrival of the first frame of speech.
 """
 
 import asyncio
-import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import grpc.aio
 
+from avatar.checkpoints.layouts import open_part
+from avatar.denoiser.config import NetworkConfig
 from avatar.v1 import avatar_service_pb2 as pb
 from avatar.v1 import avatar_service_pb2_grpc as pb_grpc
 from benchmarks.live import LiveClient, all_services
 from benchmarks.pipeline.metrics import percentile
 from benchmarks.pipeline.suite import standin_suite
 from benchmarks.row import Row, row
-from benchmarks.standin.content import PUBLIC, SHORT, Content
+from benchmarks.standin.content import PUBLIC, SHORT
 
 STEP_S = 0.02
 # The embedded default's, and about that of every encoder of speech.
@@ -40,7 +38,7 @@ def standin_rows() -> list[Row]:
 
 
 def default_rows(checkpoint: Path) -> list[Row]:
-    """Measure reactions of the embedded default, for blocks of 160 and 480 ms. checkpoint: its folder."""
+    """Measure reactions of the embedded default. checkpoint: its folder."""
     return asyncio.run(_default(checkpoint))
 
 
@@ -52,19 +50,16 @@ async def _standins() -> list[Row]:
             grpc.aio.insecure_channel(suite.gateway) as channel,
         ):
             targets_s = TARGETS_S if content is SHORT else None
-            name = f"stages of {STEP_S * 1e3:g} ms, {_words(content)}"
+            name = f"stages of {STEP_S * 1e3:g} ms, {_words(content.block_s, content.num_levels)}"
             found += reaction_rows(name, *await _reactions(pb_grpc.AvatarServiceStub(channel)), targets_s)
     return found
 
 
 async def _default(checkpoint: Path) -> list[Row]:
-    found: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
-        short = with_short_blocks(checkpoint, Path(folder) / "checkpoint")
-        for content, given in ((SHORT, short), (PUBLIC, checkpoint)):
-            async with all_services(given, AVATAR_SCHEDULE=str(content.num_levels)) as stub:
-                found += reaction_rows(f"embedded default, {_words(content)}", *await _reactions(stub))
-    return found
+    config = NetworkConfig.from_dict(open_part(checkpoint, "denoiser").config)
+    async with all_services(checkpoint) as stub:
+        name = f"embedded default, {_words(config.block_s, config.num_levels)}"
+        return reaction_rows(name, *await _reactions(stub))
 
 
 async def _reactions(
@@ -113,16 +108,5 @@ def reaction_rows(
     return found
 
 
-def _words(content: Content) -> str:
-    return f"blocks of {content.block_s * 1e3:.0f} ms, {content.num_levels} levels"
-
-
-def with_short_blocks(checkpoint: Path, folder: Path) -> Path:
-    """Write a copy of a checkpoint with blocks of one latent frame, and a window of as many latent frames as before."""
-    shutil.copytree(checkpoint, folder)
-    path = folder / "denoiser/config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if "window_blocks" in config:
-        config["window_latents"] = config.pop("window_blocks") * config["num_frames_per_block"]
-    path.write_text(json.dumps({**config, "num_frames_per_block": SHORT.block_latents}), encoding="utf-8")
-    return folder
+def _words(block_s: float, num_levels: int) -> str:
+    return f"blocks of {block_s * 1e3:.0f} ms, {num_levels} levels"

@@ -1,17 +1,10 @@
-"""Tests of benchmarks.pipeline.reaction: rows beside the promise, and the checkpoint with short blocks."""
-
-import json
-from pathlib import Path
+"""Tests of benchmarks.pipeline.reaction: rows beside the promise."""
 
 import pytest
 
-from avatar.checkpoints.layouts import open_part
-from avatar.denoiser.config import NetworkConfig
 from avatar.v1.avatar_service_pb2 import GetCapabilitiesResponse
-from benchmarks.pipeline.reaction import MARGIN_S, reaction_rows, with_short_blocks
+from benchmarks.pipeline.reaction import MARGIN_S, reaction_rows
 from benchmarks.voice import ENDPOINT, voice_rows
-
-TINY = Path(__file__).parents[2] / "models/tiny"
 
 
 def test_a_reaction_is_compared_with_the_promise_or_a_target() -> None:
@@ -38,11 +31,3 @@ def test_text_has_a_target_where_the_engine_takes_no_time() -> None:
     assert [each.met for each in rows] == [True, True, False, False]
     assert [each.bound for each in rows] == [None, None, 0.1, 0.1]
     assert {each.met for each in voice_rows("flite", 0.1, [0.01], [0.2])} == {None}
-
-
-def test_short_blocks_keep_the_window(tmp_path: Path) -> None:
-    before = NetworkConfig.from_dict(open_part(TINY, "denoiser").config)
-    after = NetworkConfig.from_dict(open_part(with_short_blocks(TINY, tmp_path / "short"), "denoiser").config)
-    assert (before.num_frames_per_block, after.num_frames_per_block) == (3, 1)
-    assert before.window_latents == after.window_latents
-    assert json.loads((TINY / "denoiser/config.json").read_text())["num_frames_per_block"] == 3
