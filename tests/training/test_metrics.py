@@ -13,6 +13,7 @@ from training.eval.metrics import (
     ratio_metric,
     ratio_to_chance,
     sharpness,
+    speaks,
     stillness_db,
 )
 
@@ -35,6 +36,11 @@ def test_a_still_curve_correlates_with_nothing() -> None:
 def test_a_late_mouth_has_a_positive_lag(lag: int) -> None:
     truths = [curve(seed=seed) for seed in range(3)]
     assert best_lag([(np.roll(truth, lag), truth) for truth in truths]) == lag
+
+
+def test_a_jaw_that_hardly_moves_does_not_speak() -> None:
+    assert speaks(0.3 * curve())
+    assert not speaks(0.01 * curve())
 
 
 def test_a_mouth_without_correlation_has_no_lag() -> None:

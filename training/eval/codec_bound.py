@@ -12,7 +12,16 @@ from avatar.types import FRAMES_PER_LATENT
 from training.codec.crops import to_pixels
 from training.data import StoredClip
 from training.eval.inference import Models, until
-from training.eval.metrics import Metric, correlation, edge_energy, flicker, mean_metric, ratio_metric, sharpness
+from training.eval.metrics import (
+    Metric,
+    correlation,
+    edge_energy,
+    flicker,
+    mean_metric,
+    ratio_metric,
+    sharpness,
+    speaks,
+)
 from training.eval.psnr import mouth_boxes, psnr
 from training.eval.readers.landmarks import Landmarks, mouth_opening
 
@@ -43,7 +52,8 @@ def codec_metrics(
         if landmarks is not None:
             ours, theirs = (mouth_opening(landmarks.points(frames)) for frames in (decoded_frames, truth))
             openings.append((float(ours.std()), float(theirs.std())))
-            correlations.append(correlation(ours, clip.array("jaw")[:count] if clip.has("jaw") else theirs))
+            jaw = clip.array("jaw")[:count] if clip.has("jaw") else theirs
+            correlations += [correlation(ours, jaw)] if speaks(jaw) else []
     unread = Metric(None, "no landmarks")
     return {
         "codec_psnr": Metric(psnr(torch.cat(whole))),

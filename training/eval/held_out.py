@@ -22,6 +22,7 @@ from training.eval.metrics import (
     mean_metric,
     ratio_metric,
     sharpness,
+    speaks,
     stillness_db,
 )
 from training.eval.readers.eyes import EyeReader
@@ -204,7 +205,7 @@ def held_out_metrics(scores: Sequence[ClipScores]) -> dict[str, Metric]:
     readable = [(each.openings, each.jaw) for each in scores if each.openings is not None]
     faces = [each.faces for each in scores if each.faces is not None]
     heads = [each.head for each in scores if each.head is not None]
-    curves = [(openings[0], jaw) for openings, jaw in readable]
+    curves = [(openings[0], jaw) for openings, jaw in readable if speaks(jaw)]
     amplitudes = [(float(rendered.std()), float(true.std())) for (rendered, true), _ in readable]
     unread = Metric(None, "the truth has too few faces" if faces else f"no landmarks: reading lips {MISSING}")
     return {

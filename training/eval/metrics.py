@@ -18,6 +18,8 @@ MAX_LAG = 8
 MIN_CORRELATION = 0.2
 # A curve with a smaller range is still: rounding, not motion.
 STILL = 1e-6
+# Deviation of the jaw below which a person does not speak in a clip.
+SILENT = 0.02
 # Cells of a colour map along the shorter side of a frame.
 CELLS = 16
 
@@ -28,6 +30,11 @@ class Metric:
 
     value: float | None
     note: str = ""
+
+
+def speaks(jaw: Curve) -> bool:
+    """Return whether a person speaks in a clip: lips that have nothing to follow say nothing about lip sync."""
+    return float(np.std(jaw)) >= SILENT
 
 
 def correlation(one: Curve, two: Curve) -> float:

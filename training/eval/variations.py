@@ -13,7 +13,7 @@ from training.data import StoredClip
 from training.eval.behaviour import NO_FACES, Behaviour, listening_metric
 from training.eval.held_out import ClipScores, render_clip, render_clip_session, rendered_opening
 from training.eval.inference import Models, until
-from training.eval.metrics import Metric, correlation, mean_metric
+from training.eval.metrics import Metric, correlation, mean_metric, speaks
 from training.eval.readers.eyes import EyeReader
 from training.eval.readers.face_curves import FaceCurves, face_curves
 from training.eval.readers.landmarks import Landmarks
@@ -42,7 +42,8 @@ def with_other_audio(
         points = landmarks.points(frames)
         opening = rendered_opening(points)
         count = min(len(opening), len(own.jaw))
-        values.append(correlation(opening[:count], own.jaw[:count]))
+        if speaks(own.jaw):
+            values.append(correlation(opening[:count], own.jaw[:count]))
         curves = face_curves(points, frames, eyes)
         if own.behaviour is not None and curves is not None and clip.has("speaking"):
             listeners.append(ending_together(own.behaviour, curves))
