@@ -16,7 +16,7 @@ from benchmarks.standin.content import FRAME_RATE_HZ, Content
 from services.local.launch import launched
 
 ROUNDS = 5
-OFFLINE_BLOCKS, LIVE_BLOCKS = 16, 9
+OFFLINE_S, LIVE_S = 7.7, 4.3
 FILL = 4
 MOST = 8
 LIMIT_S = 120.0
@@ -32,7 +32,13 @@ async def _rows(checkpoint: Path) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="avatar-bench-") as folder:
         async with launched(checkpoint, Path(folder)) as suite:
             for _ in tqdm(range(ROUNDS), desc="tiny", disable=None):
-                job = Job(suite.gateway, "full", OFFLINE_BLOCKS, is_checked=False, block_latents=made.block_latents)
+                job = Job(
+                    suite.gateway,
+                    "full",
+                    round(OFFLINE_S / made.block_s),
+                    is_checked=False,
+                    block_latents=made.block_latents,
+                )
                 session = (await run_clients(job, LIMIT_S)).sessions[0]
                 arrived = session.arrived_s
                 if session.refused or not arrived:
@@ -42,7 +48,9 @@ async def _rows(checkpoint: Path) -> list[Row]:
                 ahead = int(rates[-1] / FRAME_RATE_HZ)  # an upper bound
                 tried: dict[int, bool] = {}
                 while (number := next_to_try(tried, 0, min(ahead, MOST))) is not None:
-                    sessions = await live_sessions(suite, number, LIVE_BLOCKS, is_checked=False, content=made)
+                    sessions = await live_sessions(
+                        suite, number, round(LIVE_S / made.block_s), is_checked=False, content=made
+                    )
                     tried[number] = share_on_time(sessions) >= ENOUGH
                 most.append(max((number for number, passes in tried.items() if passes), default=0))
     return [
