@@ -180,7 +180,7 @@ $(VENV)/go/installed: | $(VENV)/installed
 chaos: install
 	python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-# The demo; LEVELS=2 runs fewer levels than the model was trained for, C2PA="films.crt films.key" signs its film.
+# The demo; LEVELS=1 runs fewer levels than the model was trained for, C2PA="films.crt films.key" signs its film.
 # TEXT="Good day." speaks a text in place of SPEECH, by Piper or by TTS='flite -t {text} -o {wav}'.
 demo: export DEMO_TEXT = $(TEXT)
 demo: install $(if $(TEXT),$(if $(TTS),,$(VENV)/piper/installed))

@@ -318,7 +318,7 @@ class GatewaySettings(Settings):
 
     listen: Address = "127.0.0.1:7000"
     audio: SomeAddresses = ("127.0.0.1:7001",)
-    denoisers: SomeAddresses = ("127.0.0.1:7010", "127.0.0.1:7011", "127.0.0.1:7012", "127.0.0.1:7013")
+    denoisers: SomeAddresses = ("127.0.0.1:7010", "127.0.0.1:7011")
     vae: SomeAddresses = ("127.0.0.1:7002",)
     text: Addresses = ()
     voice: Addresses = ()

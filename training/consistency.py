@@ -62,12 +62,12 @@ class ConsistencyRecipe:
 
 
 def tiny() -> ConsistencyRecipe:
-    """Return the recipe for networks of blocks of 3 latents, such as the embedded default."""
+    """Return the recipe for small networks of blocks of 3 latents."""
     return ConsistencyRecipe()
 
 
 def tiny_256() -> ConsistencyRecipe:
-    """Return the recipe of the embedded default's successor."""
+    """Return the recipe of the embedded default."""
     recipe = ConsistencyRecipe()
     return replace(recipe, batches=replace(recipe.batches, num_blocks=(12, 12), detail_weight=0.0))
 

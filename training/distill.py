@@ -80,12 +80,12 @@ class DistillRecipe:
 
 
 def tiny() -> DistillRecipe:
-    """Return the recipe of the embedded default: the network of stage 1 is its own teacher."""
+    """Return the recipe for small networks of blocks of 3 latents: the network of stage 1 is its own teacher."""
     return DistillRecipe()
 
 
 def tiny_256() -> DistillRecipe:
-    """Return the recipe of the embedded default's successor: 100 steps of the generator."""
+    """Return the recipe of the embedded default: 100 steps of the generator."""
     batches = BatchConfig(4, (12, 12), detail_weight=0.0, audio_dropout=0.0, same_position=True)
     return DistillRecipe(steps=500, update_ratio=5, real_weight=0.25, is_float32=True, batches=batches)
 

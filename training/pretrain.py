@@ -75,12 +75,12 @@ class PretrainRecipe:
 
 
 def tiny() -> PretrainRecipe:
-    """Return the recipe of the embedded default, trained from scratch."""
+    """Return the recipe for small networks of blocks of 3 latents, trained from scratch."""
     return PretrainRecipe()
 
 
 def tiny_256() -> PretrainRecipe:
-    """Return the recipe of the embedded default's successor.
+    """Return the recipe of the embedded default.
 
     The window is full in two fifths of the blocks trained.
     """

@@ -272,7 +272,7 @@ def to_tuple(value: Any) -> Any:
 
 
 def tiny() -> NetworkConfig:
-    """The embedded default: 128x128 pictures, Whisper tiny.en's four layers and embedding output, no text.
+    """A small network of blocks of 3 latents and four levels, for Whisper tiny.en's four layers and embedding output.
 
     The sink stands two frames ahead of a block's last one and stays the reference: the network is trained on such
     portraits, and an update would lose sharpness.
@@ -297,7 +297,7 @@ def tiny() -> NetworkConfig:
 
 
 def tiny_256() -> NetworkConfig:
-    """The embedded default's successor: latents of 48 channels, blocks of 1, two levels, a listener, face motion."""
+    """The embedded default: latents of 48 channels, blocks of 1, two levels, a listener, face motion, and a mover."""
     return replace(
         tiny(),
         in_dim=48,

@@ -67,7 +67,7 @@ class LightConfig:
 
 
 def tiny() -> LightConfig:
-    """The embedded default's configuration: 1.5 million parameters."""
+    """The smallest configuration, for 128x128 pictures: 1.5 million parameters."""
     return LightConfig(wide=128, mid=64, thin=24, latent_scale=2.0)
 
 

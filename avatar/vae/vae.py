@@ -58,7 +58,7 @@ class VaeConfig:
 
 
 def tiny() -> VaeConfig:
-    """The embedded default's configuration: the light codec at 128x128."""
+    """The smallest configuration: the light codec at 128x128."""
     return VaeConfig("light", PictureRule("face", width=128, height=128), 25, asdict(light.tiny()))
 
 

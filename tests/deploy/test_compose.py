@@ -1,5 +1,6 @@
 """docker-compose.yml matches the code: variables are settings, addresses are services, two ports are published."""
 
+import json
 import os
 import re
 import subprocess
@@ -62,6 +63,11 @@ def names(profile: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, service in of(profile).items():
         aliases = service.get("networks", {}).get("default", {}).get("aliases", [])
         yield from ((each, service) for each in (name, *aliases) if name in OURS)
+
+
+def test_cpu_has_the_embedded_defaults_levels() -> None:
+    config = json.loads((ROOT / "models/tiny/denoiser/config.json").read_text(encoding="utf-8"))
+    assert len(config["schedule"]) - 1 == LEVELS["cpu"]
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -25,8 +25,11 @@ from training.eval.readers.eyes import EyeReader
 from training.eval.readers.face_curves import NOSE_TIP
 from training.eval.readers.landmarks import LEFT_EYE, NUM_POINTS, Landmarks
 
+ROOT = Path(__file__).parents[2]
+TINY, PORTRAIT = ROOT / "models/tiny", ROOT / "assets/portraits/1.png"
 NUM_FRAMES, FRAME_SAMPLES = 96, 640
 SEED = 5
+GREY = np.full((64, 64, 3), 128, np.uint8)
 
 
 class BrightFaces:
@@ -47,7 +50,7 @@ class BrightFaces:
         return np.zeros(len(frames), np.float32), frames.mean((1, 2, 3), dtype=np.float32)
 
 
-def dialogue(folder: Path) -> StoredClip:
+def dialogue(folder: Path, reference: NDArray[np.uint8] = GREY) -> StoredClip:
     """Write and read a clip: the person speaks for a second, then listens; nods and brows are in brightness."""
     rng = np.random.default_rng(1)
     frames = np.arange(NUM_FRAMES)
@@ -57,7 +60,7 @@ def dialogue(folder: Path) -> StoredClip:
     sound, other = rng.integers(-9999, 9999, (2, (NUM_FRAMES + 16) * FRAME_SAMPLES), np.int16)
     arrays = {
         "frames": np.broadcast_to((900 * nod + 20).astype(np.uint8)[:, None, None, None], (NUM_FRAMES, 64, 64, 3)),
-        "reference": np.full((64, 64, 3), 128, np.uint8),
+        "reference": reference,
         "sound": sound,
         "other": other,
         "nod": nod,
@@ -98,10 +101,7 @@ def listening(clip: RenderedClip) -> Metric:
 async def test_the_listening_metric_of_streamed_frames_is_that_of_an_evaluation(
     listening_checkpoint: Path, store: SessionStore, tmp_path: Path
 ) -> None:
-    """The weights are random and the reader of faces is a stand-in, since there is no checkpoint that listens yet.
-
-    So this proves that a dialogue passes through gRPC and is measured, and nothing about how well an avatar listens.
-    """
+    """The weights are random and the reader of faces is a stand-in: a dialogue passes through gRPC and is measured."""
     clip = dialogue(tmp_path)
     local = render_clip(inference.load(listening_checkpoint), clip, SEED)
     num_frames = len(local.rendered)
@@ -118,3 +118,17 @@ async def test_the_listening_metric_of_streamed_frames_is_that_of_an_evaluation(
     for name in ("nod", "brow"):
         assert re.search(rf"{name} -?0\.\d\d of 1, true frames 1\.00", heard.note)
     assert heard.value != unheard.value
+
+
+@pytest.mark.slow
+async def test_the_embedded_default_listens_through_grpc_as_in_its_evaluation(
+    store: SessionStore, tmp_path: Path
+) -> None:
+    """So the figures of `training.evaluate` are those of frames that a suite streams."""
+    clip = dialogue(tmp_path, np.array(Image.open(PORTRAIT)))
+    local = render_clip(inference.load(TINY), clip, SEED)
+    num_frames = len(local.rendered)
+    async with suite(TINY, store, GatewaySettings(listen="127.0.0.1:0")) as target, connect(target) as avatar:
+        heard, unheard = [await streamed(avatar, clip, num_frames, is_heard=is_heard) for is_heard in (True, False)]
+    assert np.array_equal(heard, local.rendered)
+    assert not np.array_equal(unheard, heard)

@@ -58,7 +58,7 @@ def test_pictures_beyond_the_limit_get_a_notice() -> None:
 
 def test_the_check_is_saved_in_the_config() -> None:
     part = open_part(ROOT / "models/tiny", "vae")
-    kind = replace(KIND, mean=(1.0,) * 32, root=(0.5,) * 528)
+    kind = replace(KIND, mean=(1.0,) * 64, root=(0.5,) * 2080)
     config = parse_config({**part.config, "familiar": asdict(kind)})
     assert config.familiar == kind
     assert load(Part(part.folder, asdict(config), part.files)).config.familiar == kind
@@ -75,8 +75,8 @@ def test_the_shipped_portraits_pass_and_other_pictures_do_not() -> None:
     for path in (ASSETS / "portrait.png", *(ASSETS / "portraits").glob("*.png")):
         assert notice(path.read_bytes()) == "", path
     assert notice(file(scene((1600, 900), (1350, 470, 168)))) == ""  # the face is found, and cropped as in training
-    assert "drawn people" in notice(png(np.random.default_rng(0).integers(0, 256, (128, 128, 3))))
-    assert "drawn people" in notice(png(np.full((128, 128, 3), 90)))
+    assert "drawn people" in notice(png(np.random.default_rng(0).integers(0, 256, (256, 256, 3))))
+    assert "drawn people" in notice(png(np.full((256, 256, 3), 90)))
 
 
 def png(rgb: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]") -> bytes:

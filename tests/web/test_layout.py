@@ -55,7 +55,7 @@ class LargeContent(content.Content):
 
 @pytest.fixture
 async def page(store: SessionStore, monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Page, None]:
-    """A page whose videos have the size of the embedded default's."""
+    """A page whose videos have 128 pixels a side, which are shown at twice their size."""
     monkeypatch.setattr(content, "SIDE", SIDE)
     monkeypatch.setattr(content, "RGB_BYTES", 3 * SIDE**2)
     async with serving(store, content=LargeContent(inputs=("heard",))) as page:
