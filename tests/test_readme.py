@@ -18,4 +18,4 @@ def test_the_readmes_three_lines_make_a_film(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     with av.open(str(tmp_path / "film.mp4")) as film:
-        assert (film.streams.video[0].frames, film.streams.audio[0].rate) == (225, 48000)
+        assert (film.streams.video[0].frames, film.streams.audio[0].rate) == (221, 48000)
