@@ -109,6 +109,32 @@ def test_frames_have_the_values_of_their_moments(moving: list[StoredClip]) -> No
     torch.testing.assert_close(frames.values[0, -2], torch.from_numpy(np.array(clip.array("jaw")[[3, 17]])))
 
 
+def test_frames_with_raised_brows_are_drawn_more_often(moving: list[StoredClip], start: Path, tmp_path: Path) -> None:
+    brow = (np.arange(21) == 3).astype(np.float32)
+    rising = Clip("rising", {**moving_clip(0).arrays, "brow": brow}, moving_clip(0).info)
+    write_shard(tmp_path / "rising" / "train" / "0.tar", [rising])
+    counts = []
+    for clips in (moving, read_clips(tmp_path / "rising", "train")):
+        run = MoverPretraining(replace(RECIPE, num_clips=60, num_frames=1), lambda: make_network(start, codec()))
+        # The jaw is the seventh of the values and tells the frames apart.
+        jaw = float(np.array(clips[0].array("jaw"))[3])
+        counts.append(int((run.draw(clips[:1]).values[:, 6, 0] == jaw).sum()))
+    usual, raised = counts
+    assert raised > 2 * max(usual, 1)
+
+
+def test_errors_at_brows_count_more_than_beside_them(tmp_path: Path) -> None:
+    arrays = {**moving_clip(0).arrays, "lips": np.tile(np.array((44, 32), np.float32), (21, 1))}
+    arrays["pose"] = np.zeros((21, 3), np.float32)
+    write_shard(tmp_path / "train" / "0.tar", [Clip("0", arrays, moving_clip(0).info)])
+    [clip] = read_clips(tmp_path, "train")
+    weights = read_frames(clip, [0], lips_gain=8.0).weights[0, 0, 0]
+    # Pictures of 32 rows: lips at 22 and 16, eyes 8.4 rows above and 4 columns aside, brows 2.3 rows above the eyes.
+    rows = weights[:, 12]
+    assert rows[11] > 3 * rows[5]
+    assert weights[11, 12] > 3 * weights[11, 28]
+
+
 def test_a_mirrored_head_turns_to_the_other_side(moving: list[StoredClip]) -> None:
     frames = read_frames(moving[1], [3, 17], lips_gain=5.0)
     other = mirror(frames)
