@@ -13,8 +13,9 @@ from avatar.audio.inputs.curves import NEVER, frames
 from avatar.types import FRAME_RATE_HZ
 
 # Levels (root mean square, full scale 1) below the first are silence. A frame is speech from this share of the peak on,
-# which falls by a factor e in so many seconds.
-QUIET, SPEECH_SHARE, PEAK_S = 0.01, 0.12, 10.0
+# which falls by a factor e in so many seconds. With a share of 0.12 half of the phrases ended within a word, at its
+# stops and quiet consonants.
+QUIET, SPEECH_SHARE, PEAK_S = 0.01, 0.04, 10.0
 # A shorter pause does not end a phrase, and a shorter sound begins none.
 PAUSE, SHORTEST_PHRASE = math.ceil(frames(0.15)), round(frames(0.12))
 

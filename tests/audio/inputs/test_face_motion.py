@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avatar.audio.inputs.face_motion import FaceMotion
-from avatar.audio.inputs.voice import levels
+from avatar.audio.inputs.voice import PAUSE, Voice, levels
 from avatar.types import FACE_MOTION
 from training.synthetic.motion import head_pose
 from training.synthetic.motion.performance import blinks_a_minute
@@ -115,6 +115,15 @@ def test_a_listener_looks_at_the_viewer_when_the_other_begins() -> None:
         return float(np.mean([np.hypot(*each)[(listening > 26) & (listening < 34)] > 0.06 for each in looks]))
 
     assert away(True) < 0.5 * away(False)
+
+
+@pytest.mark.parametrize(("level", "ends"), [(0.012, 1), (0.004, 2)])
+def test_quiet_consonants_do_not_end_a_phrase(level: float, ends: int) -> None:
+    heard, found = Voice(), []
+    for frame, each in enumerate([0.2] * 20 + [level] * PAUSE + [0.2] * 20 + [0.0] * 20):
+        heard.advance(frame, each)
+        found.append(heard.has_ended(frame))
+    assert sum(found) == ends
 
 
 def test_levels_are_those_of_the_frames() -> None:
