@@ -53,6 +53,14 @@ def test_flow_of_one_unit_moves_by_sixteen_pixels(mover: Mover, texture: Texture
     torch.testing.assert_close(down[..., : HEIGHT - 16, :], texture.picture[..., 16:, :], atol=1e-4, rtol=1e-4)
 
 
+def test_moves_of_half_a_pixel_keep_edges(mover: Mover) -> None:
+    stripes = torch.sin(torch.arange(WIDTH) * (2 * torch.pi / 5)).expand(1, 3, HEIGHT, WIDTH)
+    fields_of(mover)[0] = 0.5 / 16
+    [moved] = mover.show(mover.look(stripes), randn(1, 1, NUM_VALUES, 1)).unbind(2)
+    # With bilinear weights 0.81.
+    assert moved.std() / stripes.std() > 0.93
+
+
 def test_paint_is_added(mover: Mover, texture: Texture) -> None:
     fields_of(mover)[2:] = torch.tensor((0.1, 0.2, 0.3))[:, None]
     [painted] = mover.show(texture, randn(1, 1, NUM_VALUES, 1)).unbind(2)
