@@ -93,6 +93,14 @@ def test_distance_to_the_reference_is_in_grey_levels_and_ignores_detail() -> Non
     assert distance(detailed[None], reference) == pytest.approx(0)
 
 
+def test_distance_to_the_reference_ignores_where_a_head_is() -> None:
+    reference = np.zeros((128, 128, 3), np.uint8)
+    reference[32:96, 32:96] = (200, 150, 120)
+    moved = np.roll(reference, 16, axis=1)
+    assert distance(moved[None], reference) == pytest.approx(0)
+    assert distance(moved[None] // 2, reference) > 30
+
+
 def test_chance_is_the_correlation_of_shifted_curves() -> None:
     one = curve(300)
     chance = np.sqrt(np.mean([correlation(one, np.roll(one, shift)) ** 2 for shift in range(25, 276)]))

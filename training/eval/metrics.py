@@ -115,11 +115,13 @@ def colour_map(frames: Pixels) -> NDArray[np.float64]:
 
 
 def distance(frames: Pixels, reference: Pixels) -> float:
-    """Return the root mean square difference between the colour maps of frames (f, h, w, 3) and a picture (h, w, 3).
+    """Return the root mean square difference between the sorted colours of frames (f, h, w, 3) and a picture (h, w, 3).
 
-    In grey levels.
+    In grey levels, of the cells of their colour maps. Sorted, since places follow the head: by place, true frames of
+    people who turn differ from their portrait by 12 grey levels, and a tint of 6 % adds 1; sorted, 2 and 3.5.
     """
-    return float(np.sqrt(((colour_map(frames) - colour_map(reference[None])) ** 2).mean()))
+    colours = (np.sort(colour_map(each).reshape(-1, 3), axis=0) for each in (frames, reference[None]))
+    return float(np.sqrt((np.subtract(*colours) ** 2).mean()))
 
 
 def ratio_to_chance(pairs: Sequence[tuple[Curve, Curve]], min_shift: int = 25) -> float | None:
