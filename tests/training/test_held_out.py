@@ -16,7 +16,7 @@ from tests.training.small import BrightMouths, face, noisy_clip
 from tests.training.test_metrics import curve
 from training.data import StoredClip, read_shard, write_shard
 from training.eval import inference
-from training.eval.held_out import RenderedClip, audio_of, held_out_metrics, render_clip, score
+from training.eval.held_out import RenderedClip, audio_of, held_out_metrics, render_clip, score, session_seed
 from training.eval.metrics import Metric
 from training.eval.readers.identity import Identity
 from training.eval.readers.landmarks import MISSING, Landmarks, head_motion, mouth_opening
@@ -38,11 +38,17 @@ def test_rendered_frames_are_compared_with_true_frames_of_their_time(checkpoint:
     assert len(start.rendered) == len(start.truth) == 21
     np.testing.assert_array_equal(start.truth[0], clips[0].array("frames")[3])
     assert len(later.rendered) == len(later.truth) == 24
-    whole = inference.render_frames(models, later.reference, audio_of(clips[1]), 3)
+    whole = inference.render_frames(models, later.reference, audio_of(clips[1]), 3, seed=session_seed(clips[1], 0))
     np.testing.assert_array_equal(later.rendered, whole[12 - 3 :])
     assert later.jaw is not None
     assert start.jaw is not None
     assert start.jaw[0] == 3
+
+
+def test_every_clip_and_seed_has_a_session_of_its_own(clips: list[StoredClip]) -> None:
+    seeds = [session_seed(clip, seed) for clip in clips for seed in range(3)]
+    assert len({*seeds}) == 6
+    assert seeds == [session_seed(clip, seed) for clip in clips for seed in range(3)]
 
 
 def test_a_picture_of_the_videos_size_stays_as_it_is() -> None:

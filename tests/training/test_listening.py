@@ -19,7 +19,7 @@ from services.local.suite import suite
 from training.data import Clip, StoredClip, read_shard, write_shard
 from training.eval import inference
 from training.eval.behaviour import listening_metric
-from training.eval.held_out import RenderedClip, render_clip, score
+from training.eval.held_out import RenderedClip, render_clip, score, session_seed
 from training.eval.metrics import Metric
 from training.eval.readers.eyes import EyeReader
 from training.eval.readers.face_curves import NOSE_TIP
@@ -76,7 +76,7 @@ async def streamed(avatar: Avatar, clip: StoredClip, num_frames: int, *, is_hear
     """Return a clip's first frames (f, H, W, 3), rendered by a suite over gRPC from the audio of both people."""
     file = io.BytesIO()
     Image.fromarray(np.array(clip.array("reference"))).save(file, "PNG")
-    session = await avatar.create(file.getvalue(), seed=SEED)
+    session = await avatar.create(file.getvalue(), seed=session_seed(clip, SEED))
 
     async def send(stream: Stream) -> None:
         if is_heard:
