@@ -41,9 +41,9 @@ SHRINK, NUM_SCALES = 2, 4
 MIRRORED = (1, 1, -1, -1, -1, 1, 1, 1)
 # How far brows are above their eyes, as a share of the distance from the lips to the eyes' middle.
 BROWS_ABOVE = 0.28
-# A frame is drawn with a weight of 1 + this times how far its brows are raised, 0 to 1. They rise in 4 % of the frames,
-# by a few pixels: a mover that saw them so seldom ignored them.
-BROW_DRAWS = 20.0
+# A frame is drawn with a weight of 1 + this times how far its brows are raised, 0 to 0.5. They rise in 4 % of the
+# frames, by a few pixels: a mover that saw them so seldom ignored them.
+BROW_DRAWS = 100.0
 # Frames of each held-out clip that are measured, and shown in a preview of the first clips.
 VALIDATION_STRIDE, NUM_PREVIEW_CLIPS = 24, 4
 
@@ -57,7 +57,7 @@ class MoverRecipe:
     few frames of each. lips_gain: extra loss weight at the centre of lips and eyes.
     """
 
-    steps: int = 2800
+    steps: int = 12000
     muon_lr: float = 6e-3
     lr: float = 2e-3
     warmup: int = 50

@@ -30,6 +30,9 @@ NUM_VALUES = len(FACE_MOTION) + 2
 WIDTH = 128
 # Sides, in pixels, of the squares that have a flow and a paint of their own, and of those that features see.
 FLOW_PIXELS, FEATURE_PIXELS = 4, 16
+# A frame goes through the codec twice, in the reference and when it is shown; this much of the reference's detail, its
+# difference from the mean of 3x3 pixels, is added to make up for the first time.
+SHARPENING = 0.5
 
 
 @lru_cache(maxsize=16)
@@ -72,7 +75,9 @@ class Mover(nn.Module):
     def read(self, reference: Tensor) -> Texture:
         """Decode reference latents (b, c, h, w) and read their picture, once for all frames."""
         still = repeat(reference, "b c h w -> b c t h w", t=2)
-        return self.look(self.codec.decode(still, self.codec.new_state())[:, :, -1].clamp(-1, 1))
+        picture = self.codec.decode(still, self.codec.new_state())[:, :, -1].clamp(-1, 1)
+        around = functional.avg_pool2d(picture, 3, 1, padding=1, count_include_pad=False)
+        return self.look((picture + SHARPENING * (picture - around)).clamp(-1, 1))
 
     def look(self, picture: Tensor) -> Texture:
         """Read a picture (b, 3, H, W)."""
