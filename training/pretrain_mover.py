@@ -39,7 +39,7 @@ from training.strategy import SINGLE, Strategy, join
 SHRINK, NUM_SCALES = 2, 4
 # Signs of the mover's values in a mirrored picture: yaw, roll and gaze to the right change theirs.
 MIRRORED = (1, 1, -1, -1, -1, 1, 1, 1)
-# How far brows are above their eyes, as a share of the distance from the lips to the eyes' middle.
+# Height of brows above their eyes, as a share of the distance from the lips to the eyes' middle.
 BROWS_ABOVE = 0.28
 # A frame is drawn with a weight of 1 + this times how far its brows are raised, 0 to 0.5. They rise in 4 % of the
 # frames, by a few pixels: a mover that saw them so seldom ignored them.
